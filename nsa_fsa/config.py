@@ -1,0 +1,314 @@
+"""NSAConfig: every choice of a Native Sparse Attention layer, checked once, here."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+COMPRESSION_KINDS = ("mean", "weighted", "linear", "mlp", "gated")
+GATE_KINDS = ("per_head", "per_token")
+GATE_INITS = ("balanced", "dense")
+COMPRESS_ROPE = ("after", "before")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+
+# The paper's two kernel settings (block size x selected blocks), and one small enough to watch on a CPU: at 1,024 tokens
+# `tiny` attends at most 96 selected + 32 recent keys and 127 compressed tokens, a quarter of what dense attention reads.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fsa-64x16": dict(
+        kernel_size=32, kernel_stride=16, block_size=64, num_selected_blocks=16, init_blocks=1, local_blocks=2, window_size=512
+    ),
+    "fsa-128x8": dict(
+        kernel_size=32, kernel_stride=16, block_size=128, num_selected_blocks=8, init_blocks=1, local_blocks=2, window_size=512
+    ),
+    "tiny": dict(
+        kernel_size=16, kernel_stride=8, block_size=16, num_selected_blocks=6, init_blocks=1, local_blocks=1, window_size=32
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NSAConfig:
+    """Configuration of one `NativeSparseAttention` layer.
+
+    Symbols in parentheses are the NSA paper's. Lengths are in tokens.
+
+    Args:
+        hidden_size: width of the residual stream.
+        num_heads: query heads (HQ).
+        num_kv_heads: key/value heads (HKV); `num_heads` must be a multiple, and the quotient is the GQA group size G.
+        head_dim: width of a query and key head (D); default `hidden_size // num_heads`.
+        v_head_dim: width of a value head (DV); default `head_dim`.
+        scale: softmax scale; default `head_dim ** -0.5`.
+        kernel_size: length of a compression window (l); a multiple of `kernel_stride`, at most `block_size`.
+        kernel_stride: step between compression windows (s).
+        block_size: length of a selection block (B_K); a multiple of `kernel_stride`.
+        num_selected_blocks: blocks each query reads per KV head (T_sel), forced ones included.
+        init_blocks: blocks at the start of the sequence that every query reads.
+        local_blocks: most recent blocks, the query's own included, that every query reads.
+        window_size: keys of the sliding branch (w), the query's own position included.
+        compress_k, compress_v: how a window becomes one token: "mean", "weighted", "linear", "mlp" or "gated".
+        compress_hidden_size: hidden width of the "mlp" kind; default the head width.
+        compress_position_embedding: add a learned embedding of the position inside the window before compressing.
+        compress_rope: "after" compresses un-rotated keys and rotates the result as the window's first position; "before"
+            compresses keys that are already rotated.
+        gate: "per_head" gives every query head its own three gates, "per_token" shares them among the heads.
+        gate_init: "balanced" starts all gates at 0.5 (training from scratch); "dense" opens the selected branch and
+            nearly closes the others, so that a swapped-in layer starts out as the dense one (see `NativeSparseAttention`).
+        kv_per_branch: project separate keys and values for each branch, as the NSA paper does.
+        qk_norm: RMS-normalise every query and key head before RoPE, as Qwen3 does.
+        qk_norm_eps: epsilon of that norm.
+        qkv_bias, o_bias: biases of the input and output projections.
+        rope_parameters: transformers' form, such as `{"rope_type": "default", "rope_theta": 10000.0}`; the types are
+            "default", "linear", "dynamic", "yarn" and "llama3". `None`: the layer rotates nothing unless its caller
+            passes `position_embeddings`.
+        max_position_embeddings: length the model was made for; "dynamic" and "yarn" scale relative to it.
+        backend: which implementation of the operators runs; "auto" takes the fastest that can.
+
+    Raises:
+        ValueError: names the field, its value, what is allowed and how to fix it.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int = None  # type: ignore[assignment]  # filled in by __post_init__, and an int ever after
+    v_head_dim: int = None  # type: ignore[assignment]
+    scale: float = None  # type: ignore[assignment]
+
+    kernel_size: int = 32
+    kernel_stride: int = 16
+    block_size: int = 64
+    num_selected_blocks: int = 16
+    init_blocks: int = 1
+    local_blocks: int = 2
+    window_size: int = 512
+
+    compress_k: str = "weighted"
+    compress_v: str = "weighted"
+    compress_hidden_size: int = None  # type: ignore[assignment]
+    compress_position_embedding: bool = False
+    compress_rope: str = "after"
+
+    gate: str = "per_head"
+    gate_init: str = "balanced"
+    kv_per_branch: bool = False
+    qk_norm: bool = False
+    qk_norm_eps: float = 1e-6
+    qkv_bias: bool = False
+    o_bias: bool = False
+
+    rope_parameters: dict[str, Any] | None = field(
+        default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}, hash=False
+    )
+    max_position_embeddings: int = 131072
+    backend: str = "auto"
+
+    @property
+    def group_size(self) -> int:
+        """G: query heads per key/value head."""
+        return self.num_heads // self.num_kv_heads
+
+    def __post_init__(self) -> None:
+        for name in ("hidden_size", "num_heads", "num_kv_heads"):
+            self._check_int(name, minimum=1)
+        self._require(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_kv_heads",
+            f"a divisor of num_heads={self.num_heads}",
+            "choose num_kv_heads so that each KV head serves a whole group of query heads",
+        )
+        if self.head_dim is None:
+            self._require(
+                self.hidden_size % self.num_heads == 0,
+                "head_dim",
+                f"an int, because hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}",
+                "pass head_dim explicitly",
+            )
+            self._fill("head_dim", self.hidden_size // self.num_heads)
+        self._check_int("head_dim", minimum=1)
+        self._fill_if_none("v_head_dim", self.head_dim)
+        self._fill_if_none("compress_hidden_size", self.head_dim)
+        self._fill_if_none("scale", self.head_dim**-0.5)
+        self._require(
+            isinstance(self.scale, (int, float)) and self.scale > 0,
+            "scale",
+            "a positive number",
+            "leave it out for head_dim ** -0.5",
+        )
+
+        for name in (
+            "v_head_dim", "compress_hidden_size", "kernel_size", "kernel_stride", "block_size", "num_selected_blocks",
+            "window_size", "max_position_embeddings",
+        ):  # fmt: skip
+            self._check_int(name, minimum=1)
+        for name in ("init_blocks", "local_blocks"):
+            self._check_int(name, minimum=0)
+        self._require(
+            self.kernel_size % self.kernel_stride == 0,
+            "kernel_size",
+            f"a multiple of kernel_stride={self.kernel_stride}",
+            "for example kernel_size = 2 * kernel_stride",
+        )
+        self._require(
+            self.block_size % self.kernel_stride == 0,
+            "block_size",
+            f"a multiple of kernel_stride={self.kernel_stride}",
+            "for example block_size = 4 * kernel_stride",
+        )
+        self._require(
+            self.kernel_size <= self.block_size,
+            "kernel_size",
+            f"at most block_size={self.block_size}",
+            "shorten the compression window or enlarge the block",
+        )
+        self._require(
+            self.init_blocks + self.local_blocks <= self.num_selected_blocks,
+            "num_selected_blocks",
+            f"at least init_blocks + local_blocks = {self.init_blocks + self.local_blocks}",
+            "the forced blocks count among the selected ones: select more, or force fewer",
+        )
+
+        for name, allowed in (
+            ("compress_k", COMPRESSION_KINDS), ("compress_v", COMPRESSION_KINDS), ("compress_rope", COMPRESS_ROPE),
+            ("gate", GATE_KINDS), ("gate_init", GATE_INITS),
+        ):  # fmt: skip
+            self._require(getattr(self, name) in allowed, name, f"one of {allowed}", "check the spelling")
+        for name in ("compress_position_embedding", "kv_per_branch", "qk_norm", "qkv_bias", "o_bias"):
+            self._require(isinstance(getattr(self, name), bool), name, "True or False", "pass a bool")
+        self._require(
+            isinstance(self.qk_norm_eps, float) and self.qk_norm_eps > 0, "qk_norm_eps", "a positive float", "1e-6 is usual"
+        )
+        self._require(isinstance(self.backend, str), "backend", "a backend's name", 'use "auto"')
+        self._check_rope()
+
+    def _check_rope(self) -> None:
+        if self.rope_parameters is None:
+            return
+        self._require(isinstance(self.rope_parameters, Mapping), "rope_parameters", "a dict or None", "see the docstring")
+        rope = dict(self.rope_parameters)
+        if "rope_type" not in rope:
+            rope["rope_type"] = rope.pop("type", "default")  # the key's name before transformers 5
+        rope.setdefault("rope_theta", 10000.0)
+        self._fill("rope_parameters", rope)
+        self._require(
+            rope["rope_type"] in ROPE_TYPES,
+            "rope_parameters",
+            f"a rope_type among {ROPE_TYPES}",
+            "or pass position_embeddings=(cos, sin) to the layer and set rope_parameters=None",
+        )
+        needed = {
+            "linear": ("factor",),
+            "dynamic": ("factor",),
+            "yarn": ("factor",),
+            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+        }.get(rope["rope_type"], ())
+        missing = [key for key in needed if key not in rope]
+        self._require(not missing, "rope_parameters", f"the keys {needed} for {rope['rope_type']!r}", f"add {missing}")
+        rotary_dim = int(self.head_dim * rope.get("partial_rotary_factor", 1.0))
+        self._require(
+            rotary_dim % 2 == 0 and rotary_dim > 0,
+            "head_dim",
+            "even (in its rotated part), because RoPE rotates pairs",
+            "use an even head_dim or rope_parameters=None",
+        )
+
+    def _fill(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)  # the one way to complete a frozen dataclass
+
+    def _fill_if_none(self, name: str, value: Any) -> None:
+        if getattr(self, name) is None:
+            self._fill(name, value)
+
+    def _check_int(self, name: str, minimum: int) -> None:
+        value = getattr(self, name)
+        is_int = isinstance(value, int) and not isinstance(value, bool)
+        self._require(is_int and value >= minimum, name, f"an int >= {minimum}", "pass a whole number")
+
+    def _require(self, ok: bool, name: str, allowed: str, fix: str) -> None:
+        if not ok:
+            raise ValueError(f"NSAConfig.{name}={getattr(self, name)!r} is not allowed: it must be {allowed}. Fix: {fix}.")
+
+    # -- other forms ---------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields, defaults filled in, as plain JSON-compatible values."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> NSAConfig:
+        """The inverse of `to_dict`. A key `preset` fills in the fields of that preset; explicit keys win over it.
+
+        Raises:
+            ValueError: for an unknown key (with the nearest known one), a missing one, or an inconsistent value.
+        """
+        values = dict(values)
+        if (name := values.pop("preset", None)) is not None:
+            values = {**preset(name), **values}
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in values:
+            if key not in known:
+                near = difflib.get_close_matches(key, known, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}."
+                raise ValueError(f"NSAConfig has no field {key!r}; {hint}")
+        missing = [key for key in ("hidden_size", "num_heads", "num_kv_heads") if key not in values]
+        if missing:
+            raise ValueError(f"NSAConfig needs {missing}; add them, or start from a model with from_pretrained_config().")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> NSAConfig:
+        """Reads a YAML mapping of field names to values, as in `configs/`. Raises ValueError as `from_dict` does."""
+        import yaml
+
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"{path} holds {type(values).__name__}; it must be a mapping of NSAConfig fields to values.")
+        return cls.from_dict(values)
+
+    @classmethod
+    def from_pretrained_config(cls, hf_config: Any, preset: str | None = None, **overrides: Any) -> NSAConfig:
+        """The NSA layer that fits a Hugging Face Llama, Qwen2 or Qwen3 config.
+
+        Takes head counts, biases, norms and RoPE from `hf_config`, the sparsity settings from `preset` (default
+        "fsa-64x16"), and sets `gate_init="dense"`, so that the pretrained projections keep working. `overrides` win.
+
+        Raises:
+            ValueError: for a model type whose attention this layer cannot stand in for.
+        """
+        model_type = getattr(hf_config, "model_type", None)
+        family = str(model_type).removeprefix("nsa_")
+        if family not in ("llama", "qwen2", "qwen3"):
+            raise ValueError(
+                f"model_type={model_type!r} is not supported: allowed are 'llama', 'qwen2' and 'qwen3'. "
+                "Fix: build NSAConfig yourself and use NativeSparseAttention inside your own model."
+            )
+        attention_bias = bool(getattr(hf_config, "attention_bias", False))
+        values: dict[str, Any] = dict(
+            hidden_size=hf_config.hidden_size,
+            num_heads=hf_config.num_attention_heads,
+            num_kv_heads=hf_config.num_key_value_heads,
+            head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads,
+            qkv_bias=True if family == "qwen2" else attention_bias,
+            o_bias=False if family == "qwen2" else attention_bias,
+            qk_norm=family == "qwen3",
+            qk_norm_eps=float(hf_config.rms_norm_eps),
+            rope_parameters=dict(hf_config.rope_parameters),
+            max_position_embeddings=hf_config.max_position_embeddings,
+            gate_init="dense",
+        )
+        return cls.from_dict({"preset": preset or "fsa-64x16", **values, **overrides})
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The sparsity fields of a preset: "fsa-64x16", "fsa-128x8" (the FSA paper's settings) or "tiny" (for a CPU).
+
+    Raises:
+        ValueError: for an unknown name.
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset={name!r} is not known: allowed are {tuple(PRESETS)}. Fix: pick one, or set the fields.")
+    return dict(PRESETS[name])

@@ -1,0 +1,83 @@
+"""What the three attention branches share as operators: one schema, one autograd formula, one dispatch.
+
+A branch adds only the arguments that say who sees what. Its backends are called as
+`forward(q, k, v, **layout, **arguments) -> (o, lse)` and `backward(do, q, k, v, o, lse, **layout, **arguments)`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from nsa_fsa.ops import backends, validation
+
+_LAYOUT = "Tensor cu_seqlens, SymInt max_seqlen, Tensor? cu_seqlens_q, Tensor? seqused_k, float scale"
+_LAYOUT_NAMES = ("cu_seqlens", "max_seqlen", "cu_seqlens_q", "seqused_k", "scale")
+
+
+def define_attention(name: str, arguments: str, check_values: Callable[..., None]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """Registers `nsa_fsa::<name>` and `nsa_fsa::<name>_backward` with torch.library.
+
+    Args:
+        name: the operator's name, also in the backend registry.
+        arguments: torch.library schema of the branch's own arguments, such as "int window_size".
+        check_values: called as `check_values(q, k, <layout and own arguments>)` on real tensors before anything runs.
+
+    Returns:
+        `operator(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, scale, *own arguments, backend) -> (o, lse)`,
+        differentiable in q, k and v.
+    """
+    names = (*_LAYOUT_NAMES, *(argument.split()[-1] for argument in arguments.split(",")))
+    tail = f"{_LAYOUT}, {arguments}, str backend"
+    num_tail = len(names) + 1
+
+    def run_forward(q, k, v, *rest):
+        *values, backend = rest
+        keywords = dict(zip(names, values, strict=True))
+        check_values(q, k, **keywords)
+        return backends.resolve(name, backend).forward(q, k, v, **keywords)
+
+    def run_backward(do, q, k, v, o, lse, *rest):
+        *values, backend = rest
+        return backends.resolve(name, backend).backward(do, q, k, v, o, lse, **dict(zip(names, values, strict=True)))
+
+    forward = torch.library.custom_op(
+        f"nsa_fsa::{name}", run_forward, mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {tail}) -> (Tensor, Tensor)"
+    )
+    backward = torch.library.custom_op(
+        f"nsa_fsa::{name}_backward",
+        run_backward,
+        mutates_args=(),
+        schema=f"(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {tail}) -> (Tensor, Tensor, Tensor)",
+    )
+
+    @forward.register_fake
+    def _(q, k, v, *rest):
+        lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+        return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[:2], dtype=lse_dtype)
+
+    @backward.register_fake
+    def _(do, q, k, v, *rest):
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+    def setup_context(ctx, inputs, output):
+        q, k, v, *rest = inputs
+        o, lse = output
+        ctx.tensors = [isinstance(x, Tensor) for x in rest]
+        ctx.others = [None if isinstance(x, Tensor) else x for x in rest]
+        ctx.save_for_backward(q, k, v, o, lse, *(x for x in rest if isinstance(x, Tensor)))
+        ctx.mark_non_differentiable(lse)
+
+    def vjp(ctx, do, dlse):
+        q, k, v, o, lse, *tensors = ctx.saved_tensors
+        saved = iter(tensors)
+        rest = [next(saved) if is_tensor else x for is_tensor, x in zip(ctx.tensors, ctx.others, strict=True)]
+        return *backward(do, q, k, v, o, lse, *rest), *[None] * num_tail
+
+    forward.register_autograd(vjp, setup_context=setup_context)
+    return forward
+
+
+def check_token_rows(q: Tensor, k: Tensor, *, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, **_) -> None:
+    """The sequence descriptors' values for a branch whose keys are tokens."""
+    validation.check_layout_values(q.shape[0], k.shape[0], cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)

@@ -1,0 +1,135 @@
+"""Block selection as an operator: which blocks of keys each query reads. Carries no gradient."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from nsa_fsa import reference
+from nsa_fsa.ops import backends, validation
+from nsa_fsa.ops.compressed_attention import check_compressed_rows
+
+
+def select_blocks(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    num_selected_blocks: int,
+    init_blocks: int = 1,
+    local_blocks: int = 2,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    return_scores: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Chooses, for every query and KV head, the blocks of keys to attend to (NSA paper, section 3.3.2).
+
+    A block's score is the compressed-attention weight that the heads of the group give to the windows overlapping it, each
+    times the number of strides it shares with the block. The first `init_blocks` and last `local_blocks` eligible blocks
+    are always chosen; the remaining places go to the highest scores, ties to the lowest block number.
+
+    Args:
+        q, k_cmp, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, scale: as in `compressed_attention`.
+        lse: `[T, HQ]`, float32 or float64, as `compressed_attention` returns it for the same arguments.
+        kernel_size, kernel_stride, block_size: window, step and selection block, in tokens.
+        num_selected_blocks: T_sel, forced blocks included.
+        init_blocks, local_blocks: forced blocks; `init_blocks + local_blocks <= num_selected_blocks`.
+        return_scores: also return the dense scores, for inspection: their size is tokens times blocks.
+        backend: which implementation runs.
+
+    Returns:
+        block_indices int32 `[T, HKV, T_sel]`, ascending, padded at the end with -1; query t of a sequence has
+        `min(T_sel, t // block_size + 1)` valid entries. On request also the scores `[T, HKV, ceil(max_seqlen / block_size)]`
+        in float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: for inconsistent shapes, dtypes, devices, sequence descriptors or block counts.
+    """
+    validation.check_windows(kernel_size, kernel_stride, block_size)
+    validation.check_positive(num_selected_blocks=num_selected_blocks)
+    validation.require(
+        init_blocks >= 0 and local_blocks >= 0 and init_blocks + local_blocks <= num_selected_blocks,
+        f"init_blocks={init_blocks} and local_blocks={local_blocks} must be >= 0 and together at most "
+        f"num_selected_blocks={num_selected_blocks}.",
+    )
+    validation.check_attention(q, k_cmp, None, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, compressed=True)
+    validation.require(
+        lse.shape == q.shape[:2] and lse.dtype in (torch.float32, torch.float64),
+        f"lse is {lse.dtype} {tuple(lse.shape)}; it must be float32 or float64 [T, HQ] = {tuple(q.shape[:2])}.",
+    )
+    layout = (cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, validation.default_scale(q, scale))
+    windows = (kernel_size, kernel_stride, block_size)
+    q, k_cmp, lse = q.detach(), k_cmp.detach(), lse.detach()
+    indices = _select(q, k_cmp, lse, *layout, *windows, num_selected_blocks, init_blocks, local_blocks, backend)
+    return (indices, _scores(q, k_cmp, lse, *layout, *windows, backend)) if return_scores else indices
+
+
+@torch.library.custom_op("nsa_fsa::select_blocks", mutates_args=())
+def _select(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    cu_seqlens_q: Optional[Tensor],
+    seqused_k: Optional[Tensor],
+    scale: float,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    num_selected_blocks: int,
+    init_blocks: int,
+    local_blocks: int,
+    backend: str,
+) -> Tensor:
+    layout = dict(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k)
+    check_compressed_rows(q, k_cmp, kernel_stride=kernel_stride, **layout)
+    return backends.resolve("select_blocks", backend).forward(
+        q, k_cmp, lse, **layout, scale=scale, kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size,
+        num_selected_blocks=num_selected_blocks, init_blocks=init_blocks, local_blocks=local_blocks,
+    )  # fmt: skip
+
+
+@_select.register_fake
+def _(q, k_cmp, lse, *rest):
+    num_selected_blocks = rest[8]
+    return q.new_empty(q.shape[0], k_cmp.shape[1], num_selected_blocks, dtype=torch.int32)
+
+
+@torch.library.custom_op("nsa_fsa::block_scores", mutates_args=())
+def _scores(
+    q: Tensor,
+    k_cmp: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    cu_seqlens_q: Optional[Tensor],
+    seqused_k: Optional[Tensor],
+    scale: float,
+    kernel_size: int,
+    kernel_stride: int,
+    block_size: int,
+    backend: str,
+) -> Tensor:
+    layout = dict(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k)
+    check_compressed_rows(q, k_cmp, kernel_stride=kernel_stride, **layout)
+    return backends.resolve("block_scores", backend).forward(
+        q, k_cmp, lse, **layout, scale=scale, kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size
+    )
+
+
+@_scores.register_fake
+def _(q, k_cmp, lse, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, scale, kernel_size, kernel_stride, block_size, backend):
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return q.new_empty(q.shape[0], k_cmp.shape[1], -(-max_seqlen // block_size), dtype=dtype)
+
+
+backends.register("select_blocks", backends.Backend("reference", reference.select_blocks))
+backends.register("block_scores", backends.Backend("reference", reference.block_scores))

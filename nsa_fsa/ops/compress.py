@@ -1,0 +1,187 @@
+"""Compression windows as operators: gathered (for the linear, mlp and gated kinds) or pooled (mean and weighted)."""
+
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from nsa_fsa import reference
+from nsa_fsa.ops import backends, validation
+
+
+def pool_windows(
+    x: Tensor,
+    weight: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    seqused_k: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Weighted sum of every compression window (NSA paper, section 3.3.1).
+
+    Args:
+        x: keys or values `[T, HKV, D]`, float16, bfloat16, float32 or float64.
+        weight: `[HKV, kernel_size]`, any float dtype; None for the mean.
+        cu_seqlens: int32 `[B + 1]`; sequence b is rows `cu_seqlens[b] : cu_seqlens[b + 1]` of x.
+        max_seqlen: an upper bound on the longest sequence.
+        kernel_size, kernel_stride: window length and step in tokens.
+        seqused_k: int32 `[B]`: only this many rows of each sequence count.
+        backend: which implementation runs.
+
+    Returns:
+        `[T // kernel_stride, HKV, D]` in x's dtype. Window i of sequence b is row `cu_seqlens[b] // kernel_stride + i`; rows
+        that no window owns are unspecified and receive no gradient.
+
+    Raises:
+        ValueError: for inconsistent shapes, dtypes, devices or sequence descriptors.
+    """
+    validation.check_windows(kernel_size, kernel_stride)
+    validation.check_rows("x", x, 3, "[T, HKV, D]")
+    validation.check_layout(x.device, cu_seqlens, max_seqlen, None, seqused_k)
+    if weight is not None:
+        validation.require(
+            weight.shape == (x.shape[1], kernel_size) and weight.dtype.is_floating_point and weight.device == x.device,
+            f"weight is {weight.dtype} {tuple(weight.shape)} on {weight.device}; it must be a float tensor "
+            f"[HKV, kernel_size] = {(x.shape[1], kernel_size)} on {x.device}.",
+        )
+    return _pool(x, weight, cu_seqlens, max_seqlen, kernel_size, kernel_stride, seqused_k, backend)
+
+
+def gather_windows(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    seqused_k: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Every compression window of x, laid out for a batched matrix product.
+
+    Args and errors as in `pool_windows`.
+
+    Returns:
+        `[T // kernel_stride, HKV, kernel_size, D]` in x's dtype; windows that no sequence owns are 0.
+    """
+    validation.check_windows(kernel_size, kernel_stride)
+    validation.check_rows("x", x, 3, "[T, HKV, D]")
+    validation.check_layout(x.device, cu_seqlens, max_seqlen, None, seqused_k)
+    return _gather(x, cu_seqlens, max_seqlen, kernel_size, kernel_stride, seqused_k, backend)
+
+
+@torch.library.custom_op("nsa_fsa::pool_windows", mutates_args=())
+def _pool(
+    x: Tensor,
+    weight: Optional[Tensor],
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    kernel_size: int,
+    kernel_stride: int,
+    seqused_k: Optional[Tensor],
+    backend: str,
+) -> Tensor:
+    validation.check_layout_values(x.shape[0], x.shape[0], cu_seqlens, max_seqlen, None, seqused_k)
+    forward = backends.resolve("pool_windows", backend).forward
+    return forward(x, weight, cu_seqlens, kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
+
+
+@_pool.register_fake
+def _(x, weight, cu_seqlens, max_seqlen, kernel_size, kernel_stride, seqused_k, backend):
+    return x.new_empty(x.shape[0] // kernel_stride, x.shape[1], x.shape[2])
+
+
+@torch.library.custom_op("nsa_fsa::pool_windows_backward", mutates_args=())
+def _pool_backward(
+    dpooled: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    cu_seqlens: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    seqused_k: Optional[Tensor],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    backward = backends.resolve("pool_windows", backend).backward
+    sizes = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
+    return backward(dpooled, x, weight, cu_seqlens, **sizes)
+
+
+@_pool_backward.register_fake
+def _(dpooled, x, weight, cu_seqlens, kernel_size, kernel_stride, seqused_k, backend):
+    return torch.empty_like(x), torch.empty_like(weight)
+
+
+def _pool_setup(ctx, inputs, output):
+    x, weight, cu_seqlens, _, ctx.kernel_size, ctx.kernel_stride, seqused_k, ctx.backend = inputs
+    ctx.save_for_backward(x, weight, cu_seqlens, seqused_k)
+
+
+def _pool_vjp(ctx, dpooled):
+    x, weight, cu_seqlens, seqused_k = ctx.saved_tensors
+    # A returned op output must be a tensor, so the mean is differentiated as the constant weight it is.
+    constant = x.new_full((x.shape[1], ctx.kernel_size), 1 / ctx.kernel_size, dtype=torch.float64) if weight is None else weight
+    dx, dweight = _pool_backward(dpooled, x, constant, cu_seqlens, ctx.kernel_size, ctx.kernel_stride, seqused_k, ctx.backend)
+    return dx, None if weight is None else dweight, None, None, None, None, None, None
+
+
+_pool.register_autograd(_pool_vjp, setup_context=_pool_setup)
+
+
+@torch.library.custom_op("nsa_fsa::gather_windows", mutates_args=())
+def _gather(
+    x: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    kernel_size: int,
+    kernel_stride: int,
+    seqused_k: Optional[Tensor],
+    backend: str,
+) -> Tensor:
+    validation.check_layout_values(x.shape[0], x.shape[0], cu_seqlens, max_seqlen, None, seqused_k)
+    forward = backends.resolve("gather_windows", backend).forward
+    return forward(x, cu_seqlens, kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
+
+
+@_gather.register_fake
+def _(x, cu_seqlens, max_seqlen, kernel_size, kernel_stride, seqused_k, backend):
+    return x.new_empty(x.shape[0] // kernel_stride, x.shape[1], kernel_size, x.shape[2])
+
+
+@torch.library.custom_op("nsa_fsa::gather_windows_backward", mutates_args=())
+def _gather_backward(
+    dwindows: Tensor,
+    x: Tensor,
+    cu_seqlens: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    seqused_k: Optional[Tensor],
+    backend: str,
+) -> Tensor:
+    backward = backends.resolve("gather_windows", backend).backward
+    return backward(dwindows, x, cu_seqlens, kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
+
+
+@_gather_backward.register_fake
+def _(dwindows, x, cu_seqlens, kernel_size, kernel_stride, seqused_k, backend):
+    return torch.empty_like(x)
+
+
+def _gather_setup(ctx, inputs, output):
+    x, cu_seqlens, _, ctx.kernel_size, ctx.kernel_stride, seqused_k, ctx.backend = inputs
+    ctx.save_for_backward(x, cu_seqlens, seqused_k)
+
+
+def _gather_vjp(ctx, dwindows):
+    x, cu_seqlens, seqused_k = ctx.saved_tensors
+    dx = _gather_backward(dwindows, x, cu_seqlens, ctx.kernel_size, ctx.kernel_stride, seqused_k, ctx.backend)
+    return dx, None, None, None, None, None, None
+
+
+_gather.register_autograd(_gather_vjp, setup_context=_gather_setup)
+
+backends.register("pool_windows", backends.Backend("reference", reference.pool_windows, reference.pool_windows_backward))
+backends.register("gather_windows", backends.Backend("reference", reference.gather_windows, reference.gather_windows_backward))

@@ -1,0 +1,77 @@
+"""Compressed attention as an operator."""
+
+from torch import Tensor
+
+from nsa_fsa import reference
+from nsa_fsa.ops import backends, validation
+from nsa_fsa.ops.attention_operator import define_attention
+
+
+def compressed_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every query over the compressed tokens whose whole window lies in its past (NSA paper, section 3.3.1).
+
+    Query t sees compressed token i iff `i * kernel_stride + kernel_size - 1 <= t`.
+
+    Args:
+        q: `[T, HQ, D]`, float16, bfloat16, float32 or float64; HQ is a multiple of HKV.
+        k_cmp, v_cmp: compressed keys `[T // kernel_stride, HKV, D]` and values `[T // kernel_stride, HKV, DV]` in q's dtype,
+            laid out as `pool_windows` does; rows that no compressed token owns are never read.
+        cu_seqlens: int32 `[B + 1]`, boundaries of the sequences, in tokens.
+        max_seqlen: an upper bound on the longest sequence, in tokens.
+        kernel_size, kernel_stride: compression window and step, in tokens.
+        scale: softmax scale; default `D ** -0.5`.
+        cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences; see `Layout`.
+        return_lse: also return the log-sum-exp.
+        backend: which implementation runs.
+
+    Returns:
+        o `[T, HQ, DV]` in q's dtype, and on request the natural-log lse `[T, HQ]` in float32 (float64 for float64 inputs),
+        which is not differentiable. A query that sees nothing gets 0 and -inf.
+
+    Raises:
+        ValueError: for inconsistent shapes, dtypes, devices or sequence descriptors.
+    """
+    validation.check_windows(kernel_size, kernel_stride)
+    validation.check_attention(q, k_cmp, v_cmp, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, compressed=True)
+    o, lse = _operator(
+        q, k_cmp, v_cmp, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, validation.default_scale(q, scale),
+        kernel_size, kernel_stride, backend,
+    )  # fmt: skip
+    return (o, lse) if return_lse else o
+
+
+def check_compressed_rows(
+    q: Tensor, k_cmp: Tensor, *, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, kernel_stride, **_
+) -> None:
+    """The sequence descriptors' values for a branch whose keys are compressed tokens."""
+    if cu_seqlens.device.type != "cpu":
+        return
+    num_tokens = q.shape[0] if cu_seqlens_q is None else int(cu_seqlens[-1])
+    validation.check_layout_values(q.shape[0], num_tokens, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
+    validation.require(
+        k_cmp.shape[0] >= num_tokens // kernel_stride,
+        f"k_cmp has {k_cmp.shape[0]} rows; {num_tokens} tokens with kernel_stride={kernel_stride} need "
+        f"{num_tokens // kernel_stride}.",
+    )
+
+
+_operator = define_attention("compressed_attention", "int kernel_size, int kernel_stride", check_compressed_rows)
+
+backends.register(
+    "compressed_attention",
+    backends.Backend("reference", reference.compressed_attention, reference.compressed_attention_backward),
+)

@@ -1,0 +1,75 @@
+"""The gated sum of the three branches as an operator."""
+
+import torch
+from torch import Tensor
+
+from nsa_fsa import reference
+from nsa_fsa.ops import backends, validation
+
+
+def gated_combine(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, *, backend: str = "auto") -> Tensor:
+    """`sum over branches of sigmoid(gate_logits) * o` (NSA paper, eq. 5); branch order is compressed, selected, sliding.
+
+    Args:
+        gate_logits: `[T, HQ, 3]` (a gate per head) or `[T, 1, 3]` (shared by the heads), any float dtype.
+        o_cmp, o_slc, o_swa: branch outputs `[T, HQ, DV]` of one dtype.
+        backend: which implementation runs.
+
+    Returns:
+        `[T, HQ, DV]` in the branches' dtype.
+
+    Raises:
+        ValueError: for inconsistent shapes, dtypes or devices.
+    """
+    for name, o in (("o_cmp", o_cmp), ("o_slc", o_slc), ("o_swa", o_swa)):
+        validation.check_rows(name, o, 3, "[T, HQ, DV]")
+        validation.require(
+            o.shape == o_cmp.shape and o.dtype == o_cmp.dtype and o.device == o_cmp.device,
+            f"{name} is {o.dtype} {tuple(o.shape)} on {o.device} but o_cmp is {o_cmp.dtype} {tuple(o_cmp.shape)} on "
+            f"{o_cmp.device}: the branches must agree.",
+        )
+    validation.check_rows("gate_logits", gate_logits, 3, "[T, HQ or 1, 3]")
+    validation.require(
+        gate_logits.shape[0] == o_cmp.shape[0] and gate_logits.shape[1] in (1, o_cmp.shape[1]) and gate_logits.shape[2] == 3,
+        f"gate_logits has shape {tuple(gate_logits.shape)}; it must be [{o_cmp.shape[0]}, {o_cmp.shape[1]} or 1, 3].",
+    )
+    validation.require(
+        gate_logits.device == o_cmp.device, f"gate_logits is on {gate_logits.device} but the branches on {o_cmp.device}."
+    )
+    return _forward(gate_logits, o_cmp, o_slc, o_swa, backend)
+
+
+@torch.library.custom_op("nsa_fsa::gated_combine", mutates_args=())
+def _forward(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, backend: str) -> Tensor:
+    return backends.resolve("gated_combine", backend).forward(gate_logits, o_cmp, o_slc, o_swa)
+
+
+@_forward.register_fake
+def _(gate_logits, o_cmp, o_slc, o_swa, backend):
+    return o_cmp.new_empty(o_cmp.shape)
+
+
+@torch.library.custom_op("nsa_fsa::gated_combine_backward", mutates_args=())
+def _backward(
+    do: Tensor, gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return backends.resolve("gated_combine", backend).backward(do, gate_logits, o_cmp, o_slc, o_swa)
+
+
+@_backward.register_fake
+def _(do, gate_logits, o_cmp, o_slc, o_swa, backend):
+    return torch.empty_like(gate_logits), *(o_cmp.new_empty(o_cmp.shape) for _ in range(3))
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _vjp(ctx, do):
+    return *_backward(do, *ctx.saved_tensors, ctx.backend), None
+
+
+_forward.register_autograd(_vjp, setup_context=_setup_context)
+
+backends.register("gated_combine", backends.Backend("reference", reference.gated_combine, reference.gated_combine_backward))

@@ -1,0 +1,96 @@
+"""Selected attention as an operator."""
+
+import torch
+from torch import Tensor
+
+from nsa_fsa import reference
+from nsa_fsa.ops import backends, validation
+from nsa_fsa.ops.attention_operator import check_token_rows, define_attention
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    block_size: int,
+    block_counts: int | Tensor | None = None,
+    init_blocks: int = 0,
+    local_blocks: int = 0,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every query over the keys of the blocks it selected (NSA paper, section 3.3.2; FSA paper, section 3).
+
+    Query t of a group sees position p iff `p // block_size` is among its block indices and `p <= t`.
+
+    Args:
+        q: `[T, HQ, D]`, float16, bfloat16, float32 or float64; HQ is a multiple of HKV.
+        k, v: `[T, HKV, D]` and `[T, HKV, DV]` in q's dtype.
+        block_indices: int32 `[T, HKV, T_sel]`, block numbers local to the sequence, in any order. An index that is negative
+            or beyond the query's own block selects nothing; one that appears twice counts once.
+        cu_seqlens: int32 `[B + 1]`; sequence b is rows `cu_seqlens[b] : cu_seqlens[b + 1]`.
+        max_seqlen: an upper bound on the longest sequence.
+        block_size: keys per block.
+        block_counts: how many leading entries of block_indices count: an int, or int32 `[T, HKV]`; default all.
+        init_blocks, local_blocks: the caller's promise that the first / last so many eligible blocks are among the indices
+            of every query, as `select_blocks` guarantees; faster backends then treat them as dense.
+        scale: softmax scale; default `D ** -0.5`.
+        cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences; see `Layout`.
+        return_lse: also return the log-sum-exp.
+        backend: which implementation runs.
+
+    Returns:
+        o `[T, HQ, DV]` in q's dtype, and on request the natural-log lse `[T, HQ]` in float32 (float64 for float64 inputs),
+        which is not differentiable. A query that sees nothing gets 0 and -inf.
+
+    Raises:
+        ValueError: for inconsistent shapes, dtypes, devices or sequence descriptors.
+    """
+    validation.check_positive(block_size=block_size)
+    validation.check_attention(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
+    validation.require(
+        block_indices.ndim == 3
+        and block_indices.shape[:2] == (q.shape[0], k.shape[1])
+        and block_indices.dtype == torch.int32
+        and block_indices.device == q.device,
+        f"block_indices is {block_indices.dtype} {tuple(block_indices.shape)} on {block_indices.device}; it must be int32 "
+        f"[T, HKV, T_sel] = [{q.shape[0]}, {k.shape[1]}, T_sel] on {q.device}.",
+    )
+    if isinstance(block_counts, int):
+        validation.require(block_counts >= 0, f"block_counts={block_counts} must be >= 0.")
+        block_indices, block_counts = block_indices[..., :block_counts], None
+    if block_counts is not None:
+        validation.require(
+            block_counts.shape == block_indices.shape[:2]
+            and block_counts.dtype == torch.int32
+            and block_counts.device == q.device,
+            f"block_counts is {block_counts.dtype} {tuple(block_counts.shape)} on {block_counts.device}; it must be an int, "
+            f"or int32 [T, HKV] = {tuple(block_indices.shape[:2])} on {q.device}.",
+        )
+    validation.require(
+        init_blocks >= 0 and local_blocks >= 0, f"init_blocks={init_blocks} and local_blocks={local_blocks} must be >= 0."
+    )
+    o, lse = _operator(
+        q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, validation.default_scale(q, scale),
+        block_indices, block_counts, block_size, init_blocks, local_blocks, backend,
+    )  # fmt: skip
+    return (o, lse) if return_lse else o
+
+
+_operator = define_attention(
+    "selected_attention",
+    "Tensor block_indices, Tensor? block_counts, int block_size, int init_blocks, int local_blocks",
+    check_token_rows,
+)
+
+backends.register(
+    "selected_attention",
+    backends.Backend("reference", reference.selected_attention, reference.selected_attention_backward),
+)

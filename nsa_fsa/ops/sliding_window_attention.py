@@ -1,0 +1,56 @@
+"""Sliding window attention as an operator."""
+
+from torch import Tensor
+
+from nsa_fsa import reference
+from nsa_fsa.ops import backends, validation
+from nsa_fsa.ops.attention_operator import check_token_rows, define_attention
+
+
+def sliding_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    window_size: int,
+    scale: float | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of every query over the last `window_size` positions, its own included (NSA paper, section 3.3.3).
+
+    Args:
+        q: `[T, HQ, D]`, float16, bfloat16, float32 or float64; HQ is a multiple of HKV.
+        k, v: `[T, HKV, D]` and `[T, HKV, DV]` in q's dtype.
+        cu_seqlens: int32 `[B + 1]`; sequence b is rows `cu_seqlens[b] : cu_seqlens[b + 1]`.
+        max_seqlen: an upper bound on the longest sequence.
+        window_size: keys that a query sees at most: positions `max(0, t - window_size + 1) .. t`.
+        scale: softmax scale; default `D ** -0.5`.
+        cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences; see `Layout`.
+        return_lse: also return the log-sum-exp.
+        backend: which implementation runs.
+
+    Returns:
+        o `[T, HQ, DV]` in q's dtype, and on request the natural-log lse `[T, HQ]` in float32 (float64 for float64 inputs),
+        which is not differentiable.
+
+    Raises:
+        ValueError: for inconsistent shapes, dtypes, devices or sequence descriptors.
+    """
+    validation.check_positive(window_size=window_size)
+    validation.check_attention(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
+    scale = validation.default_scale(q, scale)
+    o, lse = _operator(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, scale, window_size, backend)
+    return (o, lse) if return_lse else o
+
+
+_operator = define_attention("sliding_window_attention", "int window_size", check_token_rows)
+
+backends.register(
+    "sliding_window_attention",
+    backends.Backend("reference", reference.sliding_window_attention, reference.sliding_window_attention_backward),
+)

@@ -1,0 +1,29 @@
+"""The operators of Native Sparse Attention in plain PyTorch: any device, any float dtype, differentiable by autograd.
+
+Written to be read, and to be the oracle of every faster backend. Memory is bounded by working through the queries in
+chunks; the `*_backward` functions give the gradients in the same bounded memory.
+"""
+
+from nsa_fsa.reference.block_selection import block_scores, select_blocks
+from nsa_fsa.reference.compress import gather_windows, gather_windows_backward, pool_windows, pool_windows_backward
+from nsa_fsa.reference.compressed_attention import compressed_attention, compressed_attention_backward
+from nsa_fsa.reference.gated_combine import gated_combine, gated_combine_backward
+from nsa_fsa.reference.selected_attention import selected_attention, selected_attention_backward
+from nsa_fsa.reference.sliding_window_attention import sliding_window_attention, sliding_window_attention_backward
+
+__all__ = [
+    "block_scores",
+    "compressed_attention",
+    "compressed_attention_backward",
+    "gated_combine",
+    "gated_combine_backward",
+    "gather_windows",
+    "gather_windows_backward",
+    "pool_windows",
+    "pool_windows_backward",
+    "select_blocks",
+    "selected_attention",
+    "selected_attention_backward",
+    "sliding_window_attention",
+    "sliding_window_attention_backward",
+]

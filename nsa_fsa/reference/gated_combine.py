@@ -1,0 +1,30 @@
+"""Gates and the weighted sum of the branches (spec: section 7); branch order is compressed, selected, sliding."""
+
+import torch
+from torch import Tensor
+
+from nsa_fsa.reference.attention import compute_dtype
+
+
+def gated_combine(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor) -> Tensor:
+    """gate_logits `[T, HQ or 1, 3]`, branch outputs `[T, HQ, DV]` -> their sum `[T, HQ, DV]`, weighted by the sigmoids."""
+    dtype = compute_dtype(o_cmp)
+    g = torch.sigmoid(gate_logits.to(dtype))
+    branches = torch.stack((o_cmp, o_slc, o_swa), dim=-1).to(dtype)  # [T, HQ, DV, 3]
+    return (branches * g[:, :, None, :]).sum(-1).to(o_cmp.dtype)
+
+
+def gated_combine_backward(
+    do: Tensor, gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients with respect to gate_logits and the three branch outputs."""
+    dtype = compute_dtype(o_cmp)
+    g = torch.sigmoid(gate_logits.to(dtype))
+    branches = torch.stack((o_cmp, o_slc, o_swa), dim=-1).to(dtype)
+    do = do.to(dtype)
+    dg = (do[..., None] * branches).sum(2)  # [T, HQ, 3]
+    if gate_logits.shape[1] == 1:
+        dg = dg.sum(1, keepdim=True)
+    dbranches = (do[..., None] * g[:, :, None, :]).to(o_cmp.dtype)
+    do_cmp, do_slc, do_swa = (x.contiguous() for x in dbranches.unbind(-1))
+    return (dg * g * (1 - g)).to(gate_logits.dtype), do_cmp, do_slc, do_swa

@@ -1,0 +1,54 @@
+"""Walking through packed sequences, and through a sequence's queries in chunks of bounded memory."""
+
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import NamedTuple
+
+from torch import Tensor
+
+# Attention scores held at once by one chunk of queries: 2^24 float32 are 64 MiB, and about five such buffers live together.
+MAX_CHUNK_SCORES = 2**24
+
+
+class Sequence(NamedTuple):
+    """One sequence of a packed batch. Its queries are the last `q.stop - q.start` of its `length` positions."""
+
+    q: slice  # rows of its queries
+    k: slice  # rows of its keys
+    length: int  # number of its keys
+
+    @property
+    def offset(self) -> int:
+        """Position of the first query."""
+        return self.length - (self.q.stop - self.q.start)
+
+
+def sequences(cu_seqlens: Tensor, cu_seqlens_q: Tensor | None = None, seqused_k: Tensor | None = None) -> list[Sequence]:
+    """The sequences that `cu_seqlens` (keys), `cu_seqlens_q` (queries; default: the keys' rows) and `seqused_k` describe."""
+    starts = cu_seqlens.tolist()
+    lengths = [stop - start for start, stop in pairwise(starts)] if seqused_k is None else seqused_k.tolist()
+    starts_q = None if cu_seqlens_q is None else cu_seqlens_q.tolist()
+    found = []
+    for b, length in enumerate(lengths):
+        k = slice(starts[b], starts[b] + length)
+        q = k if starts_q is None else slice(starts_q[b], starts_q[b + 1])
+        if q.stop - q.start > length:
+            raise ValueError(
+                f"sequence {b} has {q.stop - q.start} queries but {length} keys: queries are the last positions of their "
+                "sequence. Fix: count the new tokens into seqused_k / cu_seqlens."
+            )
+        found.append(Sequence(q, k, length))
+    return found
+
+
+def chunk_size(num_heads: int, keys_per_query: int) -> int:
+    """How many queries, each scoring `keys_per_query` keys with every head, fit the budget."""
+    return max(1, MAX_CHUNK_SCORES // max(1, num_heads * keys_per_query))
+
+
+def query_chunks(sequence: Sequence, size: int) -> Iterator[tuple[slice, int, int]]:
+    """Yields (rows of up to `size` queries, position of the first of them, one past the position of the last)."""
+    for start in range(sequence.q.start, sequence.q.stop, size):
+        stop = min(start + size, sequence.q.stop)
+        first = sequence.offset + start - sequence.q.start
+        yield slice(start, stop), first, first + stop - start
