@@ -3,8 +3,30 @@
 Importing this package imports PyTorch and nothing heavier: no Triton, no flash-attn, no transformers, no GPU.
 """
 
+import importlib
+from typing import Any
+
+from nsa_fsa.cache import NSACache
 from nsa_fsa.config import NSAConfig
+from nsa_fsa.modules import NativeSparseAttention
 
 __version__ = "0.1.0"
 
-__all__ = ["NSAConfig"]
+__all__ = [
+    "NSACache",
+    "NSAConfig",
+    "NativeSparseAttention",
+    "PatchReport",
+    "patch_model",
+    "supported_models",
+    "unpatch_model",
+]
+
+_LAZY = ("PatchReport", "patch_model", "supported_models", "unpatch_model")
+
+
+def __getattr__(name: str) -> Any:
+    """The Hugging Face side, imported on first use."""
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module("nsa_fsa.integrations.transformers"), name)

@@ -1,7 +1,7 @@
 """The operators of Native Sparse Attention, each usable alone: tensors first, then `cu_seqlens, max_seqlen`, then keywords."""
 
 from nsa_fsa.ops.block_selection import select_blocks
-from nsa_fsa.ops.compress import gather_windows, pool_windows
+from nsa_fsa.ops.compress import gather_windows, pool_windows, window_starts
 from nsa_fsa.ops.compressed_attention import compressed_attention
 from nsa_fsa.ops.gated_combine import gated_combine
 from nsa_fsa.ops.nsa_attention import Branches, nsa_attention
@@ -20,4 +20,5 @@ __all__ = [
     "select_blocks",
     "selected_attention",
     "sliding_window_attention",
+    "window_starts",
 ]

@@ -9,6 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 
+def _not_differentiable(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("this operator has no gradient")
+
+
 @dataclass(frozen=True)
 class Backend:
     """One implementation of one operator.
@@ -19,7 +23,7 @@ class Backend:
 
     name: str
     forward: Callable[..., Any]
-    backward: Callable[..., Any] | None = None
+    backward: Callable[..., Any] = _not_differentiable
     unavailable: Callable[[], str | None] = lambda: None
 
 

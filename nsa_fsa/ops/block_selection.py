@@ -1,6 +1,6 @@
 """Block selection as an operator: which blocks of keys each query reads. Carries no gradient."""
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def select_blocks(
     seqused_k: Tensor | None = None,
     return_scores: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Chooses, for every query and KV head, the blocks of keys to attend to (NSA paper, section 3.3.2).
 
     A block's score is the compressed-attention weight that the heads of the group give to the windows overlapping it, each
@@ -89,7 +89,7 @@ def _select(
     local_blocks: int,
     backend: str,
 ) -> Tensor:
-    layout = dict(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k)
+    layout: dict[str, Any] = dict(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k)
     check_compressed_rows(q, k_cmp, kernel_stride=kernel_stride, **layout)
     return backends.resolve("select_blocks", backend).forward(
         q, k_cmp, lse, **layout, scale=scale, kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size,
@@ -118,7 +118,7 @@ def _scores(
     block_size: int,
     backend: str,
 ) -> Tensor:
-    layout = dict(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k)
+    layout: dict[str, Any] = dict(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k)
     check_compressed_rows(q, k_cmp, kernel_stride=kernel_stride, **layout)
     return backends.resolve("block_scores", backend).forward(
         q, k_cmp, lse, **layout, scale=scale, kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size

@@ -1,6 +1,6 @@
 """Compression windows as operators: gathered (for the linear, mlp and gated kinds) or pooled (mean and weighted)."""
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
@@ -73,6 +73,16 @@ def gather_windows(
     return _gather(x, cu_seqlens, max_seqlen, kernel_size, kernel_stride, seqused_k, backend)
 
 
+def window_starts(
+    x: Tensor, cu_seqlens: Tensor, *, kernel_size: int, kernel_stride: int, seqused_k: Tensor | None = None
+) -> Tensor:
+    """The row of x `[T, ...]` at which each compression window begins, int64 `[T // kernel_stride]`.
+
+    Rows of windows that no sequence owns point somewhere inside x. Plain tensor arithmetic, without a host sync.
+    """
+    return reference.window_rows(x, cu_seqlens, kernel_size, kernel_stride, seqused_k)[0][:, 0]
+
+
 @torch.library.custom_op("nsa_fsa::pool_windows", mutates_args=())
 def _pool(
     x: Tensor,
@@ -106,7 +116,7 @@ def _pool_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     backward = backends.resolve("pool_windows", backend).backward
-    sizes = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
+    sizes: dict[str, Any] = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
     return backward(dpooled, x, weight, cu_seqlens, **sizes)
 
 

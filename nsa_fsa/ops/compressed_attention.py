@@ -1,5 +1,7 @@
 """Compressed attention as an operator."""
 
+from typing import Any
+
 from torch import Tensor
 
 from nsa_fsa import reference
@@ -21,7 +23,7 @@ def compressed_attention(
     seqused_k: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Attention of every query over the compressed tokens whose whole window lies in its past (NSA paper, section 3.3.1).
 
     Query t sees compressed token i iff `i * kernel_stride + kernel_size - 1 <= t`.

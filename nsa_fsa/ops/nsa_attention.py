@@ -1,6 +1,6 @@
 """The whole core of Native Sparse Attention: queries, keys, values and gates in, output out."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -44,7 +44,7 @@ def nsa_attention(
     seqused_k: Tensor | None = None,
     return_branches: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Branches]:
+) -> Any:
     """Compressed, selected and sliding window attention, mixed by gates (NSA paper, eq. 5).
 
     Args:
@@ -63,9 +63,9 @@ def nsa_attention(
     Raises:
         ValueError: for inconsistent shapes, dtypes, devices, sequence descriptors or sizes.
     """
-    layout = dict(cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k, scale=scale, backend=backend)
-    windows = dict(kernel_size=kernel_size, kernel_stride=kernel_stride)
-    forced = dict(init_blocks=init_blocks, local_blocks=local_blocks)
+    layout: dict[str, Any] = dict(cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k, scale=scale, backend=backend)
+    windows: dict[str, Any] = dict(kernel_size=kernel_size, kernel_stride=kernel_stride)
+    forced: dict[str, Any] = dict(init_blocks=init_blocks, local_blocks=local_blocks)
 
     o_cmp, lse_cmp = compressed_attention(q, k_cmp, v_cmp, cu_seqlens, max_seqlen, return_lse=True, **windows, **layout)
     block_indices = select_blocks(

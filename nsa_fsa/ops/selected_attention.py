@@ -1,5 +1,7 @@
 """Selected attention as an operator."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def selected_attention(
     seqused_k: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Attention of every query over the keys of the blocks it selected (NSA paper, section 3.3.2; FSA paper, section 3).
 
     Query t of a group sees position p iff `p // block_size` is among its block indices and `p <= t`.

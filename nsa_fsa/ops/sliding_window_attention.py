@@ -1,5 +1,7 @@
 """Sliding window attention as an operator."""
 
+from typing import Any
+
 from torch import Tensor
 
 from nsa_fsa import reference
@@ -20,7 +22,7 @@ def sliding_window_attention(
     seqused_k: Tensor | None = None,
     return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Attention of every query over the last `window_size` positions, its own included (NSA paper, section 3.3.3).
 
     Args:

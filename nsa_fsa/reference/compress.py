@@ -4,6 +4,8 @@ Window i of a sequence covers positions `[i*s, i*s + l)`; an incomplete last win
 is row `cu_seqlens[b] // s + i` of the packed result: there is always room, and no offset has to be read from the device.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -81,7 +83,7 @@ def pool_windows_backward(
     seqused_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `pool_windows` with respect to x and weight (None for the mean)."""
-    sizes = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
+    sizes: dict[str, Any] = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
     wide = _pool_weight(weight, x, kernel_size)
     _, owned = window_rows(x, cu_seqlens, kernel_size, kernel_stride, seqused_k)
     dpooled = torch.where(owned[:, None, None], dpooled, 0).to(wide.dtype)

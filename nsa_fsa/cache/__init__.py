@@ -1,0 +1,5 @@
+"""Decode state of a layer: keys, values, compressed keys and values, and the open window."""
+
+from nsa_fsa.cache.nsa_cache import KeyValues, NSACache
+
+__all__ = ["KeyValues", "NSACache"]

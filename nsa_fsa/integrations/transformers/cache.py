@@ -1,0 +1,110 @@
+"""The layer cache that a patched attention puts into a transformers `Cache`."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, StaticLayer
+
+from nsa_fsa.cache import NSACache
+from nsa_fsa.config import NSAConfig
+
+
+class NSACacheLayer(CacheLayerMixin):
+    """An `NSACache` that transformers' generation code can handle: beams, assisted decoding, static and dynamic caches.
+
+    Args:
+        config: the NSA layer's configuration.
+        max_length: None for a dynamic cache, a number of tokens for a static one.
+    """
+
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, config: NSAConfig, max_length: int | None = None) -> None:
+        super().__init__()
+        self.state = NSACache(config, max_length=max_length)
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to do: the state allocates its buffers at its first update."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        raise RuntimeError("an NSA layer updates its cache itself; this cache cannot be shared with a dense layer.")
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        length = self.state.num_tokens + query_length if self.state.max_length is None else self.state.max_length
+        return length, 0
+
+    def get_seq_length(self) -> int:
+        return self.state.num_tokens
+
+    def get_max_length(self) -> int:
+        return -1 if self.state.max_length is None else self.state.max_length
+
+    def reset(self) -> None:
+        self.state.reset()
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self.state.reorder(beam_idx)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        indices = torch.as_tensor(indices)
+        self.state.reorder(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self.state.repeat_interleave(repeats)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Removes `-tokens_to_remove` tokens, as transformers counts them."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop({tokens_to_remove}): pass the number of tokens to remove as a negative integer.")
+        self.state.crop(-tokens_to_remove)
+
+    def offload(self) -> None:
+        raise RuntimeError("NSA layers cannot be offloaded. Fix: a DynamicCache or StaticCache without offloading.")
+
+    prefetch = offload
+
+    @property
+    def record_past(self) -> bool:
+        """Whether everything since the last crop can be taken back; transformers turns this on for assisted decoding."""
+        return self.state.keep_history
+
+    @record_past.setter
+    def record_past(self, value: bool) -> None:
+        self.state.keep_history = value
+
+    def activate_past_recording(self) -> None:
+        self.record_past = True
+
+
+def layer_state(cache: Cache, layer_idx: int, config: NSAConfig) -> NSACache:
+    """The NSA state of a layer, put into the cache in the place of a still unused dynamic or static layer.
+
+    Raises:
+        TypeError: for a kind of layer that NSA cannot stand in for, such as a quantized or sliding one.
+        ValueError: for an offloaded cache, or one that a dense layer has already filled.
+    """
+    if getattr(cache, "offloading", False):
+        raise ValueError("NSA layers do not support offloaded caches. Fix: cache_implementation='dynamic' or 'static'.")
+    while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
+        cache.layers.append(cache.layer_class_to_replicate())
+    layer: Any = cache.layers[layer_idx]
+    if isinstance(layer, NSACacheLayer):
+        return layer.state
+    if type(layer) not in (DynamicLayer, StaticLayer):
+        raise TypeError(
+            f"layer {layer_idx} of the cache is a {type(layer).__name__}; an NSA layer can replace a DynamicLayer or a "
+            "StaticLayer. Fix: cache_implementation='dynamic' or 'static'."
+        )
+    if layer.is_initialized and layer.get_seq_length() > 0:
+        raise ValueError(
+            f"layer {layer_idx} of the cache already holds a dense layer's keys and values. Fix: start with a new cache "
+            "after patching a model."
+        )
+    replacement = NSACacheLayer(config, layer.max_cache_len if isinstance(layer, StaticLayer) else None)
+    cache.layers[layer_idx] = replacement
+    return replacement.state

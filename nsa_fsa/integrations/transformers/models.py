@@ -1,0 +1,111 @@
+"""Registered model classes: `nsa_llama`, `nsa_qwen2` and `nsa_qwen3`.
+
+They are the transformers classes with NSA attention installed at the end of the constructor. Their own `model_type` makes
+`save_pretrained` / `from_pretrained` round-trip exactly, and makes a transformers that does not know this package refuse
+the checkpoint instead of loading it dense.
+"""
+
+from typing import Any
+
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaModel,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
+
+from nsa_fsa.modules.compression import Compressor, LinearPhi, MLPPhi, PoolPhi
+from nsa_fsa.modules.gating import BranchGate
+
+
+class NSALlamaConfig(LlamaConfig):
+    """A Llama config with a field `nsa`: the fields of `NSAConfig`, and `layers`, the patched ones (None: all)."""
+
+    model_type = "nsa_llama"
+    nsa: dict[str, Any] | None = None
+
+
+class NSAQwen2Config(Qwen2Config):
+    """A Qwen2 config with a field `nsa`: the fields of `NSAConfig`, and `layers`, the patched ones (None: all)."""
+
+    model_type = "nsa_qwen2"
+    nsa: dict[str, Any] | None = None
+
+
+class NSAQwen3Config(Qwen3Config):
+    """A Qwen3 config with a field `nsa`: the fields of `NSAConfig`, and `layers`, the patched ones (None: all)."""
+
+    model_type = "nsa_qwen3"
+    nsa: dict[str, Any] | None = None
+
+
+class _NSAModel:
+    """Mixed in before a transformers model class: installs NSA attention, and initialises what it adds."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        from nsa_fsa.integrations.transformers.patch import install
+
+        install(self)  # type: ignore[arg-type]
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, (BranchGate, Compressor, LinearPhi, MLPPhi, PoolPhi)):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)  # type: ignore[misc]
+
+
+class NSALlamaModel(_NSAModel, LlamaModel):
+    config_class = NSALlamaConfig
+
+
+class NSALlamaForCausalLM(_NSAModel, LlamaForCausalLM):
+    config_class = NSALlamaConfig
+
+
+class NSAQwen2Model(_NSAModel, Qwen2Model):
+    config_class = NSAQwen2Config
+
+
+class NSAQwen2ForCausalLM(_NSAModel, Qwen2ForCausalLM):
+    config_class = NSAQwen2Config
+
+
+class NSAQwen3Model(_NSAModel, Qwen3Model):
+    config_class = NSAQwen3Config
+
+
+class NSAQwen3ForCausalLM(_NSAModel, Qwen3ForCausalLM):
+    config_class = NSAQwen3Config
+
+
+SPARSE_CLASS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
+    LlamaModel: NSALlamaModel,
+    LlamaForCausalLM: NSALlamaForCausalLM,
+    Qwen2Model: NSAQwen2Model,
+    Qwen2ForCausalLM: NSAQwen2ForCausalLM,
+    Qwen3Model: NSAQwen3Model,
+    Qwen3ForCausalLM: NSAQwen3ForCausalLM,
+}
+DENSE_CLASS = {sparse: dense for dense, sparse in SPARSE_CLASS.items()}
+
+for _dense, _sparse in SPARSE_CLASS.items():
+    _config: Any = _sparse.config_class
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+    _auto = AutoModelForCausalLM if _dense.__name__.endswith("ForCausalLM") else AutoModel
+    _auto.register(_config, _sparse, exist_ok=True)
+
+
+def supported_models() -> tuple[str, ...]:
+    """Names of the transformers classes that `patch_model` can patch."""
+    return tuple(cls.__name__ for cls in SPARSE_CLASS)

@@ -1,0 +1,7 @@
+"""nn.Modules: parameters, and the order in which the operators are called."""
+
+from nsa_fsa.modules.compression import Compressor
+from nsa_fsa.modules.gating import BranchGate
+from nsa_fsa.modules.native_sparse_attention import NativeSparseAttention
+
+__all__ = ["BranchGate", "Compressor", "NativeSparseAttention"]

@@ -1,0 +1,135 @@
+"""Compression: one token for every window of keys or values (spec: section 1).
+
+A `Compressor` adds the optional position embedding, asks the operators for pooled or gathered windows, and applies phi.
+Every learned phi but the MLP starts out as the mean, so that block scores make sense from the first step.
+
+Shapes: T tokens, N = T // kernel_stride windows, H = HKV heads, l = kernel_size, D the head width.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsa_fsa import ops
+from nsa_fsa.config import NSAConfig
+from nsa_fsa.ops import Layout
+
+
+class PoolPhi(nn.Module):
+    """A weighted mean over the window: learned softmax weights `[H, l]` per head, or equal ones."""
+
+    def __init__(self, num_heads: int, kernel_size: int, learned: bool, **factory) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.logits = nn.Parameter(torch.empty(num_heads, kernel_size, **factory)) if learned else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.logits is not None:
+            nn.init.zeros_(self.logits)
+
+    def weight(self) -> Tensor | None:
+        return None if self.logits is None else self.logits.float().softmax(-1)
+
+
+class LinearPhi(nn.Module):
+    """One linear map per head from the flattened window: `[N, H, l, D] -> [N, H, D]`."""
+
+    def __init__(self, num_heads: int, kernel_size: int, head_dim: int, gain: float = 1.0, **factory) -> None:
+        super().__init__()
+        self.kernel_size, self.gain = kernel_size, gain
+        self.weight = nn.Parameter(torch.empty(num_heads, kernel_size * head_dim, head_dim, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """`gain` times the mean over the window."""
+        eye = torch.eye(self.weight.shape[2], dtype=self.weight.dtype, device=self.weight.device)
+        with torch.no_grad():
+            self.weight.copy_(eye.repeat(self.kernel_size, 1) * (self.gain / self.kernel_size))
+
+    def forward(self, windows: Tensor) -> Tensor:
+        return torch.einsum("nhi,hio->nho", windows.flatten(2), self.weight)
+
+
+class MLPPhi(nn.Module):
+    """The NSA paper's form: the flattened window through one hidden layer, per head."""
+
+    def __init__(self, num_heads: int, kernel_size: int, head_dim: int, hidden_size: int, **factory) -> None:
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(num_heads, kernel_size * head_dim, hidden_size, **factory))
+        self.down = nn.Parameter(torch.empty(num_heads, hidden_size, head_dim, **factory))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in (self.up, self.down):
+            nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        hidden = torch.einsum("nhi,him->nhm", windows.flatten(2), self.up)
+        return torch.einsum("nhm,hmo->nho", nn.functional.gelu(hidden), self.down)
+
+
+class GatedPhi(nn.Module):
+    """Two linear maps of the flattened window, one through a sigmoid, multiplied."""
+
+    def __init__(self, num_heads: int, kernel_size: int, head_dim: int, **factory) -> None:
+        super().__init__()
+        # The gate starts at sigmoid(0) = 1/2, so twice the mean times the gate is the mean.
+        self.value_map = LinearPhi(num_heads, kernel_size, head_dim, gain=2.0, **factory)
+        self.gate_map = LinearPhi(num_heads, kernel_size, head_dim, gain=0.0, **factory)
+
+    def forward(self, windows: Tensor) -> Tensor:
+        return self.value_map(windows) * self.gate_map(windows).sigmoid()
+
+
+class Compressor(nn.Module):
+    """Keys or values of a packed batch to compressed tokens: `[T, H, D] -> [T // kernel_stride, H, D]`.
+
+    Args:
+        config: window sizes, head count, position embedding and backend.
+        kind: "mean", "weighted", "linear", "mlp" or "gated"; or an `nn.Module` mapping windows `[N, H, l, D]` to `[N, H, D]`.
+        head_dim: D of the tensors to compress.
+    """
+
+    def __init__(self, config: NSAConfig, kind: str | nn.Module, head_dim: int, **factory) -> None:
+        super().__init__()
+        self.kernel_size, self.kernel_stride, self.backend = config.kernel_size, config.kernel_stride, config.backend
+        self.phi = kind if isinstance(kind, nn.Module) else _make_phi(config, kind, head_dim, **factory)
+        self.position_embedding = (
+            nn.Parameter(torch.empty(config.num_kv_heads, config.kernel_size, head_dim, **factory))
+            if config.compress_position_embedding
+            else None
+        )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.position_embedding is not None:
+            nn.init.zeros_(self.position_embedding)
+
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        sizes: dict[str, Any] = dict(kernel_size=self.kernel_size, kernel_stride=self.kernel_stride)
+        where = (layout.cu_seqlens, layout.max_seqlen)
+        embedding = self.position_embedding
+        if isinstance(self.phi, PoolPhi):
+            weight = self.phi.weight()
+            pooled = ops.pool_windows(x, weight, *where, seqused_k=layout.seqused_k, backend=self.backend, **sizes)
+            if embedding is not None:  # pooling is linear, so the embedding may be pooled by itself
+                shift = embedding.mean(1) if weight is None else torch.einsum("hl,hld->hd", weight, embedding.float())
+                pooled = pooled + shift.to(pooled.dtype)
+            return pooled
+        windows = ops.gather_windows(x, *where, seqused_k=layout.seqused_k, backend=self.backend, **sizes)  # [N, H, l, D]
+        if embedding is not None:
+            windows = windows + embedding
+        return self.phi(windows)
+
+
+def _make_phi(config: NSAConfig, kind: str, head_dim: int, **factory) -> nn.Module:
+    heads, size = config.num_kv_heads, config.kernel_size
+    if kind in ("mean", "weighted"):
+        return PoolPhi(heads, size, learned=kind == "weighted", **factory)
+    if kind == "linear":
+        return LinearPhi(heads, size, head_dim, **factory)
+    if kind == "mlp":
+        return MLPPhi(heads, size, head_dim, config.compress_hidden_size, **factory)
+    return GatedPhi(heads, size, head_dim, **factory)

@@ -1,0 +1,285 @@
+"""NativeSparseAttention: the layer.
+
+Shapes: B sequences of up to S tokens, T tokens packed end to end, E hidden width, HQ and HKV heads, D and DV head widths.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from nsa_fsa.cache import KeyValues, NSACache
+from nsa_fsa.config import NSAConfig
+from nsa_fsa.modules.compression import Compressor
+from nsa_fsa.modules.gating import BranchGate
+from nsa_fsa.modules.rotary import RotaryEmbedding, apply_rotary
+from nsa_fsa.ops import Layout, backends, nsa_attention, window_starts
+from nsa_fsa.ops.varlen import pack_padded, positions, uniform_layout
+
+
+class Record(NamedTuple):
+    """What one forward of a layer decided; see `NativeSparseAttention.recorder`."""
+
+    layer_idx: int | None
+    block_indices: Tensor  # int32 [T, HKV, T_sel]
+    gates: Tensor  # [T, HQ or 1, 3], after the sigmoid
+    layout: Layout
+
+
+class NativeSparseAttention(nn.Module):
+    """Causal self-attention that reads compressed tokens, the best-scoring blocks of keys, and a sliding window.
+
+    Native Sparse Attention (Yuan et al., 2025), with the selected branch in the Flash Sparse Attention loop order (Yan et
+    al., 2025) where a GPU backend runs it. Parameter names of the projections are Hugging Face's.
+
+    With `config.gate_init="dense"` a layer that is given a dense layer's projections starts out as that layer, up to about
+    half a percent, on sequences of at most `num_selected_blocks * block_size` tokens, where the selected branch sees
+    every key.
+
+    Args:
+        config: the one dataclass that configures everything.
+        layer_idx: position in the model, for records and caches.
+        compressor_k, compressor_v: your own phi instead of `config.compress_k` / `compress_v`: an nn.Module mapping windows
+            `[N, HKV, kernel_size, D or DV]` to `[N, HKV, D or DV]`.
+        projections: existing modules to use as `q_proj`, `k_proj`, `v_proj`, `o_proj`, `q_norm` and `k_norm`.
+        device, dtype: where and in what precision the new parameters are made.
+
+    Raises:
+        ValueError: for a backend that no operator knows.
+        RuntimeError: for a backend that cannot run on this machine.
+
+    Example:
+        >>> config = NSAConfig(hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128)
+        >>> attn = NativeSparseAttention(config)
+        >>> y = attn(x)  # [B, S, 4096] -> [B, S, 4096]
+    """
+
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    q_norm: nn.Module
+    k_norm: nn.Module
+
+    def __init__(
+        self,
+        config: NSAConfig,
+        layer_idx: int | None = None,
+        *,
+        compressor_k: nn.Module | None = None,
+        compressor_v: nn.Module | None = None,
+        projections: Mapping[str, nn.Module] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        backends.resolve("selected_attention", config.backend)
+        self.config = config
+        self.layer_idx = layer_idx
+        factory: dict[str, Any] = dict(device=device, dtype=dtype)
+        for name, module in (projections or _make_projections(config, factory)).items():
+            setattr(self, name, module)
+        self.gate = BranchGate(
+            config.hidden_size, config.num_heads if config.gate == "per_head" else 1, config.gate_init, **factory
+        )
+        self.compress_k = Compressor(config, compressor_k or config.compress_k, config.head_dim, **factory)
+        self.compress_v = Compressor(config, compressor_v or config.compress_v, config.v_head_dim, **factory)
+        self.rotary = RotaryEmbedding(config) if config.rope_parameters is not None else None
+        # Called with a Record after every forward while set; `nsa_fsa.visualization.record` sets and clears it.
+        self.recorder: Callable[[Record], None] | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        *,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        max_seqlen: int | None = None,
+        position_ids: Tensor | None = None,
+        cache: NSACache | None = None,
+    ) -> Tensor:
+        """`[B, S, E]` -> `[B, S, E]`, in hidden_states' dtype.
+
+        Args:
+            hidden_states: `[B, S, E]`; with `cu_seqlens`, all sequences packed into one row, `[1, T, E]`.
+            position_embeddings: cos and sin, each `[B or 1, S, rotary_dim]`; default: computed from positions.
+            attention_mask: `[B, S]` or, with a cache, `[B, past + S]`; non-zero where a token is real. Padding may be on
+                either side; the output of a padded position is 0.
+            cu_seqlens: int32 `[number of sequences + 1]`, boundaries in a packed batch.
+            max_seqlen: an upper bound on the longest packed sequence; default T.
+            position_ids: `[B or 1, S]`, for the rotary embedding only; default: counted from each sequence's first real token.
+            cache: decode state; new tokens are appended to it, and everything it holds is attended to.
+
+        Raises:
+            ValueError: for a mask that is not 2D, packed input with a mask or a cache, or shapes that do not fit.
+        """
+        rows, layout = self._pack(hidden_states, attention_mask, cu_seqlens, max_seqlen, cache)
+        x = _take(hidden_states, rows)  # [T, E]
+
+        q, k, v = self._project(x)  # [T, HQ, D]; k and v: a tensor [T, HKV, D] per branch
+        cos, sin = self._rotation(hidden_states, rows, layout, position_embeddings, position_ids, cache)
+        q = _rotate(q, cos, sin)
+        keys = self._branch_keys(k, v, cos, sin)
+        if cache is None:
+            k_cmp, v_cmp = self._compress(keys.k_src, keys.v_src, keys.cos, keys.sin, layout)
+        else:
+            keys, k_cmp, v_cmp, layout = cache.update(keys, layout, self._compress)
+
+        c = self.config
+        gate_logits = self.gate(x)  # [T, HQ or 1, 3]
+        o, branches = nsa_attention(
+            q,
+            keys.k,
+            keys.v,
+            k_cmp,
+            v_cmp,
+            gate_logits,
+            layout.cu_seqlens,
+            layout.max_seqlen,
+            kernel_size=c.kernel_size,
+            kernel_stride=c.kernel_stride,
+            block_size=c.block_size,
+            num_selected_blocks=c.num_selected_blocks,
+            init_blocks=c.init_blocks,
+            local_blocks=c.local_blocks,
+            window_size=c.window_size,
+            k_swa=keys.k_swa,
+            v_swa=keys.v_swa,
+            scale=c.scale,
+            cu_seqlens_q=layout.cu_seqlens_q,
+            seqused_k=layout.seqused_k,
+            return_branches=True,
+            backend=c.backend,
+        )  # [T, HQ, DV]
+        if self.recorder is not None:
+            self.recorder(Record(self.layer_idx, branches.block_indices, gate_logits.detach().sigmoid(), layout))
+        return _put_back(self.o_proj(o.flatten(1)), rows, hidden_states)
+
+    def _pack(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max_seqlen: int | None,
+        cache: NSACache | None,
+    ) -> tuple[Tensor | None, Layout]:
+        """Rows of the flattened batch that hold real tokens (None: all of them), and where the sequences lie among those."""
+        if hidden_states.ndim != 3 or hidden_states.shape[2] != self.config.hidden_size:
+            raise ValueError(
+                f"hidden_states has shape {tuple(hidden_states.shape)}; it must be [B, S, {self.config.hidden_size}]. "
+                "Fix: add the batch axis, or check hidden_size in the config."
+            )
+        if cache is not None and cache.config != self.config:
+            raise ValueError("the cache was made for another config. Fix: NSACache(attn.config).")
+        batch_size, length = hidden_states.shape[:2]
+        if cu_seqlens is not None:
+            if batch_size != 1 or attention_mask is not None or cache is not None:
+                raise ValueError(
+                    f"cu_seqlens describes sequences packed into one row [1, T, E], without attention_mask or cache, but the "
+                    f"batch has {batch_size} rows, attention_mask is {'' if attention_mask is None else 'not '}None and cache "
+                    f"is {'' if cache is None else 'not '}None. Fix: pass either cu_seqlens or a padded batch."
+                )
+            return None, Layout(cu_seqlens, length if max_seqlen is None else max_seqlen)
+        if attention_mask is None:
+            return None, uniform_layout(batch_size, length, hidden_states.device)
+        past = 0 if cache is None else cache.num_tokens
+        if attention_mask.shape not in ((batch_size, length), (batch_size, past + length)):
+            raise ValueError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be [B, S] = {(batch_size, length)}"
+                + (f" or [B, past + S] = {(batch_size, past + length)}" if past else "")
+                + ". Fix: pass the 2D padding mask; this layer is causal by itself and takes no other mask."
+            )
+        rows, boundaries = pack_padded(attention_mask[:, -length:])
+        return rows, Layout(boundaries, length)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """x `[T, E]` -> q `[T, HQ, D]`, and for each branch k `[T, HKV, D]` and v `[T, HKV, DV]`: one tensor three times, or
+        three tensors with `kv_per_branch`."""
+        c = self.config
+        q = self.q_norm(self.q_proj(x).unflatten(-1, (c.num_heads, c.head_dim)))
+        k = self.k_norm(self.k_proj(x).unflatten(-1, (c.num_kv_heads, -1, c.head_dim)))  # [T, HKV, 1 or 3, D]
+        v = self.v_proj(x).unflatten(-1, (c.num_kv_heads, -1, c.v_head_dim))
+        # Under autocast a norm returns float32 where the projections return 16 bits.
+        q, k = q.to(v.dtype), k.to(v.dtype)
+        if c.kv_per_branch:
+            return q, k.unbind(2), v.unbind(2)
+        return q, (k.squeeze(2),) * 3, (v.squeeze(2),) * 3
+
+    def _rotation(
+        self,
+        hidden_states: Tensor,
+        rows: Tensor | None,
+        layout: Layout,
+        position_embeddings: tuple[Tensor, Tensor] | None,
+        position_ids: Tensor | None,
+        cache: NSACache | None,
+    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """cos and sin of the packed tokens, `[T, rotary_dim]`; None where nothing is rotated."""
+        batch = hidden_states.shape[:2]
+        if position_embeddings is not None:
+            cos, sin = (_take(x.expand(*batch, -1), rows) for x in position_embeddings)
+            return cos, sin
+        if self.rotary is None:
+            return None, None
+        num_rows = batch.numel() if rows is None else rows.shape[0]
+        if position_ids is not None:
+            position = _take(position_ids.expand(batch)[..., None], rows).squeeze(-1)
+        elif cache is not None:
+            position = cache.next_positions(layout, num_rows)
+        else:
+            position = positions(layout.cu_seqlens, num_rows)
+        past = 0 if cache is None else cache.num_tokens
+        return self.rotary(position, past + layout.max_seqlen, hidden_states.dtype)
+
+    def _branch_keys(self, k: tuple[Tensor, ...], v: tuple[Tensor, ...], cos: Tensor | None, sin: Tensor | None) -> KeyValues:
+        """Rotates the keys of every branch, and puts beside them what compression reads."""
+        if self.config.kv_per_branch:
+            k_cmp, k_slc, k_swa = (_rotate(x, cos, sin) for x in k)
+        else:
+            k_cmp = k_slc = k_swa = _rotate(k[0], cos, sin)
+        if self.config.compress_rope == "before":
+            return KeyValues(k_slc, v[1], k_swa, v[2], k_cmp, v[0])
+        return KeyValues(k_slc, v[1], k_swa, v[2], k[0], v[0], cos, sin)
+
+    def _compress(
+        self, k_src: Tensor, v_src: Tensor, cos: Tensor | None, sin: Tensor | None, layout: Layout
+    ) -> tuple[Tensor, Tensor]:
+        """Compressed keys and values of a packed batch; keys are rotated as their window's first position."""
+        k_cmp = self.compress_k(k_src, layout).to(k_src.dtype)
+        v_cmp = self.compress_v(v_src, layout).to(v_src.dtype)
+        if cos is not None and sin is not None:
+            sizes: dict[str, Any] = dict(kernel_size=self.config.kernel_size, kernel_stride=self.config.kernel_stride)
+            first = window_starts(k_src, layout.cu_seqlens, seqused_k=layout.seqused_k, **sizes)
+            k_cmp = _rotate(k_cmp, cos[first], sin[first])
+        return k_cmp, v_cmp
+
+
+def _make_projections(config: NSAConfig, factory: dict[str, Any]) -> dict[str, nn.Module]:
+    c = config
+    num_kv = c.num_kv_heads * (3 if c.kv_per_branch else 1)  # ordered head by head, then branch by branch
+    return {
+        "q_proj": nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias, **factory),
+        "k_proj": nn.Linear(c.hidden_size, num_kv * c.head_dim, bias=c.qkv_bias, **factory),
+        "v_proj": nn.Linear(c.hidden_size, num_kv * c.v_head_dim, bias=c.qkv_bias, **factory),
+        "o_proj": nn.Linear(c.num_heads * c.v_head_dim, c.hidden_size, bias=c.o_bias, **factory),
+        "q_norm": nn.RMSNorm(c.head_dim, eps=c.qk_norm_eps, **factory) if c.qk_norm else nn.Identity(),
+        "k_norm": nn.RMSNorm(c.head_dim, eps=c.qk_norm_eps, **factory) if c.qk_norm else nn.Identity(),
+    }
+
+
+def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    return x if cos is None or sin is None else apply_rotary(x, cos, sin).to(x.dtype)
+
+
+def _take(x: Tensor, rows: Tensor | None) -> Tensor:
+    """`[B, S, ...]` -> the packed rows `[T, ...]`."""
+    return x.flatten(0, 1) if rows is None else x.flatten(0, 1).index_select(0, rows)
+
+
+def _put_back(x: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
+    """The packed rows `[T, E]` -> `[B, S, E]`, 0 where there was padding."""
+    if rows is not None:
+        x = x.new_zeros(like.shape[0] * like.shape[1], x.shape[1]).index_copy(0, rows, x)
+    return x.unflatten(0, like.shape[:2])
