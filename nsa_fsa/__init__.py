@@ -30,3 +30,7 @@ def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module("nsa_fsa.integrations.transformers"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,10 @@ GATE_KINDS = ("per_head", "per_token")
 GATE_INITS = ("balanced", "dense")
 COMPRESS_ROPE = ("after", "before")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+_ROPE_KEYS = (
+    "rope_type", "rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings", "attention_factor",
+    "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor", "high_freq_factor",
+)  # fmt: skip
 
 # The paper's two kernel settings (block size x selected blocks), and one small enough to watch on a CPU: at 1,024 tokens
 # `tiny` attends at most 96 selected + 32 recent keys and 127 compressed tokens, a quarter of what dense attention reads.
@@ -67,6 +72,9 @@ class NSAConfig:
             passes `position_embeddings`.
         max_position_embeddings: length the model was made for; "dynamic" and "yarn" scale relative to it.
         backend: which implementation of the operators runs; "auto" takes the fastest that can.
+
+    Fields that default to another field's value are filled in at construction; `dataclasses.replace(config, head_dim=64)`
+    therefore has to name `v_head_dim`, `scale` and `compress_hidden_size` as well.
 
     Raises:
         ValueError: names the field, its value, what is allowed and how to fix it.
@@ -134,9 +142,9 @@ class NSAConfig:
         self._fill_if_none("compress_hidden_size", self.head_dim)
         self._fill_if_none("scale", self.head_dim**-0.5)
         self._require(
-            isinstance(self.scale, (int, float)) and self.scale > 0,
+            _is_positive_number(self.scale),
             "scale",
-            "a positive number",
+            "a positive finite number",
             "leave it out for head_dim ** -0.5",
         )
 
@@ -180,9 +188,12 @@ class NSAConfig:
         for name in ("compress_position_embedding", "kv_per_branch", "qk_norm", "qkv_bias", "o_bias"):
             self._require(isinstance(getattr(self, name), bool), name, "True or False", "pass a bool")
         self._require(
-            isinstance(self.qk_norm_eps, float) and self.qk_norm_eps > 0, "qk_norm_eps", "a positive float", "1e-6 is usual"
+            _is_positive_number(self.qk_norm_eps),
+            "qk_norm_eps",
+            "a positive finite number",
+            "1.0e-6 is usual (YAML reads 1e-6, without the point, as text)",
         )
-        self._require(isinstance(self.backend, str), "backend", "a backend's name", 'use "auto"')
+        self._require(isinstance(self.backend, str) and self.backend != "", "backend", "a backend's name", 'use "auto"')
         self._check_rope()
 
     def _check_rope(self) -> None:
@@ -190,10 +201,8 @@ class NSAConfig:
             return
         self._require(isinstance(self.rope_parameters, Mapping), "rope_parameters", "a dict or None", "see the docstring")
         rope = dict(self.rope_parameters)
-        if "rope_type" not in rope:
-            rope["rope_type"] = rope.pop("type", "default")  # the key's name before transformers 5
+        rope.setdefault("rope_type", rope.pop("type", "default"))  # the key's name before transformers 5
         rope.setdefault("rope_theta", 10000.0)
-        self._fill("rope_parameters", rope)
         self._require(
             rope["rope_type"] in ROPE_TYPES,
             "rope_parameters",
@@ -208,6 +217,15 @@ class NSAConfig:
         }.get(rope["rope_type"], ())
         missing = [key for key in needed if key not in rope]
         self._require(not missing, "rope_parameters", f"the keys {needed} for {rope['rope_type']!r}", f"add {missing}")
+        unknown = [key for key in rope if key not in _ROPE_KEYS]
+        self._require(not unknown, "rope_parameters", f"made of the keys {_ROPE_KEYS}", f"check the spelling of {unknown}")
+        wrong = [key for key in ("rope_theta", "factor", "partial_rotary_factor") if not _is_positive_number(rope.get(key, 1))]
+        self._require(
+            not wrong and rope.get("partial_rotary_factor", 1) <= 1,
+            "rope_parameters",
+            "positive finite numbers, with partial_rotary_factor at most 1",
+            f"check {wrong or 'partial_rotary_factor'} (YAML reads 1e6, without a point, as text)",
+        )
         rotary_dim = int(self.head_dim * rope.get("partial_rotary_factor", 1.0))
         self._require(
             rotary_dim % 2 == 0 and rotary_dim > 0,
@@ -215,6 +233,7 @@ class NSAConfig:
             "even (in its rotated part), because RoPE rotates pairs",
             "use an even head_dim or rope_parameters=None",
         )
+        self._fill("rope_parameters", rope)  # last, so that errors show what was passed
 
     def _fill(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # the one way to complete a frozen dataclass
@@ -251,7 +270,7 @@ class NSAConfig:
         known = [f.name for f in dataclasses.fields(cls)]
         for key in values:
             if key not in known:
-                near = difflib.get_close_matches(key, known, n=1)
+                near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}."
                 raise ValueError(f"NSAConfig has no field {key!r}; {hint}")
         missing = [key for key in ("hidden_size", "num_heads", "num_kv_heads") if key not in values]
@@ -286,6 +305,7 @@ class NSAConfig:
                 f"model_type={model_type!r} is not supported: allowed are 'llama', 'qwen2' and 'qwen3'. "
                 "Fix: build NSAConfig yourself and use NativeSparseAttention inside your own model."
             )
+        rope = getattr(hf_config, "rope_parameters", None)
         attention_bias = bool(getattr(hf_config, "attention_bias", False))
         values: dict[str, Any] = dict(
             hidden_size=hf_config.hidden_size,
@@ -296,11 +316,15 @@ class NSAConfig:
             o_bias=False if family == "qwen2" else attention_bias,
             qk_norm=family == "qwen3",
             qk_norm_eps=float(hf_config.rms_norm_eps),
-            rope_parameters=dict(hf_config.rope_parameters),
+            rope_parameters=None if rope is None else dict(rope),
             max_position_embeddings=hf_config.max_position_embeddings,
             gate_init="dense",
         )
         return cls.from_dict({"preset": preset or "fsa-64x16", **values, **overrides})
+
+
+def _is_positive_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -309,6 +333,6 @@ def preset(name: str) -> dict[str, Any]:
     Raises:
         ValueError: for an unknown name.
     """
-    if name not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise ValueError(f"preset={name!r} is not known: allowed are {tuple(PRESETS)}. Fix: pick one, or set the fields.")
     return dict(PRESETS[name])

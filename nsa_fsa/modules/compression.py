@@ -30,7 +30,9 @@ class PoolPhi(nn.Module):
             nn.init.zeros_(self.logits)
 
     def weight(self) -> Tensor | None:
-        return None if self.logits is None else self.logits.float().softmax(-1)
+        if self.logits is None:
+            return None
+        return self.logits.to(torch.promote_types(self.logits.dtype, torch.float32)).softmax(-1)
 
 
 class LinearPhi(nn.Module):
@@ -115,7 +117,7 @@ class Compressor(nn.Module):
             weight = self.phi.weight()
             pooled = ops.pool_windows(x, weight, *where, seqused_k=layout.seqused_k, backend=self.backend, **sizes)
             if embedding is not None:  # pooling is linear, so the embedding may be pooled by itself
-                shift = embedding.mean(1) if weight is None else torch.einsum("hl,hld->hd", weight, embedding.float())
+                shift = embedding.mean(1) if weight is None else torch.einsum("hl,hld->hd", weight, embedding.to(weight.dtype))
                 pooled = pooled + shift.to(pooled.dtype)
             return pooled
         windows = ops.gather_windows(x, *where, seqused_k=layout.seqused_k, backend=self.backend, **sizes)  # [N, H, l, D]

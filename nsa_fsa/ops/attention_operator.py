@@ -58,7 +58,7 @@ def define_attention(name: str, arguments: str, check_values: Callable[..., None
 
     @backward.register_fake
     def _(do, q, k, v, *rest):
-        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
     def setup_context(ctx, inputs, output):
         q, k, v, *rest = inputs

@@ -56,13 +56,18 @@ def select_blocks(
     validation.check_positive(num_selected_blocks=num_selected_blocks)
     validation.require(
         init_blocks >= 0 and local_blocks >= 0 and init_blocks + local_blocks <= num_selected_blocks,
-        f"init_blocks={init_blocks} and local_blocks={local_blocks} must be >= 0 and together at most "
-        f"num_selected_blocks={num_selected_blocks}.",
+        lambda: (
+            f"init_blocks={init_blocks} and local_blocks={local_blocks} must be >= 0 and together at most "
+            f"num_selected_blocks={num_selected_blocks}."
+        ),
     )
     validation.check_attention(q, k_cmp, None, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, compressed=True)
     validation.require(
-        lse.shape == q.shape[:2] and lse.dtype in (torch.float32, torch.float64),
-        f"lse is {lse.dtype} {tuple(lse.shape)}; it must be float32 or float64 [T, HQ] = {tuple(q.shape[:2])}.",
+        lse.shape == q.shape[:2] and lse.dtype in (torch.float32, torch.float64) and lse.device == q.device,
+        lambda: (
+            f"lse is {lse.dtype} {tuple(lse.shape)} on {lse.device}; it must be float32 or float64 [T, HQ] = "
+            f"{tuple(q.shape[:2])} on {q.device}."
+        ),
     )
     layout = (cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, validation.default_scale(q, scale))
     windows = (kernel_size, kernel_stride, block_size)

@@ -44,8 +44,10 @@ def pool_windows(
     if weight is not None:
         validation.require(
             weight.shape == (x.shape[1], kernel_size) and weight.dtype.is_floating_point and weight.device == x.device,
-            f"weight is {weight.dtype} {tuple(weight.shape)} on {weight.device}; it must be a float tensor "
-            f"[HKV, kernel_size] = {(x.shape[1], kernel_size)} on {x.device}.",
+            lambda: (
+                f"weight is {weight.dtype} {tuple(weight.shape)} on {weight.device}; it must be a float tensor "
+                f"[HKV, kernel_size] = {(x.shape[1], kernel_size)} on {x.device}."
+            ),
         )
     return _pool(x, weight, cu_seqlens, max_seqlen, kernel_size, kernel_stride, seqused_k, backend)
 
@@ -122,7 +124,7 @@ def _pool_backward(
 
 @_pool_backward.register_fake
 def _(dpooled, x, weight, cu_seqlens, kernel_size, kernel_stride, seqused_k, backend):
-    return torch.empty_like(x), torch.empty_like(weight)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _pool_setup(ctx, inputs, output):
@@ -177,7 +179,7 @@ def _gather_backward(
 
 @_gather_backward.register_fake
 def _(dwindows, x, cu_seqlens, kernel_size, kernel_stride, seqused_k, backend):
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 def _gather_setup(ctx, inputs, output):

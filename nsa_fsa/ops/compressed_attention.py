@@ -66,8 +66,10 @@ def check_compressed_rows(
     validation.check_layout_values(q.shape[0], num_tokens, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
     validation.require(
         k_cmp.shape[0] >= num_tokens // kernel_stride,
-        f"k_cmp has {k_cmp.shape[0]} rows; {num_tokens} tokens with kernel_stride={kernel_stride} need "
-        f"{num_tokens // kernel_stride}.",
+        lambda: (
+            f"k_cmp has {k_cmp.shape[0]} rows; {num_tokens} tokens with kernel_stride={kernel_stride} need "
+            f"{num_tokens // kernel_stride}."
+        ),
     )
 
 

@@ -25,16 +25,19 @@ def gated_combine(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tens
         validation.check_rows(name, o, 3, "[T, HQ, DV]")
         validation.require(
             o.shape == o_cmp.shape and o.dtype == o_cmp.dtype and o.device == o_cmp.device,
-            f"{name} is {o.dtype} {tuple(o.shape)} on {o.device} but o_cmp is {o_cmp.dtype} {tuple(o_cmp.shape)} on "
-            f"{o_cmp.device}: the branches must agree.",
+            lambda: (
+                f"{name} is {o.dtype} {tuple(o.shape)} on {o.device} but o_cmp is {o_cmp.dtype} {tuple(o_cmp.shape)} on "
+                f"{o_cmp.device}: the branches must agree."
+            ),
         )
     validation.check_rows("gate_logits", gate_logits, 3, "[T, HQ or 1, 3]")
     validation.require(
         gate_logits.shape[0] == o_cmp.shape[0] and gate_logits.shape[1] in (1, o_cmp.shape[1]) and gate_logits.shape[2] == 3,
-        f"gate_logits has shape {tuple(gate_logits.shape)}; it must be [{o_cmp.shape[0]}, {o_cmp.shape[1]} or 1, 3].",
+        lambda: f"gate_logits has shape {tuple(gate_logits.shape)}; it must be [{o_cmp.shape[0]}, {o_cmp.shape[1]} or 1, 3].",
     )
     validation.require(
-        gate_logits.device == o_cmp.device, f"gate_logits is on {gate_logits.device} but the branches on {o_cmp.device}."
+        gate_logits.device == o_cmp.device,
+        lambda: f"gate_logits is on {gate_logits.device} but the branches on {o_cmp.device}.",
     )
     return _forward(gate_logits, o_cmp, o_slc, o_swa, backend)
 
@@ -58,7 +61,7 @@ def _backward(
 
 @_backward.register_fake
 def _(do, gate_logits, o_cmp, o_slc, o_swa, backend):
-    return torch.empty_like(gate_logits), *(o_cmp.new_empty(o_cmp.shape) for _ in range(3))
+    return gate_logits.new_empty(gate_logits.shape), *(o_cmp.new_empty(o_cmp.shape) for _ in range(3))
 
 
 def _setup_context(ctx, inputs, output):

@@ -62,22 +62,27 @@ def selected_attention(
         and block_indices.shape[:2] == (q.shape[0], k.shape[1])
         and block_indices.dtype == torch.int32
         and block_indices.device == q.device,
-        f"block_indices is {block_indices.dtype} {tuple(block_indices.shape)} on {block_indices.device}; it must be int32 "
-        f"[T, HKV, T_sel] = [{q.shape[0]}, {k.shape[1]}, T_sel] on {q.device}.",
+        lambda: (
+            f"block_indices is {block_indices.dtype} {tuple(block_indices.shape)} on {block_indices.device}; it must be int32 "
+            f"[T, HKV, T_sel] = [{q.shape[0]}, {k.shape[1]}, T_sel] on {q.device}."
+        ),
     )
     if isinstance(block_counts, int):
-        validation.require(block_counts >= 0, f"block_counts={block_counts} must be >= 0.")
+        validation.require(block_counts >= 0, lambda: f"block_counts={block_counts} must be >= 0.")
         block_indices, block_counts = block_indices[..., :block_counts], None
     if block_counts is not None:
         validation.require(
             block_counts.shape == block_indices.shape[:2]
             and block_counts.dtype == torch.int32
             and block_counts.device == q.device,
-            f"block_counts is {block_counts.dtype} {tuple(block_counts.shape)} on {block_counts.device}; it must be an int, "
-            f"or int32 [T, HKV] = {tuple(block_indices.shape[:2])} on {q.device}.",
+            lambda: (
+                f"block_counts is {block_counts.dtype} {tuple(block_counts.shape)} on {block_counts.device}; it must be an "
+                f"int, or int32 [T, HKV] = {tuple(block_indices.shape[:2])} on {q.device}."
+            ),
         )
     validation.require(
-        init_blocks >= 0 and local_blocks >= 0, f"init_blocks={init_blocks} and local_blocks={local_blocks} must be >= 0."
+        init_blocks >= 0 and local_blocks >= 0,
+        lambda: f"init_blocks={init_blocks} and local_blocks={local_blocks} must be >= 0.",
     )
     o, lse = _operator(
         q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, validation.default_scale(q, scale),

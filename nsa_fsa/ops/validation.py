@@ -1,26 +1,28 @@
 """Checks on operator arguments: bad input is refused, with the value and the fix, before anything is launched."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def require(ok: bool, message: str) -> None:
-    """Raises ValueError(message) unless ok."""
+def require(ok: bool, message: Callable[[], str]) -> None:
+    """Raises ValueError(message()) unless ok. A message is only made when needed: printing a symbolic shape would pin it."""
     if not ok:
-        raise ValueError(message)
+        raise ValueError(message())
 
 
 def check_positive(**values: int) -> None:
     for name, value in values.items():
-        require(isinstance(value, int) and value >= 1, f"{name}={value!r} must be an int >= 1.")
+        require(isinstance(value, int) and value >= 1, lambda: f"{name}={value!r} must be an int >= 1.")
 
 
 def check_rows(name: str, x: Tensor, ndim: int, shape: str) -> None:
     """A floating-point tensor of `ndim` axes."""
-    require(x.ndim == ndim, f"{name} has shape {tuple(x.shape)}; it must be {shape}.")
-    require(x.dtype in FLOAT_DTYPES, f"{name} has dtype {x.dtype}; it must be one of {FLOAT_DTYPES}.")
+    require(x.ndim == ndim, lambda: f"{name} has shape {tuple(x.shape)}; it must be {shape}.")
+    require(x.dtype in FLOAT_DTYPES, lambda: f"{name} has dtype {x.dtype}; it must be one of {FLOAT_DTYPES}.")
 
 
 def check_layout(
@@ -29,8 +31,10 @@ def check_layout(
     """Types and shapes of the sequence descriptors (their values: `check_layout_values`)."""
     require(
         isinstance(max_seqlen, (int, torch.SymInt)) and max_seqlen >= 0,
-        f"max_seqlen={max_seqlen!r} must be a Python int >= 0, so that nothing is read back from the device. "
-        "Fix: pass the length you pack to, or int(lengths.max()).",
+        lambda: (
+            f"max_seqlen={max_seqlen!r} must be a Python int >= 0, so that nothing is read back from the device. "
+            "Fix: pass the length you pack to, or int(lengths.max())."
+        ),
     )
     num_sequences = cu_seqlens.shape[0] - 1 if cu_seqlens.ndim == 1 else -1
     for name, x, size in (
@@ -41,11 +45,13 @@ def check_layout(
         if x is None:
             continue
         require(
-            x.dtype == torch.int32 and x.ndim == 1 and x.shape[0] == size and size >= 0,
-            f"{name} has dtype {x.dtype} and shape {tuple(x.shape)}; it must be int32 "
-            f"[{'batch' if name == 'seqused_k' else 'batch + 1'}]. Fix: {name}.int(), one entry per sequence.",
+            x.dtype == torch.int32 and x.ndim == 1 and x.shape[0] == size and num_sequences >= 0,
+            lambda: (
+                f"{name} has dtype {x.dtype} and shape {tuple(x.shape)}; it must be int32 "
+                f"[{'batch' if name == 'seqused_k' else 'batch + 1'}]. Fix: {name}.int(), one entry per sequence."
+            ),
         )
-        require(x.device == device, f"{name} is on {x.device}, the other tensors on {device}. Fix: move it there.")
+        require(x.device == device, lambda: f"{name} is on {x.device}, the other tensors on {device}. Fix: move it there.")
 
 
 def check_layout_values(
@@ -58,21 +64,23 @@ def check_layout_values(
     lengths = starts.diff()
     require(
         bool((lengths >= 0).all()) and int(starts[0]) == 0 and int(starts[-1]) == num_keys,
-        f"cu_seqlens={cu_seqlens.tolist()} must rise from 0 to the number of key rows, {num_keys}.",
+        lambda: f"cu_seqlens={cu_seqlens.tolist()} must rise from 0 to the number of key rows, {num_keys}.",
     )
     if cu_seqlens_q is not None:
         require(
             bool((cu_seqlens_q.diff() >= 0).all()) and int(cu_seqlens_q[0]) == 0 and int(cu_seqlens_q[-1]) == num_queries,
-            f"cu_seqlens_q={cu_seqlens_q.tolist()} must rise from 0 to the number of query rows, {num_queries}.",
+            lambda: f"cu_seqlens_q={cu_seqlens_q.tolist()} must rise from 0 to the number of query rows, {num_queries}.",
         )
     if seqused_k is not None:
         require(
             bool(((seqused_k >= 0) & (seqused_k <= lengths)).all()),
-            f"seqused_k={seqused_k.tolist()} must lie between 0 and the rows of each sequence, {lengths.tolist()}.",
+            lambda: f"seqused_k={seqused_k.tolist()} must lie between 0 and the rows of each sequence, {lengths.tolist()}.",
         )
         lengths = seqused_k
     longest = int(lengths.max()) if len(lengths) else 0
-    require(longest <= max_seqlen, f"max_seqlen={max_seqlen} is less than the longest sequence, {longest}. Fix: raise it.")
+    require(
+        longest <= max_seqlen, lambda: f"max_seqlen={max_seqlen} is less than the longest sequence, {longest}. Fix: raise it."
+    )
 
 
 def check_attention(
@@ -92,20 +100,25 @@ def check_attention(
         if x is None:
             continue
         check_rows(name, x, 3, "[T // kernel_stride, HKV, D]" if compressed else "[T, HKV, D]")
-        require(x.dtype == q.dtype, f"{name} has dtype {x.dtype} but q has {q.dtype}. Fix: cast them to one dtype.")
-        require(x.device == q.device, f"{name} is on {x.device} but q is on {q.device}. Fix: move them together.")
+        require(x.dtype == q.dtype, lambda: f"{name} has dtype {x.dtype} but q has {q.dtype}. Fix: cast them to one dtype.")
+        require(x.device == q.device, lambda: f"{name} is on {x.device} but q is on {q.device}. Fix: move them together.")
         require(
             x.shape[:2] == k.shape[:2],
-            f"{name} has shape {tuple(x.shape)} but {names[0]} has {tuple(k.shape)}: rows and heads must agree.",
+            lambda: f"{name} has shape {tuple(x.shape)} but {names[0]} has {tuple(k.shape)}: rows and heads must agree.",
         )
-    require(k.shape[2] == q.shape[2], f"q has head width {q.shape[2]} but {names[0]} has {k.shape[2]}: they must agree.")
+    require(
+        k.shape[2] == q.shape[2], lambda: f"q has head width {q.shape[2]} but {names[0]} has {k.shape[2]}: they must agree."
+    )
     require(
         k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0,
-        f"q has {q.shape[1]} heads and {names[0]} has {k.shape[1]}: query heads must be a multiple of KV heads.",
+        lambda: f"q has {q.shape[1]} heads and {names[0]} has {k.shape[1]}: query heads must be a multiple of KV heads.",
     )
     require(
         compressed or cu_seqlens_q is not None or q.shape[0] == k.shape[0],
-        f"q has {q.shape[0]} rows and k has {k.shape[0]}. Fix: pass cu_seqlens_q when the queries are only the last positions.",
+        lambda: (
+            f"q has {q.shape[0]} rows and k has {k.shape[0]}. Fix: pass cu_seqlens_q when the queries are only the last "
+            "positions of their sequences."
+        ),
     )
     check_layout(q.device, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
 
@@ -115,14 +128,17 @@ def check_windows(kernel_size: int, kernel_stride: int, block_size: int | None =
     check_positive(kernel_size=kernel_size, kernel_stride=kernel_stride)
     require(
         kernel_size % kernel_stride == 0,
-        f"kernel_size={kernel_size} must be a multiple of kernel_stride={kernel_stride}.",
+        lambda: f"kernel_size={kernel_size} must be a multiple of kernel_stride={kernel_stride}.",
     )
     if block_size is None:
         return
     check_positive(block_size=block_size)
     require(
         block_size % kernel_stride == 0 and kernel_size <= block_size,
-        f"block_size={block_size} must be a multiple of kernel_stride={kernel_stride} and at least kernel_size={kernel_size}.",
+        lambda: (
+            f"block_size={block_size} must be a multiple of kernel_stride={kernel_stride} and at least "
+            f"kernel_size={kernel_size}."
+        ),
     )
 
 

@@ -38,7 +38,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, chunks: Iterable[Chunk], scale: f
         # The maximum only guards exp against overflow; where nothing is visible it is -inf and 0 serves as well.
         m = s.detach().amax(-1, keepdim=True)
         m = torch.where(m == -torch.inf, 0.0, m)
-        p = torch.exp(s - m)
+        p = s.sub_(m).exp_()
         z = p.sum(-1, keepdim=True)
         o_chunk = p.flatten(1, 2) @ _heads_first(v[keys], s.dtype)  # [HKV, G*M, DV]
         o_chunk = o_chunk.unflatten(1, p.shape[1:3]) / torch.where(z == 0, 1.0, z)
@@ -52,7 +52,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of `attention`'s o with respect to q, k and v, recomputing each chunk's weights from its lse."""
     dtype = compute_dtype(q)
-    dq = torch.zeros_like(q)
+    dq = q.new_zeros(q.shape)
     dk = torch.zeros(k.shape, dtype=dtype, device=k.device)  # summed over chunks, so kept wide
     dv = torch.zeros(v.shape, dtype=dtype, device=v.device)
     for rows, keys, visible in chunks:
@@ -61,27 +61,29 @@ def attention_backward(
         p = probabilities(q[rows], k[keys], lse[rows], visible, scale).flatten(1, 2)  # [HKV, G*M, N]
         q_, do_ = _group_rows(q[rows], k.shape[1], dtype), _group_rows(do[rows], k.shape[1], dtype)
         k_, v_ = _heads_first(k[keys], dtype), _heads_first(v[keys], dtype)
-        dp = do_ @ v_.mT
-        ds = p * (dp - (p * dp).sum(-1, keepdim=True)) * scale
-        dq[rows] = rearrange(ds @ k_, "h (g m) d -> m (h g) d", m=visible.shape[0]).to(dq.dtype)
-        dk[keys] += rearrange(ds.mT @ q_, "h n d -> n h d")
         dv[keys] += rearrange(p.mT @ do_, "h n d -> n h d")
+        # ds = p * (dp - sum(p * dp)), where sum(p * dp) = do . o needs no pass over the scores.
+        dp = do_ @ v_.mT
+        delta = (do_ * (p @ v_)).sum(-1, keepdim=True)
+        ds = dp.sub_(delta).mul_(p)
+        dq[rows] = rearrange(ds @ k_ * scale, "h (g m) d -> m (h g) d", m=visible.shape[0]).to(dq.dtype)
+        dk[keys] += rearrange(ds.mT @ q_ * scale, "h n d -> n h d")
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 def masked_scores(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
     """Scaled q k^T `[HKV, G, M, N]`, -inf where a query does not see a key."""
     dtype = compute_dtype(q)
-    s = _group_rows(q, k.shape[1], dtype) @ _heads_first(k, dtype).mT * scale
+    s = (_group_rows(q, k.shape[1], dtype) * scale) @ _heads_first(k, dtype).mT  # scaling q touches the fewest numbers
     s = rearrange(s, "h (g m) n -> h g m n", m=q.shape[0])
-    return s.masked_fill(~rearrange(visible, "m h n -> h 1 m n"), -torch.inf)
+    return s.masked_fill_(~rearrange(visible, "m h n -> h 1 m n"), -torch.inf)
 
 
 def probabilities(q: Tensor, k: Tensor, lse: Tensor, visible: Tensor, scale: float) -> Tensor:
     """Softmax weights `[HKV, G, M, N]` from a known lse `[M, HQ]`; 0 where a query sees nothing."""
     s = masked_scores(q, k, visible, scale)
     lse = rearrange(lse, "m (h g) -> h g m 1", h=k.shape[1])
-    return torch.exp(s - torch.where(lse == -torch.inf, 0.0, lse))
+    return s.sub_(torch.where(lse == -torch.inf, 0.0, lse)).exp_()
 
 
 def _group_rows(x: Tensor, num_kv_heads: int, dtype: torch.dtype) -> Tensor:

@@ -69,7 +69,7 @@ def pool_windows(
     """x `[T, HKV, D]`, weight `[HKV, l]` (None: the mean) -> weighted sums of the windows `[T // s, HKV, D]`."""
     weight = _pool_weight(weight, x, kernel_size)
     windows = gather_windows(x, cu_seqlens, kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
-    return torch.einsum("nhld,hl->nhd", windows.to(weight.dtype), weight).to(x.dtype)
+    return torch.einsum("nhld,hl->nhd", windows.to(weight.dtype), weight).to(x.dtype).contiguous()
 
 
 def pool_windows_backward(
@@ -92,7 +92,7 @@ def pool_windows_backward(
     if weight is None:
         return dx, None
     windows = gather_windows(x, cu_seqlens, **sizes).to(wide.dtype)
-    return dx, torch.einsum("nhld,nhd->hl", windows, dpooled).to(weight.dtype)
+    return dx, torch.einsum("nhld,nhd->hl", windows, dpooled).to(weight.dtype).contiguous()
 
 
 def _pool_weight(weight: Tensor | None, x: Tensor, kernel_size: int) -> Tensor:

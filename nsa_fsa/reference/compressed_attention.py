@@ -22,7 +22,7 @@ def chunks(
     for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
         first_token = sequence.k.start // kernel_stride
         n = num_windows(sequence.length, kernel_size, kernel_stride)
-        for rows, first, stop in query_chunks(sequence, chunk_size(q.shape[1], n)):
+        for rows, first, stop in query_chunks(sequence, chunk_size(q, n)):
             n_seen = num_windows(stop, kernel_size, kernel_stride)
             t = torch.arange(first, stop, device=q.device)
             window_end = torch.arange(n_seen, device=q.device) * kernel_stride + kernel_size - 1

@@ -26,5 +26,6 @@ def gated_combine_backward(
     if gate_logits.shape[1] == 1:
         dg = dg.sum(1, keepdim=True)
     dbranches = (do[..., None] * g[:, :, None, :]).to(o_cmp.dtype)
-    do_cmp, do_slc, do_swa = (x.contiguous() for x in dbranches.unbind(-1))
-    return (dg * g * (1 - g)).to(gate_logits.dtype), do_cmp, do_slc, do_swa
+    # Cloned, because an operator's outputs must not share memory, not even that of an empty tensor.
+    do_cmp, do_slc, do_swa = (x.clone(memory_format=torch.contiguous_format) for x in dbranches.unbind(-1))
+    return (dg * g * (1 - g)).to(gate_logits.dtype).contiguous(), do_cmp, do_slc, do_swa

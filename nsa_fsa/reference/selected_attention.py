@@ -21,7 +21,7 @@ def chunks(
     """Which keys each chunk of queries sees. Indices may repeat, be unsorted, negative or out of range."""
     slot = torch.arange(block_indices.shape[2], device=q.device)
     for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
-        for rows, first, stop in query_chunks(sequence, chunk_size(q.shape[1], sequence.length)):
+        for rows, first, stop in query_chunks(sequence, chunk_size(q, sequence.length)):
             t = torch.arange(first, stop, device=q.device)
             num_blocks = -(-stop // block_size)
             index = block_indices[rows].long()  # [M, HKV, T_sel]

@@ -6,7 +6,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# Attention scores held at once by one chunk of queries: 2^24 float32 are 64 MiB, and about five such buffers live together.
+# How many attention scores one chunk of queries holds. 2^19 float32 stay in a CPU's cache: a training step at 1,024 tokens
+# takes 0.44 s with them, 1.14 s with 2^24. Long rows of keys still get MIN_CHUNK_QUERIES together, to use each key they read
+# more than once, as long as the scores stay within MAX_CHUNK_SCORES: 64 MiB, of which about four are alive at a time.
+CHUNK_SCORES = 2**19
+MIN_CHUNK_QUERIES = 32
 MAX_CHUNK_SCORES = 2**24
 
 
@@ -41,9 +45,11 @@ def sequences(cu_seqlens: Tensor, cu_seqlens_q: Tensor | None = None, seqused_k:
     return found
 
 
-def chunk_size(num_heads: int, keys_per_query: int) -> int:
-    """How many queries, each scoring `keys_per_query` keys with every head, fit the budget."""
-    return max(1, MAX_CHUNK_SCORES // max(1, num_heads * keys_per_query))
+def chunk_size(q: Tensor, keys_per_query: int) -> int:
+    """How many queries of q `[T, HQ, D]`, each scoring `keys_per_query` keys with every head, are worked on together."""
+    row = max(1, q.shape[1] * keys_per_query)
+    wanted = max(CHUNK_SCORES // row, MIN_CHUNK_QUERIES) if q.device.type == "cpu" else MAX_CHUNK_SCORES
+    return max(1, min(wanted, MAX_CHUNK_SCORES // row))
 
 
 def query_chunks(sequence: Sequence, size: int) -> Iterator[tuple[slice, int, int]]:

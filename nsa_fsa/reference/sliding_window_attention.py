@@ -20,7 +20,7 @@ def chunks(
     for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
         # M queries read M + w - 1 keys, so chunks as long as the window keep the band of visible keys half full.
         size = min(max(window_size, 64), sequence.length)
-        size = min(size, chunk_size(q.shape[1], min(size + window_size, sequence.length)))
+        size = min(size, chunk_size(q, min(size + window_size, sequence.length)))
         for rows, first, stop in query_chunks(sequence, max(1, size)):
             t = torch.arange(first, stop, device=q.device)[:, None]
             begin = max(0, first - window_size + 1)

@@ -52,6 +52,13 @@ class NSAQwen3Config(Qwen3Config):
 class _NSAModel:
     """Mixed in before a transformers model class: installs NSA attention, and initialises what it adds."""
 
+    _supports_context_parallel = False  # sharding the sequence would cut blocks and windows
+    _can_compile_fullgraph = False
+
+    def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
+        """Whether `generate` compiles decoding by itself: not here, where the cache counts its tokens on the host."""
+        return False
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         from nsa_fsa.integrations.transformers.patch import install

@@ -1,0 +1,70 @@
+# `make test` and `make demo` do all set-up themselves: a fresh machine needs Python 3.10 or newer, and make.
+
+PYTHON ?= python3
+# Pinned to the version that CI tests, so that a new release cannot break a build that changed nothing. Any torch>=2.11
+# works: for another build, `make clean` and then for example `make test TORCH=torch`.
+TORCH ?= torch==2.13.0
+# Each worker of pytest holds its own PyTorch (about 1 GB) and computes on one thread: raise this on a larger machine.
+PYTEST_WORKERS ?= 2
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# Touched last, so that an interrupted set-up starts over, and a finished one is not repeated until pyproject.toml changes.
+INSTALLED := $(VENV)/.installed
+
+export PYTHONUTF8 = 1
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup test demo lint format clean
+
+help:
+	@echo "make setup    create .venv with PyTorch, this package (editable) and the development tools"
+	@echo "make test     lint, type check and run the tests         (PYTEST_WORKERS=8, PYTEST_ARGS='-k config')"
+	@echo "make demo     run scripts/quickstart.py on this machine  (DEMO_ARGS='--help')"
+	@echo "make lint     ruff check, ruff format --check, mypy"
+	@echo "make format   let ruff fix and format the code"
+	@echo "make clean    remove .venv, caches and build outputs"
+	@echo
+	@echo "Every target sets up .venv first. Other choices: PYTHON=$(PYTHON) TORCH=$(TORCH)"
+
+setup: $(INSTALLED)
+	@echo "$(VENV) is ready"
+
+# torch comes first and alone: the package asks for torch>=2.11, and pip leaves an installed version that satisfies it.
+# -qq: a failed install still says why.
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; sys.version_info >= (3, 10) or sys.exit( \
+		f"nsa_fsa needs Python 3.10 or newer; $(PYTHON) is {v}. Fix: name another one, as in make test PYTHON=python3.12")'
+	@echo "== Setting up $(VENV): this takes a minute or two"
+	@$(PYTHON) -m venv $(VENV)
+	@echo "   installing $(TORCH)"
+	@$(BIN)/python -m pip install -qq '$(TORCH)'
+	@echo "   installing this package (editable) and the development tools"
+	@$(BIN)/python -m pip install -qq --editable '.[dev]'
+	@touch $@
+
+test: lint
+	@echo "== pytest, $(PYTEST_WORKERS) workers"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS) tests
+
+demo: $(INSTALLED)
+	@$(BIN)/python scripts/quickstart.py $(DEMO_ARGS)
+
+lint: $(INSTALLED)
+	@echo "== ruff check"
+	@$(BIN)/ruff check .
+	@echo "== ruff format --check"
+	@$(BIN)/ruff format --check .
+	@echo "== mypy"
+	@$(BIN)/mypy
+
+format: $(INSTALLED)
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis demo_output
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
