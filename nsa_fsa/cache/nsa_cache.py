@@ -81,7 +81,11 @@ class NSACache:
         return self._lengths
 
     def next_positions(self, layout: Layout, num_rows: int) -> Tensor:
-        """The positions that `num_rows` new packed tokens will take in their sequences, int64 `[num_rows]`."""
+        """The positions that `num_rows` new packed tokens will take in their sequences, int64 `[num_rows]`.
+
+        Raises ValueError as `update` does.
+        """
+        self._check_room(layout)
         sequence = sequence_ids(layout.cu_seqlens, num_rows)
         position = torch.arange(num_rows, device=sequence.device) - layout.cu_seqlens[sequence]
         return position + self._lengths[sequence] if self._buffers else position
@@ -101,14 +105,13 @@ class NSACache:
         Raises:
             ValueError: if the batch size changed, or a fixed-size cache is full; nothing is changed then.
         """
-        self._check_room(layout)
         num_sequences, num_columns, stride = layout.cu_seqlens.shape[0] - 1, layout.max_seqlen, self.config.kernel_stride
+        position = self.next_positions(layout, new.k.shape[0])
         if not self._buffers:
             self._lengths = torch.zeros(num_sequences, dtype=torch.int64, device=new.k.device)
             self._open_start = torch.zeros_like(self._lengths)
         old_lengths = self._lengths
         sequence = sequence_ids(layout.cu_seqlens, new.k.shape[0])
-        position = self.next_positions(layout, new.k.shape[0])
         self._lengths = old_lengths + layout.cu_seqlens.diff()
         self.num_tokens += num_columns
         self._reserve(new)
@@ -215,7 +218,7 @@ class NSACache:
         if not self._open:
             sources = {name: getattr(like, name) for name in ("k_src", "v_src", "cos", "sin")}
             self._open = {
-                name: x.new_zeros(self._lengths.shape[0], 0, *x.shape[1:]) for name, x in sources.items() if x is not None
+                name: x.new_zeros(self._lengths.shape[0], stride, *x.shape[1:]) for name, x in sources.items() if x is not None
             }
         self.capacity = capacity
 
@@ -244,8 +247,8 @@ class NSACache:
 
     @staticmethod
     def _write(tensors: dict[str, Tensor], name: str, index: tuple[Tensor, Tensor], values: Tensor) -> None:
-        """In place, unless a gradient has to flow through the cache."""
-        if torch.is_grad_enabled() and (values.requires_grad or tensors[name].requires_grad):
+        """In place under no_grad; else into a copy, since a backward may still need the old values."""
+        if torch.is_grad_enabled():
             tensors[name] = tensors[name].index_put(index, values)
         else:
             tensors[name].index_put_(index, values)

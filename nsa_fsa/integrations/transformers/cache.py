@@ -58,10 +58,9 @@ class NSACacheLayer(CacheLayerMixin):
         self.state.repeat_interleave(repeats)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes `-tokens_to_remove` tokens, as transformers counts them."""
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop({tokens_to_remove}): pass the number of tokens to remove as a negative integer.")
-        self.state.crop(-tokens_to_remove)
+        """Removes `-tokens_to_remove` tokens; a positive number is the length to keep, as older transformers 5.x pass it."""
+        count = int(tokens_to_remove)
+        self.state.crop(-count if count <= 0 else max(0, self.state.num_tokens - count))
 
     def offload(self) -> None:
         raise RuntimeError("NSA layers cannot be offloaded. Fix: a DynamicCache or StaticCache without offloading.")

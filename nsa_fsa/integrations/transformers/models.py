@@ -7,7 +7,6 @@ the checkpoint instead of loading it dense.
 
 from typing import Any
 
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -23,6 +22,7 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
 )
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from nsa_fsa.modules.compression import Compressor, LinearPhi, MLPPhi, PoolPhi
 from nsa_fsa.modules.gating import BranchGate
@@ -65,11 +65,14 @@ class _NSAModel:
 
         install(self)  # type: ignore[arg-type]
 
-    def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, (BranchGate, Compressor, LinearPhi, MLPPhi, PoolPhi)):
-            module.reset_parameters()
-        else:
-            super()._init_weights(module)  # type: ignore[misc]
+    def initialize_weights(self) -> None:
+        """Initialises what NSA adds and no checkpoint brought, before transformers would do it as for any Linear."""
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, (BranchGate, Compressor, LinearPhi, MLPPhi, PoolPhi)):
+                if not all(getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False)):
+                    module.reset_parameters()
+                module._is_hf_initialized = True  # type: ignore[assignment]
+        super().initialize_weights()  # type: ignore[misc]
 
 
 class NSALlamaModel(_NSAModel, LlamaModel):
@@ -111,6 +114,8 @@ for _dense, _sparse in SPARSE_CLASS.items():
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
     _auto = AutoModelForCausalLM if _dense.__name__.endswith("ForCausalLM") else AutoModel
     _auto.register(_config, _sparse, exist_ok=True)
+    # transformers notes in a constructor which outputs a class can record; patched instances never ran that of their class.
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(_sparse), _sparse._can_record_outputs)
 
 
 def supported_models() -> tuple[str, ...]:

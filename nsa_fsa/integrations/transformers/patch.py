@@ -151,6 +151,10 @@ def _build(model: PreTrainedModel, config: NSAConfig, layers: Iterable[int] | No
         raise ValueError(f"layers={list(wanted)} must be among 0 .. {len(decoder_layers) - 1}, and at least one.")
     _check_fit(model, config)
     for i in wanted:
+        if isinstance(decoder_layers[i].self_attn, NSAAttention):
+            raise ValueError(
+                f"layer {i} is patched already, as a part of a larger model. Fix: patch or unpatch the whole model."
+            )
         _check_signature(decoder_layers[i].self_attn)  # type: ignore[arg-type]
     return {i: NSAAttention(config, decoder_layers[i].self_attn) for i in wanted}  # type: ignore[arg-type]
 
@@ -210,6 +214,7 @@ def _convert_config(config: Any, config_class: Any) -> Any:
     """A copy of a model config as another class of the same family."""
     converted = copy.deepcopy(config)
     converted.__class__ = config_class
+    converted.__dict__.pop("model_type", None)  # a config read from a file has it as an attribute of its own
     return converted
 
 
