@@ -1,0 +1,278 @@
+"""The one table of cases that drives every operator and every backend, and how to make a case's inputs and call an operator.
+
+A new backend is tested as soon as it is registered: the tests are parametrised by `backends_of(operator)`.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from itertools import accumulate
+
+import pytest
+import torch
+
+from nsa_fsa import ops
+from nsa_fsa.ops import backends
+from tests.oracle import windows
+
+
+@dataclass(frozen=True)
+class Case:
+    """One problem. `small`: small enough for tests/oracle.py; otherwise the oracle is nsa_fsa.reference in float64."""
+
+    name: str
+    lengths: tuple[int, ...]
+    num_kv_heads: int
+    group_size: int
+    head_dim: int
+    v_head_dim: int
+    dtype: torch.dtype
+    kernel_size: int
+    kernel_stride: int
+    block_size: int
+    num_selected_blocks: int
+    init_blocks: int
+    local_blocks: int
+    window_size: int
+    seed: int
+    small: bool = False
+
+    def __str__(self):
+        return f"{self.name}-seed{self.seed}"
+
+    @property
+    def num_heads(self):
+        return self.num_kv_heads * self.group_size
+
+    @property
+    def windows(self):
+        return dict(kernel_size=self.kernel_size, kernel_stride=self.kernel_stride)
+
+    @property
+    def blocks(self):
+        return dict(
+            block_size=self.block_size,
+            num_selected_blocks=self.num_selected_blocks,
+            init_blocks=self.init_blocks,
+            local_blocks=self.local_blocks,
+        )
+
+    @property
+    def scale(self):
+        return self.head_dim**-0.5
+
+
+F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
+
+# fmt: off
+CASES = [
+    Case(*row, seed=seed, small=sum(row[1]) <= 140)
+    for seed, row in enumerate([
+        # name, lengths, HKV, G, D, DV, dtype, kernel_size, kernel_stride, block_size, T_sel, init, local, window
+        ("one_token", (1,), 1, 1, 32, 32, F32, 32, 16, 64, 4, 1, 2, 8),
+        ("one_token_g3", (1,), 2, 3, 80, 64, BF16, 16, 16, 16, 1, 0, 1, 1),
+        ("t15", (15,), 2, 2, 32, 64, BF16, 16, 8, 16, 2, 1, 1, 4),  # shorter than a window and than a block
+        ("t15_tiny_windows", (15,), 1, 8, 64, 32, F32, 4, 2, 4, 3, 1, 1, 6),
+        ("t16", (16,), 1, 3, 64, 64, F16, 16, 16, 16, 2, 1, 1, 16),
+        ("t16_one_block", (16,), 1, 16, 32, 32, F32, 8, 4, 16, 1, 0, 0, 5),
+        ("t17", (17,), 1, 4, 32, 80, F32, 16, 8, 16, 2, 0, 1, 5),
+        ("t17_g12", (17,), 1, 12, 32, 32, BF16, 8, 8, 16, 5, 1, 1, 64),
+        ("t31", (31,), 1, 5, 80, 80, BF16, 32, 16, 32, 4, 1, 2, 16),
+        ("t31_stride1", (31,), 2, 1, 64, 32, F32, 3, 1, 4, 3, 0, 1, 7),
+        ("t32", (32,), 2, 1, 32, 96, F32, 32, 16, 32, 4, 1, 2, 32),
+        ("t32_g7", (32,), 1, 7, 32, 32, F16, 16, 8, 16, 2, 1, 0, 10),
+        ("t33", (33,), 1, 7, 64, 32, F16, 16, 8, 32, 2, 1, 1, 17),
+        ("t33_d128", (33,), 1, 2, 128, 64, BF16, 16, 4, 16, 2, 0, 2, 33),
+        ("t63", (63,), 1, 4, 96, 96, BF16, 32, 16, 64, 16, 1, 2, 512),
+        ("t64", (64,), 2, 2, 64, 64, F32, 32, 16, 64, 1, 0, 1, 64),
+        ("t64_g5", (64,), 1, 5, 32, 32, F16, 16, 8, 16, 3, 1, 1, 12),
+        ("t65", (65,), 1, 3, 80, 128, F16, 32, 16, 64, 2, 1, 1, 16),
+        ("t65_no_forced", (65,), 2, 1, 32, 32, F32, 8, 4, 16, 3, 0, 0, 20),
+        ("t127", (127,), 1, 2, 32, 32, F32, 32, 16, 32, 3, 1, 2, 31),
+        ("t127_d192", (127,), 1, 1, 192, 128, BF16, 16, 8, 16, 5, 1, 2, 40),
+        ("empty_ends", (0, 33, 0, 0, 64, 0), 2, 2, 32, 64, F32, 16, 8, 16, 3, 1, 1, 9),
+        ("nine", (1, 0, 15, 16, 17, 5, 31, 33, 2), 1, 3, 32, 32, F32, 8, 4, 8, 3, 1, 1, 6),
+        ("nine_bf16", (17, 16, 1, 0, 15, 3, 32, 31, 4), 2, 1, 64, 32, BF16, 16, 16, 16, 2, 1, 1, 16),
+        # From here on too large for tests/oracle.py.
+        ("t200_d256", (200,), 1, 2, 256, 256, F16, 32, 16, 64, 3, 1, 1, 50),
+        ("t200_g16", (200,), 1, 16, 192, 128, BF16, 32, 16, 64, 3, 1, 2, 64),
+        ("t200_g12", (200,), 1, 12, 256, 64, F32, 16, 8, 32, 4, 1, 1, 33),
+        ("t200_g8", (200,), 2, 8, 96, 80, F16, 32, 32, 128, 1, 0, 1, 128),
+        ("t1000", (1000,), 1, 4, 64, 128, BF16, 32, 16, 64, 7, 1, 2, 128),
+        ("t1000_b128", (1000,), 1, 1, 128, 192, F32, 32, 16, 128, 4, 1, 2, 200),
+        ("t2048", (2048,), 1, 2, 64, 64, BF16, 32, 16, 64, 16, 1, 2, 512),
+        ("packed_2048", (65, 2048, 0, 127), 1, 1, 128, 64, F16, 64, 16, 128, 5, 1, 2, 100),
+        ("packed_1000", (1000, 63, 1, 200, 64), 1, 2, 80, 96, F32, 16, 8, 16, 6, 0, 1, 64),
+        ("packed_nine", (64, 127, 0, 63, 65, 200, 31, 33, 32), 2, 5, 32, 32, BF16, 32, 16, 32, 3, 1, 1, 32),
+    ])
+]
+# fmt: on
+SMALL_CASES = [case for case in CASES if case.small]
+SEVERAL_SEQUENCES = [case for case in CASES if len(case.lengths) > 1]
+
+
+def by_name(name):
+    return next(case for case in CASES if case.name == name)
+
+
+@dataclass
+class Inputs:
+    """Everything that some operator takes. Rows that no compressed token owns are NaN in k_cmp and v_cmp."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    k_cmp: torch.Tensor
+    v_cmp: torch.Tensor
+    gate_logits: torch.Tensor
+    o_cmp: torch.Tensor
+    o_slc: torch.Tensor
+    o_swa: torch.Tensor
+    pool_weight: torch.Tensor
+    block_indices: torch.Tensor
+    cu_seqlens: torch.Tensor
+    max_seqlen: int
+
+    def replace(self, **changes):
+        return dataclasses.replace(self, **changes)
+
+    def to(self, dtype, requires_grad=False):
+        """The same values in another dtype, as new leaves of autograd."""
+        floats = {name: x.detach().to(dtype, copy=True) for name, x in vars(self).items() if is_float(x)}
+        return self.replace(**{name: x.requires_grad_(requires_grad) for name, x in floats.items()})
+
+
+def is_float(x):
+    return isinstance(x, torch.Tensor) and x.is_floating_point()
+
+
+def make_inputs(case, dtype=None, device="cpu", requires_grad=False):
+    """Random inputs of a case. The values are rounded to the case's dtype, so that every dtype holds the same ones."""
+    generator = torch.Generator().manual_seed(case.seed)
+    total, heads, kv_heads = sum(case.lengths), case.num_heads, case.num_kv_heads
+    cu_seqlens = list(accumulate(case.lengths, initial=0))
+    rounded_to = case.dtype if dtype is None or dtype.itemsize > case.dtype.itemsize else dtype
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(rounded_to).to(dtype or case.dtype)
+
+    k_cmp = randn(total // case.kernel_stride, kv_heads, case.head_dim)
+    v_cmp = randn(total // case.kernel_stride, kv_heads, case.v_head_dim)
+    owned = windows(cu_seqlens, **case.windows)
+    for row in set(range(total // case.kernel_stride)) - set(owned):
+        k_cmp[row] = v_cmp[row] = torch.nan
+
+    block_indices = torch.full((total, kv_heads, case.num_selected_blocks), -1, dtype=torch.int32)
+    for start, length in zip(cu_seqlens, case.lengths, strict=False):
+        for t in range(length):
+            for kv in range(kv_heads):
+                chosen = torch.randperm(t // case.block_size + 1, generator=generator)[: case.num_selected_blocks]
+                block_indices[start + t, kv, : len(chosen)] = chosen.sort().values
+
+    inputs = Inputs(
+        q=randn(total, heads, case.head_dim),
+        k=randn(total, kv_heads, case.head_dim),
+        v=randn(total, kv_heads, case.v_head_dim),
+        k_cmp=k_cmp,
+        v_cmp=v_cmp,
+        gate_logits=randn(total, heads if case.seed % 2 else 1, 3),  # per head or per token
+        o_cmp=randn(total, heads, case.v_head_dim),
+        o_slc=randn(total, heads, case.v_head_dim),
+        o_swa=randn(total, heads, case.v_head_dim),
+        pool_weight=randn(kv_heads, case.kernel_size),
+        block_indices=block_indices,
+        cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
+        max_seqlen=max(case.lengths, default=0),
+    )
+    for name, x in vars(inputs).items():
+        if isinstance(x, torch.Tensor):
+            setattr(inputs, name, x.to(device).requires_grad_(requires_grad and is_float(x)))
+    return inputs
+
+
+# Every operator with the inputs that it is differentiable in. Selection carries no gradient.
+DIFFERENTIABLE = {
+    "compressed_attention": ("q", "k_cmp", "v_cmp"),
+    "selected_attention": ("q", "k", "v"),
+    "sliding_window_attention": ("q", "k", "v"),
+    "gated_combine": ("gate_logits", "o_cmp", "o_slc", "o_swa"),
+    "pool_windows": ("k", "pool_weight"),
+    "gather_windows": ("k",),
+    "nsa_attention": ("q", "k", "v", "k_cmp", "v_cmp", "gate_logits"),
+}
+ATTENTIONS = ("compressed_attention", "selected_attention", "sliding_window_attention")
+
+
+def call(operator, case, x, backend="auto", **extra):
+    """Runs an operator of nsa_fsa.ops on a case's inputs; attention operators return (o, lse). `extra` goes to the operator."""
+    layout = dict(backend=backend, **extra)
+    packed = (x.cu_seqlens, x.max_seqlen)
+    if operator == "compressed_attention":
+        return ops.compressed_attention(x.q, x.k_cmp, x.v_cmp, *packed, return_lse=True, **case.windows, **layout)
+    if operator == "selected_attention":
+        return ops.selected_attention(
+            x.q, x.k, x.v, x.block_indices, *packed, block_size=case.block_size, return_lse=True, **layout
+        )
+    if operator == "sliding_window_attention":
+        return ops.sliding_window_attention(x.q, x.k, x.v, *packed, window_size=case.window_size, return_lse=True, **layout)
+    if operator == "gated_combine":
+        return ops.gated_combine(x.gate_logits, x.o_cmp, x.o_slc, x.o_swa, **layout)
+    if operator == "pool_windows":
+        return ops.pool_windows(x.k, x.pool_weight, *packed, **case.windows, **layout)
+    if operator == "gather_windows":
+        return ops.gather_windows(x.k, *packed, **case.windows, **layout)
+    if operator == "nsa_attention":
+        return ops.nsa_attention(
+            x.q, x.k, x.v, x.k_cmp, x.v_cmp, x.gate_logits, *packed,
+            window_size=case.window_size, **case.blocks, **case.windows, **layout,
+        )  # fmt: skip
+    raise ValueError(operator)
+
+
+def output(result):
+    """The differentiable output of what `call` returned."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def select(case, x, lse, backend="auto", **extra):
+    """Runs select_blocks on a case's inputs."""
+    return ops.select_blocks(
+        x.q, x.k_cmp, lse, x.cu_seqlens, x.max_seqlen, backend=backend, **case.blocks, **case.windows, **extra
+    )
+
+
+def gradients(operator, o, x, do):
+    """Gradients of `(o * do).sum()` with respect to what the operator is differentiable in."""
+    leaves = [getattr(x, name) for name in DIFFERENTIABLE[operator]]
+    if not o.requires_grad:  # plain autograd, where no query of the case sees any key
+        return [torch.zeros_like(leaf) for leaf in leaves]
+    return torch.autograd.grad(o, leaves, do, allow_unused=True, materialize_grads=True)
+
+
+def backends_of(operator):
+    """The operator's backends as pytest parameters; one that cannot run here is skipped with its reason."""
+    parts = ATTENTIONS + ("select_blocks", "gated_combine") if operator == "nsa_attention" else (operator,)
+    found = []
+    for name in backends.available(parts[0]):
+        reasons = [backends.available(part).get(name, f"{part} has no such backend") for part in parts]
+        reason = next((r for r in reasons if r is not None), None)
+        found.append(pytest.param(name, marks=pytest.mark.skip(reason=reason) if reason else ()))
+    return found
+
+
+def operators_and_backends(*operators):
+    """(operator, backend) pairs as pytest parameters; default: every operator."""
+    return [
+        pytest.param(operator, *backend.values, marks=backend.marks, id=f"{operator}-{backend.values[0]}")
+        for operator in operators or DIFFERENTIABLE
+        for backend in backends_of(operator)
+    ]
+
+
+def device_of(backend):
+    """Where a backend is tested: on the GPU where there is one, the reference on the CPU."""
+    return "cuda" if backend != "reference" and torch.cuda.is_available() else "cpu"
+
+
+def widest_dtype(backend):
+    """The widest dtype a backend works in, for tests that ask for equality to rounding, and what rounding then means."""
+    return (torch.float64, 1e-12) if backend == "reference" else (torch.float32, 1e-5)

@@ -1,0 +1,84 @@
+"""Row 15 of reliability.md: large scores. Finite wherever the oracle is, and as close to it as low-precision PyTorch."""
+
+import pytest
+import torch
+
+from tests.cases import (
+    DIFFERENTIABLE,
+    by_name,
+    call,
+    device_of,
+    gradients,
+    make_inputs,
+    operators_and_backends,
+)
+from tests.naive import gradient_floors, naive_call
+
+OPERATORS = ("compressed_attention", "selected_attention", "sliding_window_attention")
+SCALED = ("q", "k", "v", "k_cmp", "v_cmp")
+
+
+def times_30(x):
+    for name in SCALED:
+        setattr(x, name, getattr(x, name) * 30)
+
+
+def equal_keys(x):
+    x.k[:] = x.k[:1].clone()
+    x.k_cmp[:] = torch.where(x.k_cmp.isnan(), x.k_cmp, x.k[:1])
+
+
+def huge_key(x):
+    """One key of every sequence's first ten outweighs all others, for the queries that point its way; the rest ignore it."""
+    size = {torch.float32: 1e4, torch.bfloat16: 1e3, torch.float16: 1e3}[x.k.dtype]
+    x.k[3] *= size
+    x.k_cmp[1] *= size
+
+
+def all_zero(x):
+    for name in SCALED:
+        setattr(x, name, torch.where(getattr(x, name).isnan(), getattr(x, name), 0))
+
+
+@pytest.mark.parametrize("change", [times_30, equal_keys, huge_key, all_zero])
+@pytest.mark.parametrize("case", [by_name(name) for name in ("t65", "t127", "t127_d192", "empty_ends", "t1000")], ids=str)
+@pytest.mark.parametrize(("operator", "backend"), operators_and_backends(*OPERATORS))
+def test_extreme_values(operator, backend, case, change):
+    x = make_inputs(case, device=device_of(backend))
+    change(x)
+    x = x.to(case.dtype, requires_grad=True)
+    exact = x.to(torch.float64, requires_grad=True)
+    result = call(operator, case, x, backend)
+    o, expected = result[0], call(operator, case, exact, "reference")[0]
+    naive = naive_call(operator, case, x)
+    do = torch.randn_like(o)
+    found = [o, *gradients(operator, o, x, do)]
+    expected = [expected, *gradients(operator, expected, exact, do.double())]
+    naive = [naive, *gradients(operator, naive, x, do)]
+
+    assert not result[1].isnan().any()
+    largest_lse = torch.where(result[1] == -torch.inf, 0, result[1]).abs().max()
+    floors = gradient_floors(operator, case, exact, do.double(), largest_lse)
+    for name, a, b, c in zip(("o", *DIFFERENTIABLE[operator]), found, expected, naive, strict=True):
+        largest = torch.finfo(a.dtype).max
+        assert torch.isfinite(a[b.abs() < largest]).all(), f"{name} is not finite"
+        # The bars of test_accuracy.py. Their RMS bar does not apply: a softmax of scores in the thousands multiplies the
+        # rounding of the scores, and PyTorch in the same precision is what can be asked for.
+        bar = (2 if name == "o" else 3) * (c.double() - b).abs().nan_to_num(torch.inf).max()
+        bar += torch.finfo(a.dtype).eps * b.abs().max() + floors.get(name, 0)
+        error = (a.double() - b).abs().max()
+        assert error <= bar, f"{name if name == 'o' else 'd' + name}: error {error:.3e} above {bar:.3e}"
+
+
+@pytest.mark.parametrize(("operator", "backend"), operators_and_backends("nsa_attention"))
+@pytest.mark.parametrize("change", [times_30, equal_keys, huge_key, all_zero])
+def test_the_whole_stays_finite(operator, backend, change):
+    for case in (by_name("t65"), by_name("t127_d192"), by_name("empty_ends")):
+        x = make_inputs(case, device=device_of(backend))
+        change(x)
+        x = x.to(case.dtype, requires_grad=True)
+        x.gate_logits.data *= 1e3  # sigmoids of exactly 0 and 1
+        o = call(operator, case, x, backend)
+        assert torch.isfinite(o).all()
+        for name, grad in zip(DIFFERENTIABLE[operator], gradients(operator, o, x, torch.ones_like(o)), strict=True):
+            assert torch.isfinite(grad).all(), f"d{name}"

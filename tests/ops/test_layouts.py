@@ -1,0 +1,146 @@
+"""Row 8 of reliability.md: memory layouts. Strided, sliced and expanded tensors give what their contiguous copies give.
+
+Equal to rounding in the widest dtype, not bit by bit: torch.matmul and torch.sum, and so the reference, add in an order that
+depends on the strides. A value taken from the wrong place would be wrong by far more.
+"""
+
+import pytest
+import torch
+
+from tests.cases import (
+    DIFFERENTIABLE,
+    backends_of,
+    by_name,
+    call,
+    device_of,
+    gradients,
+    is_float,
+    make_inputs,
+    operators_and_backends,
+    output,
+    select,
+    widest_dtype,
+)
+
+CASE = by_name("empty_ends")
+
+
+def assert_same(found, expected, backend, what="o"):
+    rounding = 10 * widest_dtype(backend)[1]
+    torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding, msg=lambda m: f"{what}: {m}")
+
+
+def heads_first(x):
+    """As if it had been computed as [H, T, ...] and transposed."""
+    return x.transpose(0, 1).contiguous().transpose(0, 1)
+
+
+def sliced(x):
+    """A slice of a wider fused tensor, as q, k and v of one projection are."""
+    return torch.cat([torch.full_like(x, torch.nan), x, torch.full_like(x, torch.nan)], dim=-1)[
+        ..., x.shape[-1] : 2 * x.shape[-1]
+    ]
+
+
+def every_other(x):
+    """Stride 2 in the last dimension."""
+    return torch.stack([x, torch.full_like(x, torch.nan)], dim=-1)[..., 0]
+
+
+def columns(x):
+    """The last dimension is the slowest."""
+    return x.movedim(-1, 0).contiguous().movedim(0, -1)
+
+
+LAYOUTS = [heads_first, sliced, every_other, columns]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
+def test_strided_inputs(operator, backend, layout):
+    """All inputs and the output gradient strided."""
+    x = make_inputs(CASE, widest_dtype(backend)[0], device=device_of(backend), requires_grad=True)
+    strided = x.replace(**{name: layout(value.detach()).requires_grad_() for name, value in vars(x).items() if is_float(value)})
+    assert not strided.q.is_contiguous()
+    o, o_strided = output(call(operator, CASE, x, backend)), output(call(operator, CASE, strided, backend))
+    assert_same(o_strided, o, backend)
+    do = torch.randn_like(o)
+    grads, grads_strided = gradients(operator, o, x, do), gradients(operator, o_strided, strided, layout(do))
+    for name, grad, grad_strided in zip(DIFFERENTIABLE[operator], grads, grads_strided, strict=True):
+        assert_same(grad_strided, grad, backend, f"d{name}")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("backend", backends_of("select_blocks"))
+def test_strided_selection(backend, layout):
+    x = make_inputs(CASE, widest_dtype(backend)[0], device=device_of(backend))
+    strided = x.replace(q=layout(x.q), k_cmp=layout(x.k_cmp))
+    _, lse = call("compressed_attention", CASE, x)
+    result = select(CASE, x, lse, backend, return_scores=True)
+    result_strided = select(CASE, strided, heads_first(lse), backend, return_scores=True)
+    assert torch.equal(result[0], result_strided[0])
+    assert_same(result_strided[1], result[1], backend, "scores")
+
+
+@pytest.mark.parametrize("backend", backends_of("selected_attention"))
+def test_strided_block_indices(backend):
+    x = make_inputs(CASE, widest_dtype(backend)[0], device=device_of(backend), requires_grad=True)
+    counts = torch.randint(0, 4, x.block_indices.shape[:2], dtype=torch.int32, device=x.q.device)
+    for layout in LAYOUTS:
+        if layout in (sliced, every_other):  # these pad with NaN, which integers do not have
+            strided = torch.stack([x.block_indices, x.block_indices + 1], dim=-1)[..., 0]
+        else:
+            strided = layout(x.block_indices)
+        assert not strided.is_contiguous()
+        o = output(call("selected_attention", CASE, x, backend, block_counts=counts))
+        o_strided = output(
+            call("selected_attention", CASE, x.replace(block_indices=strided), backend, block_counts=heads_first(counts))
+        )
+        assert_same(o_strided, o, backend)
+
+
+@pytest.mark.parametrize("backend", backends_of("nsa_attention"))
+def test_slices_of_one_fused_projection(backend):
+    """q, k and v as views of one [T, HQ + 2 HKV, D] tensor; its gradient is the three side by side."""
+    case = by_name("nine")  # D == DV
+    x = make_inputs(case, widest_dtype(backend)[0], device=device_of(backend), requires_grad=True)
+    fused = torch.cat([x.q, x.k, x.v], dim=1).detach().requires_grad_()
+    q, k, v = fused.split([case.num_heads, case.num_kv_heads, case.num_kv_heads], dim=1)
+    o = call("nsa_attention", case, x, backend)
+    o_fused = call("nsa_attention", case, x.replace(q=q, k=k, v=v), backend)
+    assert_same(o_fused, o, backend)
+    do = torch.randn_like(o)
+    (dfused,) = torch.autograd.grad(o_fused, fused, do)
+    assert_same(dfused, torch.cat(gradients("nsa_attention", o, x, do)[:3], dim=1), backend, "dqkv")
+
+
+@pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
+def test_output_gradient_of_stride_0(operator, backend):
+    """`.sum().backward()` hands the operator an expanded 1; `.sum(0)` and `.mean(-1)` expand other dimensions."""
+    x = make_inputs(CASE, widest_dtype(backend)[0], device=device_of(backend), requires_grad=True)
+    o = output(call(operator, CASE, x, backend))
+    one = torch.ones((), dtype=o.dtype, device=o.device)
+    for do in (one.expand(o.shape), torch.randn_like(o[:1]).expand(o.shape), torch.randn_like(o[..., :1]).expand(o.shape)):
+        expanded, dense = ([*torch.autograd.grad(o, [getattr(x, n) for n in DIFFERENTIABLE[operator]], grad, retain_graph=True)]
+                           for grad in (do, do.contiguous()))  # fmt: skip
+        for name, a, b in zip(DIFFERENTIABLE[operator], expanded, dense, strict=True):
+            assert_same(a, b, backend, f"d{name}")
+    o.sum().backward()
+    for name in DIFFERENTIABLE[operator]:
+        assert torch.isfinite(getattr(x, name).grad).all()
+
+
+@pytest.mark.parametrize(
+    ("operator", "backend"), operators_and_backends("selected_attention", "sliding_window_attention", "nsa_attention")
+)
+def test_expanded_keys_and_values(operator, backend):
+    """One KV head expanded over two by stride 0; its gradient sums over them."""
+    x = make_inputs(CASE, widest_dtype(backend)[0], device=device_of(backend), requires_grad=True)
+    k, v = (t[:, :1].detach().requires_grad_() for t in (x.k, x.v))
+    expanded = x.replace(k=k.expand(-1, 2, -1), v=v.expand(-1, 2, -1))
+    repeated = x.replace(k=k.repeat(1, 2, 1), v=v.repeat(1, 2, 1))
+    o, o_expanded = output(call(operator, CASE, repeated, backend)), output(call(operator, CASE, expanded, backend))
+    assert_same(o_expanded, o, backend)
+    do = torch.randn_like(o)
+    for a, b in zip(torch.autograd.grad(o, (k, v), do), torch.autograd.grad(o_expanded, (k, v), do), strict=True):
+        assert_same(b, a, backend)
