@@ -1,4 +1,4 @@
-"""NSACache: what one layer remembers between calls (spec: section 9).
+"""NSACache: what one layer remembers between calls (docs/spec.md, section 9).
 
 Buffers are `[B, capacity, HKV, width]`, row b holding sequence b from its first real token on, so that the operators read
 them in place: sequence b begins at row `b * capacity` of the flattened buffer and counts `lengths[b]` rows. Compressed

@@ -1,4 +1,4 @@
-"""Compression: one token for every window of keys or values (spec: section 1).
+"""Compression: one token for every window of keys or values (docs/spec.md, section 1).
 
 A `Compressor` adds the optional position embedding, asks the operators for pooled or gathered windows, and applies phi.
 Every learned phi but the MLP starts out as the mean, so that block scores make sense from the first step.

@@ -1,4 +1,4 @@
-"""Gates: how much of each branch goes into the output (spec: section 7)."""
+"""Gates: how much of each branch goes into the output (docs/spec.md, section 7)."""
 
 import torch
 from torch import Tensor, nn

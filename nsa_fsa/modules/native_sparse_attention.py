@@ -100,7 +100,7 @@ class NativeSparseAttention(nn.Module):
         position_ids: Tensor | None = None,
         cache: NSACache | None = None,
     ) -> Tensor:
-        """`[B, S, E]` -> `[B, S, E]`, in hidden_states' dtype.
+        """`[B, S, E]` -> `[B, S, E]`, in the projections' dtype (autocast's under autocast).
 
         Args:
             hidden_states: `[B, S, E]`; with `cu_seqlens`, all sequences packed into one row, `[1, T, E]`.

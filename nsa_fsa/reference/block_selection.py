@@ -1,4 +1,4 @@
-"""Block scores and block selection (spec: sections 3 and 4)."""
+"""Block scores and block selection (docs/spec.md, sections 3 and 4)."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""Compression windows (spec: section 1).
+"""Compression windows (docs/spec.md, section 1).
 
 Window i of a sequence covers positions `[i*s, i*s + l)`; an incomplete last window does not exist. Window i of sequence b
 is row `cu_seqlens[b] // s + i` of the packed result: there is always room, and no offset has to be read from the device.

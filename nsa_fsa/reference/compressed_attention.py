@@ -1,4 +1,4 @@
-"""Compressed attention (spec: section 2): query t sees compressed token i iff its window lies in the past."""
+"""Compressed attention (docs/spec.md, section 2): query t sees compressed token i iff its window lies in the past."""
 
 from collections.abc import Iterator
 

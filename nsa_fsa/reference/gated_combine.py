@@ -1,4 +1,4 @@
-"""Gates and the weighted sum of the branches (spec: section 7); branch order is compressed, selected, sliding."""
+"""Gates and the weighted sum of the branches (docs/spec.md, section 7); branch order is compressed, selected, sliding."""
 
 import torch
 from torch import Tensor

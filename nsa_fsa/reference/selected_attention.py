@@ -1,4 +1,4 @@
-"""Selected attention (spec: section 5): query t sees position p iff p's block was selected and p <= t."""
+"""Selected attention (docs/spec.md, section 5): query t sees position p iff p's block was selected and p <= t."""
 
 from collections.abc import Iterator
 

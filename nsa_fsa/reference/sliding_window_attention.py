@@ -1,4 +1,4 @@
-"""Sliding window attention (spec: section 6): query t sees positions `max(0, t - w + 1) .. t`."""
+"""Sliding window attention (docs/spec.md, section 6): query t sees positions `max(0, t - w + 1) .. t`."""
 
 from collections.abc import Iterator
 

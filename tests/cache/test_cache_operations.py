@@ -1,0 +1,345 @@
+"""What generation does to a cache: beams reordered and repeated, tokens taken back, buffers full; and that errors are safe."""
+
+import copy
+
+import pytest
+import torch
+
+from nsa_fsa.cache import NSACache
+from tests.cache.test_cached_forward import CLOSE
+from tests.modules.layers import make_variant, randn, small_config
+
+CLOSE = CLOSE[torch.float64]
+VARIANTS = ["default", "before-branches", "branches-gated", "own-modules"]
+
+
+def fill(layer, x, chunks=(), **cache):
+    """A cache that has been fed x, in these chunks and the rest at once."""
+    state, start = NSACache(layer.config, **cache), 0
+    for size in (*chunks, x.shape[1] - sum(chunks)):
+        layer(x[:, start : start + size], cache=state)
+        start += size
+    return state
+
+
+def assert_continues(layer, cache, history, steps=9, seed=9):
+    """Fed on one by one, over more than a window and a block, the cache gives what the histories in full give.
+
+    history: the tokens that every row should now hold, `[B, S, E]` or a list of `[S, E]`.
+    """
+    new = randn(len(history), steps, 24, seed=seed)
+    actual = torch.cat([layer(new[:, i : i + 1], cache=cache) for i in range(steps)], dim=1)
+    if isinstance(history, torch.Tensor):
+        expected = layer(torch.cat((history, new), dim=1))[:, history.shape[1] :]
+        torch.testing.assert_close(actual, expected, **CLOSE)
+        return
+    for b, row in enumerate(history):
+        expected = layer(torch.cat((row, new[b]))[None])[0, len(row) :]
+        torch.testing.assert_close(actual[b], expected, msg=lambda m, b=b: f"row {b}: {m}", **CLOSE)
+
+
+# --- Beams ----------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [3, 8, 11, 30, 32])  # before, at and between window boundaries
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_reorder(variant, length):
+    layer, x = make_variant(variant), randn(4, length, 24)
+    index = torch.tensor([2, 0, 2, 3])
+    cache = fill(layer, x, [2])
+    cache.reorder(index)
+    assert_continues(layer, cache, x[index])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_beam_search(variant):
+    """Prompts repeated into beams, then one token and one reordering at a time."""
+    layer, prompt = make_variant(variant), randn(2, 13, 24)
+    cache = fill(layer, prompt)
+    cache.repeat_interleave(3)
+    history = prompt.repeat_interleave(3, dim=0)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(17):
+        token = randn(6, 1, 24, seed=step)
+        output = layer(token, cache=cache)
+        history = torch.cat((history, token), dim=1)
+        torch.testing.assert_close(output, layer(history)[:, -1:], **CLOSE)
+        index = torch.randint(3, (6,), generator=generator) + torch.tensor([0, 0, 0, 3, 3, 3])
+        cache.reorder(index)
+        history = history[index]
+    assert_continues(layer, cache, history)
+
+
+@torch.no_grad()
+def test_reorder_changes_the_batch_size():
+    layer, x = make_variant("default"), randn(3, 21, 24)
+    cache = fill(layer, x)
+    cache.reorder(torch.tensor([2]))
+    assert cache.lengths.tolist() == [21]
+    assert_continues(layer, cache, x[2:])
+    cache.reorder(torch.zeros(5, dtype=torch.int64))
+    assert cache.lengths.tolist() == [30] * 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_reorder_of_rows_of_different_length(variant):
+    """Lengths and open windows differ between rows, and must move with them."""
+    layer, x = make_variant(variant), randn(4, 30, 24)
+    padding = torch.tensor([0, 9, 26, 30])
+    mask = torch.arange(30) >= padding[:, None]
+    cache = NSACache(layer.config)
+    layer(x, cache=cache, attention_mask=mask)
+    index = torch.tensor([3, 1, 0, 2, 1])
+    cache.reorder(index)
+    assert cache.lengths.tolist() == [0, 21, 30, 4, 21]
+    assert_continues(layer, cache, [x[b, padding[b] :] for b in index])
+
+
+@torch.no_grad()
+def test_a_reordered_cache_does_not_share_memory():
+    """Beams that descend from one row must not write into each other."""
+    layer, x = make_variant("default"), randn(1, 20, 24)
+    cache = fill(layer, x)
+    cache.repeat_interleave(2)
+    cache.reorder(torch.tensor([0, 0]))
+    assert_continues(layer, cache, x.expand(2, -1, -1))
+
+
+# --- Taking tokens back ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("removed", [*range(14), 20, 29])
+@pytest.mark.parametrize("variant", ["default", "before-branches"])
+def test_crop(variant, removed):
+    """Any number of tokens: within a window, across window boundaries, back before the first window."""
+    layer, x = make_variant(variant), randn(2, 30, 24)
+    cache = fill(layer, x, [25, 3])
+    cache.crop(removed)
+    assert cache.num_tokens == 30 - removed
+    assert cache.lengths.tolist() == [30 - removed] * 2
+    assert_continues(layer, cache, x[:, : 30 - removed])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("removed", [1, 6, 14])
+@pytest.mark.parametrize("chunks", [(), (1,) * 29], ids=["at once", "one by one"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_crop_after_any_feeding(variant, chunks, removed):
+    layer, x = make_variant(variant), randn(2, 30, 24)
+    cache = fill(layer, x, chunks)
+    cache.crop(removed)
+    assert_continues(layer, cache, x[:, : 30 - removed])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rollback", [0, 1, 3, 4, 9])
+def test_crop_always_reaches_back_rollback_tokens(rollback):
+    """At every length, with one-by-one feeding, which trims the open window the most."""
+    layer, x = make_variant("default"), randn(1, 34, 24)
+    cache = NSACache(layer.config, rollback=rollback)
+    for i in range(34):
+        layer(x[:, i : i + 1], cache=cache)
+        if i < max(rollback, 8):
+            continue
+        cropped = copy.deepcopy(cache)
+        cropped.crop(rollback)
+        history, new = x[:, : i + 1 - rollback], randn(1, 9, 24, seed=i)
+        expected = layer(torch.cat((history, new), dim=1))[:, -9:]
+        torch.testing.assert_close(layer(new, cache=cropped), expected, **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_speculative_decoding(variant):
+    """Draft some tokens, take some back, again and again, in a growing and a fixed cache with a short rollback."""
+    layer, history = make_variant(variant), randn(2, 11, 24)
+    for cache in (fill(layer, history, rollback=5), fill(layer, history, rollback=5, max_length=100)):
+        kept = history
+        for round in range(12):
+            draft = randn(2, 5, 24, seed=round)
+            output = layer(draft, cache=cache)
+            longer = torch.cat((kept, draft), dim=1)
+            torch.testing.assert_close(output, layer(longer)[:, -5:], **CLOSE)
+            accepted = (0, 3, 5, 1, 4, 2)[round % 6]
+            cache.crop(5 - accepted)
+            kept = longer[:, : longer.shape[1] - 5 + accepted]
+        assert_continues(layer, cache, kept)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("removed", [1, 5, 9, 20])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_crop_of_a_left_padded_batch(variant, removed):
+    """A row of four tokens loses them all, and then padding; it starts again at position 0."""
+    layer, x = make_variant(variant), randn(4, 30, 24)
+    padding = [0, 9, 26, 30]
+    cache = NSACache(layer.config)
+    layer(x, cache=cache, attention_mask=torch.arange(30) >= torch.tensor(padding)[:, None])
+    cache.crop(removed)
+    rows = [x[b, min(p, 30 - removed) : 30 - removed] for b, p in enumerate(padding)]
+    assert cache.lengths.tolist() == [len(row) for row in rows]
+    assert_continues(layer, cache, rows)
+
+
+@torch.no_grad()
+def test_crop_everything_is_reset():
+    layer, x = make_variant("default"), randn(2, 30, 24)
+    cache = fill(layer, x)
+    cache.crop(30)
+    assert cache.is_empty
+    assert_continues(layer, cache, randn(3, 0, 24))  # also with another batch size
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_crop_too_deep_raises_and_changes_nothing(variant):
+    layer, x = make_variant(variant), randn(2, 40, 24)
+    cache = fill(layer, x, (1,) * 39, rollback=2)
+    with pytest.raises(RuntimeError, match=r"cannot remove 30 tokens.*last 2.*Fix: NSACache\(\.\.\., rollback=30\)"):
+        cache.crop(30)
+    assert cache.num_tokens == 40
+    assert cache.lengths.tolist() == [40, 40]
+    assert_continues(layer, cache, x)
+
+
+@torch.no_grad()
+def test_crop_too_deep_for_one_row_only():
+    """Rows that could be cropped are not, when another cannot."""
+    layer, x = make_variant("default"), randn(2, 40, 24)
+    cache = NSACache(layer.config, rollback=2)
+    mask = torch.arange(40) >= torch.tensor([0, 33])[:, None]
+    for i in range(40):
+        layer(x[:, i : i + 1], cache=cache, attention_mask=mask[:, i : i + 1])
+    with pytest.raises(RuntimeError, match="cannot remove 30 tokens"):
+        cache.crop(30)
+    assert cache.lengths.tolist() == [40, 7]
+    assert_continues(layer, cache, [x[0], x[1, 33:]])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("removed", [-1, 31, 1000])
+def test_crop_of_an_impossible_number(removed):
+    layer, x = make_variant("default"), randn(1, 30, 24)
+    cache = fill(layer, x)
+    with pytest.raises(ValueError, match=f"cannot remove {removed} tokens from a cache of 30"):
+        cache.crop(removed)
+    assert_continues(layer, cache, x)
+
+
+@torch.no_grad()
+def test_keep_history_reaches_back_to_the_last_crop():
+    """What transformers turns on for assisted decoding: a crop of any depth, whatever rollback is."""
+    layer, x = make_variant("default"), randn(2, 40, 24)
+    cache = NSACache(layer.config, rollback=0)
+    cache.keep_history = True
+    for i in range(40):
+        layer(x[:, i : i + 1], cache=cache)
+    cache.crop(35)
+    assert_continues(layer, cache, x[:, :5])
+    cache.crop(9 + 2)
+    assert_continues(layer, cache, x[:, :3])
+
+
+# --- Fixed size, batch size, config ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("too_many", [1, 5])
+def test_a_full_cache_raises_and_changes_nothing(too_many):
+    layer, x = make_variant("default"), randn(2, 20, 24)
+    cache = fill(layer, x, max_length=34)
+    with pytest.raises(ValueError, match=f"{14 + too_many} more tokens do not fit: the cache holds 20 of 34.*Fix"):
+        layer(randn(2, 14 + too_many, 24), cache=cache)
+    assert cache.num_tokens == 20
+    assert cache.lengths.tolist() == [20, 20]
+    assert_continues(layer, cache, x, steps=14)
+    with pytest.raises(ValueError, match="1 more tokens do not fit: the cache holds 34 of 34"):
+        layer(randn(2, 1, 24), cache=cache)
+    cache.crop(3)
+    assert_continues(layer, cache, torch.cat((x, randn(2, 14, 24, seed=9)[:, :11]), dim=1), steps=3, seed=10)
+
+
+@torch.no_grad()
+def test_a_fixed_cache_is_allocated_once():
+    layer, x = make_variant("default"), randn(2, 60, 24)
+    cache = NSACache(layer.config, max_length=60)
+    layer(x[:, :1], cache=cache)
+    addresses = {name: buffer.data_ptr() for name, buffer in cache._buffers.items()}
+    for i in range(1, 60):
+        layer(x[:, i : i + 1], cache=cache)
+    assert {name: buffer.data_ptr() for name, buffer in cache._buffers.items()} == addresses
+
+
+@torch.no_grad()
+def test_a_growing_cache_reallocates_rarely():
+    """Doubling: 300 single tokens cost a handful of copies, not 300; and the open window stays short."""
+    layer, x = make_variant("default", torch.float32), randn(1, 300, 24, dtype=torch.float32)
+    cache, capacities = NSACache(layer.config, rollback=10), set()
+    for i in range(300):
+        layer(x[:, i : i + 1], cache=cache)
+        capacities.add(cache.capacity)
+    assert len(capacities) <= 6
+    assert cache.capacity < 2 * 300 + 32
+    assert max(tensor.shape[1] for tensor in cache._open.values()) <= 10 + 8 + 2 * 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_another_batch_size_is_refused(batch_size):
+    layer, x = make_variant("default"), randn(2, 20, 24)
+    cache = fill(layer, x)
+    with pytest.raises(ValueError, match=f"batch has {batch_size} sequences but the cache holds 2.*Fix: reset"):
+        layer(randn(batch_size, 1, 24), cache=cache)
+    assert_continues(layer, cache, x)
+
+
+@torch.no_grad()
+def test_another_config_is_refused():
+    layer, x = make_variant("default"), randn(2, 20, 24)
+    cache = fill(layer, x)
+    other = make_variant("default", window_size=9)
+    with pytest.raises(ValueError, match=r"another config.*Fix: NSACache\(attn.config\)"):
+        other(x, cache=cache)
+    assert_continues(layer, cache, x)
+    layer(x, cache=NSACache(small_config()))  # an equal config is as good as the same one
+
+
+@torch.no_grad()
+def test_a_mask_that_does_not_fit_changes_nothing():
+    layer, x = make_variant("default"), randn(2, 20, 24)
+    cache = fill(layer, x)
+    with pytest.raises(ValueError, match=r"\(2, 9\).*\(2, 4\) or \[B, past \+ S\] = \(2, 24\)"):
+        layer(randn(2, 4, 24), cache=cache, attention_mask=torch.ones(2, 9))
+    assert_continues(layer, cache, x)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("max_length", [None, 60])
+def test_reset(max_length):
+    layer, x = make_variant("default"), randn(2, 30, 24)
+    cache = fill(layer, x, max_length=max_length)
+    cache.reset()
+    assert cache.is_empty
+    assert cache.num_tokens == 0
+    assert cache.lengths.tolist() == []
+    assert_continues(layer, cache, randn(5, 0, 24))
+
+
+@pytest.mark.parametrize(("name", "value"), [("max_length", 0), ("max_length", 2.5), ("rollback", -1), ("rollback", "all")])
+def test_bad_sizes(name, value):
+    with pytest.raises(ValueError, match=f"{name}={value!r} must be an int >= "):
+        NSACache(small_config(), **{name: value})
+
+
+def test_an_empty_cache():
+    cache = NSACache(small_config())
+    assert cache.is_empty
+    assert cache.num_tokens == 0
+    cache.crop(0)
+    cache.reset()
+    with pytest.raises(ValueError, match="cannot remove 1 tokens from a cache of 0"):
+        cache.crop(1)

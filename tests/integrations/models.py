@@ -1,0 +1,112 @@
+"""Tiny Llama, Qwen2 and Qwen3 models, and ways to look at them."""
+
+import torch
+import transformers
+
+from nsa_fsa import NSAConfig
+from nsa_fsa.integrations.transformers import NSAAttention, patch_model
+
+VOCAB = 97
+FAMILIES = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM, transformers.LlamaModel),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, transformers.Qwen2Model),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, transformers.Qwen3Model),
+}
+TINY_REACH = 96  # keys that a query of the preset "tiny" selects: longer sequences are really sparse
+
+
+def dense_config(family="llama", **changes):
+    settings = dict(
+        vocab_size=VOCAB,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=512,
+        initializer_range=0.2,  # 0.02 would leave attention and logits almost flat
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    if family == "qwen2":
+        del settings["head_dim"]
+    return FAMILIES[family][0](**{**settings, **changes})
+
+
+def dense_model(family="llama", base=False, seed=0, **changes):
+    torch.manual_seed(seed)
+    model = FAMILIES[family][2 if base else 1](dense_config(family, **changes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "norm.weight")):  # as initialised, they would be zeros and ones
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def scramble(model, seed=1):
+    """Random gates and compressors in place of gates that leave one branch open and compressors that are means."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if any(part in name for part in (".gate.", ".compress_k.", ".compress_v.")):
+                parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def sparse_model(family="llama", base=False, seed=0, layers=None, nsa=None, **changes):
+    """A patched model all of whose branches matter."""
+    model = dense_model(family, base, seed, **changes)
+    config = NSAConfig.from_pretrained_config(model.config, "tiny", **{"gate_init": "balanced", **(nsa or {})})
+    patch_model(model, config, layers=layers, verbose=False)
+    return scramble(model)
+
+
+def tokens(*shape, seed=0):
+    """Never 0, which is padding."""
+    return torch.randint(1, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def attentions(model):
+    return [layer.self_attn for layer in model.base_model.layers]
+
+
+def sparse_layers(model):
+    return [i for i, attention in enumerate(attentions(model)) if isinstance(attention, NSAAttention)]
+
+
+def snapshot(model):
+    """Everything that a failed or undone patch must leave as it was."""
+    return dict(
+        cls=type(model),
+        config=id(model.config),
+        config_values=model.config.to_dict(),
+        attention_name=model.config._attn_implementation,
+        modules={name: id(module) for name, module in model.named_modules()},
+        configs={name: id(module.__dict__["config"]) for name, module in model.named_modules() if "config" in module.__dict__},
+        parameters={name: (id(p), p.data_ptr()) for name, p in model.named_parameters()},
+        values={name: value.clone() for name, value in model.state_dict().items()},
+        attributes=set(model.__dict__),
+    )
+
+
+def assert_same(before, after):
+    for key in before:
+        if key == "values":
+            assert list(before[key]) == list(after[key])
+            for name, value in before[key].items():
+                assert torch.equal(value, after[key][name]), name
+        else:
+            assert before[key] == after[key], key
+
+
+@torch.no_grad()
+def greedy(model, input_ids, steps, attention_mask=None):
+    """The continuation by full forwards without any cache: what every way of generating must give."""
+    for _ in range(steps):
+        logits = model(input_ids, attention_mask=attention_mask, use_cache=False).logits[:, -1]
+        input_ids = torch.cat((input_ids, logits.argmax(-1, keepdim=True)), dim=1)
+        if attention_mask is not None:
+            attention_mask = torch.cat((attention_mask, attention_mask.new_ones(len(attention_mask), 1)), dim=1)
+    return input_ids

@@ -1,0 +1,254 @@
+"""model.generate on sequences long enough to be sparse: every way of decoding gives the tokens of forwards without cache."""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache, StaticCache
+
+from nsa_fsa.integrations.transformers import NSACacheLayer
+from tests.integrations.models import TINY_REACH, attentions, dense_model, greedy, sparse_model, tokens
+
+PROMPT, NEW = 150, 60  # 210 tokens are 14 blocks, of which a query reads 6
+FEW = 20  # where the comparison without cache is slow; two strides and a block boundary still
+
+# A partial patch has layers of both kinds in one cache.
+MODELS = [("llama", None), ("qwen2", None), ("qwen3", [1])]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda p: f"{p[0]}-{p[1] or 'all'}")
+def model(request):
+    family, layers = request.param
+    return sparse_model(family, layers=layers)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    return greedy(model, tokens(2, PROMPT), NEW)
+
+
+def generate(model, prompt, new=NEW, **arguments):
+    return model.generate(prompt, max_new_tokens=new, **{"do_sample": False, **arguments})
+
+
+def test_the_queries_really_select(model, expected):
+    """Otherwise nothing here would test selection: the last queries leave blocks out, and not always the same."""
+    for attention in attentions(model):
+        records = []
+        if not hasattr(attention, "recorder"):
+            continue
+        attention.recorder = records.append
+        model(expected, use_cache=False)
+        attention.recorder = None
+        chosen = records[0].block_indices[-TINY_REACH:]
+        assert (chosen >= 0).all()
+        assert len({tuple(row) for row in chosen.flatten(0, 1)[:, 1:-1].tolist()}) > 10
+    assert len(set(expected[:, PROMPT:].flatten().tolist())) > 5  # nor is it one token over and over
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static", None])
+def test_greedy(model, expected, cache):
+    arguments = dict(use_cache=False) if cache is None else dict(cache_implementation=cache)
+    assert torch.equal(generate(model, tokens(2, PROMPT), **arguments), expected)
+
+
+def test_cache_objects_of_the_user(model, expected):
+    prompt = tokens(2, PROMPT)
+    for cache in (
+        DynamicCache(),
+        DynamicCache(config=model.config),
+        StaticCache(config=model.config, max_cache_len=PROMPT + NEW + 9),
+    ):
+        assert torch.equal(generate(model, prompt, past_key_values=cache), expected)
+        kinds = [isinstance(layer, NSACacheLayer) for layer in cache.layers]
+        assert kinds == [hasattr(attention, "gate") for attention in attentions(model)]
+        assert cache.get_seq_length() == PROMPT + NEW - 1
+
+
+@torch.no_grad()
+def test_chunked_prefill_through_the_model(model, expected):
+    cache, logits = DynamicCache(), []
+    for chunk in expected.split([70, 1, 1, 64, 13, 1, 60], dim=1):
+        logits.append(model(chunk, past_key_values=cache).logits)
+    full = model(expected, use_cache=False).logits
+    torch.testing.assert_close(torch.cat(logits, dim=1), full, rtol=1e-3, atol=1e-3)
+
+
+def test_prefill_chunk_size(model, expected):
+    assert torch.equal(generate(model, tokens(2, PROMPT), prefill_chunk_size=40), expected)
+
+
+PADDING = [0, 37, 130]
+
+
+@pytest.fixture(scope="module")
+def rows_alone(model):
+    prompt = tokens(len(PADDING), PROMPT, seed=3)
+    return [greedy(model, prompt[b : b + 1, n:], NEW)[0, PROMPT - n :] for b, n in enumerate(PADDING)]
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_left_padded_batch_equals_rows_alone(model, rows_alone, cache):
+    prompt = tokens(len(PADDING), PROMPT, seed=3)
+    mask = (torch.arange(PROMPT) >= torch.tensor(PADDING)[:, None]).long()
+    together = generate(model, prompt * mask, attention_mask=mask, cache_implementation=cache)
+    for b, alone in enumerate(rows_alone):
+        assert torch.equal(together[b, PROMPT:], alone), b
+
+
+def test_sampling(model):
+    prompt = tokens(2, PROMPT)
+    results = []
+    for arguments in (dict(use_cache=False), dict(cache_implementation="dynamic"), dict(cache_implementation="static")):
+        torch.manual_seed(5)
+        results.append(generate(model, prompt, FEW, do_sample=True, temperature=2.0, top_k=20, **arguments))
+    assert torch.equal(results[1], results[0])
+    assert torch.equal(results[2], results[0])
+    assert not torch.equal(results[0], generate(model, prompt, FEW))
+
+
+def test_beams(model):
+    """Beams are reordered at every step; the prompt is repeated into beams first. One row is left-padded."""
+    prompt = tokens(2, PROMPT)
+    mask = torch.ones_like(prompt)
+    prompt[1, :33], mask[1, :33] = 0, 0
+    beams = dict(num_beams=3, num_return_sequences=2, length_penalty=0.0, attention_mask=mask)
+    uncached = generate(model, prompt, FEW, use_cache=False, **beams)
+    for cache in ("dynamic", "static"):
+        assert torch.equal(generate(model, prompt, FEW, cache_implementation=cache, **beams), uncached)
+    # Not the greedy answer under another name.
+    assert not torch.equal(uncached[::2], generate(model, prompt, FEW, attention_mask=mask))
+
+
+def test_prompt_lookup(model):
+    """Guesses n-grams of the prompt, and takes back the wrong ones: the cache is cropped at most steps."""
+    prompt = tokens(1, 30).repeat(1, 5)
+    crops = CountCrops(lambda: generate(model, prompt, FEW, prompt_lookup_num_tokens=5))
+    assert torch.equal(crops.result, greedy(model, prompt, FEW))
+    assert crops.count > 0
+
+
+def test_assisted_generation(model, expected):
+    """A small model guesses; most guesses are wrong and taken back, over window and block boundaries."""
+    assistant = dense_model("llama", seed=7, num_hidden_layers=1)
+    crops = CountCrops(lambda: generate(model, expected[:1, :PROMPT], assistant_model=assistant))
+    assert torch.equal(crops.result, expected[:1])
+    assert crops.count > 0
+
+
+def test_a_sparse_assistant(model, expected):
+    """The assistant's cache is cropped as well. A second model guesses for the first: a slightly different copy of it."""
+    assistant = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in assistant.parameters():
+            parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
+    crops = CountCrops(lambda: generate(model, expected[:1, :PROMPT], assistant_model=assistant))
+    assert torch.equal(crops.result, expected[:1])
+    assert crops.count > 0
+
+
+class CountCrops:
+    """Runs something, counting how often an NSA cache layer really took tokens back."""
+
+    def __init__(self, run):
+        self.count, original = 0, NSACacheLayer.crop
+
+        def crop(layer, tokens_to_remove):
+            self.count += tokens_to_remove != 0
+            original(layer, tokens_to_remove)
+
+        NSACacheLayer.crop = crop
+        try:
+            self.result = run()
+        finally:
+            NSACacheLayer.crop = original
+
+
+def test_contrast_with_batch_selection_and_repetition():
+    """The cache methods that decoding strategies call, against the state they stand for."""
+    model = sparse_model()
+    prompt = tokens(4, PROMPT)
+    for change, rows in (
+        (lambda c: c.batch_select_indices(torch.tensor([3, 1])), [3, 1]),
+        (lambda c: c.batch_select_indices(torch.tensor([True, False, True, False])), [0, 2]),
+        (lambda c: c.reorder_cache(torch.tensor([1, 1, 0, 3])), [1, 1, 0, 3]),
+        (lambda c: c.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2, 3, 3]),
+        (lambda c: c.crop(-9), None),
+    ):
+        cache = DynamicCache()
+        with torch.no_grad():
+            model(prompt, past_key_values=cache)
+            change(cache)
+            history = prompt[:, :-9] if rows is None else prompt[rows]
+            new = tokens(len(history), 20, seed=8)
+            logits = torch.cat([model(new[:, i : i + 1], past_key_values=cache).logits for i in range(20)], dim=1)
+            expected = model(torch.cat((history, new), dim=1), use_cache=False).logits[:, -20:]
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("argument", "kept"), [(-5, 25), (0, 30), (22, 22), (30, 30), (40, 30), (torch.tensor(-5), 25)])
+def test_crop_arguments(argument, kept):
+    """transformers removes a negative number; older versions of 5.x pass, as a positive one, the length to keep."""
+    model, ids = sparse_model(), tokens(1, 30)
+    cache = DynamicCache()
+    model(ids, past_key_values=cache)
+    for layer in cache.layers:
+        layer.crop(argument)
+    assert cache.get_seq_length() == kept
+    new = tokens(1, 9, seed=1)
+    expected = model(torch.cat((ids[:, :kept], new), dim=1), use_cache=False).logits[:, -9:]
+    torch.testing.assert_close(model(new, past_key_values=cache).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_reset_of_a_static_cache():
+    model = sparse_model()
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + NEW)
+    for seed in (0, 1):
+        prompt = tokens(2, PROMPT, seed=seed)
+        assert torch.equal(generate(model, prompt, FEW, past_key_values=cache), generate(model, prompt, FEW))
+        cache.reset()
+
+
+# --- Refused --------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_a_full_static_cache():
+    model = sparse_model()
+    cache = StaticCache(config=model.config, max_cache_len=20)
+    model(tokens(1, 15), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"6 more tokens do not fit: the cache holds 15 of 20.*Fix"):
+        model(tokens(1, 6), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_cache_filled_by_a_dense_model():
+    dense, cache = dense_model(), DynamicCache()
+    dense(tokens(1, 15), past_key_values=cache)
+    with pytest.raises(ValueError, match=r"layer 0 of the cache already holds a dense layer's keys.*Fix"):
+        sparse_model()(tokens(1, 1), past_key_values=cache)
+
+
+@torch.no_grad()
+def test_a_sparse_cache_in_a_dense_model():
+    cache = DynamicCache()
+    sparse_model()(tokens(1, 15), past_key_values=cache)
+    with pytest.raises(RuntimeError, match="cannot be shared with a dense layer"):
+        dense_model()(tokens(1, 1), past_key_values=cache)
+
+
+def test_offloaded_caches():
+    with pytest.raises((ValueError, RuntimeError), match="offload"):
+        generate(sparse_model(), tokens(1, 20), past_key_values=DynamicCache(offloading=True))
+
+
+@torch.no_grad()
+def test_other_kinds_of_cache_layers():
+    """Such as a sliding one, which forgets what NSA must keep."""
+    model = sparse_model()
+    sliding = transformers.cache_utils.DynamicSlidingWindowLayer(sliding_window=16)
+    cache = transformers.cache_utils.Cache(layers=[sliding, sliding])
+    with pytest.raises(TypeError, match=r"DynamicSlidingWindowLayer.*can replace a DynamicLayer or a StaticLayer.*Fix"):
+        model(tokens(1, 20), past_key_values=cache)

@@ -1,0 +1,488 @@
+"""patch_model and unpatch_model: what changes, what does not, and what is refused."""
+
+import copy
+import gc
+import pickle
+
+import pytest
+import torch
+import transformers
+from transformers.models.llama.modeling_llama import LlamaAttention
+
+from nsa_fsa import NSAConfig
+from nsa_fsa.integrations.transformers import (
+    NSALlamaConfig,
+    NSALlamaForCausalLM,
+    patch_model,
+    supported_models,
+    unpatch_model,
+)
+from tests.integrations.models import (
+    FAMILIES,
+    TINY_REACH,
+    assert_same,
+    attentions,
+    dense_config,
+    dense_model,
+    scramble,
+    snapshot,
+    sparse_layers,
+    sparse_model,
+    tokens,
+)
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ALL_MODELS = [(family, base) for family in FAMILIES for base in (False, True)]
+
+
+def output(model, ids, **arguments):
+    with torch.no_grad():
+        return model(ids, use_cache=False, **arguments)[0]
+
+
+def open_only_the_selected_branch(model):
+    """Gates of exactly 0, 1, 0: sigmoid(40) is 1 in float32."""
+    for attention in attentions(model):
+        torch.nn.init.zeros_(attention.gate.weight)
+        with torch.no_grad():
+            attention.gate.bias.view(-1, 3).copy_(torch.tensor([-120.0, 40.0, -120.0]))
+
+
+# --- What a patched model computes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "base"), ALL_MODELS)
+def test_selected_branch_alone_is_the_dense_model(family, base):
+    """Up to 96 tokens the selected branch sees every key: checks projections, norms, biases, RoPE, scale and head order."""
+    model, ids = dense_model(family, base), tokens(2, TINY_REACH)
+    expected = output(model, ids)
+    patch_model(model, preset="tiny", verbose=False)
+    open_only_the_selected_branch(model)
+    torch.testing.assert_close(output(model, ids), expected, rtol=1e-4, atol=1e-4)  # float32 through two layers
+    longer = tokens(2, 3 * TINY_REACH)
+    assert (output(model, longer) - output(unpatch_model(model), longer)).abs().max() > 0.1  # beyond, it is sparse
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
+    {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+     "original_max_position_embeddings": 64},
+], ids=lambda rope: rope["rope_type"])  # fmt: skip
+def test_models_with_scaled_rope(rope):
+    model, ids = dense_model("llama", rope_parameters=rope), tokens(1, TINY_REACH)
+    expected = output(model, ids)
+    patch_model(model, preset="tiny", verbose=False)
+    open_only_the_selected_branch(model)
+    torch.testing.assert_close(output(model, ids), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patched_attention_is_the_layer(family):
+    """The attention inside a model, given transformers' cos and sin, equals the layer that counts positions itself."""
+    model = sparse_model(family)
+    attention, x = attentions(model)[1], torch.randn(2, 200, 64)
+    seen = []
+    model.base_model.layers[1].self_attn.register_forward_hook(
+        lambda module, args, kwargs, result: seen.append((kwargs, result)), with_kwargs=True
+    )
+    output(model, tokens(2, 200))
+    (kwargs, (result, weights)) = seen[0]
+    assert weights is None
+    alone = super(type(attention), attention).forward(kwargs["hidden_states"])
+    torch.testing.assert_close(result, alone, rtol=1e-4, atol=1e-4)
+    assert x.shape == result.shape
+
+
+@pytest.mark.parametrize("layers", [None, [0], [1]], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padded_rows_equal_rows_alone(family, side, layers):
+    """Also through the layers that a partial patch leaves dense."""
+    model, ids = sparse_model(family, layers=layers), tokens(3, 200)
+    mask = torch.ones_like(ids)
+    for b, padding in enumerate((0, 61, 190)):
+        columns = slice(0, padding) if side == "left" else slice(200 - padding, 200)
+        mask[b, columns] = 0
+        ids[b, columns] = 0
+    position_ids = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = output(model, ids, attention_mask=mask, position_ids=position_ids)
+    shifted = output(model, ids, attention_mask=mask)  # positions counted from the left edge: RoPE is relative
+    for b in range(3):
+        real = mask[b] == 1
+        alone = output(model, ids[b : b + 1, real])[0]
+        torch.testing.assert_close(logits[b, real], alone, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(shifted[b, real], alone, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("layers", [[0], [1]], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dense_layers_of_a_partial_patch_are_dense(family, layers):
+    """With the sparse layer's selected branch alone, the whole model is the dense one, padded or not."""
+    model, ids = dense_model(family), tokens(2, 90)
+    mask = torch.ones_like(ids)
+    mask[1, :40] = 0
+    expected, expected_padded = output(model, ids), output(model, ids, attention_mask=mask)
+    patch_model(model, preset="tiny", layers=layers, verbose=False)
+    assert sparse_layers(model) == layers
+    attention = attentions(model)[layers[0]]
+    with torch.no_grad():
+        attention.gate.bias.view(-1, 3).copy_(torch.tensor([-120.0, 40.0, -120.0]))
+    torch.testing.assert_close(output(model, ids), expected, rtol=1e-4, atol=1e-4)
+    padded = output(model, ids, attention_mask=mask)
+    torch.testing.assert_close(padded[mask == 1], expected_padded[mask == 1], rtol=1e-4, atol=1e-4)
+
+
+# --- What patching changes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("family", "base"), ALL_MODELS)
+def test_patching_keeps_parameters_and_adds_gates_and_compressors(family, base):
+    model = dense_model(family, base)
+    before = {name: (p, p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
+    modules = {f"{i}.{name}": getattr(a, name) for i, a in enumerate(attentions(model)) for name in PROJECTIONS}
+    patch_model(model, preset="tiny", verbose=False)
+    after = dict(model.named_parameters())
+    for name, (parameter, address, value) in before.items():
+        assert after[name] is parameter, name
+        assert parameter.data_ptr() == address
+        assert torch.equal(parameter, value)
+    for i, attention in enumerate(attentions(model)):
+        for name in PROJECTIONS:
+            assert getattr(attention, name) is modules[f"{i}.{name}"]
+    new = {name.split(".self_attn.")[1] for name in after.keys() - before.keys()}
+    assert new == {"gate.weight", "gate.bias", "compress_k.phi.logits", "compress_v.phi.logits"}
+    assert model.config.model_type == f"nsa_{family}"
+    assert type(model).__name__.startswith("NSA")
+    assert isinstance(model, FAMILIES[family][2 if base else 1])
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_mode_dtype_and_device_are_kept(train):
+    model = dense_model().to(torch.bfloat16).train(train)
+    patch_model(model, preset="tiny", verbose=False)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    assert all(module.training == train for module in model.modules())
+    unpatch_model(model.train(not train))
+    assert all(module.training != train for module in model.modules())
+
+
+@pytest.mark.parametrize("layers", [None, [0], (1,)], ids=str)
+@pytest.mark.parametrize(("family", "base"), ALL_MODELS)
+def test_unpatching_restores_bit_for_bit(family, base, layers):
+    model, ids = dense_model(family, base), tokens(2, 130)
+    before, expected = snapshot(model), output(model, ids)
+    patch_model(model, preset="tiny", layers=layers, verbose=False)
+    assert (output(scramble(model), ids) - expected).abs().max() > 1e-3
+    assert unpatch_model(model) is model
+    assert_same(before, snapshot(model))
+    assert torch.equal(output(model, ids), expected)
+    assert unpatch_model(model) is model  # does nothing to a dense model
+    assert_same(before, snapshot(model))
+    patch_model(model, preset="tiny", verbose=False)  # and again
+    assert sparse_layers(model) == [0, 1]
+
+
+def test_unpatching_keeps_what_was_trained():
+    model = sparse_model()
+    with torch.no_grad():
+        attentions(model)[0].q_proj.weight.add_(1)
+    trained = attentions(model)[0].q_proj.weight.detach().clone()
+    attentions(model)[1].k_proj = torch.nn.Linear(64, 16, bias=False)
+    replaced = attentions(model)[1].k_proj
+    unpatch_model(model)
+    assert torch.equal(attentions(model)[0].q_proj.weight, trained)
+    assert attentions(model)[1].k_proj is replaced
+
+
+def test_unpatching_frees_gates_and_compressors():
+    model = sparse_model()
+    new = {id(p) for n, p in model.named_parameters() if "gate." in n or "compress" in n}
+    unpatch_model(model)
+    gc.collect()
+    assert not new & {id(o) for o in gc.get_objects() if isinstance(o, torch.nn.Parameter)}
+
+
+def test_only_this_instance_is_patched():
+    """Not the class, not its attention class, not another model, not even one made from the same config object."""
+    config = dense_config()
+    torch.manual_seed(0)
+    first, second = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
+    ids = tokens(1, 130)
+    expected, forward, before = output(second, ids), LlamaAttention.forward, snapshot(second)
+    patch_model(first, preset="tiny", verbose=False)
+    assert first.config is not config
+    assert not hasattr(config, "nsa")
+    assert config._attn_implementation != "nsa_fsa"
+    assert LlamaAttention.forward is forward
+    assert_same(before, snapshot(second))
+    assert torch.equal(output(second, ids), expected)
+    third = transformers.LlamaForCausalLM(config)
+    assert type(attentions(third)[0]) is LlamaAttention
+
+
+def test_all_submodules_share_one_config():
+    """The base model reads its mask function's name from its own reference to the config."""
+    model = sparse_model()
+    assert model.config is model.model.config
+    assert model.config._attn_implementation == "nsa_fsa"
+    assert isinstance(model.config, NSALlamaConfig)
+
+
+# --- The report -----------------------------------------------------------------------------------------------------------
+
+
+def test_report(capsys):
+    model = dense_model(num_hidden_layers=5)
+    dense_parameters = model.num_parameters()
+    report = patch_model(model, preset="tiny", layers=[4, 0, 1, 1])
+    assert report.model_class == "LlamaForCausalLM"
+    assert report.patched_class == "NSALlamaForCausalLM" == type(model).__name__
+    assert report.layers == (0, 1, 4)
+    assert report.dense_layers == (2, 3)
+    assert report.config == attentions(model)[0].config
+    gate, compressors = 64 * 24 + 24, 2 * 2 * 16
+    assert report.new_parameters == 3 * (gate + compressors)
+    assert report.total_parameters == model.num_parameters() == dense_parameters + report.new_parameters
+    assert not report.dry_run
+    assert not report.already_patched
+    text = str(report)
+    assert capsys.readouterr().out == text + "\n"
+    for part in (
+        f"LlamaForCausalLM is now NSALlamaForCausalLM (transformers {transformers.__version__})",
+        "NSA layers: 0-1, 4; dense: 2-3",
+        "8 query, 2 KV (group size 4), head dim 8",
+        "6 blocks of 16 keys = 96, the last 32, and one compressed token per 8",
+        f"{report.new_parameters:,} of {report.total_parameters:,}",
+        "gates: dense",
+    ):
+        assert part in text
+
+
+def test_verbose_false_prints_nothing(capsys):
+    model = dense_model()
+    patch_model(model, preset="tiny", verbose=False)
+    patch_model(model, preset="tiny", verbose=False)
+    unpatch_model(model)
+    assert capsys.readouterr().out == ""
+
+
+def test_dry_run_changes_nothing():
+    model = dense_model()
+    before = snapshot(model)
+    report = patch_model(model, preset="tiny", layers=[1], dry_run=True, verbose=False)
+    assert_same(before, snapshot(model))
+    assert report.dry_run
+    assert "would become" in str(report)
+    real = patch_model(model, preset="tiny", layers=[1], verbose=False)
+    assert (real.layers, real.new_parameters, real.total_parameters) == (
+        report.layers,
+        report.new_parameters,
+        report.total_parameters,
+    )
+
+
+def test_patching_twice_does_nothing():
+    model = sparse_model(layers=[1])
+    before = snapshot(model)
+    for again in (dict(), dict(config=attentions(model)[1].config), dict(layers=[1])):
+        report = patch_model(model, **again, verbose=False)
+        assert report.already_patched
+        assert report.layers == (1,)
+        assert report.dense_layers == (0,)
+        assert report.total_parameters == model.num_parameters()
+        assert "was already" in str(report)
+        assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("other", [dict(preset="fsa-64x16"), dict(layers=[0, 1]), dict(layers=[0])], ids=str)
+def test_patching_twice_with_other_settings_is_refused(other):
+    model = sparse_model(layers=[1])
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"already patched with other settings.*unpatch_model"):
+        patch_model(model, **other, verbose=False)
+    assert_same(before, snapshot(model))
+
+
+def test_a_part_of_a_patched_model_is_refused():
+    model = sparse_model()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"layer 0 is patched already.*Fix"):
+        patch_model(model.model, preset="tiny", verbose=False)
+    assert_same(before, snapshot(model))
+
+
+def test_supported_models():
+    names = supported_models()
+    assert sorted(names) == sorted(cls.__name__ for _, *classes in FAMILIES.values() for cls in classes)
+
+
+# --- Errors leave the model untouched -------------------------------------------------------------------------------------
+
+
+def tiny_nsa(model, **changes):
+    return NSAConfig.from_pretrained_config(model.config, "tiny", **changes)
+
+
+def with_config(**changes):
+    return lambda model: dict(config=tiny_nsa(model, **changes))
+
+
+REFUSED = {
+    "another head count": (with_config(num_kv_heads=4), "num_kv_heads=4 does not fit.*2.*Fix"),
+    "another width": (with_config(hidden_size=128), "hidden_size=128 does not fit.*64.*Fix"),
+    "another head width": (with_config(head_dim=16), "head_dim=16 does not fit.*8.*Fix"),
+    "wide values": (with_config(v_head_dim=16), "v_head_dim=16 does not fit.*8.*Fix"),
+    "another scale": (with_config(scale=1.0), "scale=1.0 does not fit.*Fix"),
+    "norms": (with_config(qk_norm=True), "qk_norm=True does not fit.*False.*Fix"),
+    "biases": (with_config(qkv_bias=True), "qkv_bias=True does not fit.*False.*Fix"),
+    "output bias": (with_config(o_bias=True), "o_bias=True does not fit.*False.*Fix"),
+    "kv_per_branch": (with_config(kv_per_branch=True), "kv_per_branch=True.*must be False.*Fix"),
+    "unknown backend": (with_config(backend="quantum"), "backend='quantum'.*allowed are.*Fix"),
+    "unknown preset": (lambda model: dict(preset="huge"), "preset='huge'.*allowed are.*tiny.*Fix"),
+    "preset and config": (lambda model: dict(config=tiny_nsa(model), preset="tiny"), "preset='tiny' and config.*Fix"),
+    "layer past the end": (lambda model: dict(preset="tiny", layers=[0, 2]), r"layers=\[0, 2\] must be among 0 .. 1"),
+    "negative layer": (lambda model: dict(preset="tiny", layers=[-1]), r"layers=\[-1\] must be among 0 .. 1"),
+    "no layer": (lambda model: dict(preset="tiny", layers=[]), r"layers=\[\].*at least one"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_settings_that_do_not_fit(name):
+    make, message = REFUSED[name]
+    model = dense_model()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        patch_model(model, **make(model), verbose=False)
+    assert_same(before, snapshot(model))
+
+
+def test_attention_dropout_is_refused():
+    model = dense_model(attention_dropout=0.1)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"attention_dropout=0.1.*must be 0.*Fix"):
+        patch_model(model, preset="tiny", verbose=False)
+    assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_sliding_layers_are_refused(family):
+    model = dense_model(family, use_sliding_window=True, sliding_window=32, max_window_layers=1)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"layers \[1\].*full_attention.*Fix"):
+        patch_model(model, preset="tiny", verbose=False)
+    assert_same(before, snapshot(model))
+
+
+def unsupported():
+    return {
+        "GPT2LMHeadModel": transformers.GPT2LMHeadModel(
+            transformers.GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2)
+        ),
+        "LlamaForSequenceClassification": transformers.LlamaForSequenceClassification(dense_config()),
+    }
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForSequenceClassification"])
+def test_unsupported_models_are_refused(name):
+    model = unsupported()[name]
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=f"{name} cannot be patched.*LlamaForCausalLM.*Fix"):
+        patch_model(model, verbose=False)
+    assert_same(before, snapshot(model))
+
+
+def test_a_subclass_is_refused():
+    """Its forward may be anything."""
+
+    class MyLlama(transformers.LlamaForCausalLM):
+        pass
+
+    with pytest.raises(TypeError, match="MyLlama cannot be patched"):
+        patch_model(MyLlama(dense_config()), verbose=False)
+
+
+def test_a_model_already_wrapped_by_peft_is_refused():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(dense_model(), peft.LoraConfig(target_modules=["q_proj"]))
+    before = snapshot(model.base_model.model)
+    with pytest.raises(TypeError, match=r"cannot be patched.*patch_model before get_peft_model"):
+        patch_model(model, preset="tiny", verbose=False)
+    assert_same(before, snapshot(model.base_model.model))
+
+
+def test_a_signature_that_no_longer_fits(monkeypatch):
+    """The transformers of the future: the error names its version and the parameters that are gone."""
+
+    def forward(self, hidden_states, rotary, attention_mask=None, cache=None):
+        raise NotImplementedError
+
+    model = dense_model()
+    before = snapshot(model)
+    monkeypatch.setattr(LlamaAttention, "forward", forward)
+    version = transformers.__version__
+    with pytest.raises(
+        RuntimeError, match=rf"transformers {version} lacks.*past_key_values.*position_embeddings.*Fix: install"
+    ):
+        patch_model(model, preset="tiny", verbose=False)
+    assert_same(before, snapshot(model))
+
+
+# --- Masks and attention weights ------------------------------------------------------------------------------------------
+
+
+def test_4d_masks_are_refused():
+    model, ids = sparse_model(), tokens(1, 20)
+    with pytest.raises(ValueError, match=r"\(1, 1, 20, 20\).*2D padding mask.*Fix"):
+        model(ids, attention_mask=torch.ones(1, 1, 20, 20).tril().bool())
+
+
+def test_another_attention_implementation_is_refused_or_harmless():
+    """eager and sdpa masks are 4D: refused, not misread. Without padding sdpa passes none, and nothing changes."""
+    model, ids = sparse_model(), tokens(2, 20)
+    expected = output(model, ids)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(output(model, ids), expected)
+    with pytest.raises(ValueError, match="2D padding mask"):
+        model(ids, attention_mask=mask)
+    model.set_attn_implementation("eager")
+    with pytest.raises(ValueError, match="2D padding mask"):
+        model(ids)
+
+
+@pytest.mark.parametrize("layers", [None, [1]], ids=str)
+@pytest.mark.parametrize("base", [False, True])
+def test_output_attentions_is_refused(base, layers):
+    model, ids = sparse_model(base=base, layers=layers), tokens(1, 20)
+    with pytest.raises(ValueError, match="output_attentions"):
+        model(ids, output_attentions=True)
+
+
+@pytest.mark.parametrize(("family", "base"), ALL_MODELS)
+def test_output_hidden_states_still_works(family, base):
+    model, ids = sparse_model(family, base), tokens(1, 20)
+    states = model(ids, output_hidden_states=True).hidden_states
+    assert [tuple(x.shape) for x in states] == [(1, 20, 64)] * 3
+
+
+# --- Copies ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", [None, [1]], ids=str)
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+def test_copies_of_a_patched_model(how, layers):
+    model, ids = sparse_model(layers=layers), tokens(1, 130)
+    copied, expected = how(model), output(model, ids)
+    assert type(copied) is NSALlamaForCausalLM
+    assert copied.config is not model.config
+    assert copied.config is copied.model.config
+    assert torch.equal(output(copied, ids), expected)
+    with torch.no_grad():
+        attentions(copied)[1].gate.bias.add_(1)
+    assert torch.equal(output(model, ids), expected)  # shares nothing
+    unpatch_model(copied)
+    assert torch.equal(output(model, ids), expected)
+    assert torch.equal(output(copied, ids), output(unpatch_model(model), ids))

@@ -1,0 +1,209 @@
+"""Gradients of the layer, compilation, memory, and training on every backend."""
+
+import gc
+
+import psutil
+import pytest
+import torch
+from torch.func import functional_call
+
+from tests.cases import backends_of, device_of
+from tests.modules.layers import VARIANTS, FirstPlusTanhOfLast, make_layer, make_variant, randn, small_config
+
+# Few enough numbers for finite differences in every one; still 3 of 4 blocks selected and 6 compressed tokens.
+TINY = dict(hidden_size=6, num_heads=2, num_kv_heads=1, head_dim=4, kernel_size=4, kernel_stride=2, block_size=4, window_size=3)
+
+
+def tiny_variant(name):
+    own = dict(compressor_k=FirstPlusTanhOfLast(), compressor_v=FirstPlusTanhOfLast()) if name == "own-modules" else {}
+    return make_layer(small_config(**{**VARIANTS[name], **TINY}), gain=1.0, **own)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradcheck_of_the_input(variant):
+    """Float64, every element. Selection is discrete, but constant within a step of 1e-6 unless two scores tie."""
+    layer = tiny_variant(variant)
+    x = randn(1, 14, 6).requires_grad_()
+    assert torch.autograd.gradcheck(layer, (x,))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradcheck_of_every_parameter(variant):
+    """One parameter at a time, along a random direction of it (fast_mode): a wrong one cannot hide among the others."""
+    layer, x = tiny_variant(variant), randn(1, 14, 6)
+    for name, parameter in layer.named_parameters():
+
+        def run(value, name=name):
+            return functional_call(layer, {name: value}, (x,))
+
+        assert torch.autograd.gradcheck(run, (parameter.detach().clone().requires_grad_(),), fast_mode=True), name
+
+
+def test_gradcheck_of_a_padded_and_a_packed_batch():
+    layer, x = tiny_variant("mean-linear"), randn(2, 8, 6).requires_grad_()
+    mask = torch.ones(2, 8)
+    mask[0, :2] = 0
+    mask[1, 7:] = 0
+    assert torch.autograd.gradcheck(lambda x: layer(x, attention_mask=mask), (x,))
+    cu_seqlens = torch.tensor([0, 7, 7, 9, 16], dtype=torch.int32)
+    assert torch.autograd.gradcheck(lambda x: layer(x.view(1, 16, 6), cu_seqlens=cu_seqlens), (x,))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_parameter_is_trained(variant):
+    """A non-zero gradient for each; with kv_per_branch for each branch's slice of the projections."""
+    layer = make_variant(variant, torch.float32)
+    output = layer(randn(2, 45, 24, dtype=torch.float32))
+    output.backward(randn(2, 45, 24, dtype=torch.float32, seed=1))
+    for name, parameter in layer.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.abs().max() > 1e-4, name
+    c = layer.config
+    if c.kv_per_branch:
+        for projection, width in (("k_proj", c.head_dim), ("v_proj", c.v_head_dim)):
+            slices = layer.get_submodule(projection).weight.grad.unflatten(0, (c.num_kv_heads, 3, width))
+            assert (slices.abs().amax((2, 3)) > 1e-4).all(), projection
+
+
+def test_padding_receives_no_gradient():
+    layer, x = make_variant("default"), randn(2, 30, 24).requires_grad_()
+    mask = torch.ones(2, 30)
+    mask[0, :11] = 0
+    mask[1, 25:] = 0
+    layer(x, attention_mask=mask).backward(randn(2, 30, 24, seed=1))
+    assert (x.grad[mask == 0] == 0).all()
+    assert (x.grad[mask == 1].abs().amax(-1) > 0).all()
+
+
+@pytest.mark.parametrize("scale", [30.0, 1e-3])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_extreme_inputs(variant, scale):
+    """Inputs x30, equal tokens, one huge token: finite output and gradients wherever float64's are, which they all are."""
+    layer = make_variant(variant, torch.float32)
+    equal = randn(1, 1, 24, dtype=torch.float32).expand(1, 45, 24)
+    one_huge = randn(1, 45, 24, dtype=torch.float32)
+    one_huge[0, 20] *= 1e3
+    for x in (scale * randn(1, 45, 24, dtype=torch.float32), scale * equal, one_huge):
+        x = x.clone().requires_grad_()
+        output = layer(x)
+        output.sum().backward()
+        assert torch.isfinite(output).all()
+        assert torch.isfinite(x.grad).all()
+
+
+# --- Compilation ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiled_equals_eager(variant):
+    """fullgraph: one graph break would raise. aot_eager traces forward and backward through the fake operators."""
+    torch._dynamo.reset()
+    layer, x, do = make_variant(variant), randn(2, 45, 24), randn(2, 45, 24, seed=1)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+
+    def run(function):
+        inputs = x.clone().requires_grad_()
+        layer.zero_grad()
+        output = function(inputs)
+        output.backward(do)
+        return [output, inputs.grad, *(p.grad for p in layer.parameters())]
+
+    for actual, expected in zip(run(compiled), run(layer), strict=True):
+        # Tracing may reorder sums, by which float64 changes in its last digits.
+        torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_no_recompilation_after_the_second_length():
+    torch._dynamo.reset()
+    layer = make_variant("default", torch.float32)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+
+    def step(length):
+        x = randn(2, length, 24, dtype=torch.float32).requires_grad_()
+        output = compiled(x)
+        output.sum().backward()
+        torch.testing.assert_close(output, layer(x), rtol=1e-4, atol=1e-4)
+
+    step(45)
+    step(61)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (37, 64, 100, 45, 9):
+            step(length)
+
+
+# --- Memory ---------------------------------------------------------------------------------------------------------------
+
+
+def test_memory_does_not_grow_over_50_steps():
+    layer = make_variant("default", torch.float32)
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=1e-3)
+    x = randn(2, 256, 24, dtype=torch.float32)
+    process = psutil.Process()
+
+    def live_tensors():
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
+    for step in range(55):
+        optimizer.zero_grad()
+        layer(x).pow(2).mean().backward()
+        optimizer.step()
+        if step == 4:
+            tensors, memory = live_tensors(), process.memory_info().rss
+    assert live_tensors() - tensors < 25  # one tensor per step would be 50; other tests' garbage may come and go
+    # A step's activations (q, k, v, three branch outputs: 2 * 256 * 7 * 32 floats) are 0.46 MB: kept, they would be 23 MB.
+    assert process.memory_info().rss - memory < 12e6
+
+
+# --- Training on every backend --------------------------------------------------------------------------------------------
+
+
+def training_losses(backend, steps=100):
+    """Losses of a two-layer residual network learning four sequences by heart; three tokens in a row tell what comes next."""
+    device = device_of(backend)
+    torch.manual_seed(0)
+    config = small_config(
+        hidden_size=32,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=16,
+        kernel_size=16,
+        kernel_stride=8,
+        block_size=16,
+        backend=backend,
+    )
+    layers = torch.nn.ModuleList(make_layer(config, torch.float32, seed=i, gain=1.0) for i in range(2)).to(device)
+    embed, head = torch.nn.Embedding(20, 32).to(device), torch.nn.Linear(32, 20).to(device)
+    optimizer = torch.optim.AdamW([*layers.parameters(), *embed.parameters(), *head.parameters()], lr=3e-3)
+    tokens = torch.randint(20, (4, 24), generator=torch.Generator().manual_seed(0)).repeat(1, 3).to(device)
+    losses = []
+    for _ in range(steps):
+        hidden = embed(tokens[:, :-1])
+        for layer in layers:
+            hidden = hidden + layer(torch.nn.functional.rms_norm(hidden, (32,)))
+        loss = torch.nn.functional.cross_entropy(head(hidden).flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses)
+
+
+@pytest.fixture(scope="module")
+def reference_losses():
+    return training_losses("reference")
+
+
+def test_training_on_the_reference_learns(reference_losses):
+    """The loss falls from above ln(20) = 3.0, that of guessing, to half of it."""
+    assert reference_losses[0] > 3.0
+    assert reference_losses[-5:].mean() < 1.5
+
+
+OTHER_BACKENDS = [backend for backend in backends_of("nsa_attention") if backend.values[0] != "reference"]
+
+
+@pytest.mark.skipif(not OTHER_BACKENDS, reason="the reference is the only backend; this compares the others with it")
+@pytest.mark.parametrize("backend", OTHER_BACKENDS or ["none"])
+def test_training_tracks_the_reference(backend, reference_losses):
+    torch.testing.assert_close(training_losses(backend), reference_losses, rtol=0, atol=1e-2)  # row 16 of the bars
