@@ -1,6 +1,6 @@
 """Compression windows as operators: gathered (for the linear, mlp and gated kinds) or pooled (mean and weighted)."""
 
-from typing import Any, Optional
+from typing import Optional
 
 import torch
 from torch import Tensor
@@ -110,7 +110,7 @@ def _(x, weight, cu_seqlens, max_seqlen, kernel_size, kernel_stride, seqused_k, 
 def _pool_backward(
     dpooled: Tensor,
     x: Tensor,
-    weight: Tensor,
+    weight: Optional[Tensor],
     cu_seqlens: Tensor,
     kernel_size: int,
     kernel_stride: int,
@@ -118,13 +118,15 @@ def _pool_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     backward = backends.resolve("pool_windows", backend).backward
-    sizes: dict[str, Any] = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
-    return backward(dpooled, x, weight, cu_seqlens, **sizes)
+    dx, dweight = backward(
+        dpooled, x, weight, cu_seqlens, kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k
+    )
+    return dx, x.new_empty(0) if dweight is None else dweight  # an operator cannot return None
 
 
 @_pool_backward.register_fake
 def _(dpooled, x, weight, cu_seqlens, kernel_size, kernel_stride, seqused_k, backend):
-    return x.new_empty(x.shape), weight.new_empty(weight.shape)
+    return x.new_empty(x.shape), x.new_empty(0) if weight is None else weight.new_empty(weight.shape)
 
 
 def _pool_setup(ctx, inputs, output):
@@ -134,9 +136,7 @@ def _pool_setup(ctx, inputs, output):
 
 def _pool_vjp(ctx, dpooled):
     x, weight, cu_seqlens, seqused_k = ctx.saved_tensors
-    # A returned op output must be a tensor, so the mean is differentiated as the constant weight it is.
-    constant = x.new_full((x.shape[1], ctx.kernel_size), 1 / ctx.kernel_size, dtype=torch.float64) if weight is None else weight
-    dx, dweight = _pool_backward(dpooled, x, constant, cu_seqlens, ctx.kernel_size, ctx.kernel_stride, seqused_k, ctx.backend)
+    dx, dweight = _pool_backward(dpooled, x, weight, cu_seqlens, ctx.kernel_size, ctx.kernel_stride, seqused_k, ctx.backend)
     return dx, None if weight is None else dweight, None, None, None, None, None, None
 
 

@@ -81,7 +81,9 @@ def samples(operator, x, backend):
         return [(x.k, *packed, *windows, None, backend), (x.k, *packed, *windows, used, backend)]
     if operator == "pool_windows_backward":
         do = torch.randn_like(x.k_cmp)
-        return [(do, x.k, x.pool_weight, x.cu_seqlens, *windows, seqused, backend) for seqused in (None, used)]
+        return [
+            (do, x.k, weight, x.cu_seqlens, *windows, seq, backend) for weight in (x.pool_weight, None) for seq in (None, used)
+        ]
     if operator == "gather_windows_backward":
         do = torch.randn_like(x.k_cmp[:, :, None].expand(-1, -1, CASE.kernel_size, -1))
         return [(do, x.k, x.cu_seqlens, *windows, seqused, backend) for seqused in (None, used)]
