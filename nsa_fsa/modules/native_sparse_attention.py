@@ -191,7 +191,7 @@ class NativeSparseAttention(nn.Module):
                 + (f" or [B, past + S] = {(batch_size, past + length)}" if past else "")
                 + ". Fix: pass the 2D padding mask; this layer is causal by itself and takes no other mask."
             )
-        rows, boundaries = pack_padded(attention_mask[:, -length:])
+        rows, boundaries = pack_padded(attention_mask[:, attention_mask.shape[1] - length :])  # the new tokens' columns
         return rows, Layout(boundaries, length)
 
     def _project(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -148,6 +148,16 @@ def test_left_padded(variant, chunks):
 
 
 @torch.no_grad()
+def test_an_empty_chunk_under_a_mask_of_all_tokens_so_far():
+    layer, x = make_variant("default"), randn(2, LENGTH, 24)
+    cache = NSACache(layer.config)
+    before = layer(x[:, :20], cache=cache, attention_mask=torch.ones(2, 20))
+    nothing = layer(x[:, 20:20], cache=cache, attention_mask=torch.ones(2, 20))
+    after = layer(x[:, 20:], cache=cache, attention_mask=torch.ones(2, LENGTH))
+    torch.testing.assert_close(torch.cat((before, nothing, after), dim=1), layer(x), **CLOSE[torch.float64])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("variant", ["default", "before-branches"])
 def test_ragged_chunks(variant, cache):
