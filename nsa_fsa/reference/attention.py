@@ -62,10 +62,8 @@ def attention_backward(
         q_, do_ = _group_rows(q[rows], k.shape[1], dtype), _group_rows(do[rows], k.shape[1], dtype)
         k_, v_ = _heads_first(k[keys], dtype), _heads_first(v[keys], dtype)
         dv[keys] += rearrange(p.mT @ do_, "h n d -> n h d")
-        # ds = p * (dp - sum(p * dp)), where sum(p * dp) = do . o needs no pass over the scores.
         dp = do_ @ v_.mT
-        delta = (do_ * (p @ v_)).sum(-1, keepdim=True)
-        ds = dp.sub_(delta).mul_(p)
+        ds = dp.sub_((p * dp).sum(-1, keepdim=True)).mul_(p)
         dq[rows] = rearrange(ds @ k_ * scale, "h (g m) d -> m (h g) d", m=visible.shape[0]).to(dq.dtype)
         dk[keys] += rearrange(ds.mT @ q_ * scale, "h n d -> n h d")
     return dq, dk.to(k.dtype), dv.to(v.dtype)
@@ -76,7 +74,7 @@ def masked_scores(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor
     dtype = compute_dtype(q)
     s = (_group_rows(q, k.shape[1], dtype) * scale) @ _heads_first(k, dtype).mT  # scaling q touches the fewest numbers
     s = rearrange(s, "h (g m) n -> h g m n", m=q.shape[0])
-    return s.masked_fill_(~rearrange(visible, "m h n -> h 1 m n"), -torch.inf)
+    return s.masked_fill(~rearrange(visible, "m h n -> h 1 m n"), -torch.inf)
 
 
 def probabilities(q: Tensor, k: Tensor, lse: Tensor, visible: Tensor, scale: float) -> Tensor:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 # How many attention scores one chunk of queries holds. 2^19 float32 stay in a CPU's cache: a training step at 1,024 tokens
-# takes 0.44 s with them, 1.14 s with 2^24. Long rows of keys still get MIN_CHUNK_QUERIES together, to use each key they read
+# takes 0.31 s with them, 0.69 s with 2^24. Long rows of keys still get MIN_CHUNK_QUERIES together, to use each key they read
 # more than once, as long as the scores stay within MAX_CHUNK_SCORES: 64 MiB, of which about four are alive at a time.
 CHUNK_SCORES = 2**19
 MIN_CHUNK_QUERIES = 32
