@@ -196,6 +196,34 @@ def test_unpatching_keeps_what_was_trained():
     assert attentions(model)[1].k_proj is replaced
 
 
+@pytest.mark.parametrize("built", ["patched", "from its config"])
+def test_unpatching_keeps_what_was_changed_in_the_config(built, tmp_path):
+    """The embeddings have grown: an old vocab_size beside them would make the next checkpoint unreadable."""
+    dense = dense_model()
+    original, size = dense.config, dense.config.vocab_size
+    patch_model(dense, preset="tiny", verbose=False)
+    model = dense if built == "patched" else type(dense)(dense.config)
+    model.resize_token_embeddings(size + 7)
+    expected = unpatch_model(model).config
+    assert expected.vocab_size == size + 7
+    assert type(expected) is type(original)
+    assert expected is not original
+    assert original.vocab_size == size
+    assert expected._attn_implementation != "nsa_fsa"
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is transformers.LlamaForCausalLM
+    assert torch.equal(loaded(tokens(1, 20)).logits, model(tokens(1, 20)).logits)
+
+
+def test_saving_does_not_count_as_a_change_of_the_config(tmp_path):
+    model = dense_model()
+    original = model.config
+    patch_model(model, preset="tiny", verbose=False)
+    model.save_pretrained(tmp_path)
+    assert unpatch_model(model).config is original
+
+
 def test_unpatching_frees_gates_and_compressors():
     model = sparse_model()
     new = {id(p) for n, p in model.named_parameters() if "gate." in n or "compress" in n}

@@ -53,6 +53,7 @@ class _DenseState:
     """What `unpatch_model` needs besides the dense attention modules, which their replacements keep."""
 
     config: Any  # the model's config before patching
+    sparse_values: dict[str, Any]  # what the patched model's config held then, to see whether it was changed since
 
 
 def patch_model(
@@ -68,7 +69,7 @@ def patch_model(
 
     The pretrained projections are kept and shared; gates and compressors are added. The instance becomes a
     `NSALlamaForCausalLM` (and so on), so that `save_pretrained` writes a checkpoint that loads sparse or not at all.
-    Nothing else changes: not its class, not other models, not even another model made from the same config object.
+    Nothing else changes: not the transformers class, no other model, not even one made from the same config object.
     Patching a patched model with the same settings does nothing.
 
     Args:
@@ -114,8 +115,8 @@ def patch_model(
 def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     """Undoes `patch_model` in place: the model's own attention modules, class and config come back, bit for bit.
 
-    Projections that were trained meanwhile keep their new values; gates and compressors are dropped. Does nothing to a
-    model that is not patched.
+    Projections that were trained meanwhile keep their new values, and so does a config that was changed (by
+    `resize_token_embeddings`, say); gates and compressors are dropped. Does nothing to a model that is not patched.
 
     Returns:
         The model.
@@ -126,7 +127,11 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     for layer in _decoder_layers(model):
         if isinstance(layer.self_attn, NSAAttention):
             layer.self_attn = layer.self_attn.to_dense()
-    _rebind_config(model, model.config, state.config)
+    changed = [name for name, value in _lasting_values(model.config).items() if state.sparse_values.get(name) != value]
+    dense_config = copy.deepcopy(state.config) if changed else state.config  # the original may serve other models, too
+    for name in changed:
+        setattr(dense_config, name, copy.deepcopy(getattr(model.config, name)))
+    _rebind_config(model, model.config, dense_config)
     model.__class__ = DENSE_CLASS[type(model)]
     del model._nsa_dense
     return model
@@ -148,7 +153,10 @@ def _build(model: PreTrainedModel, config: NSAConfig, layers: Iterable[int] | No
     wanted = range(len(decoder_layers)) if layers is None else sorted(set(layers))
     unknown = [i for i in wanted if not 0 <= i < len(decoder_layers)]
     if unknown or not wanted:
-        raise ValueError(f"layers={list(wanted)} must be among 0 .. {len(decoder_layers) - 1}, and at least one.")
+        raise ValueError(
+            f"layers={list(wanted)} must be among 0 .. {len(decoder_layers) - 1}, and at least one. "
+            "Fix: leave layers out to patch all of them."
+        )
     _check_fit(model, config)
     for i in wanted:
         if isinstance(decoder_layers[i].self_attn, NSAAttention):
@@ -218,6 +226,11 @@ def _convert_config(config: Any, config_class: Any) -> Any:
     return converted
 
 
+def _lasting_values(config: Any) -> dict[str, Any]:
+    """A config's fields without those that `save_pretrained` writes into it from the model."""
+    return {name: value for name, value in config.to_dict().items() if name not in ("architectures", "dtype", "nsa")}
+
+
 def _swap(
     model: PreTrainedModel, sparse_class: type[PreTrainedModel], sparse_config: Any, replacements: dict[int, NSAAttention]
 ) -> None:
@@ -226,11 +239,13 @@ def _swap(
     if sparse_class is type(model):  # built sparse: the dense config exists only as what unpatching would give
         dense_config = _convert_config(model.config, DENSE_CLASS[sparse_class].config_class)
         del dense_config.nsa
+        if dense_config._attn_implementation == ATTENTION_NAME:  # the config came from a patched model, not from a file
+            dense_config._attn_implementation = "sdpa"  # transformers' default for these models
     for i, replacement in replacements.items():
         _decoder_layers(model)[i].self_attn = replacement
-    model._nsa_dense = _DenseState(dense_config)  # type: ignore[assignment]
-    _rebind_config(model, model.config, sparse_config)
     sparse_config._attn_implementation = ATTENTION_NAME
+    model._nsa_dense = _DenseState(dense_config, _lasting_values(sparse_config))  # type: ignore[assignment]
+    _rebind_config(model, model.config, sparse_config)
     model.__class__ = sparse_class
 
 
