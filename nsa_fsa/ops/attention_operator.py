@@ -35,11 +35,12 @@ def define_attention(name: str, arguments: str, check_values: Callable[..., None
         *values, backend = rest
         keywords = dict(zip(names, values, strict=True))
         check_values(q, k, **keywords)
-        return backends.resolve(name, backend).forward(q, k, v, **keywords)
+        return backends.resolve(name, backend, q, k, v, **keywords).forward(q, k, v, **keywords)
 
     def run_backward(do, q, k, v, o, lse, *rest):
         *values, backend = rest
-        return backends.resolve(name, backend).backward(do, q, k, v, o, lse, **dict(zip(names, values, strict=True)))
+        keywords = dict(zip(names, values, strict=True))
+        return backends.resolve(name, backend, q, k, v, **keywords).backward(do, q, k, v, o, lse, **keywords)
 
     forward = torch.library.custom_op(
         f"nsa_fsa::{name}", run_forward, mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {tail}) -> (Tensor, Tensor)"

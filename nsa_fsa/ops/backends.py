@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 
 def _not_differentiable(*_: Any, **__: Any) -> Any:
     raise RuntimeError("this operator has no gradient")
@@ -17,14 +19,17 @@ def _not_differentiable(*_: Any, **__: Any) -> Any:
 class Backend:
     """One implementation of one operator.
 
-    `forward` and `backward` take and return what the operator's functions in `nsa_fsa.reference` do. `unavailable()` gives
-    the reason why this machine cannot run it, or None.
+    `forward` and `backward` take what the operator passes and return what its functions in `nsa_fsa.reference` do.
+    `unavailable()` gives the reason why this machine cannot run it, or None; `unsupported(*tensors, **arguments)`, called with
+    an operator's own arguments, the reason why it cannot run them; `automatic(*tensors)` says whether "auto" considers it.
     """
 
     name: str
     forward: Callable[..., Any]
     backward: Callable[..., Any] = _not_differentiable
     unavailable: Callable[[], str | None] = lambda: None
+    unsupported: Callable[..., str | None] = lambda *_, **__: None
+    automatic: Callable[..., bool] = lambda *_: True
 
 
 _BACKENDS: dict[str, dict[str, Backend]] = {}
@@ -40,16 +45,24 @@ def available(operator: str) -> dict[str, str | None]:
     return {name: backend.unavailable() for name, backend in _BACKENDS[operator].items()}
 
 
-def resolve(operator: str, name: str) -> Backend:
-    """The backend that `name` stands for.
+def resolve(operator: str, name: str, *tensors: Tensor, **arguments: Any) -> Backend:
+    """The backend that `name` stands for; with the operator's own arguments, the one that can run these.
 
     Raises:
-        ValueError: for a name that this operator does not have.
+        ValueError: for a name that this operator does not have, or arguments that the named backend does not support.
         RuntimeError: for a backend that cannot run on this machine, with the reason.
     """
     candidates = _BACKENDS[operator]
+
+    def unsupported(backend: Backend) -> str | None:
+        return backend.unsupported(*tensors, **arguments) if tensors else None
+
     if name == "auto":
-        return next(backend for backend in candidates.values() if backend.unavailable() is None)
+        return next(
+            backend
+            for backend in candidates.values()
+            if backend.automatic(*tensors) and backend.unavailable() is None and unsupported(backend) is None
+        )
     if name not in candidates:
         raise ValueError(
             f"backend={name!r} is not an implementation of {operator}: allowed are {('auto', *candidates)}. "
@@ -57,4 +70,6 @@ def resolve(operator: str, name: str) -> Backend:
         )
     if (reason := candidates[name].unavailable()) is not None:
         raise RuntimeError(f'backend={name!r} of {operator} cannot run here: {reason}. Fix: use backend="auto".')
+    if (reason := unsupported(candidates[name])) is not None:
+        raise ValueError(f'backend={name!r} of {operator} does not support this: {reason}. Fix: use backend="auto".')
     return candidates[name]

@@ -1,13 +1,19 @@
-"""Selected attention as an operator."""
+"""Selected attention as an operator.
 
-from typing import Any
+`block_index` inverts the selection once; the KV-major kernels use it forward and backward, so it is an operator of its own,
+whose result autograd saves like any other input.
+"""
+
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from nsa_fsa import reference
-from nsa_fsa.ops import backends, validation
+from nsa_fsa.ops import backends, triton_backends, validation
 from nsa_fsa.ops.attention_operator import check_token_rows, define_attention
+
+WORKSPACE_BYTES = 2 << 30
 
 
 def selected_attention(
@@ -26,6 +32,7 @@ def selected_attention(
     cu_seqlens_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     return_lse: bool = False,
+    workspace_bytes: int = WORKSPACE_BYTES,
     backend: str = "auto",
 ) -> Any:
     """Attention of every query over the keys of the blocks it selected (NSA paper, section 3.3.2; FSA paper, section 3).
@@ -46,7 +53,9 @@ def selected_attention(
         scale: softmax scale; default `D ** -0.5`.
         cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences; see `Layout`.
         return_lse: also return the log-sum-exp.
-        backend: which implementation runs.
+        workspace_bytes: how much memory the KV-major kernels may take for partial results, at any length.
+        backend: which implementation runs: "triton_kv_major" (the loop order of FSA), "triton_query_major" (that of NSA),
+            "reference", or "auto".
 
     Returns:
         o `[T, HQ, DV]` in q's dtype, and on request the natural-log lse `[T, HQ]` in float32 (float64 for float64 inputs),
@@ -55,7 +64,7 @@ def selected_attention(
     Raises:
         ValueError: for inconsistent shapes, dtypes, devices or sequence descriptors.
     """
-    validation.check_positive(block_size=block_size)
+    validation.check_positive(block_size=block_size, workspace_bytes=workspace_bytes)
     validation.check_attention(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
     validation.require(
         block_indices.ndim == 3
@@ -84,20 +93,80 @@ def selected_attention(
         init_blocks >= 0 and local_blocks >= 0,
         lambda: f"init_blocks={init_blocks} and local_blocks={local_blocks} must be >= 0.",
     )
+    blocks = (block_size, init_blocks, local_blocks)
+    scale = validation.default_scale(q, scale)
+    index: tuple[Tensor | None, ...] = (None,) * 4
+    if wants_index(q, k, v, block_indices, block_size, scale, cu_seqlens_q, seqused_k, backend):
+        index = _block_index(block_indices, block_counts, cu_seqlens, max_seqlen, *blocks)
     o, lse = _operator(
-        q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, validation.default_scale(q, scale),
-        block_indices, block_counts, block_size, init_blocks, local_blocks, backend,
+        q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, scale,
+        block_indices, block_counts, *index, *blocks, workspace_bytes, backend,
     )  # fmt: skip
     return (o, lse) if return_lse else o
 
 
+def wants_index(q, k, v, block_indices, block_size, scale, cu_seqlens_q, seqused_k, backend: str) -> bool:
+    """Whether the backend will use a block index, as far as that can be told without running anything."""
+    if backend == "reference" or (backend == "auto" and not q.is_cuda):
+        return False
+    return triton_backends.selected_unsupported(
+        q, k, v, block_indices=block_indices, block_size=block_size, scale=scale, cu_seqlens_q=cu_seqlens_q,
+        seqused_k=seqused_k, kv_major=True,
+    ) is None  # fmt: skip
+
+
+@torch.library.custom_op("nsa_fsa::block_index", mutates_args=())
+def _block_index(
+    block_indices: Tensor,
+    block_counts: Optional[Tensor],
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    num_rows = block_indices.shape[0]
+    validation.check_layout_values(num_rows, num_rows, cu_seqlens, max_seqlen, None, None)
+    from nsa_fsa.kernels import selected_attention as kernels
+
+    entries, first, count, num_sparse = kernels.block_index(
+        block_indices, block_counts, cu_seqlens, max_seqlen,
+        block_size=block_size, init_blocks=init_blocks, local_blocks=local_blocks,
+    )  # fmt: skip
+    return entries, first, count, num_sparse
+
+
+@_block_index.register_fake
+def _(block_indices, block_counts, cu_seqlens, max_seqlen, block_size, init_blocks, local_blocks):
+    num_rows, num_heads, num_indices = block_indices.shape
+    num_blocks = num_rows // block_size + cu_seqlens.shape[0] - 1
+    num_slots = max(num_indices - init_blocks - local_blocks, 0)
+    return (
+        block_indices.new_empty(num_heads, num_rows * num_slots),
+        block_indices.new_empty(num_heads, num_blocks),
+        block_indices.new_empty(num_heads, num_blocks),
+        block_indices.new_empty(num_heads, num_rows),
+    )
+
+
 _operator = define_attention(
     "selected_attention",
-    "Tensor block_indices, Tensor? block_counts, int block_size, int init_blocks, int local_blocks",
+    "Tensor block_indices, Tensor? block_counts, Tensor? index_entries, Tensor? index_first, Tensor? index_count, "
+    "Tensor? num_sparse, int block_size, int init_blocks, int local_blocks, int workspace_bytes",
     check_token_rows,
 )
 
-backends.register(
-    "selected_attention",
-    backends.Backend("reference", reference.selected_attention, reference.selected_attention_backward),
-)
+
+def _reference_forward(q, k, v, *, index_entries, index_first, index_count, num_sparse, workspace_bytes, **arguments):
+    return reference.selected_attention(q, k, v, **arguments)
+
+
+def _reference_backward(
+    do, q, k, v, o, lse, *, index_entries, index_first, index_count, num_sparse, workspace_bytes, **arguments
+):
+    return reference.selected_attention_backward(do, q, k, v, o, lse, **arguments)
+
+
+backends.register("selected_attention", triton_backends.SELECTED_KV_MAJOR)
+backends.register("selected_attention", triton_backends.SELECTED_QUERY_MAJOR)
+backends.register("selected_attention", backends.Backend("reference", _reference_forward, _reference_backward))

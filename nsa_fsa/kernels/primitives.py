@@ -1,0 +1,50 @@
+"""Pieces that several kernels share. Softmax statistics are kept in base 2: exp2 is what the hardware has."""
+
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_rows(ptr, offsets, inside, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, MASKED: tl.constexpr):
+    """Rows of DIM contiguous elements that begin at `offsets`: `[M] -> [M, PADDED_DIM]`, 0 where nothing is to be read."""
+    column = tl.arange(0, PADDED_DIM)
+    at = ptr + offsets[:, None] + column[None, :]
+    if DIM != PADDED_DIM:
+        if MASKED:
+            return tl.load(at, mask=inside[:, None] & (column < DIM)[None, :], other=0.0)
+        return tl.load(at, mask=(column < DIM)[None, :], other=0.0)
+    if MASKED:
+        return tl.load(at, mask=inside[:, None], other=0.0)
+    return tl.load(at)
+
+
+@triton.jit
+def store_rows(ptr, offsets, values, inside, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, STREAM: tl.constexpr = False):
+    """The counterpart of load_rows. STREAM: written once and read once, so not worth a place in the cache."""
+    column = tl.arange(0, PADDED_DIM)
+    mask = inside[:, None] if DIM == PADDED_DIM else inside[:, None] & (column < DIM)[None, :]
+    at = ptr + offsets[:, None] + column[None, :]
+    if STREAM:
+        tl.store(at, values.to(ptr.dtype.element_ty), mask=mask, cache_modifier=".cs")
+    else:
+        tl.store(at, values.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def online_softmax(acc, maximum, total, scores, v, PRECISION: tl.constexpr):
+    """One step of attention: scores [M, N] in base 2 (-inf: not seen) and values [N, DV] join acc, maximum and total."""
+    raised = tl.maximum(maximum, tl.max(scores, 1))
+    shift = tl.where(raised == float("-inf"), 0.0, raised)  # a row that has seen nothing yet
+    decay = tl.exp2(maximum - shift)
+    p = tl.exp2(scores - shift[:, None])
+    total = total * decay + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
+    return acc, raised, total
+
+
+def padded_dim(dim: int) -> int:
+    """The head width that a kernel computes with: a power of two, and at least what a matrix unit takes."""
+    return max(triton.next_power_of_2(dim), 16)

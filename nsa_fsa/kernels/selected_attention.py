@@ -1,0 +1,98 @@
+"""Selected attention by Triton, as the operator calls it: either loop order, what each can do, and how it is put together."""
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from nsa_fsa.kernels.block_index import BlockIndex, build_block_index
+from nsa_fsa.kernels.selected_kv_major import selected_attention_fwd
+from nsa_fsa.kernels.selected_kv_major_backward import selected_attention_bwd, statistics
+from nsa_fsa.kernels.selected_query_major import selected_attention_query_major_bwd_dq, selected_attention_query_major_fwd
+from nsa_fsa.kernels.sequences import locate_blocks, locate_rows
+from nsa_fsa.kernels.tuning import Config
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """What tl.dot does with float32: torch's own setting decides. 16-bit inputs are exact either way."""
+    return "tf32" if dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def block_index(
+    block_indices: Tensor,
+    block_counts: Tensor | None,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+) -> BlockIndex:
+    """For every KV head and block the queries that chose it; queries and keys share their rows."""
+    num_rows = block_indices.shape[0]
+    rows = locate_rows(num_rows, cu_seqlens, block_size)
+    blocks = locate_blocks(num_rows, cu_seqlens, block_size)
+    return build_block_index(
+        block_indices, block_counts, rows, blocks,
+        max_seqlen=max_seqlen, block_size=block_size, init_blocks=init_blocks, local_blocks=local_blocks,
+    )  # fmt: skip
+
+
+def kv_major_forward(
+    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, cu_seqlens: Tensor, *, config: Config | None = None, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """o and lse; options: num_indices, block_size, init_blocks, local_blocks, scale, workspace_bytes."""
+    rows = locate_rows(q.shape[0], cu_seqlens, options["block_size"])
+    blocks = locate_blocks(k.shape[0], cu_seqlens, options["block_size"])
+    precision = dot_precision(q.dtype)
+    return selected_attention_fwd(q, k, v, index, rows, blocks, precision=precision, config=config, **options)
+
+
+def kv_major_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, index: BlockIndex, cu_seqlens: Tensor,
+    *, config: Config | None = None, **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk and dv; options as for the forward."""
+    rows = locate_rows(q.shape[0], cu_seqlens, options["block_size"])
+    blocks = locate_blocks(k.shape[0], cu_seqlens, options["block_size"])
+    precision = dot_precision(q.dtype)
+    return selected_attention_bwd(do, q, k, v, o, lse, index, rows, blocks, precision=precision, config=config, **options)
+
+
+def query_major_forward(
+    q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_counts: Tensor | None, cu_seqlens: Tensor,
+    cu_seqlens_q: Tensor | None, seqused_k: Tensor | None, *, block_size: int, scale: float, num_warps: int = 4,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """o and lse; also for queries that are only the last positions of their sequences."""
+    rows = locate_rows(q.shape[0], cu_seqlens, block_size, cu_seqlens_q, seqused_k)
+    return selected_attention_query_major_fwd(
+        q, k, v, block_indices, block_counts, rows,
+        block_size=block_size, scale=scale, precision=dot_precision(q.dtype), num_warps=num_warps,
+    )  # fmt: skip
+
+
+def query_major_backward(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, block_indices: Tensor, block_counts: Tensor | None,
+    index: BlockIndex, cu_seqlens: Tensor, *, num_warps: int = 4, config: Config | None = None, **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq query by query; dk and dv by the blocks' programs, as in every NSA implementation."""
+    block_size, scale = options["block_size"], options["scale"]
+    rows = locate_rows(q.shape[0], cu_seqlens, block_size)
+    blocks = locate_blocks(k.shape[0], cu_seqlens, block_size)
+    precision = dot_precision(q.dtype)
+    dq, dk, dv = selected_attention_bwd(
+        do, q, k, v, o, lse, index, rows, blocks, precision=precision, config=config, store_dq=False, **options
+    )
+    if q.numel():
+        lse2, delta = statistics(do, o, lse)
+        selected_attention_query_major_bwd_dq(
+            do, q, k, v, lse2, delta, block_indices, block_counts, rows, dq,
+            block_size=block_size, scale=scale, precision=precision, num_warps=num_warps,
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+def interpreted() -> bool:
+    """Whether kernels run on the CPU, by TRITON_INTERPRET=1."""
+    return bool(triton.knobs.runtime.interpret)

@@ -1,0 +1,303 @@
+"""Selected attention, backward, in the loop order of FSA.
+
+    statistics  per query and head, the log-sum-exp in base 2 and delta = sum(o * do).
+    gather      a program holds one block's keys and values and walks the queries that see it: first the run of rows that see
+                it densely, then its entries of the block index. dk and dv stay in registers; each row leaves a partial dq.
+                Scores are computed transposed, [keys, rows], so that p and ds feed the matrix unit from registers.
+    sum dk, dv  where a block's queries were cut into several items.
+    sum dq      a streaming sum over each row's partials.
+
+Nothing is added atomically, so the result is the same in every run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_fsa.kernels import tuning
+from nsa_fsa.kernels.block_index import BlockIndex, num_slots
+from nsa_fsa.kernels.primitives import LOG2_E, load_rows, padded_dim, store_rows
+from nsa_fsa.kernels.selected_kv_major import rows_contiguous
+from nsa_fsa.kernels.selected_plan import cut_units, make_plan
+from nsa_fsa.kernels.sequences import Blocks, Rows
+
+
+@triton.jit
+def statistics_kernel(
+    o_ptr, do_ptr, lse_ptr, lse2_ptr, delta_ptr, stride_do_t, stride_do_h, num_heads, total,
+    DV: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # of [T * HQ]
+    inside = row < total
+    o = load_rows(o_ptr, row * DV, inside, DV, PADDED_DV, True).to(tl.float32)
+    do_offset = row // num_heads * stride_do_t + row % num_heads * stride_do_h
+    do = load_rows(do_ptr, do_offset, inside, DV, PADDED_DV, True).to(tl.float32)
+    tl.store(delta_ptr + row, tl.sum(o * do, 1), mask=inside)
+    lse = tl.load(lse_ptr + row, mask=inside, other=0.0)
+    # A query that saw nothing: exp2(score - inf) is 0.
+    tl.store(lse2_ptr + row, tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634), mask=inside)
+
+
+@triton.jit
+def gather_bwd_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, num_sparse_ptr, entries_ptr, partial_dq_ptr, items_buffer_ptr,
+    dk_ptr, dv_ptr,
+    items_ptr, num_items_ptr, first_item_ptr, first_buffer_ptr, first_dense_ptr, num_dense_ptr, first_entry_ptr,
+    num_queries_ptr, first_row_ptr, num_rows_ptr, block_index_ptr,
+    stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
+    stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h,
+    scale2, scale, num_heads, num_tokens, num_blocks, capacity, max_items, max_buffers, partial_rows, first_unit,
+    num_ranges, range_rows, item_queries,
+    NUM_SLOTS: tl.constexpr, INIT_BLOCKS: tl.constexpr, LOCAL_BLOCKS: tl.constexpr, OWN_IS_OPTIONAL: tl.constexpr,
+    ACCUMULATE: tl.constexpr, G: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr, STORE_DQ: tl.constexpr,
+):  # fmt: skip
+    item, unit = tl.program_id(0), first_unit + tl.program_id(1)
+    if item >= tl.load(num_items_ptr + unit):
+        return
+    head, low_row = unit // num_ranges, unit % num_ranges * range_rows
+    block = tl.load(items_ptr + unit * max_items + item)
+    segment = unit * num_blocks + block
+    part = item - tl.load(first_item_ptr + segment)
+    low = part * item_queries
+    num_queries = tl.load(num_queries_ptr + segment)
+    num_rows = tl.minimum(num_queries - low, item_queries) * G
+    num_dense = tl.load(num_dense_ptr + segment) - low
+    first_dense = tl.load(first_dense_ptr + segment) + low
+    entries_ptr += head.to(tl.int64) * capacity + tl.load(first_entry_ptr + segment)
+    SLOTS: tl.constexpr = NUM_SLOTS + INIT_BLOCKS + LOCAL_BLOCKS
+    partial = tl.program_id(1).to(tl.int64) * partial_rows
+    q_ptr += head * G * stride_q_h
+    do_ptr += head * G * stride_do_h
+    lse2_ptr += head * G
+    delta_ptr += head * G
+
+    first_row = tl.load(first_row_ptr + block)
+    block_index = tl.load(block_index_ptr + block)
+    column = tl.arange(0, BLOCK_SIZE)
+    exists = column < tl.load(num_rows_ptr + block)
+    key = (first_row + column).to(tl.int64)
+    k = load_rows(k_ptr + head * stride_k_h, key * stride_k_t, exists, D, PADDED_D, True)
+    v = load_rows(v_ptr + head * stride_v_h, key * stride_v_t, exists, DV, PADDED_DV, True)
+    dk = tl.zeros([BLOCK_SIZE, PADDED_D], tl.float32)
+    dv = tl.zeros([BLOCK_SIZE, PADDED_DV], tl.float32)
+    for start in tl.range(0, num_rows, BLOCK_M, num_stages=NUM_STAGES):
+        row = start + tl.arange(0, BLOCK_M)
+        inside = row < num_rows
+        number = row // G
+        member = row % G
+        dense = number < num_dense
+        entry = tl.load(entries_ptr + (number - num_dense), mask=inside & ~dense, other=0)
+        query = tl.where(dense, first_dense + number, entry // NUM_SLOTS)
+        query = tl.where(inside, query, first_row)
+        q_offset = query.to(tl.int64) * stride_q_t + member * stride_q_h
+        do_offset = query.to(tl.int64) * stride_do_t + member * stride_do_h
+        q = load_rows(q_ptr, q_offset, inside, D, PADDED_D, True)
+        do = load_rows(do_ptr, do_offset, inside, DV, PADDED_DV, True)
+        at = query.to(tl.int64) * num_heads + member
+        lse2 = tl.load(lse2_ptr + at, mask=inside, other=float("inf"))
+        delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
+        ahead = query - first_row  # how far the query lies beyond the block's first key
+        if OWN_IS_OPTIONAL:
+            flags = tl.load(num_sparse_ptr + head.to(tl.int64) * num_tokens + query, mask=inside, other=0)
+            lse2 = tl.where((ahead < BLOCK_SIZE) & (flags >= 0), float("inf"), lse2)
+
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_SIZE, BLOCK_M]
+        p = tl.exp2(scores * scale2 - lse2[None, :])
+        p = tl.where(column[:, None] <= ahead[None, :], p, 0.0)
+        dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
+        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        ds = (p * (dp - delta[None, :]) * scale).to(q.dtype)
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        if STORE_DQ:
+            dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision=PRECISION))
+            dense_slot = NUM_SLOTS + tl.where(block_index < INIT_BLOCKS, block_index, INIT_BLOCKS + ahead // BLOCK_SIZE)
+            slot = tl.where(dense, dense_slot, entry % NUM_SLOTS)
+            target = partial + ((query - low_row).to(tl.int64) * SLOTS + slot) * G + member
+            store_rows(partial_dq_ptr, target * D, dq, inside, D, PADDED_D, STREAM=True)
+
+    everywhere = column >= 0
+    if num_queries > item_queries:  # one item of several
+        buffer = tl.program_id(1).to(tl.int64) * max_buffers + tl.load(first_buffer_ptr + segment) + part
+        target = (buffer * BLOCK_SIZE + column) * (D + DV)
+        store_rows(items_buffer_ptr, target, dk, everywhere, D, PADDED_D)
+        store_rows(items_buffer_ptr + D, target, dv, everywhere, DV, PADDED_DV)
+    else:
+        dk_ptr += head * stride_dk_h
+        dv_ptr += head * stride_dv_h
+        if ACCUMULATE:
+            dk += load_rows(dk_ptr, key * stride_dk_t, exists, D, PADDED_D, True)
+            dv += load_rows(dv_ptr, key * stride_dv_t, exists, DV, PADDED_DV, True)
+        store_rows(dk_ptr, key * stride_dk_t, dk, exists, D, PADDED_D)
+        store_rows(dv_ptr, key * stride_dv_t, dv, exists, DV, PADDED_DV)
+
+
+@triton.jit
+def sum_dkdv_kernel(
+    items_buffer_ptr, dk_ptr, dv_ptr, first_buffer_ptr, num_queries_ptr, first_row_ptr, num_rows_ptr,
+    stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h, num_blocks, max_buffers, first_unit, num_ranges, item_queries,
+    ACCUMULATE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of the blocks whose queries were cut into several items."""
+    PARTS: tl.constexpr = BLOCK_SIZE // ROWS
+    block, unit = tl.program_id(0) // PARTS, first_unit + tl.program_id(1)
+    segment = unit * num_blocks + block
+    num_queries = tl.load(num_queries_ptr + segment)
+    if num_queries <= item_queries:
+        return
+    column = tl.program_id(0) % PARTS * ROWS + tl.arange(0, ROWS)
+    exists = column < tl.load(num_rows_ptr + block)
+    key = (tl.load(first_row_ptr + block) + column).to(tl.int64)
+    dk_ptr += unit // num_ranges * stride_dk_h
+    dv_ptr += unit // num_ranges * stride_dv_h
+    dk = tl.zeros([ROWS, PADDED_D], tl.float32)
+    dv = tl.zeros([ROWS, PADDED_DV], tl.float32)
+    if ACCUMULATE:
+        dk += load_rows(dk_ptr, key * stride_dk_t, exists, D, PADDED_D, True)
+        dv += load_rows(dv_ptr, key * stride_dv_t, exists, DV, PADDED_DV, True)
+    first = tl.program_id(1).to(tl.int64) * max_buffers + tl.load(first_buffer_ptr + segment)
+    for part in range(0, (num_queries + item_queries - 1) // item_queries):
+        source = ((first + part) * BLOCK_SIZE + column) * (D + DV)
+        dk += load_rows(items_buffer_ptr, source, exists, D, PADDED_D, True)
+        dv += load_rows(items_buffer_ptr + D, source, exists, DV, PADDED_DV, True)
+    store_rows(dk_ptr, key * stride_dk_t, dk, exists, D, PADDED_D)
+    store_rows(dv_ptr, key * stride_dv_t, dv, exists, DV, PADDED_DV)
+
+
+@triton.jit
+def sum_dq_kernel(
+    partial_dq_ptr, num_sparse_ptr, position_ptr, dq_ptr,
+    num_heads, num_tokens, partial_rows, first_unit, num_ranges, range_rows,
+    NUM_SLOTS: tl.constexpr, INIT_BLOCKS: tl.constexpr, LOCAL_BLOCKS: tl.constexpr, G: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_M: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    unit = first_unit + tl.program_id(1)
+    head, low_row = unit // num_ranges, unit % num_ranges * range_rows
+    high_row = tl.minimum(low_row + range_rows, num_tokens)
+    SLOTS: tl.constexpr = NUM_SLOTS + INIT_BLOCKS + LOCAL_BLOCKS
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = low_row + row // G
+    inside = query < high_row
+    num_sparse = tl.load(num_sparse_ptr + head.to(tl.int64) * num_tokens + query, mask=inside, other=0) & 0x7FFFFFFF
+    own = tl.load(position_ptr + query, mask=inside, other=-1) // BLOCK_SIZE
+    partial = tl.program_id(1).to(tl.int64) * partial_rows + (row // G).to(tl.int64) * (SLOTS * G) + row % G
+    dq = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
+    for slot in tl.range(0, SLOTS, num_stages=NUM_STAGES):
+        initial = slot - NUM_SLOTS
+        local = initial - INIT_BLOCKS
+        exists = tl.where(
+            slot < NUM_SLOTS, slot < num_sparse, tl.where(initial < INIT_BLOCKS, initial <= own, own - local >= INIT_BLOCKS)
+        )
+        dq += load_rows(partial_dq_ptr, (partial + slot * G) * D, exists & inside, D, PADDED_D, True).to(tl.float32)
+    target = query.to(tl.int64) * num_heads + head * G + row % G
+    store_rows(dq_ptr, target * D, dq, inside, D, PADDED_D)
+
+
+def statistics(do: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """(log-sum-exp in base 2, sum of o * do over the head width), float32 `[T, HQ]`; +inf for a query that saw nothing."""
+    num_tokens, num_heads, v_dim = o.shape
+    lse2, delta = torch.empty(2, num_tokens, num_heads, dtype=torch.float32, device=o.device)
+    rows = 64
+    statistics_kernel[(triton.cdiv(num_tokens * num_heads, rows),)](
+        o, do, lse, lse2, delta, *do.stride()[:2], num_heads, num_tokens * num_heads,
+        DV=v_dim, PADDED_DV=padded_dim(v_dim), ROWS=rows,
+    )  # fmt: skip
+    return lse2, delta
+
+
+def selected_attention_bwd(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    index: BlockIndex,
+    rows: Rows,
+    blocks: Blocks,
+    *,
+    num_indices: int,
+    block_size: int,
+    init_blocks: int,
+    local_blocks: int,
+    scale: float,
+    precision: str,
+    workspace_bytes: int,
+    config: tuning.Config | None = None,
+    store_dq: bool = True,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q `[T, HQ, D]`, k `[T, HKV, D]` and v `[T, HKV, DV]`, each in its own dtype.
+
+    store_dq: leave dq alone (uninitialised) where another kernel computes it.
+    """
+    do, q, k, v = (rows_contiguous(x) for x in (do, q, k, v))
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads, v_dim = v.shape[1:]
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    if num_tokens == 0 or num_heads == 0:
+        return dq, dk.zero_(), dv.zero_()
+    group_size, slots = num_heads // num_kv_heads, num_slots(num_indices, init_blocks, local_blocks)
+    config = config or tuning.default_config(q, v, block_size)
+    lse2, delta = statistics(do, o, lse)
+
+    all_slots = slots + init_blocks + max(local_blocks, 1)
+    item_queries = max(config.bwd_item_rows // group_size, 1)
+    dkdv_bytes = block_size * (head_dim + v_dim) * 4
+    # Blocks cut into several items have at most two items for every item_queries queries.
+    row_bytes = all_slots * (group_size * head_dim * q.element_size() * store_dq + 2 * dkdv_bytes // item_queries + 1)
+    num_blocks = blocks.first_row.shape[0]
+    units = cut_units(num_kv_heads, num_tokens, row_bytes, workspace_bytes, block_size)
+    ranged = units.num_ranges > 1
+    dk_sum, dv_sum = dk, dv
+    if ranged:  # the ranges of a head add up in float32, one head at a time
+        left = max(workspace_bytes - num_tokens * (head_dim + v_dim) * 4, 1)
+        units = cut_units(num_kv_heads, num_tokens, row_bytes, left, block_size)
+        dk_sum = torch.empty(num_tokens, 1, head_dim, dtype=torch.float32, device=q.device)
+        dv_sum = torch.empty(num_tokens, 1, v_dim, dtype=torch.float32, device=q.device)
+    head_strides = (0, 0) if ranged else (dk.stride(1), dv.stride(1))
+    out_strides = (dk_sum.stride(0), head_strides[0], dv_sum.stride(0), head_strides[1])
+    partial_rows = units.range_rows * all_slots * group_size
+    partial_dq = q.new_empty(units.step * partial_rows if store_dq else 0, head_dim)
+    max_buffers = 2 * (units.range_rows * all_slots // item_queries)
+    buffer = torch.empty(units.step * max_buffers * dkdv_bytes // 4, dtype=torch.float32, device=q.device)
+    plan = make_plan(
+        index, blocks, units, num_slots=slots, item_queries=item_queries, dense=True,
+        init_blocks=init_blocks, local_blocks=local_blocks, block_size=block_size,
+    )  # fmt: skip
+    dims = dict(D=head_dim, PADDED_D=padded_dim(head_dim))
+    v_dims = dict(DV=v_dim, PADDED_DV=padded_dim(v_dim))
+    forced = dict(NUM_SLOTS=slots, INIT_BLOCKS=init_blocks, LOCAL_BLOCKS=max(local_blocks, 1))
+    for first, count in units.launches():
+        if ranged and first % units.num_ranges == 0:
+            dk_sum.zero_()
+            dv_sum.zero_()
+        gather_bwd_kernel[(plan.items.shape[1], count)](
+            q, k, v, do, lse2, delta, index.num_sparse, index.entries, partial_dq, buffer, dk_sum, dv_sum,
+            *plan, *blocks[:3], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *do.stride()[:2], *out_strides,
+            scale * LOG2_E, scale, num_heads, num_tokens, num_blocks, index.entries.shape[1], plan.items.shape[1], max_buffers,
+            partial_rows, first, units.num_ranges, units.range_rows, item_queries,
+            OWN_IS_OPTIONAL=local_blocks == 0, ACCUMULATE=ranged, G=group_size, BLOCK_SIZE=block_size,
+            BLOCK_M=config.bwd_m, NUM_STAGES=config.bwd_stages, PRECISION=precision, STORE_DQ=store_dq,
+            num_warps=config.bwd_warps, **forced, **dims, **v_dims,
+        )  # fmt: skip
+        if max_buffers:
+            sum_rows = min(block_size, 16)
+            sum_dkdv_kernel[(num_blocks * (block_size // sum_rows), count)](
+                buffer, dk_sum, dv_sum, plan.first_buffer, plan.num_queries, *blocks[:2],
+                *out_strides, num_blocks, max_buffers, first, units.num_ranges, item_queries,
+                ACCUMULATE=ranged, BLOCK_SIZE=block_size, ROWS=sum_rows, **dims, **v_dims,
+            )  # fmt: skip
+        if store_dq:
+            sum_dq_kernel[(triton.cdiv(units.range_rows * group_size, config.dq_m), count)](
+                partial_dq, index.num_sparse, rows.position, dq,
+                num_heads, num_tokens, partial_rows, first, units.num_ranges, units.range_rows,
+                G=group_size, BLOCK_SIZE=block_size, BLOCK_M=config.dq_m, NUM_STAGES=config.dq_stages,
+                num_warps=config.dq_warps, **forced, **dims,
+            )  # fmt: skip
+        if ranged and (first + 1) % units.num_ranges == 0:
+            dk[:, first // units.num_ranges] = dk_sum[:, 0]
+            dv[:, first // units.num_ranges] = dv_sum[:, 0]
+    return dq, dk, dv

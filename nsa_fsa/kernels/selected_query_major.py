@@ -1,0 +1,178 @@
+"""Selected attention in the loop order of NSA: queries outside, the blocks that each one chose inside.
+
+A program owns one query and one KV head; its tile is the G query heads of the group, padded to what a matrix unit takes (16),
+so small groups pay for rows that do not exist. It needs no index and no partials, and is what decoding wants, where a
+sequence has a single query. The backward computes dq here, and dk and dv with the KV-major kernel, which owns the blocks.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_fsa.kernels.primitives import LN_2, LOG2_E, load_rows, online_softmax, padded_dim, store_rows
+from nsa_fsa.kernels.selected_kv_major import rows_contiguous
+from nsa_fsa.kernels.sequences import Rows
+
+
+@triton.jit
+def chosen_block(indices_ptr, slot, count, own, NUM_INDICES: tl.constexpr, PADDED_INDICES: tl.constexpr):
+    """The block in a slot and whether it counts: in range, and not a repetition of an earlier slot."""
+    block = tl.load(indices_ptr + slot)
+    column = tl.arange(0, PADDED_INDICES)
+    earlier = tl.load(indices_ptr + column, mask=(column < NUM_INDICES) & (column < slot), other=-1)
+    valid = (slot < count) & (block >= 0) & (block <= own) & (tl.max((earlier == block).to(tl.int32), 0) == 0)
+    return tl.where(valid, block, 0), valid
+
+
+@triton.jit
+def query_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, indices_ptr, counts_ptr, position_ptr, first_key_ptr, o_ptr, lse_ptr,
+    stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
+    stride_indices_t, stride_indices_h, stride_counts_t, stride_counts_h, scale, num_heads,
+    NUM_INDICES: tl.constexpr, PADDED_INDICES: tl.constexpr, HAS_COUNTS: tl.constexpr, G: tl.constexpr, PADDED_G: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    query, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    position, first_key = tl.load(position_ptr + query), tl.load(first_key_ptr + query)
+    own = position // BLOCK_SIZE
+    indices_ptr += query * stride_indices_t + head * stride_indices_h
+    count = tl.load(counts_ptr + query * stride_counts_t + head * stride_counts_h) if HAS_COUNTS else NUM_INDICES
+    member = tl.arange(0, PADDED_G)
+    real = member < G
+    column = tl.arange(0, BLOCK_SIZE)
+    query_head = head * G + member
+    q = load_rows(q_ptr + query * stride_q_t, query_head * stride_q_h, real, D, PADDED_D, True)
+
+    acc = tl.zeros([PADDED_G, PADDED_DV], tl.float32)
+    maximum = tl.full([PADDED_G], float("-inf"), tl.float32)
+    total = tl.zeros([PADDED_G], tl.float32)
+    for slot in range(0, NUM_INDICES):
+        block, valid = chosen_block(indices_ptr, slot, count, own, NUM_INDICES, PADDED_INDICES)
+        if valid:
+            key = block * BLOCK_SIZE + column
+            seen = key <= position
+            row = (first_key + key).to(tl.int64)
+            k = load_rows(k_ptr + head * stride_k_h, row * stride_k_t, seen, D, PADDED_D, True)
+            v = load_rows(v_ptr + head * stride_v_h, row * stride_v_t, seen, DV, PADDED_DV, True)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            acc, maximum, total = online_softmax(acc, maximum, total, scores, v, PRECISION)
+
+    seen_any = total > 0
+    total = tl.where(seen_any, total, 1.0)
+    target = query * num_heads + query_head
+    store_rows(o_ptr, target * DV, acc * (1.0 / total)[:, None], real, DV, PADDED_DV)
+    tl.store(lse_ptr + target, tl.where(seen_any, (maximum + tl.log2(total)) * LN_2, float("-inf")), mask=real)
+
+
+@triton.jit
+def query_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, indices_ptr, counts_ptr, position_ptr, first_key_ptr, dq_ptr,
+    stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
+    stride_indices_t, stride_indices_h, stride_counts_t, stride_counts_h, scale2, scale, num_heads,
+    NUM_INDICES: tl.constexpr, PADDED_INDICES: tl.constexpr, HAS_COUNTS: tl.constexpr, G: tl.constexpr, PADDED_G: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    query, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    position, first_key = tl.load(position_ptr + query), tl.load(first_key_ptr + query)
+    own = position // BLOCK_SIZE
+    indices_ptr += query * stride_indices_t + head * stride_indices_h
+    count = tl.load(counts_ptr + query * stride_counts_t + head * stride_counts_h) if HAS_COUNTS else NUM_INDICES
+    member = tl.arange(0, PADDED_G)
+    real = member < G
+    column = tl.arange(0, BLOCK_SIZE)
+    query_head = head * G + member
+    target = query * num_heads + query_head
+    q = load_rows(q_ptr + query * stride_q_t, query_head * stride_q_h, real, D, PADDED_D, True)
+    do = load_rows(do_ptr + query * stride_do_t, query_head * stride_do_h, real, DV, PADDED_DV, True)
+    lse2 = tl.load(lse2_ptr + target, mask=real, other=float("inf"))
+    delta = tl.load(delta_ptr + target, mask=real, other=0.0)
+
+    dq = tl.zeros([PADDED_G, PADDED_D], tl.float32)
+    for slot in range(0, NUM_INDICES):
+        block, valid = chosen_block(indices_ptr, slot, count, own, NUM_INDICES, PADDED_INDICES)
+        if valid:
+            key = block * BLOCK_SIZE + column
+            seen = key <= position
+            row = (first_key + key).to(tl.int64)
+            k = load_rows(k_ptr + head * stride_k_h, row * stride_k_t, seen, D, PADDED_D, True)
+            v = load_rows(v_ptr + head * stride_v_h, row * stride_v_t, seen, DV, PADDED_DV, True)
+            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            p = tl.where(seen[None, :], tl.exp2(scores * scale2 - lse2[:, None]), 0.0)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            ds = (p * (dp - delta[:, None]) * scale).to(k.dtype)
+            dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+    store_rows(dq_ptr, target * D, dq, real, D, PADDED_D)
+
+
+def _arguments(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_counts: Tensor | None, block_size: int):
+    """Strides and constants that both kernels take."""
+    group_size = q.shape[1] // k.shape[1]
+    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
+    index_strides = (*block_indices.stride()[:2], *(block_counts.stride() if block_counts is not None else (0, 0)))
+    constants = dict(
+        NUM_INDICES=block_indices.shape[2], PADDED_INDICES=max(triton.next_power_of_2(block_indices.shape[2]), 2),
+        HAS_COUNTS=block_counts is not None, G=group_size, PADDED_G=max(triton.next_power_of_2(group_size), 16),
+        BLOCK_SIZE=block_size, D=q.shape[2], PADDED_D=padded_dim(q.shape[2]), DV=v.shape[2], PADDED_DV=padded_dim(v.shape[2]),
+    )  # fmt: skip
+    return strides, index_strides, constants
+
+
+def selected_attention_query_major_fwd(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    block_counts: Tensor | None,
+    rows: Rows,
+    *,
+    block_size: int,
+    scale: float,
+    precision: str,
+    num_warps: int = 4,
+) -> tuple[Tensor, Tensor]:
+    """q `[Tq, HQ, D]`, k `[T, HKV, D]`, v `[T, HKV, DV]` -> o `[Tq, HQ, DV]`, natural-log lse float32 `[Tq, HQ]`."""
+    q, k, v, block_indices = (rows_contiguous(x) for x in (q, k, v, block_indices))
+    o = q.new_empty(*q.shape[:2], v.shape[2])
+    lse = q.new_empty(q.shape[:2], dtype=torch.float32)
+    if o.numel() == 0 or block_indices.shape[2] == 0:
+        return o.zero_(), lse.fill_(-torch.inf)
+    strides, index_strides, constants = _arguments(q, k, v, block_indices, block_counts, block_size)
+    query_fwd_kernel[(q.shape[0], k.shape[1])](
+        q, k, v, block_indices, block_counts, rows.position, rows.first_key, o, lse,
+        *strides, *index_strides, scale * LOG2_E, q.shape[1], PRECISION=precision, num_warps=num_warps, **constants,
+    )  # fmt: skip
+    return o, lse
+
+
+def selected_attention_query_major_bwd_dq(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse2: Tensor,
+    delta: Tensor,
+    block_indices: Tensor,
+    block_counts: Tensor | None,
+    rows: Rows,
+    dq: Tensor,
+    *,
+    block_size: int,
+    scale: float,
+    precision: str,
+    num_warps: int = 4,
+) -> None:
+    """Writes dq `[Tq, HQ, D]`; lse2 and delta as `statistics` gives them."""
+    do, q, k, v, block_indices = (rows_contiguous(x) for x in (do, q, k, v, block_indices))
+    if dq.numel() == 0 or block_indices.shape[2] == 0:
+        dq.zero_()
+        return
+    strides, index_strides, constants = _arguments(q, k, v, block_indices, block_counts, block_size)
+    query_bwd_dq_kernel[(q.shape[0], k.shape[1])](
+        q, k, v, do, lse2, delta, block_indices, block_counts, rows.position, rows.first_key, dq,
+        *strides, *do.stride()[:2], *index_strides, scale * LOG2_E, scale, q.shape[1],
+        PRECISION=precision, num_warps=num_warps, **constants,
+    )  # fmt: skip
