@@ -92,6 +92,7 @@ CASES = [
         ("empty_ends", (0, 33, 0, 0, 64, 0), 2, 2, 32, 64, F32, 16, 8, 16, 3, 1, 1, 9),
         ("nine", (1, 0, 15, 16, 17, 5, 31, 33, 2), 1, 3, 32, 32, F32, 8, 4, 8, 3, 1, 1, 6),
         ("nine_bf16", (17, 16, 1, 0, 15, 3, 32, 31, 4), 2, 1, 64, 32, BF16, 16, 16, 16, 2, 1, 1, 16),
+        ("five", (0, 5, 17, 0, 11), 2, 2, 32, 64, F32, 8, 4, 16, 2, 1, 0, 9),  # few tokens: for tests that run it often
         # From here on too large for tests/oracle.py.
         ("t200_d256", (200,), 1, 2, 256, 256, F16, 32, 16, 64, 3, 1, 1, 50),
         ("t200_g16", (200,), 1, 16, 192, 128, BF16, 32, 16, 64, 3, 1, 2, 64),
@@ -246,6 +247,38 @@ def gradients(operator, o, x, do):
     if not o.requires_grad:  # plain autograd, where no query of the case sees any key
         return [torch.zeros_like(leaf) for leaf in leaves]
     return torch.autograd.grad(o, leaves, do, allow_unused=True, materialize_grads=True)
+
+
+# How many blocks of keys Triton's interpreter may visit in one test: about 8 s on one core. KV-major counts each (row of q,
+# block) once, query-major each (program, block), and a program's own start as one more.
+INTERPRETED_BLOCKS = {"triton_kv_major": 10_000, "triton_query_major": 500}
+
+
+def suited(case, backend, calls=1):
+    """The case as a backend can run it here. Skips the test, with the reason, where only a GPU is fast enough.
+
+    The Triton backends want blocks of at least 16 keys, and their interpreter, which stands in for a GPU, computes bfloat16
+    wrongly. `calls`: how many times forward and backward the test runs the case.
+    """
+    if not backend.startswith("triton"):
+        return case
+    case = dataclasses.replace(case, block_size=max(case.block_size, 16))
+    if device_of(backend) == "cuda":
+        return case
+    rows = sum(case.lengths) * (case.num_heads if backend == "triton_kv_major" else case.num_kv_heads)
+    visited = min(case.num_selected_blocks, -(-max(case.lengths, default=0) // case.block_size))
+    if calls * rows * (1 + visited) > INTERPRETED_BLOCKS[backend]:
+        pytest.skip(f"{case.name} takes Triton's interpreter too long: on a GPU only")
+    return dataclasses.replace(case, dtype=F16 if case.dtype == BF16 else case.dtype)
+
+
+def refuses_last_queries(backend, call):
+    """Whether the backend wants queries that are the rows of the keys; `call`, whose are not, must then be refused."""
+    if backend != "triton_kv_major":
+        return False
+    with pytest.raises(ValueError, match=r"does not support this: queries are not the rows of the keys.*Fix"):
+        call()
+    return True
 
 
 def backends_of(operator):

@@ -1,16 +1,29 @@
 """Settings that every test shares."""
 
 import os
+import sys
 import zlib
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Triton decides once, while it is imported, whether it compiles kernels or runs them on the CPU.
+    assert "triton" not in sys.modules, "something imported Triton before TRITON_INTERPRET was set"
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_configure(config):
     # The workers of pytest-xdist already use every core; more threads would only fight over them.
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(autouse=True)

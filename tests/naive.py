@@ -92,12 +92,13 @@ def naive_call(operator, case, x, block_indices=None):
 BRANCHES = ("compressed", "selected", "sliding_window")
 
 
-def gradient_floors(operator, case, x, do, largest_lse=1.0):
+def gradient_floors(operator, case, x, do, largest_lse=0.0):
     """What float32 inside an attention may cost its gradients where the exact ones are a small rest of large terms, by name.
 
     dS = P * (dP - sum(P * dP)) subtracts two dot products dP = do . v, each rounded at eps * |do| . |v|: a query that sees a
-    single key has gradient 0, and gets that. And P is recomputed from an lse that is float32 by contract, which makes it
-    wrong by a fraction of up to eps / 2 * |lse|. x and do in float64.
+    single key has gradient 0, and gets that. And P is recomputed from an lse that is float32 by contract, which makes a query's
+    whole row of it wrong by a fraction of eps * |lse|, and so the sums over the queries that attend to a key as well. x and do
+    in float64.
     """
     if operator == "nsa_attention":
         floors = [gradient_floors(f"{branch}_attention", case, x, do, largest_lse) for branch in BRANCHES]
@@ -108,7 +109,12 @@ def gradient_floors(operator, case, x, do, largest_lse=1.0):
     q, k, v = (getattr(x, name).detach().nan_to_num(0) for name in names)
     if k.numel() == 0:
         return {}
-    fraction = torch.finfo(torch.float32).eps * max(1.0, float(largest_lse))
+    received = 1.0  # the most attention that one key gets from all queries together: its gradient where do is 1
+    if largest_lse:
+        received = torch.autograd.grad(naive_call(operator, case, x).sum(), getattr(x, names[2]))[0].max()
     dp = torch.einsum("thd,nhd->htn", do.abs(), v.abs().repeat_interleave(case.group_size, dim=1)).max()
     floors = (dp * k.abs().max() * case.scale, dp * q.abs().max() * case.scale, do.abs().max())
-    return {name: fraction * floor for name, floor in zip(names, floors, strict=True)}
+    return {
+        name: torch.finfo(torch.float32).eps * max(1.0, float(largest_lse * queries)) * floor
+        for name, queries, floor in zip(names, (1.0, received, received), floors, strict=True)
+    }

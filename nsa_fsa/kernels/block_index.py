@@ -62,8 +62,14 @@ def mark_kernel(
     at = row.to(tl.int64)[:, None] * stride_indices_t + head * stride_indices_h + column[None, :]
     block = tl.load(indices_ptr + at, mask=read, other=-1)  # [ROWS, PADDED_INDICES]
 
-    repeated = (block[:, :, None] == block[:, None, :]) & (column[None, None, :] < column[None, :, None])
-    chosen = (block >= 0) & (tl.max(repeated.to(tl.int32), 2) == 0)
+    chosen = block >= 0
+    # Ascending rows, which is what select_blocks gives, cannot repeat a block: most tiles skip the comparison of all pairs.
+    before = tl.load(indices_ptr + at - 1, mask=read & (column > 0)[None, :], other=-1)
+    ascending = (column == 0)[None, :] | ~chosen | ((before >= 0) & (before < block))
+    if tl.min(tl.min(ascending.to(tl.int32), 1), 0) == 0:
+        for other in range(0, NUM_INDICES):
+            earlier = tl.load(indices_ptr + at - column[None, :] + other, mask=read & (other < column)[None, :], other=-1)
+            chosen = chosen & (earlier != block)
     sparse = chosen & (block >= init_blocks) & (block <= own[:, None] - tl.maximum(local_blocks, 1))
     rank = tl.cumsum(sparse.to(tl.int32), 1) - 1
     sparse = sparse & (rank < NUM_SLOTS)  # more only where the caller's promise about forced blocks does not hold
@@ -132,8 +138,8 @@ def collect_kernel(
         row = tl.load(entries_ptr + first + entry, mask=inside, other=0)
         at = row.to(tl.int64)[:, None] * PADDED_INDICES + column[None, :]
         found = tl.load(sparse_ptr + at, mask=inside[:, None], other=-1)
-        place = tl.min(tl.where(found == wanted, column[None, :], PADDED_INDICES), 1)
-        slot = tl.sum(((found >= 0) & (column[None, :] < place[:, None])).to(tl.int32), 1)
+        chosen_at = tl.min(tl.where(found == wanted, column[None, :], PADDED_INDICES), 1)
+        slot = tl.sum(((found >= 0) & (column[None, :] < chosen_at[:, None])).to(tl.int32), 1)
         tl.store(entries_ptr + first + entry, row * NUM_SLOTS + slot, mask=inside)
 
 

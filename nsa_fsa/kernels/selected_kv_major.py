@@ -9,6 +9,8 @@
 Partials take `workspace_bytes` at most: KV heads, and where one head is too much ranges of queries, are done in turn.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -143,6 +145,13 @@ def merge_fwd_kernel(
     tl.store(lse_ptr + target, lse, mask=inside)
 
 
+def hopper() -> Any:
+    """The Gluon kernels, imported only where they run: they are written for one version of a moving interface."""
+    from nsa_fsa.kernels import selected_kv_major_hopper
+
+    return selected_kv_major_hopper
+
+
 def rows_contiguous(x: Tensor) -> Tensor:
     """x with its last axis contiguous, which is all that the kernels ask of a layout."""
     return x if x.stride(-1) == 1 else x.contiguous()
@@ -175,10 +184,7 @@ def selected_attention_fwd(
     if o.numel() == 0:
         return o, lse.fill_(-torch.inf)
     config = config or tuning.default_config(q, v, block_size)
-    dims = dict(
-        G=group_size, BLOCK_SIZE=block_size, D=head_dim, PADDED_D=padded_dim(head_dim), DV=v_dim, PADDED_DV=padded_dim(v_dim),
-        PRECISION=precision,
-    )  # fmt: skip
+    widths = dict(D=head_dim, PADDED_D=padded_dim(head_dim), DV=v_dim, PADDED_DV=padded_dim(v_dim))
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     num_blocks = blocks.first_row.shape[0]
     row_bytes = max(slots, 1) * group_size * (v_dim * q.element_size() + 4)
@@ -194,16 +200,24 @@ def selected_attention_fwd(
     for first, count in units.launches():
         where = (partial_rows, first, units.num_ranges, units.range_rows)
         if slots:
-            gather_fwd_kernel[(plan.items.shape[1], count)](
+            arguments = (
                 q, k, v, index.entries, partial_o, partial_lse,
                 plan.items, plan.num_items, plan.first_item, plan.first_entry, plan.num_queries, blocks.first_row,
                 *strides, scale * LOG2_E, num_blocks, index.entries.shape[1], plan.items.shape[1], *where, item_queries,
-                NUM_SLOTS=slots, BLOCK_M=config.fwd_m, NUM_STAGES=config.fwd_stages, num_warps=config.fwd_warps, **dims,
             )  # fmt: skip
+            constants = dict(
+                NUM_SLOTS=slots, G=group_size, BLOCK_SIZE=block_size, BLOCK_M=config.fwd_m, num_warps=config.fwd_warps
+            )
+            grid = (plan.items.shape[1], count)
+            if config.fwd_hopper:
+                hopper().gather_fwd_hopper_kernel[grid](*arguments, D=head_dim, WARPS=config.fwd_warps, **constants)
+            else:
+                gather_fwd_kernel[grid](*arguments, PRECISION=precision, NUM_STAGES=config.fwd_stages, **constants, **widths)
         merge_fwd_kernel[(num_blocks * tiles, count)](
             q, k, v, index.num_sparse, partial_o, partial_lse, o, lse, *blocks[:3],
             *strides, scale * LOG2_E, num_heads, num_tokens, *where,
             NUM_SLOTS=slots, INIT_BLOCKS=init_blocks, LOCAL_BLOCKS=max(local_blocks, 1), OWN_IS_OPTIONAL=local_blocks == 0,
-            BLOCK_M=merge_m, NUM_STAGES=config.merge_stages, num_warps=config.merge_warps, **dims,
+            G=group_size, BLOCK_SIZE=block_size, BLOCK_M=merge_m, PRECISION=precision,
+            NUM_STAGES=config.merge_stages, num_warps=config.merge_warps, **widths,
         )  # fmt: skip
     return o, lse

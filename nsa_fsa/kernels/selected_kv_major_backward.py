@@ -1,6 +1,6 @@
 """Selected attention, backward, in the loop order of FSA.
 
-    statistics  per query and head, the log-sum-exp in base 2 and delta = sum(o * do).
+    statistics  per query and head, the log-sum-exp in base 2 and delta = scale * sum(o * do).
     gather      a program holds one block's keys and values and walks the queries that see it: first the run of rows that see
                 it densely, then its entries of the block index. dk and dv stay in registers; each row leaves a partial dq.
                 Scores are computed transposed, [keys, rows], so that p and ds feed the matrix unit from registers.
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from nsa_fsa.kernels import tuning
 from nsa_fsa.kernels.block_index import BlockIndex, num_slots
-from nsa_fsa.kernels.primitives import LOG2_E, load_rows, padded_dim, store_rows
-from nsa_fsa.kernels.selected_kv_major import rows_contiguous
+from nsa_fsa.kernels.primitives import LN_2, LOG2_E, load_rows, padded_dim, store_rows
+from nsa_fsa.kernels.selected_kv_major import hopper, rows_contiguous
 from nsa_fsa.kernels.selected_plan import cut_units, make_plan
 from nsa_fsa.kernels.sequences import Blocks, Rows
 
 
 @triton.jit
 def statistics_kernel(
-    o_ptr, do_ptr, lse_ptr, lse2_ptr, delta_ptr, stride_do_t, stride_do_h, num_heads, total,
+    o_ptr, do_ptr, lse_ptr, lse2_ptr, delta_ptr, stride_do_t, stride_do_h, scale, num_heads, total,
     DV: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # of [T * HQ]
@@ -33,10 +33,9 @@ def statistics_kernel(
     o = load_rows(o_ptr, row * DV, inside, DV, PADDED_DV, True).to(tl.float32)
     do_offset = row // num_heads * stride_do_t + row % num_heads * stride_do_h
     do = load_rows(do_ptr, do_offset, inside, DV, PADDED_DV, True).to(tl.float32)
-    tl.store(delta_ptr + row, tl.sum(o * do, 1), mask=inside)
+    tl.store(delta_ptr + row, tl.sum(o * do, 1) * scale, mask=inside)
     lse = tl.load(lse_ptr + row, mask=inside, other=0.0)
-    # A query that saw nothing: exp2(score - inf) is 0.
-    tl.store(lse2_ptr + row, tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634), mask=inside)
+    tl.store(lse2_ptr + row, tl.where(lse == float("-inf"), float("inf"), lse * (1 / LN_2)), mask=inside)
 
 
 @triton.jit
@@ -109,7 +108,7 @@ def gather_bwd_kernel(
         p = tl.where(column[:, None] <= ahead[None, :], p, 0.0)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-        ds = (p * (dp - delta[None, :]) * scale).to(q.dtype)
+        ds = (p * (dp * scale - delta[None, :])).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
         if STORE_DQ:
             dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision=PRECISION))
@@ -196,13 +195,16 @@ def sum_dq_kernel(
     store_rows(dq_ptr, target * D, dq, inside, D, PADDED_D)
 
 
-def statistics(do: Tensor, o: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """(log-sum-exp in base 2, sum of o * do over the head width), float32 `[T, HQ]`; +inf for a query that saw nothing."""
+def statistics(do: Tensor, o: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """(log-sum-exp in base 2, scale * sum of o * do over the head width), float32 `[T, HQ]`.
+
+    Of a query that saw nothing the first is +inf, so that exp2(score - it) is 0.
+    """
     num_tokens, num_heads, v_dim = o.shape
     lse2, delta = torch.empty(2, num_tokens, num_heads, dtype=torch.float32, device=o.device)
     rows = 64
     statistics_kernel[(triton.cdiv(num_tokens * num_heads, rows),)](
-        o, do, lse, lse2, delta, *do.stride()[:2], num_heads, num_tokens * num_heads,
+        o, do, lse, lse2, delta, *do.stride()[:2], scale, num_heads, num_tokens * num_heads,
         DV=v_dim, PADDED_DV=padded_dim(v_dim), ROWS=rows,
     )  # fmt: skip
     return lse2, delta
@@ -241,7 +243,7 @@ def selected_attention_bwd(
         return dq, dk.zero_(), dv.zero_()
     group_size, slots = num_heads // num_kv_heads, num_slots(num_indices, init_blocks, local_blocks)
     config = config or tuning.default_config(q, v, block_size)
-    lse2, delta = statistics(do, o, lse)
+    lse2, delta = statistics(do, o, lse, scale)
 
     all_slots = slots + init_blocks + max(local_blocks, 1)
     item_queries = max(config.bwd_item_rows // group_size, 1)
@@ -274,15 +276,21 @@ def selected_attention_bwd(
         if ranged and first % units.num_ranges == 0:
             dk_sum.zero_()
             dv_sum.zero_()
-        gather_bwd_kernel[(plan.items.shape[1], count)](
+        arguments = (
             q, k, v, do, lse2, delta, index.num_sparse, index.entries, partial_dq, buffer, dk_sum, dv_sum,
             *plan, *blocks[:3], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *do.stride()[:2], *out_strides,
             scale * LOG2_E, scale, num_heads, num_tokens, num_blocks, index.entries.shape[1], plan.items.shape[1], max_buffers,
             partial_rows, first, units.num_ranges, units.range_rows, item_queries,
-            OWN_IS_OPTIONAL=local_blocks == 0, ACCUMULATE=ranged, G=group_size, BLOCK_SIZE=block_size,
-            BLOCK_M=config.bwd_m, NUM_STAGES=config.bwd_stages, PRECISION=precision, STORE_DQ=store_dq,
-            num_warps=config.bwd_warps, **forced, **dims, **v_dims,
         )  # fmt: skip
+        constants = dict(
+            OWN_IS_OPTIONAL=local_blocks == 0, ACCUMULATE=ranged, G=group_size, BLOCK_SIZE=block_size,
+            BLOCK_M=config.bwd_m, NUM_STAGES=config.bwd_stages, num_warps=config.bwd_warps, **forced,
+        )  # fmt: skip
+        grid = (plan.items.shape[1], count)
+        if config.bwd_hopper and store_dq:
+            hopper().gather_bwd_hopper_kernel[grid](*arguments, D=head_dim, WARPS=config.bwd_warps, **constants)
+        else:
+            gather_bwd_kernel[grid](*arguments, PRECISION=precision, STORE_DQ=store_dq, **constants, **dims, **v_dims)
         if max_buffers:
             sum_rows = min(block_size, 16)
             sum_dkdv_kernel[(num_blocks * (block_size // sum_rows), count)](

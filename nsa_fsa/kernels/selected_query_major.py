@@ -103,7 +103,7 @@ def query_bwd_dq_kernel(
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             p = tl.where(seen[None, :], tl.exp2(scores * scale2 - lse2[:, None]), 0.0)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            ds = (p * (dp - delta[:, None]) * scale).to(k.dtype)
+            ds = (p * (dp * scale - delta[:, None])).to(k.dtype)
             dq = tl.dot(ds, k, dq, input_precision=PRECISION)
     store_rows(dq_ptr, target * D, dq, real, D, PADDED_D)
 

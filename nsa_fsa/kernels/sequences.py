@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
 
     first_row: Tensor  # row of its first key
     num_rows: Tensor  # keys in it: block_size, fewer at the end of a sequence, 0 for a number that no block owns
-    index: Tensor  # its number inside its sequence
+    number: Tensor  # inside its sequence
     end_row: Tensor  # the row after its sequence's last
 
 

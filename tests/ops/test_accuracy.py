@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.cases import (
+    ATTENTIONS,
     CASES,
     DIFFERENTIABLE,
     backends_of,
@@ -15,6 +16,8 @@ from tests.cases import (
     operators_and_backends,
     output,
     select,
+    suited,
+    widest_dtype,
 )
 from tests.naive import gradient_floors, naive_call
 from tests.oracle import windows
@@ -49,6 +52,7 @@ def check_rms(name, found, expected, dtype, cancellation=0.0):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_accuracy(operator, backend, case):
+    case = suited(case, backend)
     x = make_inputs(case, device=device_of(backend), requires_grad=True)
     extra = dict(return_branches=True) if operator == "nsa_attention" else {}
     result = call(operator, case, x, backend, **extra)
@@ -110,21 +114,21 @@ def check_selection(case, x, block_indices):
     assert (total(block_indices) >= 0.995 * total(best)).all()
 
 
-@pytest.mark.parametrize(
-    "operator", ["compressed_attention", "selected_attention", "sliding_window_attention", "nsa_attention"]
-)
-def test_scale(operator):
+@pytest.mark.parametrize(("operator", "backend"), operators_and_backends(*ATTENTIONS, "nsa_attention"))
+def test_scale(operator, backend):
     """A softmax scale other than the default reaches every branch, forward and backward: it equals scaled queries."""
-    case = by_name("nine")
-    x = make_inputs(case, torch.float64, requires_grad=True)
-    do = torch.randn_like(output(call(operator, case, x)))
-    found = output(call(operator, case, x, scale=3 * case.scale))
+    case = suited(by_name("five"), backend, calls=2)
+    dtype, rounding = widest_dtype(backend)
+    close, close_grads = dict(rtol=rounding, atol=rounding), dict(rtol=10 * rounding, atol=10 * rounding)
+    x = make_inputs(case, dtype, device=device_of(backend), requires_grad=True)
+    found = output(call(operator, case, x, backend, scale=3 * case.scale))
+    do = torch.randn_like(found)
     scaled = x.replace(q=(x.q.detach() * 3).requires_grad_())
-    expected = output(call(operator, case, scaled))
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    expected = output(call(operator, case, scaled, backend))
+    torch.testing.assert_close(found, expected, **close)
     grads, grads_scaled = gradients(operator, found, x, do), gradients(operator, expected, scaled, do)
-    torch.testing.assert_close(grads[0], grads_scaled[0] * 3, rtol=1e-10, atol=1e-11)
-    torch.testing.assert_close(grads[1:], grads_scaled[1:], rtol=1e-10, atol=1e-11)
+    torch.testing.assert_close(grads[0], grads_scaled[0] * 3, **close_grads)
+    torch.testing.assert_close(grads[1:], grads_scaled[1:], **close_grads)
 
 
 @pytest.mark.parametrize("backend", backends_of("nsa_attention"))

@@ -5,51 +5,62 @@ import torch
 
 from nsa_fsa import ops
 from tests import oracle
-from tests.cases import Case, backends_of, call, device_of, gradients, make_inputs, widest_dtype
+from tests.cases import (
+    Case,
+    backends_of,
+    call,
+    device_of,
+    gradients,
+    is_float,
+    make_inputs,
+    refuses_last_queries,
+    suited,
+    widest_dtype,
+)
+from tests.guards import GUARD, assert_untouched, guarded, guarded_allocations
 
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 
-CASE = Case("hostile", (0, 37, 5, 16), 2, 2, 32, 16, torch.float32, 8, 4, 8, 4, 1, 1, 8, seed=7, small=True)
-NUM_BLOCKS = 5  # of the longest sequence
+CASE = Case("hostile", (0, 33, 16), 2, 2, 32, 16, torch.float32, 8, 4, 8, 4, 1, 1, 8, seed=7, small=True)
+# No sequence has a block 5. 2^28 blocks of 8 are 2^31 keys, where int32 arithmetic would wrap around to a valid position.
+OUT_OF_RANGE = (INT_MIN, INT_MIN + 1, -2, -1, 5, 6, 1000, 2**27, 2**28, INT_MAX - 1, INT_MAX)
 
-GUARD = 4096
 
-
-def guarded(x):
-    """A view in the middle of a larger buffer full of NaN: what is read out of bounds shows. Returns (view, buffer)."""
-    buffer = torch.full((x.numel() + 2 * GUARD,), torch.nan, dtype=x.dtype, device=x.device)
-    buffer[GUARD : GUARD + x.numel()] = x.flatten()
-    return buffer[GUARD : GUARD + x.numel()].view(x.shape), buffer
+def case_of(backend):
+    return suited(CASE, backend, calls=0)  # small enough, whatever the indices
 
 
 def check(backend, block_indices, block_counts=None):
-    """Output, lse and gradients with these indices equal the oracle's, and no buffer was written to."""
-    dtype, rounding = widest_dtype(backend)
-    x = make_inputs(CASE, dtype, device=device_of(backend))
-    views = {name: guarded(getattr(x, name)) for name in ("q", "k", "v")}
-    originals = {name: buffer.clone() for name, (_, buffer) in views.items()}
-    x = x.replace(
-        **{name: view.requires_grad_() for name, (view, _) in views.items()}, block_indices=block_indices.to(x.q.device)
-    )
-    o, lse = call("selected_attention", CASE, x, backend, block_counts=block_counts)
-
-    y = make_inputs(CASE, torch.float64, requires_grad=True).replace(block_indices=block_indices.cpu())
+    """Output, lse and gradients with these indices equal the oracle's, and nothing was read or written out of bounds."""
+    case, (dtype, rounding) = case_of(backend), widest_dtype(backend)
+    x = make_inputs(case, dtype, device=device_of(backend)).replace(block_indices=block_indices.to(device_of(backend)))
+    given = {name: getattr(x, name) for name in ("q", "k", "v", "block_indices")}
+    if isinstance(block_counts, torch.Tensor):
+        given["block_counts"] = block_counts
+    buffers = {}
+    for name, value in given.items():
+        given[name], buffers[name] = guarded(value)
+    originals = {name: value.clone() for name, value in given.items()}
+    counts = given.pop("block_counts", block_counts)
+    x = x.replace(**{name: view.requires_grad_(is_float(view)) for name, view in given.items()})
+    y = make_inputs(case, torch.float64, requires_grad=True).replace(block_indices=block_indices.cpu())
     expected, lse_expected = oracle.oracle_selected(
-        y.q, y.k, y.v, y.block_indices, block_size=CASE.block_size, scale=CASE.scale, cu_seqlens=y.cu_seqlens,
+        y.q, y.k, y.v, y.block_indices, block_size=case.block_size, scale=case.scale, cu_seqlens=y.cu_seqlens,
         block_counts=block_counts,
     )  # fmt: skip
+    do = torch.randn_like(expected)
+    with guarded_allocations():
+        o, lse = call("selected_attention", case, x, backend, block_counts=counts)
+        found = gradients("selected_attention", o, x, do.to(o))
+
     close = dict(rtol=10 * rounding, atol=10 * rounding)
     torch.testing.assert_close(o.double().cpu(), expected, **close)
     torch.testing.assert_close(lse.double().cpu(), lse_expected.detach(), **close)
-
-    do = torch.randn_like(expected)
-    found = gradients("selected_attention", o, x, do.to(o))
     for name, a, b in zip("qkv", found, gradients("selected_attention", expected, y, do), strict=True):
         torch.testing.assert_close(a.double().cpu(), b, msg=lambda m, name=name: f"d{name}: {m}", **close)
-    for name, (_, buffer) in views.items():
-        # Compared as integers: NaN differs from itself.
-        as_integers = torch.int64 if dtype == torch.float64 else torch.int32
-        assert torch.equal(buffer.detach().view(as_integers), originals[name].view(as_integers)), f"{name} was written to"
+    for name, buffer in buffers.items():
+        assert_untouched(buffer, name)
+        assert torch.equal(buffer[GUARD:-GUARD].view(originals[name].shape), originals[name]), f"{name} was written to"
     return o, lse, found
 
 
@@ -58,21 +69,25 @@ def indices_of(*entries):
     return torch.tensor(entries, dtype=torch.int32).expand(sum(CASE.lengths), CASE.num_kv_heads, -1).clone()
 
 
-@pytest.mark.parametrize("value", [INT_MIN, INT_MIN + 1, -2, -1, NUM_BLOCKS, NUM_BLOCKS + 1, 1000, 2**28, INT_MAX - 1, INT_MAX])
-@pytest.mark.parametrize("backend", backends_of("selected_attention"))
-def test_out_of_range_entry_selects_nothing(backend, value):
-    """In every slot in turn. 2^28 * block_size is 2^31, where int32 arithmetic would wrap around to a valid position."""
-    for slot in range(3):
-        entries = [0, 1]
-        entries.insert(slot, value)
-        check(backend, indices_of(*entries))
+def out_of_range():
+    """One value for every query and KV head, each of them many times."""
+    values = torch.tensor(OUT_OF_RANGE, dtype=torch.int32)
+    shape = (sum(CASE.lengths), CASE.num_kv_heads)
+    return values[torch.arange(shape[0] * shape[1]) % len(values)].view(shape)
 
 
-@pytest.mark.parametrize("value", [-1, INT_MIN, INT_MAX, NUM_BLOCKS])
+@pytest.mark.parametrize("slot", [0, 1, 2])
 @pytest.mark.parametrize("backend", backends_of("selected_attention"))
-def test_nothing_valid(backend, value):
+def test_out_of_range_entry_selects_nothing(backend, slot):
+    indices = indices_of(0, 1, 2)
+    indices[..., slot] = out_of_range()
+    check(backend, indices)
+
+
+@pytest.mark.parametrize("backend", backends_of("selected_attention"))
+def test_nothing_valid(backend):
     """Output 0, lse -inf, gradients 0, not NaN."""
-    o, lse, grads = check(backend, indices_of(value, value, value))
+    o, lse, grads = check(backend, torch.stack([out_of_range(), indices_of(-1)[..., 0], out_of_range().flip(0)], dim=-1))
     assert (o == 0).all()
     assert (lse == -torch.inf).all()
     assert all((grad == 0).all() for grad in grads)
@@ -81,15 +96,16 @@ def test_nothing_valid(backend, value):
 @pytest.mark.parametrize("backend", backends_of("selected_attention"))
 def test_first_block_past_each_sequence(backend):
     """Also where the next sequence's rows begin right there, and where it is the query's own block plus one."""
-    own = torch.cat([torch.arange(n) for n in CASE.lengths]) // CASE.block_size
-    past = torch.cat([torch.full((n,), -(-n // CASE.block_size)) for n in CASE.lengths])
+    block_size = case_of(backend).block_size
+    own = torch.cat([torch.arange(n) for n in CASE.lengths]) // block_size
+    past = torch.cat([torch.full((n,), -(-n // block_size)) for n in CASE.lengths])
     for beyond in (past, own + 1):
         indices = indices_of(0, -1, -1)
         indices[:, :, 1] = beyond[:, None]
         check(backend, indices)
 
 
-@pytest.mark.parametrize("entries", [(0, 0), (1, 1, 1, 1), (2, 0, 2, 0), (0, -1, 0), (4, 3, 2, 1, 0), (3, 0, 4, 1)], ids=str)
+@pytest.mark.parametrize("entries", [(0, 0), (1, 1, 1, 1), (2, 0, 2, 0), (0, -1, 0), (4, 3, 2, 1, 0), (2, 0, 4, 1)], ids=str)
 @pytest.mark.parametrize("backend", backends_of("selected_attention"))
 def test_repeated_and_unsorted(backend, entries):
     """A repeated index counts once, in whatever order; padding may stand anywhere."""
@@ -105,7 +121,7 @@ def test_random_garbage(backend):
     check(backend, indices)
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 1000])
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 1000])
 @pytest.mark.parametrize("backend", backends_of("selected_attention"))
 def test_block_counts_as_int(backend, count):
     check(backend, indices_of(1, 0, 3, 2), count)
@@ -131,19 +147,24 @@ def test_no_slots_at_all(backend):
 @pytest.mark.parametrize("backend", backends_of("selected_attention"))
 def test_with_queries_at_the_end_of_a_gapped_buffer(backend):
     """Block numbers count from the sequence's first key; a block past the used rows reads nothing of the gap."""
-    device = device_of(backend)
-    k, v = torch.full((32, 1, 8), torch.nan, device=device), torch.full((32, 1, 8), torch.nan, device=device)
-    k[3:13], v[3:13] = torch.randn(10, 1, 8, device=device), torch.randn(10, 1, 8, device=device)
+    device, block_size = device_of(backend), 16
+    k, v = torch.full((96, 1, 8), torch.nan, device=device), torch.full((96, 1, 8), torch.nan, device=device)
+    k[3:43], v[3:43] = torch.randn(40, 1, 8, device=device), torch.randn(40, 1, 8, device=device)
     q = torch.randn(2, 1, 8, device=device)
     layout = dict(
-        cu_seqlens=torch.tensor([0, 3, 32], dtype=torch.int32, device=device),
+        cu_seqlens=torch.tensor([0, 3, 96], dtype=torch.int32, device=device),
         cu_seqlens_q=torch.tensor([0, 0, 2], dtype=torch.int32, device=device),
-        seqused_k=torch.tensor([0, 10], dtype=torch.int32, device=device),
+        seqused_k=torch.tensor([0, 40], dtype=torch.int32, device=device),
     )
     indices = torch.tensor([[[2, 0, 3, 7]], [[INT_MAX, 3, 2, -1]]], dtype=torch.int32, device=device)
-    o, lse = ops.selected_attention(
-        q, k, v, indices, max_seqlen=29, block_size=4, scale=0.5, return_lse=True, backend=backend, **layout
-    )
+
+    def run():
+        arguments = dict(max_seqlen=93, block_size=block_size, scale=0.5, return_lse=True, backend=backend, **layout)
+        return ops.selected_attention(q, k, v, indices, **arguments)
+
+    if refuses_last_queries(backend, run):
+        return
+    o, lse = run()
     cpu = {name: x.cpu() for name, x in layout.items()}
-    expected = oracle.oracle_selected(q.cpu(), k.cpu(), v.cpu(), indices.cpu(), block_size=4, scale=0.5, **cpu)
+    expected = oracle.oracle_selected(q.cpu(), k.cpu(), v.cpu(), indices.cpu(), block_size=block_size, scale=0.5, **cpu)
     torch.testing.assert_close((o.cpu(), lse.cpu()), expected)

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.cases import by_name, call, device_of, gradients, make_inputs, operators_and_backends, output
+from tests.cases import by_name, call, device_of, gradients, make_inputs, operators_and_backends, output, suited
 
 MIB = 2**20
 
@@ -26,7 +26,7 @@ def resident(device):
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_no_growth_over_50_steps(operator, backend):
     device = device_of(backend)
-    case = by_name("t1000_b128")
+    case = suited(by_name("t1000_b128"), backend, calls=55)
     x = make_inputs(case, torch.float32, device=device, requires_grad=True)
 
     def step():

@@ -18,7 +18,9 @@ from tests.cases import (
     make_inputs,
     operators_and_backends,
     output,
+    refuses_last_queries,
     select,
+    suited,
     widest_dtype,
 )
 from tests.oracle import windows
@@ -60,6 +62,7 @@ def random_output_gradient(operator, case, x, o):
 @pytest.mark.parametrize("case", SEVERAL_SEQUENCES, ids=str)
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_packed_equals_separate(operator, backend, case):
+    case = suited(case, backend, calls=2)
     dtype, rounding = widest_dtype(backend)
     x = make_inputs(case, dtype, device=device_of(backend), requires_grad=True)
     result = call(operator, case, x, backend)
@@ -111,8 +114,8 @@ def test_packed_selection_equals_separate(backend, case):
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_neighbours_do_not_matter(operator, backend, garbage):
     """Whatever stands in the other sequences, a sequence's outputs and gradients stay the same, bit by bit."""
-    case = by_name("nine")
-    kept = 3  # a sequence in the middle
+    case = suited(by_name("five"), backend, calls=2)
+    kept = 2  # a sequence in the middle
     tokens, compressed = rows_of(case, kept)
     x = make_inputs(case, torch.float32, device=device_of(backend), requires_grad=True)
     before = output(call(operator, case, x, backend))
@@ -142,7 +145,7 @@ def test_neighbours_do_not_matter(operator, backend, garbage):
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_nearly_nothing(operator, backend, lengths):
     """No sequence at all, no tokens at all, single tokens: forward and backward run and have the right shapes."""
-    case = dataclasses.replace(by_name("nine"), lengths=lengths)
+    case = suited(dataclasses.replace(by_name("nine"), lengths=lengths), backend)
     x = make_inputs(case, torch.float32, device=device_of(backend), requires_grad=True)
     o = output(call(operator, case, x, backend))
     grads = gradients(operator, o, x, torch.ones_like(o))
@@ -220,13 +223,15 @@ GAPPED = [
 @pytest.mark.parametrize(("name", "num_queries", "gap"), GAPPED, ids=range(len(GAPPED)))
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends(*ATTENTIONS, "nsa_attention"))
 def test_last_queries_over_gapped_keys(operator, backend, name, num_queries, gap):
-    case = by_name(name)
+    case = suited(by_name(name), backend, calls=0)  # few of its queries
     dtype, rounding = widest_dtype(backend)
     x = make_inputs(case, dtype, device=device_of(backend), requires_grad=True)
     few, extra, q_rows, key_rows, compressed_rows = last_queries_of_gapped_buffer(
         case, x, [num_queries(n) for n in case.lengths], [gap(b) for b in range(len(case.lengths))]
     )
-    result, result_few = call(operator, case, x, backend), call(operator, case, few, backend, **extra)
+    if refuses_last_queries(backend, lambda: call(operator, case, few, backend, **extra)):
+        return
+    result, result_few = call(operator, case, x, "reference"), call(operator, case, few, backend, **extra)
     o, o_few = output(result), output(result_few)
     close = dict(rtol=10 * rounding, atol=10 * rounding)  # sums over the queries arrive in another order
     torch.testing.assert_close(o_few, o[q_rows], **close)
@@ -234,6 +239,10 @@ def test_last_queries_over_gapped_keys(operator, backend, name, num_queries, gap
         torch.testing.assert_close(result_few[1], result[1][q_rows], **close)
 
     do_few = torch.randn_like(o_few)
+    if backend == "triton_query_major":
+        with pytest.raises(NotImplementedError, match=r"no gradient for queries that are only the last.*Fix"):
+            gradients(operator, o_few, few, do_few)
+        return
     do = torch.zeros_like(o)
     do[q_rows] = do_few
     grads, grads_few = gradients(operator, o, x, do), gradients(operator, o_few, few, do_few)
@@ -293,11 +302,13 @@ def test_windows_of_gapped_keys(operator, backend):
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends(*ATTENTIONS))
 def test_unused_query_rows(operator, backend):
     """With seqused_k alone, queries share the keys' rows; those past the used ones see nothing."""
-    case = by_name("empty_ends")
+    case = suited(by_name("empty_ends"), backend, calls=0)  # forward only
     dtype, rounding = widest_dtype(backend)
     x = make_inputs(case, dtype, device=device_of(backend))
     used = torch.tensor([0, 20, 0, 0, 64, 0], dtype=torch.int32, device=x.q.device)
-    (o, lse), (o_full, lse_full) = call(operator, case, x, backend, seqused_k=used), call(operator, case, x, backend)
+    if refuses_last_queries(backend, lambda: call(operator, case, x, backend, seqused_k=used)):
+        return
+    (o, lse), (o_full, lse_full) = call(operator, case, x, backend, seqused_k=used), call(operator, case, x, "reference")
     unused = slice(20, 33)
     assert (o[unused] == 0).all()
     assert (lse[unused] == -torch.inf).all()

@@ -1,0 +1,22 @@
+"""Integer tensors of other conventions as the int32 that the operators take."""
+
+import torch
+from torch import Tensor
+
+from nsa_fsa.ops.validation import require
+
+
+def to_int32(name: str, x: Tensor) -> Tensor:
+    """x, int32 or int64 of any shape, as int32."""
+    require(
+        isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64),
+        lambda: f"{name} is {x.dtype if isinstance(x, Tensor) else repr(x)}; it must be an int32 or int64 tensor.",
+    )
+    return x.int()
+
+
+def clamp_to_int32(name: str, x: Tensor, limit: int) -> Tensor:
+    """x as int32, where what lies outside of `0 .. limit` stays outside: 2**32 as an int32 would be 0, a block that exists."""
+    if isinstance(x, Tensor) and x.dtype == torch.int64:
+        x = x.clamp(-1, limit)
+    return to_int32(name, x)

@@ -1,0 +1,309 @@
+"""The two gather kernels of the KV-major order for Hopper, in Gluon; the kernels of the same name without `hopper` are their
+plain Triton twins, for every other GPU, shape and dtype, and say what is computed.
+
+What Gluon adds is control over what waits for what. A program is one warpgroup (two for blocks of 128), two or three of them
+share a multiprocessor, and in the loop over tiles nothing waits for global memory that was not asked for a tile earlier:
+
+- rows of q and do arrive by cp.async while the tile before is computed, and the entries that say where they lie a tile before
+  that. Loads into registers instead spill, and a spill waits for its load: 19.5 ms instead of the backward's TODO.
+- matrix products run asynchronously; k q^T and v do^T together, ds q beside dsT k.
+- a result is staged in the buffer of the queries that it belongs to, which are no longer needed, and leaves in 16-byte stores.
+
+Rows past the end of an item repeat its last one, so that nothing undefined is ever multiplied; they are not stored.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+RING = gl.constexpr(4)  # tiles whose entries and statistics are kept
+
+
+@gluon.jit
+def copy_rows(buffer, ptr, offsets, DIM: gl.constexpr, layout: gl.constexpr):
+    """Asynchronously, rows of DIM elements that begin at `offsets`."""
+    column = gl.arange(0, DIM, gl.SliceLayout(0, layout))
+    async_copy.async_copy_global_to_shared(buffer, ptr + offsets[:, None] + column[None, :])
+
+
+@gluon.jit
+def copy_entries(buffer, entries_ptr, row, last, num_dense, G: gl.constexpr):
+    """Asynchronously, the entries of rows; entries_ptr is where the entry of row 0 would be if all rows had one."""
+    number = gl.minimum(row, last) // G
+    async_copy.async_copy_global_to_shared(buffer, entries_ptr + number, mask=number >= num_dense)
+
+
+@gluon.jit
+def resolve_rows(
+    entry, row, last, num_dense, first_dense, first_row, low_row, block_index,
+    NUM_SLOTS: gl.constexpr, INIT_BLOCKS: gl.constexpr, LOCAL_BLOCKS: gl.constexpr, BLOCK_SIZE: gl.constexpr, G: gl.constexpr,
+):  # fmt: skip
+    """The query of each row of an item, and the row of its partial dq. First come the queries that see the block densely."""
+    number = gl.minimum(row, last) // G
+    dense = number < num_dense
+    query = gl.where(dense, first_dense + number, entry // max(NUM_SLOTS, 1))
+    dense_slot = gl.where(block_index < INIT_BLOCKS, block_index, INIT_BLOCKS + (query - first_row) // BLOCK_SIZE)
+    slot = gl.where(dense, NUM_SLOTS + dense_slot, entry % max(NUM_SLOTS, 1))
+    return query, ((query - low_row) * (NUM_SLOTS + INIT_BLOCKS + LOCAL_BLOCKS) + slot) * G + row % G
+
+
+@gluon.jit
+def gather_fwd_hopper_kernel(
+    q_ptr, k_ptr, v_ptr, entries_ptr, partial_o_ptr, partial_lse_ptr,
+    items_ptr, num_items_ptr, first_item_ptr, first_entry_ptr, num_queries_ptr, first_row_ptr,
+    stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
+    scale, num_blocks, capacity, max_items, partial_rows, first_unit, num_ranges, range_rows, item_queries,
+    NUM_SLOTS: gl.constexpr, G: gl.constexpr, BLOCK_SIZE: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
+    WARPS: gl.constexpr,
+):  # fmt: skip
+    item, unit = gl.program_id(0), first_unit + gl.program_id(1)
+    if item >= gl.load(num_items_ptr + unit):
+        return
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    row_of: gl.constexpr = gl.SliceLayout(1, rows)
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_SIZE, 16])
+    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    tile_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D], dtype)
+    key_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_SIZE, D], dtype)
+    k_s = gl.allocate_shared_memory(dtype, [BLOCK_SIZE, D], key_shared)
+    v_s = gl.allocate_shared_memory(dtype, [BLOCK_SIZE, D], key_shared)
+    q_s = gl.allocate_shared_memory(dtype, [2, BLOCK_M, D], tile_shared)
+    entry_s = gl.allocate_shared_memory(gl.int32, [RING, BLOCK_M], flat)
+
+    head, low_row = unit // num_ranges, unit % num_ranges * range_rows
+    block = gl.load(items_ptr + unit * max_items + item)
+    segment = unit * num_blocks + block
+    low = (item - gl.load(first_item_ptr + segment)) * item_queries
+    num_rows = gl.minimum(gl.load(num_queries_ptr + segment) - low, item_queries) * G
+    last = num_rows - 1
+    entries_ptr += head.to(gl.int64) * capacity + gl.load(first_entry_ptr + segment) + low
+    q_ptr += head * G * stride_q_h
+    partial = gl.program_id(1).to(gl.int64) * partial_rows
+    partial_o_ptr += partial * D
+    partial_lse_ptr += partial
+
+    key = (gl.load(first_row_ptr + block) + gl.arange(0, BLOCK_SIZE, row_of)).to(gl.int64)
+    copy_rows(k_s, k_ptr + head * stride_k_h, key * stride_k_t, D, rows)
+    copy_rows(v_s, v_ptr + head * stride_v_h, key * stride_v_t, D, rows)
+    lane = gl.arange(0, BLOCK_M, line)
+    row = gl.arange(0, BLOCK_M, row_of)
+    s_row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, s_layout))
+    column = gl.arange(0, D, gl.SliceLayout(0, rows))
+    for i in gl.static_range(2):
+        entry_s.index(i).store(gl.load(entries_ptr + gl.minimum(i * BLOCK_M + lane, last) // G))
+    gl.thread_barrier()
+    query = (entry_s.index(0).load(row_of) // NUM_SLOTS).to(gl.int64)
+    copy_rows(q_s.index(0), q_ptr, query * stride_q_t + row % G * stride_q_h, D, rows)
+    async_copy.commit_group()
+
+    tile = 0
+    for start in range(0, num_rows, BLOCK_M):
+        async_copy.wait_group(0)
+        fence_async_shared()
+        gl.thread_barrier()
+        q_tile = q_s.index(tile % 2)
+        none = gl.zeros([BLOCK_M, BLOCK_SIZE], gl.float32, s_layout)
+        scores = warpgroup_mma(q_tile, k_s.permute((1, 0)), none, use_acc=False, is_async=True)
+        query = (entry_s.index((tile + 1) % RING).load(row_of) // NUM_SLOTS).to(gl.int64)
+        copy_rows(q_s.index((tile + 1) % 2), q_ptr, query * stride_q_t + row % G * stride_q_h, D, rows)
+        copy_entries(entry_s.index((tile + 2) % RING), entries_ptr, start + 2 * BLOCK_M + lane, last, 0, G)
+        async_copy.commit_group()
+
+        scores = warpgroup_mma_wait(0, deps=(scores,))
+        maximum = gl.max(scores, 1) * scale
+        p = gl.exp2(scores * scale - maximum[:, None])
+        total = gl.sum(p, 1)
+        p = gl.convert_layout((p * (1.0 / total)[:, None]).to(dtype), gl.DotOperandLayout(0, o_layout, 2))
+        o = warpgroup_mma(p, v_s, gl.zeros([BLOCK_M, D], gl.float32, o_layout), use_acc=False, is_async=True)
+        entries = entry_s.index(tile % RING)
+        s_target = (entries.load(gl.SliceLayout(1, s_layout)) - low_row * NUM_SLOTS) * G + s_row % G
+        gl.store(partial_lse_ptr + s_target, maximum + gl.log2(total), mask=start + s_row < num_rows)
+        target = ((entries.load(row_of) - low_row * NUM_SLOTS) * G + row % G).to(gl.int64)
+        o = warpgroup_mma_wait(0, deps=(o,))
+        # Every warp has waited for its scores, and reads only the rows of q_tile that it writes here.
+        q_tile.store(o.to(dtype))
+        gl.thread_barrier()
+        out = partial_o_ptr + target[:, None] * D + column[None, :]
+        gl.store(out, q_tile.load(rows), mask=(start + row < num_rows)[:, None], cache_modifier=".cs")
+        tile += 1  # noqa: SIM113
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def gather_bwd_hopper_kernel(
+    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, num_sparse_ptr, entries_ptr, partial_dq_ptr, items_buffer_ptr,
+    dk_ptr, dv_ptr,
+    items_ptr, num_items_ptr, first_item_ptr, first_buffer_ptr, first_dense_ptr, num_dense_ptr, first_entry_ptr,
+    num_queries_ptr, first_row_ptr, num_rows_ptr, block_index_ptr,
+    stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
+    stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h,
+    scale2, scale, num_heads, num_tokens, num_blocks, capacity, max_items, max_buffers, partial_rows, first_unit,
+    num_ranges, range_rows, item_queries,
+    NUM_SLOTS: gl.constexpr, INIT_BLOCKS: gl.constexpr, LOCAL_BLOCKS: gl.constexpr, OWN_IS_OPTIONAL: gl.constexpr,
+    ACCUMULATE: gl.constexpr, G: gl.constexpr, BLOCK_SIZE: gl.constexpr, D: gl.constexpr,
+    BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    item, unit = gl.program_id(0), first_unit + gl.program_id(1)
+    if item >= gl.load(num_items_ptr + unit):
+        return
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    row_of: gl.constexpr = gl.SliceLayout(1, rows)
+    line: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
+    s_column: gl.constexpr = gl.SliceLayout(0, s_layout)
+    d_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
+    a_layout: gl.constexpr = gl.DotOperandLayout(0, d_layout, 2)
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], [16, D * 4 // WARPS, 16])
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    tile_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D], dtype)
+    key_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_SIZE, D], dtype)
+    ds_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_SIZE, BLOCK_M], dtype)
+    k_s = gl.allocate_shared_memory(dtype, [BLOCK_SIZE, D], key_shared)
+    v_s = gl.allocate_shared_memory(dtype, [BLOCK_SIZE, D], key_shared)
+    q_s = gl.allocate_shared_memory(dtype, [NUM_STAGES, BLOCK_M, D], tile_shared)
+    do_s = gl.allocate_shared_memory(dtype, [NUM_STAGES, BLOCK_M, D], tile_shared)
+    ds_s = gl.allocate_shared_memory(dtype, [BLOCK_SIZE, BLOCK_M], ds_shared)
+    # One thread a row works out what all threads need to know of it.
+    entry_s = gl.allocate_shared_memory(gl.int32, [2, BLOCK_M], flat)
+    query_s = gl.allocate_shared_memory(gl.int32, [RING, BLOCK_M], flat)
+    target_s = gl.allocate_shared_memory(gl.int32, [RING, BLOCK_M], flat)
+    lse2_s = gl.allocate_shared_memory(gl.float32, [RING, BLOCK_M], flat)
+    delta_s = gl.allocate_shared_memory(gl.float32, [RING, BLOCK_M], flat)
+
+    head, low_row = unit // num_ranges, unit % num_ranges * range_rows
+    block = gl.load(items_ptr + unit * max_items + item)
+    segment = unit * num_blocks + block
+    part = item - gl.load(first_item_ptr + segment)
+    low = part * item_queries
+    num_queries = gl.load(num_queries_ptr + segment)
+    num_rows = gl.minimum(num_queries - low, item_queries) * G
+    last = num_rows - 1
+    num_dense = gl.load(num_dense_ptr + segment) - low
+    first_dense = gl.load(first_dense_ptr + segment) + low
+    entries_ptr += head.to(gl.int64) * capacity + gl.load(first_entry_ptr + segment) - num_dense
+    partial_dq_ptr += gl.program_id(1).to(gl.int64) * partial_rows * D
+    q_ptr += head * G * stride_q_h
+    do_ptr += head * G * stride_do_h
+    lse2_ptr += head * G
+    delta_ptr += head * G
+    first_row = gl.load(first_row_ptr + block)
+    block_index = gl.load(block_index_ptr + block)
+    rows_of_block = gl.load(num_rows_ptr + block)
+
+    # Keys past the end of a sequence are never seen: any row that exists will do.
+    key = (first_row + gl.minimum(gl.arange(0, BLOCK_SIZE, row_of), rows_of_block - 1)).to(gl.int64)
+    copy_rows(k_s, k_ptr + head * stride_k_h, key * stride_k_t, D, rows)
+    copy_rows(v_s, v_ptr + head * stride_v_h, key * stride_v_t, D, rows)
+    lane = gl.arange(0, BLOCK_M, line)
+    row = gl.arange(0, BLOCK_M, row_of)
+    column = gl.arange(0, D, gl.SliceLayout(0, rows))
+    masked_rows = (first_row + BLOCK_SIZE - first_dense) * G  # of queries inside this very block
+    for i in gl.static_range(2):
+        number = gl.minimum(i * BLOCK_M + lane, last) // G
+        entry = gl.load(entries_ptr + number, mask=number >= num_dense, other=0)
+        query, target = resolve_rows(
+            entry, i * BLOCK_M + lane, last, num_dense, first_dense, first_row, low_row, block_index,
+            NUM_SLOTS, INIT_BLOCKS, LOCAL_BLOCKS, BLOCK_SIZE, G,
+        )  # fmt: skip
+        query_s.index(i).store(query)
+        target_s.index(i).store(target)
+        statistic = query.to(gl.int64) * num_heads + lane % G
+        async_copy.async_copy_global_to_shared(lse2_s.index(i), lse2_ptr + statistic)
+        async_copy.async_copy_global_to_shared(delta_s.index(i), delta_ptr + statistic)
+    copy_entries(entry_s.index(0), entries_ptr, 2 * BLOCK_M + lane, last, num_dense, G)
+    gl.thread_barrier()
+    q_row = query_s.index(0).load(row_of).to(gl.int64)
+    copy_rows(q_s.index(0), q_ptr, q_row * stride_q_t + row % G * stride_q_h, D, rows)
+    copy_rows(do_s.index(0), do_ptr, q_row * stride_do_t + row % G * stride_do_h, D, rows)
+    async_copy.commit_group()
+
+    dk = gl.zeros([BLOCK_SIZE, D], gl.float32, d_layout)
+    dv = gl.zeros([BLOCK_SIZE, D], gl.float32, d_layout)
+    tile = 0
+    for start in range(0, num_rows, BLOCK_M):
+        async_copy.wait_group(0)
+        fence_async_shared()
+        gl.thread_barrier()
+        q_tile = q_s.index(tile % NUM_STAGES)
+        do_tile = do_s.index(tile % NUM_STAGES)
+        none = gl.zeros([BLOCK_SIZE, BLOCK_M], gl.float32, s_layout)
+        scores = warpgroup_mma(k_s, q_tile.permute((1, 0)), none, use_acc=False, is_async=True)
+        dp = warpgroup_mma(v_s, do_tile.permute((1, 0)), none, use_acc=False, is_async=True)
+
+        # The rows of the next tile, the statistics of the one after it, and the entries of the one after that.
+        if NUM_STAGES > 1:
+            q_row = query_s.index((tile + 1) % RING).load(row_of).to(gl.int64)
+            copy_rows(q_s.index((tile + 1) % NUM_STAGES), q_ptr, q_row * stride_q_t + row % G * stride_q_h, D, rows)
+            copy_rows(do_s.index((tile + 1) % NUM_STAGES), do_ptr, q_row * stride_do_t + row % G * stride_do_h, D, rows)
+        query, target = resolve_rows(
+            entry_s.index(tile % 2).load(line), start + 2 * BLOCK_M + lane, last, num_dense, first_dense, first_row, low_row,
+            block_index, NUM_SLOTS, INIT_BLOCKS, LOCAL_BLOCKS, BLOCK_SIZE, G,
+        )  # fmt: skip
+        query_s.index((tile + 2) % RING).store(query)
+        target_s.index((tile + 2) % RING).store(target)
+        statistic = query.to(gl.int64) * num_heads + lane % G
+        async_copy.async_copy_global_to_shared(lse2_s.index((tile + 2) % RING), lse2_ptr + statistic)
+        async_copy.async_copy_global_to_shared(delta_s.index((tile + 2) % RING), delta_ptr + statistic)
+        copy_entries(entry_s.index((tile + 1) % 2), entries_ptr, start + 3 * BLOCK_M + lane, last, num_dense, G)
+        async_copy.commit_group()
+
+        scores = warpgroup_mma_wait(1, deps=(scores,))
+        p = gl.exp2(scores * scale2 - lse2_s.index(tile % RING).load(s_column)[None, :])
+        if (start < masked_rows) | (start + BLOCK_M > num_rows):
+            s_row = start + gl.arange(0, BLOCK_M, s_column)
+            ahead = gl.where(s_row // G < num_dense, first_dense - first_row + s_row // G, BLOCK_SIZE)
+            seen = (gl.arange(0, BLOCK_SIZE, gl.SliceLayout(1, s_layout))[:, None] <= ahead[None, :]) & (s_row < num_rows)[
+                None, :
+            ]
+            if OWN_IS_OPTIONAL:
+                flag_ptr = num_sparse_ptr + head.to(gl.int64) * num_tokens + first_row
+                chosen = gl.load(flag_ptr + ahead, mask=(ahead < BLOCK_SIZE) & (s_row < num_rows), other=-1) < 0
+                seen = seen & chosen[None, :]
+            p = gl.where(seen, p, 0.0)
+        dp = warpgroup_mma_wait(0, deps=(dp,))
+        dv = warpgroup_mma(gl.convert_layout(p.to(dtype), a_layout), do_tile, dv, is_async=True)
+        ds = (p * (dp * scale - delta_s.index(tile % RING).load(s_column)[None, :])).to(dtype)
+        ds_s.store(ds)
+        dk = warpgroup_mma(gl.convert_layout(ds, a_layout), q_tile, dk, is_async=True)
+        fence_async_shared()
+        gl.thread_barrier()
+        nothing = gl.zeros([BLOCK_M, D], gl.float32, dq_layout)
+        dq = warpgroup_mma(ds_s.permute((1, 0)), k_s, nothing, use_acc=False, is_async=True)
+        dq, dk, dv = warpgroup_mma_wait(0, deps=(dq, dk, dv))
+        gl.thread_barrier()
+        q_tile.store(dq.to(dtype))
+        gl.thread_barrier()
+        out_row = target_s.index(tile % RING).load(row_of).to(gl.int64)
+        out = partial_dq_ptr + out_row[:, None] * D + column[None, :]
+        gl.store(out, q_tile.load(rows), mask=(start + row < num_rows)[:, None], cache_modifier=".cs")
+        if NUM_STAGES == 1:
+            gl.thread_barrier()
+            q_row = query_s.index((tile + 1) % RING).load(row_of).to(gl.int64)
+            copy_rows(q_s.index(0), q_ptr, q_row * stride_q_t + row % G * stride_q_h, D, rows)
+            copy_rows(do_s.index(0), do_ptr, q_row * stride_do_t + row % G * stride_do_h, D, rows)
+            async_copy.commit_group()
+        tile += 1  # noqa: SIM113
+    async_copy.wait_group(0)
+
+    out_key = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(1, d_layout))
+    out_column = gl.arange(0, D, gl.SliceLayout(0, d_layout))
+    if num_queries > item_queries:  # one item of several
+        buffer = gl.program_id(1).to(gl.int64) * max_buffers + gl.load(first_buffer_ptr + segment) + part
+        at = ((buffer * BLOCK_SIZE + out_key) * (2 * D))[:, None] + out_column[None, :]
+        gl.store(items_buffer_ptr + at, dk)
+        gl.store(items_buffer_ptr + at + D, dv)
+    else:
+        out_at = (first_row + out_key).to(gl.int64)
+        exists = (out_key < rows_of_block)[:, None]
+        dk_at = dk_ptr + head * stride_dk_h + (out_at * stride_dk_t)[:, None] + out_column[None, :]
+        dv_at = dv_ptr + head * stride_dv_h + (out_at * stride_dv_t)[:, None] + out_column[None, :]
+        if ACCUMULATE:
+            dk += gl.load(dk_at, mask=exists, other=0.0)
+            dv += gl.load(dv_at, mask=exists, other=0.0)
+        gl.store(dk_at, dk.to(dk_ptr.dtype.element_ty), mask=exists)
+        gl.store(dv_at, dv.to(dv_ptr.dtype.element_ty), mask=exists)

@@ -1,0 +1,80 @@
+"""One measured setting, and the arithmetic and memory traffic that it cannot do without."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Products of size [queries, keys, head width] that attention needs: q k and p v; backward q k again, dp, dv, dk, dq.
+FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
+PASSES = ("forward", "backward", "forward_backward")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One packed sequence and its block selection."""
+
+    num_tokens: int
+    group_size: int
+    num_heads: int = 64
+    head_dim: int = 128
+    block_size: int = 64
+    num_blocks: int = 16  # selected, forced ones included
+    init_blocks: int = 1
+    local_blocks: int = 2
+    selection: str = "random"
+    dtype: str = "bfloat16"
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.num_heads // self.group_size
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+    def __str__(self) -> str:
+        return f"T={self.num_tokens:,} G={self.group_size} {self.block_size}x{self.num_blocks} {self.selection}"
+
+
+@dataclass(frozen=True)
+class Necessary:
+    """What any implementation has to do: floating-point operations, and bytes read or written once."""
+
+    flops: int
+    bytes: int
+
+
+def visible_pairs(block_indices: Tensor, block_size: int) -> int:
+    """How many (query, KV head, key) triples the selection of one sequence makes visible: `[T, HKV, T_sel]`, no index twice."""
+    num_tokens, total = block_indices.shape[0], 0
+    for start in range(0, num_tokens, 8192):
+        block = block_indices[start : start + 8192].long()
+        position = torch.arange(start, start + block.shape[0], device=block.device)[:, None, None]
+        keys = (position - block * block_size + 1).clamp(0, block_size)
+        total += int(keys.where(block >= 0, 0).sum())
+    return total
+
+
+def causal_pairs(setting: Setting) -> int:
+    """The same for full causal attention."""
+    return setting.num_kv_heads * setting.num_tokens * (setting.num_tokens + 1) // 2
+
+
+def necessary(setting: Setting, pairs: int, num_indices: int) -> dict[str, Necessary]:
+    """For each pass; `num_indices` block indices are read per query and KV head (0 for full attention)."""
+    tokens, width = setting.num_tokens, setting.torch_dtype.itemsize * setting.head_dim
+    per_product = 2 * setting.head_dim * pairs * setting.group_size
+    queries, keys = tokens * setting.num_heads * width, tokens * setting.num_kv_heads * width
+    lse, indices = tokens * setting.num_heads * 4, tokens * setting.num_kv_heads * num_indices * 4
+    # q, k, v in; o and lse out.
+    forward = Necessary(FORWARD_PRODUCTS * per_product, 2 * queries + 2 * keys + lse + indices)
+    # q, k, v, o, do and lse in; dq, dk, dv out.
+    backward = Necessary(BACKWARD_PRODUCTS * per_product, 4 * queries + 4 * keys + lse + indices)
+    both = Necessary(forward.flops + backward.flops, forward.bytes + backward.bytes)
+    return {"forward": forward, "backward": backward, "forward_backward": both}
+
+
+def floor_ms(parts: list[Necessary], matmul_flops: float, copy_bytes: float) -> float:
+    """The time that no implementation can beat at these measured rates per second, one part after the other."""
+    return sum(1e3 * max(part.flops / matmul_flops, part.bytes / copy_bytes) for part in parts)

@@ -1,0 +1,353 @@
+"""Compiles every Triton kernel of nsa_fsa for several GPU architectures, without a GPU, and checks what each one needs.
+
+The package's own host functions run on tensors that have a shape and no memory, and what they launch is compiled instead of
+launched. So the tile sizes, warps and stages checked are the ones that the package ships. A kernel fails the check if it does
+not compile, takes too long to, keeps values in local memory (spills), or wants more shared memory than the architecture has.
+
+    python scripts/check_resources.py                                # the default configurations, as `make test` does
+    python scripts/check_resources.py --all --jobs 8                 # every supported shape and dtype: hours of one core
+    python scripts/check_resources.py --arch sm_90 --head-dim 256 --dtype fp16
+"""
+
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: an interpreted kernel cannot be compiled
+
+import torch
+import triton
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+from nsa_fsa.kernels import selected_attention as kernels
+
+console = Console()
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
+BLOCK_SIZES = (16, 32, 64, 128)
+GROUP_SIZES = (1, 4, 16)
+# Shared memory that one block of threads can have, in KiB (CUDA C++ programming guide, compute capabilities).
+SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227}
+MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+TENSOR_MEMORY_COLUMNS = 512  # of Blackwell's tensor memory; other architectures report 0
+# The stack that is not a spill worth the name: up to four registers saved once around a call of the 64-bit division routine.
+# Seen in the SASS as one store and one load outside of any loop.
+STACK_ALLOWED = 16
+# plain: what a layer calls. chunked: a small workspace, no promise about forced blocks, counts given.
+VARIANTS = ("plain", "chunked")
+NUM_TOKENS, NUM_HEADS = 4096, 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of each operator, for one architecture."""
+
+    arch: str
+    head_dim: int
+    value_dim: int
+    dtype: str
+    block_size: int
+    group_size: int
+    variant: str = "plain"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one compiled kernel needs."""
+
+    kernel: str
+    case: Case
+    warps: int = 0
+    registers: int = 0
+    stack: int = 0  # bytes a thread
+    shared: int = 0  # bytes
+    tensor_memory: int = 0  # columns
+    seconds: float = 0.0
+    error: str = ""
+    hash: str = ""
+
+    @property
+    def failure(self) -> str:
+        """Why this kernel cannot be shipped; empty if it can."""
+        limit = SHARED_KIB[self.case.arch] * 1024
+        reasons = [self.error] if self.error else []
+        if self.stack > STACK_ALLOWED:
+            reasons.append(f"spills {self.stack:,} B")
+        if self.shared > limit:
+            reasons.append(f"shared memory {self.shared / 1024:.0f} > {limit // 1024} KiB")
+        if self.tensor_memory > TENSOR_MEMORY_COLUMNS:
+            reasons.append(f"tensor memory {self.tensor_memory} > {TENSOR_MEMORY_COLUMNS} columns")
+        return "; ".join(reasons)
+
+
+def call_operators(case: Case) -> None:
+    """Calls every host function that launches kernels, on tensors without memory."""
+    dtype, block_size = DTYPES[case.dtype], case.block_size
+    num_kv_heads = NUM_HEADS // case.group_size
+    num_indices = max(1024 // block_size, 4)  # 1,024 keys a query, as in both of the FSA paper's settings
+
+    def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    q, do = new(NUM_TOKENS, NUM_HEADS, case.head_dim), new(NUM_TOKENS, NUM_HEADS, case.value_dim)
+    k, v = new(NUM_TOKENS, num_kv_heads, case.head_dim), new(NUM_TOKENS, num_kv_heads, case.value_dim)
+    indices = new(NUM_TOKENS, num_kv_heads, num_indices, dtype=torch.int32)
+    cu_seqlens = new(2, dtype=torch.int32)
+    plain = case.variant == "plain"
+    counts = None if plain else new(NUM_TOKENS, num_kv_heads, dtype=torch.int32)
+    forced = dict(init_blocks=1, local_blocks=2) if plain else dict(init_blocks=0, local_blocks=0)
+    # With an unlimited workspace all heads are done at once, with a tiny one ranges of one head.
+    options: dict[str, Any] = dict(
+        num_indices=num_indices, block_size=block_size, scale=case.head_dim**-0.5,
+        workspace_bytes=1 << 50 if plain else 1 << 20, **forced,
+    )  # fmt: skip
+    index = kernels.block_index(indices, counts, cu_seqlens, NUM_TOKENS, block_size=block_size, **forced)
+    o, lse = kernels.kv_major_forward(q, k, v, index, cu_seqlens, **options)
+    kernels.kv_major_backward(do, q, k, v, o, lse, index, cu_seqlens, **options)
+    one_query = dict(block_size=block_size, scale=options["scale"])
+    kernels.query_major_forward(q, k, v, indices, counts, cu_seqlens, None, None, **one_query)
+    kernels.query_major_backward(do, q, k, v, o, lse, indices, counts, index, cu_seqlens, **options)
+
+
+class OfflineDriver:
+    """What Triton asks its driver before it compiles."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def pretend_gpu(arch: str) -> None:
+    """Makes this process believe that tensors are on a GPU of that architecture. There is no way back."""
+    capability = int(arch.removeprefix("sm_"))
+    properties = type("Properties", (), dict(multi_processor_count=MULTIPROCESSORS[arch], name=arch))
+    triton.runtime.driver.set_active(OfflineDriver(GPUTarget("cuda", capability, 32)))
+    torch.cuda.get_device_capability = lambda device=None: (capability // 10, capability % 10)  # type: ignore[assignment]
+    torch.cuda.get_device_properties = lambda device=None: properties()  # type: ignore[assignment]
+    torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[assignment,misc]
+
+
+def binary_tool(name: str) -> str:
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """Registers and bytes of stack a thread needs."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [binary_tool("cuobjdump"), "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage!r}")
+    return int(found[1]), int(found[2])
+
+
+def check_case(case: Case, skip: set[int], connection: Connection) -> None:
+    """Runs in a process of its own: sends ("begin", number, kernel) and then ("row", Row) for every kernel launched."""
+    os.setsid()  # so that whoever gives up on this process also ends the assembler that it waits for
+    pretend_gpu(case.arch)
+    compile_launch = JITFunction.run
+    seen: set[tuple[Any, ...]] = set()
+
+    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        # Launches that differ in nothing but integers are compiled once, for the integers of the first.
+        number, name = len(seen), self.fn.__name__
+        launch = (name, repr(keywords), *(arg.dtype if isinstance(arg, torch.Tensor) else arg is None for arg in args))
+        if launch in seen:
+            return
+        seen.add(launch)
+        connection.send(("begin", number, name))
+        if number in skip:
+            return
+        begin = time.perf_counter()
+        try:
+            kernel = compile_launch(self, *args, grid=grid, warmup=True, **keywords)
+            seconds = time.perf_counter() - begin
+            registers, stack = resources(kernel.asm["cubin"])
+            metadata = kernel.metadata
+            tensor_memory = getattr(metadata, "tmem_size", None) or 0
+            row = Row(
+                name, case, metadata.num_warps, registers, stack, metadata.shared, tensor_memory, seconds, hash=kernel.hash
+            )
+        except Exception as error:
+            reason = str(error).strip().splitlines()[-1][:300] if str(error).strip() else ""
+            row = Row(name, case, error=f"does not compile: {type(error).__name__}: {reason}")
+        connection.send(("row", row))
+
+    JITFunction.run = compile_only
+    try:
+        with torch.no_grad():
+            call_operators(case)
+    except Exception as error:
+        connection.send(("row", Row("(host code)", case, error=f"{type(error).__name__}: {error}")))
+    connection.close()
+
+
+@dataclass
+class Worker:
+    """The process that compiles one case."""
+
+    case: Case
+    skip: set[int]
+
+    def __post_init__(self) -> None:
+        context = multiprocessing.get_context("fork")  # torch and Triton are imported already
+        self.connection, child = context.Pipe(duplex=False)
+        self.process = context.Process(target=check_case, args=(self.case, self.skip, child), daemon=True)
+        self.process.start()
+        child.close()
+        self.since, self.kernel, self.number = time.monotonic(), "", -1
+
+    def stop(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.join()
+
+
+def check_cases(cases: list[Case], jobs: int, compile_limit: float) -> Iterator[Row | Case]:
+    """The rows of all cases as they come, and each case itself once it is done."""
+    waiting, working = [(case, set[int]()) for case in reversed(cases)], list[Worker]()
+    try:
+        while waiting or working:
+            while waiting and len(working) < jobs:
+                working.append(Worker(*waiting.pop()))
+            ready = wait([worker.connection for worker in working], timeout=1.0)
+            for worker in list(working):
+                if worker.connection in ready:
+                    try:
+                        kind, *content = worker.connection.recv()
+                    except EOFError:
+                        worker.process.join()
+                        working.remove(worker)
+                        if worker.process.exitcode:
+                            error = f"the compiler crashed (exit code {worker.process.exitcode})"
+                            yield Row(worker.kernel or "(start)", worker.case, error=error)
+                            if worker.kernel and worker.number not in worker.skip:
+                                waiting.append((worker.case, worker.skip | {worker.number}))
+                                continue
+                        yield worker.case
+                        continue
+                    worker.since = time.monotonic()
+                    if kind == "begin":
+                        worker.number, worker.kernel = content
+                    else:
+                        yield content[0]
+                elif time.monotonic() - worker.since > compile_limit:
+                    worker.stop()
+                    working.remove(worker)
+                    yield Row(worker.kernel, worker.case, error=f"not compiled after {compile_limit:.0f} s")
+                    waiting.append((worker.case, worker.skip | {worker.number}))
+    finally:
+        for worker in working:
+            worker.stop()
+
+
+def make_table(rows: list[Row]) -> Table:
+    table = Table(title="Kernels compiled, not run")
+    for heading in ("kernel", "arch", "D", "DV", "dtype", "block", "G", "variant", "warps", "regs", "stack B", "shared KiB"):
+        table.add_column(heading, justify="left" if heading in ("kernel", "arch", "dtype", "variant") else "right")
+    table.add_column("ok", overflow="fold")
+    for row in rows:
+        case, failure = row.case, row.failure
+        table.add_row(
+            row.kernel, case.arch, str(case.head_dim), str(case.value_dim), case.dtype, str(case.block_size),
+            str(case.group_size), case.variant, str(row.warps), str(row.registers), str(row.stack),
+            f"{row.shared / 1024:.1f}", f"NO: {failure}" if failure else "yes", style="red" if failure else None,
+        )  # fmt: skip
+    return table
+
+
+def default_cases(archs: list[str]) -> list[Case]:
+    """What `make test` checks: the settings of the FSA paper in bf16, at the smallest, the usual and the largest group."""
+    shapes = [Case(arch, 128, 128, "bf16", 64, group) for arch in archs for group in GROUP_SIZES]
+    return shapes + [Case(arch, 128, 128, "bf16", 64, 4, "chunked") for arch in archs if arch == "sm_90"]
+
+
+def chosen(values: list[Any] | None, everything: tuple[Any, ...], option: str) -> list[Any]:
+    for value in values or ():
+        if value not in everything:
+            raise typer.BadParameter(f"{value!r} is not one of {everything}", param_hint=option)
+    return list(values or everything)
+
+
+def main(
+    everything: Annotated[bool, typer.Option("--all", help="Every supported shape and dtype.")] = False,
+    arch: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100; repeat for several.")] = None,
+    head_dim: Annotated[list[int] | None, typer.Option(help=f"Of {HEAD_DIMS}; repeat for several.")] = None,
+    value_dim: Annotated[int | None, typer.Option(help="Default: the head width.")] = None,
+    dtype: Annotated[list[str] | None, typer.Option(help="fp16, bf16, fp32; repeat for several.")] = None,
+    block_size: Annotated[list[int] | None, typer.Option(help=f"Of {BLOCK_SIZES}; repeat for several.")] = None,
+    group_size: Annotated[list[int] | None, typer.Option(help=f"Of {GROUP_SIZES}; repeat for several.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="plain, chunked; repeat for several.")] = None,
+    jobs: Annotated[int, typer.Option(help="Kernels to compile at a time.", min=1)] = 1,
+    compile_limit: Annotated[float, typer.Option(help="Seconds that one kernel may take to compile.")] = 60.0,
+    failures_only: Annotated[bool, typer.Option(help="Leave what passes out of the table.")] = False,
+    output: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
+) -> None:
+    """Checks registers, spills and shared memory of every kernel. Exits with 1 if one fails."""
+    archs = chosen(arch, tuple(SHARED_KIB), "--arch")
+    if everything or head_dim or dtype or block_size or group_size or variant or value_dim:
+        axes = (
+            chosen(head_dim, HEAD_DIMS, "--head-dim") if head_dim or everything else [128],
+            chosen(dtype, tuple(DTYPES), "--dtype") if dtype or everything else ["bf16"],
+            chosen(block_size, BLOCK_SIZES, "--block-size") if block_size or everything else [64],
+            chosen(group_size, GROUP_SIZES, "--group-size") if group_size else [4],
+            chosen(variant, VARIANTS, "--variant") if variant or everything else ["plain"],
+        )
+        cases = [Case(a, d, value_dim or d, t, b, g, x) for a, (d, t, b, g, x) in itertools.product(archs, itertools.product(*axes))]
+    else:
+        cases = default_cases(archs)
+
+    rows: dict[tuple[str, ...], Row] = {}
+    begin = time.monotonic()
+    # No thread may run while processes are forked, so the bar is drawn by hand.
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, auto_refresh=False) as progress:
+        bar = progress.add_task("compiling", total=len(cases))
+        for found in check_cases(cases, jobs, compile_limit):
+            if isinstance(found, Case):
+                progress.advance(bar)
+                progress.refresh()
+            else:  # a kernel that does not depend on the shape is the same one in many cases
+                rows.setdefault((found.hash,) if found.hash else (found.kernel, str(found.case), found.error), found)
+    listed = list(rows.values())
+    failed = [row for row in listed if row.failure]
+    console.print(make_table(failed if failures_only else listed))
+    if output is not None:
+        output.write_text(json.dumps([asdict(row) | {"failure": row.failure} for row in listed], indent=1) + "\n")
+    console.print(
+        f"{len(listed)} kernels of {len(cases)} cases, Triton {triton.__version__}, {time.monotonic() - begin:.0f} s: "
+        + (f"{len(failed)} FAILED" if failed else "all fit")
+    )
+    if failed:
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    typer.run(main)
