@@ -9,6 +9,7 @@ from typing import Any
 from nsa_fsa.cache import NSACache
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.modules import NativeSparseAttention
+from nsa_fsa.ops import explain
 
 __version__ = "0.1.0"
 
@@ -17,6 +18,7 @@ __all__ = [
     "NSAConfig",
     "NativeSparseAttention",
     "PatchReport",
+    "explain",
     "patch_model",
     "supported_models",
     "unpatch_model",

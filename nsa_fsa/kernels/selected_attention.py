@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from nsa_fsa.kernels.block_index import BlockIndex, build_block_index
@@ -11,7 +10,17 @@ from nsa_fsa.kernels.selected_kv_major import selected_attention_fwd
 from nsa_fsa.kernels.selected_kv_major_backward import selected_attention_bwd, statistics
 from nsa_fsa.kernels.selected_query_major import selected_attention_query_major_bwd_dq, selected_attention_query_major_fwd
 from nsa_fsa.kernels.sequences import locate_blocks, locate_rows
-from nsa_fsa.kernels.tuning import Config
+from nsa_fsa.kernels.tuning import Config, candidates
+
+__all__ = [
+    "BlockIndex",
+    "block_index",
+    "candidates",
+    "kv_major_backward",
+    "kv_major_forward",
+    "query_major_backward",
+    "query_major_forward",
+]
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -91,8 +100,3 @@ def query_major_backward(
             block_size=block_size, scale=scale, precision=precision, num_warps=num_warps,
         )  # fmt: skip
     return dq, dk, dv
-
-
-def interpreted() -> bool:
-    """Whether kernels run on the CPU, by TRITON_INTERPRET=1."""
-    return bool(triton.knobs.runtime.interpret)

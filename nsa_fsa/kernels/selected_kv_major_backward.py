@@ -158,7 +158,7 @@ def sum_dkdv_kernel(
         dk += load_rows(dk_ptr, key * stride_dk_t, exists, D, PADDED_D, True)
         dv += load_rows(dv_ptr, key * stride_dv_t, exists, DV, PADDED_DV, True)
     first = tl.program_id(1).to(tl.int64) * max_buffers + tl.load(first_buffer_ptr + segment)
-    for part in range(0, (num_queries + item_queries - 1) // item_queries):
+    for part in tl.range(0, (num_queries + item_queries - 1) // item_queries, num_stages=4):
         source = ((first + part) * BLOCK_SIZE + column) * (D + DV)
         dk += load_rows(items_buffer_ptr, source, exists, D, PADDED_D, True)
         dv += load_rows(items_buffer_ptr + D, source, exists, DV, PADDED_DV, True)

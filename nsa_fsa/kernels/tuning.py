@@ -1,6 +1,8 @@
 """Tile sizes, warps and stages of the Triton kernels."""
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,3 +47,22 @@ def default_config(q: Tensor, v: Tensor, block_size: int) -> Config:
     if runs_hopper(q, v, block_size):
         return Config(fwd_hopper=True, bwd_hopper=True, bwd_m=64, bwd_warps=4 if block_size == 64 else 8, bwd_stages=2)
     return Config()
+
+
+def candidates(q: Tensor, v: Tensor, block_size: int, direction: str) -> dict[str, Config]:
+    """What the profiler tries for "forward" or "backward", by name; the default comes first."""
+    default = default_config(q, v, block_size)
+    plain = Config()
+    changes: list[dict[str, Any]]
+    if direction == "forward":
+        changes = [dict(fwd_item_rows=2048), dict(fwd_hopper=False, fwd_m=128, fwd_stages=2, fwd_item_rows=8192)]
+        changes += [dict(fwd_hopper=False, fwd_m=64, fwd_stages=stages) for stages in (2, 3)]
+    else:
+        changes = [dict(bwd_item_rows=rows) for rows in (2048, 8192, 16384)] + [dict(bwd_stages=1)]
+        changes += [dict(bwd_hopper=False, bwd_m=plain.bwd_m, bwd_warps=plain.bwd_warps, bwd_stages=plain.bwd_stages)]
+    found = {"kv_major": default}
+    for change in changes:
+        config = dataclasses.replace(default, **change)
+        if config not in found.values():
+            found["kv_major " + " ".join(f"{name}={value}" for name, value in change.items())] = config
+    return found

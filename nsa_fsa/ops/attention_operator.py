@@ -40,7 +40,7 @@ def define_attention(name: str, arguments: str, check_values: Callable[..., None
     def run_backward(do, q, k, v, o, lse, *rest):
         *values, backend = rest
         keywords = dict(zip(names, values, strict=True))
-        return backends.resolve(name, backend, q, k, v, **keywords).backward(do, q, k, v, o, lse, **keywords)
+        return backends.resolve(name, backend, q, k, v, backward=True, **keywords).backward(do, q, k, v, o, lse, **keywords)
 
     forward = torch.library.custom_op(
         f"nsa_fsa::{name}", run_forward, mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {tail}) -> (Tensor, Tensor)"

@@ -20,8 +20,9 @@ class Backend:
     """One implementation of one operator.
 
     `forward` and `backward` take what the operator passes and return what its functions in `nsa_fsa.reference` do.
-    `unavailable()` gives the reason why this machine cannot run it, or None; `unsupported(*tensors, **arguments)`, called with
-    an operator's own arguments, the reason why it cannot run them; `automatic(*tensors)` says whether "auto" considers it.
+    `unavailable()` gives the reason why this machine cannot run it, or None; `unsupported(*tensors, backward=bool,
+    **arguments)`, called with an operator's own arguments, the reason why it cannot run them; `automatic(*tensors)` says
+    whether "auto" considers it.
     """
 
     name: str
@@ -45,7 +46,7 @@ def available(operator: str) -> dict[str, str | None]:
     return {name: backend.unavailable() for name, backend in _BACKENDS[operator].items()}
 
 
-def resolve(operator: str, name: str, *tensors: Tensor, **arguments: Any) -> Backend:
+def resolve(operator: str, name: str, *tensors: Tensor, backward: bool = False, **arguments: Any) -> Backend:
     """The backend that `name` stands for; with the operator's own arguments, the one that can run these.
 
     Raises:
@@ -53,16 +54,9 @@ def resolve(operator: str, name: str, *tensors: Tensor, **arguments: Any) -> Bac
         RuntimeError: for a backend that cannot run on this machine, with the reason.
     """
     candidates = _BACKENDS[operator]
-
-    def unsupported(backend: Backend) -> str | None:
-        return backend.unsupported(*tensors, **arguments) if tensors else None
-
     if name == "auto":
-        return next(
-            backend
-            for backend in candidates.values()
-            if backend.automatic(*tensors) and backend.unavailable() is None and unsupported(backend) is None
-        )
+        skipped = passed_over(operator, *tensors, backward=backward, **arguments)
+        return next(backend for backend in candidates.values() if backend.name not in skipped)
     if name not in candidates:
         raise ValueError(
             f"backend={name!r} is not an implementation of {operator}: allowed are {('auto', *candidates)}. "
@@ -70,6 +64,21 @@ def resolve(operator: str, name: str, *tensors: Tensor, **arguments: Any) -> Bac
         )
     if (reason := candidates[name].unavailable()) is not None:
         raise RuntimeError(f'backend={name!r} of {operator} cannot run here: {reason}. Fix: use backend="auto".')
-    if (reason := unsupported(candidates[name])) is not None:
+    if tensors and (reason := candidates[name].unsupported(*tensors, backward=backward, **arguments)) is not None:
         raise ValueError(f'backend={name!r} of {operator} does not support this: {reason}. Fix: use backend="auto".')
     return candidates[name]
+
+
+def passed_over(operator: str, *tensors: Tensor, backward: bool = False, **arguments: Any) -> dict[str, str]:
+    """The backends that "auto" does not take although they come before the one that it takes, with the reasons."""
+    skipped: dict[str, str] = {}
+    for backend in _BACKENDS[operator].values():
+        reason = backend.unavailable()
+        if reason is None and tensors:
+            reason = backend.unsupported(*tensors, backward=backward, **arguments)
+        if reason is None and not backend.automatic(*tensors):
+            reason = f"the tensors are on {tensors[0].device}" if tensors else "it is not automatic"
+        if reason is None:
+            return skipped
+        skipped[backend.name] = reason
+    raise AssertionError(f"{operator} has no backend that always runs")

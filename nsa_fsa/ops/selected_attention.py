@@ -55,7 +55,8 @@ def selected_attention(
         return_lse: also return the log-sum-exp.
         workspace_bytes: how much memory the KV-major kernels may take for partial results, at any length.
         backend: which implementation runs: "triton_kv_major" (the loop order of FSA), "triton_query_major" (that of NSA),
-            "reference", or "auto".
+            "triton" (whichever of their variants the profiler finds fastest on this GPU), "reference", or "auto": "triton"
+            on a GPU that can, and the reference elsewhere.
 
     Returns:
         o `[T, HQ, DV]` in q's dtype, and on request the natural-log lse `[T, HQ]` in float32 (float64 for float64 inputs),
@@ -167,6 +168,6 @@ def _reference_backward(
     return reference.selected_attention_backward(do, q, k, v, o, lse, **arguments)
 
 
-backends.register("selected_attention", triton_backends.SELECTED_KV_MAJOR)
-backends.register("selected_attention", triton_backends.SELECTED_QUERY_MAJOR)
+for backend in triton_backends.SELECTED:
+    backends.register("selected_attention", backend)
 backends.register("selected_attention", backends.Backend("reference", _reference_forward, _reference_backward))

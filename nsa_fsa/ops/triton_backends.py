@@ -3,11 +3,13 @@
 import functools
 import importlib.util
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nsa_fsa.ops import profiler
 from nsa_fsa.ops.backends import Backend
 
 BLOCK_SIZES = (16, 32, 64, 128)
@@ -41,7 +43,7 @@ def on_gpu(*tensors: Tensor) -> bool:
 
 def selected_unsupported(
     q: Tensor, k: Tensor, v: Tensor, *, block_indices: Tensor, block_size: int, scale: float,
-    cu_seqlens_q: Tensor | None, seqused_k: Tensor | None, kv_major: bool, **_: Any,
+    cu_seqlens_q: Tensor | None, seqused_k: Tensor | None, kv_major: bool, backward: bool = False, **_: Any,
 ) -> str | None:  # fmt: skip
     """Why the Triton kernels of selected attention cannot run these arguments, or None."""
     if not q.is_cuda and not interpreted():
@@ -58,8 +60,8 @@ def selected_unsupported(
         return f"{block_indices.shape[2]} block indices a query; supported are at most {MAX_INDICES}"
     if not scale > 0:
         return f"scale={scale}; it must be positive"
-    if kv_major and (cu_seqlens_q is not None or seqused_k is not None):
-        return "queries are not the rows of the keys (cu_seqlens_q or seqused_k is given)"
+    if (kv_major or backward) and (cu_seqlens_q is not None or seqused_k is not None):
+        return f"no {'gradient' if backward else 'support'} where cu_seqlens_q or seqused_k is given, as in decoding"
     return None
 
 
@@ -86,46 +88,73 @@ def _options(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: arguments[name] for name in names} | dict(num_indices=arguments["block_indices"].shape[2])
 
 
-def _kv_major_forward(q, k, v, **arguments):
-    return _kernels().kv_major_forward(q, k, v, _index(arguments), arguments["cu_seqlens"], **_options(arguments))
+def _kv_major(q, k, v, index, config, do_o_lse, arguments):
+    kernels, options = _kernels(), _options(arguments)
+    if do_o_lse is None:
+        return kernels.kv_major_forward(q, k, v, index, arguments["cu_seqlens"], config=config, **options)
+    do, o, lse = do_o_lse
+    return kernels.kv_major_backward(do, q, k, v, o, lse, index, arguments["cu_seqlens"], config=config, **options)
 
 
-def _kv_major_backward(do, q, k, v, o, lse, **arguments):
-    options = _options(arguments)
-    return _kernels().kv_major_backward(do, q, k, v, o, lse, _index(arguments), arguments["cu_seqlens"], **options)
+def _query_major(q, k, v, do_o_lse, arguments):
+    kernels, chosen = _kernels(), (arguments["block_indices"], arguments["block_counts"])
+    if do_o_lse is None:
+        names = ("cu_seqlens", "cu_seqlens_q", "seqused_k")
+        options = {name: arguments[name] for name in ("block_size", "scale")}
+        return kernels.query_major_forward(q, k, v, *chosen, *(arguments[name] for name in names), **options)
+    do, o, lse = do_o_lse
+    return kernels.query_major_backward(
+        do, q, k, v, o, lse, *chosen, _index(arguments), arguments["cu_seqlens"], **_options(arguments)
+    )
 
 
-def _query_major_forward(q, k, v, **arguments):
-    names = ("block_indices", "block_counts", "cu_seqlens", "cu_seqlens_q", "seqused_k")
-    options = {name: arguments[name] for name in ("block_size", "scale")}
-    return _kernels().query_major_forward(q, k, v, *(arguments[name] for name in names), **options)
+def selected_key(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any], direction: str) -> str:
+    """The kind of problem that the profiler remembers: lengths and KV heads count in powers of two."""
+    num_tokens, num_heads, head_dim = q.shape
+    forced = f"{arguments['init_blocks']}+{arguments['local_blocks']}"
+    return (
+        f"selected_attention {direction} G={num_heads // k.shape[1]} HKV<={1 << (k.shape[1] - 1).bit_length()} D={head_dim} "
+        f"DV={v.shape[2]} {str(q.dtype).removeprefix('torch.')} block={arguments['block_size']} "
+        f"T_sel={arguments['block_indices'].shape[2]} forced={forced} T<={1 << max(num_tokens - 1, 1).bit_length()}"
+    )
 
 
-def _query_major_backward(do, q, k, v, o, lse, **arguments):
-    if arguments["cu_seqlens_q"] is not None or arguments["seqused_k"] is not None:
-        raise NotImplementedError(
-            "the Triton kernels have no gradient for queries that are only the last positions of their sequences. "
-            'Fix: use backend="reference", or torch.no_grad() for decoding.'
-        )
-    return _kernels().query_major_backward(
-        do, q, k, v, o, lse, arguments["block_indices"], arguments["block_counts"], _index(arguments), arguments["cu_seqlens"],
-        **_options(arguments),
-    )  # fmt: skip
+def _fastest(q, k, v, do_o_lse, arguments):
+    """Whichever loop order and tiles the profiler finds fastest; without it the KV-major default where that can run."""
+    direction = "forward" if do_o_lse is None else "backward"
+    ways: dict[str, Callable[[], Any]] = {}
+    if selected_unsupported(q, k, v, kv_major=True, **arguments) is None:
+        index = _index(arguments)
+        for name, config in _kernels().candidates(q, v, arguments["block_size"], direction).items():
+            ways[name] = functools.partial(_kv_major, q, k, v, index, config, do_o_lse, arguments)
+    ways["query_major"] = functools.partial(_query_major, q, k, v, do_o_lse, arguments)
+    name = next(iter(ways))
+    if len(ways) > 1 and q.is_cuda and q.numel() > 0:
+        from triton.errors import TritonError
+
+        key = selected_key(q, k, v, arguments, direction)
+        name = profiler.choose(key, ways, q.device, recoverable=(RuntimeError, TritonError))
+    return ways[name]()
 
 
-SELECTED_KV_MAJOR = Backend(
-    "triton_kv_major",
-    _kv_major_forward,
-    _kv_major_backward,
-    unavailable,
-    functools.partial(selected_unsupported, kv_major=True),
-    on_gpu,
-)
-SELECTED_QUERY_MAJOR = Backend(
-    "triton_query_major",
-    _query_major_forward,
-    _query_major_backward,
-    unavailable,
-    functools.partial(selected_unsupported, kv_major=False),
-    on_gpu,
+def _selected(name: str, run: Callable[..., Any], kv_major: bool) -> Backend:
+    return Backend(
+        name,
+        lambda q, k, v, **arguments: run(q, k, v, None, arguments),
+        lambda do, q, k, v, o, lse, **arguments: run(q, k, v, (do, o, lse), arguments),
+        unavailable,
+        functools.partial(selected_unsupported, kv_major=kv_major),
+        on_gpu,
+    )
+
+
+# "triton" asks the profiler; the other two run their default tiles, and so the same kernels in every process.
+SELECTED = (
+    _selected("triton", _fastest, kv_major=False),
+    _selected(
+        "triton_kv_major",
+        lambda q, k, v, do_o_lse, arguments: _kv_major(q, k, v, _index(arguments), None, do_o_lse, arguments),
+        kv_major=True,
+    ),
+    _selected("triton_query_major", _query_major, kv_major=False),
 )
