@@ -8,6 +8,7 @@ TORCH ?= torch==2.13.0
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+RESOURCES_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -18,12 +19,14 @@ export PYTHONUTF8 = 1
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup test demo lint format clean
+.PHONY: help setup test test-gpu demo resources lint format clean
 
 help:
 	@echo "make setup    create .venv with PyTorch, this package (editable) and the development tools"
 	@echo "make test     lint, type check and run the tests         (PYTEST_WORKERS=8, PYTEST_ARGS='-k config')"
+	@echo "make test-gpu run every test on this machine's GPU       (PYTEST_WORKERS=8)"
 	@echo "make demo     run scripts/quickstart.py on this machine  (DEMO_ARGS='--help')"
+	@echo "make resources  compile the kernels for every shape and GPU, without one; hours  (RESOURCES_ARGS='--jobs 8 --arch sm_90')"
 	@echo "make lint     ruff check, ruff format --check, mypy"
 	@echo "make format   let ruff fix and format the code"
 	@echo "make clean    remove .venv, caches and build outputs"
@@ -50,8 +53,20 @@ test: lint
 	@echo "== pytest, $(PYTEST_WORKERS) workers"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS) tests
 
+# Tests marked gpu measure or fill the GPU's memory, so they run one at a time, after the others.
+test-gpu: $(INSTALLED)
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
+		f"make test-gpu needs a CUDA GPU, and PyTorch {torch.__version__} sees none. Fix: make test, or another build: TORCH=...")'
+	@echo "== pytest, $(PYTEST_WORKERS) workers"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m 'not gpu' $(PYTEST_ARGS) tests
+	@echo "== pytest, tests marked gpu"
+	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS) tests
+
 demo: $(INSTALLED)
 	@$(BIN)/python scripts/quickstart.py $(DEMO_ARGS)
+
+resources: $(INSTALLED)
+	@$(BIN)/python scripts/check_resources.py --all --failures-only $(RESOURCES_ARGS)
 
 lint: $(INSTALLED)
 	@echo "== ruff check"

@@ -18,7 +18,7 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -51,7 +51,8 @@ TENSOR_MEMORY_COLUMNS = 512  # of Blackwell's tensor memory; other architectures
 # Seen in the SASS as one store and one load outside of any loop.
 STACK_ALLOWED = 16
 # plain: what a layer calls. chunked: a small workspace, no promise about forced blocks, counts given.
-VARIANTS = ("plain", "chunked")
+# candidates: plain, with every configuration that the profiler tries; it leaves out what does not run.
+VARIANTS = ("plain", "chunked", "candidates")
 NUM_TOKENS, NUM_HEADS = 4096, 64
 
 
@@ -74,6 +75,7 @@ class Row:
 
     kernel: str
     case: Case
+    call: str = ""  # the host function that launched it first
     warps: int = 0
     registers: int = 0
     stack: int = 0  # bytes a thread
@@ -97,8 +99,8 @@ class Row:
         return "; ".join(reasons)
 
 
-def call_operators(case: Case) -> None:
-    """Calls every host function that launches kernels, on tensors without memory."""
+def call_operators(case: Case, enter: Callable[[str], None]) -> None:
+    """Calls every host function that launches kernels, on tensors without memory; `enter` is told which one comes."""
     dtype, block_size = DTYPES[case.dtype], case.block_size
     num_kv_heads = NUM_HEADS // case.group_size
     num_indices = max(1024 // block_size, 4)  # 1,024 keys a query, as in both of the FSA paper's settings
@@ -110,7 +112,7 @@ def call_operators(case: Case) -> None:
     k, v = new(NUM_TOKENS, num_kv_heads, case.head_dim), new(NUM_TOKENS, num_kv_heads, case.value_dim)
     indices = new(NUM_TOKENS, num_kv_heads, num_indices, dtype=torch.int32)
     cu_seqlens = new(2, dtype=torch.int32)
-    plain = case.variant == "plain"
+    plain = case.variant != "chunked"
     counts = None if plain else new(NUM_TOKENS, num_kv_heads, dtype=torch.int32)
     forced = dict(init_blocks=1, local_blocks=2) if plain else dict(init_blocks=0, local_blocks=0)
     # With an unlimited workspace all heads are done at once, with a tiny one ranges of one head.
@@ -118,11 +120,24 @@ def call_operators(case: Case) -> None:
         num_indices=num_indices, block_size=block_size, scale=case.head_dim**-0.5,
         workspace_bytes=1 << 50 if plain else 1 << 20, **forced,
     )  # fmt: skip
+    enter("block_index")
     index = kernels.block_index(indices, counts, cu_seqlens, NUM_TOKENS, block_size=block_size, **forced)
+    if case.variant == "candidates":
+        for name, config in kernels.candidates(q, v, block_size, "forward").items():
+            enter(f"forward {name}")
+            o, lse = kernels.kv_major_forward(q, k, v, index, cu_seqlens, config=config, **options)
+        for name, config in kernels.candidates(q, v, block_size, "backward").items():
+            enter(f"backward {name}")
+            kernels.kv_major_backward(do, q, k, v, o, lse, index, cu_seqlens, config=config, **options)
+        return
+    enter("kv_major_forward")
     o, lse = kernels.kv_major_forward(q, k, v, index, cu_seqlens, **options)
+    enter("kv_major_backward")
     kernels.kv_major_backward(do, q, k, v, o, lse, index, cu_seqlens, **options)
+    enter("query_major_forward")
     one_query = dict(block_size=block_size, scale=options["scale"])
     kernels.query_major_forward(q, k, v, indices, counts, cu_seqlens, None, None, **one_query)
+    enter("query_major_backward")
     kernels.query_major_backward(do, q, k, v, o, lse, indices, counts, index, cu_seqlens, **options)
 
 
@@ -147,9 +162,9 @@ def pretend_gpu(arch: str) -> None:
     capability = int(arch.removeprefix("sm_"))
     properties = type("Properties", (), dict(multi_processor_count=MULTIPROCESSORS[arch], name=arch))
     triton.runtime.driver.set_active(OfflineDriver(GPUTarget("cuda", capability, 32)))
-    torch.cuda.get_device_capability = lambda device=None: (capability // 10, capability % 10)  # type: ignore[assignment]
-    torch.cuda.get_device_properties = lambda device=None: properties()  # type: ignore[assignment]
-    torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[assignment,misc]
+    torch.cuda.get_device_capability = lambda device=None: (capability // 10, capability % 10)
+    torch.cuda.get_device_properties = lambda device=None: properties()
+    torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[assignment]
 
 
 def binary_tool(name: str) -> str:
@@ -170,11 +185,16 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def check_case(case: Case, skip: set[int], connection: Connection) -> None:
-    """Runs in a process of its own: sends ("begin", number, kernel) and then ("row", Row) for every kernel launched."""
+    """Runs in a process of its own: sends ("begin", number, kernel, call), and then ("row", Row), for every kernel."""
     os.setsid()  # so that whoever gives up on this process also ends the assembler that it waits for
     pretend_gpu(case.arch)
     compile_launch = JITFunction.run
     seen: set[tuple[Any, ...]] = set()
+    call = ""
+
+    def enter(name: str) -> None:
+        nonlocal call
+        call = name
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
         # Launches that differ in nothing but integers are compiled once, for the integers of the first.
@@ -183,7 +203,7 @@ def check_case(case: Case, skip: set[int], connection: Connection) -> None:
         if launch in seen:
             return
         seen.add(launch)
-        connection.send(("begin", number, name))
+        connection.send(("begin", number, name, call))
         if number in skip:
             return
         begin = time.perf_counter()
@@ -193,20 +213,19 @@ def check_case(case: Case, skip: set[int], connection: Connection) -> None:
             registers, stack = resources(kernel.asm["cubin"])
             metadata = kernel.metadata
             tensor_memory = getattr(metadata, "tmem_size", None) or 0
-            row = Row(
-                name, case, metadata.num_warps, registers, stack, metadata.shared, tensor_memory, seconds, hash=kernel.hash
-            )
+            needs = (metadata.num_warps, registers, stack, metadata.shared, tensor_memory)
+            row = Row(name, case, call, *needs, seconds, hash=kernel.hash)
         except Exception as error:
             reason = str(error).strip().splitlines()[-1][:300] if str(error).strip() else ""
-            row = Row(name, case, error=f"does not compile: {type(error).__name__}: {reason}")
+            row = Row(name, case, call, error=f"does not compile: {type(error).__name__}: {reason}")
         connection.send(("row", row))
 
     JITFunction.run = compile_only
     try:
         with torch.no_grad():
-            call_operators(case)
+            call_operators(case, enter)
     except Exception as error:
-        connection.send(("row", Row("(host code)", case, error=f"{type(error).__name__}: {error}")))
+        connection.send(("row", Row("(host code)", case, call, error=f"{type(error).__name__}: {error}")))
     connection.close()
 
 
@@ -223,10 +242,14 @@ class Worker:
         self.process = context.Process(target=check_case, args=(self.case, self.skip, child), daemon=True)
         self.process.start()
         child.close()
-        self.since, self.kernel, self.number = time.monotonic(), "", -1
+        self.since, self.number, self.kernel, self.call = time.monotonic(), -1, "", ""
 
     def stop(self) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
+        assert self.process.pid is not None
+        try:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        except ProcessLookupError:  # it has no group of its own yet, or is gone
+            self.process.kill()
         self.process.join()
 
 
@@ -237,7 +260,7 @@ def check_cases(cases: list[Case], jobs: int, compile_limit: float) -> Iterator[
         while waiting or working:
             while waiting and len(working) < jobs:
                 working.append(Worker(*waiting.pop()))
-            ready = wait([worker.connection for worker in working], timeout=1.0)
+            ready = wait([worker.connection for worker in working], timeout=min(1.0, compile_limit))
             for worker in list(working):
                 if worker.connection in ready:
                     try:
@@ -247,7 +270,7 @@ def check_cases(cases: list[Case], jobs: int, compile_limit: float) -> Iterator[
                         working.remove(worker)
                         if worker.process.exitcode:
                             error = f"the compiler crashed (exit code {worker.process.exitcode})"
-                            yield Row(worker.kernel or "(start)", worker.case, error=error)
+                            yield Row(worker.kernel or "(start)", worker.case, worker.call, error=error)
                             if worker.kernel and worker.number not in worker.skip:
                                 waiting.append((worker.case, worker.skip | {worker.number}))
                                 continue
@@ -255,13 +278,13 @@ def check_cases(cases: list[Case], jobs: int, compile_limit: float) -> Iterator[
                         continue
                     worker.since = time.monotonic()
                     if kind == "begin":
-                        worker.number, worker.kernel = content
+                        worker.number, worker.kernel, worker.call = content
                     else:
                         yield content[0]
-                elif time.monotonic() - worker.since > compile_limit:
+                elif worker.kernel and time.monotonic() - worker.since > compile_limit:
                     worker.stop()
                     working.remove(worker)
-                    yield Row(worker.kernel, worker.case, error=f"not compiled after {compile_limit:.0f} s")
+                    yield Row(worker.kernel, worker.case, worker.call, error=f"not compiled after {compile_limit:g} s")
                     waiting.append((worker.case, worker.skip | {worker.number}))
     finally:
         for worker in working:
@@ -270,14 +293,15 @@ def check_cases(cases: list[Case], jobs: int, compile_limit: float) -> Iterator[
 
 def make_table(rows: list[Row]) -> Table:
     table = Table(title="Kernels compiled, not run")
-    for heading in ("kernel", "arch", "D", "DV", "dtype", "block", "G", "variant", "warps", "regs", "stack B", "shared KiB"):
-        table.add_column(heading, justify="left" if heading in ("kernel", "arch", "dtype", "variant") else "right")
+    texts = ("kernel", "called by", "arch", "dtype", "variant")
+    for heading in (*texts, "D", "DV", "block", "G", "warps", "regs", "stack B", "shared KiB"):
+        table.add_column(heading, justify="left" if heading in texts else "right")
     table.add_column("ok", overflow="fold")
     for row in rows:
         case, failure = row.case, row.failure
         table.add_row(
-            row.kernel, case.arch, str(case.head_dim), str(case.value_dim), case.dtype, str(case.block_size),
-            str(case.group_size), case.variant, str(row.warps), str(row.registers), str(row.stack),
+            row.kernel, row.call, case.arch, case.dtype, case.variant, str(case.head_dim), str(case.value_dim),
+            str(case.block_size), str(case.group_size), str(row.warps), str(row.registers), str(row.stack),
             f"{row.shared / 1024:.1f}", f"NO: {failure}" if failure else "yes", style="red" if failure else None,
         )  # fmt: skip
     return table
@@ -304,7 +328,7 @@ def main(
     dtype: Annotated[list[str] | None, typer.Option(help="fp16, bf16, fp32; repeat for several.")] = None,
     block_size: Annotated[list[int] | None, typer.Option(help=f"Of {BLOCK_SIZES}; repeat for several.")] = None,
     group_size: Annotated[list[int] | None, typer.Option(help=f"Of {GROUP_SIZES}; repeat for several.")] = None,
-    variant: Annotated[list[str] | None, typer.Option(help="plain, chunked; repeat for several.")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(VARIANTS)}; repeat for several.")] = None,
     jobs: Annotated[int, typer.Option(help="Kernels to compile at a time.", min=1)] = 1,
     compile_limit: Annotated[float, typer.Option(help="Seconds that one kernel may take to compile.")] = 60.0,
     failures_only: Annotated[bool, typer.Option(help="Leave what passes out of the table.")] = False,
@@ -318,9 +342,11 @@ def main(
             chosen(dtype, tuple(DTYPES), "--dtype") if dtype or everything else ["bf16"],
             chosen(block_size, BLOCK_SIZES, "--block-size") if block_size or everything else [64],
             chosen(group_size, GROUP_SIZES, "--group-size") if group_size else [4],
-            chosen(variant, VARIANTS, "--variant") if variant or everything else ["plain"],
+            chosen(variant, VARIANTS, "--variant") if variant else ["plain", "chunked"] if everything else ["plain"],
         )
-        cases = [Case(a, d, value_dim or d, t, b, g, x) for a, (d, t, b, g, x) in itertools.product(archs, itertools.product(*axes))]
+        cases = [
+            Case(a, d, value_dim or d, t, b, g, x) for a, (d, t, b, g, x) in itertools.product(archs, itertools.product(*axes))
+        ]
     else:
         cases = default_cases(archs)
 

@@ -11,6 +11,8 @@ if not torch.cuda.is_available():
     # Triton decides once, while it is imported, whether it compiles kernels or runs them on the CPU.
     assert "triton" not in sys.modules, "something imported Triton before TRITON_INTERPRET was set"
     os.environ["TRITON_INTERPRET"] = "1"
+# On a GPU the profiler would time every shape that a test comes up with, and keep that in the user's cache.
+os.environ["NSA_FSA_PROFILE"] = "0"
 
 
 def pytest_configure(config):

@@ -152,9 +152,12 @@ def hopper() -> Any:
     return selected_kv_major_hopper
 
 
-def rows_contiguous(x: Tensor) -> Tensor:
-    """x with its last axis contiguous, which is all that the kernels ask of a layout."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+def rows_contiguous(x: Tensor, aligned: bool = False) -> Tensor:
+    """x with its last axis contiguous, which is all that the kernels ask of a layout; the Gluon ones also that every row
+    begins at a multiple of 16 bytes."""
+    sixteen_bytes = 16 // x.element_size()
+    misplaced = aligned and (x.data_ptr() % 16 != 0 or any(stride % sixteen_bytes for stride in x.stride()[:-1]))
+    return x.contiguous() if x.stride(-1) != 1 or misplaced else x
 
 
 def selected_attention_fwd(
@@ -175,7 +178,8 @@ def selected_attention_fwd(
     config: tuning.Config | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q `[T, HQ, D]`, k `[T, HKV, D]`, v `[T, HKV, DV]` -> o `[T, HQ, DV]`, natural-log lse float32 `[T, HQ]`."""
-    q, k, v = rows_contiguous(q), rows_contiguous(k), rows_contiguous(v)
+    config = config or tuning.default_config(q, v, block_size)
+    q, k, v = (rows_contiguous(x, config.fwd_hopper) for x in (q, k, v))
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, v_dim = v.shape[1:]
     group_size, slots = num_heads // num_kv_heads, num_slots(num_indices, init_blocks, local_blocks)
@@ -183,7 +187,6 @@ def selected_attention_fwd(
     lse = q.new_empty(num_tokens, num_heads, dtype=torch.float32)
     if o.numel() == 0:
         return o, lse.fill_(-torch.inf)
-    config = config or tuning.default_config(q, v, block_size)
     widths = dict(D=head_dim, PADDED_D=padded_dim(head_dim), DV=v_dim, PADDED_DV=padded_dim(v_dim))
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     num_blocks = blocks.first_row.shape[0]

@@ -235,14 +235,14 @@ def selected_attention_bwd(
 
     store_dq: leave dq alone (uninitialised) where another kernel computes it.
     """
-    do, q, k, v = (rows_contiguous(x) for x in (do, q, k, v))
+    config = config or tuning.default_config(q, v, block_size)
+    do, q, k, v = (rows_contiguous(x, config.bwd_hopper) for x in (do, q, k, v))
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, v_dim = v.shape[1:]
     dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
     if num_tokens == 0 or num_heads == 0:
         return dq, dk.zero_(), dv.zero_()
     group_size, slots = num_heads // num_kv_heads, num_slots(num_indices, init_blocks, local_blocks)
-    config = config or tuning.default_config(q, v, block_size)
     lse2, delta = statistics(do, o, lse, scale)
 
     all_slots = slots + init_blocks + max(local_blocks, 1)

@@ -5,7 +5,7 @@ What Gluon adds is control over what waits for what. A program is one warpgroup 
 share a multiprocessor, and in the loop over tiles nothing waits for global memory that was not asked for a tile earlier:
 
 - rows of q and do arrive by cp.async while the tile before is computed, and the entries that say where they lie a tile before
-  that. Loads into registers instead spill, and a spill waits for its load: 19.5 ms instead of the backward's TODO.
+  that. Loads into registers instead are spilled, and a spill waits for its load.
 - matrix products run asynchronously; k q^T and v do^T together, ds q beside dsT k.
 - a result is staged in the buffer of the queries that it belongs to, which are no longer needed, and leaves in 16-byte stores.
 
@@ -16,6 +16,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+
+# Triton 3.7 calls it barrier.
+thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
 RING = gl.constexpr(4)  # tiles whose entries and statistics are kept
 
@@ -95,7 +98,7 @@ def gather_fwd_hopper_kernel(
     column = gl.arange(0, D, gl.SliceLayout(0, rows))
     for i in gl.static_range(2):
         entry_s.index(i).store(gl.load(entries_ptr + gl.minimum(i * BLOCK_M + lane, last) // G))
-    gl.thread_barrier()
+    thread_barrier()
     query = (entry_s.index(0).load(row_of) // NUM_SLOTS).to(gl.int64)
     copy_rows(q_s.index(0), q_ptr, query * stride_q_t + row % G * stride_q_h, D, rows)
     async_copy.commit_group()
@@ -104,7 +107,7 @@ def gather_fwd_hopper_kernel(
     for start in range(0, num_rows, BLOCK_M):
         async_copy.wait_group(0)
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         q_tile = q_s.index(tile % 2)
         none = gl.zeros([BLOCK_M, BLOCK_SIZE], gl.float32, s_layout)
         scores = warpgroup_mma(q_tile, k_s.permute((1, 0)), none, use_acc=False, is_async=True)
@@ -126,7 +129,7 @@ def gather_fwd_hopper_kernel(
         o = warpgroup_mma_wait(0, deps=(o,))
         # Every warp has waited for its scores, and reads only the rows of q_tile that it writes here.
         q_tile.store(o.to(dtype))
-        gl.thread_barrier()
+        thread_barrier()
         out = partial_o_ptr + target[:, None] * D + column[None, :]
         gl.store(out, q_tile.load(rows), mask=(start + row < num_rows)[:, None], cache_modifier=".cs")
         tile += 1  # noqa: SIM113
@@ -216,7 +219,7 @@ def gather_bwd_hopper_kernel(
         async_copy.async_copy_global_to_shared(lse2_s.index(i), lse2_ptr + statistic)
         async_copy.async_copy_global_to_shared(delta_s.index(i), delta_ptr + statistic)
     copy_entries(entry_s.index(0), entries_ptr, 2 * BLOCK_M + lane, last, num_dense, G)
-    gl.thread_barrier()
+    thread_barrier()
     q_row = query_s.index(0).load(row_of).to(gl.int64)
     copy_rows(q_s.index(0), q_ptr, q_row * stride_q_t + row % G * stride_q_h, D, rows)
     copy_rows(do_s.index(0), do_ptr, q_row * stride_do_t + row % G * stride_do_h, D, rows)
@@ -228,7 +231,7 @@ def gather_bwd_hopper_kernel(
     for start in range(0, num_rows, BLOCK_M):
         async_copy.wait_group(0)
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         q_tile = q_s.index(tile % NUM_STAGES)
         do_tile = do_s.index(tile % NUM_STAGES)
         none = gl.zeros([BLOCK_SIZE, BLOCK_M], gl.float32, s_layout)
@@ -271,18 +274,18 @@ def gather_bwd_hopper_kernel(
         ds_s.store(ds)
         dk = warpgroup_mma(gl.convert_layout(ds, a_layout), q_tile, dk, is_async=True)
         fence_async_shared()
-        gl.thread_barrier()
+        thread_barrier()
         nothing = gl.zeros([BLOCK_M, D], gl.float32, dq_layout)
         dq = warpgroup_mma(ds_s.permute((1, 0)), k_s, nothing, use_acc=False, is_async=True)
         dq, dk, dv = warpgroup_mma_wait(0, deps=(dq, dk, dv))
-        gl.thread_barrier()
+        thread_barrier()
         q_tile.store(dq.to(dtype))
-        gl.thread_barrier()
+        thread_barrier()
         out_row = target_s.index(tile % RING).load(row_of).to(gl.int64)
         out = partial_dq_ptr + out_row[:, None] * D + column[None, :]
         gl.store(out, q_tile.load(rows), mask=(start + row < num_rows)[:, None], cache_modifier=".cs")
         if NUM_STAGES == 1:
-            gl.thread_barrier()
+            thread_barrier()
             q_row = query_s.index((tile + 1) % RING).load(row_of).to(gl.int64)
             copy_rows(q_s.index(0), q_ptr, q_row * stride_q_t + row % G * stride_q_h, D, rows)
             copy_rows(do_s.index(0), do_ptr, q_row * stride_do_t + row % G * stride_do_h, D, rows)

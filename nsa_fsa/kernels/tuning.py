@@ -7,6 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa_fsa.kernels.primitives import padded_dim
+
+# (rows, warps, stages) of the plain gather forward, gather backward and merge forward, by bytes of an element, padded head
+# width and block size: the first of a list from large to small that compiles for sm_80 and sm_90 without spilling. Sizes that
+# are not here take SMALLEST, which for the backward of 16-bit heads wider than 128 and of float32 blocks of 64 x 128 spills.
+SMALLEST = (16, 8, 1)
+L, M = (64, 4, 3), (64, 8, 2)
+PLAIN_TILES = {
+    (2, 32, 16): (L, L, L), (2, 32, 32): (L, L, L), (2, 32, 64): (L, L, L), (2, 32, 128): (L, M, L),
+    (2, 64, 16): (L, (64, 4, 2), L), (2, 64, 32): (L, (32, 4, 2), L), (2, 64, 64): (L, (32, 4, 2), L),
+    (2, 64, 128): (L, (32, 8, 2), L), (2, 128, 16): (L, (16, 4, 2), L), (2, 128, 32): (L, (16, 4, 1), L),
+    (2, 128, 64): (L, SMALLEST, L), (2, 128, 128): (L, SMALLEST, L), (2, 256, 16): (L, SMALLEST, M),
+    (2, 256, 32): (L, SMALLEST, M), (2, 256, 64): ((64, 4, 2), SMALLEST, (32, 4, 2)),
+    (2, 256, 128): ((32, 4, 2), SMALLEST, (32, 8, 2)),
+    (4, 32, 16): (L, M, L), (4, 32, 32): (L, M, L), (4, 32, 64): (M, (32, 4, 2), L), (4, 32, 128): (M, (32, 8, 2), M),
+    (4, 64, 16): (L, (32, 4, 2), L), (4, 64, 32): ((32, 4, 2), (32, 8, 2), M), (4, 64, 64): (M, (16, 4, 1), (32, 8, 2)),
+    (4, 64, 128): ((32, 8, 2), SMALLEST, SMALLEST), (4, 128, 16): (L, (32, 8, 2), (32, 8, 2)),
+    (4, 128, 32): (M, SMALLEST, SMALLEST), (4, 128, 64): ((32, 8, 2), SMALLEST, (32, 8, 2)),
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Config:
@@ -31,7 +51,7 @@ class Config:
 
 
 def runs_hopper(q: Tensor, v: Tensor, block_size: int) -> bool:
-    """Whether the Gluon kernels can take these tensors."""
+    """Whether the Gluon kernels can take these tensors, once their rows begin at multiples of 16 bytes."""
     return (
         q.is_cuda
         and torch.cuda.get_device_capability(q.device) == (9, 0)
@@ -44,22 +64,31 @@ def runs_hopper(q: Tensor, v: Tensor, block_size: int) -> bool:
 
 def default_config(q: Tensor, v: Tensor, block_size: int) -> Config:
     """The reproducible choice for q `[T, HQ, D]` and v `[T, HKV, DV]`; the profiler tries others."""
-    if runs_hopper(q, v, block_size):
-        return Config(fwd_hopper=True, bwd_hopper=True, bwd_m=64, bwd_warps=4 if block_size == 64 else 8, bwd_stages=2)
-    return Config()
+    width = max(padded_dim(q.shape[2]), padded_dim(v.shape[2]), 32)
+    tiles = PLAIN_TILES.get((q.element_size(), width, block_size), (SMALLEST,) * 3)
+    (fwd_m, fwd_warps, fwd_stages), (bwd_m, bwd_warps, bwd_stages), (merge_m, merge_warps, merge_stages) = tiles
+    plain = Config(
+        fwd_m=fwd_m, fwd_warps=fwd_warps, fwd_stages=fwd_stages, bwd_m=bwd_m, bwd_warps=bwd_warps, bwd_stages=bwd_stages,
+        merge_m=merge_m, merge_warps=merge_warps, merge_stages=merge_stages,
+    )  # fmt: skip
+    if not runs_hopper(q, v, block_size):
+        return plain
+    return dataclasses.replace(
+        plain, fwd_hopper=True, fwd_m=64, fwd_warps=4, bwd_hopper=True, bwd_m=64, bwd_stages=2,
+        bwd_warps=4 if block_size == 64 else 8,
+    )  # fmt: skip
 
 
 def candidates(q: Tensor, v: Tensor, block_size: int, direction: str) -> dict[str, Config]:
     """What the profiler tries for "forward" or "backward", by name; the default comes first."""
     default = default_config(q, v, block_size)
-    plain = Config()
     changes: list[dict[str, Any]]
     if direction == "forward":
         changes = [dict(fwd_item_rows=2048), dict(fwd_hopper=False, fwd_m=128, fwd_stages=2, fwd_item_rows=8192)]
         changes += [dict(fwd_hopper=False, fwd_m=64, fwd_stages=stages) for stages in (2, 3)]
     else:
         changes = [dict(bwd_item_rows=rows) for rows in (2048, 8192, 16384)] + [dict(bwd_stages=1)]
-        changes += [dict(bwd_hopper=False, bwd_m=plain.bwd_m, bwd_warps=plain.bwd_warps, bwd_stages=plain.bwd_stages)]
+        changes += [dict(bwd_hopper=False, bwd_m=32, bwd_warps=4, bwd_stages=2)]
     found = {"kv_major": default}
     for change in changes:
         config = dataclasses.replace(default, **change)

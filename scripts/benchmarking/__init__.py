@@ -1,1 +1,1 @@
-"""What scripts/benchmark.py is made of: settings and inputs, the implementations timed, the meter, results and their pictures."""
+"""What scripts/benchmark.py is made of: settings, inputs, the implementations timed, the meter, results and pictures."""

@@ -55,7 +55,7 @@ class Oracle:
         return queries.split(max(ROWS_AT_A_TIME // (length * self.setting.head_dim), 1))
 
     def rows(self, queries: Tensor, head: int) -> dict[str, Tensor]:
-        """Everything about some queries `[n]` of one KV head: o and dq `[n, G, D]`, p and ds `[n, G, L]`, positions `[n, L]`."""
+        """Everything about some queries `[n]` of one KV head: o, dq, q and do `[n, G, D]`, p and ds `[n, G, L]`."""
         x, group = self.inputs, slice(head * self.setting.group_size, (head + 1) * self.setting.group_size)
         q, do = x.q.detach()[queries, group].float(), x.do[queries, group].float()
         position, seen = self.keys_of(queries, head)
@@ -64,7 +64,7 @@ class Oracle:
         p = scores.softmax(-1)
         o = p @ v
         ds = p * (do @ v.transpose(1, 2) - (o * do).sum(-1, keepdim=True)) * self.scale
-        return dict(o=o, dq=ds @ k, p=p, ds=ds, position=position, q=q, do=do)
+        return dict(o=o, dq=ds @ k, p=p, ds=ds, q=q, do=do)
 
     def block_gradients(self, block: int, head: int) -> tuple[Tensor, Tensor]:
         """dk and dv of the keys of one block and KV head, `[keys, D]`."""
@@ -78,11 +78,13 @@ class Oracle:
         dv = torch.zeros_like(dk)
         for chunk in self.chunks(queries):
             rows = self.rows(chunk, head)
-            here = (rows["position"] // size == block) & (rows["ds"] != 0).any(1)  # [n, L]
-            slot = rows["position"] % size
-            for target, weight, value in ((dk, rows["ds"], rows["q"]), (dv, rows["p"], rows["do"])):
-                each = (weight.masked_fill(~here[:, None], 0).transpose(1, 2) @ value).flatten(0, 1)  # [n * L, D]
-                target.index_add_(0, slot.flatten().where(here.flatten(), 0), each)
+            for gradient, weight, value in ((dk, rows["ds"], rows["q"]), (dv, rows["p"], rows["do"])):
+                if self.full:
+                    weight = weight[..., block * size :]
+                else:
+                    slot = (self.inputs.block_indices[chunk, head] == block).int().argmax(-1)
+                    weight = weight.unflatten(-1, (-1, size))[torch.arange(len(chunk), device=device), :, slot]
+                gradient += torch.einsum("ngk,ngd->kd", weight[..., : len(keys)], value)
         return dk, dv
 
     def sampled_blocks(self) -> list[int]:

@@ -62,7 +62,9 @@ def realistic_selection(setting: Setting, q: Tensor, k: Tensor) -> Tensor:
     """
     num_tokens, num_kv_heads, head_dim = k.shape
     if num_tokens % KERNEL_STRIDE or num_tokens < KERNEL_SIZE:
-        raise ValueError(f"{num_tokens} tokens: realistic selection wants a multiple of {KERNEL_STRIDE}, at least {KERNEL_SIZE}.")
+        raise ValueError(
+            f"{num_tokens} tokens: realistic selection wants a multiple of {KERNEL_STRIDE}, at least {KERNEL_SIZE}."
+        )
     strides = k.float().view(-1, KERNEL_STRIDE, num_kv_heads, head_dim).mean(1)
     k_cmp = ((strides[1:] + strides[:-1]) / 2).to(k.dtype).permute(1, 2, 0)  # [HKV, D, N]
     units, total = setting.block_size // KERNEL_STRIDE, -(-num_tokens // setting.block_size)

@@ -1,15 +1,27 @@
-"""Row 6 of reliability.md: 200 random problems against tests/oracle.py, reproducible from the blob that a failure prints."""
+"""Row 6 of reliability.md: 200 random problems against tests/oracle.py, reproducible from the blob that a failure prints.
 
+And 15 for each other backend of selected attention against the reference. PROPERTY_EXAMPLES=5000 in the environment asks for
+that many of each kind instead.
+"""
+
+import os
 from itertools import accumulate
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nsa_fsa import ops
 from tests import oracle
+from tests.cases import backends_of, device_of, widest_dtype
 
-FIFTY = settings(max_examples=50, deadline=None, print_blob=True)
+
+def examples(number):
+    return settings(max_examples=int(os.environ.get("PROPERTY_EXAMPLES", number)), deadline=None, print_blob=True)
+
+
+FIFTY = examples(50)
 
 CLOSE = dict(rtol=1e-9, atol=1e-10)  # float64, at most some hundred terms
 
@@ -165,3 +177,67 @@ def test_sliding_window_and_the_whole(p):
     torch.testing.assert_close(*totals, **CLOSE)
     o_slc, _ = oracle.oracle_selected(q, k, v, chosen, block_size=p["block_size"], scale=scale, **layout)
     compare(o, oracle.oracle_gated(gates, o_cmp, o_slc, o_swa), (q, k, v, k_cmp, v_cmp, gates))
+
+
+@st.composite
+def kernel_problems(draw):
+    """Selected attention as the Triton kernels take it: whole sequences, blocks of 16 keys and more, promises that hold."""
+    lengths = draw(st.lists(st.integers(0, 9), max_size=2)) + [draw(st.integers(1, 35))]
+    block_size = draw(st.sampled_from([16, 32]))
+    init_blocks, local_blocks, free = draw(st.integers(0, 2)), draw(st.integers(0, 2)), draw(st.integers(0, 3))
+    kv_heads, group_size = draw(st.integers(1, 2)), draw(st.integers(1, 7))
+    dim, v_dim = draw(st.integers(1, 40)), draw(st.integers(1, 40))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    total = sum(lengths)
+    t = torch.cat([torch.arange(n) for n in lengths])[:, None]
+    own = t // block_size
+    promised = torch.cat([torch.arange(init_blocks).expand(total, -1), own - torch.arange(local_blocks)], dim=1).long()
+    others = torch.randint(-2, 5, (total, kv_heads, free), generator=generator)
+    indices = torch.cat([promised[:, None].expand(-1, kv_heads, -1), others], dim=2)
+    counts = draw(st.sampled_from([None, "int", "tensor"]))
+    if counts == "int":
+        counts = draw(st.integers(promised.shape[1], indices.shape[2] + 1))
+    elif counts == "tensor":
+        counts = torch.randint(promised.shape[1], indices.shape[2] + 2, (total, kv_heads), generator=generator).int()
+    else:  # in any order
+        indices = indices.gather(2, torch.rand(indices.shape, generator=generator).argsort(2))
+    return dict(
+        tensors=(randn(total, kv_heads * group_size, dim), randn(total, kv_heads, dim), randn(total, kv_heads, v_dim)),
+        block_indices=indices.int(),
+        cu_seqlens=torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32),
+        max_seqlen=max(lengths) + draw(st.integers(0, 20)),
+        block_counts=counts,
+        scale=draw(st.sampled_from([0.1, 0.3, 1.0])),
+        forced=dict(init_blocks=init_blocks, local_blocks=local_blocks),
+        block_size=block_size,
+        workspace_bytes=draw(st.sampled_from([1, 20_000, 2**30])),
+        do=randn(total, kv_heads * group_size, v_dim),
+    )
+
+
+@pytest.mark.parametrize("backend", [b for b in backends_of("selected_attention") if b.values[0] != "reference"])
+@given(p=kernel_problems())
+@examples(15)
+def test_selected_attention_kernels(backend, p):
+    device, (dtype, rounding) = device_of(backend), widest_dtype(backend)
+
+    def run(device, dtype, backend):
+        q, k, v = (x.to(device, dtype, copy=True).requires_grad_() for x in p["tensors"])
+        counts = p["block_counts"].to(device) if isinstance(p["block_counts"], torch.Tensor) else p["block_counts"]
+        o, lse = ops.selected_attention(
+            q, k, v, p["block_indices"].to(device), p["cu_seqlens"].to(device), p["max_seqlen"], block_size=p["block_size"],
+            block_counts=counts, scale=p["scale"], workspace_bytes=p["workspace_bytes"], return_lse=True, backend=backend,
+            **p["forced"],
+        )  # fmt: skip
+        return [x.detach().cpu().double() for x in (o, lse, *torch.autograd.grad(o, (q, k, v), p["do"].to(o)))]
+
+    found, expected = run(device, dtype, backend), run("cpu", torch.float64, "reference")
+    for name, a, b in zip(("o", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+        # Sums of some hundred products of numbers around 1, so of some size; rounding is relative to that.
+        close = 10 * rounding
+        size = max(1.0, float(b.nan_to_num(neginf=0).abs().max()))
+        torch.testing.assert_close(a, b, rtol=close, atol=close * size, msg=lambda m, name=name: f"{name}: {m}")

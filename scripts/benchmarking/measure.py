@@ -1,0 +1,153 @@
+"""The meter: how long, how much memory, and what the chip can do at best; and a description of the machine."""
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "docs" / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds: the median, and the quantiles at 20% and 80%."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: `extra` at the peak beyond what was there before the call; `workspace` of it gone when the call returns."""
+
+    extra: int
+    workspace: int
+
+
+class Meter(Protocol):
+    """What the benchmark asks of a device; tests bring one that needs no GPU."""
+
+    method: dict[str, Any]
+
+    def time(self, function: Callable[[], Any]) -> Timing: ...
+
+    def memory(self, function: Callable[[], Any]) -> Memory: ...
+
+    def ceilings(self) -> dict[str, Any]: ...
+
+
+class CudaMeter:
+    """triton.testing.do_bench and PyTorch's allocator."""
+
+    def __init__(self, milliseconds: float, least_runs: int = 5) -> None:
+        self.milliseconds, self.least_runs = milliseconds, least_runs
+        self.method = dict(
+            timing="triton.testing.do_bench: CUDA events, L2 cache overwritten before every run; "
+            "median, 20% and 80% quantiles; one untimed call before",
+            milliseconds_per_measurement=milliseconds,
+            least_runs=least_runs,
+            memory="torch.cuda.max_memory_allocated beyond what was allocated before the call; workspace: what of it is freed "
+            "when the call returns",
+        )
+
+    def time(self, function: Callable[[], Any]) -> Timing:
+        from triton.testing import do_bench
+
+        function()
+        torch.cuda.synchronize()
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        length = max(self.milliseconds, self.least_runs * start.elapsed_time(end))
+        return Timing(*do_bench(function, rep=int(length), quantiles=[0.5, 0.2, 0.8]))
+
+    def memory(self, function: Callable[[], Any]) -> Memory:
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        result = function()
+        torch.cuda.synchronize()
+        peak, after = torch.cuda.max_memory_allocated(), torch.cuda.memory_allocated()
+        del result
+        return Memory(peak - before, peak - after)
+
+    def ceilings(self) -> dict[str, Any]:
+        """Bytes a second of a large copy (read plus written), and operations a second of a large bfloat16 product."""
+        size, width = 1 << 31, 8192
+        return dict(
+            copy_bytes_per_s=2e3 * size / self._copy_ms(size),
+            copy=f"device to device, {size / 2**30:.0f} GiB read and written",
+            matmul_flop_per_s=2e3 * width**3 / self._matmul_ms(width),
+            matmul=f"bfloat16, {width} x {width} x {width}, normal random numbers",
+        )
+
+    def _copy_ms(self, size: int) -> float:
+        source, target = torch.empty(2, size, dtype=torch.uint8, device="cuda")
+        return self.time(lambda: target.copy_(source)).median
+
+    def _matmul_ms(self, width: int) -> float:
+        a, b = torch.randn(2, width, width, dtype=torch.bfloat16, device="cuda")
+        return self.time(lambda: a @ b).median
+
+
+def _output(*command: str) -> str | None:
+    """What a command prints, or None if it cannot run."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return run.stdout.strip() if run.returncode == 0 else None
+
+
+def source_digest() -> str:
+    """Identifies the code that was measured, with or without git: sha256 of the package and of these scripts."""
+    digest = hashlib.sha256()
+    for path in sorted(
+        [*ROOT.glob("nsa_fsa/**/*.py"), *ROOT.glob("scripts/benchmark*/**/*.py"), ROOT / "scripts/benchmark.py"]
+    ):
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+def code_version(stated: str | None = None) -> dict[str, Any]:
+    """The commit (`stated` where the tree has no git), whether the tree differs from it, and the digest of the sources."""
+    commit = _output("git", "rev-parse", "HEAD")
+    changes = _output("git", "status", "--porcelain", "--", ".", ":!docs/results")
+    return dict(
+        commit=commit or stated or "unknown",
+        commit_stated_by_hand=commit is None and stated is not None,
+        dirty=None if changes is None else bool(changes),
+        source_digest=source_digest(),
+    )
+
+
+def package_version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def machine() -> dict[str, Any]:
+    """The GPU and what runs on it."""
+    gpu = torch.cuda.is_available()
+    return dict(
+        gpu=torch.cuda.get_device_name() if gpu else "none",
+        driver=_output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "-i", "0") if gpu else None,
+        cuda=torch.version.cuda,
+        cudnn=torch.backends.cudnn.version() if gpu else None,
+        python=platform.python_version(),
+        torch=torch.__version__,
+        triton=package_version("triton"),
+        nsa_fsa=package_version("nsa-fsa"),
+    )

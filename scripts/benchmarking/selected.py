@@ -1,0 +1,302 @@
+"""The runs of `benchmark.py selected`: times against peers, workspace memory, and ablations of the KV-major design."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from benchmarking.check import Inputs, Oracle, WrongResult
+from benchmarking.implementations import Calls, Implementation, forced_blocks, ours
+from benchmarking.measure import Meter
+from benchmarking.paper import TABLE_5, TABLE_5_SOURCE
+from benchmarking.report import GIB
+from benchmarking.results import Results
+from benchmarking.selections import correlated, neighbour_overlap, random_selection, realistic_selection
+from benchmarking.settings import Necessary, Setting, causal_pairs, floor_ms, necessary, visible_pairs
+
+UNLIMITED = 1 << 50
+Q_CORRELATION, K_CORRELATION = 0.99, 0.98  # of neighbouring queries and keys, for the realistic selection
+
+
+def make_inputs(setting: Setting, seed: int, device: torch.device) -> Inputs:
+    """Fresh random numbers; under "realistic" q and k change slowly along the sequence, and choose the blocks."""
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype, width = setting.torch_dtype, setting.head_dim
+    queries = (setting.num_tokens, setting.num_heads, width)
+    keys = (setting.num_tokens, setting.num_kv_heads, width)
+
+    def normal(shape: tuple[int, ...]) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    if setting.selection == "random":
+        q, k = normal(queries), normal(keys)
+        indices = random_selection(setting, generator)
+    elif setting.selection == "realistic":
+        q = correlated(queries, Q_CORRELATION, generator, dtype)
+        k = correlated(keys, K_CORRELATION, generator, dtype)
+        indices = realistic_selection(setting, q, k)
+    else:
+        raise ValueError(f"selection={setting.selection!r}: allowed are 'random' and 'realistic'.")
+    v, do = normal(keys), normal(queries)
+    cu_seqlens = torch.tensor([0, setting.num_tokens], dtype=torch.int32, device=device)
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    return Inputs(setting, q, k, v, do, indices, cu_seqlens)
+
+
+def describe_selection(results: Results, inputs: Inputs) -> int:
+    """Records how alike neighbours choose; returns how many (query, KV head, key) triples are visible."""
+    setting = inputs.setting
+    pairs = visible_pairs(inputs.block_indices, setting.block_size)
+    overlap = neighbour_overlap(inputs.block_indices, setting)
+    results.add_selection(
+        setting, overlap_all=overlap["all"], overlap_sparse=overlap["sparse"],
+        visible_keys_mean=pairs / (setting.num_tokens * setting.num_kv_heads),
+    )  # fmt: skip
+    return pairs
+
+
+@contextmanager
+def progress_bar(console: Console, total: int) -> Iterator[Callable[[str], None]]:
+    """Yields a function that names the step now begun, and counts the one before it as done."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as progress:
+        bar = progress.add_task("starting", total=total)
+        started = False
+
+        def step(name: str) -> None:
+            nonlocal started
+            progress.update(bar, description=name, advance=1 if started else 0)
+            started = True
+
+        yield step
+        progress.advance(bar)
+
+
+def first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
+
+
+def checked(calls: Calls, oracle: Oracle) -> dict[str, dict[str, float]]:
+    """Errors of every pass. What raises loses its pass, with the reason in calls.not_timed; a wrong forward loses them all."""
+    errors: dict[str, dict[str, float]] = {}
+    for name in ("forward", "backward", "forward_backward"):
+        call = calls.of(name)
+        if call is None:
+            continue
+        try:
+            result = call()
+            errors[name] = (
+                oracle.check(o=result)
+                if name == "forward"
+                else oracle.check(**dict(zip(("dq", "dk", "dv"), result, strict=True)))
+            )
+        except Exception as error:  # a peer may raise anything
+            reason = f"refused: {error}" if isinstance(error, WrongResult) else first_line(error)
+            if name == "forward":
+                calls.not_timed |= dict.fromkeys(("forward", "backward", "forward_backward"), reason)
+                calls.backward = calls.forward_backward = None
+                return {}
+            calls.not_timed[name] = reason
+            setattr(calls, name, None)
+    return errors
+
+
+def measure(
+    results: Results, meter: Meter, implementation: str, kind: str, inputs: Inputs, calls: Calls, oracle: Oracle,
+    work: dict[str, Necessary], passes: list[str], setting: Setting, console: Console, variant: str = "",
+    facts: Callable[[str], dict[str, Any]] = lambda name: {},
+) -> None:  # fmt: skip
+    """Checks an implementation, then times its passes and records them."""
+    errors = checked(calls, oracle)
+    where = {**dataclasses.asdict(setting), "variant": variant}
+    rates = results.ceilings["matmul_flop_per_s"], results.ceilings["copy_bytes_per_s"]
+    for name in passes:
+        if name not in errors:
+            if name in calls.not_timed:
+                results.leave_out(implementation, calls.not_timed[name], **where, **{"pass": name})
+                console.print(
+                    f"[yellow]not timed:[/] {implementation} {variant} {name}, {setting}: {escape(calls.not_timed[name])}"
+                )
+            continue
+        call = calls.of(name)
+        assert call is not None
+        try:
+            memory, timing = meter.memory(call), meter.time(call)
+        except torch.OutOfMemoryError as error:
+            results.leave_out(implementation, first_line(error), **where, **{"pass": name})
+            continue
+        parts = [work["forward"], work["backward"]] if name == "forward_backward" else [work[name]]
+        floor = floor_ms(parts, *rates)
+        results.add_row(
+            implementation, kind, name, setting, variant, ms=timing.median, ms_20=timing.low, ms_80=timing.high,
+            tflops=work[name].flops / timing.median / 1e9, necessary_tflop=work[name].flops / 1e12,
+            necessary_gb=work[name].bytes / 1e9, floor_ms=floor, of_floor=floor / timing.median, extra_gib=memory.extra / GIB,
+            workspace_gib=memory.workspace / GIB, errors=errors[name], **facts(name),
+        )  # fmt: skip
+
+
+def describe(implementation: Implementation, inputs: Inputs, name: str) -> dict[str, Any]:
+    facts = implementation.facts(inputs, name)
+    return dict(label=implementation.label, version=implementation.version(), notes=implementation.notes, **facts)
+
+
+def full_attention_setting(setting: Setting) -> Setting:
+    """Full attention depends on no block: one row for all of them."""
+    return dataclasses.replace(setting, block_size=0, num_blocks=0, init_blocks=0, local_blocks=0, selection="full")
+
+
+def run_times(
+    settings: list[Setting], implementations: list[Implementation], passes: list[str], meter: Meter, results: Results,
+    seed: int, device: torch.device, console: Console,
+) -> None:  # fmt: skip
+    """Every implementation at every setting; what cannot be imported is left out with its reason."""
+    present = []
+    for implementation in implementations:
+        reason = implementation.missing()
+        if reason is None:
+            present.append(implementation)
+        else:
+            results.leave_out(implementation.name, reason)
+            console.print(f"[yellow]not timed:[/] {implementation.label}: {escape(reason)}")
+    done: set[tuple[str, Setting]] = set()
+    with progress_bar(console, len(settings) * len(present)) as step:
+        for setting in settings:
+            inputs = make_inputs(setting, seed, device)
+            pairs = describe_selection(results, inputs)
+            oracle, full_oracle = Oracle(inputs), Oracle(inputs, full=True)
+            for implementation in present:
+                step(f"{setting}: {implementation.name}")
+                full = implementation.kind == "full"
+                recorded = full_attention_setting(setting) if full else setting
+                if (implementation.name, recorded) in done:
+                    continue
+                done.add((implementation.name, recorded))
+                if (reason := implementation.unsupported(setting)) is not None:
+                    results.leave_out(implementation.name, reason, **dataclasses.asdict(recorded))
+                    continue
+                try:
+                    calls = implementation.prepare(inputs)
+                except Exception as error:
+                    results.leave_out(implementation.name, first_line(error), **dataclasses.asdict(recorded))
+                    continue
+                work = necessary(setting, causal_pairs(setting) if full else pairs, 0 if full else setting.num_blocks)
+                measure(
+                    results, meter, implementation.name, implementation.kind, inputs, calls, full_oracle if full else oracle,
+                    work, passes, recorded, console, facts=functools.partial(describe, implementation, inputs),
+                )  # fmt: skip
+                del calls
+
+
+def run_memory(
+    settings: list[Setting],
+    budgets: list[int],
+    meter: Meter,
+    results: Results,
+    seed: int,
+    device: torch.device,
+    console: Console,
+) -> None:
+    """Workspace of the KV-major kernels at each budget, beside table 5 of the FSA paper."""
+    with progress_bar(console, len(settings) * len(budgets)) as step:
+        for setting in settings:
+            inputs = make_inputs(setting, seed, device)
+            describe_selection(results, inputs)
+            for budget in budgets:
+                variant = "unlimited" if budget >= UNLIMITED else f"{budget / GIB:g}"
+                step(f"{setting}: workspace {variant}")
+                calls = ours(inputs, "triton_kv_major", workspace_bytes=budget)
+                quoted = TABLE_5.get((setting.block_size, setting.num_blocks), {}).get(setting.num_tokens)
+                for name in ("forward", "backward"):
+                    call = calls.of(name)
+                    assert call is not None
+                    call()  # compiles, and makes what the backward is given
+                    memory = meter.memory(call)
+                    results.add_row(
+                        "triton_kv_major", "ours", name, setting, variant, workspace_bytes=budget,
+                        extra_gib=memory.extra / GIB, workspace_gib=memory.workspace / GIB, index_gib=index_bytes(inputs) / GIB,
+                        paper_gb=quoted, paper_source=TABLE_5_SOURCE if quoted is not None else None,
+                    )  # fmt: skip
+                del calls
+
+
+def index_bytes(inputs: Inputs) -> int:
+    """What the block index takes, which the forward keeps for the backward."""
+    setting = inputs.setting
+    blocks = (setting.block_size, setting.init_blocks, setting.local_blocks)
+    index = torch.ops.nsa_fsa.block_index(inputs.block_indices, None, inputs.cu_seqlens, setting.num_tokens, *blocks)
+    return sum(x.numel() * x.element_size() for x in index)
+
+
+def ablations(inputs: Inputs) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """{variant: (options of the operator that change, options of the kernels that change)}."""
+    from nsa_fsa.kernels import tuning
+
+    base = tuning.default_config(inputs.q, inputs.v, inputs.setting.block_size)
+    one_tile = dataclasses.replace(base, fwd_item_rows=base.fwd_m, bwd_item_rows=base.bwd_m)
+    return {
+        "whole design": ({}, {}),
+        "without the inner loop: a program per tile": ({}, dict(config=one_tile)),
+        "without dense forced blocks": (dict(init_blocks=0, local_blocks=0), {}),
+        "without a bound on the workspace": (dict(workspace_bytes=UNLIMITED), {}),
+    }
+
+
+# The place for the paper's second ablation: programs that walk as many tiles as the fullest block has, and mask what is not
+# theirs. A program's number of tiles is computed in the kernels, so this needs a constexpr there that switches it.
+NEEDS_A_SWITCH = {"without early return": "the kernels have no switch for it: programs always stop at their block's last query"}
+
+
+def kv_major_calls(inputs: Inputs, options: dict[str, Any], kernel_options: dict[str, Any]) -> Calls:
+    """The KV-major kernels called directly: forward with the block index, backward with the index given."""
+    from nsa_fsa.kernels import selected_attention as kernels
+    from nsa_fsa.ops.selected_attention import WORKSPACE_BYTES
+
+    setting = inputs.setting
+    q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
+    common = dict(num_indices=setting.num_blocks, scale=setting.head_dim**-0.5, workspace_bytes=WORKSPACE_BYTES)
+    arguments: dict[str, Any] = {**common, **forced_blocks(setting), **options}
+    forced = {name: arguments[name] for name in ("block_size", "init_blocks", "local_blocks")}
+
+    def attention() -> tuple[Any, Tensor, Tensor]:
+        index = kernels.block_index(inputs.block_indices, None, inputs.cu_seqlens, setting.num_tokens, **forced)
+        return index, *kernels.kv_major_forward(q, k, v, index, inputs.cu_seqlens, **kernel_options, **arguments)
+
+    saved: list[Any] = []
+
+    def backward() -> tuple[Tensor, ...]:
+        if not saved:
+            saved.extend(attention())
+        index, o, lse = saved
+        return kernels.kv_major_backward(inputs.do, q, k, v, o, lse, index, inputs.cu_seqlens, **kernel_options, **arguments)
+
+    return Calls(lambda: attention()[1], backward)
+
+
+def run_ablations(
+    settings: list[Setting], meter: Meter, results: Results, seed: int, device: torch.device, console: Console
+) -> None:
+    """The KV-major design without each of its parts, as the FSA paper's figure 9 has it for its own."""
+    for variant, reason in NEEDS_A_SWITCH.items():
+        results.leave_out("triton_kv_major", reason, variant=variant)
+        console.print(f"[yellow]not timed:[/] {variant}: {reason}")
+    with progress_bar(console, len(settings) * 4) as step:
+        for setting in settings:
+            inputs = make_inputs(setting, seed, device)
+            pairs = describe_selection(results, inputs)
+            oracle, work = Oracle(inputs), necessary(setting, pairs, setting.num_blocks)
+            for variant, (options, kernel_options) in ablations(inputs).items():
+                step(f"{setting}: {variant}")
+                calls = kv_major_calls(inputs, options, kernel_options)
+                measure(
+                    results, meter, "triton_kv_major", "ours", inputs, calls, oracle, work, ["forward", "backward"], setting,
+                    console, variant,
+                )  # fmt: skip
+                del calls

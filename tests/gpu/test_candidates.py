@@ -1,0 +1,60 @@
+"""Every way to run a problem that the profiler may choose computes the same."""
+
+import dataclasses
+import json
+
+import pytest
+
+from tests.gpu.problems import RESULTS, assert_rms_close, make_problem
+
+pytestmark = pytest.mark.gpu
+
+SHAPES = [(4, 128, 64), (1, 64, 128), (3, 80, 32)]  # group size, head width, block size
+
+
+def problem(group_size, head_dim, block_size):
+    return make_problem((1500, 0, 700), 2, group_size, head_dim=head_dim, block_size=block_size, num_indices=6)
+
+
+def exact(p):
+    """RESULTS of the reference in float64."""
+    wide = {name: getattr(p, name).detach().double() for name in ("q", "k", "v", "do")}
+    for name in ("q", "k", "v"):
+        wide[name].requires_grad_()
+    return dataclasses.replace(p, **wide).run("reference")
+
+
+def check(what, found, expected):
+    for name, a, b in zip(RESULTS, found, expected, strict=True):
+        assert_rms_close(f"{name}, {what}", a, b)
+
+
+@pytest.mark.parametrize(("group_size", "head_dim", "block_size"), SHAPES)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_candidates(direction, group_size, head_dim, block_size, monkeypatch):
+    from nsa_fsa.kernels import tuning
+
+    p = problem(group_size, head_dim, block_size)
+    expected = exact(p)
+    for name, config in tuning.candidates(p.q, p.v, block_size, direction).items():
+        with monkeypatch.context() as patch:
+            patch.setattr(tuning, "default_config", lambda *_, config=config: config)
+            check(name, p.run("triton_kv_major"), expected)
+
+
+def test_the_profiler_chooses_once(monkeypatch, tmp_path):
+    """Times the candidates, keeps the choice in its file, and does not ask again."""
+    from nsa_fsa.ops import profiler
+
+    monkeypatch.setenv("NSA_FSA_PROFILE", "1")
+    monkeypatch.setenv("NSA_FSA_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr(profiler, "_CHOICES", {})
+    p = problem(*SHAPES[0])
+    check("profiled", p.run("triton"), exact(p))
+    (file,) = tmp_path.glob("*.json")
+    found = json.loads(file.read_text())
+    assert {key.split()[1] for key in found} == {"forward", "backward"}
+    for entry in found.values():
+        assert sum(ms is not None for ms in entry["ms"].values()) > 1, entry  # some may need what this GPU lacks
+    check("remembered", p.run("auto"), exact(p))
+    assert json.loads(file.read_text()) == found, "it was timed again"

@@ -1,0 +1,98 @@
+"""The default configurations of the Triton kernels fit every GPU generation: no spills, no more shared memory than there is.
+
+In processes of their own: Triton compiles or interprets, decided when it is imported, and these tests interpret.
+"""
+
+import importlib.util
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "check_resources.py"
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or platform.system() != "Linux", reason="needs Triton, which is made for Linux"
+)
+
+
+def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "COLUMNS": "220", "PYTHONPATH": str(SCRIPT.parent)}
+    command = [sys.executable, str(SCRIPT)] if code is None else [sys.executable, "-c", code]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=900)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_default_configurations_fit(arch, tmp_path):
+    path = tmp_path / "rows.json"
+    checked = run(f"--arch={arch}", "--failures-only", f"--json={path}")
+    rows = json.loads(path.read_text())
+    kernels = {row["kernel"] for row in rows}
+    # What the host functions launched: nothing slipped past the capture.
+    assert {"mark_kernel", "collect_kernel", "plan_kernel", "merge_fwd_kernel", "query_fwd_kernel"} <= kernels
+    assert {row["case"]["group_size"] for row in rows} == {1, 4, 16}
+    assert all(row["registers"] > 0 for row in rows if not row["error"])
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_a_kernel_that_does_not_compile_in_time_fails_the_check():
+    checked = run("--arch=sm_90", "--head-dim=32", "--compile-limit=0.001")
+    assert checked.returncode == 1
+    # Each kernel that is given up on is named, and the others are still compiled.
+    for kernel in ("mark_kernel", "gather_bwd_kernel", "query_bwd_dq_kernel"):
+        assert re.search(rf"{kernel} .*not compiled after 0.001 s", checked.stdout), checked.stdout + checked.stderr
+
+
+def test_what_counts_as_a_failure():
+    """Limits of the three architectures, by hand: 163 KiB on sm_80, 227 KiB on the others."""
+    checked = run(
+        code="""
+from check_resources import Case, Row
+def failure(arch="sm_90", **values):
+    return Row("kernel", Case(arch, 128, 128, "bf16", 64, 4), **values).failure
+assert failure(registers=255, shared=227 * 1024, stack=16, tensor_memory=512) == ""
+assert failure(stack=24) == "spills 24 B"
+assert failure(shared=227 * 1024 + 1) == "shared memory 227 > 227 KiB"
+assert failure("sm_80", shared=163 * 1024) == ""
+assert failure("sm_80", shared=200 * 1024) == "shared memory 200 > 163 KiB"
+assert failure("sm_100", tensor_memory=1024) == "tensor memory 1024 > 512 columns"
+assert failure(error="does not compile", stack=100) == "does not compile; spills 100 B"
+"""
+    )
+    assert checked.returncode == 0, checked.stderr
+
+
+def test_spills_are_seen(tmp_path):
+    """A kernel that keeps 64 values a thread, with enough registers and with too few."""
+    (tmp_path / "hoard.py").write_text("""
+import triton
+import triton.language as tl
+
+@triton.jit
+def hoard(ptr, N: tl.constexpr):
+    at = ptr + tl.arange(0, N)
+    x = tl.load(at)
+    tl.store(at, x * tl.sum(x))
+""")
+    checked = run(
+        str(tmp_path),
+        code="""
+import sys
+sys.path.insert(0, sys.argv[1])
+import check_resources as check, hoard, triton
+from triton.compiler import ASTSource
+def stack(**options):
+    source = ASTSource(hoard.hoard, {"ptr": "*fp32", "N": "constexpr"}, {"N": 2048}, {(0,): [["tt.divisibility", 16]]})
+    kernel = triton.compile(source, target=check.GPUTarget("cuda", 90, 32), options=dict(num_warps=1, **options))
+    return check.resources(kernel.asm["cubin"])[1]
+print(stack(), stack(maxnreg=32))
+assert stack() == 0
+assert stack(maxnreg=32) > check.STACK_ALLOWED
+""",
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr

@@ -1,0 +1,56 @@
+"""backend="triton" runs what the profiler finds fastest: kernels that the other tests know by their own names."""
+
+import pytest
+import torch
+
+from nsa_fsa.ops import backends
+from tests.cases import DIFFERENTIABLE, by_name, call, device_of, gradients, make_inputs, suited
+
+pytestmark = pytest.mark.skipif(
+    backends.available("selected_attention")["triton"] is not None,
+    reason=str(backends.available("selected_attention")["triton"]),
+)
+CASE = by_name("five")
+
+
+@pytest.fixture(autouse=True)
+def profiler_off(monkeypatch):
+    """Then the default runs: KV-major, where it can."""
+    monkeypatch.setenv("NSA_FSA_PROFILE", "0")
+
+
+def test_default_is_kv_major():
+    case = suited(CASE, "triton_kv_major", calls=2)
+    results = []
+    x = make_inputs(case, device=device_of("triton"), requires_grad=True)
+    do = torch.randn_like(x.o_slc)
+    for backend in ("triton", "triton_kv_major"):
+        o, lse = call("selected_attention", case, x, backend)
+        results.append(
+            dict(
+                zip(
+                    ("o", "lse", *DIFFERENTIABLE["selected_attention"]),
+                    (o, lse, *gradients("selected_attention", o, x, do)),
+                    strict=True,
+                )
+            )
+        )
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+def test_decoding_is_query_major_and_has_no_gradient():
+    case = suited(CASE, "triton_query_major")
+    x = make_inputs(case, device=device_of("triton"), requires_grad=True)
+    used = torch.tensor(case.lengths, dtype=torch.int32, device=x.q.device)
+    o, lse = call("selected_attention", case, x, "triton", seqused_k=used)
+    for a, b in zip((o, lse), call("selected_attention", case, x, "triton_query_major", seqused_k=used), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="no gradient where cu_seqlens_q or seqused_k is given"):
+        o.sum().backward()
+
+
+def test_on_a_cpu_nothing_chooses_triton():
+    """Its interpreter is for tests; a user who does not ask for it gets the reference."""
+    x = make_inputs(CASE)
+    assert torch.equal(call("selected_attention", CASE, x, "auto")[0], call("selected_attention", CASE, x, "reference")[0])
