@@ -4,6 +4,8 @@ PYTHON ?= python3
 # Pinned to the version that CI tests, so that a new release cannot break a build that changed nothing. Any torch>=2.11
 # works: for another build, `make clean` and then for example `make test TORCH=torch`.
 TORCH ?= torch==2.13.0
+# For the interpreter: a CPU build of PyTorch comes without Triton. A CUDA build brings its own, which is then left alone.
+TRITON ?= triton==3.7.1
 # Each worker of pytest holds its own PyTorch (about 1 GB) and computes on one thread: raise this on a larger machine.
 PYTEST_WORKERS ?= 2
 PYTEST_ARGS ?=
@@ -45,6 +47,7 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@echo "   installing $(TORCH)"
 	@$(BIN)/python -m pip install -qq '$(TORCH)'
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install -qq '$(TRITON)'
 	@echo "   installing this package (editable) and the development tools"
 	@$(BIN)/python -m pip install -qq --editable '.[dev]'
 	@touch $@

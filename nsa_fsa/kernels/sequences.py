@@ -46,7 +46,7 @@ def find_sequence(starts_ptr, value, num_sequences, num_steps, divisor, step: tl
 @triton.jit
 def locate_rows_kernel(
     cu_seqlens_ptr, cu_seqlens_q_ptr, seqused_k_ptr, position_ptr, first_key_ptr, first_block_ptr,
-    num_rows, num_sequences, num_steps, block_size, CACHED: tl.constexpr, ROWS: tl.constexpr,
+    num_rows, num_sequences, num_steps, block_size, CACHED: tl.constexpr, HAS_USED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
@@ -58,6 +58,8 @@ def locate_rows_kernel(
         position = tl.load(seqused_k_ptr + sequence) - (end - row)
     else:
         position = row - first_key
+        if HAS_USED:  # a row past the used ones sees nothing
+            position = tl.where(position < tl.load(seqused_k_ptr + sequence), position, -1)
     tl.store(position_ptr + row, position, mask=inside)
     tl.store(first_key_ptr + row, first_key, mask=inside)
     tl.store(first_block_ptr + row, first_key // block_size + sequence, mask=inside)
@@ -92,14 +94,12 @@ def locate_rows(
     num_sequences = cu_seqlens.shape[0] - 1
     found = Rows(*torch.empty(3, num_rows, dtype=torch.int32, device=cu_seqlens.device))
     if num_rows:
-        cached = cu_seqlens_q is not None or seqused_k is not None
-        if cached and cu_seqlens_q is None:
-            cu_seqlens_q = cu_seqlens
+        cached = cu_seqlens_q is not None
         if cached and seqused_k is None:
             seqused_k = cu_seqlens.diff()
         locate_rows_kernel[(triton.cdiv(num_rows, 256),)](
             cu_seqlens, cu_seqlens_q, seqused_k, *found, num_rows, num_sequences, num_sequences.bit_length(), block_size,
-            CACHED=cached, ROWS=256,
+            CACHED=cached, HAS_USED=seqused_k is not None, ROWS=256,
         )  # fmt: skip
     return found
 

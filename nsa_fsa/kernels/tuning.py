@@ -5,9 +5,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from nsa_fsa.kernels.primitives import padded_dim
+
+# Triton versions whose Gluon, an interface still on the move, the kernels are written for.
+GLUON_VERSIONS = ("3.6.", "3.7.")
 
 # (rows, warps, stages) of the plain gather forward, gather backward and merge forward, by bytes of an element, padded head
 # width and block size: the first of a list from large to small that compiles for sm_80 and sm_90 without spilling. Sizes that
@@ -54,6 +58,7 @@ def runs_hopper(q: Tensor, v: Tensor, block_size: int) -> bool:
     """Whether the Gluon kernels can take these tensors, once their rows begin at multiples of 16 bytes."""
     return (
         q.is_cuda
+        and triton.__version__.startswith(GLUON_VERSIONS)
         and torch.cuda.get_device_capability(q.device) == (9, 0)
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[2] == v.shape[2]
@@ -62,15 +67,20 @@ def runs_hopper(q: Tensor, v: Tensor, block_size: int) -> bool:
     )
 
 
-def default_config(q: Tensor, v: Tensor, block_size: int) -> Config:
-    """The reproducible choice for q `[T, HQ, D]` and v `[T, HKV, DV]`; the profiler tries others."""
+def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
+    """The tiles of the plain kernels for q `[T, HQ, D]` and v `[T, HKV, DV]`."""
     width = max(padded_dim(q.shape[2]), padded_dim(v.shape[2]), 32)
     tiles = PLAIN_TILES.get((q.element_size(), width, block_size), (SMALLEST,) * 3)
     (fwd_m, fwd_warps, fwd_stages), (bwd_m, bwd_warps, bwd_stages), (merge_m, merge_warps, merge_stages) = tiles
-    plain = Config(
+    return Config(
         fwd_m=fwd_m, fwd_warps=fwd_warps, fwd_stages=fwd_stages, bwd_m=bwd_m, bwd_warps=bwd_warps, bwd_stages=bwd_stages,
         merge_m=merge_m, merge_warps=merge_warps, merge_stages=merge_stages,
     )  # fmt: skip
+
+
+def default_config(q: Tensor, v: Tensor, block_size: int) -> Config:
+    """The reproducible choice for q `[T, HQ, D]` and v `[T, HKV, DV]`; the profiler tries others."""
+    plain = plain_config(q, v, block_size)
     if not runs_hopper(q, v, block_size):
         return plain
     return dataclasses.replace(

@@ -25,7 +25,11 @@ def interpreted() -> bool:
 @functools.cache
 def unavailable() -> str | None:
     """Why Triton kernels cannot run on this machine, or None."""
-    if importlib.util.find_spec("triton") is None:
+    try:
+        installed = importlib.util.find_spec("triton") is not None
+    except (ImportError, ValueError):
+        installed = False
+    if not installed:
         return "Triton is not installed (pip install triton)"
     if interpreted():
         return None

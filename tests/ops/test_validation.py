@@ -7,6 +7,7 @@ import torch
 
 from nsa_fsa import ops
 from nsa_fsa.ops import backends
+from tests.cases import device_of
 
 T, HQ, HKV, D, DV, S = 32, 4, 2, 16, 8, 4
 SIZES = dict(kernel_size=8, kernel_stride=S)
@@ -213,6 +214,38 @@ def test_optional_arguments_are_accepted(operator):
     operator(max_seqlen=1000)
     if operator in (compressed, sliding):
         operator(**LAST)
+
+
+def tensors(num_indices=4, dim=D, dtype=torch.float32):
+    shapes = dict(q=(T, HQ, dim), k=(T, HKV, dim), v=(T, HKV, DV))
+    indices = torch.zeros(T, HKV, num_indices, dtype=torch.int32)
+    return {name: torch.zeros(shape, dtype=dtype) for name, shape in shapes.items()} | dict(block_indices=indices)
+
+
+NOT_FOR_TRITON = [
+    (dict(block_size=8), r"block_size=8; supported are \(16, 32, 64, 128\)"),
+    (dict(block_size=48), r"block_size=48; supported are"),
+    (dict(scale=0.0), r"scale=0.0; it must be positive"),
+    (dict(scale=-1.0), r"scale=-1.0; it must be positive"),
+    (tensors(dtype=torch.float64), r"q has dtype torch.float64; supported are float16, bfloat16 and float32"),
+    (tensors(dim=257), r"head widths 257 and 8; supported are at most 256"),
+    (tensors(num_indices=129), r"129 block indices a query; supported are at most 128"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), NOT_FOR_TRITON, ids=[message.split(";")[0] for _, message in NOT_FOR_TRITON])
+@pytest.mark.parametrize("backend", ["triton", "triton_kv_major", "triton_query_major"])
+def test_what_the_triton_kernels_do_not_take(backend, changes, message):
+    """Refused with the reason where they are asked for by name; "auto" goes on to the reference."""
+    if (reason := backends.available("selected_attention")[backend]) is not None:
+        pytest.skip(reason)
+    names = ("q", "k", "v", "block_indices", "cu_seqlens")
+    device = device_of(backend)
+    changes = {name: TENSORS[name] for name in names} | changes
+    changes = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in changes.items()}
+    with pytest.raises(ValueError, match=rf"backend='{backend}' of selected_attention does not support this: {message}.*Fix"):
+        selected(**changes, backend=backend)
+    selected(**changes)
 
 
 def test_a_backend_that_cannot_run_here_says_why(monkeypatch):
