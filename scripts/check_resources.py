@@ -47,8 +47,8 @@ GROUP_SIZES = (1, 4, 16)
 SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227}
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
 TENSOR_MEMORY_COLUMNS = 512  # of Blackwell's tensor memory; other architectures report 0
-# The stack that is not a spill worth the name: up to four registers saved once around a call of the 64-bit division routine.
-# Seen in the SASS as one store and one load outside of any loop.
+# Bytes of stack a thread that are not yet a spill worth the name: four registers. 8 bytes were one store and one load in the
+# SASS of the kernels where ptxas left them; kernels that run out of registers need 24 bytes and usually hundreds.
 STACK_ALLOWED = 16
 # plain: what a layer calls. chunked: a small workspace, no promise about forced blocks, counts given.
 # candidates: plain, with every configuration that the profiler tries; it leaves out what does not run.

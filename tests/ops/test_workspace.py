@@ -7,7 +7,8 @@ import pytest
 from tests.cases import F32, Case, backends_of
 from tests.promised import assert_results_close, output_gradient, run, selection
 
-LONG = Case("workspace", (0, 70, 5, 33), 2, 1, 32, 16, F32, 8, 4, 16, 4, 1, 1, 8, seed=9)
+# The short sequence first, so that no range of queries begins where a block does.
+LONG = Case("workspace", (5, 0, 70, 33), 2, 1, 32, 16, F32, 8, 4, 16, 4, 1, 1, 8, seed=9)
 SHORT = Case("workspace_short", (20, 0, 17), 2, 1, 16, 16, F32, 8, 4, 16, 2, 1, 0, 8, seed=10)
 
 
