@@ -96,9 +96,9 @@ def query_major_backward(
         do, q, k, v, o, lse, index, rows, blocks, precision=precision, config=config, store_dq=False, **options
     )
     if q.numel():
-        lse2, delta = statistics(do, o, lse, scale)
+        shift, delta = statistics(do, o, lse, scale)
         selected_attention_query_major_bwd_dq(
-            do, q, k, v, lse2, delta, block_indices, block_counts, rows, dq,
+            do, q, k, v, shift, delta, block_indices, block_counts, rows, dq,
             block_size=block_size, scale=scale, precision=precision, num_warps=num_warps,
         )  # fmt: skip
     return dq, dk, dv

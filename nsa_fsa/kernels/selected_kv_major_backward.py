@@ -1,6 +1,6 @@
 """Selected attention, backward, in the loop order of FSA.
 
-    statistics  per query and head, the log-sum-exp in base 2 and delta = scale * sum(o * do).
+    statistics  per query and head, shift = -lse / scale, so that p = exp((q k + shift) * scale), and delta = -sum(o * do).
     gather      a program holds one block's keys and values and walks the queries that see it: first the run of rows that see
                 it densely, then its entries of the block index. dk and dv stay in registers; each row leaves a partial dq.
                 Scores are computed transposed, [keys, rows], so that p and ds feed the matrix unit from registers.
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nsa_fsa.kernels import tuning
 from nsa_fsa.kernels.block_index import BlockIndex, num_slots
-from nsa_fsa.kernels.primitives import LN_2, LOG2_E, load_rows, padded_dim, store_rows
+from nsa_fsa.kernels.primitives import LOG2_E, load_rows, padded_dim, store_rows
 from nsa_fsa.kernels.selected_kv_major import hopper, rows_contiguous
 from nsa_fsa.kernels.selected_plan import cut_units, make_plan
 from nsa_fsa.kernels.sequences import Blocks, Rows
@@ -25,7 +25,7 @@ from nsa_fsa.kernels.sequences import Blocks, Rows
 
 @triton.jit
 def statistics_kernel(
-    o_ptr, do_ptr, lse_ptr, lse2_ptr, delta_ptr, stride_do_t, stride_do_h, scale, num_heads, total,
+    o_ptr, do_ptr, lse_ptr, shift_ptr, delta_ptr, stride_do_t, stride_do_h, scale, num_heads, total,
     DV: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # of [T * HQ]
@@ -33,14 +33,14 @@ def statistics_kernel(
     o = load_rows(o_ptr, row * DV, inside, DV, PADDED_DV, True).to(tl.float32)
     do_offset = row // num_heads * stride_do_t + row % num_heads * stride_do_h
     do = load_rows(do_ptr, do_offset, inside, DV, PADDED_DV, True).to(tl.float32)
-    tl.store(delta_ptr + row, tl.sum(o * do, 1) * scale, mask=inside)
+    tl.store(delta_ptr + row, -tl.sum(o * do, 1), mask=inside)
     lse = tl.load(lse_ptr + row, mask=inside, other=0.0)
-    tl.store(lse2_ptr + row, tl.where(lse == float("-inf"), float("inf"), lse * (1 / LN_2)), mask=inside)
+    tl.store(shift_ptr + row, tl.where(lse == float("-inf"), float("-inf"), -lse / scale), mask=inside)
 
 
 @triton.jit
 def gather_bwd_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, num_sparse_ptr, entries_ptr, partial_dq_ptr, items_buffer_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, shift_ptr, delta_ptr, num_sparse_ptr, entries_ptr, partial_dq_ptr, items_buffer_ptr,
     dk_ptr, dv_ptr,
     items_ptr, num_items_ptr, first_item_ptr, first_buffer_ptr, first_dense_ptr, num_dense_ptr, first_entry_ptr,
     num_queries_ptr, first_row_ptr, num_rows_ptr, block_index_ptr,
@@ -70,7 +70,7 @@ def gather_bwd_kernel(
     partial = tl.program_id(1).to(tl.int64) * partial_rows
     q_ptr += head * G * stride_q_h
     do_ptr += head * G * stride_do_h
-    lse2_ptr += head * G
+    shift_ptr += head * G
     delta_ptr += head * G
 
     first_row = tl.load(first_row_ptr + block)
@@ -96,19 +96,19 @@ def gather_bwd_kernel(
         q = load_rows(q_ptr, q_offset, inside, D, PADDED_D, True)
         do = load_rows(do_ptr, do_offset, inside, DV, PADDED_DV, True)
         at = query.to(tl.int64) * num_heads + member
-        lse2 = tl.load(lse2_ptr + at, mask=inside, other=float("inf"))
+        shift = tl.load(shift_ptr + at, mask=inside, other=float("-inf"))
         delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
         ahead = query - first_row  # how far the query lies beyond the block's first key
         if OWN_IS_OPTIONAL:
             flags = tl.load(num_sparse_ptr + head.to(tl.int64) * num_tokens + query, mask=inside, other=0)
-            lse2 = tl.where((ahead < BLOCK_SIZE) & (flags >= 0), float("inf"), lse2)
+            shift = tl.where((ahead < BLOCK_SIZE) & (flags >= 0), float("-inf"), shift)
 
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_SIZE, BLOCK_M]
-        p = tl.exp2(scores * scale2 - lse2[None, :])
+        p = tl.exp2((scores + shift[None, :]) * scale2)
         p = tl.where(column[:, None] <= ahead[None, :], p, 0.0)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-        ds = (p * (dp * scale - delta[None, :])).to(q.dtype)
+        ds = (p * (dp + delta[None, :]) * scale).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
         if STORE_DQ:
             dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision=PRECISION))
@@ -196,18 +196,15 @@ def sum_dq_kernel(
 
 
 def statistics(do: Tensor, o: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(log-sum-exp in base 2, scale * sum of o * do over the head width), float32 `[T, HQ]`.
-
-    Of a query that saw nothing the first is +inf, so that exp2(score - it) is 0.
-    """
+    """(shift, delta) as above, float32 `[T, HQ]`; the shift of a query that saw nothing is -inf, which makes its p 0."""
     num_tokens, num_heads, v_dim = o.shape
-    lse2, delta = torch.empty(2, num_tokens, num_heads, dtype=torch.float32, device=o.device)
+    shift, delta = torch.empty(2, num_tokens, num_heads, dtype=torch.float32, device=o.device)
     rows = 64
     statistics_kernel[(triton.cdiv(num_tokens * num_heads, rows),)](
-        o, do, lse, lse2, delta, *do.stride()[:2], scale, num_heads, num_tokens * num_heads,
+        o, do, lse, shift, delta, *do.stride()[:2], scale, num_heads, num_tokens * num_heads,
         DV=v_dim, PADDED_DV=padded_dim(v_dim), ROWS=rows,
     )  # fmt: skip
-    return lse2, delta
+    return shift, delta
 
 
 def selected_attention_bwd(
@@ -243,7 +240,7 @@ def selected_attention_bwd(
     if num_tokens == 0 or num_heads == 0:
         return dq, dk.zero_(), dv.zero_()
     group_size, slots = num_heads // num_kv_heads, num_slots(num_indices, init_blocks, local_blocks)
-    lse2, delta = statistics(do, o, lse, scale)
+    shift, delta = statistics(do, o, lse, scale)
 
     all_slots = slots + init_blocks + max(local_blocks, 1)
     item_queries = max(config.bwd_item_rows // group_size, 1)
@@ -277,7 +274,7 @@ def selected_attention_bwd(
             dk_sum.zero_()
             dv_sum.zero_()
         arguments = (
-            q, k, v, do, lse2, delta, index.num_sparse, index.entries, partial_dq, buffer, dk_sum, dv_sum,
+            q, k, v, do, shift, delta, index.num_sparse, index.entries, partial_dq, buffer, dk_sum, dv_sum,
             *plan, *blocks[:3], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *do.stride()[:2], *out_strides,
             scale * LOG2_E, scale, num_heads, num_tokens, num_blocks, index.entries.shape[1], plan.items.shape[1], max_buffers,
             partial_rows, first, units.num_ranges, units.range_rows, item_queries,

@@ -5,7 +5,7 @@ What Gluon adds is control over what waits for what. A program is one warpgroup 
 share a multiprocessor, and in the loop over tiles nothing waits for global memory that was not asked for a tile earlier:
 
 - rows of q and do arrive by cp.async while the tile before is computed, and the entries that say where they lie a tile before
-  that. Loads into registers instead are spilled, and a spill waits for its load.
+  that. Loads into registers instead spill, and a spill waits for its load: 19.5 ms instead of the backward's TODO.
 - matrix products run asynchronously; k q^T and v do^T together, ds q beside dsT k.
 - a result is staged in the buffer of the queries that it belongs to, which are no longer needed, and leaves in 16-byte stores.
 
@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 # Triton 3.7 calls it barrier.
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
+VECTOR = gl.constexpr(8)  # elements of a 16-byte copy; offsets are multiples, and kept divided by it, in 32 bits
 RING = gl.constexpr(4)  # tiles whose entries and statistics are kept
 
 
@@ -39,7 +40,7 @@ def copy_entries(buffer, entries_ptr, row, last, num_dense, G: gl.constexpr):
 
 @gluon.jit
 def resolve_rows(
-    entry, row, last, num_dense, first_dense, first_row, low_row, block_index,
+    entry, row, last, num_dense, first_dense, first_row, first_target, block_index,
     NUM_SLOTS: gl.constexpr, INIT_BLOCKS: gl.constexpr, LOCAL_BLOCKS: gl.constexpr, BLOCK_SIZE: gl.constexpr, G: gl.constexpr,
 ):  # fmt: skip
     """The query of each row of an item, and the row of its partial dq. First come the queries that see the block densely."""
@@ -48,7 +49,7 @@ def resolve_rows(
     query = gl.where(dense, first_dense + number, entry // max(NUM_SLOTS, 1))
     dense_slot = gl.where(block_index < INIT_BLOCKS, block_index, INIT_BLOCKS + (query - first_row) // BLOCK_SIZE)
     slot = gl.where(dense, NUM_SLOTS + dense_slot, entry % max(NUM_SLOTS, 1))
-    return query, ((query - low_row) * (NUM_SLOTS + INIT_BLOCKS + LOCAL_BLOCKS) + slot) * G + row % G
+    return query, first_target + (query * (NUM_SLOTS + INIT_BLOCKS + LOCAL_BLOCKS) + slot) * G + row % G
 
 
 @gluon.jit
@@ -138,7 +139,7 @@ def gather_fwd_hopper_kernel(
 
 @gluon.jit
 def gather_bwd_hopper_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, num_sparse_ptr, entries_ptr, partial_dq_ptr, items_buffer_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, shift_ptr, delta_ptr, num_sparse_ptr, entries_ptr, partial_dq_ptr, items_buffer_ptr,
     dk_ptr, dv_ptr,
     items_ptr, num_items_ptr, first_item_ptr, first_buffer_ptr, first_dense_ptr, num_dense_ptr, first_entry_ptr,
     num_queries_ptr, first_row_ptr, num_rows_ptr, block_index_ptr,
@@ -173,27 +174,25 @@ def gather_bwd_hopper_kernel(
     ds_s = gl.allocate_shared_memory(dtype, [BLOCK_SIZE, BLOCK_M], ds_shared)
     # One thread a row works out what all threads need to know of it.
     entry_s = gl.allocate_shared_memory(gl.int32, [2, BLOCK_M], flat)
-    query_s = gl.allocate_shared_memory(gl.int32, [RING, BLOCK_M], flat)
+    q_offset_s = gl.allocate_shared_memory(gl.int32, [2, BLOCK_M], flat)
+    do_offset_s = gl.allocate_shared_memory(gl.int32, [2, BLOCK_M], flat)
     target_s = gl.allocate_shared_memory(gl.int32, [RING, BLOCK_M], flat)
-    lse2_s = gl.allocate_shared_memory(gl.float32, [RING, BLOCK_M], flat)
+    shift_s = gl.allocate_shared_memory(gl.float32, [RING, BLOCK_M], flat)
     delta_s = gl.allocate_shared_memory(gl.float32, [RING, BLOCK_M], flat)
 
     head, low_row = unit // num_ranges, unit % num_ranges * range_rows
     block = gl.load(items_ptr + unit * max_items + item)
     segment = unit * num_blocks + block
-    part = item - gl.load(first_item_ptr + segment)
-    low = part * item_queries
-    num_queries = gl.load(num_queries_ptr + segment)
-    num_rows = gl.minimum(num_queries - low, item_queries) * G
+    low = (item - gl.load(first_item_ptr + segment)) * item_queries
+    num_rows = gl.minimum(gl.load(num_queries_ptr + segment) - low, item_queries) * G
     last = num_rows - 1
     num_dense = gl.load(num_dense_ptr + segment) - low
     first_dense = gl.load(first_dense_ptr + segment) + low
     entries_ptr += head.to(gl.int64) * capacity + gl.load(first_entry_ptr + segment) - num_dense
-    partial_dq_ptr += gl.program_id(1).to(gl.int64) * partial_rows * D
+    # Of query 0; it wraps around with the products that are added to it.
+    first_target = gl.program_id(1) * partial_rows - low_row * ((NUM_SLOTS + INIT_BLOCKS + LOCAL_BLOCKS) * G)
     q_ptr += head * G * stride_q_h
     do_ptr += head * G * stride_do_h
-    lse2_ptr += head * G
-    delta_ptr += head * G
     first_row = gl.load(first_row_ptr + block)
     block_index = gl.load(block_index_ptr + block)
     rows_of_block = gl.load(num_rows_ptr + block)
@@ -210,71 +209,89 @@ def gather_bwd_hopper_kernel(
         number = gl.minimum(i * BLOCK_M + lane, last) // G
         entry = gl.load(entries_ptr + number, mask=number >= num_dense, other=0)
         query, target = resolve_rows(
-            entry, i * BLOCK_M + lane, last, num_dense, first_dense, first_row, low_row, block_index,
+            entry, i * BLOCK_M + lane, last, num_dense, first_dense, first_row, first_target, block_index,
             NUM_SLOTS, INIT_BLOCKS, LOCAL_BLOCKS, BLOCK_SIZE, G,
         )  # fmt: skip
-        query_s.index(i).store(query)
+        query = query.to(gl.int64)
+        q_offset_s.index(i).store(((query * stride_q_t + lane % G * stride_q_h) // VECTOR).to(gl.int32))
+        do_offset_s.index(i).store(((query * stride_do_t + lane % G * stride_do_h) // VECTOR).to(gl.int32))
         target_s.index(i).store(target)
-        statistic = query.to(gl.int64) * num_heads + lane % G
-        async_copy.async_copy_global_to_shared(lse2_s.index(i), lse2_ptr + statistic)
+        statistic = query * num_heads + (head * G + lane % G)
+        async_copy.async_copy_global_to_shared(shift_s.index(i), shift_ptr + statistic)
         async_copy.async_copy_global_to_shared(delta_s.index(i), delta_ptr + statistic)
     copy_entries(entry_s.index(0), entries_ptr, 2 * BLOCK_M + lane, last, num_dense, G)
     thread_barrier()
-    q_row = query_s.index(0).load(row_of).to(gl.int64)
-    copy_rows(q_s.index(0), q_ptr, q_row * stride_q_t + row % G * stride_q_h, D, rows)
-    copy_rows(do_s.index(0), do_ptr, q_row * stride_do_t + row % G * stride_do_h, D, rows)
+    copy_rows(q_s.index(0), q_ptr, q_offset_s.index(0).load(row_of).to(gl.int64) * VECTOR, D, rows)
+    copy_rows(do_s.index(0), do_ptr, do_offset_s.index(0).load(row_of).to(gl.int64) * VECTOR, D, rows)
     async_copy.commit_group()
 
     dk = gl.zeros([BLOCK_SIZE, D], gl.float32, d_layout)
     dv = gl.zeros([BLOCK_SIZE, D], gl.float32, d_layout)
-    tile = 0
     for start in range(0, num_rows, BLOCK_M):
+        tile = start // BLOCK_M
         async_copy.wait_group(0)
         fence_async_shared()
         thread_barrier()
         q_tile = q_s.index(tile % NUM_STAGES)
         do_tile = do_s.index(tile % NUM_STAGES)
-        none = gl.zeros([BLOCK_SIZE, BLOCK_M], gl.float32, s_layout)
-        scores = warpgroup_mma(k_s, q_tile.permute((1, 0)), none, use_acc=False, is_async=True)
-        dp = warpgroup_mma(v_s, do_tile.permute((1, 0)), none, use_acc=False, is_async=True)
+        # The statistics are where the accumulators begin, so that they take no registers later.
+        shift = gl.zeros([BLOCK_SIZE, BLOCK_M], gl.float32, s_layout) + shift_s.index(tile % RING).load(s_column)[None, :]
+        scores = warpgroup_mma(k_s, q_tile.permute((1, 0)), shift, is_async=True)
+        minus_delta = gl.zeros([BLOCK_SIZE, BLOCK_M], gl.float32, s_layout) + delta_s.index(tile % RING).load(s_column)[None, :]
+        dp = warpgroup_mma(v_s, do_tile.permute((1, 0)), minus_delta, is_async=True)
 
         # The rows of the next tile, the statistics of the one after it, and the entries of the one after that.
         if NUM_STAGES > 1:
-            q_row = query_s.index((tile + 1) % RING).load(row_of).to(gl.int64)
-            copy_rows(q_s.index((tile + 1) % NUM_STAGES), q_ptr, q_row * stride_q_t + row % G * stride_q_h, D, rows)
-            copy_rows(do_s.index((tile + 1) % NUM_STAGES), do_ptr, q_row * stride_do_t + row % G * stride_do_h, D, rows)
+            copy_rows(
+                q_s.index((tile + 1) % NUM_STAGES),
+                q_ptr,
+                q_offset_s.index((tile + 1) % 2).load(row_of).to(gl.int64) * VECTOR,
+                D,
+                rows,
+            )
+            copy_rows(
+                do_s.index((tile + 1) % NUM_STAGES),
+                do_ptr,
+                do_offset_s.index((tile + 1) % 2).load(row_of).to(gl.int64) * VECTOR,
+                D,
+                rows,
+            )
         query, target = resolve_rows(
-            entry_s.index(tile % 2).load(line), start + 2 * BLOCK_M + lane, last, num_dense, first_dense, first_row, low_row,
-            block_index, NUM_SLOTS, INIT_BLOCKS, LOCAL_BLOCKS, BLOCK_SIZE, G,
+            entry_s.index(tile % 2).load(line), start + 2 * BLOCK_M + lane, last, num_dense, first_dense, first_row,
+            first_target, block_index, NUM_SLOTS, INIT_BLOCKS, LOCAL_BLOCKS, BLOCK_SIZE, G,
         )  # fmt: skip
-        query_s.index((tile + 2) % RING).store(query)
         target_s.index((tile + 2) % RING).store(target)
-        statistic = query.to(gl.int64) * num_heads + lane % G
-        async_copy.async_copy_global_to_shared(lse2_s.index((tile + 2) % RING), lse2_ptr + statistic)
+        query = query.to(gl.int64)
+        q_offset_s.index(tile % 2).store(((query * stride_q_t + lane % G * stride_q_h) // VECTOR).to(gl.int32))
+        do_offset_s.index(tile % 2).store(((query * stride_do_t + lane % G * stride_do_h) // VECTOR).to(gl.int32))
+        statistic = query * num_heads + (head * G + lane % G)
+        async_copy.async_copy_global_to_shared(shift_s.index((tile + 2) % RING), shift_ptr + statistic)
         async_copy.async_copy_global_to_shared(delta_s.index((tile + 2) % RING), delta_ptr + statistic)
         copy_entries(entry_s.index((tile + 1) % 2), entries_ptr, start + 3 * BLOCK_M + lane, last, num_dense, G)
         async_copy.commit_group()
 
         scores = warpgroup_mma_wait(1, deps=(scores,))
-        p = gl.exp2(scores * scale2 - lse2_s.index(tile % RING).load(s_column)[None, :])
+        p = gl.exp2(scores * scale2)
         if (start < masked_rows) | (start + BLOCK_M > num_rows):
             s_row = start + gl.arange(0, BLOCK_M, s_column)
-            ahead = gl.where(s_row // G < num_dense, first_dense - first_row + s_row // G, BLOCK_SIZE)
-            seen = (gl.arange(0, BLOCK_SIZE, gl.SliceLayout(1, s_layout))[:, None] <= ahead[None, :]) & (s_row < num_rows)[
-                None, :
-            ]
+            # The dense run begins `first_dense - first_row` keys into the block, and what follows it lies beyond the block.
+            offset = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(1, s_layout)) - (first_dense - first_row)
+            seen = (s_row[None, :] >= (offset * G)[:, None]) & (s_row < num_rows)[None, :]
             if OWN_IS_OPTIONAL:
-                flag_ptr = num_sparse_ptr + head.to(gl.int64) * num_tokens + first_row
-                chosen = gl.load(flag_ptr + ahead, mask=(ahead < BLOCK_SIZE) & (s_row < num_rows), other=-1) < 0
-                seen = seen & chosen[None, :]
+                here = (s_row < masked_rows) & (s_row < num_rows)
+                flag_ptr = num_sparse_ptr + head.to(gl.int64) * num_tokens + first_dense
+                seen = seen & (gl.load(flag_ptr + s_row // G, mask=here, other=-1) < 0)[None, :]
             p = gl.where(seen, p, 0.0)
         dp = warpgroup_mma_wait(0, deps=(dp,))
-        dv = warpgroup_mma(gl.convert_layout(p.to(dtype), a_layout), do_tile, dv, is_async=True)
-        ds = (p * (dp * scale - delta_s.index(tile % RING).load(s_column)[None, :])).to(dtype)
+        # From here on p is kept in 16 bits only: 32 registers fewer, without which others spill.
+        p = p.to(dtype)
+        dv = warpgroup_mma(gl.convert_layout(p, a_layout), do_tile, dv, is_async=True)
+        ds = (p.to(gl.float32) * dp * scale).to(dtype)
+        # dk takes ds from shared memory too: from registers it would spill.
         ds_s.store(ds)
-        dk = warpgroup_mma(gl.convert_layout(ds, a_layout), q_tile, dk, is_async=True)
         fence_async_shared()
         thread_barrier()
+        dk = warpgroup_mma(ds_s, q_tile, dk, is_async=True)
         nothing = gl.zeros([BLOCK_M, D], gl.float32, dq_layout)
         dq = warpgroup_mma(ds_s.permute((1, 0)), k_s, nothing, use_acc=False, is_async=True)
         dq, dk, dv = warpgroup_mma_wait(0, deps=(dq, dk, dv))
@@ -286,23 +303,26 @@ def gather_bwd_hopper_kernel(
         gl.store(out, q_tile.load(rows), mask=(start + row < num_rows)[:, None], cache_modifier=".cs")
         if NUM_STAGES == 1:
             thread_barrier()
-            q_row = query_s.index((tile + 1) % RING).load(row_of).to(gl.int64)
-            copy_rows(q_s.index(0), q_ptr, q_row * stride_q_t + row % G * stride_q_h, D, rows)
-            copy_rows(do_s.index(0), do_ptr, q_row * stride_do_t + row % G * stride_do_h, D, rows)
+            copy_rows(q_s.index(0), q_ptr, q_offset_s.index((tile + 1) % 2).load(row_of).to(gl.int64) * VECTOR, D, rows)
+            copy_rows(do_s.index(0), do_ptr, do_offset_s.index((tile + 1) % 2).load(row_of).to(gl.int64) * VECTOR, D, rows)
             async_copy.commit_group()
-        tile += 1  # noqa: SIM113
     async_copy.wait_group(0)
 
+    # Looked up again, because what the loop does not need would spill if it lived through it.
+    block = gl.load(items_ptr + unit * max_items + item)
+    segment = unit * num_blocks + block
     out_key = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(1, d_layout))
     out_column = gl.arange(0, D, gl.SliceLayout(0, d_layout))
-    if num_queries > item_queries:  # one item of several
+    if gl.load(num_queries_ptr + segment) > item_queries:  # one item of several
+        part = item - gl.load(first_item_ptr + segment)
         buffer = gl.program_id(1).to(gl.int64) * max_buffers + gl.load(first_buffer_ptr + segment) + part
         at = ((buffer * BLOCK_SIZE + out_key) * (2 * D))[:, None] + out_column[None, :]
         gl.store(items_buffer_ptr + at, dk)
         gl.store(items_buffer_ptr + at + D, dv)
     else:
-        out_at = (first_row + out_key).to(gl.int64)
-        exists = (out_key < rows_of_block)[:, None]
+        head = unit // num_ranges
+        out_at = (gl.load(first_row_ptr + block) + out_key).to(gl.int64)
+        exists = (out_key < gl.load(num_rows_ptr + block))[:, None]
         dk_at = dk_ptr + head * stride_dk_h + (out_at * stride_dk_t)[:, None] + out_column[None, :]
         dv_at = dv_ptr + head * stride_dv_h + (out_at * stride_dv_t)[:, None] + out_column[None, :]
         if ACCUMULATE:

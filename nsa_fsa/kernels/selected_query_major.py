@@ -69,7 +69,7 @@ def query_fwd_kernel(
 
 @triton.jit
 def query_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, lse2_ptr, delta_ptr, indices_ptr, counts_ptr, position_ptr, first_key_ptr, dq_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, shift_ptr, delta_ptr, indices_ptr, counts_ptr, position_ptr, first_key_ptr, dq_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
     stride_indices_t, stride_indices_h, stride_counts_t, stride_counts_h, scale2, scale, num_heads,
     NUM_INDICES: tl.constexpr, PADDED_INDICES: tl.constexpr, HAS_COUNTS: tl.constexpr, G: tl.constexpr, PADDED_G: tl.constexpr,
@@ -88,7 +88,7 @@ def query_bwd_dq_kernel(
     target = query * num_heads + query_head
     q = load_rows(q_ptr + query * stride_q_t, query_head * stride_q_h, real, D, PADDED_D, True)
     do = load_rows(do_ptr + query * stride_do_t, query_head * stride_do_h, real, DV, PADDED_DV, True)
-    lse2 = tl.load(lse2_ptr + target, mask=real, other=float("inf"))
+    shift = tl.load(shift_ptr + target, mask=real, other=float("-inf"))
     delta = tl.load(delta_ptr + target, mask=real, other=0.0)
 
     dq = tl.zeros([PADDED_G, PADDED_D], tl.float32)
@@ -101,9 +101,9 @@ def query_bwd_dq_kernel(
             k = load_rows(k_ptr + head * stride_k_h, row * stride_k_t, seen, D, PADDED_D, True)
             v = load_rows(v_ptr + head * stride_v_h, row * stride_v_t, seen, DV, PADDED_DV, True)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            p = tl.where(seen[None, :], tl.exp2(scores * scale2 - lse2[:, None]), 0.0)
+            p = tl.where(seen[None, :], tl.exp2((scores + shift[:, None]) * scale2), 0.0)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            ds = (p * (dp * scale - delta[:, None])).to(k.dtype)
+            ds = (p * (dp + delta[:, None]) * scale).to(k.dtype)
             dq = tl.dot(ds, k, dq, input_precision=PRECISION)
     store_rows(dq_ptr, target * D, dq, real, D, PADDED_D)
 
@@ -153,7 +153,7 @@ def selected_attention_query_major_bwd_dq(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    lse2: Tensor,
+    shift: Tensor,
     delta: Tensor,
     block_indices: Tensor,
     block_counts: Tensor | None,
@@ -165,14 +165,14 @@ def selected_attention_query_major_bwd_dq(
     precision: str,
     num_warps: int = 4,
 ) -> None:
-    """Writes dq `[Tq, HQ, D]`; lse2 and delta as `statistics` gives them."""
+    """Writes dq `[Tq, HQ, D]`; shift and delta as `statistics` gives them."""
     do, q, k, v, block_indices = (rows_contiguous(x) for x in (do, q, k, v, block_indices))
     if dq.numel() == 0 or block_indices.shape[2] == 0:
         dq.zero_()
         return
     strides, index_strides, constants = _arguments(q, k, v, block_indices, block_counts, block_size)
     query_bwd_dq_kernel[(q.shape[0], k.shape[1])](
-        q, k, v, do, lse2, delta, block_indices, block_counts, rows.position, rows.first_key, dq,
+        q, k, v, do, shift, delta, block_indices, block_counts, rows.position, rows.first_key, dq,
         *strides, *do.stride()[:2], *index_strides, scale * LOG2_E, scale, q.shape[1],
         PRECISION=precision, num_warps=num_warps, **constants,
     )  # fmt: skip
