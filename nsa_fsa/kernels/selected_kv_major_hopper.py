@@ -43,13 +43,15 @@ def resolve_rows(
     entry, row, last, num_dense, first_dense, first_row, first_target, block_index,
     NUM_SLOTS: gl.constexpr, INIT_BLOCKS: gl.constexpr, LOCAL_BLOCKS: gl.constexpr, BLOCK_SIZE: gl.constexpr, G: gl.constexpr,
 ):  # fmt: skip
-    """The query of each row of an item, and the row of its partial dq. First come the queries that see the block densely."""
-    number = gl.minimum(row, last) // G
+    """Query and head of the group of each row of an item, and the row of its partial dq. First come the queries that see the
+    block densely."""
+    number, member = gl.minimum(row, last) // G, row % G
     dense = number < num_dense
     query = gl.where(dense, first_dense + number, entry // max(NUM_SLOTS, 1))
     dense_slot = gl.where(block_index < INIT_BLOCKS, block_index, INIT_BLOCKS + (query - first_row) // BLOCK_SIZE)
     slot = gl.where(dense, NUM_SLOTS + dense_slot, entry % max(NUM_SLOTS, 1))
-    return query, first_target + (query * (NUM_SLOTS + INIT_BLOCKS + LOCAL_BLOCKS) + slot) * G + row % G
+    target = first_target + (query * (NUM_SLOTS + INIT_BLOCKS + LOCAL_BLOCKS) + slot) * G + member
+    return query.to(gl.int64), member, target
 
 
 @gluon.jit
@@ -113,7 +115,8 @@ def gather_fwd_hopper_kernel(
         none = gl.zeros([BLOCK_M, BLOCK_SIZE], gl.float32, s_layout)
         scores = warpgroup_mma(q_tile, k_s.permute((1, 0)), none, use_acc=False, is_async=True)
         query = (entry_s.index((tile + 1) % RING).load(row_of) // NUM_SLOTS).to(gl.int64)
-        copy_rows(q_s.index((tile + 1) % 2), q_ptr, query * stride_q_t + row % G * stride_q_h, D, rows)
+        member = (start + BLOCK_M + row) % G
+        copy_rows(q_s.index((tile + 1) % 2), q_ptr, query * stride_q_t + member * stride_q_h, D, rows)
         copy_entries(entry_s.index((tile + 2) % RING), entries_ptr, start + 2 * BLOCK_M + lane, last, 0, G)
         async_copy.commit_group()
 
@@ -124,9 +127,9 @@ def gather_fwd_hopper_kernel(
         p = gl.convert_layout((p * (1.0 / total)[:, None]).to(dtype), gl.DotOperandLayout(0, o_layout, 2))
         o = warpgroup_mma(p, v_s, gl.zeros([BLOCK_M, D], gl.float32, o_layout), use_acc=False, is_async=True)
         entries = entry_s.index(tile % RING)
-        s_target = (entries.load(gl.SliceLayout(1, s_layout)) - low_row * NUM_SLOTS) * G + s_row % G
+        s_target = (entries.load(gl.SliceLayout(1, s_layout)) - low_row * NUM_SLOTS) * G + (start + s_row) % G
         gl.store(partial_lse_ptr + s_target, maximum + gl.log2(total), mask=start + s_row < num_rows)
-        target = ((entries.load(row_of) - low_row * NUM_SLOTS) * G + row % G).to(gl.int64)
+        target = ((entries.load(row_of) - low_row * NUM_SLOTS) * G + (start + row) % G).to(gl.int64)
         o = warpgroup_mma_wait(0, deps=(o,))
         # Every warp has waited for its scores, and reads only the rows of q_tile that it writes here.
         q_tile.store(o.to(dtype))
@@ -208,15 +211,14 @@ def gather_bwd_hopper_kernel(
     for i in gl.static_range(2):
         number = gl.minimum(i * BLOCK_M + lane, last) // G
         entry = gl.load(entries_ptr + number, mask=number >= num_dense, other=0)
-        query, target = resolve_rows(
+        query, member, target = resolve_rows(
             entry, i * BLOCK_M + lane, last, num_dense, first_dense, first_row, first_target, block_index,
             NUM_SLOTS, INIT_BLOCKS, LOCAL_BLOCKS, BLOCK_SIZE, G,
         )  # fmt: skip
-        query = query.to(gl.int64)
-        q_offset_s.index(i).store(((query * stride_q_t + lane % G * stride_q_h) // VECTOR).to(gl.int32))
-        do_offset_s.index(i).store(((query * stride_do_t + lane % G * stride_do_h) // VECTOR).to(gl.int32))
+        q_offset_s.index(i).store(((query * stride_q_t + member * stride_q_h) // VECTOR).to(gl.int32))
+        do_offset_s.index(i).store(((query * stride_do_t + member * stride_do_h) // VECTOR).to(gl.int32))
         target_s.index(i).store(target)
-        statistic = query * num_heads + (head * G + lane % G)
+        statistic = query * num_heads + (head * G + member)
         async_copy.async_copy_global_to_shared(shift_s.index(i), shift_ptr + statistic)
         async_copy.async_copy_global_to_shared(delta_s.index(i), delta_ptr + statistic)
     copy_entries(entry_s.index(0), entries_ptr, 2 * BLOCK_M + lane, last, num_dense, G)
@@ -256,15 +258,14 @@ def gather_bwd_hopper_kernel(
                 D,
                 rows,
             )
-        query, target = resolve_rows(
+        query, member, target = resolve_rows(
             entry_s.index(tile % 2).load(line), start + 2 * BLOCK_M + lane, last, num_dense, first_dense, first_row,
             first_target, block_index, NUM_SLOTS, INIT_BLOCKS, LOCAL_BLOCKS, BLOCK_SIZE, G,
         )  # fmt: skip
         target_s.index((tile + 2) % RING).store(target)
-        query = query.to(gl.int64)
-        q_offset_s.index(tile % 2).store(((query * stride_q_t + lane % G * stride_q_h) // VECTOR).to(gl.int32))
-        do_offset_s.index(tile % 2).store(((query * stride_do_t + lane % G * stride_do_h) // VECTOR).to(gl.int32))
-        statistic = query * num_heads + (head * G + lane % G)
+        q_offset_s.index(tile % 2).store(((query * stride_q_t + member * stride_q_h) // VECTOR).to(gl.int32))
+        do_offset_s.index(tile % 2).store(((query * stride_do_t + member * stride_do_h) // VECTOR).to(gl.int32))
+        statistic = query * num_heads + (head * G + member)
         async_copy.async_copy_global_to_shared(shift_s.index((tile + 2) % RING), shift_ptr + statistic)
         async_copy.async_copy_global_to_shared(delta_s.index((tile + 2) % RING), delta_ptr + statistic)
         copy_entries(entry_s.index((tile + 1) % 2), entries_ptr, start + 3 * BLOCK_M + lane, last, num_dense, G)

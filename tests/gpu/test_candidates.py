@@ -10,7 +10,7 @@ from tests.gpu.problems import RESULTS, assert_rms_close, make_problem
 
 pytestmark = pytest.mark.gpu
 
-SHAPES = [(4, 128, 64), (1, 64, 128), (3, 80, 32)]  # group size, head width, block size
+SHAPES = [(4, 128, 64), (12, 128, 64), (3, 64, 128), (3, 80, 32)]  # group size, head width, block size
 
 
 def problem(group_size, head_dim, block_size):
