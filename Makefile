@@ -8,6 +8,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 # Each worker of pytest holds its own PyTorch (about 1 GB) and computes on one thread: raise this on a larger machine.
 PYTEST_WORKERS ?= 2
+# On a GPU machine each also takes about 1 GB of the GPU's memory.
+GPU_WORKERS ?= 12
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 RESOURCES_ARGS ?=
@@ -26,7 +28,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 help:
 	@echo "make setup    create .venv with PyTorch, this package (editable) and the development tools"
 	@echo "make test     lint, type check and run the tests         (PYTEST_WORKERS=8, PYTEST_ARGS='-k config')"
-	@echo "make test-gpu run every test on this machine's GPU       (PYTEST_WORKERS=8)"
+	@echo "make test-gpu run every test on this machine's GPU       (GPU_WORKERS=8)"
 	@echo "make demo     run scripts/quickstart.py on this machine  (DEMO_ARGS='--help')"
 	@echo "make resources  compile the kernels for every shape and GPU, without one; hours  (RESOURCES_ARGS='--jobs 8 --arch sm_90')"
 	@echo "make lint     ruff check, ruff format --check, mypy"
@@ -56,14 +58,12 @@ test: lint
 	@echo "== pytest, $(PYTEST_WORKERS) workers"
 	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) $(PYTEST_ARGS) tests
 
-# Tests marked gpu measure or fill the GPU's memory, so they run one at a time, after the others.
+# Tests that fill the GPU's memory share a group, which one worker runs; what the workers mostly do is compile kernels.
 test-gpu: $(INSTALLED)
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
 		f"make test-gpu needs a CUDA GPU, and PyTorch {torch.__version__} sees none. Fix: make test, or another build: TORCH=...")'
-	@echo "== pytest, $(PYTEST_WORKERS) workers"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) -m 'not gpu' $(PYTEST_ARGS) tests
-	@echo "== pytest, tests marked gpu"
-	@$(BIN)/python -m pytest -m gpu $(PYTEST_ARGS) tests
+	@echo "== pytest, $(GPU_WORKERS) workers"
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(GPU_WORKERS) --dist loadgroup $(PYTEST_ARGS) tests
 
 demo: $(INSTALLED)
 	@$(BIN)/python scripts/quickstart.py $(DEMO_ARGS)

@@ -40,7 +40,7 @@ class Config:
     fwd_m: int = 64  # rows of a tile
     fwd_warps: int = 4
     fwd_stages: int = 3  # of the plain kernel; the Gluon one has two
-    fwd_item_rows: int = 4096  # rows that one program walks at most
+    fwd_item_rows: int = 2048  # rows that one program walks at most
     merge_m: int = 64
     merge_warps: int = 4
     merge_stages: int = 3
@@ -94,7 +94,11 @@ def candidates(q: Tensor, v: Tensor, block_size: int, direction: str) -> dict[st
     default = default_config(q, v, block_size)
     changes: list[dict[str, Any]]
     if direction == "forward":
-        changes = [dict(fwd_item_rows=2048), dict(fwd_hopper=False, fwd_m=128, fwd_stages=2, fwd_item_rows=8192)]
+        changes = [
+            dict(fwd_item_rows=1024),
+            dict(fwd_item_rows=4096),
+            dict(fwd_hopper=False, fwd_m=128, fwd_stages=2, fwd_item_rows=8192),
+        ]
         changes += [dict(fwd_hopper=False, fwd_m=64, fwd_stages=stages) for stages in (2, 3)]
     else:
         changes = [dict(bwd_item_rows=rows) for rows in (2048, 8192, 16384)] + [dict(bwd_stages=1)]

@@ -5,7 +5,7 @@ import torch
 
 from tests.gpu.problems import BACKENDS, check_samples, make_problem, random_selection, starts
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("memory")]  # no two of them fit at once
 
 GIB = 2**30
 
