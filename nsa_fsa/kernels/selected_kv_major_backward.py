@@ -104,7 +104,8 @@ def gather_bwd_kernel(
             shift = tl.where((ahead < BLOCK_SIZE) & (flags >= 0), float("-inf"), shift)
 
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_SIZE, BLOCK_M]
-        p = tl.exp2((scores + shift[None, :]) * scale2)
+        # Not (scores + shift) * scale2: the sum would begin at shift, which is large, and round there with every product.
+        p = tl.exp2(scores * scale2 + (shift * scale2)[None, :])
         p = tl.where(column[:, None] <= ahead[None, :], p, 0.0)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)

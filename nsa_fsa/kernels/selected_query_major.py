@@ -101,7 +101,7 @@ def query_bwd_dq_kernel(
             k = load_rows(k_ptr + head * stride_k_h, row * stride_k_t, seen, D, PADDED_D, True)
             v = load_rows(v_ptr + head * stride_v_h, row * stride_v_t, seen, DV, PADDED_DV, True)
             scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            p = tl.where(seen[None, :], tl.exp2((scores + shift[:, None]) * scale2), 0.0)
+            p = tl.where(seen[None, :], tl.exp2(scores * scale2 + (shift * scale2)[:, None]), 0.0)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             ds = (p * (dp + delta[:, None]) * scale).to(k.dtype)
             dq = tl.dot(ds, k, dq, input_precision=PRECISION)

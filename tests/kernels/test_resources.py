@@ -14,14 +14,16 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "check_resources.py"
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "check_resources.py"
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or platform.system() != "Linux", reason="needs Triton, which is made for Linux"
 )
 
 
 def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "COLUMNS": "220", "PYTHONPATH": str(SCRIPT.parent)}
+    path = os.pathsep.join([str(SCRIPT.parent), str(ROOT)])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "COLUMNS": "220", "PYTHONPATH": path}
     command = [sys.executable, str(SCRIPT)] if code is None else [sys.executable, "-c", code]
     return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=900)
 
@@ -37,9 +39,6 @@ def test_default_configurations_fit(arch, tmp_path):
     assert {"mark_kernel", "collect_kernel", "plan_kernel", "merge_fwd_kernel", "query_fwd_kernel"} <= kernels
     assert {row["case"]["group_size"] for row in rows} == {1, 4, 16}
     assert all(row["registers"] > 0 for row in rows if not row["error"])
-    failed = {row["kernel"] for row in rows if row["error"] or row["stack"] > 16}
-    if failed == {"gather_bwd_hopper_kernel"} and not any(row["error"] for row in rows):
-        pytest.xfail("the Gluon backward still spills about 110 bytes; docs/worklog.md has the next step")
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 

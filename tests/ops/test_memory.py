@@ -79,5 +79,6 @@ def test_reference_at_16384_tokens_stays_under_a_gibibyte():
     result = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
     base, peak = (int(kib) * 1024 for kib in result.stdout.split())
-    assert peak < 2048 * MIB, f"peak {peak / MIB:.0f} MiB"
+    if torch.version.cuda is None:  # the libraries of a CUDA build alone take more than a GiB
+        assert peak < 2048 * MIB, f"peak {peak / MIB:.0f} MiB"
     assert peak - base < 1024 * MIB, f"workspace {(peak - base) / MIB:.0f} MiB"
