@@ -64,6 +64,7 @@ def gather_fwd_hopper_kernel(
     WARPS: gl.constexpr,
 ):  # fmt: skip
     item, unit = gl.program_id(0), first_unit + gl.program_id(1)
+    block = gl.load(items_ptr + unit * max_items + item)  # before it is known to be one, so that the two loads overlap
     if item >= gl.load(num_items_ptr + unit):
         return
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -81,7 +82,6 @@ def gather_fwd_hopper_kernel(
     entry_s = gl.allocate_shared_memory(gl.int32, [RING, BLOCK_M], flat)
 
     head, low_row = unit // num_ranges, unit % num_ranges * range_rows
-    block = gl.load(items_ptr + unit * max_items + item)
     segment = unit * num_blocks + block
     low = (item - gl.load(first_item_ptr + segment)) * item_queries
     num_rows = gl.minimum(gl.load(num_queries_ptr + segment) - low, item_queries) * G
@@ -155,6 +155,7 @@ def gather_bwd_hopper_kernel(
     BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
     item, unit = gl.program_id(0), first_unit + gl.program_id(1)
+    block = gl.load(items_ptr + unit * max_items + item)  # before it is known to be one, so that the two loads overlap
     if item >= gl.load(num_items_ptr + unit):
         return
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -184,7 +185,6 @@ def gather_bwd_hopper_kernel(
     delta_s = gl.allocate_shared_memory(gl.float32, [RING, BLOCK_M], flat)
 
     head, low_row = unit // num_ranges, unit % num_ranges * range_rows
-    block = gl.load(items_ptr + unit * max_items + item)
     segment = unit * num_blocks + block
     low = (item - gl.load(first_item_ptr + segment)) * item_queries
     num_rows = gl.minimum(gl.load(num_queries_ptr + segment) - low, item_queries) * G
