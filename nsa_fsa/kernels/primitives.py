@@ -34,6 +34,15 @@ def store_rows(ptr, offsets, values, inside, DIM: tl.constexpr, PADDED_DIM: tl.c
 
 
 @triton.jit
+def dot_keys(q, k, PRECISION: tl.constexpr):
+    """q k^T: `[M, D], [N, D] -> [M, N]`."""
+    if q.dtype == tl.float32:
+        # Otherwise q's factors are loaded ahead of the barrier that k waits for, and all of them, D registers, live across it.
+        tl.debug_barrier()
+    return tl.dot(q, tl.trans(k), input_precision=PRECISION)
+
+
+@triton.jit
 def online_softmax(acc, maximum, total, scores, v, PRECISION: tl.constexpr):
     """One step of attention: scores [M, N] in base 2 (-inf: not seen) and values [N, DV] join acc, maximum and total."""
     raised = tl.maximum(maximum, tl.max(scores, 1))

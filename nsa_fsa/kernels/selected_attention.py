@@ -71,19 +71,19 @@ def kv_major_backward(
 
 def query_major_forward(
     q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_counts: Tensor | None, cu_seqlens: Tensor,
-    cu_seqlens_q: Tensor | None, seqused_k: Tensor | None, *, block_size: int, scale: float, num_warps: int = 4,
+    cu_seqlens_q: Tensor | None, seqused_k: Tensor | None, *, block_size: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o and lse; also for queries that are only the last positions of their sequences."""
     rows = locate_rows(q.shape[0], cu_seqlens, block_size, cu_seqlens_q, seqused_k)
     return selected_attention_query_major_fwd(
         q, k, v, block_indices, block_counts, rows,
-        block_size=block_size, scale=scale, precision=dot_precision(q.dtype), num_warps=num_warps,
+        block_size=block_size, scale=scale, precision=dot_precision(q.dtype),
     )  # fmt: skip
 
 
 def query_major_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, block_indices: Tensor, block_counts: Tensor | None,
-    index: BlockIndex, cu_seqlens: Tensor, *, num_warps: int = 4, config: Config | None = None, **options: Any,
+    index: BlockIndex, cu_seqlens: Tensor, *, config: Config | None = None, **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq query by query; dk and dv by the blocks' programs, as in every NSA implementation."""
     block_size, scale = options["block_size"], options["scale"]
@@ -99,6 +99,6 @@ def query_major_backward(
         shift, delta = statistics(do, o, lse, scale)
         selected_attention_query_major_bwd_dq(
             do, q, k, v, shift, delta, block_indices, block_counts, rows, dq,
-            block_size=block_size, scale=scale, precision=precision, num_warps=num_warps,
+            block_size=block_size, scale=scale, precision=precision,
         )  # fmt: skip
     return dq, dk, dv

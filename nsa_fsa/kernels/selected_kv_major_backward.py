@@ -38,7 +38,7 @@ def statistics_kernel(
     tl.store(shift_ptr + row, tl.where(lse == float("-inf"), float("-inf"), -lse / scale), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_unit"])
 def gather_bwd_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, shift_ptr, delta_ptr, num_sparse_ptr, entries_ptr, partial_dq_ptr, items_buffer_ptr,
     dk_ptr, dv_ptr,
@@ -51,9 +51,10 @@ def gather_bwd_kernel(
     NUM_SLOTS: tl.constexpr, INIT_BLOCKS: tl.constexpr, LOCAL_BLOCKS: tl.constexpr, OWN_IS_OPTIONAL: tl.constexpr,
     ACCUMULATE: tl.constexpr, G: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr, STORE_DQ: tl.constexpr,
+    BLOCK_M: tl.constexpr, KEYS: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr, STORE_DQ: tl.constexpr,
 ):  # fmt: skip
-    item, unit = tl.program_id(0), first_unit + tl.program_id(1)
+    PIECES: tl.constexpr = BLOCK_SIZE // KEYS  # programs that share an item, each with so many of its block's keys
+    item, piece, unit = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES, first_unit + tl.program_id(1)
     if item >= tl.load(num_items_ptr + unit):
         return
     head, low_row = unit // num_ranges, unit % num_ranges * range_rows
@@ -67,7 +68,7 @@ def gather_bwd_kernel(
     first_dense = tl.load(first_dense_ptr + segment) + low
     entries_ptr += head.to(tl.int64) * capacity + tl.load(first_entry_ptr + segment)
     SLOTS: tl.constexpr = NUM_SLOTS + INIT_BLOCKS + LOCAL_BLOCKS
-    partial = tl.program_id(1).to(tl.int64) * partial_rows
+    partial = tl.program_id(1).to(tl.int64) * partial_rows + piece * G
     q_ptr += head * G * stride_q_h
     do_ptr += head * G * stride_do_h
     shift_ptr += head * G
@@ -75,13 +76,13 @@ def gather_bwd_kernel(
 
     first_row = tl.load(first_row_ptr + block)
     block_index = tl.load(block_index_ptr + block)
-    column = tl.arange(0, BLOCK_SIZE)
+    column = piece * KEYS + tl.arange(0, KEYS)
     exists = column < tl.load(num_rows_ptr + block)
     key = (first_row + column).to(tl.int64)
     k = load_rows(k_ptr + head * stride_k_h, key * stride_k_t, exists, D, PADDED_D, True)
     v = load_rows(v_ptr + head * stride_v_h, key * stride_v_t, exists, DV, PADDED_DV, True)
-    dk = tl.zeros([BLOCK_SIZE, PADDED_D], tl.float32)
-    dv = tl.zeros([BLOCK_SIZE, PADDED_DV], tl.float32)
+    dk = tl.zeros([KEYS, PADDED_D], tl.float32)
+    dv = tl.zeros([KEYS, PADDED_DV], tl.float32)
     for start in tl.range(0, num_rows, BLOCK_M, num_stages=NUM_STAGES):
         row = start + tl.arange(0, BLOCK_M)
         inside = row < num_rows
@@ -103,7 +104,7 @@ def gather_bwd_kernel(
             flags = tl.load(num_sparse_ptr + head.to(tl.int64) * num_tokens + query, mask=inside, other=0)
             shift = tl.where((ahead < BLOCK_SIZE) & (flags >= 0), float("-inf"), shift)
 
-        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_SIZE, BLOCK_M]
+        scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [KEYS, BLOCK_M]
         # Not (scores + shift) * scale2: the sum would begin at shift, which is large, and round there with every product.
         p = tl.exp2(scores * scale2 + (shift * scale2)[None, :])
         p = tl.where(column[:, None] <= ahead[None, :], p, 0.0)
@@ -112,10 +113,13 @@ def gather_bwd_kernel(
         ds = (p * (dp + delta[None, :]) * scale).to(q.dtype)
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
         if STORE_DQ:
-            dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision=PRECISION))
+            if KEYS < 64:
+                dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
+            else:
+                dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision=PRECISION))
             dense_slot = NUM_SLOTS + tl.where(block_index < INIT_BLOCKS, block_index, INIT_BLOCKS + ahead // BLOCK_SIZE)
             slot = tl.where(dense, dense_slot, entry % NUM_SLOTS)
-            target = partial + ((query - low_row).to(tl.int64) * SLOTS + slot) * G + member
+            target = partial + ((query - low_row).to(tl.int64) * SLOTS + slot) * (PIECES * G) + member
             store_rows(partial_dq_ptr, target * D, dq, inside, D, PADDED_D, STREAM=True)
 
     everywhere = column >= 0
@@ -134,7 +138,7 @@ def gather_bwd_kernel(
         store_rows(dv_ptr, key * stride_dv_t, dv, exists, DV, PADDED_DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_unit"])
 def sum_dkdv_kernel(
     items_buffer_ptr, dk_ptr, dv_ptr, first_buffer_ptr, num_queries_ptr, first_row_ptr, num_rows_ptr,
     stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h, num_blocks, max_buffers, first_unit, num_ranges, item_queries,
@@ -167,12 +171,12 @@ def sum_dkdv_kernel(
     store_rows(dv_ptr, key * stride_dv_t, dv, exists, DV, PADDED_DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_unit"])
 def sum_dq_kernel(
     partial_dq_ptr, num_sparse_ptr, position_ptr, dq_ptr,
     num_heads, num_tokens, partial_rows, first_unit, num_ranges, range_rows,
     NUM_SLOTS: tl.constexpr, INIT_BLOCKS: tl.constexpr, LOCAL_BLOCKS: tl.constexpr, G: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_M: tl.constexpr, NUM_STAGES: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_M: tl.constexpr, PIECES: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     unit = first_unit + tl.program_id(1)
     head, low_row = unit // num_ranges, unit % num_ranges * range_rows
@@ -183,15 +187,16 @@ def sum_dq_kernel(
     inside = query < high_row
     num_sparse = tl.load(num_sparse_ptr + head.to(tl.int64) * num_tokens + query, mask=inside, other=0) & 0x7FFFFFFF
     own = tl.load(position_ptr + query, mask=inside, other=-1) // BLOCK_SIZE
-    partial = tl.program_id(1).to(tl.int64) * partial_rows + (row // G).to(tl.int64) * (SLOTS * G) + row % G
+    partial = tl.program_id(1).to(tl.int64) * partial_rows + (row // G).to(tl.int64) * (SLOTS * PIECES * G) + row % G
     dq = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
-    for slot in tl.range(0, SLOTS, num_stages=NUM_STAGES):
+    for i in tl.range(0, SLOTS * PIECES, num_stages=NUM_STAGES):
+        slot = i // PIECES
         initial = slot - NUM_SLOTS
         local = initial - INIT_BLOCKS
         exists = tl.where(
             slot < NUM_SLOTS, slot < num_sparse, tl.where(initial < INIT_BLOCKS, initial <= own, own - local >= INIT_BLOCKS)
         )
-        dq += load_rows(partial_dq_ptr, (partial + slot * G) * D, exists & inside, D, PADDED_D, True).to(tl.float32)
+        dq += load_rows(partial_dq_ptr, (partial + i * G) * D, exists & inside, D, PADDED_D, True).to(tl.float32)
     target = query.to(tl.int64) * num_heads + head * G + row % G
     store_rows(dq_ptr, target * D, dq, inside, D, PADDED_D)
 
@@ -244,10 +249,13 @@ def selected_attention_bwd(
     shift, delta = statistics(do, o, lse, scale)
 
     all_slots = slots + init_blocks + max(local_blocks, 1)
+    runs_hopper = config.bwd_hopper and store_dq
+    keys = block_size if runs_hopper else min(config.bwd_keys, block_size)
+    pieces = block_size // keys
     item_queries = max(config.bwd_item_rows // group_size, 1)
     dkdv_bytes = block_size * (head_dim + v_dim) * 4
     # Blocks cut into several items have at most two items for every item_queries queries.
-    row_bytes = all_slots * (group_size * head_dim * q.element_size() * store_dq + 2 * dkdv_bytes // item_queries + 1)
+    row_bytes = all_slots * (pieces * group_size * head_dim * q.element_size() * store_dq + 2 * dkdv_bytes // item_queries + 1)
     num_blocks = blocks.first_row.shape[0]
     units = cut_units(num_kv_heads, num_tokens, row_bytes, workspace_bytes, block_size)
     ranged = units.num_ranges > 1
@@ -259,7 +267,7 @@ def selected_attention_bwd(
         dv_sum = torch.empty(num_tokens, 1, v_dim, dtype=torch.float32, device=q.device)
     head_strides = (0, 0) if ranged else (dk.stride(1), dv.stride(1))
     out_strides = (dk_sum.stride(0), head_strides[0], dv_sum.stride(0), head_strides[1])
-    partial_rows = units.range_rows * all_slots * group_size
+    partial_rows = units.range_rows * all_slots * pieces * group_size
     partial_dq = q.new_empty(units.step * partial_rows if store_dq else 0, head_dim)
     max_buffers = 2 * (units.range_rows * all_slots // item_queries)
     buffer = torch.empty(units.step * max_buffers * dkdv_bytes // 4, dtype=torch.float32, device=q.device)
@@ -284,11 +292,13 @@ def selected_attention_bwd(
             OWN_IS_OPTIONAL=local_blocks == 0, ACCUMULATE=ranged, G=group_size, BLOCK_SIZE=block_size,
             BLOCK_M=config.bwd_m, NUM_STAGES=config.bwd_stages, num_warps=config.bwd_warps, **forced,
         )  # fmt: skip
-        grid = (plan.items.shape[1], count)
-        if config.bwd_hopper and store_dq:
+        grid = (plan.items.shape[1] * pieces, count)
+        if runs_hopper:
             hopper().gather_bwd_hopper_kernel[grid](*arguments, D=head_dim, WARPS=config.bwd_warps, **constants)
         else:
-            gather_bwd_kernel[grid](*arguments, PRECISION=precision, STORE_DQ=store_dq, **constants, **dims, **v_dims)
+            gather_bwd_kernel[grid](
+                *arguments, PRECISION=precision, STORE_DQ=store_dq, KEYS=keys, **constants, **dims, **v_dims
+            )
         if max_buffers:
             sum_rows = min(block_size, 16)
             sum_dkdv_kernel[(num_blocks * (block_size // sum_rows), count)](
@@ -300,7 +310,7 @@ def selected_attention_bwd(
             sum_dq_kernel[(triton.cdiv(units.range_rows * group_size, config.dq_m), count)](
                 partial_dq, index.num_sparse, rows.position, dq,
                 num_heads, num_tokens, partial_rows, first, units.num_ranges, units.range_rows,
-                G=group_size, BLOCK_SIZE=block_size, BLOCK_M=config.dq_m, NUM_STAGES=config.dq_stages,
+                G=group_size, BLOCK_SIZE=block_size, BLOCK_M=config.dq_m, PIECES=pieces, NUM_STAGES=config.dq_stages,
                 num_warps=config.dq_warps, **forced, **dims,
             )  # fmt: skip
         if ranged and (first + 1) % units.num_ranges == 0:

@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_fsa.kernels.primitives import LN_2, LOG2_E, load_rows, online_softmax, padded_dim, store_rows
+from nsa_fsa.kernels import tuning
+from nsa_fsa.kernels.primitives import LN_2, LOG2_E, dot_keys, load_rows, online_softmax, padded_dim, store_rows
 from nsa_fsa.kernels.selected_kv_major import rows_contiguous
 from nsa_fsa.kernels.sequences import Rows
 
@@ -32,7 +33,7 @@ def query_fwd_kernel(
     stride_indices_t, stride_indices_h, stride_counts_t, stride_counts_h, scale, num_heads,
     NUM_INDICES: tl.constexpr, PADDED_INDICES: tl.constexpr, HAS_COUNTS: tl.constexpr, G: tl.constexpr, PADDED_G: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     query, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position, first_key = tl.load(position_ptr + query), tl.load(first_key_ptr + query)
@@ -41,7 +42,7 @@ def query_fwd_kernel(
     count = tl.load(counts_ptr + query * stride_counts_t + head * stride_counts_h) if HAS_COUNTS else NUM_INDICES
     member = tl.arange(0, PADDED_G)
     real = member < G
-    column = tl.arange(0, BLOCK_SIZE)
+    column = tl.arange(0, KEYS)
     query_head = head * G + member
     q = load_rows(q_ptr + query * stride_q_t, query_head * stride_q_h, real, D, PADDED_D, True)
 
@@ -51,14 +52,15 @@ def query_fwd_kernel(
     for slot in range(0, NUM_INDICES):
         block, valid = chosen_block(indices_ptr, slot, count, own, NUM_INDICES, PADDED_INDICES)
         if valid:
-            key = block * BLOCK_SIZE + column
-            seen = key <= position
-            row = (first_key + key).to(tl.int64)
-            k = load_rows(k_ptr + head * stride_k_h, row * stride_k_t, seen, D, PADDED_D, True)
-            v = load_rows(v_ptr + head * stride_v_h, row * stride_v_t, seen, DV, PADDED_DV, True)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-            scores = tl.where(seen[None, :], scores, float("-inf"))
-            acc, maximum, total = online_softmax(acc, maximum, total, scores, v, PRECISION)
+            for first in range(0, BLOCK_SIZE, KEYS):
+                key = block * BLOCK_SIZE + first + column
+                seen = key <= position
+                row = (first_key + key).to(tl.int64)
+                k = load_rows(k_ptr + head * stride_k_h, row * stride_k_t, seen, D, PADDED_D, True)
+                v = load_rows(v_ptr + head * stride_v_h, row * stride_v_t, seen, DV, PADDED_DV, True)
+                scores = dot_keys(q, k, PRECISION) * scale
+                scores = tl.where(seen[None, :], scores, float("-inf"))
+                acc, maximum, total = online_softmax(acc, maximum, total, scores, v, PRECISION)
 
     seen_any = total > 0
     total = tl.where(seen_any, total, 1.0)
@@ -74,7 +76,7 @@ def query_bwd_dq_kernel(
     stride_indices_t, stride_indices_h, stride_counts_t, stride_counts_h, scale2, scale, num_heads,
     NUM_INDICES: tl.constexpr, PADDED_INDICES: tl.constexpr, HAS_COUNTS: tl.constexpr, G: tl.constexpr, PADDED_G: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
-    PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     query, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position, first_key = tl.load(position_ptr + query), tl.load(first_key_ptr + query)
@@ -83,7 +85,7 @@ def query_bwd_dq_kernel(
     count = tl.load(counts_ptr + query * stride_counts_t + head * stride_counts_h) if HAS_COUNTS else NUM_INDICES
     member = tl.arange(0, PADDED_G)
     real = member < G
-    column = tl.arange(0, BLOCK_SIZE)
+    column = tl.arange(0, KEYS)
     query_head = head * G + member
     target = query * num_heads + query_head
     q = load_rows(q_ptr + query * stride_q_t, query_head * stride_q_h, real, D, PADDED_D, True)
@@ -95,28 +97,31 @@ def query_bwd_dq_kernel(
     for slot in range(0, NUM_INDICES):
         block, valid = chosen_block(indices_ptr, slot, count, own, NUM_INDICES, PADDED_INDICES)
         if valid:
-            key = block * BLOCK_SIZE + column
-            seen = key <= position
-            row = (first_key + key).to(tl.int64)
-            k = load_rows(k_ptr + head * stride_k_h, row * stride_k_t, seen, D, PADDED_D, True)
-            v = load_rows(v_ptr + head * stride_v_h, row * stride_v_t, seen, DV, PADDED_DV, True)
-            scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            p = tl.where(seen[None, :], tl.exp2(scores * scale2 + (shift * scale2)[:, None]), 0.0)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            ds = (p * (dp + delta[:, None]) * scale).to(k.dtype)
-            dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+            for first in range(0, BLOCK_SIZE, KEYS):
+                key = block * BLOCK_SIZE + first + column
+                seen = key <= position
+                row = (first_key + key).to(tl.int64)
+                k = load_rows(k_ptr + head * stride_k_h, row * stride_k_t, seen, D, PADDED_D, True)
+                v = load_rows(v_ptr + head * stride_v_h, row * stride_v_t, seen, DV, PADDED_DV, True)
+                scores = dot_keys(q, k, PRECISION)
+                p = tl.where(seen[None, :], tl.exp2(scores * scale2 + (shift * scale2)[:, None]), 0.0)
+                dp = dot_keys(do, v, PRECISION)
+                ds = (p * (dp + delta[:, None]) * scale).to(k.dtype)
+                dq = tl.dot(ds, k, dq, input_precision=PRECISION)
     store_rows(dq_ptr, target * D, dq, real, D, PADDED_D)
 
 
 def _arguments(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_counts: Tensor | None, block_size: int):
-    """Strides and constants that both kernels take."""
+    """Strides, and the constants and warps, that both kernels take."""
     group_size = q.shape[1] // k.shape[1]
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     index_strides = (*block_indices.stride()[:2], *(block_counts.stride() if block_counts is not None else (0, 0)))
+    keys, num_warps = tuning.query_major_tile(q, v)
     constants = dict(
         NUM_INDICES=block_indices.shape[2], PADDED_INDICES=max(triton.next_power_of_2(block_indices.shape[2]), 2),
         HAS_COUNTS=block_counts is not None, G=group_size, PADDED_G=max(triton.next_power_of_2(group_size), 16),
         BLOCK_SIZE=block_size, D=q.shape[2], PADDED_D=padded_dim(q.shape[2]), DV=v.shape[2], PADDED_DV=padded_dim(v.shape[2]),
+        KEYS=min(keys, block_size), num_warps=num_warps,
     )  # fmt: skip
     return strides, index_strides, constants
 
@@ -132,7 +137,6 @@ def selected_attention_query_major_fwd(
     block_size: int,
     scale: float,
     precision: str,
-    num_warps: int = 4,
 ) -> tuple[Tensor, Tensor]:
     """q `[Tq, HQ, D]`, k `[T, HKV, D]`, v `[T, HKV, DV]` -> o `[Tq, HQ, DV]`, natural-log lse float32 `[Tq, HQ]`."""
     q, k, v, block_indices = (rows_contiguous(x) for x in (q, k, v, block_indices))
@@ -143,7 +147,7 @@ def selected_attention_query_major_fwd(
     strides, index_strides, constants = _arguments(q, k, v, block_indices, block_counts, block_size)
     query_fwd_kernel[(q.shape[0], k.shape[1])](
         q, k, v, block_indices, block_counts, rows.position, rows.first_key, o, lse,
-        *strides, *index_strides, scale * LOG2_E, q.shape[1], PRECISION=precision, num_warps=num_warps, **constants,
+        *strides, *index_strides, scale * LOG2_E, q.shape[1], PRECISION=precision, **constants,
     )  # fmt: skip
     return o, lse
 
@@ -163,7 +167,6 @@ def selected_attention_query_major_bwd_dq(
     block_size: int,
     scale: float,
     precision: str,
-    num_warps: int = 4,
 ) -> None:
     """Writes dq `[Tq, HQ, D]`; shift and delta as `statistics` gives them."""
     do, q, k, v, block_indices = (rows_contiguous(x) for x in (do, q, k, v, block_indices))
@@ -174,5 +177,5 @@ def selected_attention_query_major_bwd_dq(
     query_bwd_dq_kernel[(q.shape[0], k.shape[1])](
         q, k, v, do, shift, delta, block_indices, block_counts, rows.position, rows.first_key, dq,
         *strides, *do.stride()[:2], *index_strides, scale * LOG2_E, scale, q.shape[1],
-        PRECISION=precision, num_warps=num_warps, **constants,
+        PRECISION=precision, **constants,
     )  # fmt: skip

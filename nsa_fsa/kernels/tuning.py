@@ -13,23 +13,16 @@ from nsa_fsa.kernels.primitives import padded_dim
 # Triton versions whose Gluon, an interface still on the move, the kernels are written for.
 GLUON_VERSIONS = ("3.6.", "3.7.")
 
-# (rows, warps, stages) of the plain gather forward, gather backward and merge forward, by bytes of an element, padded head
-# width and block size: the first of a list from large to small that compiles for sm_80 and sm_90 without spilling. Sizes that
-# are not here take SMALLEST, which for the backward of 16-bit heads wider than 128 and of float32 blocks of 64 x 128 spills.
-SMALLEST = (16, 8, 1)
-L, M = (64, 4, 3), (64, 8, 2)
-PLAIN_TILES = {
-    (2, 32, 16): (L, L, L), (2, 32, 32): (L, L, L), (2, 32, 64): (L, L, L), (2, 32, 128): (L, M, L),
-    (2, 64, 16): (L, (64, 4, 2), L), (2, 64, 32): (L, (32, 4, 2), L), (2, 64, 64): (L, (32, 4, 2), L),
-    (2, 64, 128): (L, (32, 8, 2), L), (2, 128, 16): (L, (16, 4, 2), L), (2, 128, 32): (L, (16, 4, 1), L),
-    (2, 128, 64): (L, SMALLEST, L), (2, 128, 128): (L, SMALLEST, L), (2, 256, 16): (L, SMALLEST, M),
-    (2, 256, 32): (L, SMALLEST, M), (2, 256, 64): ((64, 4, 2), SMALLEST, (32, 4, 2)),
-    (2, 256, 128): ((32, 4, 2), SMALLEST, (32, 8, 2)),
-    (4, 32, 16): (L, M, L), (4, 32, 32): (L, M, L), (4, 32, 64): (M, (32, 4, 2), L), (4, 32, 128): (M, (32, 8, 2), M),
-    (4, 64, 16): (L, (32, 4, 2), L), (4, 64, 32): ((32, 4, 2), (32, 8, 2), M), (4, 64, 64): (M, (16, 4, 1), (32, 8, 2)),
-    (4, 64, 128): ((32, 8, 2), SMALLEST, SMALLEST), (4, 128, 16): (L, (32, 8, 2), (32, 8, 2)),
-    (4, 128, 32): (M, SMALLEST, SMALLEST), (4, 128, 64): ((32, 8, 2), SMALLEST, (32, 8, 2)),
-}  # fmt: skip
+# (rows, warps, stages)
+LARGE, WIDE = (64, 4, 3), (64, 8, 2)
+# Of the plain gather backward in 16 bits, by padded head width, for blocks of 16, 32, 64 and 128: the largest that compiles
+# for sm_80, sm_90 and sm_100 without spilling.
+PLAIN_BWD = {
+    32: (LARGE, LARGE, LARGE, WIDE),
+    64: ((64, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 2)),
+    128: ((32, 4, 2), (32, 4, 2), (16, 8, 1), (16, 8, 1)),
+    256: ((32, 8, 2), (32, 8, 2), (32, 8, 2), (32, 8, 2)),
+}
 
 
 @dataclass(frozen=True)
@@ -38,14 +31,17 @@ class Config:
 
     fwd_hopper: bool = False  # the Gluon kernel instead of its plain Triton twin
     fwd_m: int = 64  # rows of a tile
+    fwd_keys: int = 128
     fwd_warps: int = 4
     fwd_stages: int = 3  # of the plain kernel; the Gluon one has two
     fwd_item_rows: int = 2048  # rows that one program walks at most
     merge_m: int = 64
+    merge_keys: int = 128
     merge_warps: int = 4
     merge_stages: int = 3
     bwd_hopper: bool = False
     bwd_m: int = 32
+    bwd_keys: int = 128  # of a block, that one program of the plain kernel holds at most
     bwd_warps: int = 4
     bwd_stages: int = 2
     bwd_item_rows: int = 4096
@@ -67,15 +63,34 @@ def runs_hopper(q: Tensor, v: Tensor, block_size: int) -> bool:
     )
 
 
+def padded_width(q: Tensor, v: Tensor) -> int:
+    return max(padded_dim(q.shape[2]), padded_dim(v.shape[2]), 32)
+
+
 def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
-    """The tiles of the plain kernels for q `[T, HQ, D]` and v `[T, HKV, DV]`."""
-    width = max(padded_dim(q.shape[2]), padded_dim(v.shape[2]), 32)
-    tiles = PLAIN_TILES.get((q.element_size(), width, block_size), (SMALLEST,) * 3)
-    (fwd_m, fwd_warps, fwd_stages), (bwd_m, bwd_warps, bwd_stages), (merge_m, merge_warps, merge_stages) = tiles
+    """The tiles of the plain kernels for q `[T, HQ, D]` and v `[T, HKV, DV]`: none spills, `make resources` says.
+
+    A program of the gather forward holds 32 KiB of keys at most, one of the other kernels 16 KiB; larger blocks are cut.
+    """
+    width = padded_width(q, v)
+    keys = 16384 // (width * q.element_size())
+    if q.element_size() == 4:  # in full precision there is no matrix unit: both factors of a product take registers
+        fwd, bwd, merge = (32, 8, 2), (16, 8, 1), (16, 8, 2)
+    else:
+        fwd = LARGE if width <= 128 else WIDE
+        bwd = PLAIN_BWD[width][block_size.bit_length() - 5]
+        merge = LARGE if width <= 128 and block_size * width <= 8192 else WIDE
     return Config(
-        fwd_m=fwd_m, fwd_warps=fwd_warps, fwd_stages=fwd_stages, bwd_m=bwd_m, bwd_warps=bwd_warps, bwd_stages=bwd_stages,
-        merge_m=merge_m, merge_warps=merge_warps, merge_stages=merge_stages,
+        fwd_m=fwd[0], fwd_keys=2 * keys, fwd_warps=fwd[1], fwd_stages=fwd[2],
+        bwd_m=bwd[0], bwd_keys=keys, bwd_warps=bwd[1], bwd_stages=bwd[2],
+        merge_m=merge[0], merge_keys=keys, merge_warps=merge[1], merge_stages=merge[2],
     )  # fmt: skip
+
+
+def query_major_tile(q: Tensor, v: Tensor) -> tuple[int, int]:
+    """(keys of a step at most, warps) of the query-major kernels."""
+    width = padded_width(q, v)
+    return (16384 // width, 4) if q.element_size() == 2 else (4096 // width, 8 if width > 64 else 4)
 
 
 def default_config(q: Tensor, v: Tensor, block_size: int) -> Config:
