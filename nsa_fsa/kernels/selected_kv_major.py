@@ -31,7 +31,7 @@ def gather_fwd_kernel(
     scale, num_blocks, capacity, max_items, partial_rows, first_unit, num_ranges, range_rows, item_queries,
     NUM_SLOTS: tl.constexpr, G: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, KEYS: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, KEYS: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr, STOP_EARLY: tl.constexpr,
 ):  # fmt: skip
     PIECES: tl.constexpr = BLOCK_SIZE // KEYS  # programs that share an item, each with so many of its block's keys
     item, piece, unit = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES, first_unit + tl.program_id(1)
@@ -52,7 +52,7 @@ def gather_fwd_kernel(
     k = load_rows(k_ptr + head * stride_k_h, key * stride_k_t, key >= 0, D, PADDED_D, False)
     v = load_rows(v_ptr + head * stride_v_h, key * stride_v_t, key >= 0, DV, PADDED_DV, False)
     k = tl.trans(k)
-    for start in tl.range(0, num_rows, BLOCK_M, num_stages=NUM_STAGES):
+    for start in tl.range(0, num_rows if STOP_EARLY else item_queries * G, BLOCK_M, num_stages=NUM_STAGES):
         row = start + tl.arange(0, BLOCK_M)
         inside = row < num_rows
         entry = tl.load(entries_ptr + row // G, mask=inside, other=0)
@@ -125,7 +125,9 @@ def merge_fwd_kernel(
 
     if NUM_SLOTS > 0:
         num_sparse = num_sparse & 0x7FFFFFFF
-        partial = tl.program_id(1).to(tl.int64) * partial_rows + (query - low_row).to(tl.int64) * (NUM_SLOTS * PIECES * G) + row % G
+        partial = (
+            tl.program_id(1).to(tl.int64) * partial_rows + (query - low_row).to(tl.int64) * (NUM_SLOTS * PIECES * G) + row % G
+        )
         for i in tl.range(0, tl.max(num_sparse) * PIECES, num_stages=NUM_STAGES):
             exists = i < num_sparse * PIECES
             at = partial + i * G
@@ -213,8 +215,9 @@ def selected_attention_fwd(
                 *strides, scale * LOG2_E, num_blocks, index.entries.shape[1], plan.items.shape[1], *where, item_queries,
             )  # fmt: skip
             constants = dict(
-                NUM_SLOTS=slots, G=group_size, BLOCK_SIZE=block_size, BLOCK_M=config.fwd_m, num_warps=config.fwd_warps
-            )
+                NUM_SLOTS=slots, G=group_size, BLOCK_SIZE=block_size, BLOCK_M=config.fwd_m, STOP_EARLY=config.stop_early,
+                num_warps=config.fwd_warps,
+            )  # fmt: skip
             grid = (plan.items.shape[1] * pieces, count)
             if config.fwd_hopper:
                 hopper().gather_fwd_hopper_kernel[grid](*arguments, D=head_dim, WARPS=config.fwd_warps, **constants)
@@ -226,7 +229,7 @@ def selected_attention_fwd(
             q, k, v, index.num_sparse, partial_o, partial_lse, o, lse, *blocks[:3],
             *strides, scale * LOG2_E, num_heads, num_tokens, *where,
             NUM_SLOTS=slots, INIT_BLOCKS=init_blocks, LOCAL_BLOCKS=max(local_blocks, 1), OWN_IS_OPTIONAL=local_blocks == 0,
-            G=group_size, BLOCK_SIZE=block_size, BLOCK_M=merge_m, KEYS=min(config.merge_keys, block_size), PIECES=pieces, PRECISION=precision,
-            NUM_STAGES=config.merge_stages, num_warps=config.merge_warps, **widths,
+            G=group_size, BLOCK_SIZE=block_size, BLOCK_M=merge_m, KEYS=min(config.merge_keys, block_size), PIECES=pieces,
+            PRECISION=precision, NUM_STAGES=config.merge_stages, num_warps=config.merge_warps, **widths,
         )  # fmt: skip
     return o, lse

@@ -52,6 +52,7 @@ def gather_bwd_kernel(
     ACCUMULATE: tl.constexpr, G: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, KEYS: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr, STORE_DQ: tl.constexpr,
+    STOP_EARLY: tl.constexpr,
 ):  # fmt: skip
     PIECES: tl.constexpr = BLOCK_SIZE // KEYS  # programs that share an item, each with so many of its block's keys
     item, piece, unit = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES, first_unit + tl.program_id(1)
@@ -83,7 +84,7 @@ def gather_bwd_kernel(
     v = load_rows(v_ptr + head * stride_v_h, key * stride_v_t, exists, DV, PADDED_DV, True)
     dk = tl.zeros([KEYS, PADDED_D], tl.float32)
     dv = tl.zeros([KEYS, PADDED_DV], tl.float32)
-    for start in tl.range(0, num_rows, BLOCK_M, num_stages=NUM_STAGES):
+    for start in tl.range(0, num_rows if STOP_EARLY else item_queries * G, BLOCK_M, num_stages=NUM_STAGES):
         row = start + tl.arange(0, BLOCK_M)
         inside = row < num_rows
         number = row // G
@@ -290,7 +291,8 @@ def selected_attention_bwd(
         )  # fmt: skip
         constants = dict(
             OWN_IS_OPTIONAL=local_blocks == 0, ACCUMULATE=ranged, G=group_size, BLOCK_SIZE=block_size,
-            BLOCK_M=config.bwd_m, NUM_STAGES=config.bwd_stages, num_warps=config.bwd_warps, **forced,
+            BLOCK_M=config.bwd_m, NUM_STAGES=config.bwd_stages, STOP_EARLY=config.stop_early, num_warps=config.bwd_warps,
+            **forced,
         )  # fmt: skip
         grid = (plan.items.shape[1] * pieces, count)
         if runs_hopper:

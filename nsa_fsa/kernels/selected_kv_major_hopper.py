@@ -61,7 +61,7 @@ def gather_fwd_hopper_kernel(
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
     scale, num_blocks, capacity, max_items, partial_rows, first_unit, num_ranges, range_rows, item_queries,
     NUM_SLOTS: gl.constexpr, G: gl.constexpr, BLOCK_SIZE: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
-    WARPS: gl.constexpr,
+    WARPS: gl.constexpr, STOP_EARLY: gl.constexpr,
 ):  # fmt: skip
     item, unit = gl.program_id(0), first_unit + gl.program_id(1)
     block = gl.load(items_ptr + unit * max_items + item)  # before it is known to be one, so that the two loads overlap
@@ -107,7 +107,7 @@ def gather_fwd_hopper_kernel(
     async_copy.commit_group()
 
     tile = 0
-    for start in range(0, num_rows, BLOCK_M):
+    for start in range(0, num_rows if STOP_EARLY else item_queries * G, BLOCK_M):
         async_copy.wait_group(0)
         fence_async_shared()
         thread_barrier()
@@ -152,7 +152,7 @@ def gather_bwd_hopper_kernel(
     num_ranges, range_rows, item_queries,
     NUM_SLOTS: gl.constexpr, INIT_BLOCKS: gl.constexpr, LOCAL_BLOCKS: gl.constexpr, OWN_IS_OPTIONAL: gl.constexpr,
     ACCUMULATE: gl.constexpr, G: gl.constexpr, BLOCK_SIZE: gl.constexpr, D: gl.constexpr,
-    BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr, WARPS: gl.constexpr,
+    BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr, WARPS: gl.constexpr, STOP_EARLY: gl.constexpr,
 ):  # fmt: skip
     item, unit = gl.program_id(0), first_unit + gl.program_id(1)
     block = gl.load(items_ptr + unit * max_items + item)  # before it is known to be one, so that the two loads overlap
@@ -229,7 +229,7 @@ def gather_bwd_hopper_kernel(
 
     dk = gl.zeros([BLOCK_SIZE, D], gl.float32, d_layout)
     dv = gl.zeros([BLOCK_SIZE, D], gl.float32, d_layout)
-    for start in range(0, num_rows, BLOCK_M):
+    for start in range(0, num_rows if STOP_EARLY else item_queries * G, BLOCK_M):
         tile = start // BLOCK_M
         async_copy.wait_group(0)
         fence_async_shared()

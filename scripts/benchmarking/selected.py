@@ -241,17 +241,14 @@ def ablations(inputs: Inputs) -> dict[str, tuple[dict[str, Any], dict[str, Any]]
 
     base = tuning.default_config(inputs.q, inputs.v, inputs.setting.block_size)
     one_tile = dataclasses.replace(base, fwd_item_rows=base.fwd_m, bwd_item_rows=base.bwd_m)
+    late = dataclasses.replace(base, stop_early=False)
     return {
         "whole design": ({}, {}),
         "without the inner loop: a program per tile": ({}, dict(config=one_tile)),
+        "without early return: every item as long as the longest may be": ({}, dict(config=late)),
         "without dense forced blocks": (dict(init_blocks=0, local_blocks=0), {}),
         "without a bound on the workspace": (dict(workspace_bytes=UNLIMITED), {}),
     }
-
-
-# The place for the paper's second ablation: programs that walk as many tiles as the fullest block has, and mask what is not
-# theirs. A program's number of tiles is computed in the kernels, so this needs a constexpr there that switches it.
-NEEDS_A_SWITCH = {"without early return": "the kernels have no switch for it: programs always stop at their block's last query"}
 
 
 def kv_major_calls(inputs: Inputs, options: dict[str, Any], kernel_options: dict[str, Any]) -> Calls:
@@ -284,10 +281,7 @@ def run_ablations(
     settings: list[Setting], meter: Meter, results: Results, seed: int, device: torch.device, console: Console
 ) -> None:
     """The KV-major design without each of its parts, as the FSA paper's figure 9 has it for its own."""
-    for variant, reason in NEEDS_A_SWITCH.items():
-        results.leave_out("triton_kv_major", reason, variant=variant)
-        console.print(f"[yellow]not timed:[/] {variant}: {reason}")
-    with progress_bar(console, len(settings) * 4) as step:
+    with progress_bar(console, len(settings) * 5) as step:
         for setting in settings:
             inputs = make_inputs(setting, seed, device)
             pairs = describe_selection(results, inputs)
