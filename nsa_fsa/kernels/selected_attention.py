@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa_fsa.kernels import tuning
 from nsa_fsa.kernels.block_index import BlockIndex, build_block_index
 from nsa_fsa.kernels.selected_kv_major import rows_contiguous, selected_attention_fwd
 from nsa_fsa.kernels.selected_kv_major_backward import selected_attention_bwd, statistics
 from nsa_fsa.kernels.selected_query_major import selected_attention_query_major_bwd_dq, selected_attention_query_major_fwd
 from nsa_fsa.kernels.sequences import locate_blocks, locate_rows
-from nsa_fsa.kernels.tuning import Config, candidates, plain_config
+from nsa_fsa.kernels.tuning import Config, candidates
 
 __all__ = [
     "BlockIndex",
@@ -91,7 +92,7 @@ def query_major_backward(
     blocks = locate_blocks(k.shape[0], cu_seqlens, block_size)
     precision = dot_precision(q.dtype)
     do = rows_contiguous(do)
-    config = config or plain_config(q, v, block_size)
+    config = config or tuning.plain_config(q, v, block_size)
     dq, dk, dv = selected_attention_bwd(
         do, q, k, v, o, lse, index, rows, blocks, precision=precision, config=config, store_dq=False, **options
     )

@@ -2,7 +2,8 @@
 
     gather   a program holds one block's keys and values and walks the queries that chose it, a tile of (query, head of the
              group) rows at a time, so that no group size pads anything. Each row leaves a partial result, normalised,
-             with its own log-sum-exp, at (query, slot).
+             with its own log-sum-exp, at (query, slot). Where a block is too much for one program several hold a piece
+             each, and a slot has room for the partials of all pieces.
     merge    a program owns a tile of rows that share their own block. It attends to the forced blocks densely, which holds the
              only causal masking here, and folds in the partials. The initial block, which every query sees, is no hot spot.
 
@@ -125,9 +126,8 @@ def merge_fwd_kernel(
 
     if NUM_SLOTS > 0:
         num_sparse = num_sparse & 0x7FFFFFFF
-        partial = (
-            tl.program_id(1).to(tl.int64) * partial_rows + (query - low_row).to(tl.int64) * (NUM_SLOTS * PIECES * G) + row % G
-        )
+        first_slot = (query - low_row).to(tl.int64) * (NUM_SLOTS * PIECES)
+        partial = tl.program_id(1).to(tl.int64) * partial_rows + first_slot * G + row % G
         for i in tl.range(0, tl.max(num_sparse) * PIECES, num_stages=NUM_STAGES):
             exists = i < num_sparse * PIECES
             at = partial + i * G

@@ -4,6 +4,7 @@
     gather      a program holds one block's keys and values and walks the queries that see it: first the run of rows that see
                 it densely, then its entries of the block index. dk and dv stay in registers; each row leaves a partial dq.
                 Scores are computed transposed, [keys, rows], so that p and ds feed the matrix unit from registers.
+                Large blocks are held in pieces, as in the forward.
     sum dk, dv  where a block's queries were cut into several items.
     sum dq      a streaming sum over each row's partials.
 
@@ -115,6 +116,8 @@ def gather_bwd_kernel(
         dk = tl.dot(ds, q, dk, input_precision=PRECISION)
         if STORE_DQ:
             if KEYS < 64:
+                # As [D, BLOCK_M] its layout, all warps along D, would be that of dk and dv too, where D is the other axis:
+                # every warp would hold all of them. From 64 keys on there is work for the warps along the keys.
                 dq = tl.dot(tl.trans(ds), k, input_precision=PRECISION)
             else:
                 dq = tl.trans(tl.dot(tl.trans(k), ds, input_precision=PRECISION))

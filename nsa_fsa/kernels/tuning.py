@@ -13,11 +13,11 @@ from nsa_fsa.kernels.primitives import padded_dim
 # Triton versions whose Gluon, an interface still on the move, the kernels are written for.
 GLUON_VERSIONS = ("3.6.", "3.7.")
 
-# (rows, warps, stages)
+# Tiles: (rows, warps, stages).
 LARGE, WIDE = (64, 4, 3), (64, 8, 2)
-# Of the plain gather backward in 16 bits, by padded head width, for blocks of 16, 32, 64 and 128: the largest that compiles
-# for sm_80, sm_90 and sm_100 without spilling. Never one stage: on an H200 with Triton 3.6 dq then is wrong for
-# blocks of 64 and more, at every number of rows and warps tried.
+# Of the plain gather backward in 16 bits, by padded head width, for blocks of 16, 32, 64 and 128 keys; chosen from large to
+# small as the first that compiles for sm_80, sm_90 and sm_100 without spilling. Never one stage: on an H200 with Triton 3.6 dq
+# is then wrong for blocks of 64 and more, whatever the rows and warps.
 PLAIN_BWD = {
     32: (LARGE, LARGE, LARGE, WIDE),
     64: ((64, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 2)),
@@ -36,17 +36,17 @@ class Config:
 
     fwd_hopper: bool = False  # the Gluon kernel instead of its plain Triton twin
     fwd_m: int = 64  # rows of a tile
-    fwd_keys: int = 128
+    fwd_keys: int = 128  # of a block, that a program of the plain kernel holds at most
     fwd_warps: int = 4
     fwd_stages: int = 3  # of the plain kernel; the Gluon one has two
     fwd_item_rows: int = 2048  # rows that one program walks at most
     merge_m: int = 64
-    merge_keys: int = 128
+    merge_keys: int = 128  # of a step
     merge_warps: int = 4
     merge_stages: int = 3
     bwd_hopper: bool = False
     bwd_m: int = 32
-    bwd_keys: int = 128  # of a block, that one program of the plain kernel holds at most
+    bwd_keys: int = 128  # as fwd_keys
     bwd_warps: int = 4
     bwd_stages: int = 2
     bwd_item_rows: int = 4096
@@ -74,14 +74,14 @@ def padded_width(q: Tensor, v: Tensor) -> int:
 
 
 def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
-    """The tiles of the plain kernels for q `[T, HQ, D]` and v `[T, HKV, DV]`: none spills, `make resources` says.
+    """The tiles of the plain kernels for q `[T, HQ, D]` and v `[T, HKV, DV]`. `make resources` shows that none spills.
 
-    A program of the gather forward holds 32 KiB of keys at most, one of the other kernels 16 KiB; larger blocks are cut.
+    A program of the gather forward holds at most 32 KiB of keys, one of the other kernels 16 KiB, and larger blocks are cut.
     """
     width = padded_width(q, v)
     keys = 16384 // (width * q.element_size())
-    if q.element_size() == 4:  # in full precision there is no matrix unit: both factors of a product take registers
-        fwd, bwd, merge = (32, 8, 2), (16, 8, 2), (16, 8, 2)
+    if q.element_size() == 4:  # without the matrix unit a thread holds whole rows of both factors of a product
+        fwd, bwd, merge = (32, 8, 2), (16, 8, 2), (16, 8, 3)
     else:
         fwd = LARGE if width <= 128 else WIDE
         bwd = PLAIN_BWD[width][block_size.bit_length() - 5]
@@ -95,7 +95,7 @@ def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
 
 
 def query_major_tile(q: Tensor, v: Tensor) -> tuple[int, int]:
-    """(keys of a step at most, warps) of the query-major kernels."""
+    """(keys of a step at most, warps) of the query-major kernels, which take one query's group at a time."""
     width = padded_width(q, v)
     return (16384 // width, 4) if q.element_size() == 2 else (4096 // width, 8 if width > 64 else 4)
 
@@ -112,21 +112,23 @@ def default_config(q: Tensor, v: Tensor, block_size: int) -> Config:
 
 
 def candidates(q: Tensor, v: Tensor, block_size: int, direction: str) -> dict[str, Config]:
-    """What the profiler tries for "forward" or "backward", by name; the default comes first."""
+    """What the profiler tries for "forward" or "backward", by name; the default comes first. Tiles that spill are left out."""
     default = default_config(q, v, block_size)
+    width, half = padded_width(q, v), q.element_size() == 2
     changes: list[dict[str, Any]]
     if direction == "forward":
-        changes = [
-            dict(fwd_item_rows=1024),
-            dict(fwd_item_rows=4096),
-            dict(fwd_hopper=False, fwd_m=128, fwd_stages=2, fwd_item_rows=8192),
-        ]
-        changes += [dict(fwd_hopper=False, fwd_m=64, fwd_stages=stages) for stages in (2, 3)]
-    elif default.bwd_hopper:
-        changes = [dict(bwd_item_rows=rows) for rows in (2048, 8192, 16384)]
-        changes += [dict(bwd_stages=1), dict(bwd_hopper=False, bwd_m=32, bwd_warps=4, bwd_stages=2)]
+        changes = [dict(fwd_item_rows=rows) for rows in (1024, 4096)]
+        if half and block_size * width <= 8192:
+            changes += [dict(fwd_hopper=False, fwd_m=128, fwd_stages=2, fwd_item_rows=8192)]
+        if half:
+            changes += [dict(fwd_hopper=False, fwd_m=64, fwd_stages=stages) for stages in (2, 3)]
     else:
-        changes = [dict(bwd_item_rows=rows) for rows in (2048, 16384)] if q.element_size() == 2 else []
+        changes = [dict(bwd_item_rows=rows) for rows in (2048, 8192, 16384)] if half else []
+        plain = dict(bwd_hopper=False, bwd_m=32, bwd_warps=4, bwd_stages=2)
+        if default.bwd_hopper:
+            changes += [dict(bwd_stages=1), plain]
+        if half and width <= 128:
+            changes += [plain | dict(bwd_keys=4096 // width)]
     found = {"kv_major": default}
     for change in changes:
         config = dataclasses.replace(default, **change)

@@ -1,4 +1,4 @@
-"""Tiles and items so small that shapes an interpreter can run are cut as only long sequences otherwise are."""
+"""Tiles and items so small that shapes an interpreter can run are cut as only long sequences and wide heads otherwise are."""
 
 import dataclasses
 
@@ -12,28 +12,37 @@ from tests.promised import assert_results_close, output_gradient, run, selection
 
 CASE = Case("tiles", (5, 0, 50, 33), 2, 1, 32, 16, F32, 8, 4, 16, 4, 1, 1, 8, seed=9)
 SHORT = Case("tiles_short", (20, 0, 17), 2, 1, 16, 16, F32, 8, 4, 16, 2, 1, 0, 8, seed=10)
+# Blocks of two pieces, some with keys in the first piece only: all of them sparse, and some of them dense.
+PIECES = Case("pieces", (37, 0, 70), 1, 1, 32, 16, F32, 8, 4, 32, 3, 0, 0, 8, seed=11)
+PIECES_FORCED = dataclasses.replace(PIECES, name="pieces_forced", init_blocks=1, local_blocks=1)
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 16 rows and items of 48: a block with more than 48 rows, (query, head) pairs, is shared by several programs."""
-    default = tuning.default_config
+    """Tiles of 16 rows and items of 48: a block with more than 48 rows, (query, head) pairs, is shared by several programs.
+    Pieces and steps of 16 keys: so are those of a block that has more."""
 
-    def small(*args, **kwargs):
-        config = default(*args, **kwargs)
-        sizes = {field.name: 16 for field in dataclasses.fields(config) if field.name.endswith("_m")}
-        items = {field.name: 48 for field in dataclasses.fields(config) if field.name.endswith("item_rows")}
-        assert sizes
-        assert items
-        return dataclasses.replace(config, **sizes, **items)
+    def small(make_config):
+        def made(*args, **kwargs):
+            config = make_config(*args, **kwargs)
+            names = [field.name for field in dataclasses.fields(config)]
+            sizes = {name: 16 for name in names if name.endswith(("_m", "_keys"))}
+            items = {name: 48 for name in names if name.endswith("item_rows")}
+            assert {"fwd_keys", "bwd_keys", "merge_keys", "bwd_m"} <= sizes.keys()
+            assert items
+            return dataclasses.replace(config, **sizes, **items)
 
-    monkeypatch.setattr(tuning, "default_config", small)
+        return made
+
+    for name in ("default_config", "plain_config"):
+        monkeypatch.setattr(tuning, name, small(getattr(tuning, name)))
+    monkeypatch.setattr(tuning, "query_major_tile", lambda *_: (16, 4))
 
 
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("workspace_bytes", [60_000, 2**30])
 @pytest.mark.parametrize("group_size", [1, 5])
-@pytest.mark.parametrize("case", [CASE, SHORT], ids=str)
+@pytest.mark.parametrize("case", [CASE, SHORT, PIECES, PIECES_FORCED], ids=str)
 @pytest.mark.parametrize("backend", [b for b in backends_of("selected_attention") if b.values[0] != "reference"])
 def test_how_work_is_cut_does_not_show(backend, case, group_size, workspace_bytes):
     case, x, indices = selection(dataclasses.replace(case, group_size=group_size), backend)
