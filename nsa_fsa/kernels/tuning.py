@@ -73,16 +73,17 @@ def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
     A program of the gather forward holds at most 32 KiB of keys, one of the other kernels 16 KiB, and larger blocks are cut.
     """
     width = padded_width(q, v)
-    keys = 16384 // (width * q.element_size())
+    keys = bwd_keys = 16384 // (width * q.element_size())
     if q.element_size() == 4:  # without the matrix unit a thread holds whole rows of both factors of a product
         fwd, bwd, merge = (32, 8, 2), (16, 8, 1), (16, 8, 3)
+        bwd_keys = max(keys // 2, 16)  # with all of them 24 bytes are left on the stack at a width of 80 on sm_100
     else:
         fwd = LARGE if width <= 128 else WIDE
         bwd = PLAIN_BWD[width][block_size.bit_length() - 5]
         merge = LARGE if width <= 128 and block_size * width <= 8192 else WIDE
     return Config(
         fwd_m=fwd[0], fwd_keys=2 * keys, fwd_warps=fwd[1], fwd_stages=fwd[2],
-        bwd_m=bwd[0], bwd_keys=keys, bwd_warps=bwd[1], bwd_stages=bwd[2],
+        bwd_m=bwd[0], bwd_keys=bwd_keys, bwd_warps=bwd[1], bwd_stages=bwd[2],
         merge_m=merge[0], merge_keys=keys, merge_warps=merge[1], merge_stages=merge[2],
     )  # fmt: skip
 
