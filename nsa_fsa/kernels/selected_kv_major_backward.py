@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nsa_fsa.kernels import tuning
 from nsa_fsa.kernels.block_index import BlockIndex, num_slots
-from nsa_fsa.kernels.primitives import LOG2_E, load_rows, padded_dim, store_rows
+from nsa_fsa.kernels.primitives import LOG2_E, add_product, load_rows, padded_dim, store_rows
 from nsa_fsa.kernels.selected_kv_major import hopper, rows_contiguous
 from nsa_fsa.kernels.selected_plan import cut_units, make_plan
 from nsa_fsa.kernels.sequences import Blocks, Rows
@@ -111,9 +111,9 @@ def gather_bwd_kernel(
         p = tl.exp2(scores * scale2 + (shift * scale2)[None, :])
         p = tl.where(column[:, None] <= ahead[None, :], p, 0.0)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
-        dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+        dv = add_product(dv, p.to(do.dtype), do, PRECISION)
         ds = (p * (dp + delta[None, :]) * scale).to(q.dtype)
-        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        dk = add_product(dk, ds, q, PRECISION)
         if STORE_DQ:
             if KEYS < 64:
                 # As [D, BLOCK_M] its layout, all warps along D, would be that of dk and dv too, where D is the other axis:

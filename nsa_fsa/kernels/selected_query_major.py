@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.kernels import tuning
-from nsa_fsa.kernels.primitives import LN_2, LOG2_E, dot_keys, load_rows, online_softmax, padded_dim, store_rows
+from nsa_fsa.kernels.primitives import LN_2, LOG2_E, add_product, dot_keys, load_rows, online_softmax, padded_dim, store_rows
 from nsa_fsa.kernels.selected_kv_major import rows_contiguous
 from nsa_fsa.kernels.sequences import Rows
 
@@ -107,7 +107,7 @@ def query_bwd_dq_kernel(
                 p = tl.where(seen[None, :], tl.exp2(scores * scale2 + (shift * scale2)[:, None]), 0.0)
                 dp = dot_keys(do, v, PRECISION)
                 ds = (p * (dp + delta[:, None]) * scale).to(k.dtype)
-                dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+                dq = add_product(dq, ds, k, PRECISION)
     store_rows(dq_ptr, target * D, dq, real, D, PADDED_D)
 
 

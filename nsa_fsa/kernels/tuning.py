@@ -21,13 +21,9 @@ LARGE, WIDE = (64, 4, 3), (64, 8, 2)
 PLAIN_BWD = {
     32: (LARGE, LARGE, LARGE, WIDE),
     64: ((64, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 2)),
-    128: ((32, 4, 2), (32, 4, 2), (16, 8, 2), (16, 8, 2)),
+    128: ((32, 4, 2), (32, 4, 2), (32, 4, 2), (32, 4, 2)),
     256: ((32, 8, 2), (32, 8, 2), (32, 8, 2), (32, 8, 2)),
 }
-
-# Without a matrix unit dk and dv are chains of one addition a row, each of which rounds: after 2,400 rows dv missed its bar,
-# with an error of 2.3e-5 instead of 1.8e-5. Items cut the chain.
-PRECISE_ITEM_ROWS = 256
 
 
 @dataclass(frozen=True)
@@ -76,20 +72,20 @@ def padded_width(q: Tensor, v: Tensor) -> int:
 def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
     """The tiles of the plain kernels for q `[T, HQ, D]` and v `[T, HKV, DV]`. `make resources` shows that none spills.
 
-    A program of the gather forward holds at most 32 KiB of keys, one of the other kernels 16 KiB, and larger blocks are cut.
+    A program of the gather forward holds at most 32 KiB of keys, one of the other kernels 16 KiB or less; larger blocks are cut.
     """
     width = padded_width(q, v)
-    keys = 16384 // (width * q.element_size())
+    keys = bwd_keys = 16384 // (width * q.element_size())
     if q.element_size() == 4:  # without the matrix unit a thread holds whole rows of both factors of a product
         fwd, bwd, merge = (32, 8, 2), (16, 8, 2), (16, 8, 3)
     else:
         fwd = LARGE if width <= 128 else WIDE
         bwd = PLAIN_BWD[width][block_size.bit_length() - 5]
+        bwd_keys = 32 if width >= 128 else keys  # 64 keys of 128 leave 16 to 250 bytes on the stack on sm_80
         merge = LARGE if width <= 128 and block_size * width <= 8192 else WIDE
     return Config(
         fwd_m=fwd[0], fwd_keys=2 * keys, fwd_warps=fwd[1], fwd_stages=fwd[2],
-        bwd_m=bwd[0], bwd_keys=keys, bwd_warps=bwd[1], bwd_stages=bwd[2],
-        bwd_item_rows=PRECISE_ITEM_ROWS if q.dtype == torch.float32 else Config.bwd_item_rows,
+        bwd_m=bwd[0], bwd_keys=bwd_keys, bwd_warps=bwd[1], bwd_stages=bwd[2],
         merge_m=merge[0], merge_keys=keys, merge_warps=merge[1], merge_stages=merge[2],
     )  # fmt: skip
 
