@@ -91,7 +91,9 @@ def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
 def query_major_tile(q: Tensor, v: Tensor) -> tuple[int, int]:
     """(keys of a step at most, warps) of the query-major kernels, which take one query's group at a time."""
     width = padded_width(q, v)
-    return (16384 // width, 4) if q.element_size() == 2 else (4096 // width, 8 if width > 64 else 4)
+    if q.element_size() == 2:
+        return 16384 // width, 4
+    return (2048 // width, 4) if width <= 128 else (32, 8)
 
 
 def default_config(q: Tensor, v: Tensor, block_size: int) -> Config:
