@@ -114,14 +114,14 @@ def candidates(q: Tensor, v: Tensor, block_size: int, direction: str) -> dict[st
     changes: list[dict[str, Any]]
     if direction == "forward":
         changes = [dict(fwd_item_rows=2048)]
-        if half and block_size * width <= 8192:
+        if half and block_size <= 64 and block_size * width <= 8192:
             changes += [dict(fwd_hopper=False, fwd_m=128, fwd_stages=2, fwd_item_rows=8192)]
         if half:
             changes += [dict(fwd_hopper=False, fwd_m=64, fwd_stages=stages) for stages in (2, 3)]
     else:
         changes = [dict(bwd_item_rows=rows) for rows in (2048, 8192, 16384)] + [dict(bwd_stages=1)]
         plain = dict(bwd_hopper=False, bwd_m=32, bwd_warps=4, bwd_stages=2)
-        if default.bwd_hopper:
+        if default.bwd_hopper and width == 128:  # with 64 keys, which spill on sm_80
             changes += [plain]
         if half and width <= 128:
             changes += [plain | dict(bwd_keys=4096 // width)]
