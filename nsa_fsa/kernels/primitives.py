@@ -46,7 +46,7 @@ def dot_keys(q, k, PRECISION: tl.constexpr):
 def add_product(acc, a, b, PRECISION: tl.constexpr):
     """acc + a b, where acc sums thousands of rows over many calls."""
     if PRECISION == "ieee":
-        # Without a matrix unit a product that goes on from acc is one chain of additions over all rows, and each of them rounds:
+        # Without a matrix unit a product that goes on from acc is one chain of additions over all rows, each of which rounds:
         # after 120 rows dv missed its bar, with an error of 6.0e-6 instead of 5.4e-6. A product of its own keeps the chains
         # short; it is subtracted because Triton folds a sum back into the chain.
         tl.debug_barrier()  # as in dot_keys

@@ -72,7 +72,7 @@ def padded_width(q: Tensor, v: Tensor) -> int:
 def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
     """The tiles of the plain kernels for q `[T, HQ, D]` and v `[T, HKV, DV]`. `make resources` shows that none spills.
 
-    A program of the gather forward holds at most 32 KiB of keys, one of the other kernels 16 KiB or less; larger blocks are cut.
+    A program of the gather forward holds at most 32 KiB of keys, one of the others 16 KiB or less; larger blocks are cut.
     """
     width = padded_width(q, v)
     keys = bwd_keys = 16384 // (width * q.element_size())
@@ -93,7 +93,9 @@ def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
 def query_major_tile(q: Tensor, v: Tensor) -> tuple[int, int]:
     """(keys of a step at most, warps) of the query-major kernels, which take one query's group at a time."""
     width = padded_width(q, v)
-    return (16384 // width, 4) if q.element_size() == 2 else (4096 // width, 8 if width > 64 else 4)
+    if q.element_size() == 2:
+        return 16384 // width, 4
+    return (2048 // width, 4) if width <= 128 else (32, 8)
 
 
 def default_config(q: Tensor, v: Tensor, block_size: int) -> Config:
@@ -114,7 +116,7 @@ def candidates(q: Tensor, v: Tensor, block_size: int, direction: str) -> dict[st
     changes: list[dict[str, Any]]
     if direction == "forward":
         changes = [dict(fwd_item_rows=rows) for rows in (1024, 4096)]
-        if half and block_size * width <= 8192:
+        if half and block_size <= 64 and block_size * width <= 8192:
             changes += [dict(fwd_hopper=False, fwd_m=128, fwd_stages=2, fwd_item_rows=8192)]
         if half:
             changes += [dict(fwd_hopper=False, fwd_m=64, fwd_stages=stages) for stages in (2, 3)]
