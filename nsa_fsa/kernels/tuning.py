@@ -90,12 +90,12 @@ def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
     )  # fmt: skip
 
 
-def query_major_tile(q: Tensor, v: Tensor) -> tuple[int, int]:
-    """(keys of a step at most, warps) of the query-major kernels, which take one query's group at a time."""
+def query_major_tile(q: Tensor, v: Tensor) -> tuple[int, int, int]:
+    """(keys of a step at most, warps, stages) of the query-major kernels, which take one query's group at a time."""
     width = padded_width(q, v)
     if q.element_size() == 2:
-        return 16384 // width, 4
-    return (2048 // width, 4) if width <= 128 else (32, 8)
+        return 8192 // width, 4, 2
+    return (2048 // width, 4, 2) if width <= 128 else (32, 8, 2)
 
 
 def default_config(q: Tensor, v: Tensor, block_size: int) -> Config:
