@@ -79,6 +79,8 @@ def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
     keys = bwd_keys = 16384 // (width * q.element_size())
     if q.element_size() == 4:  # without the matrix unit a thread holds whole rows of both factors of a product
         fwd, bwd, merge = (32, 8, 2), (16, 8, 2), (16, 8, 3)
+        if min(keys, block_size) * width <= 1024:  # with 8 warps ptxas prefers 24 bytes of stack to one register more
+            bwd = (16, 4, 2)
     else:
         fwd = LARGE if width <= 128 else WIDE
         bwd = PLAIN_BWD[width][block_size.bit_length() - 5]
