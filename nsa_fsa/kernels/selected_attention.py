@@ -66,8 +66,9 @@ def kv_major_backward(
     """dq, dk and dv; options as for the forward."""
     rows = locate_rows(q.shape[0], cu_seqlens, options["block_size"])
     blocks = locate_blocks(k.shape[0], cu_seqlens, options["block_size"])
-    precision = dot_precision(q.dtype)
-    return selected_attention_bwd(do, q, k, v, o, lse, index, rows, blocks, precision=precision, config=config, **options)
+    do, precision = rows_contiguous(do), dot_precision(q.dtype)
+    sums = statistics(do, o, lse, options["scale"])
+    return selected_attention_bwd(do, q, k, v, *sums, index, rows, blocks, precision=precision, config=config, **options)
 
 
 def query_major_forward(
@@ -93,13 +94,13 @@ def query_major_backward(
     precision = dot_precision(q.dtype)
     do = rows_contiguous(do)
     config = config or tuning.plain_config(q, v, block_size)
+    sums = statistics(do, o, lse, scale)
     dq, dk, dv = selected_attention_bwd(
-        do, q, k, v, o, lse, index, rows, blocks, precision=precision, config=config, store_dq=False, **options
+        do, q, k, v, *sums, index, rows, blocks, precision=precision, config=config, store_dq=False, **options
     )
     if q.numel():
-        shift, delta = statistics(do, o, lse, scale)
         selected_attention_query_major_bwd_dq(
-            do, q, k, v, shift, delta, block_indices, block_counts, rows, dq,
+            do, q, k, v, *sums, block_indices, block_counts, rows, dq,
             block_size=block_size, scale=scale, precision=precision,
         )  # fmt: skip
     return dq, dk, dv

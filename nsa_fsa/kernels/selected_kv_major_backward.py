@@ -210,10 +210,11 @@ def statistics(do: Tensor, o: Tensor, lse: Tensor, scale: float) -> tuple[Tensor
     num_tokens, num_heads, v_dim = o.shape
     shift, delta = torch.empty(2, num_tokens, num_heads, dtype=torch.float32, device=o.device)
     rows = 64
-    statistics_kernel[(triton.cdiv(num_tokens * num_heads, rows),)](
-        o, do, lse, shift, delta, *do.stride()[:2], scale, num_heads, num_tokens * num_heads,
-        DV=v_dim, PADDED_DV=padded_dim(v_dim), ROWS=rows,
-    )  # fmt: skip
+    if o.numel():
+        statistics_kernel[(triton.cdiv(num_tokens * num_heads, rows),)](
+            o, do, lse, shift, delta, *do.stride()[:2], scale, num_heads, num_tokens * num_heads,
+            DV=v_dim, PADDED_DV=padded_dim(v_dim), ROWS=rows,
+        )  # fmt: skip
     return shift, delta
 
 
@@ -222,8 +223,8 @@ def selected_attention_bwd(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    o: Tensor,
-    lse: Tensor,
+    shift: Tensor,
+    delta: Tensor,
     index: BlockIndex,
     rows: Rows,
     blocks: Blocks,
@@ -240,6 +241,7 @@ def selected_attention_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q `[T, HQ, D]`, k `[T, HKV, D]` and v `[T, HKV, DV]`, each in its own dtype.
 
+    shift, delta: as `statistics` gives them.
     store_dq: leave dq alone (uninitialised) where another kernel computes it.
     """
     config = config or tuning.default_config(q, v, block_size)
@@ -250,11 +252,10 @@ def selected_attention_bwd(
     if num_tokens == 0 or num_heads == 0:
         return dq, dk.zero_(), dv.zero_()
     group_size, slots = num_heads // num_kv_heads, num_slots(num_indices, init_blocks, local_blocks)
-    shift, delta = statistics(do, o, lse, scale)
 
     all_slots = slots + init_blocks + max(local_blocks, 1)
-    runs_hopper = config.bwd_hopper and store_dq
-    keys = block_size if runs_hopper else min(config.bwd_keys, block_size)
+    gluon = config.bwd_hopper and store_dq
+    keys = block_size if gluon else min(config.bwd_keys, block_size)
     pieces = block_size // keys
     item_queries = max(config.bwd_item_rows // group_size, 1)
     dkdv_bytes = block_size * (head_dim + v_dim) * 4
@@ -298,7 +299,7 @@ def selected_attention_bwd(
             **forced,
         )  # fmt: skip
         grid = (plan.items.shape[1] * pieces, count)
-        if runs_hopper:
+        if gluon:
             hopper().gather_bwd_hopper_kernel[grid](*arguments, D=head_dim, WARPS=config.bwd_warps, **constants)
         else:
             gather_bwd_kernel[grid](

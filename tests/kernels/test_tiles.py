@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
@@ -49,3 +50,13 @@ def test_how_work_is_cut_does_not_show(backend, case, group_size, workspace_byte
     do = output_gradient(case)
     expected = run("reference", case, x, indices, do)
     assert_results_close(backend, run(backend, case, x, indices, do, workspace_bytes=workspace_bytes), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("block_size", [16, 32, 64, 128])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 192, 256])
+def test_plain_backward_has_two_stages(head_dim, block_size, dtype):
+    """With one dq is wrong on Hopper, which neither the interpreter nor a compiler notices."""
+    q = torch.empty(1, 4, head_dim, dtype=dtype)
+    configs = tuning.candidates(q, q, block_size, "backward")
+    assert all(config.bwd_stages > 1 for config in configs.values()), configs
