@@ -183,7 +183,7 @@ def selected_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """q `[T, HQ, D]`, k `[T, HKV, D]`, v `[T, HKV, DV]` -> o `[T, HQ, DV]`, natural-log lse float32 `[T, HQ]`."""
     config = config or tuning.default_config(q, v, block_size)
-    q, k, v = (rows_contiguous(x, config.fwd_hopper or config.merge_hopper) for x in (q, k, v))
+    q, k, v = (rows_contiguous(x, config.fwd_hopper) for x in (q, k, v))
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, v_dim = v.shape[1:]
     group_size, slots = num_heads // num_kv_heads, num_slots(num_indices, init_blocks, local_blocks)
@@ -225,18 +225,11 @@ def selected_attention_fwd(
                 gather_fwd_kernel[grid](
                     *arguments, PRECISION=precision, KEYS=keys, NUM_STAGES=config.fwd_stages, **constants, **widths
                 )
-        arguments = (
+        merge_fwd_kernel[(num_blocks * tiles, count)](
             q, k, v, index.num_sparse, partial_o, partial_lse, o, lse, *blocks[:3],
             *strides, scale * LOG2_E, num_heads, num_tokens, *where,
-        )  # fmt: skip
-        constants = dict(
             NUM_SLOTS=slots, INIT_BLOCKS=init_blocks, LOCAL_BLOCKS=max(local_blocks, 1), OWN_IS_OPTIONAL=local_blocks == 0,
-            G=group_size, BLOCK_SIZE=block_size, BLOCK_M=merge_m, NUM_STAGES=config.merge_stages, num_warps=config.merge_warps,
+            G=group_size, BLOCK_SIZE=block_size, BLOCK_M=merge_m, KEYS=min(config.merge_keys, block_size), PIECES=pieces,
+            PRECISION=precision, NUM_STAGES=config.merge_stages, num_warps=config.merge_warps, **widths,
         )  # fmt: skip
-        grid = (num_blocks * tiles, count)
-        if config.merge_hopper and slots and pieces == 1:
-            hopper().merge_fwd_hopper_kernel[grid](*arguments, D=head_dim, WARPS=config.merge_warps, **constants)
-        else:
-            merge_keys = min(config.merge_keys, block_size)
-            merge_fwd_kernel[grid](*arguments, PRECISION=precision, KEYS=merge_keys, PIECES=pieces, **constants, **widths)
     return o, lse

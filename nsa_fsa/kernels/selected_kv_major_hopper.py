@@ -1,11 +1,11 @@
-"""The large kernels of the KV-major order for Hopper, in Gluon; the kernels of the same name without `hopper` are their plain
-Triton twins, for every other GPU, shape and dtype, and say what is computed.
+"""The two gather kernels of the KV-major order for Hopper, in Gluon; the kernels of the same name without `hopper` are their
+plain Triton twins, for every other GPU, shape and dtype, and say what is computed.
 
 What Gluon adds is control over what waits for what. A program is one warpgroup (two for blocks of 128), two or three of them
 share a multiprocessor, and in the loop over tiles nothing waits for global memory that was not asked for a tile earlier:
 
 - rows of q and do arrive by cp.async while the tile before is computed, and the entries that say where they lie a tile before
-  that. Loads into registers instead spill, and a spill waits for its load: 19.5 ms instead of the backward's 16.4.
+  that. Loads into registers instead spill, and a spill waits for its load: 19.5 ms instead of the backward's TODO.
 - matrix products run asynchronously; k q^T and v do^T together, ds q beside dsT k.
 - a result is staged in the buffer of the queries that it belongs to, which are no longer needed, and leaves in 16-byte stores.
 
@@ -21,7 +21,6 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
 VECTOR = gl.constexpr(8)  # elements of a 16-byte copy; offsets are multiples, and kept divided by it, in 32 bits
-LN_2 = gl.constexpr(0.6931471805599453)
 RING = gl.constexpr(4)  # tiles whose entries and statistics are kept
 
 
@@ -55,7 +54,7 @@ def resolve_rows(
     return query.to(gl.int64), member, target
 
 
-@gluon.jit(do_not_specialize=["first_unit"])
+@gluon.jit
 def gather_fwd_hopper_kernel(
     q_ptr, k_ptr, v_ptr, entries_ptr, partial_o_ptr, partial_lse_ptr,
     items_ptr, num_items_ptr, first_item_ptr, first_entry_ptr, num_queries_ptr, first_row_ptr,
@@ -142,167 +141,6 @@ def gather_fwd_hopper_kernel(
 
 
 @gluon.jit
-def copy_partials(buffer, ptr, row, exists, DIM: gl.constexpr, layout: gl.constexpr):
-    """Asynchronously, rows of partial results; 0 where there is none."""
-    column = gl.arange(0, DIM, gl.SliceLayout(0, layout))
-    at = ptr + (row.to(gl.int64) * DIM)[:, None] + column[None, :]
-    async_copy.async_copy_global_to_shared(buffer, at, mask=exists[:, None])
-
-
-@gluon.jit
-def add_partial(acc, maximum, total, lse, o, row_of: gl.constexpr):
-    """A partial result o with its log-sum-exp joins acc, maximum and total."""
-    raised = gl.maximum(maximum, lse)
-    shift = gl.where(raised == float("-inf"), 0.0, raised)  # a row that has seen nothing yet
-    decay, weight = gl.exp2(maximum - shift), gl.exp2(lse - shift)
-    acc = acc * gl.convert_layout(decay, row_of)[:, None] + gl.convert_layout(weight, row_of)[:, None] * o.to(gl.float32)
-    return acc, raised, total * decay + weight
-
-
-@gluon.jit(do_not_specialize=["first_unit"])
-def merge_fwd_hopper_kernel(
-    q_ptr, k_ptr, v_ptr, num_sparse_ptr, partial_o_ptr, partial_lse_ptr, o_ptr, lse_ptr,
-    first_row_ptr, num_rows_ptr, block_index_ptr,
-    stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
-    scale, num_heads, num_tokens, partial_rows, first_unit, num_ranges, range_rows,
-    NUM_SLOTS: gl.constexpr, INIT_BLOCKS: gl.constexpr, LOCAL_BLOCKS: gl.constexpr, OWN_IS_OPTIONAL: gl.constexpr,
-    G: gl.constexpr, BLOCK_SIZE: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr,
-    WARPS: gl.constexpr,
-):  # fmt: skip
-    TILES: gl.constexpr = (BLOCK_SIZE * G + BLOCK_M - 1) // BLOCK_M
-    KEYS: gl.constexpr = 64
-    STEPS: gl.constexpr = BLOCK_SIZE // KEYS
-    DENSE: gl.constexpr = (LOCAL_BLOCKS + INIT_BLOCKS) * STEPS
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
-    rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
-    row_of: gl.constexpr = gl.SliceLayout(1, rows)
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, KEYS, 16])
-    s_row_of: gl.constexpr = gl.SliceLayout(1, s_layout)
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
-    o_row_of: gl.constexpr = gl.SliceLayout(1, o_layout)
-    tile_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D], dtype)
-    key_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([KEYS, D], dtype)
-    block, tile, unit = gl.program_id(0) // TILES, gl.program_id(0) % TILES, first_unit + gl.program_id(1)
-    head, low_row = unit // num_ranges, unit % num_ranges * range_rows
-    high_row = gl.minimum(low_row + range_rows, num_tokens)
-    first_row = gl.load(first_row_ptr + block)
-    rows_of_block = gl.load(num_rows_ptr + block)
-    own = gl.load(block_index_ptr + block)
-    first_member = tile * BLOCK_M
-    if (first_member // G >= rows_of_block) | (first_row + rows_of_block <= low_row) | (first_row >= high_row):
-        return
-    q_s = gl.allocate_shared_memory(dtype, [BLOCK_M, D], tile_shared)
-    k_s = gl.allocate_shared_memory(dtype, [KEYS, D], key_shared)
-    v_s = gl.allocate_shared_memory(dtype, [KEYS, D], key_shared)
-    o_s = gl.allocate_shared_memory(dtype, [NUM_STAGES, BLOCK_M, D], tile_shared)
-
-    # Rows past the block's end repeat its last query; none that is outside is stored.
-    last_row = first_row + rows_of_block - 1
-    member = first_member + gl.arange(0, BLOCK_M, row_of)
-    query = gl.minimum(first_row + member // G, last_row)
-    inside = (first_row + member // G <= last_row) & (query >= low_row) & (query < high_row)
-    num_sparse_ptr += head.to(gl.int64) * num_tokens
-    sparse = gl.load(num_sparse_ptr + query, mask=inside, other=0) & 0x7FFFFFFF
-    partial_row = (query - low_row) * (NUM_SLOTS * G) + member % G
-    partial = gl.program_id(1).to(gl.int64) * partial_rows
-    partial_o_ptr += partial * D
-    partial_lse_ptr += partial
-    s_member = first_member + gl.arange(0, BLOCK_M, s_row_of)
-    s_query = gl.minimum(first_row + s_member // G, last_row)
-    s_inside = (first_row + s_member // G <= last_row) & (s_query >= low_row) & (s_query < high_row)
-    s_flags = gl.load(num_sparse_ptr + s_query, mask=s_inside, other=0)
-    s_sparse = s_flags & 0x7FFFFFFF
-    s_partial_row = (s_query - low_row) * (NUM_SLOTS * G) + s_member % G
-    key_row = gl.arange(0, KEYS, row_of)
-    k_ptr += head * stride_k_h
-    v_ptr += head * stride_v_h
-
-    key = gl.minimum(first_row + key_row, last_row).to(gl.int64)
-    copy_rows(q_s, q_ptr + head * G * stride_q_h, query.to(gl.int64) * stride_q_t + member % G * stride_q_h, D, rows)
-    copy_rows(k_s, k_ptr, key * stride_k_t, D, rows)
-    copy_rows(v_s, v_ptr, key * stride_v_t, D, rows)
-    async_copy.commit_group()
-    for i in gl.static_range(NUM_STAGES - 1):
-        copy_partials(o_s.index(i), partial_o_ptr, partial_row + i * G, i < sparse, D, rows)
-        async_copy.commit_group()
-
-    acc = gl.zeros([BLOCK_M, D], gl.float32, o_layout)
-    maximum = gl.full([BLOCK_M], float("-inf"), gl.float32, s_row_of)
-    total = gl.zeros([BLOCK_M], gl.float32, s_row_of)
-    lse = gl.load(partial_lse_ptr + s_partial_row, mask=s_sparse > 0, other=float("-inf"))
-    # The dense blocks, from the own one back and then the initial ones, each followed by a partial, so that what comes from
-    # memory keeps coming.
-    for i in range(0, DENSE):
-        async_copy.wait_group(0)
-        fence_async_shared()
-        thread_barrier()
-        copy_partials(
-            o_s.index((i + NUM_STAGES - 1) % NUM_STAGES), partial_o_ptr, partial_row + (i + NUM_STAGES - 1) * G,
-            i + NUM_STAGES - 1 < sparse, D, rows,
-        )  # fmt: skip
-        async_copy.commit_group()
-        number = i // STEPS
-        offset = gl.where(number < LOCAL_BLOCKS, number, own - (number - LOCAL_BLOCKS))
-        if (offset <= own) & ((number < LOCAL_BLOCKS) | (offset >= LOCAL_BLOCKS)):
-            none = gl.zeros([BLOCK_M, KEYS], gl.float32, s_layout)
-            scores = warpgroup_mma(q_s, k_s.permute((1, 0)), none, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=(scores,)) * scale
-            if offset == 0:
-                seen_key = first_row + i % STEPS * KEYS + gl.arange(0, KEYS, gl.SliceLayout(0, s_layout))
-                seen = seen_key[None, :] <= s_query[:, None]
-                if OWN_IS_OPTIONAL:
-                    seen = seen & (s_flags < 0)[:, None]  # bit 31: the own block was chosen
-                scores = gl.where(seen, scores, float("-inf"))
-            raised = gl.maximum(maximum, gl.max(scores, 1))
-            shift = gl.where(raised == float("-inf"), 0.0, raised)
-            decay = gl.exp2(maximum - shift)
-            p = gl.exp2(scores - shift[:, None])
-            total = total * decay + gl.sum(p, 1)
-            maximum = raised
-            p = gl.convert_layout(p.to(dtype), gl.DotOperandLayout(0, o_layout, 2))
-            acc = acc * gl.convert_layout(decay, o_row_of)[:, None]
-            acc = warpgroup_mma(p, v_s, acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=(acc,))
-        thread_barrier()
-        if DENSE > 1:  # noqa: SIM102  decided by the compiler: copies that it finds never to run would not compile
-            if i + 1 < DENSE:
-                number = (i + 1) // STEPS
-                offset = gl.where(number < LOCAL_BLOCKS, number, own - (number - LOCAL_BLOCKS))
-                offset = gl.minimum(gl.maximum(offset, 0), own)  # where there is no such block, any that exists
-                next_key = first_row - offset * BLOCK_SIZE + (i + 1) % STEPS * KEYS + key_row
-                next_key = gl.minimum(next_key, last_row).to(gl.int64)
-                copy_rows(k_s, k_ptr, next_key * stride_k_t, D, rows)
-                copy_rows(v_s, v_ptr, next_key * stride_v_t, D, rows)
-        async_copy.commit_group()
-        acc, maximum, total = add_partial(acc, maximum, total, lse, o_s.index(i % NUM_STAGES).load(o_layout), o_row_of)
-        lse = gl.load(partial_lse_ptr + s_partial_row + (i + 1) * G, mask=i + 1 < s_sparse, other=float("-inf"))
-    for i in range(DENSE, gl.max(s_sparse, 0)):
-        async_copy.wait_group(NUM_STAGES - 2)
-        thread_barrier()
-        copy_partials(
-            o_s.index((i + NUM_STAGES - 1) % NUM_STAGES), partial_o_ptr, partial_row + (i + NUM_STAGES - 1) * G,
-            i + NUM_STAGES - 1 < sparse, D, rows,
-        )  # fmt: skip
-        async_copy.commit_group()
-        acc, maximum, total = add_partial(acc, maximum, total, lse, o_s.index(i % NUM_STAGES).load(o_layout), o_row_of)
-        lse = gl.load(partial_lse_ptr + s_partial_row + (i + 1) * G, mask=i + 1 < s_sparse, other=float("-inf"))
-    async_copy.wait_group(0)
-
-    seen_any = total > 0
-    total = gl.where(seen_any, total, 1.0)  # acc is 0 where nothing was seen
-    acc = acc * gl.convert_layout(1.0 / total, o_row_of)[:, None]
-    thread_barrier()
-    q_s.store(acc.to(dtype))
-    thread_barrier()
-    target = query.to(gl.int64) * num_heads + (head * G + member % G)
-    column = gl.arange(0, D, gl.SliceLayout(0, rows))
-    gl.store(o_ptr + target[:, None] * D + column[None, :], q_s.load(rows), mask=inside[:, None])
-    s_target = s_query.to(gl.int64) * num_heads + (head * G + s_member % G)
-    lse = gl.where(seen_any, (maximum + gl.log2(total)) * LN_2, float("-inf"))
-    gl.store(lse_ptr + s_target, lse, mask=s_inside)
-
-
-@gluon.jit(do_not_specialize=["first_unit"])
 def gather_bwd_hopper_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, shift_ptr, delta_ptr, num_sparse_ptr, entries_ptr, partial_dq_ptr, items_buffer_ptr,
     dk_ptr, dv_ptr,

@@ -36,7 +36,6 @@ class Config:
     fwd_warps: int = 4
     fwd_stages: int = 3  # of the plain kernel; the Gluon one has two
     fwd_item_rows: int = 2048  # rows that one program walks at most
-    merge_hopper: bool = False  # the Gluon kernel, for tiles of 64 rows and 4 warps
     merge_m: int = 64
     merge_keys: int = 128  # of a step
     merge_warps: int = 4
@@ -107,8 +106,8 @@ def default_config(q: Tensor, v: Tensor, block_size: int) -> Config:
     if not runs_hopper(q, v, block_size):
         return plain
     return dataclasses.replace(
-        plain, fwd_hopper=True, fwd_m=64, fwd_warps=4, merge_hopper=True, merge_m=64, merge_warps=4, merge_stages=3,
-        bwd_hopper=True, bwd_m=64, bwd_stages=2, bwd_warps=4 if block_size == 64 else 8,
+        plain, fwd_hopper=True, fwd_m=64, fwd_warps=4, bwd_hopper=True, bwd_m=64, bwd_stages=2,
+        bwd_warps=4 if block_size == 64 else 8,
     )  # fmt: skip
 
 
