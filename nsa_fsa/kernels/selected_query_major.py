@@ -17,8 +17,13 @@ from nsa_fsa.kernels.sequences import Rows
 
 
 @triton.jit
-def chosen_blocks(indices_ptr, count, own, NUM_INDICES: tl.constexpr, PADDED_INDICES: tl.constexpr):
+def chosen_blocks(
+    indices_ptr, counts_ptr, own, query, head, stride_indices_t, stride_indices_h, stride_counts_t, stride_counts_h,
+    NUM_INDICES: tl.constexpr, PADDED_INDICES: tl.constexpr, HAS_COUNTS: tl.constexpr,
+):  # fmt: skip
     """A query's blocks, `[PADDED_INDICES]`; -1 for what is out of range, past the count or a repetition of an earlier one."""
+    indices_ptr += query * stride_indices_t + head * stride_indices_h
+    count = tl.load(counts_ptr + query * stride_counts_t + head * stride_counts_h) if HAS_COUNTS else NUM_INDICES
     column = tl.arange(0, PADDED_INDICES)
     read = column < NUM_INDICES
     block = tl.load(indices_ptr + column, mask=read, other=-1)
@@ -33,6 +38,22 @@ def chosen_blocks(indices_ptr, count, own, NUM_INDICES: tl.constexpr, PADDED_IND
 
 
 @triton.jit
+def load_step(
+    k_ptr, v_ptr, stride_k_t, stride_v_t, blocks, step, position, first_key,
+    PADDED_INDICES: tl.constexpr, BLOCK_SIZE: tl.constexpr, KEYS: tl.constexpr,
+    D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
+):  # fmt: skip
+    """The `step`th KEYS keys and values of a query's blocks, and which of them it sees, `[KEYS]`."""
+    STEPS: tl.constexpr = BLOCK_SIZE // KEYS
+    block = tl.sum(tl.where(tl.arange(0, PADDED_INDICES) == step // STEPS, blocks, 0), 0)
+    key = block * BLOCK_SIZE + step % STEPS * KEYS + tl.arange(0, KEYS)
+    seen = (block >= 0) & (key <= position)
+    row = (first_key + key).to(tl.int64)
+    k = load_rows(k_ptr, row * stride_k_t, seen, D, PADDED_D, True)
+    return k, load_rows(v_ptr, row * stride_v_t, seen, DV, PADDED_DV, True), seen
+
+
+@triton.jit
 def query_fwd_kernel(
     q_ptr, k_ptr, v_ptr, indices_ptr, counts_ptr, position_ptr, first_key_ptr, o_ptr, lse_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
@@ -41,29 +62,27 @@ def query_fwd_kernel(
     BLOCK_SIZE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
     KEYS: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    STEPS: tl.constexpr = BLOCK_SIZE // KEYS
     query, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position, first_key = tl.load(position_ptr + query), tl.load(first_key_ptr + query)
-    own = position // BLOCK_SIZE
-    indices_ptr += query * stride_indices_t + head * stride_indices_h
-    count = tl.load(counts_ptr + query * stride_counts_t + head * stride_counts_h) if HAS_COUNTS else NUM_INDICES
+    blocks = chosen_blocks(
+        indices_ptr, counts_ptr, position // BLOCK_SIZE, query, head,
+        stride_indices_t, stride_indices_h, stride_counts_t, stride_counts_h, NUM_INDICES, PADDED_INDICES, HAS_COUNTS,
+    )  # fmt: skip
     member = tl.arange(0, PADDED_G)
     real = member < G
-    column = tl.arange(0, KEYS)
     query_head = head * G + member
     q = load_rows(q_ptr + query * stride_q_t, query_head * stride_q_h, real, D, PADDED_D, True)
+    k_ptr += head * stride_k_h
+    v_ptr += head * stride_v_h
 
     acc = tl.zeros([PADDED_G, PADDED_DV], tl.float32)
     maximum = tl.full([PADDED_G], float("-inf"), tl.float32)
     total = tl.zeros([PADDED_G], tl.float32)
-    blocks = chosen_blocks(indices_ptr, count, own, NUM_INDICES, PADDED_INDICES)
-    for step in tl.range(0, NUM_INDICES * STEPS, num_stages=NUM_STAGES):
-        block = tl.sum(tl.where(tl.arange(0, PADDED_INDICES) == step // STEPS, blocks, 0), 0)
-        key = block * BLOCK_SIZE + step % STEPS * KEYS + column
-        seen = (block >= 0) & (key <= position)
-        row = (first_key + key).to(tl.int64)
-        k = load_rows(k_ptr + head * stride_k_h, row * stride_k_t, seen, D, PADDED_D, True)
-        v = load_rows(v_ptr + head * stride_v_h, row * stride_v_t, seen, DV, PADDED_DV, True)
+    for step in tl.range(0, NUM_INDICES * (BLOCK_SIZE // KEYS), num_stages=NUM_STAGES):
+        k, v, seen = load_step(
+            k_ptr, v_ptr, stride_k_t, stride_v_t, blocks, step, position, first_key,
+            PADDED_INDICES, BLOCK_SIZE, KEYS, D, PADDED_D, DV, PADDED_DV,
+        )  # fmt: skip
         scores = dot_keys(q, k, PRECISION) * scale
         scores = tl.where(seen[None, :], scores, float("-inf"))
         acc, maximum, total = online_softmax(acc, maximum, total, scores, v, PRECISION)
@@ -84,31 +103,29 @@ def query_bwd_dq_kernel(
     BLOCK_SIZE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
     KEYS: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    STEPS: tl.constexpr = BLOCK_SIZE // KEYS
     query, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position, first_key = tl.load(position_ptr + query), tl.load(first_key_ptr + query)
-    own = position // BLOCK_SIZE
-    indices_ptr += query * stride_indices_t + head * stride_indices_h
-    count = tl.load(counts_ptr + query * stride_counts_t + head * stride_counts_h) if HAS_COUNTS else NUM_INDICES
+    blocks = chosen_blocks(
+        indices_ptr, counts_ptr, position // BLOCK_SIZE, query, head,
+        stride_indices_t, stride_indices_h, stride_counts_t, stride_counts_h, NUM_INDICES, PADDED_INDICES, HAS_COUNTS,
+    )  # fmt: skip
     member = tl.arange(0, PADDED_G)
     real = member < G
-    column = tl.arange(0, KEYS)
     query_head = head * G + member
     target = query * num_heads + query_head
     q = load_rows(q_ptr + query * stride_q_t, query_head * stride_q_h, real, D, PADDED_D, True)
     do = load_rows(do_ptr + query * stride_do_t, query_head * stride_do_h, real, DV, PADDED_DV, True)
     shift = tl.load(shift_ptr + target, mask=real, other=float("-inf"))
     delta = tl.load(delta_ptr + target, mask=real, other=0.0)
+    k_ptr += head * stride_k_h
+    v_ptr += head * stride_v_h
 
     dq = tl.zeros([PADDED_G, PADDED_D], tl.float32)
-    blocks = chosen_blocks(indices_ptr, count, own, NUM_INDICES, PADDED_INDICES)
-    for step in tl.range(0, NUM_INDICES * STEPS, num_stages=NUM_STAGES):
-        block = tl.sum(tl.where(tl.arange(0, PADDED_INDICES) == step // STEPS, blocks, 0), 0)
-        key = block * BLOCK_SIZE + step % STEPS * KEYS + column
-        seen = (block >= 0) & (key <= position)
-        row = (first_key + key).to(tl.int64)
-        k = load_rows(k_ptr + head * stride_k_h, row * stride_k_t, seen, D, PADDED_D, True)
-        v = load_rows(v_ptr + head * stride_v_h, row * stride_v_t, seen, DV, PADDED_DV, True)
+    for step in tl.range(0, NUM_INDICES * (BLOCK_SIZE // KEYS), num_stages=NUM_STAGES):
+        k, v, seen = load_step(
+            k_ptr, v_ptr, stride_k_t, stride_v_t, blocks, step, position, first_key,
+            PADDED_INDICES, BLOCK_SIZE, KEYS, D, PADDED_D, DV, PADDED_DV,
+        )  # fmt: skip
         scores = dot_keys(q, k, PRECISION)
         p = tl.where(seen[None, :], tl.exp2(scores * scale2 + (shift * scale2)[:, None]), 0.0)
         dp = dot_keys(do, v, PRECISION)

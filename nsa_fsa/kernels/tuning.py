@@ -93,10 +93,14 @@ def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
 
 
 def query_major_tile(q: Tensor, v: Tensor) -> tuple[int, int, int]:
-    """(keys of a step at most, warps, stages) of the query-major kernels, which take one query's group at a time."""
+    """(keys of a step at most, warps, stages) of the query-major kernels, which take one query's group at a time.
+
+    On an H200, 8,192 tokens, 16 blocks of 64 x 128, ms forward / dq at G = 1: 30.2 / 31.5; with 4 warps 31.8 / 33.6, 3 stages
+    38.0 / 35.4, 32 keys 31.9 / 35.0, 32 keys and 1 warp and 3 stages 27.8 / 34.9.
+    """
     width = padded_width(q, v)
     if q.element_size() == 2:
-        return 8192 // width, 4, 2
+        return 8192 // width, 2 if width <= 128 else 4, 2
     return (2048 // width, 4, 2) if width <= 128 else (32, 8, 2)
 
 
