@@ -11,6 +11,8 @@ from typing import Any, Protocol
 
 import torch
 
+import nsa_fsa
+
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 
@@ -132,6 +134,8 @@ def code_version(stated: str | None = None) -> dict[str, Any]:
 
 
 def package_version(name: str) -> str | None:
+    if name == "nsa-fsa":  # also where it is run from its source tree, not installed
+        return nsa_fsa.__version__
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

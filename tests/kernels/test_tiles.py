@@ -37,7 +37,7 @@ def small_tiles(monkeypatch):
 
     for name in ("default_config", "plain_config"):
         monkeypatch.setattr(tuning, name, small(getattr(tuning, name)))
-    monkeypatch.setattr(tuning, "query_major_tile", lambda *_: (16, 4))
+    monkeypatch.setattr(tuning, "query_major_tile", lambda *_: (16, 4, 2))
 
 
 @pytest.mark.usefixtures("small_tiles")
