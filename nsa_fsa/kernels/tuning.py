@@ -75,7 +75,7 @@ def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
     A program of the gather forward holds at most 32 KiB of keys, one of the others 16 KiB or less; larger blocks are cut.
     """
     width = padded_width(q, v)
-    keys = bwd_keys = 16384 // (width * q.element_size())
+    keys = bwd_keys = merge_keys = 16384 // (width * q.element_size())
     if q.element_size() == 4:  # without the matrix unit a thread holds whole rows of both factors of a product
         fwd, bwd, merge = (32, 8, 2), (16, 8, 2), (16, 8, 3)
         if min(keys, block_size) * width <= 1024:  # with 8 warps ptxas prefers 24 bytes of stack to one register more
@@ -84,11 +84,13 @@ def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
         fwd = LARGE if width <= 128 else WIDE
         bwd = PLAIN_BWD[width][block_size.bit_length() - 5]
         bwd_keys = 32 if width >= 128 else keys  # 64 keys of 128 leave 16 to 250 bytes on the stack on sm_80
-        merge = LARGE if width <= 128 and block_size * width <= 8192 else WIDE
+        merge = LARGE if width <= 128 else WIDE
+        if width == 128 and block_size == 128:  # 64 keys of 128 leave 72 to 160 bytes on the stack on sm_100
+            merge_keys = 32
     return Config(
         fwd_m=fwd[0], fwd_keys=2 * keys, fwd_warps=fwd[1], fwd_stages=fwd[2],
         bwd_m=bwd[0], bwd_keys=bwd_keys, bwd_warps=bwd[1], bwd_stages=bwd[2],
-        merge_m=merge[0], merge_keys=keys, merge_warps=merge[1], merge_stages=merge[2],
+        merge_m=merge[0], merge_keys=merge_keys, merge_warps=merge[1], merge_stages=merge[2],
     )  # fmt: skip
 
 
@@ -110,8 +112,8 @@ def default_config(q: Tensor, v: Tensor, block_size: int) -> Config:
     if not runs_hopper(q, v, block_size):
         return plain
     return dataclasses.replace(
-        plain, fwd_hopper=True, fwd_m=64, fwd_warps=4, bwd_hopper=True, bwd_m=64, bwd_stages=2,
-        bwd_warps=4 if block_size == 64 else 8,
+        plain, fwd_hopper=True, fwd_m=64, fwd_warps=4, merge_keys=8192 // padded_width(q, v),
+        bwd_hopper=True, bwd_m=64, bwd_stages=2, bwd_warps=4 if block_size == 64 else 8,
     )  # fmt: skip
 
 
