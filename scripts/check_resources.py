@@ -125,20 +125,20 @@ def call_operators(case: Case, enter: Callable[[str], None]) -> None:
     if case.variant == "candidates":
         for name, config in kernels.candidates(q, v, block_size, "forward").items():
             enter(f"forward {name}")
-            o, lse = kernels.kv_major_forward(q, k, v, index, cu_seqlens, config=config, **options)
+            o, lse = kernels.kv_major_forward(q, k, v, index, config=config, **options)
         for name, config in kernels.candidates(q, v, block_size, "backward").items():
             enter(f"backward {name}")
-            kernels.kv_major_backward(do, q, k, v, o, lse, index, cu_seqlens, config=config, **options)
+            kernels.kv_major_backward(do, q, k, v, o, lse, index, config=config, **options)
         return
     enter("kv_major_forward")
-    o, lse = kernels.kv_major_forward(q, k, v, index, cu_seqlens, **options)
+    o, lse = kernels.kv_major_forward(q, k, v, index, **options)
     enter("kv_major_backward")
-    kernels.kv_major_backward(do, q, k, v, o, lse, index, cu_seqlens, **options)
+    kernels.kv_major_backward(do, q, k, v, o, lse, index, **options)
     enter("query_major_forward")
     one_query = dict(block_size=block_size, scale=options["scale"])
     kernels.query_major_forward(q, k, v, indices, counts, cu_seqlens, None, None, **one_query)
     enter("query_major_backward")
-    kernels.query_major_backward(do, q, k, v, o, lse, indices, counts, index, cu_seqlens, **options)
+    kernels.query_major_backward(do, q, k, v, o, lse, indices, counts, index, **options)
 
 
 class OfflineDriver:

@@ -18,6 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.kernels.sequences import Blocks, Rows
+from nsa_fsa.kernels.sizes import cdiv, next_power_of_2
 
 BITMAP_BYTES = 1 << 29
 
@@ -29,6 +30,8 @@ class BlockIndex(NamedTuple):
     first_entry: Tensor  # [HKV, num_blocks]: where a block's entries begin
     num_entries: Tensor  # [HKV, num_blocks]
     num_sparse: Tensor  # [HKV, T]: sparse blocks of a query, which fill its slots from 0 on; bit 31: its own block is chosen
+    rows: Tensor  # [3, T]: where the queries lie, as `Rows`
+    blocks: Tensor  # [4, num_blocks]: where the blocks lie, as `Blocks`
 
 
 @triton.jit
@@ -151,8 +154,8 @@ def num_slots(num_indices: int, init_blocks: int, local_blocks: int) -> int:
 def build_block_index(
     block_indices: Tensor,
     block_counts: Tensor | None,
-    rows: Rows,
-    blocks: Blocks,
+    row_table: Tensor,
+    block_table: Tensor,
     *,
     max_seqlen: int,
     block_size: int,
@@ -162,11 +165,13 @@ def build_block_index(
 ) -> BlockIndex:
     """block_indices int32 `[T, HKV, T_sel]` -> for every KV head and block number the queries that chose it.
 
+    row_table, block_table: from `locate_rows` and `locate_blocks`.
+
     Dense, and so in no list, are the first `init_blocks` and the last `local_blocks` blocks up to the query's own, and the
     query's own block whatever local_blocks is.
     """
     num_rows, num_heads, num_indices = block_indices.shape
-    num_blocks, slots = blocks.first_row.shape[0], num_slots(num_indices, init_blocks, local_blocks)
+    num_blocks, slots = block_table.shape[1], num_slots(num_indices, init_blocks, local_blocks)
     device = block_indices.device
     new: dict[str, Any] = dict(dtype=torch.int32, device=device)
     index = BlockIndex(
@@ -174,16 +179,19 @@ def build_block_index(
         torch.empty(num_heads, num_blocks, **new),
         torch.empty(num_heads, num_blocks, **new),
         torch.empty(num_heads, num_rows, **new),
+        row_table,
+        block_table,
     )
     if num_rows == 0 or num_heads == 0:
         return index
+    rows, blocks = Rows(*row_table), Blocks(*block_table)
     if block_indices.stride(2) != 1:
         block_indices = block_indices.contiguous()
-    padded_indices = max(triton.next_power_of_2(num_indices), 2)
+    padded_indices = max(next_power_of_2(num_indices), 2)
     # The sparse blocks of every query, -1 elsewhere. 16 bits where they do: a row of 16 is then one sector of memory.
-    dtype = torch.int16 if triton.cdiv(max_seqlen, block_size) < 2**15 else torch.int32
+    dtype = torch.int16 if cdiv(max_seqlen, block_size) < 2**15 else torch.int32
     sparse = torch.empty(num_heads, num_rows, padded_indices, dtype=dtype, device=device)
-    num_words = triton.cdiv(num_rows, 32)
+    num_words = cdiv(num_rows, 32)
     block_step = min(max(bitmap_bytes // (4 * num_words), 1), num_blocks)
     head_step = min(max(bitmap_bytes // (4 * num_words * num_blocks), 1), num_heads)
     bitmap = torch.empty(head_step * block_step * num_words, **new)
@@ -195,7 +203,7 @@ def build_block_index(
         for low in range(0, num_blocks, block_step):
             high = min(low + block_step, num_blocks)
             bitmap[: heads * (high - low) * num_words].zero_()
-            mark_kernel[(triton.cdiv(num_rows, mark_rows), heads)](
+            mark_kernel[(cdiv(num_rows, mark_rows), heads)](
                 block_indices, block_counts, rows.position, rows.first_block, sparse, index.num_sparse, bitmap,
                 *block_indices.stride()[:2], *counts_strides,
                 num_rows, num_words, head, low, high, init_blocks, local_blocks,

@@ -64,8 +64,3 @@ def online_softmax(acc, maximum, total, scores, v, PRECISION: tl.constexpr):
     total = total * decay + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * decay[:, None], input_precision=PRECISION)
     return acc, raised, total
-
-
-def padded_dim(dim: int) -> int:
-    """The head width that a kernel computes with: a power of two, and at least what a matrix unit takes."""
-    return max(triton.next_power_of_2(dim), 16)

@@ -10,7 +10,7 @@ from nsa_fsa.kernels.block_index import BlockIndex, build_block_index
 from nsa_fsa.kernels.selected_kv_major import rows_contiguous, selected_attention_fwd
 from nsa_fsa.kernels.selected_kv_major_backward import selected_attention_bwd, statistics
 from nsa_fsa.kernels.selected_query_major import selected_attention_query_major_bwd_dq, selected_attention_query_major_fwd
-from nsa_fsa.kernels.sequences import locate_blocks, locate_rows
+from nsa_fsa.kernels.sequences import Rows, locate_blocks, locate_rows
 from nsa_fsa.kernels.tuning import Config, candidates
 
 __all__ = [
@@ -41,34 +41,28 @@ def block_index(
 ) -> BlockIndex:
     """For every KV head and block the queries that chose it; queries and keys share their rows."""
     num_rows = block_indices.shape[0]
-    rows = locate_rows(num_rows, cu_seqlens, block_size)
-    blocks = locate_blocks(num_rows, cu_seqlens, block_size)
     return build_block_index(
-        block_indices, block_counts, rows, blocks,
+        block_indices, block_counts,
+        locate_rows(num_rows, cu_seqlens, block_size), locate_blocks(num_rows, cu_seqlens, block_size),
         max_seqlen=max_seqlen, block_size=block_size, init_blocks=init_blocks, local_blocks=local_blocks,
     )  # fmt: skip
 
 
 def kv_major_forward(
-    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, cu_seqlens: Tensor, *, config: Config | None = None, **options: Any
+    q: Tensor, k: Tensor, v: Tensor, index: BlockIndex, *, config: Config | None = None, **options: Any
 ) -> tuple[Tensor, Tensor]:
     """o and lse; options: num_indices, block_size, init_blocks, local_blocks, scale, workspace_bytes."""
-    rows = locate_rows(q.shape[0], cu_seqlens, options["block_size"])
-    blocks = locate_blocks(k.shape[0], cu_seqlens, options["block_size"])
-    precision = dot_precision(q.dtype)
-    return selected_attention_fwd(q, k, v, index, rows, blocks, precision=precision, config=config, **options)
+    return selected_attention_fwd(q, k, v, index, precision=dot_precision(q.dtype), config=config, **options)
 
 
 def kv_major_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, index: BlockIndex, cu_seqlens: Tensor,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, index: BlockIndex,
     *, config: Config | None = None, **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk and dv; options as for the forward."""
-    rows = locate_rows(q.shape[0], cu_seqlens, options["block_size"])
-    blocks = locate_blocks(k.shape[0], cu_seqlens, options["block_size"])
     do, precision = rows_contiguous(do), dot_precision(q.dtype)
     sums = statistics(do, o, lse, options["scale"])
-    return selected_attention_bwd(do, q, k, v, *sums, index, rows, blocks, precision=precision, config=config, **options)
+    return selected_attention_bwd(do, q, k, v, *sums, index, precision=precision, config=config, **options)
 
 
 def query_major_forward(
@@ -76,7 +70,7 @@ def query_major_forward(
     cu_seqlens_q: Tensor | None, seqused_k: Tensor | None, *, block_size: int, scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """o and lse; also for queries that are only the last positions of their sequences."""
-    rows = locate_rows(q.shape[0], cu_seqlens, block_size, cu_seqlens_q, seqused_k)
+    rows = Rows(*locate_rows(q.shape[0], cu_seqlens, block_size, cu_seqlens_q, seqused_k))
     return selected_attention_query_major_fwd(
         q, k, v, block_indices, block_counts, rows,
         block_size=block_size, scale=scale, precision=dot_precision(q.dtype),
@@ -85,22 +79,20 @@ def query_major_forward(
 
 def query_major_backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, block_indices: Tensor, block_counts: Tensor | None,
-    index: BlockIndex, cu_seqlens: Tensor, *, config: Config | None = None, **options: Any,
+    index: BlockIndex, *, config: Config | None = None, **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq query by query; dk and dv by the blocks' programs, as in every NSA implementation."""
     block_size, scale = options["block_size"], options["scale"]
-    rows = locate_rows(q.shape[0], cu_seqlens, block_size)
-    blocks = locate_blocks(k.shape[0], cu_seqlens, block_size)
     precision = dot_precision(q.dtype)
     do = rows_contiguous(do)
     config = config or tuning.plain_config(q, v, block_size)
     sums = statistics(do, o, lse, scale)
     dq, dk, dv = selected_attention_bwd(
-        do, q, k, v, *sums, index, rows, blocks, precision=precision, config=config, store_dq=False, **options
+        do, q, k, v, *sums, index, precision=precision, config=config, store_dq=False, **options
     )
     if q.numel():
         selected_attention_query_major_bwd_dq(
-            do, q, k, v, *sums, block_indices, block_counts, rows, dq,
+            do, q, k, v, *sums, block_indices, block_counts, Rows(*index.rows), dq,
             block_size=block_size, scale=scale, precision=precision,
         )  # fmt: skip
     return dq, dk, dv

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from nsa_fsa.kernels import tuning
 from nsa_fsa.kernels.block_index import BlockIndex, num_slots
-from nsa_fsa.kernels.primitives import LN_2, LOG2_E, dot_keys, load_rows, online_softmax, padded_dim, store_rows
+from nsa_fsa.kernels.primitives import LN_2, LOG2_E, dot_keys, load_rows, online_softmax, store_rows
 from nsa_fsa.kernels.selected_plan import cut_units, make_plan
-from nsa_fsa.kernels.sequences import Blocks, Rows
+from nsa_fsa.kernels.sequences import Blocks
+from nsa_fsa.kernels.sizes import cdiv, next_power_of_2, padded_dim
 
 
 @triton.jit(do_not_specialize=["first_unit"])
@@ -169,8 +170,6 @@ def selected_attention_fwd(
     k: Tensor,
     v: Tensor,
     index: BlockIndex,
-    rows: Rows,
-    blocks: Blocks,
     *,
     num_indices: int,
     block_size: int,
@@ -193,7 +192,8 @@ def selected_attention_fwd(
         return o, lse.fill_(-torch.inf)
     widths = dict(D=head_dim, PADDED_D=padded_dim(head_dim), DV=v_dim, PADDED_DV=padded_dim(v_dim))
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-    num_blocks = blocks.first_row.shape[0]
+    blocks = Blocks(*index.blocks)
+    num_blocks = index.blocks.shape[1]
     keys = block_size if config.fwd_hopper else min(config.fwd_keys, block_size)
     pieces = block_size // keys
     row_bytes = max(slots, 1) * pieces * group_size * (v_dim * q.element_size() + 4)
@@ -201,8 +201,8 @@ def selected_attention_fwd(
     partial_rows = units.range_rows * slots * pieces * group_size
     partial_o = q.new_empty(units.step * partial_rows, v_dim)
     partial_lse = q.new_empty(units.step * partial_rows, dtype=torch.float32)
-    merge_m = min(config.merge_m, max(16, triton.next_power_of_2(block_size * group_size)))
-    tiles = triton.cdiv(block_size * group_size, merge_m)
+    merge_m = min(config.merge_m, max(16, next_power_of_2(block_size * group_size)))
+    tiles = cdiv(block_size * group_size, merge_m)
     item_queries = max(config.fwd_item_rows // group_size, 1)
     if slots:
         plan = make_plan(index, blocks, units, num_slots=slots, item_queries=item_queries)

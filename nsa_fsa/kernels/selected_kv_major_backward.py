@@ -18,10 +18,11 @@ from torch import Tensor
 
 from nsa_fsa.kernels import tuning
 from nsa_fsa.kernels.block_index import BlockIndex, num_slots
-from nsa_fsa.kernels.primitives import LOG2_E, add_product, load_rows, padded_dim, store_rows
+from nsa_fsa.kernels.primitives import LOG2_E, add_product, load_rows, store_rows
 from nsa_fsa.kernels.selected_kv_major import hopper, rows_contiguous
 from nsa_fsa.kernels.selected_plan import cut_units, make_plan
 from nsa_fsa.kernels.sequences import Blocks, Rows
+from nsa_fsa.kernels.sizes import cdiv, padded_dim
 
 
 @triton.jit
@@ -211,7 +212,7 @@ def statistics(do: Tensor, o: Tensor, lse: Tensor, scale: float) -> tuple[Tensor
     shift, delta = torch.empty(2, num_tokens, num_heads, dtype=torch.float32, device=o.device)
     rows = 64
     if o.numel():
-        statistics_kernel[(triton.cdiv(num_tokens * num_heads, rows),)](
+        statistics_kernel[(cdiv(num_tokens * num_heads, rows),)](
             o, do, lse, shift, delta, *do.stride()[:2], scale, num_heads, num_tokens * num_heads,
             DV=v_dim, PADDED_DV=padded_dim(v_dim), ROWS=rows,
         )  # fmt: skip
@@ -226,8 +227,6 @@ def selected_attention_bwd(
     shift: Tensor,
     delta: Tensor,
     index: BlockIndex,
-    rows: Rows,
-    blocks: Blocks,
     *,
     num_indices: int,
     block_size: int,
@@ -261,7 +260,8 @@ def selected_attention_bwd(
     dkdv_bytes = block_size * (head_dim + v_dim) * 4
     # Blocks cut into several items have at most two items for every item_queries queries.
     row_bytes = all_slots * (pieces * group_size * head_dim * q.element_size() * store_dq + 2 * dkdv_bytes // item_queries + 1)
-    num_blocks = blocks.first_row.shape[0]
+    position, blocks = Rows(*index.rows).position, Blocks(*index.blocks)
+    num_blocks = index.blocks.shape[1]
     units = cut_units(num_kv_heads, num_tokens, row_bytes, workspace_bytes, block_size)
     ranged = units.num_ranges > 1
     dk_sum, dv_sum = dk, dv
@@ -313,8 +313,8 @@ def selected_attention_bwd(
                 ACCUMULATE=ranged, BLOCK_SIZE=block_size, ROWS=sum_rows, **dims, **v_dims,
             )  # fmt: skip
         if store_dq:
-            sum_dq_kernel[(triton.cdiv(units.range_rows * group_size, config.dq_m), count)](
-                partial_dq, index.num_sparse, rows.position, dq,
+            sum_dq_kernel[(cdiv(units.range_rows * group_size, config.dq_m), count)](
+                partial_dq, index.num_sparse, position, dq,
                 num_heads, num_tokens, partial_rows, first, units.num_ranges, units.range_rows,
                 G=group_size, BLOCK_SIZE=block_size, BLOCK_M=config.dq_m, PIECES=pieces, NUM_STAGES=config.dq_stages,
                 num_warps=config.dq_warps, **forced, **dims,

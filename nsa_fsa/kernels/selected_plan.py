@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nsa_fsa.kernels.block_index import BlockIndex
 from nsa_fsa.kernels.sequences import Blocks
+from nsa_fsa.kernels.sizes import cdiv
 
 
 class Units(NamedTuple):
@@ -35,10 +36,10 @@ def cut_units(num_heads: int, num_rows: int, row_bytes: int, workspace_bytes: in
     if rows >= num_rows:
         return Units(1, num_rows, num_heads, min(rows // num_rows, num_heads))
     rows = max(rows // align * align, align)
-    num_ranges = triton.cdiv(num_rows, rows)
+    num_ranges = cdiv(num_rows, rows)
     # Equal ranges: a small last one would run half empty.
-    range_rows = triton.cdiv(triton.cdiv(num_rows, num_ranges), align) * align
-    return Units(triton.cdiv(num_rows, range_rows), range_rows, num_heads * triton.cdiv(num_rows, range_rows), 1)
+    range_rows = cdiv(cdiv(num_rows, num_ranges), align) * align
+    return Units(cdiv(num_rows, range_rows), range_rows, num_heads * cdiv(num_rows, range_rows), 1)
 
 
 class Plan(NamedTuple):

@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.kernels import tuning
-from nsa_fsa.kernels.primitives import LN_2, LOG2_E, add_product, dot_keys, load_rows, online_softmax, padded_dim, store_rows
+from nsa_fsa.kernels.primitives import LN_2, LOG2_E, add_product, dot_keys, load_rows, online_softmax, store_rows
 from nsa_fsa.kernels.selected_kv_major import rows_contiguous
 from nsa_fsa.kernels.sequences import Rows
+from nsa_fsa.kernels.sizes import next_power_of_2, padded_dim
 
 
 @triton.jit
@@ -141,8 +142,8 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_cou
     index_strides = (*block_indices.stride()[:2], *(block_counts.stride() if block_counts is not None else (0, 0)))
     keys, num_warps, num_stages = tuning.query_major_tile(q, v)
     constants = dict(
-        NUM_INDICES=block_indices.shape[2], PADDED_INDICES=max(triton.next_power_of_2(block_indices.shape[2]), 2),
-        HAS_COUNTS=block_counts is not None, G=group_size, PADDED_G=max(triton.next_power_of_2(group_size), 16),
+        NUM_INDICES=block_indices.shape[2], PADDED_INDICES=max(next_power_of_2(block_indices.shape[2]), 2),
+        HAS_COUNTS=block_counts is not None, G=group_size, PADDED_G=max(next_power_of_2(group_size), 16),
         BLOCK_SIZE=block_size, D=q.shape[2], PADDED_D=padded_dim(q.shape[2]), DV=v.shape[2], PADDED_DV=padded_dim(v.shape[2]),
         KEYS=min(keys, block_size), NUM_STAGES=num_stages, num_warps=num_warps,
     )  # fmt: skip

@@ -12,9 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_fsa.kernels.sizes import cdiv
+
 
 class Rows(NamedTuple):
-    """Of every query row, int32 `[T]`."""
+    """Of every query row, int32 `[T]`: the rows of what `locate_rows` returns."""
 
     position: Tensor  # inside its sequence; of the last queries of a longer sequence where the keys lie in a cache
     first_key: Tensor  # the row of its sequence's first key
@@ -22,7 +24,7 @@ class Rows(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Of every block number, int32 `[num_blocks]`."""
+    """Of every block number, int32 `[num_blocks]`: the rows of what `locate_blocks` returns."""
 
     first_row: Tensor  # row of its first key
     num_rows: Tensor  # keys in it: block_size, fewer at the end of a sequence, 0 for a number that no block owns
@@ -89,28 +91,28 @@ def max_num_blocks(num_rows: int, num_sequences: int, block_size: int) -> int:
 
 def locate_rows(
     num_rows: int, cu_seqlens: Tensor, block_size: int, cu_seqlens_q: Tensor | None = None, seqused_k: Tensor | None = None
-) -> Rows:
-    """Position, first key and first block of `num_rows` query rows; cu_seqlens_q and seqused_k as in `ops.Layout`."""
+) -> Tensor:
+    """`[3, num_rows]`, read as `Rows(*found)`; cu_seqlens_q and seqused_k as in `ops.Layout`."""
     num_sequences = cu_seqlens.shape[0] - 1
-    found = Rows(*torch.empty(3, num_rows, dtype=torch.int32, device=cu_seqlens.device))
+    found = torch.empty(3, num_rows, dtype=torch.int32, device=cu_seqlens.device)
     if num_rows:
         cached = cu_seqlens_q is not None
         if cached and seqused_k is None:
             seqused_k = cu_seqlens.diff()
-        locate_rows_kernel[(triton.cdiv(num_rows, 256),)](
+        locate_rows_kernel[(cdiv(num_rows, 256),)](
             cu_seqlens, cu_seqlens_q, seqused_k, *found, num_rows, num_sequences, num_sequences.bit_length(), block_size,
             CACHED=cached, HAS_USED=seqused_k is not None, ROWS=256,
         )  # fmt: skip
     return found
 
 
-def locate_blocks(num_rows: int, cu_seqlens: Tensor, block_size: int) -> Blocks:
-    """First row, size, index and sequence end of every block number of a packed batch of `num_rows` keys."""
+def locate_blocks(num_rows: int, cu_seqlens: Tensor, block_size: int) -> Tensor:
+    """`[4, num_blocks]`, read as `Blocks(*found)`, for a packed batch of `num_rows` keys."""
     num_sequences = cu_seqlens.shape[0] - 1
     num_blocks = max_num_blocks(num_rows, num_sequences, block_size)
-    found = Blocks(*torch.empty(4, num_blocks, dtype=torch.int32, device=cu_seqlens.device))
+    found = torch.empty(4, num_blocks, dtype=torch.int32, device=cu_seqlens.device)
     if num_blocks:
-        locate_blocks_kernel[(triton.cdiv(num_blocks, 256),)](
+        locate_blocks_kernel[(cdiv(num_blocks, 256),)](
             cu_seqlens, *found, num_blocks, num_sequences, num_sequences.bit_length(), block_size, BLOCKS=256
         )
     return found

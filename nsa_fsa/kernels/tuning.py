@@ -1,6 +1,8 @@
 """Tile sizes, warps and stages of the Triton kernels."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nsa_fsa.kernels.primitives import padded_dim
+from nsa_fsa.kernels.sizes import padded_dim
 
 # Triton versions whose Gluon, an interface still on the move, the kernels are written for.
 GLUON_VERSIONS = ("3.6.", "3.7.")
@@ -69,6 +71,22 @@ def padded_width(q: Tensor, v: Tensor) -> int:
     return max(padded_dim(q.shape[2]), padded_dim(v.shape[2]), 32)
 
 
+def remembered(choose: Callable[..., Any]) -> Callable[..., Any]:
+    """Of a choice that depends on dtype, head widths and the rest of its arguments only: it is made for every call of an
+    operator, and making it takes longer than a launch (0.2 ms for the candidates)."""
+    found: dict[Any, Any] = {}
+
+    @functools.wraps(choose)
+    def recall(q: Tensor, v: Tensor, block_size: int, *rest: Any) -> Any:
+        key = (q.dtype, q.shape[2], v.shape[2], block_size, *rest, runs_hopper(q, v, block_size))
+        if key not in found:
+            found[key] = choose(q, v, block_size, *rest)
+        return found[key]
+
+    return recall
+
+
+@remembered
 def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
     """The tiles of the plain kernels for q `[T, HQ, D]` and v `[T, HKV, DV]`. `make resources` shows that none spills.
 
@@ -106,6 +124,7 @@ def query_major_tile(q: Tensor, v: Tensor) -> tuple[int, int, int]:
     return (2048 // width, 4, 2) if width <= 128 else (32, 8, 2)
 
 
+@remembered
 def default_config(q: Tensor, v: Tensor, block_size: int) -> Config:
     """The reproducible choice for q `[T, HQ, D]` and v `[T, HKV, DV]`; the profiler tries others."""
     plain = plain_config(q, v, block_size)
@@ -117,6 +136,7 @@ def default_config(q: Tensor, v: Tensor, block_size: int) -> Config:
     )  # fmt: skip
 
 
+@remembered
 def candidates(q: Tensor, v: Tensor, block_size: int, direction: str) -> dict[str, Config]:
     """What the profiler tries for "forward" or "backward", by name; the default comes first. Tiles that spill are left out."""
     default = default_config(q, v, block_size)

@@ -6,6 +6,7 @@ cannot be read is profiled anew. `NSA_FSA_PROFILE=0` turns the profiler off: the
 """
 
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -37,9 +38,13 @@ def cache_file(device: torch.device) -> Path:
     """Where the choices for this GPU model and these versions are kept: $NSA_FSA_CACHE_DIR, or the user's cache folder."""
     folder = os.environ.get("NSA_FSA_CACHE_DIR")
     root = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nsa_fsa"
-    model = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return root / file_name(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+
+
+@functools.cache
+def file_name(model: str) -> str:
     parts = (model, "nsa_fsa", nsa_fsa.__version__, "torch", torch.__version__)
-    return root / (re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts)) + ".json")
+    return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts)) + ".json"
 
 
 class Choices:

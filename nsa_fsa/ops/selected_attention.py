@@ -96,7 +96,7 @@ def selected_attention(
     )
     blocks = (block_size, init_blocks, local_blocks)
     scale = validation.default_scale(q, scale)
-    index: tuple[Tensor | None, ...] = (None,) * 4
+    index: tuple[Tensor | None, ...] = (None,) * len(triton_backends.INDEX)
     if wants_index(q, k, v, block_indices, block_size, scale, cu_seqlens_q, seqused_k, backend):
         index = _block_index(block_indices, block_counts, cu_seqlens, max_seqlen, *blocks)
     o, lse = _operator(
@@ -125,16 +125,16 @@ def _block_index(
     block_size: int,
     init_blocks: int,
     local_blocks: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows = block_indices.shape[0]
     validation.check_layout_values(num_rows, num_rows, cu_seqlens, max_seqlen, None, None)
     from nsa_fsa.kernels import selected_attention as kernels
 
-    entries, first, count, num_sparse = kernels.block_index(
+    index = kernels.block_index(
         block_indices, block_counts, cu_seqlens, max_seqlen,
         block_size=block_size, init_blocks=init_blocks, local_blocks=local_blocks,
     )  # fmt: skip
-    return entries, first, count, num_sparse
+    return tuple(index)  # type: ignore[return-value]
 
 
 @_block_index.register_fake
@@ -147,25 +147,31 @@ def _(block_indices, block_counts, cu_seqlens, max_seqlen, block_size, init_bloc
         block_indices.new_empty(num_heads, num_blocks),
         block_indices.new_empty(num_heads, num_blocks),
         block_indices.new_empty(num_heads, num_rows),
+        block_indices.new_empty(3, num_rows),
+        block_indices.new_empty(4, num_blocks),
     )
 
 
 _operator = define_attention(
     "selected_attention",
     "Tensor block_indices, Tensor? block_counts, Tensor? index_entries, Tensor? index_first, Tensor? index_count, "
-    "Tensor? num_sparse, int block_size, int init_blocks, int local_blocks, int workspace_bytes",
+    "Tensor? num_sparse, Tensor? index_rows, Tensor? index_blocks, "
+    "int block_size, int init_blocks, int local_blocks, int workspace_bytes",
     check_token_rows,
 )
 
 
-def _reference_forward(q, k, v, *, index_entries, index_first, index_count, num_sparse, workspace_bytes, **arguments):
-    return reference.selected_attention(q, k, v, **arguments)
+def _for_reference(arguments: dict[str, Any]) -> dict[str, Any]:
+    unused = ("workspace_bytes", *triton_backends.INDEX)
+    return {name: value for name, value in arguments.items() if name not in unused}
 
 
-def _reference_backward(
-    do, q, k, v, o, lse, *, index_entries, index_first, index_count, num_sparse, workspace_bytes, **arguments
-):
-    return reference.selected_attention_backward(do, q, k, v, o, lse, **arguments)
+def _reference_forward(q, k, v, **arguments):
+    return reference.selected_attention(q, k, v, **_for_reference(arguments))
+
+
+def _reference_backward(do, q, k, v, o, lse, **arguments):
+    return reference.selected_attention_backward(do, q, k, v, o, lse, **_for_reference(arguments))
 
 
 for backend in triton_backends.SELECTED:

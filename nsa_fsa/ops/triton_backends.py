@@ -69,6 +69,10 @@ def selected_unsupported(
     return None
 
 
+# What an operator passes of a block index, in the order of `kernels.BlockIndex`.
+INDEX = ("index_entries", "index_first", "index_count", "num_sparse", "index_rows", "index_blocks")
+
+
 def _kernels() -> Any:
     from nsa_fsa.kernels import selected_attention
 
@@ -78,9 +82,8 @@ def _kernels() -> Any:
 def _index(arguments: dict[str, Any]) -> Any:
     """The block index that came with the call, or a new one."""
     kernels = _kernels()
-    names = ("index_entries", "index_first", "index_count", "num_sparse")
     if arguments["index_entries"] is not None:
-        return kernels.BlockIndex(*(arguments[name] for name in names))
+        return kernels.BlockIndex(*(arguments[name] for name in INDEX))
     return kernels.block_index(
         *(arguments[name] for name in ("block_indices", "block_counts", "cu_seqlens", "max_seqlen")),
         **{name: arguments[name] for name in ("block_size", "init_blocks", "local_blocks")},
@@ -95,9 +98,9 @@ def _options(arguments: dict[str, Any]) -> dict[str, Any]:
 def _kv_major(q, k, v, index, config, do_o_lse, arguments):
     kernels, options = _kernels(), _options(arguments)
     if do_o_lse is None:
-        return kernels.kv_major_forward(q, k, v, index, arguments["cu_seqlens"], config=config, **options)
+        return kernels.kv_major_forward(q, k, v, index, config=config, **options)
     do, o, lse = do_o_lse
-    return kernels.kv_major_backward(do, q, k, v, o, lse, index, arguments["cu_seqlens"], config=config, **options)
+    return kernels.kv_major_backward(do, q, k, v, o, lse, index, config=config, **options)
 
 
 def _query_major(q, k, v, do_o_lse, arguments):
@@ -107,9 +110,7 @@ def _query_major(q, k, v, do_o_lse, arguments):
         options = {name: arguments[name] for name in ("block_size", "scale")}
         return kernels.query_major_forward(q, k, v, *chosen, *(arguments[name] for name in names), **options)
     do, o, lse = do_o_lse
-    return kernels.query_major_backward(
-        do, q, k, v, o, lse, *chosen, _index(arguments), arguments["cu_seqlens"], **_options(arguments)
-    )
+    return kernels.query_major_backward(do, q, k, v, o, lse, *chosen, _index(arguments), **_options(arguments))
 
 
 def selected_key(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any], direction: str) -> str:

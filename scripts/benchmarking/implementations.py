@@ -115,21 +115,21 @@ def ours(inputs: Inputs, backend: str, **options: Any) -> Calls:
 def backward_arguments(inputs: Inputs, attention: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """What autograd would pass to the backward operator."""
     from nsa_fsa.ops.selected_attention import WORKSPACE_BYTES, wants_index
+    from nsa_fsa.ops.triton_backends import INDEX
 
     setting, indices = inputs.setting, inputs.block_indices
     q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
     with torch.no_grad():
         o, lse = attention(q, k, v, return_lse=True)
     scale = setting.head_dim**-0.5
-    index: Any = (None,) * 4
+    index: Any = (None,) * len(INDEX)
     if wants_index(q, k, v, indices, setting.block_size, scale, None, None, arguments["backend"]):
         blocks = (setting.block_size, setting.init_blocks, setting.local_blocks)
         index = torch.ops.nsa_fsa.block_index(indices, None, inputs.cu_seqlens, setting.num_tokens, *blocks)
-    names = ("index_entries", "index_first", "index_count", "num_sparse")
     return dict(
         do=inputs.do, q=q, k=k, v=v, o=o, lse=lse, cu_seqlens=inputs.cu_seqlens, max_seqlen=setting.num_tokens,
         cu_seqlens_q=None, seqused_k=None, scale=scale, block_indices=indices, block_counts=None,
-        workspace_bytes=WORKSPACE_BYTES, **dict(zip(names, index, strict=True)),
+        workspace_bytes=WORKSPACE_BYTES, **dict(zip(INDEX, index, strict=True)),
     ) | arguments  # fmt: skip
 
 

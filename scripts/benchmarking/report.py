@@ -203,11 +203,15 @@ def plot_latency(document: dict[str, Any], stem: Path) -> list[Path]:
                         linestyle="--" if kind == "full" else "-", markersize=6, **STYLES[implementation],
                     )  # fmt: skip
                 ax.set_xscale("log", base=2)
-                ax.set_yscale("log")
                 ax.set_xticks(sizes, [str(size) for size in sizes])
-                ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                ax.yaxis.set_major_formatter(ScalarFormatter())
-                ax.yaxis.set_minor_formatter(NullFormatter())
+                heights = [y for line in ax.lines for y in line.get_ydata()]
+                if max(heights, default=0) < 5 * min(heights, default=0):  # from 0: a part of the axis makes much of noise
+                    ax.set_ylim(0, 1.15 * max(heights))
+                else:
+                    ax.set_yscale("log")
+                    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                    ax.yaxis.set_major_formatter(ScalarFormatter())
+                    ax.yaxis.set_minor_formatter(NullFormatter())
                 ax.grid(alpha=0.3, which="both")
                 ax.set_title(f"{name}, {length:,} tokens", fontsize=10)
         for ax in axes[-1]:

@@ -264,7 +264,7 @@ def kv_major_calls(inputs: Inputs, options: dict[str, Any], kernel_options: dict
 
     def attention() -> tuple[Any, Tensor, Tensor]:
         index = kernels.block_index(inputs.block_indices, None, inputs.cu_seqlens, setting.num_tokens, **forced)
-        return index, *kernels.kv_major_forward(q, k, v, index, inputs.cu_seqlens, **kernel_options, **arguments)
+        return index, *kernels.kv_major_forward(q, k, v, index, **kernel_options, **arguments)
 
     saved: list[Any] = []
 
@@ -272,7 +272,7 @@ def kv_major_calls(inputs: Inputs, options: dict[str, Any], kernel_options: dict
         if not saved:
             saved.extend(attention())
         index, o, lse = saved
-        return kernels.kv_major_backward(inputs.do, q, k, v, o, lse, index, inputs.cu_seqlens, **kernel_options, **arguments)
+        return kernels.kv_major_backward(inputs.do, q, k, v, o, lse, index, **kernel_options, **arguments)
 
     return Calls(lambda: attention()[1], backward)
 

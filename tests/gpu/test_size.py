@@ -65,7 +65,7 @@ def test_block_index_of_a_million_tokens(num_kv_heads, block_size):
     slots = num_indices - init_blocks - local_blocks
     generator = torch.Generator("cuda").manual_seed(0)
     indices = random_selection((length,), num_kv_heads, block_size, num_indices, init_blocks, local_blocks, generator)
-    entries, first_entry, num_entries, num_sparse = torch.ops.nsa_fsa.block_index(
+    entries, first_entry, num_entries, num_sparse, _, _ = torch.ops.nsa_fsa.block_index(
         indices, None, starts((length,)), length, block_size, init_blocks, local_blocks
     )
     own = torch.arange(length, device="cuda") // block_size

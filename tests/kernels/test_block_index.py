@@ -47,7 +47,7 @@ def chosen(block_indices, block_counts, lengths, block_size, forced):
 
 def check(index, block_indices, block_counts, lengths, block_size, forced):
     """The index says what the indices say; where they hold more sparse blocks than were promised, a part of it."""
-    entries, first_entry, num_entries, num_sparse = index
+    entries, first_entry, num_entries, num_sparse, *_ = index
     slots = num_slots(block_indices.shape[2], *forced)
     expected = chosen(block_indices, block_counts, lengths, block_size, forced)
     for head in range(block_indices.shape[1]):
@@ -141,7 +141,7 @@ def test_more_queries_than_one_read_of_the_bitmap():
     first = torch.where((t % 32 == 31) | (t % 32 == 0) | (t > 16_900), 0, -1)
     second = torch.where(torch.rand(length) < 0.1, torch.randint(2**30, (length,)) % (own + 1), -1)
     indices = torch.stack([second, first], dim=1).int()[:, None]
-    entries, first_entry, num_entries, num_sparse = build(indices, None, (length,), block_size, (0, 0))
+    entries, first_entry, num_entries, num_sparse, *_ = build(indices, None, (length,), block_size, (0, 0))
     sparse = torch.stack([second, first.masked_fill(second == 0, -1)])
     sparse[(sparse == own)] = -1
     assert torch.equal(num_sparse[0] & INT_MAX, (sparse >= 0).sum(0).int())

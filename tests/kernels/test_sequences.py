@@ -47,7 +47,7 @@ def test_rows(lengths, block_size):
         for b, (start, length) in enumerate(zip(starts(lengths), lengths, strict=False))
         for t in range(length)
     ]
-    assert torch.stack(found, dim=1).tolist() == [list(row) for row in expected]
+    assert found.T.tolist() == [list(row) for row in expected]
 
 
 @pytest.mark.parametrize("block_size", [16, 64])
@@ -63,7 +63,7 @@ def test_blocks(lengths, block_size):
         for j in range(-(-(stop - start) // block_size))
     }  # fmt: skip
     assert len(owned) == sum(-(-n // block_size) for n in lengths)
-    numbers = torch.stack(found, dim=1).tolist()
+    numbers = found.T.tolist()
     assert {number: values for number, values in enumerate(numbers) if number in owned} == owned
     assert all(num_rows == 0 for number, (_, num_rows, *_) in enumerate(numbers) if number not in owned)
 
@@ -88,7 +88,7 @@ def test_rows_of_queries_over_a_cache(capacities, used, num_queries, block_size)
         for b, (start, n, count) in enumerate(zip(starts(capacities), used, num_queries, strict=False))
         for i in range(count)
     ]
-    assert torch.stack(found, dim=1).tolist() == expected
+    assert found.T.tolist() == expected
 
 
 @pytest.mark.parametrize(("lengths", "num_queries"), [((33, 0, 9), (2, 0, 9)), ((300,), (290,))], ids=str)

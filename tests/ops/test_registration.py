@@ -75,7 +75,7 @@ def samples(operator, x, backend):
     if operator == "block_index":
         return [(indices, given, *packed, block_size, forced, forced) for given, forced in ((None, 0), (counts, 1))]
     if operator.startswith("selected_attention"):
-        no_index, budget = (None,) * 4, 2**20
+        no_index, budget = (None,) * 6, 2**20
         variants = [(x.q, whole, (indices, None, *no_index, block_size, 0, 0, budget))]
         if backend == "triton_kv_major":
             index = torch.ops.nsa_fsa.block_index(indices, counts, *packed, block_size, 1, 1)
