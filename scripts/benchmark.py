@@ -14,13 +14,14 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from rich.console import Console
+
 from benchmarking import report
 from benchmarking import selected as runs
 from benchmarking.implementations import IMPLEMENTATIONS
 from benchmarking.measure import RESULTS, CudaMeter
 from benchmarking.results import CannotMerge, Results
 from benchmarking.settings import PASSES, Setting
-from rich.console import Console
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console(width=int(os.environ.get("COLUMNS", 160)))
@@ -82,7 +83,7 @@ def selected(
     seed: Annotated[int, typer.Option(help="Of all random inputs.")] = 0,
     output: Annotated[Path, typer.Option(help="Where JSON and pictures go.")] = RESULTS,
     merge: Annotated[bool, typer.Option("--merge", help="Add to the file of an earlier run of the same code.")] = False,
-    commit: Annotated[str | None, typer.Option(help="The commit, where the tree has no git.")] = None,
+    commit: Annotated[str | None, typer.Option(help="The commit, where git here does not know it.")] = None,
 ) -> None:
     """Selected attention: forward (block index included), backward, and both; bf16, one sequence."""
     if memory and ablations:

@@ -122,12 +122,16 @@ def source_digest() -> str:
 
 
 def code_version(stated: str | None = None) -> dict[str, Any]:
-    """The commit (`stated` where the tree has no git), whether the tree differs from it, and the digest of the sources."""
-    commit = _output("git", "rev-parse", "HEAD")
-    changes = _output("git", "status", "--porcelain", "--", ".", ":!docs/results")
+    """The commit, whether the tree differs from it, and the digest of the sources.
+
+    stated: the commit, where the tree has no git, or git there knows an older one, as in a copy of the files alone; whether
+    the tree differs is then unknown, and the digest is what tells.
+    """
+    commit = stated or _output("git", "rev-parse", "HEAD")
+    changes = None if stated else _output("git", "status", "--porcelain", "--", ".", ":!docs/results")
     return dict(
-        commit=commit or stated or "unknown",
-        commit_stated_by_hand=commit is None and stated is not None,
+        commit=commit or "unknown",
+        commit_stated_by_hand=stated is not None,
         dirty=None if changes is None else bool(changes),
         source_digest=source_digest(),
     )
