@@ -30,7 +30,7 @@ help:
 	@echo "make test     lint, type check and run the tests         (PYTEST_WORKERS=8, PYTEST_ARGS='-k config')"
 	@echo "make test-gpu run every test on this machine's GPU       (GPU_WORKERS=8)"
 	@echo "make demo     run scripts/quickstart.py on this machine  (DEMO_ARGS='--help')"
-	@echo "make resources  compile the kernels for every shape and GPU, without one; hours  (RESOURCES_ARGS='--jobs 8 --arch sm_90')"
+	@echo "make resources  compile the kernels for every shape and GPU, without one; an hour  (RESOURCES_ARGS='--jobs 8 --arch sm_90')"
 	@echo "make lint     ruff check, ruff format --check, mypy"
 	@echo "make format   let ruff fix and format the code"
 	@echo "make clean    remove .venv, caches and build outputs"

@@ -5,7 +5,7 @@ launched. So the tile sizes, warps and stages checked are the ones that the pack
 not compile, takes too long to, keeps values in local memory (spills), or wants more shared memory than the architecture has.
 
     python scripts/check_resources.py                                # the default configurations, as `make test` does
-    python scripts/check_resources.py --all --jobs 8                 # every supported shape and dtype: hours of one core
+    python scripts/check_resources.py --all --jobs 8                 # every shape, dtype and candidate: an hour of one core
     python scripts/check_resources.py --arch sm_90 --head-dim 256 --dtype fp16
 """
 
@@ -342,7 +342,7 @@ def main(
             chosen(dtype, tuple(DTYPES), "--dtype") if dtype or everything else ["bf16"],
             chosen(block_size, BLOCK_SIZES, "--block-size") if block_size or everything else [64],
             chosen(group_size, GROUP_SIZES, "--group-size") if group_size else [4],
-            chosen(variant, VARIANTS, "--variant") if variant else ["plain", "chunked"] if everything else ["plain"],
+            chosen(variant, VARIANTS, "--variant") if variant else list(VARIANTS) if everything else ["plain"],
         )
         cases = [
             Case(a, d, value_dim or d, t, b, g, x) for a, (d, t, b, g, x) in itertools.product(archs, itertools.product(*axes))
