@@ -205,7 +205,7 @@ def selected_attention_fwd(
     tiles = cdiv(block_size * group_size, merge_m)
     item_queries = max(config.fwd_item_rows // group_size, 1)
     if slots:
-        plan = make_plan(index, blocks, units, num_slots=slots, item_queries=item_queries)
+        plan = make_plan(index, units, num_slots=slots, item_queries=item_queries)
     for first, count in units.launches():
         where = (partial_rows, first, units.num_ranges, units.range_rows)
         if slots:

@@ -277,7 +277,7 @@ def selected_attention_bwd(
     max_buffers = 2 * (units.range_rows * all_slots // item_queries)
     buffer = torch.empty(units.step * max_buffers * dkdv_bytes // 4, dtype=torch.float32, device=q.device)
     plan = make_plan(
-        index, blocks, units, num_slots=slots, item_queries=item_queries, dense=True,
+        index, units, num_slots=slots, item_queries=item_queries, dense=True,
         init_blocks=init_blocks, local_blocks=local_blocks, block_size=block_size,
     )  # fmt: skip
     dims = dict(D=head_dim, PADDED_D=padded_dim(head_dim))

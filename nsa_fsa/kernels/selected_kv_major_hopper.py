@@ -5,7 +5,7 @@ What Gluon adds is control over what waits for what. A program is one warpgroup 
 share a multiprocessor, and in the loop over tiles nothing waits for global memory that was not asked for a tile earlier:
 
 - rows of q and do arrive by cp.async while the tile before is computed, and the entries that say where they lie a tile before
-  that. Loads into registers instead spill, and a spill waits for its load: 19.5 ms instead of the backward's TODO.
+  that. Loads into registers instead spill, and a spill waits for its load: 19.5 ms instead of the backward's 16.4.
 - matrix products run asynchronously; k q^T and v do^T together, ds q beside dsT k.
 - a result is staged in the buffer of the queries that it belongs to, which are no longer needed, and leaves in 16-byte stores.
 

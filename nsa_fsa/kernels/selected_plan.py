@@ -13,7 +13,6 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.kernels.block_index import BlockIndex
-from nsa_fsa.kernels.sequences import Blocks
 from nsa_fsa.kernels.sizes import cdiv
 
 
@@ -127,7 +126,6 @@ def plan_kernel(
 
 def make_plan(
     index: BlockIndex,
-    blocks: Blocks,
     units: Units,
     *,
     num_slots: int,
@@ -138,7 +136,7 @@ def make_plan(
     block_size: int = 0,
 ) -> Plan:
     """Cuts every unit into items of at most `item_queries` queries, one program per unit."""
-    num_blocks, num_rows = blocks.first_row.shape[0], index.num_sparse.shape[1]
+    num_blocks, num_rows = index.blocks.shape[1], index.num_sparse.shape[1]
     local_blocks = max(local_blocks, 1)
     # Every row has num_slots entries at most, and sees so many blocks densely.
     queries = units.range_rows * (num_slots + (init_blocks + local_blocks if dense else 0))
@@ -150,7 +148,7 @@ def make_plan(
         *torch.empty(6, units.num_units, num_blocks, **new),
     )
     plan_kernel[(units.num_units,)](
-        *index[:3], *blocks, *plan,
+        *index[:3], *index.blocks, *plan,
         num_blocks, num_rows, index.entries.shape[1], max_items, units.num_ranges, units.range_rows,
         num_rows.bit_length() + 1, init_blocks, local_blocks * block_size, item_queries,
         NUM_SLOTS=max(num_slots, 1), DENSE=dense, RANGED=units.num_ranges > 1, BLOCKS=1024, num_warps=8,

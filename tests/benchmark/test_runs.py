@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import benchmark
 from benchmarking import report, results, selected
 from benchmarking.implementations import IMPLEMENTATIONS, Implementation, ours, sdpa
-from benchmarking.measure import code_version, source_digest
+from benchmarking.measure import RESULTS, code_version, source_digest
 from tests.benchmark.tools import CPU, DEVICE, SCRIPTS, TINY, FakeMeter, open_results, quiet, reference_calls
 
 
@@ -251,6 +251,14 @@ def test_validate_refuses_a_row_twice(finished):
     document["rows"].append(document["rows"][0])
     with pytest.raises(ValueError, match="twice"):
         results.validate(document)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_published_results_are_whole(path):
+    document = json.loads(path.read_text())
+    results.validate(document)
+    assert document["rows"]
+    assert not document["code"]["dirty"], "measured code that no commit has"
 
 
 def test_the_code_is_named():

@@ -60,3 +60,19 @@ def test_plain_backward_has_two_stages(head_dim, block_size, dtype):
     q = torch.empty(1, 4, head_dim, dtype=dtype)
     configs = tuning.candidates(q, q, block_size, "backward")
     assert all(config.bwd_stages > 1 for config in configs.values()), configs
+
+
+def test_a_remembered_choice_is_the_choice_for_these_arguments():
+    """Whatever was asked before: every problem's tiles, out of order, against making them anew."""
+    problems = [
+        (torch.empty(1, 4, d, dtype=dtype), torch.empty(1, 4, dv, dtype=dtype), block_size)
+        for dtype in (torch.bfloat16, torch.float32)
+        for d, dv in ((64, 64), (128, 128), (256, 256), (64, 256), (32, 64))
+        for block_size in (128, 16, 64, 32)
+    ]
+    for q, v, block_size in problems:
+        assert tuning.plain_config(q, v, block_size) == tuning.plain_config.__wrapped__(q, v, block_size)
+        assert tuning.default_config(q, v, block_size) == tuning.default_config.__wrapped__(q, v, block_size)
+        for direction in ("forward", "backward"):
+            found = tuning.candidates(q, v, block_size, direction)
+            assert found == tuning.candidates.__wrapped__(q, v, block_size, direction)
