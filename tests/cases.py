@@ -257,14 +257,18 @@ INTERPRETED_BLOCKS = {"triton_kv_major": 10_000, "triton_query_major": 500}
 def suited(case, backend, calls=1):
     """The case as a backend can run it here. Skips the test, with the reason, where only a GPU is fast enough.
 
-    The Triton backends want blocks of at least 16 keys, and their interpreter, which stands in for a GPU, computes bfloat16
-    wrongly. `calls`: how many times forward and backward the test runs the case.
+    The Triton backends of selected attention want blocks of at least 16 keys, and the interpreter, which stands in for a GPU,
+    computes bfloat16 wrongly. `calls`: how many times forward and backward the test runs the case. "triton", the only backend
+    of its operators, works on tiles of many rows and is fast enough for every case.
     """
     if not backend.startswith("triton"):
         return case
-    case = dataclasses.replace(case, block_size=max(case.block_size, 16))
+    if backend in INTERPRETED_BLOCKS:
+        case = dataclasses.replace(case, block_size=max(case.block_size, 16))
     if device_of(backend) == "cuda":
         return case
+    if backend not in INTERPRETED_BLOCKS:
+        return dataclasses.replace(case, dtype=F16 if case.dtype == BF16 else case.dtype)
     rows = sum(case.lengths) * (case.num_heads if backend == "triton_kv_major" else case.num_kv_heads)
     visited = min(case.num_selected_blocks, -(-max(case.lengths, default=0) // case.block_size))
     if calls * rows * (1 + visited) > INTERPRETED_BLOCKS[backend]:
@@ -281,8 +285,8 @@ def refuses_last_queries(backend, call):
     return True
 
 
-# Backends that have no kernels of their own: whichever of the others' is fastest runs. tests/ops/test_triton_choice.py.
-CHOOSERS = ("triton",)
+# (operator, backend) without kernels of its own: whichever of the others' is fastest runs. tests/ops/test_triton_choice.py.
+CHOOSERS = [("selected_attention", "triton"), ("nsa_attention", "triton")]
 
 
 def backends_of(operator):
@@ -290,7 +294,7 @@ def backends_of(operator):
     parts = ATTENTIONS + ("select_blocks", "gated_combine") if operator == "nsa_attention" else (operator,)
     found = []
     for name in backends.available(parts[0]):
-        if name in CHOOSERS:
+        if (operator, name) in CHOOSERS:
             continue
         reasons = [backends.available(part).get(name, f"{part} has no such backend") for part in parts]
         reason = next((r for r in reasons if r is not None), None)

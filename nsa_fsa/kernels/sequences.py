@@ -32,6 +32,17 @@ class Blocks(NamedTuple):
     end_row: Tensor  # the row after its sequence's last
 
 
+class Tiles(NamedTuple):
+    """Of every tile, int32 `[num_tiles]`: the rows of what `locate_tiles` returns."""
+
+    index: Tensor  # of the tile inside its sequence
+    first_query: Tensor  # row of the sequence's first query
+    num_queries: Tensor  # of the sequence; 0 for a number that no tile owns
+    offset: Tensor  # position of the sequence's first query
+    first_key: Tensor  # row of the sequence's first key, in tokens
+    num_keys: Tensor  # of the sequence, in tokens
+
+
 @triton.jit
 def find_sequence(starts_ptr, value, num_sequences, num_steps, divisor, step: tl.constexpr):
     """The last sequence b with `starts[b] // divisor + b * step <= value`, by bisection (empty sequences end up before it)."""
@@ -84,6 +95,47 @@ def locate_blocks_kernel(
     tl.store(end_row_ptr + block, end, mask=inside)
 
 
+@triton.jit
+def locate_tiles_kernel(
+    cu_seqlens_ptr, cu_seqlens_q_ptr, seqused_k_ptr, tiles_ptr, work_ptr,
+    num_tiles, num_sequences, num_steps, tile_rows,
+    OF_KEYS: tl.constexpr, CACHED: tl.constexpr, HAS_USED: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    inside = number < num_tiles
+    queries_ptr = cu_seqlens_q_ptr if CACHED else cu_seqlens_ptr
+    starts_ptr = cu_seqlens_ptr if OF_KEYS else queries_ptr
+    sequence = find_sequence(starts_ptr, tl.where(inside, number, 0), num_sequences, num_steps, tile_rows, 1)
+    index = number - (tl.load(starts_ptr + sequence) // tile_rows + sequence)
+    first_query, first_key = tl.load(queries_ptr + sequence), tl.load(cu_seqlens_ptr + sequence)
+    num_queries = tl.load(queries_ptr + sequence + 1) - first_query
+    num_keys = tl.load(cu_seqlens_ptr + sequence + 1) - first_key
+    if HAS_USED:
+        num_keys = tl.load(seqused_k_ptr + sequence)
+    offset = num_keys - num_queries if CACHED else num_keys * 0
+    owned = index * tile_rows < (num_keys if OF_KEYS else num_queries)
+    tl.store(tiles_ptr + number, index, mask=inside)
+    tl.store(tiles_ptr + num_tiles + number, first_query, mask=inside)
+    tl.store(tiles_ptr + 2 * num_tiles + number, tl.where(owned, num_queries, 0), mask=inside)
+    tl.store(tiles_ptr + 3 * num_tiles + number, offset, mask=inside)
+    tl.store(tiles_ptr + 4 * num_tiles + number, first_key, mask=inside)
+    tl.store(tiles_ptr + 5 * num_tiles + number, num_keys, mask=inside)
+    work = num_keys - index * tile_rows if OF_KEYS else offset + index * tile_rows
+    tl.store(work_ptr + number, tl.where(owned, work, -1), mask=inside)
+
+
+@triton.jit
+def load_tile(tiles_ptr, num_tiles, number, num_rows, OF_KEYS: tl.constexpr, SINGLE: tl.constexpr):
+    """The values of `Tiles` for the tile that the program `number` owns, the longest work first."""
+    if SINGLE:
+        return number if OF_KEYS else num_tiles - 1 - number, 0, num_rows, 0, 0, num_rows
+    tiles_ptr += number
+    return (
+        tl.load(tiles_ptr), tl.load(tiles_ptr + num_tiles), tl.load(tiles_ptr + 2 * num_tiles),
+        tl.load(tiles_ptr + 3 * num_tiles), tl.load(tiles_ptr + 4 * num_tiles), tl.load(tiles_ptr + 5 * num_tiles),
+    )  # fmt: skip
+
+
 def max_num_blocks(num_rows: int, num_sequences: int, block_size: int) -> int:
     """How many block numbers a packed batch needs at most."""
     return num_rows // block_size + num_sequences
@@ -116,3 +168,34 @@ def locate_blocks(num_rows: int, cu_seqlens: Tensor, block_size: int) -> Tensor:
             cu_seqlens, *found, num_blocks, num_sequences, num_sequences.bit_length(), block_size, BLOCKS=256
         )
     return found
+
+
+def locate_tiles(
+    num_rows: int, cu_seqlens: Tensor, tile_rows: int, cu_seqlens_q: Tensor | None = None, seqused_k: Tensor | None = None,
+    *, of_keys: bool = False,
+) -> Tensor | None:  # fmt: skip
+    """`[6, num_tiles]`, read as `Tiles(*found)`: the sequences cut into tiles of `tile_rows` queries, or of `tile_rows` keys.
+
+    Tiles with the most work come first: those of the last queries, which see the most keys, or of the first keys, which are
+    seen by the most queries. None for one whole sequence, whose tiles `load_tile` works out without a table: that saves
+    three launches where a kernel takes no longer than the host does to launch it.
+
+    Args:
+        num_rows: rows of the packed queries, or keys.
+        cu_seqlens, cu_seqlens_q, seqused_k: as in `ops.Layout`.
+        tile_rows: queries, or keys, of a tile.
+        of_keys: cut the keys.
+    """
+    num_sequences = cu_seqlens.shape[0] - 1
+    if num_sequences == 1 and cu_seqlens_q is None and seqused_k is None:
+        return None
+    num_tiles = max_num_blocks(num_rows, num_sequences, tile_rows)
+    tiles = torch.empty(6, num_tiles, dtype=torch.int32, device=cu_seqlens.device)
+    work = torch.empty(num_tiles, dtype=torch.int32, device=cu_seqlens.device)
+    if num_tiles and num_sequences:
+        locate_tiles_kernel[(cdiv(num_tiles, 128),)](
+            cu_seqlens, cu_seqlens_q, seqused_k, tiles, work, num_tiles, num_sequences, num_sequences.bit_length(), tile_rows,
+            OF_KEYS=of_keys, CACHED=cu_seqlens_q is not None, HAS_USED=seqused_k is not None, TILES=128,
+        )  # fmt: skip
+        tiles = tiles.index_select(1, work.sort(descending=True, stable=True).indices)
+    return tiles

@@ -45,21 +45,29 @@ def on_gpu(*tensors: Tensor) -> bool:
     return all(x.is_cuda for x in tensors)
 
 
-def selected_unsupported(
-    q: Tensor, k: Tensor, v: Tensor, *, block_indices: Tensor, block_size: int, scale: float,
-    cu_seqlens_q: Tensor | None, seqused_k: Tensor | None, kv_major: bool, backward: bool = False, **_: Any,
-) -> str | None:  # fmt: skip
-    """Why the Triton kernels of selected attention cannot run these arguments, or None."""
+def unsupported_tensors(*tensors: Tensor) -> str | None:
+    """Why no Triton kernel of this package can take these rows `[T, heads, width]`, or None."""
+    q = tensors[0]
     if not q.is_cuda and not interpreted():
         return f"q is on {q.device}, and Triton kernels run on CUDA devices"
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"q has dtype {q.dtype}; supported are float16, bfloat16 and float32"
     if q.dtype == torch.bfloat16 and not q.is_cuda:
         return "Triton's interpreter computes bfloat16 wrongly"
+    if any(x.shape[-1] > MAX_HEAD_DIM for x in tensors):
+        return f"head widths {tuple(x.shape[-1] for x in tensors)}; supported are at most {MAX_HEAD_DIM}"
+    return None
+
+
+def selected_unsupported(
+    q: Tensor, k: Tensor, v: Tensor, *, block_indices: Tensor, block_size: int, scale: float,
+    cu_seqlens_q: Tensor | None, seqused_k: Tensor | None, kv_major: bool, backward: bool = False, **_: Any,
+) -> str | None:  # fmt: skip
+    """Why the Triton kernels of selected attention cannot run these arguments, or None."""
+    if (reason := unsupported_tensors(q, v)) is not None:
+        return reason
     if block_size not in BLOCK_SIZES:
         return f"block_size={block_size}; supported are {BLOCK_SIZES}"
-    if q.shape[2] > MAX_HEAD_DIM or v.shape[2] > MAX_HEAD_DIM:
-        return f"head widths {q.shape[2]} and {v.shape[2]}; supported are at most {MAX_HEAD_DIM}"
     if block_indices.shape[2] > MAX_INDICES:
         return f"{block_indices.shape[2]} block indices a query; supported are at most {MAX_INDICES}"
     if not scale > 0:
