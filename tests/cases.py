@@ -252,14 +252,17 @@ def gradients(operator, o, x, do):
 # How many blocks of keys Triton's interpreter may visit in one test: about 8 s on one core. KV-major counts each (row of q,
 # block) once, query-major each (program, block), and a program's own start as one more.
 INTERPRETED_BLOCKS = {"triton_kv_major": 10_000, "triton_query_major": 500}
+# How many rows, (query, head) pairs, a "triton" backend of another operator may have in one test: about 6 s of compressed
+# attention, the slowest of them. One in float32 counts four times, because its tiles have as few rows.
+INTERPRETED_ROWS = 8_000
 
 
-def suited(case, backend, calls=1):
+def suited(case, backend, calls=1, dtype=None):
     """The case as a backend can run it here. Skips the test, with the reason, where only a GPU is fast enough.
 
     The Triton backends of selected attention want blocks of at least 16 keys, and the interpreter, which stands in for a GPU,
-    computes bfloat16 wrongly. `calls`: how many times forward and backward the test runs the case. "triton", the only backend
-    of its operators, works on tiles of many rows and is fast enough for every case.
+    computes bfloat16 wrongly. `calls`: how many times forward and backward the test runs the case; `dtype`: in which, where
+    that is not the case's own.
     """
     if not backend.startswith("triton"):
         return case
@@ -267,11 +270,13 @@ def suited(case, backend, calls=1):
         case = dataclasses.replace(case, block_size=max(case.block_size, 16))
     if device_of(backend) == "cuda":
         return case
-    if backend not in INTERPRETED_BLOCKS:
-        return dataclasses.replace(case, dtype=F16 if case.dtype == BF16 else case.dtype)
-    rows = sum(case.lengths) * (case.num_heads if backend == "triton_kv_major" else case.num_kv_heads)
-    visited = min(case.num_selected_blocks, -(-max(case.lengths, default=0) // case.block_size))
-    if calls * rows * (1 + visited) > INTERPRETED_BLOCKS[backend]:
+    rows = sum(case.lengths) * (case.num_kv_heads if backend == "triton_query_major" else case.num_heads)
+    if backend in INTERPRETED_BLOCKS:
+        visited = min(case.num_selected_blocks, -(-max(case.lengths, default=0) // case.block_size))
+        too_long = calls * rows * (1 + visited) > INTERPRETED_BLOCKS[backend]
+    else:
+        too_long = calls * rows * (4 if (dtype or case.dtype) == F32 else 1) > INTERPRETED_ROWS
+    if too_long:
         pytest.skip(f"{case.name} takes Triton's interpreter too long: on a GPU only")
     return dataclasses.replace(case, dtype=F16 if case.dtype == BF16 else case.dtype)
 

@@ -2,16 +2,16 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nsa_fsa.kernels import tuning
 from nsa_fsa.kernels.block_index import BlockIndex, build_block_index
 from nsa_fsa.kernels.selected_kv_major import rows_contiguous, selected_attention_fwd
-from nsa_fsa.kernels.selected_kv_major_backward import selected_attention_bwd, statistics
+from nsa_fsa.kernels.selected_kv_major_backward import selected_attention_bwd
 from nsa_fsa.kernels.selected_query_major import selected_attention_query_major_bwd_dq, selected_attention_query_major_fwd
 from nsa_fsa.kernels.sequences import Rows, locate_blocks, locate_rows
-from nsa_fsa.kernels.tuning import Config, candidates
+from nsa_fsa.kernels.softmax_statistics import statistics
+from nsa_fsa.kernels.tuning import Config, candidates, dot_precision
 
 __all__ = [
     "BlockIndex",
@@ -22,11 +22,6 @@ __all__ = [
     "query_major_backward",
     "query_major_forward",
 ]
-
-
-def dot_precision(dtype: torch.dtype) -> str:
-    """What tl.dot does with float32: torch's own setting decides. 16-bit inputs are exact either way."""
-    return "tf32" if dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
 def block_index(

@@ -25,21 +25,6 @@ from nsa_fsa.kernels.sequences import Blocks, Rows
 from nsa_fsa.kernels.sizes import cdiv, padded_dim
 
 
-@triton.jit
-def statistics_kernel(
-    o_ptr, do_ptr, lse_ptr, shift_ptr, delta_ptr, stride_do_t, stride_do_h, scale, num_heads, total,
-    DV: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # of [T * HQ]
-    inside = row < total
-    o = load_rows(o_ptr, row * DV, inside, DV, PADDED_DV, True).to(tl.float32)
-    do_offset = row // num_heads * stride_do_t + row % num_heads * stride_do_h
-    do = load_rows(do_ptr, do_offset, inside, DV, PADDED_DV, True).to(tl.float32)
-    tl.store(delta_ptr + row, -tl.sum(o * do, 1), mask=inside)
-    lse = tl.load(lse_ptr + row, mask=inside, other=0.0)
-    tl.store(shift_ptr + row, tl.where(lse == float("-inf"), float("-inf"), -lse / scale), mask=inside)
-
-
 @triton.jit(do_not_specialize=["first_unit"])
 def gather_bwd_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, shift_ptr, delta_ptr, num_sparse_ptr, entries_ptr, partial_dq_ptr, items_buffer_ptr,
@@ -204,19 +189,6 @@ def sum_dq_kernel(
         dq += load_rows(partial_dq_ptr, (partial + i * G) * D, exists & inside, D, PADDED_D, True).to(tl.float32)
     target = query.to(tl.int64) * num_heads + head * G + row % G
     store_rows(dq_ptr, target * D, dq, inside, D, PADDED_D)
-
-
-def statistics(do: Tensor, o: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """(shift, delta) as above, float32 `[T, HQ]`; the shift of a query that saw nothing is -inf, which makes its p 0."""
-    num_tokens, num_heads, v_dim = o.shape
-    shift, delta = torch.empty(2, num_tokens, num_heads, dtype=torch.float32, device=o.device)
-    rows = 64
-    if o.numel():
-        statistics_kernel[(cdiv(num_tokens * num_heads, rows),)](
-            o, do, lse, shift, delta, *do.stride()[:2], scale, num_heads, num_tokens * num_heads,
-            DV=v_dim, PADDED_DV=padded_dim(v_dim), ROWS=rows,
-        )  # fmt: skip
-    return shift, delta
 
 
 def selected_attention_bwd(

@@ -17,18 +17,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-# Triton 3.7 calls it barrier.
-thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+from nsa_fsa.kernels.hopper_primitives import copy_rows, thread_barrier
 
 VECTOR = gl.constexpr(8)  # elements of a 16-byte copy; offsets are multiples, and kept divided by it, in 32 bits
 RING = gl.constexpr(4)  # tiles whose entries and statistics are kept
-
-
-@gluon.jit
-def copy_rows(buffer, ptr, offsets, DIM: gl.constexpr, layout: gl.constexpr):
-    """Asynchronously, rows of DIM elements that begin at `offsets`."""
-    column = gl.arange(0, DIM, gl.SliceLayout(0, layout))
-    async_copy.async_copy_global_to_shared(buffer, ptr + offsets[:, None] + column[None, :])
 
 
 @gluon.jit

@@ -35,7 +35,7 @@ class Blocks(NamedTuple):
 class Tiles(NamedTuple):
     """Of every tile, int32 `[num_tiles]`: the rows of what `locate_tiles` returns."""
 
-    index: Tensor  # of the tile inside its sequence
+    number: Tensor  # of the tile inside its sequence
     first_query: Tensor  # row of the sequence's first query
     num_queries: Tensor  # of the sequence; 0 for a number that no tile owns
     offset: Tensor  # position of the sequence's first query
@@ -127,13 +127,14 @@ def locate_tiles_kernel(
 @triton.jit
 def load_tile(tiles_ptr, num_tiles, number, num_rows, OF_KEYS: tl.constexpr, SINGLE: tl.constexpr):
     """The values of `Tiles` for the tile that the program `number` owns, the longest work first."""
-    if SINGLE:
-        return number if OF_KEYS else num_tiles - 1 - number, 0, num_rows, 0, 0, num_rows
-    tiles_ptr += number
-    return (
-        tl.load(tiles_ptr), tl.load(tiles_ptr + num_tiles), tl.load(tiles_ptr + 2 * num_tiles),
-        tl.load(tiles_ptr + 3 * num_tiles), tl.load(tiles_ptr + 4 * num_tiles), tl.load(tiles_ptr + 5 * num_tiles),
-    )  # fmt: skip
+    index = number if OF_KEYS else num_tiles - 1 - number
+    none = number * 0
+    first_query, num_queries, offset, first_key, num_keys = none, num_rows, none, none, num_rows
+    if not SINGLE:  # and no early return: what follows one is compiled too, where there is no table
+        index, first_query = tl.load(tiles_ptr + number), tl.load(tiles_ptr + num_tiles + number)
+        num_queries, offset = tl.load(tiles_ptr + 2 * num_tiles + number), tl.load(tiles_ptr + 3 * num_tiles + number)
+        first_key, num_keys = tl.load(tiles_ptr + 4 * num_tiles + number), tl.load(tiles_ptr + 5 * num_tiles + number)
+    return index, first_query, num_queries, offset, first_key, num_keys
 
 
 def max_num_blocks(num_rows: int, num_sequences: int, block_size: int) -> int:

@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from nsa_fsa.kernels.sizes import padded_dim
+from nsa_fsa.kernels.sizes import next_power_of_2, padded_dim
 
 # Triton versions whose Gluon, an interface still on the move, the kernels are written for.
 GLUON_VERSIONS = ("3.6.", "3.7.")
@@ -26,6 +26,11 @@ PLAIN_BWD = {
     128: ((32, 4, 2),) * 4,
     256: ((32, 8, 2),) * 4,
 }
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """What tl.dot does with float32: torch's own setting decides. 16-bit inputs are exact either way."""
+    return "tf32" if dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
 @dataclass(frozen=True)
@@ -54,8 +59,35 @@ class Config:
     stop_early: bool = True  # at an item's last row; False, for the ablation, walks as far as the largest item goes
 
 
-def runs_hopper(q: Tensor, v: Tensor, block_size: int) -> bool:
-    """Whether the Gluon kernels can take these tensors, once their rows begin at multiples of 16 bytes."""
+@dataclass(frozen=True)
+class CompressedConfig:
+    """How the kernels of compressed attention cut their work: tiles of m (query, head) rows and n compressed tokens."""
+
+    hopper: bool = False  # the Gluon kernels instead of their plain Triton twins; their tiles are 128 wide, in two halves
+    fwd_m: int = 128
+    fwd_n: int = 64
+    fwd_warps: int = 8
+    fwd_stages: int = 3
+    fwd_slots: int = 2  # tiles whose rows are kept by the Gluon kernels: the next one's arrive meanwhile
+    fwd_registers: int = 224  # of the Gluon kernels: for each of the two computing warpgroups, 504 less these for the other
+    dq_m: int = 64
+    dq_n: int = 64
+    dq_warps: int = 4
+    dq_stages: int = 2
+    dq_slots: int = 1
+    dq_registers: int = 224
+    dkdv_m: int = 64
+    dkdv_n: int = 64
+    dkdv_warps: int = 4
+    dkdv_stages: int = 2
+    dkdv_registers: int = 240
+    dkdv_heads: int = 16  # done at a time
+    dkdv_programs: int = 1056  # rows are cut into parts until there are so many, eight a multiprocessor of an H200,
+    dkdv_part_rows: int = 2048  # or until a part has no more rows than this
+
+
+def runs_gluon(q: Tensor, v: Tensor) -> bool:
+    """Whether Gluon kernels can take these tensors, once their rows begin at multiples of 16 bytes."""
     return (
         q.is_cuda
         and triton.__version__.startswith(GLUON_VERSIONS)
@@ -63,8 +95,12 @@ def runs_hopper(q: Tensor, v: Tensor, block_size: int) -> bool:
         and q.dtype in (torch.float16, torch.bfloat16)
         and q.shape[2] == v.shape[2]
         and q.shape[2] in (64, 128)
-        and block_size in (64, 128)
     )
+
+
+def runs_hopper(q: Tensor, v: Tensor, block_size: int) -> bool:
+    """The same for those of selected attention."""
+    return block_size in (64, 128) and runs_gluon(q, v)
 
 
 def padded_width(q: Tensor, v: Tensor) -> int:
@@ -109,6 +145,47 @@ def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
         fwd_m=fwd[0], fwd_keys=2 * keys, fwd_warps=fwd[1], fwd_stages=fwd[2],
         bwd_m=bwd[0], bwd_keys=bwd_keys, bwd_warps=bwd[1], bwd_stages=bwd[2],
         merge_m=merge[0], merge_keys=merge_keys, merge_warps=merge[1], merge_stages=merge[2],
+    )  # fmt: skip
+
+
+def compressed_config(q: Tensor, v: Tensor, group_size: int) -> CompressedConfig:
+    """The tiles of compressed attention for q `[T, HQ, D]` and v `[T // kernel_stride, HKV, DV]`."""
+    key = (q.dtype, q.shape[2], v.shape[2], group_size, runs_gluon(q, v))
+    if key not in _COMPRESSED:
+        _COMPRESSED[key] = _compressed_config(*key)
+    return _COMPRESSED[key]
+
+
+_COMPRESSED: dict[Any, CompressedConfig] = {}
+
+
+def _compressed_config(dtype: torch.dtype, head_dim: int, v_dim: int, group_size: int, gluon: bool) -> CompressedConfig:
+    if gluon and group_size <= 128:
+        return CompressedConfig(
+            hopper=True,
+            fwd_m=128,
+            fwd_n=128,
+            fwd_stages=2,
+            dq_m=128,
+            dq_n=64,
+            dq_stages=3,
+            dkdv_m=64,
+            dkdv_n=128,
+            dkdv_stages=3,
+        )
+    width = max(padded_dim(head_dim), padded_dim(v_dim), 32)
+    if dtype == torch.float32:  # without the matrix unit a thread holds whole rows of both factors of a product
+        m, n = max(16, next_power_of_2(group_size)), 16
+        return CompressedConfig(
+            fwd_m=m, fwd_n=n, fwd_warps=8, fwd_stages=2, dq_m=m, dq_n=n, dq_warps=8, dq_stages=2,
+            dkdv_m=16, dkdv_n=16, dkdv_warps=8, dkdv_stages=2,
+        )  # fmt: skip
+    m = max(128 if width <= 128 else 64, next_power_of_2(group_size))
+    half = max(64, next_power_of_2(group_size))
+    keys = 64 if width <= 128 else 32
+    return CompressedConfig(
+        fwd_m=m, fwd_n=keys, fwd_warps=8, fwd_stages=2, dq_m=half, dq_n=keys, dq_warps=4 if width <= 128 else 8, dq_stages=2,
+        dkdv_m=32 if width > 64 else 64, dkdv_n=64 if width <= 128 else 32, dkdv_warps=4 if width <= 128 else 8, dkdv_stages=2,
     )  # fmt: skip
 
 

@@ -5,8 +5,10 @@ from typing import Any
 from torch import Tensor
 
 from nsa_fsa import reference
-from nsa_fsa.ops import backends, validation
+from nsa_fsa.ops import backends, triton_backends, validation
 from nsa_fsa.ops.attention_operator import define_attention
+
+MAX_GROUP_SIZE = 64
 
 
 def compressed_attention(
@@ -38,7 +40,7 @@ def compressed_attention(
         scale: softmax scale; default `D ** -0.5`.
         cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences; see `Layout`.
         return_lse: also return the log-sum-exp.
-        backend: which implementation runs.
+        backend: which implementation runs: "triton", "reference", or "auto": the first of them that can, on a GPU.
 
     Returns:
         o `[T, HQ, DV]` in q's dtype, and on request the natural-log lse `[T, HQ]` in float32 (float64 for float64 inputs),
@@ -75,6 +77,33 @@ def check_compressed_rows(
 
 _operator = define_attention("compressed_attention", "int kernel_size, int kernel_stride", check_compressed_rows)
 
+
+def _unsupported(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *, scale: float, backward: bool = False, **_: Any) -> str | None:
+    """Why the Triton kernels cannot run these arguments, or None."""
+    group_size = q.shape[1] // k_cmp.shape[1]
+    if group_size > MAX_GROUP_SIZE:
+        return f"{group_size} query heads a KV head; supported are at most {MAX_GROUP_SIZE}"
+    if not scale > 0:
+        return f"scale={scale}; it must be positive"
+    return triton_backends.unsupported_tensors(q, v_cmp)
+
+
+def _forward(q, k_cmp, v_cmp, *, cu_seqlens, max_seqlen, **arguments):
+    from nsa_fsa.kernels import compressed_attention as kernels
+
+    return kernels.compressed_attention_fwd(q, k_cmp, v_cmp, cu_seqlens, **arguments)
+
+
+def _backward(do, q, k_cmp, v_cmp, o, lse, *, cu_seqlens, max_seqlen, **arguments):
+    from nsa_fsa.kernels import compressed_attention_backward as kernels
+
+    return kernels.compressed_attention_bwd(do, q, k_cmp, v_cmp, o, lse, cu_seqlens, max_seqlen, **arguments)
+
+
+backends.register(
+    "compressed_attention",
+    backends.Backend("triton", _forward, _backward, triton_backends.unavailable, _unsupported, triton_backends.on_gpu),
+)
 backends.register(
     "compressed_attention",
     backends.Backend("reference", reference.compressed_attention, reference.compressed_attention_backward),

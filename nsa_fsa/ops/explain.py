@@ -10,8 +10,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.ops import backends, profiler, triton_backends
 
-OPERATORS = ("compressed_attention", "select_blocks", "selected_attention", "sliding_window_attention", "gated_combine")
-
 
 @dataclass(frozen=True)
 class Choice:
@@ -56,37 +54,62 @@ def explain(
         An `Explanation`, to be printed or read.
     """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    calls = _calls(config, num_tokens, dtype, device)
+    return Explanation(tuple(_explain(operator, config.backend, *call) for operator, call in calls.items()))
+
+
+def _calls(
+    config: NSAConfig, num_tokens: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, tuple[tuple[Tensor, ...], dict[str, Any]]]:
+    """What the layer gives to the backends of each of its operators, in the order in which these run: tensors, which take no
+    memory, and the arguments that decide who can run them."""
+    heads, kv_heads, stride = config.num_heads, config.num_kv_heads, config.kernel_stride
     with FakeTensorMode():
-        q = torch.empty(num_tokens, config.num_heads, config.head_dim, dtype=dtype, device=device)
-        k = torch.empty(num_tokens, config.num_kv_heads, config.head_dim, dtype=dtype, device=device)
-        v = torch.empty(num_tokens, config.num_kv_heads, config.v_head_dim, dtype=dtype, device=device)
-        shape = (num_tokens, config.num_kv_heads, config.num_selected_blocks)
-        block_indices = torch.empty(shape, dtype=torch.int32, device=device)
-    selected = dict(
-        block_indices=block_indices, block_size=config.block_size, init_blocks=config.init_blocks,
-        local_blocks=config.local_blocks, scale=config.scale, cu_seqlens_q=None, seqused_k=None,
-    )  # fmt: skip
-    return Explanation(
-        tuple(
-            _explain(operator, config.backend, (q, k, v), selected if operator == "selected_attention" else {})
-            for operator in OPERATORS
-        )
-    )
+
+        def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        q, k = new(num_tokens, heads, config.head_dim), new(num_tokens, kv_heads, config.head_dim)
+        v = new(num_tokens, kv_heads, config.v_head_dim)
+        k_cmp, v_cmp = (new(num_tokens // stride, kv_heads, x.shape[2]) for x in (k, v))
+        lse = new(num_tokens, heads, dtype=torch.float32)
+        block_indices = new(num_tokens, kv_heads, config.num_selected_blocks, dtype=torch.int32)
+        branches = [new(num_tokens, heads, config.v_head_dim) for _ in range(3)]
+        gates = new(num_tokens, heads, 3)
+    layout = dict(cu_seqlens_q=None, seqused_k=None, scale=config.scale)
+    windows = dict(kernel_size=config.kernel_size, kernel_stride=stride)
+    blocks = dict(block_size=config.block_size, init_blocks=config.init_blocks, local_blocks=config.local_blocks)
+    compressed = ((config.compress_k, k), (config.compress_v, v))
+    return {
+        **{  # where both are compressed alike, the wider one counts
+            "pool_windows" if kind in ("mean", "weighted") else "gather_windows": ((x,), dict(windows, seqused_k=None))
+            for kind, x in sorted(compressed, key=lambda pair: pair[1].shape[2])
+        },
+        "compressed_attention": ((q, k_cmp, v_cmp), dict(**layout, **windows)),
+        "select_blocks": (
+            (q, k_cmp, lse),
+            dict(**layout, **windows, **blocks, num_selected_blocks=config.num_selected_blocks),
+        ),
+        "selected_attention": ((q, k, v), dict(**layout, **blocks, block_indices=block_indices)),
+        "sliding_window_attention": ((q, k, v), dict(**layout, window_size=config.window_size)),
+        "gated_combine": ((gates, *branches), {}),
+    }
 
 
-def _explain(operator, name, tensors, arguments) -> Choice:
+def _explain(operator: str, name: str, tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Choice:
     chosen = backends.resolve(operator, name, *tensors, **arguments).name
     if name != "auto":
         return Choice(operator, chosen, f"backend={name!r} was asked for", {})
     passed_over = backends.passed_over(operator, *tensors, **arguments)
     why = "the first that can run this"
-    if chosen == "triton":
+    if operator == "selected_attention" and chosen == "triton":
         why = "; ".join(_measured(tensors, arguments, direction) for direction in ("forward", "backward"))
     return Choice(operator, chosen, why, passed_over)
 
 
-def _measured(tensors: tuple[Tensor, Tensor, Tensor], arguments: dict[str, Any], direction: str) -> str:
-    entry = profiler.known(triton_backends.selected_key(*tensors, arguments, direction), tensors[0].device)
+def _measured(tensors: tuple[Tensor, ...], arguments: dict[str, Any], direction: str) -> str:
+    q, k, v = tensors
+    entry = profiler.known(triton_backends.selected_key(q, k, v, arguments, direction), q.device)
     if entry is None:
         return f"{direction}: the default tiles" + (", until it is first run and timed" if profiler.enabled() else "")
     return f"{direction}: {entry['choice']}, {entry['ms'][entry['choice']]:.2f} ms when timed on {entry['date']}"

@@ -45,17 +45,18 @@ def on_gpu(*tensors: Tensor) -> bool:
     return all(x.is_cuda for x in tensors)
 
 
-def unsupported_tensors(*tensors: Tensor) -> str | None:
-    """Why no Triton kernel of this package can take these rows `[T, heads, width]`, or None."""
-    q = tensors[0]
-    if not q.is_cuda and not interpreted():
-        return f"q is on {q.device}, and Triton kernels run on CUDA devices"
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"q has dtype {q.dtype}; supported are float16, bfloat16 and float32"
-    if q.dtype == torch.bfloat16 and not q.is_cuda:
+def unsupported_tensors(*tensors: Tensor, name: str = "q") -> str | None:
+    """Why no Triton kernel of this package can take these rows `[T, heads, width]`, of which the first are `name`, or None."""
+    first = tensors[0]
+    if not first.is_cuda and not interpreted():
+        return f"{name} is on {first.device}, and Triton kernels run on CUDA devices"
+    if first.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"{name} has dtype {first.dtype}; supported are float16, bfloat16 and float32"
+    if first.dtype == torch.bfloat16 and not first.is_cuda:
         return "Triton's interpreter computes bfloat16 wrongly"
     if any(x.shape[-1] > MAX_HEAD_DIM for x in tensors):
-        return f"head widths {tuple(x.shape[-1] for x in tensors)}; supported are at most {MAX_HEAD_DIM}"
+        widths = " and ".join(str(x.shape[-1]) for x in tensors)
+        return f"head widths {widths}; supported are at most {MAX_HEAD_DIM}"
     return None
 
 

@@ -1,36 +1,93 @@
 """`nsa_fsa.explain`: what it says is what runs."""
 
+import dataclasses
+
+import pytest
 import torch
 
 import nsa_fsa
 from nsa_fsa import NSAConfig
-from nsa_fsa.ops import backends
+from nsa_fsa.ops import backends, triton_backends
 
 CONFIG = NSAConfig(hidden_size=256, num_heads=4, num_kv_heads=2)
+WITH_TRITON = ("pool_windows", "compressed_attention", "select_blocks", "selected_attention")
+OPERATORS = (*WITH_TRITON, "sliding_window_attention", "gated_combine")
+needs_triton = pytest.mark.skipif(
+    triton_backends.unavailable() is not None, reason=f"what the kernels refuse: {triton_backends.unavailable()}"
+)
 
 
 def choice(found, operator="selected_attention"):
     return next(c for c in found.choices if c.operator == operator)
 
 
-def test_on_a_cpu_the_reference_runs_and_every_backend_before_it_says_why_not():
-    found = choice(nsa_fsa.explain(CONFIG, 1024, device="cpu"))
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_on_a_cpu_the_reference_runs_and_every_backend_before_it_says_why_not(operator):
+    found = choice(nsa_fsa.explain(CONFIG, 1024, device="cpu"), operator)
     assert found.backend == "reference"
-    assert list(found.passed_over) == [name for name in backends.available("selected_attention") if name != "reference"]
+    assert list(found.passed_over) == [name for name in backends.available(operator) if name != "reference"]
     assert all(found.passed_over.values())
-    assert found.passed_over["triton"] in str(found)
+    for reason in found.passed_over.values():
+        assert reason in str(found)
 
 
 def test_every_operator_is_explained():
-    text = str(nsa_fsa.explain(CONFIG, 1024, device="cpu"))
-    for operator in (
-        "compressed_attention",
-        "select_blocks",
-        "selected_attention",
-        "sliding_window_attention",
-        "gated_combine",
-    ):
-        assert operator in text
+    found = nsa_fsa.explain(CONFIG, 1024, device="cpu")
+    assert tuple(c.operator for c in found.choices) == OPERATORS
+    for operator in OPERATORS:
+        assert operator in str(found)
+
+
+@pytest.mark.parametrize(
+    ("compress_k", "compress_v", "expected"),
+    [
+        ("mean", "weighted", ("pool_windows",)),
+        ("mlp", "linear", ("gather_windows",)),
+        ("mean", "gated", ("pool_windows", "gather_windows")),
+    ],
+)
+def test_compression_as_the_layer_does_it(compress_k, compress_v, expected):
+    config = dataclasses.replace(CONFIG, compress_k=compress_k, compress_v=compress_v)
+    found = nsa_fsa.explain(config, 1024, device="cpu")
+    assert tuple(c.operator for c in found.choices if c.operator.endswith("_windows")) == expected
+
+
+# What the kernels refuse of a config or a dtype, and by which operators: each is asked with its own arguments.
+REFUSED = [
+    (dict(), torch.float64, "has dtype torch.float64", WITH_TRITON),
+    (dict(head_dim=272), torch.float16, "272", WITH_TRITON),
+    (dict(v_head_dim=272), torch.float16, "272", ("pool_windows", "compressed_attention", "selected_attention")),
+    (dict(block_size=48), torch.float16, "block_size=48", ("selected_attention",)),
+    (dict(num_selected_blocks=65), torch.float16, "num_selected_blocks=65", ("select_blocks",)),
+    (dict(num_selected_blocks=129), torch.float16, "129", ("select_blocks", "selected_attention")),
+    (dict(num_heads=130), torch.float16, "65 query heads", ("compressed_attention",)),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize(("changes", "dtype", "reason", "operators"), REFUSED, ids=[reason for *_, reason, _ in REFUSED])
+def test_what_the_kernels_refuse_is_said_by_the_operators_that_refuse_it(changes, dtype, reason, operators):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = nsa_fsa.explain(dataclasses.replace(CONFIG, **changes), 1024, device=device, dtype=dtype)
+    refusing = [c.operator for c in found.choices if reason in c.passed_over.get("triton", "")]
+    assert tuple(refusing) == operators
+    for operator in WITH_TRITON:
+        chosen = choice(found, operator)
+        if operator in operators:
+            assert chosen.backend == "reference"
+        elif device == "cuda":
+            assert chosen.backend == "triton"
+        else:  # the interpreter could, and is passed over for that alone
+            assert chosen.passed_over["triton"] == "the tensors are on cpu"
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_triton_runs():
+    found = nsa_fsa.explain(CONFIG, 1024)
+    assert {c.operator for c in found.choices if c.backend == "triton"} == set(WITH_TRITON)
+    for operator in set(WITH_TRITON) - {"selected_attention"}:
+        assert choice(found, operator).why == "the first that can run this"
+    assert choice(found).why.startswith("forward: ")
 
 
 def test_a_backend_asked_for_by_name():

@@ -62,8 +62,8 @@ def random_output_gradient(operator, case, x, o):
 @pytest.mark.parametrize("case", SEVERAL_SEQUENCES, ids=str)
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_packed_equals_separate(operator, backend, case):
-    case = suited(case, backend, calls=2)
     dtype, rounding = widest_dtype(backend)
+    case = suited(case, backend, calls=2, dtype=dtype)
     x = make_inputs(case, dtype, device=device_of(backend), requires_grad=True)
     result = call(operator, case, x, backend)
     do = random_output_gradient(operator, case, x, output(result))
@@ -95,9 +95,16 @@ def test_packed_equals_separate(operator, backend, case):
             assert (grad[getattr(x, name).isnan()] == 0).all(), f"d{name} of a row that no token owns"
 
 
+def skip_what_is_slow_to_select(case, backend):
+    """A tile of 32 rows takes the interpreter about 0.1 s where there is much to choose from."""
+    if backend != "reference" and device_of(backend) == "cpu" and sum(case.lengths) * case.num_heads > 2300:
+        pytest.skip(f"{case.name} takes Triton's interpreter too long: on a GPU only")
+
+
 @pytest.mark.parametrize("case", SEVERAL_SEQUENCES, ids=str)
 @pytest.mark.parametrize("backend", backends_of("select_blocks"))
 def test_packed_selection_equals_separate(backend, case):
+    skip_what_is_slow_to_select(case, backend)
     x = make_inputs(case, widest_dtype(backend)[0], device=device_of(backend))
     _, lse = call("compressed_attention", case, x)
     indices, scores = select(case, x, lse, backend, return_scores=True)
@@ -262,6 +269,7 @@ def test_last_queries_over_gapped_keys(operator, backend, name, num_queries, gap
 @pytest.mark.parametrize("backend", backends_of("select_blocks"))
 def test_selection_for_last_queries_over_gapped_keys(backend, name, num_queries, gap):
     case = by_name(name)
+    skip_what_is_slow_to_select(case, backend)
     dtype, _ = widest_dtype(backend)
     x = make_inputs(case, dtype, device=device_of(backend))
     few, extra, q_rows, *_ = last_queries_of_gapped_buffer(

@@ -1,0 +1,23 @@
+"""Pieces that the Gluon kernels share. They are written for one version of a moving interface: see tuning.GLUON_VERSIONS."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+# Triton 3.7 calls it barrier. Of the threads of a partition where warps are specialised, else of the whole program.
+thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+
+
+@gluon.jit
+def copy_rows(buffer, ptr, offsets, DIM: gl.constexpr, layout: gl.constexpr):
+    """Asynchronously, rows of DIM elements that begin at `offsets`."""
+    column = gl.arange(0, DIM, gl.SliceLayout(0, layout))
+    async_copy.async_copy_global_to_shared(buffer, ptr + offsets[:, None] + column[None, :])
+
+
+@gluon.jit
+def copy_rows_or_zeros(buffer, ptr, offsets, exists, DIM: gl.constexpr, layout: gl.constexpr):
+    """The same, and zeros for the rows that do not exist."""
+    column = gl.arange(0, DIM, gl.SliceLayout(0, layout))
+    mask = exists[:, None] & (column < DIM)[None, :]
+    async_copy.async_copy_global_to_shared(buffer, ptr + offsets[:, None] + column[None, :], mask=mask)
