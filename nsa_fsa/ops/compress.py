@@ -1,12 +1,12 @@
 """Compression windows as operators: gathered (for the linear, mlp and gated kinds) or pooled (mean and weighted)."""
 
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 from torch import Tensor
 
 from nsa_fsa import reference
-from nsa_fsa.ops import backends, validation
+from nsa_fsa.ops import backends, triton_backends, validation
 
 
 def pool_windows(
@@ -97,8 +97,8 @@ def _pool(
     backend: str,
 ) -> Tensor:
     validation.check_layout_values(x.shape[0], x.shape[0], cu_seqlens, max_seqlen, None, seqused_k)
-    forward = backends.resolve("pool_windows", backend).forward
-    return forward(x, weight, cu_seqlens, kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
+    sizes: dict[str, Any] = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
+    return backends.resolve("pool_windows", backend, x, **sizes).forward(x, weight, cu_seqlens, **sizes)
 
 
 @_pool.register_fake
@@ -117,10 +117,9 @@ def _pool_backward(
     seqused_k: Optional[Tensor],
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    backward = backends.resolve("pool_windows", backend).backward
-    dx, dweight = backward(
-        dpooled, x, weight, cu_seqlens, kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k
-    )
+    sizes: dict[str, Any] = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
+    backward = backends.resolve("pool_windows", backend, x, backward=True, **sizes).backward
+    dx, dweight = backward(dpooled, x, weight, cu_seqlens, **sizes)
     return dx, x.new_empty(0) if dweight is None else dweight  # an operator cannot return None
 
 
@@ -154,8 +153,8 @@ def _gather(
     backend: str,
 ) -> Tensor:
     validation.check_layout_values(x.shape[0], x.shape[0], cu_seqlens, max_seqlen, None, seqused_k)
-    forward = backends.resolve("gather_windows", backend).forward
-    return forward(x, cu_seqlens, kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
+    sizes: dict[str, Any] = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
+    return backends.resolve("gather_windows", backend, x, **sizes).forward(x, cu_seqlens, **sizes)
 
 
 @_gather.register_fake
@@ -173,8 +172,9 @@ def _gather_backward(
     seqused_k: Optional[Tensor],
     backend: str,
 ) -> Tensor:
-    backward = backends.resolve("gather_windows", backend).backward
-    return backward(dwindows, x, cu_seqlens, kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
+    sizes: dict[str, Any] = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
+    backward = backends.resolve("gather_windows", backend, x, backward=True, **sizes).backward
+    return backward(dwindows, x, cu_seqlens, **sizes)
 
 
 @_gather_backward.register_fake
@@ -195,5 +195,30 @@ def _gather_vjp(ctx, dwindows):
 
 _gather.register_autograd(_gather_vjp, setup_context=_gather_setup)
 
-backends.register("pool_windows", backends.Backend("reference", reference.pool_windows, reference.pool_windows_backward))
-backends.register("gather_windows", backends.Backend("reference", reference.gather_windows, reference.gather_windows_backward))
+
+def _kernels() -> Any:
+    from nsa_fsa.kernels import compress
+
+    return compress
+
+
+def _unsupported(x: Tensor, **_: Any) -> str | None:
+    return triton_backends.unsupported_tensors(x, name="x")
+
+
+def _register(operator: str) -> None:
+    triton = backends.Backend(
+        "triton",
+        lambda *tensors, **sizes: getattr(_kernels(), operator)(*tensors, **sizes),
+        lambda *tensors, **sizes: getattr(_kernels(), f"{operator}_backward")(*tensors, **sizes),
+        triton_backends.unavailable,
+        _unsupported,
+        triton_backends.on_gpu,
+    )
+    backends.register(operator, triton)
+    by_torch = (getattr(reference, operator), getattr(reference, f"{operator}_backward"))
+    backends.register(operator, backends.Backend("reference", *by_torch))
+
+
+_register("pool_windows")
+_register("gather_windows")

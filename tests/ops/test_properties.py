@@ -241,3 +241,57 @@ def test_selected_attention_kernels(backend, p):
         close = 10 * rounding
         size = max(1.0, float(b.nan_to_num(neginf=0).abs().max()))
         torch.testing.assert_close(a, b, rtol=close, atol=close * size, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@st.composite
+def window_problems(draw):
+    """Windows of sequences of which some rows may be unused; widths on both sides of powers of two, every layout of rows."""
+    lengths = draw(st.lists(st.integers(0, 9), max_size=3)) + [draw(st.integers(1, 40))]
+    stride = draw(st.integers(1, 5))
+    heads, dim = draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 16, 33, 130, 256]))
+    kernel_size = stride * draw(st.integers(1, 4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    order = draw(st.permutations(range(3)))  # of the axes in memory
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    x = randn(sum(lengths), heads, dim).permute(order).contiguous().permute(*torch.tensor(order).argsort().tolist())
+    used = [draw(st.integers(0, n)) for n in lengths] if draw(st.booleans()) else None
+    return dict(
+        x=x,
+        weight=draw(st.sampled_from([None, randn(heads, kernel_size)])),
+        cu_seqlens=torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32),
+        max_seqlen=max(lengths),
+        seqused_k=None if used is None else torch.tensor(used, dtype=torch.int32),
+        windows=dict(kernel_size=kernel_size, kernel_stride=stride),
+        dpooled=randn(len(x) // stride, heads, dim),
+        dwindows=randn(len(x) // stride, heads, kernel_size, dim),
+    )
+
+
+@pytest.mark.parametrize("backend", [b for b in backends_of("pool_windows") if b.values[0] != "reference"])
+@given(p=window_problems())
+@examples(15)
+def test_window_kernels(backend, p):
+    device, (dtype, rounding) = device_of(backend), widest_dtype(backend)
+    owned = sorted(oracle.windows(p["cu_seqlens"].tolist(), **p["windows"], seqused_k=p["seqused_k"]))
+
+    def run(device, dtype, backend):
+        tensors = [x if x is None else x.to(device, dtype, copy=True).requires_grad_() for x in (p["x"], p["weight"])]
+        x, leaves = tensors[0], [t for t in tensors if t is not None]
+        used = None if p["seqused_k"] is None else p["seqused_k"].to(device)
+        packed = (p["cu_seqlens"].to(device), p["max_seqlen"])
+        pooled = ops.pool_windows(*tensors, *packed, **p["windows"], seqused_k=used, backend=backend)
+        gathered = ops.gather_windows(x, *packed, **p["windows"], seqused_k=used, backend=backend)
+        grads = (
+            *torch.autograd.grad(pooled, leaves, p["dpooled"].to(pooled)),
+            *torch.autograd.grad(gathered, x, p["dwindows"].to(x)),
+        )
+        return [t.detach().cpu().double() for t in (pooled[owned], gathered, *grads)]
+
+    for number, (a, b) in enumerate(zip(run(device, dtype, backend), run("cpu", torch.float64, "reference"), strict=True)):
+        # Sums of up to some thousand products of numbers around 1; rounding is relative to their size.
+        close = 10 * rounding
+        size = max(1.0, float(b.abs().max())) if b.numel() else 1.0
+        torch.testing.assert_close(a, b, rtol=close, atol=close * size, msg=lambda m, number=number: f"result {number}: {m}")
