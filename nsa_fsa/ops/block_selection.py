@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from nsa_fsa import reference
-from nsa_fsa.ops import backends, validation
+from nsa_fsa.ops import backends, triton_backends, validation
 from nsa_fsa.ops.compressed_attention import check_compressed_rows
+
+MAX_SELECTED_BLOCKS = 64  # of the Triton kernel, which keeps them in registers
 
 
 def select_blocks(
@@ -94,12 +96,13 @@ def _select(
     local_blocks: int,
     backend: str,
 ) -> Tensor:
-    layout: dict[str, Any] = dict(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k)
-    check_compressed_rows(q, k_cmp, kernel_stride=kernel_stride, **layout)
-    return backends.resolve("select_blocks", backend).forward(
-        q, k_cmp, lse, **layout, scale=scale, kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size,
-        num_selected_blocks=num_selected_blocks, init_blocks=init_blocks, local_blocks=local_blocks,
+    arguments: dict[str, Any] = dict(
+        cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k, scale=scale,
+        kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size, num_selected_blocks=num_selected_blocks,
+        init_blocks=init_blocks, local_blocks=local_blocks,
     )  # fmt: skip
+    check_compressed_rows(q, k_cmp, **arguments)
+    return backends.resolve("select_blocks", backend, q, k_cmp, lse, **arguments).forward(q, k_cmp, lse, **arguments)
 
 
 @_select.register_fake
@@ -125,6 +128,8 @@ def _scores(
 ) -> Tensor:
     layout: dict[str, Any] = dict(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k)
     check_compressed_rows(q, k_cmp, kernel_stride=kernel_stride, **layout)
+    # Whoever asks for the scores wants to look at them: backends that exist to never hold them leave them to another.
+    backend = backend if backend in backends.available("block_scores") else "auto"
     return backends.resolve("block_scores", backend).forward(
         q, k_cmp, lse, **layout, scale=scale, kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size
     )
@@ -136,5 +141,27 @@ def _(q, k_cmp, lse, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, scale, ker
     return q.new_empty(q.shape[0], k_cmp.shape[1], -(-max_seqlen // block_size), dtype=dtype)
 
 
+def _triton(*tensors: Tensor, **arguments: Any) -> Tensor:
+    from nsa_fsa.kernels.block_selection import select_blocks
+
+    run: Any = select_blocks
+    return run(*tensors, **arguments)
+
+
+def _triton_unsupported(*tensors: Tensor, num_selected_blocks: int = 1, **_: Any) -> str | None:
+    if (reason := triton_backends.unsupported_tensors(*tensors[:2])) is not None:
+        return reason
+    if num_selected_blocks > MAX_SELECTED_BLOCKS:
+        return f"num_selected_blocks={num_selected_blocks}; supported are at most {MAX_SELECTED_BLOCKS}"
+    return None
+
+
+backends.register(
+    "select_blocks",
+    backends.Backend(
+        "triton", _triton, unavailable=triton_backends.unavailable, unsupported=_triton_unsupported,
+        automatic=triton_backends.on_gpu,
+    ),
+)  # fmt: skip
 backends.register("select_blocks", backends.Backend("reference", reference.select_blocks))
 backends.register("block_scores", backends.Backend("reference", reference.block_scores))

@@ -5,7 +5,7 @@ import torch
 
 from nsa_fsa import ops
 from tests import oracle
-from tests.cases import CASES, SMALL_CASES, backends_of, by_name, call, device_of, make_inputs, select, widest_dtype
+from tests.cases import CASES, SMALL_CASES, backends_of, by_name, call, device_of, make_inputs, select, suited, widest_dtype
 
 
 def own_blocks(case):
@@ -22,6 +22,7 @@ def choose(case, x, backend, **extra):
 @pytest.mark.parametrize("backend", backends_of("select_blocks"))
 def test_what_holds_for_every_selection(backend, case):
     """Count, order, padding, causality and forced blocks, in the case's own dtype."""
+    case = suited(case, backend)
     x = make_inputs(case, device=device_of(backend))
     indices = choose(case, x, backend).cpu()
     assert indices.dtype == torch.int32
@@ -72,6 +73,7 @@ def test_same_sets_as_the_oracle_where_scores_are_separated(backend, case):
 @pytest.mark.parametrize("backend", backends_of("select_blocks"))
 def test_low_precision_choices_score_as_well_as_the_oracles(backend, case):
     """The bar of reliability.md, 0.5%, and applied to the freely chosen blocks alone: forced ones would hide an error."""
+    case = suited(case, backend)
     indices = choose(case, make_inputs(case, device=device_of(backend)), backend).cpu().long()
     best, scores = choose(case, make_inputs(case, torch.float64), "reference", return_scores=True)
     best = best.long()
@@ -199,6 +201,19 @@ def test_lse_in_float64_with_narrower_queries(backend):
     x = make_inputs(case, torch.float32, device=device_of(backend))
     _, lse = call("compressed_attention", case, x)
     assert torch.equal(select(case, x, lse.double(), backend), select(case, x, lse, backend))
+
+
+@pytest.mark.parametrize("backend", backends_of("select_blocks"))
+def test_rows_past_the_used_ones_select_nothing(backend):
+    """seqused_k alone: query rows are key rows, and those past the used ones belong to no sequence."""
+    case, used = by_name("empty_ends"), (0, 20, 0, 0, 64, 0)
+    x = make_inputs(case, torch.float32, device=device_of(backend))
+    extra = dict(seqused_k=torch.tensor(used, dtype=torch.int32, device=x.q.device))
+    _, lse = call("compressed_attention", case, x, **extra)
+    indices = select(case, x, lse, backend, **extra).cpu()
+    is_used = torch.cat([torch.arange(n) < m for n, m in zip(case.lengths, used, strict=True)])
+    assert (indices[~is_used] == -1).all()
+    assert torch.equal(indices[is_used], select(case, x, lse, backend).cpu()[is_used])
 
 
 @pytest.mark.parametrize("backend", backends_of("select_blocks"))
