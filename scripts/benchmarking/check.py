@@ -8,8 +8,12 @@ from torch import Tensor
 from benchmarking.settings import Setting
 
 # Relative RMS errors, as docs/reliability.md has them for 16-bit outputs; gradients round once more (ds), so twice that.
-# One block of 16 too few or too many is an error of several per cent.
-TOLERANCE = {"o": 0.005, "dq": 0.01, "dk": 0.01, "dv": 0.01}
+# One block of 16 too few or too many is an error of several per cent. lse is float32 and sees no 16-bit rounding but its
+# inputs'; one compressed key of a thousand too few is 1.4e-4 of it. Gathered windows are copies.
+TOLERANCE = {
+    "o": 0.005, "lse": 1e-4, "dq": 0.01, "dk": 0.01, "dv": 0.01,
+    "pooled": 0.005, "windows": 0.0, "dx": 0.01, "dweight": 0.01,
+}  # fmt: skip
 ROWS_AT_A_TIME = 1 << 26  # elements of gathered keys
 
 
@@ -18,53 +22,161 @@ class WrongResult(Exception):
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """Random inputs of one setting; q, k and v require gradients."""
+class AttentionInputs:
+    """Random inputs of one setting; q, k and v require gradients. Compressed keys and values stand in for k and v."""
 
     setting: Setting
     q: Tensor
     k: Tensor
     v: Tensor
     do: Tensor
-    block_indices: Tensor
     cu_seqlens: Tensor
 
 
-class Oracle:
-    """Attention in float32, row by row, from the inputs of one setting; `full`: over all keys up to the query's own."""
+@dataclass(frozen=True)
+class Inputs(AttentionInputs):
+    """The same with selected blocks."""
+
+    block_indices: Tensor
+
+
+def relative_error(found: Tensor, expected: Tensor) -> float:
+    """Of the norm; infinite where only one of the two is, or they are so with different signs."""
+    infinite = expected.isinf()
+    if not torch.equal(found[infinite], expected[infinite]):
+        return torch.inf
+    difference, expected = (x.masked_fill(infinite, 0) for x in (found - expected, expected))
+    return float(difference.norm() / expected.norm().clamp(min=1e-20))
+
+
+def product(rows: Tensor, matrix: Tensor) -> Tensor:
+    """`[n, G, A]` times `[n, A, B]`, or times `[1, A, B]` as one product instead of n thin ones."""
+    return rows @ matrix if len(matrix) > 1 else (rows.flatten(0, 1) @ matrix[0]).unflatten(0, rows.shape[:2])
+
+
+class Check:
+    """Compares a sample of every result with what float32 arithmetic gives for it."""
+
+    def __init__(self) -> None:
+        self._expected: dict[str, Tensor] = {}
+
+    def compute(self, name: str) -> dict[str, Tensor]:
+        """The expected sample of one result, and of others that come with it."""
+        raise NotImplementedError
+
+    def sample(self, name: str, result: Tensor) -> Tensor:
+        """The part of a result that `compute` gives, in float32."""
+        raise NotImplementedError
+
+    def expected(self, name: str) -> Tensor:
+        """Computed once, and only if something asks."""
+        if name not in self._expected:
+            self._expected |= self.compute(name)
+        return self._expected[name]
+
+    def check(self, **results: Tensor) -> dict[str, float]:
+        """Relative RMS errors of as many results as are given.
+
+        Raises:
+            WrongResult: for an error beyond its tolerance, or for what is not finite.
+        """
+        errors = {}
+        for name, result in results.items():
+            error = relative_error(self.sample(name, result), self.expected(name))
+            if not error <= TOLERANCE[name]:
+                raise WrongResult(
+                    f"{name} differs from the float32 computation by {error:.2%} of its norm; allowed is {TOLERANCE[name]:.2%}"
+                )
+            errors[name] = error
+        return errors
+
+
+class AttentionCheck(Check):
+    """Attention row by row; a subclass says which keys a query sees, and which keys' gradients are compared."""
+
+    edge: int  # rows around its multiples are sampled
+
+    def __init__(self, inputs: AttentionInputs) -> None:
+        super().__init__()
+        self.inputs, self.setting = inputs, inputs.setting
+        self.scale = self.setting.head_dim**-0.5
+
+    def keys_of(self, queries: Tensor, head: int) -> tuple[Tensor, Tensor, Tensor]:
+        """k and v `[n, L, D]`, n = 1 where all of these queries share them, and which are visible `[n, L]`."""
+        raise NotImplementedError
+
+    def chunks(self, queries: Tensor) -> tuple[Tensor, ...]:
+        """As many queries at a time as memory allows."""
+        raise NotImplementedError
+
+    def key_gradients(self) -> dict[str, Tensor]:
+        """dk and dv as `sample` takes them."""
+        raise NotImplementedError
+
+    def rows(self, queries: Tensor, head: int) -> dict[str, Tensor]:
+        """Everything about queries `[n]` of one KV head: o, dq, q and do `[n, G, D]`, p and ds `[n, G, L]`, lse `[n, G]`."""
+        x, group = self.inputs, slice(head * self.setting.group_size, (head + 1) * self.setting.group_size)
+        q, do = x.q.detach()[queries, group].float(), x.do[queries, group].float()
+        k, v, seen = self.keys_of(queries, head)
+        hidden = ~seen[:, None]
+        scores = (product(q, k.transpose(1, 2)) * self.scale).masked_fill(hidden, -torch.inf)
+        p = scores.softmax(-1).masked_fill(hidden, 0)  # a query that sees nothing: 0, not NaN
+        o = product(p, v)
+        ds = p * (product(do, v.transpose(1, 2)) - (o * do).sum(-1, keepdim=True)) * self.scale
+        return dict(o=o, lse=scores.logsumexp(-1), dq=product(ds, k), p=p, ds=ds, q=q, do=do)
+
+    def compute(self, name: str) -> dict[str, Tensor]:
+        """o, dq and lse of sampled queries `[heads, n, G, ...]`, or dk and dv of sampled keys."""
+        if name in ("dk", "dv"):
+            return self.key_gradients()
+        rows = [[self.rows(chunk, head) for chunk in self.chunks(self.queries)] for head in self.heads]
+        return {x: torch.stack([torch.cat([part[x] for part in head]) for head in rows]) for x in ("o", "dq", "lse")}
+
+    @property
+    def heads(self) -> list[int]:
+        return sorted({0, self.setting.num_kv_heads - 1})
+
+    @property
+    def queries(self) -> Tensor:
+        """The first and last rows, those around an edge, and a few in between, always the same."""
+        tokens, edge = self.setting.num_tokens, self.edge
+        edges = [0, 1, edge - 2, edge - 1, edge, tokens // 2, tokens - edge - 1, tokens - 2, tokens - 1]
+        spread = [tokens * (2 * i + 1) // 16 + i for i in range(8)]
+        rows = sorted({row for row in edges + spread if 0 <= row < tokens})
+        return torch.tensor(rows, device=self.inputs.do.device)
+
+    def sample(self, name: str, result: Tensor) -> Tensor:
+        picked = result.detach()[self.queries].unflatten(1, (self.setting.num_kv_heads, -1))
+        return picked[:, self.heads].transpose(0, 1).float()
+
+
+class Oracle(AttentionCheck):
+    """Selected attention from the inputs of one setting; `full`: over all keys up to the query's own."""
+
+    inputs: Inputs
 
     def __init__(self, inputs: Inputs, full: bool = False) -> None:
-        self.inputs, self.full = inputs, full
-        self.setting = inputs.setting
-        self.scale = self.setting.head_dim**-0.5
-        self._expected: dict[str, Tensor] | None = None
+        super().__init__(inputs)
+        self.full, self.edge = full, self.setting.block_size
 
-    def keys_of(self, queries: Tensor, head: int) -> tuple[Tensor, Tensor]:
-        """Key positions `[n, L]` of queries `[n]`, and which of them exist and are visible."""
-        size = self.setting.block_size
+    def keys_of(self, queries: Tensor, head: int) -> tuple[Tensor, Tensor, Tensor]:
+        k, v = (x.detach()[:, head].float() for x in (self.inputs.k, self.inputs.v))
         if self.full:
-            position = torch.arange(self.setting.num_tokens, device=queries.device).expand(len(queries), -1)
-            return position, position <= queries[:, None]
-        block = self.inputs.block_indices[queries, head].long()
+            position = torch.arange(self.setting.num_tokens, device=queries.device)
+            return k[None], v[None], position <= queries[:, None]
+        size, block = self.setting.block_size, self.inputs.block_indices[queries, head].long()
         position = (block[:, :, None] * size + torch.arange(size, device=queries.device)).flatten(1)
         seen = (block >= 0)[:, :, None].expand(-1, -1, size).flatten(1) & (position <= queries[:, None])
-        return position.where(seen, 0), seen
+        position = position.where(seen, 0)
+        return k[position], v[position], seen  # [n, L, D], [n, L]
 
     def chunks(self, queries: Tensor) -> tuple[Tensor, ...]:
         length = self.setting.num_tokens if self.full else self.setting.num_blocks * self.setting.block_size
         return queries.split(max(ROWS_AT_A_TIME // (length * self.setting.head_dim), 1))
 
-    def rows(self, queries: Tensor, head: int) -> dict[str, Tensor]:
-        """Everything about some queries `[n]` of one KV head: o, dq, q and do `[n, G, D]`, p and ds `[n, G, L]`."""
-        x, group = self.inputs, slice(head * self.setting.group_size, (head + 1) * self.setting.group_size)
-        q, do = x.q.detach()[queries, group].float(), x.do[queries, group].float()
-        position, seen = self.keys_of(queries, head)
-        k, v = x.k.detach()[:, head].float()[position], x.v.detach()[:, head].float()[position]  # [n, L, D]
-        scores = (q @ k.transpose(1, 2) * self.scale).masked_fill(~seen[:, None], -torch.inf)
-        p = scores.softmax(-1)
-        o = p @ v
-        ds = p * (do @ v.transpose(1, 2) - (o * do).sum(-1, keepdim=True)) * self.scale
-        return dict(o=o, dq=ds @ k, p=p, ds=ds, q=q, do=do)
+    def key_gradients(self) -> dict[str, Tensor]:
+        blocks = [self.block_gradients(block, head) for head in self.heads for block in self.sampled_blocks()]
+        return {"dk": torch.cat([dk for dk, _ in blocks]), "dv": torch.cat([dv for _, dv in blocks])}
 
     def block_gradients(self, block: int, head: int) -> tuple[Tensor, Tensor]:
         """dk and dv of the keys of one block and KV head, `[keys, D]`."""
@@ -91,51 +203,9 @@ class Oracle:
         last = (self.setting.num_tokens - 1) // self.setting.block_size
         return [last] if self.full else sorted({0, last // 2, last})  # full: every query sees block 0
 
-    def expected(self) -> dict[str, Tensor]:
-        """o and dq of sampled queries `[heads, n, G, D]`, dk and dv of sampled blocks, computed once."""
-        if self._expected is None:
-            rows = [[self.rows(chunk, head) for chunk in self.chunks(self.queries)] for head in self.heads]
-            found = {name: torch.stack([torch.cat([part[name] for part in head]) for head in rows]) for name in ("o", "dq")}
-            blocks = [self.block_gradients(block, head) for head in self.heads for block in self.sampled_blocks()]
-            found |= {"dk": torch.cat([dk for dk, _ in blocks]), "dv": torch.cat([dv for _, dv in blocks])}
-            self._expected = found
-        return self._expected
-
-    @property
-    def heads(self) -> list[int]:
-        return sorted({0, self.setting.num_kv_heads - 1})
-
-    @property
-    def queries(self) -> Tensor:
-        """The first and last rows, those around a block's edge, and a few in between, always the same."""
-        tokens, size = self.setting.num_tokens, self.setting.block_size
-        edges = [0, 1, size - 1, size, tokens // 2, tokens - size - 1, tokens - 2, tokens - 1]
-        spread = [tokens * (2 * i + 1) // 16 + i for i in range(8)]
-        rows = sorted({row for row in edges + spread if 0 <= row < tokens})
-        return torch.tensor(rows, device=self.inputs.do.device)
-
     def sample(self, name: str, result: Tensor) -> Tensor:
-        """The part of a result that `expected` has."""
+        if name not in ("dk", "dv"):
+            return super().sample(name, result)
         size = self.setting.block_size
-        if name in ("o", "dq"):
-            picked = result.detach()[self.queries].unflatten(1, (self.setting.num_kv_heads, -1))
-            return picked[:, self.heads].transpose(0, 1).float()
         parts = [result[block * size : (block + 1) * size, head] for head in self.heads for block in self.sampled_blocks()]
         return torch.cat(parts).float()
-
-    def check(self, **results: Tensor) -> dict[str, float]:
-        """Relative RMS errors of o, dq, dk and dv, as many as are given.
-
-        Raises:
-            WrongResult: for an error beyond its tolerance, or for what is not finite.
-        """
-        errors = {}
-        for name, result in results.items():
-            expected = self.expected()[name]
-            error = float((self.sample(name, result) - expected).norm() / expected.norm().clamp(min=1e-20))
-            if not error <= TOLERANCE[name]:
-                raise WrongResult(
-                    f"{name} differs from the float32 computation by {error:.2%} of its norm; allowed is {TOLERANCE[name]:.1%}"
-                )
-            errors[name] = error
-        return errors

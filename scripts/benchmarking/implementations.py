@@ -1,87 +1,22 @@
-"""What is timed: this package's backends, and every other implementation that can be imported.
+"""What `benchmark.py selected` times: this package's backends, and every other implementation that can be imported.
 
-An implementation turns the inputs of a setting into calls without arguments. Peers run with their own defaults; what only
-rearranges their inputs (views, index dtypes, counts) is done before the clock starts.
+Peers run with their own defaults; what only rearranges their inputs (views, index dtypes, counts) is done before the clock
+starts.
 """
 
 import functools
 import importlib
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarking.calls import Calls, Implementation, by_autograd
 from benchmarking.check import Inputs
-from benchmarking.measure import package_version
 from benchmarking.selections import block_counts
 from benchmarking.settings import Setting
-
-
-@dataclass
-class Calls:
-    """The three passes; a pass that an implementation does not have is None. Backward and both return (dq, dk, dv)."""
-
-    forward: Callable[[], Tensor]
-    backward: Callable[[], tuple[Tensor, ...]] | None = None
-    forward_backward: Callable[[], tuple[Tensor, ...]] | None = None
-    not_timed: dict[str, str] = field(default_factory=dict)  # the reasons, by pass
-
-    def of(self, name: str) -> Callable[[], Any] | None:
-        return getattr(self, name)
-
-
-@dataclass(frozen=True)
-class Implementation:
-    """One way to compute attention, what a person calls it, and which distribution's version to state."""
-
-    name: str
-    label: str
-    kind: str  # "ours"; "selected": the same function by others; "full": causal attention over all keys
-    prepare: Callable[[Inputs], Calls]
-    load: Callable[[], Any] = lambda: None
-    unsupported: Callable[[Setting], str | None] = lambda setting: None
-    distribution: str = ""
-    notes: str = ""
-    facts: Callable[[Inputs, str], dict[str, Any]] = lambda inputs, name: {}  # more to record about a pass
-
-    def missing(self) -> str | None:
-        """Why it cannot be timed here, or None."""
-        try:
-            self.load()
-        except Exception as error:  # a broken installation may raise anything
-            return f"import failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}".rstrip(": ")
-        return None
-
-    def version(self) -> str | None:
-        return package_version(self.distribution) if self.distribution else None
-
-
-def by_autograd(inputs: Inputs, attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Calls:
-    """All passes of a differentiable function; the backward alone reuses one graph."""
-    leaves = (inputs.q, inputs.k, inputs.v)
-    graph: list[Tensor] = []
-
-    def forward() -> Tensor:
-        with torch.no_grad():
-            return attention(*leaves)
-
-    def backward() -> tuple[Tensor, ...]:
-        if not graph:
-            graph.append(attention(*leaves))
-        return torch.autograd.grad(graph[0], leaves, inputs.do, retain_graph=True)
-
-    def forward_backward() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(attention(*leaves), leaves, inputs.do)
-
-    return Calls(forward, backward, forward_backward)
-
-
-def no_facts(inputs: Inputs, name: str) -> dict[str, Any]:
-    return {}
-
 
 # This package
 
@@ -144,6 +79,10 @@ def chosen_by_profiler(inputs: Inputs, name: str) -> dict[str, Any]:
             key = triton_backends.selected_key(inputs.q, inputs.k, inputs.v, arguments, direction)
             found[direction] = (profiler.known(key, inputs.q.device) or {}).get("choice", "the default")
     return dict(chosen=found)
+
+
+def no_facts(inputs: Inputs, name: str) -> dict[str, Any]:
+    return {}
 
 
 def ours_unsupported(setting: Setting, backend: str) -> str | None:

@@ -15,6 +15,7 @@ import nsa_fsa
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
+GIB = 2**30
 
 
 @dataclass(frozen=True)

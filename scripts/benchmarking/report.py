@@ -1,49 +1,53 @@
-"""Tables and pictures of a result file."""
+"""Tables of a result file."""
 
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
+from benchmarking.compressed import COMPRESSED
 from benchmarking.implementations import IMPLEMENTATIONS
 from benchmarking.paper import FIGURE_9, FIGURE_9_SOURCE, TABLE_5_SOURCE
+from benchmarking.selection import SELECTION
 
-GIB = 2**30
-# Okabe and Ito's colours, which colour-blind readers can tell apart; ours are filled and thick, full attention is dashed.
-STYLES: dict[str, dict[str, Any]] = {
-    "auto": dict(color="black", marker="D"),
-    "triton_kv_major": dict(color="#0072B2", marker="o"),
-    "triton_query_major": dict(color="#56B4E9", marker="s"),
-    "fla_nsa": dict(color="#009E73", marker="^"),
-    "nsa_triton": dict(color="#E69F00", marker="v"),
-    "fsa": dict(color="#D55E00", marker="<"),
-    "cudnn_nsa": dict(color="#CC79A7", marker=">"),
-    "sdpa_cudnn": dict(color="#555555", marker="x"),
-    "sdpa_flash": dict(color="#888888", marker="+"),
-    "flash_attn_4": dict(color="#B8860B", marker="1"),
-    "flash_attn_2": dict(color="#AAAAAA", marker="2"),
-}
+LABELS = {name: implementation.label for name, implementation in (IMPLEMENTATIONS | COMPRESSED | SELECTION).items()}
+TITLES = {"selected": "Selected attention", "compressed": "Compressed attention", "selection": "Block selection"}
+INPUTS = {
+    "random": "random selection", "realistic": "realistic selection", "independent": "independent compressed keys",
+    "window_means": "compressed keys that are means",
+}  # fmt: skip
+Group = tuple[int, int, int, str]
 
 
 def label(implementation: str) -> str:
-    return IMPLEMENTATIONS[implementation].label if implementation in IMPLEMENTATIONS else implementation
+    return LABELS.get(implementation, implementation)
 
 
-def groups(rows: list[dict[str, Any]]) -> list[tuple[int, int, int, str]]:
-    """The (head width, block size, blocks, selection) that rows of selected attention come in."""
-    found = {(r["head_dim"], r["block_size"], r["num_blocks"], r["selection"]) for r in rows if r["kind"] != "full"}
-    return sorted(found) or sorted({(r["head_dim"], r["block_size"], r["num_blocks"], r["selection"]) for r in rows})
+def groups(rows: list[dict[str, Any]]) -> list[Group]:
+    """The (head width, block size, blocks, selection) that rows come in; block size 0 only where no row has blocks."""
+    found = [(r["head_dim"], r["block_size"], r["num_blocks"], r["selection"]) for r in rows]
+    return sorted({group for group in found if group[1]}) or sorted(set(found))
 
 
-def rows_of(rows: list[dict[str, Any]], group: tuple[int, int, int, str]) -> list[dict[str, Any]]:
-    """The rows of one such group; full attention, which has no blocks, belongs to all of its head width."""
+def rows_of(rows: list[dict[str, Any]], group: Group) -> list[dict[str, Any]]:
+    """The rows of one such group; what has no blocks belongs to all of its inputs, and full attention to all."""
     head_dim, block_size, num_blocks, selection = group
     return [
         r
         for r in rows
         if r["head_dim"] == head_dim
-        and (r["kind"] == "full" or (r["block_size"], r["num_blocks"], r["selection"]) == (block_size, num_blocks, selection))
+        and (r["block_size"], r["num_blocks"]) in ((block_size, num_blocks), (0, 0))
+        and (r["selection"] == selection or r["kind"] == "full")
     ]
+
+
+def title(document: dict[str, Any], group: Group) -> str:
+    """ "Selected attention, NVIDIA H200: 16 blocks of 64, random, D=128"; without blocks, the windows instead."""
+    head_dim, block_size, num_blocks, selection = group
+    row = document["rows"][0]
+    windows = f"windows of {row['kernel_size']} every {row['kernel_stride']}" if "kernel_size" in row else ""
+    blocks = f"{num_blocks} blocks of {block_size}" if block_size else ""
+    details = ", ".join(x for x in (blocks, windows, INPUTS.get(selection, selection), f"D={head_dim}") if x)
+    return f"{TITLES[document['benchmark']]}, {document['gpu']}: {details}"
 
 
 def by_place(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, dict[str, Any]]]:
@@ -59,9 +63,8 @@ def latency_tables(document: dict[str, Any]) -> list[Table]:
     """One table for each group: medians with their quantiles, and what they come to."""
     tables = []
     for group in groups(document["rows"]):
-        head_dim, block_size, num_blocks, selection = group
         table = Table(
-            title=f"Selected attention, {document['gpu']}: {num_blocks} blocks of {block_size}, {selection}, D={head_dim}",
+            title=title(document, group),
             caption="ms: median (20% - 80%). of floor: least possible time at the measured rates, as a part of the median. "
             "memory: GiB beyond the inputs at the peak.",
         )
@@ -86,6 +89,40 @@ def latency_tables(document: dict[str, Any]) -> list[Table]:
             )  # fmt: skip
         tables.append(table)
     return tables
+
+
+def selection_tables(document: dict[str, Any]) -> list[Table]:
+    """One table for each group: the choice of blocks beside compressed attention's forward on the same inputs."""
+    tables = []
+    for group in groups(document["rows"]):
+        table = Table(
+            title=title(document, group),
+            caption="ms: median (20% - 80%). ratio: selection to compressed attention's forward. of floor: least possible time "
+            "at the measured rates, as a part of the median. memory: GiB beyond the inputs at the peak.",
+        )
+        for heading in ("T", "G", "compressed ms", "selection ms", "ratio", "TFLOP/s", "of floor", "memory", "score lost"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for (tokens, group_size), (base, chosen) in beside_compressed(rows_of(document["rows"], group)).items():
+            table.add_row(
+                f"{tokens:,}", str(group_size), _milliseconds(base), _milliseconds(chosen),
+                f"{chosen['ms'] / base['ms']:.2f}" if chosen and base else "-",
+                *(
+                    _format(chosen, column, form)
+                    for column, form in (("tflops", "{:.0f}"), ("of_floor", "{:.0%}"), ("extra_gib", "{:.2f}"))
+                ),
+                f"{chosen['errors']['score_lost']:.1e}" if chosen else "-",
+            )  # fmt: skip
+        tables.append(table)
+    return tables
+
+
+def beside_compressed(rows: list[dict[str, Any]]) -> dict[tuple[int, int], tuple[dict | None, dict | None]]:
+    """{(tokens, group size): (compressed attention's forward, block selection)} of one group's rows."""
+    found: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
+    for (tokens, group_size, implementation, _), passes in by_place(rows).items():
+        if "forward" in passes:
+            found.setdefault((tokens, group_size), {})[implementation] = passes["forward"]
+    return {place: (x.get("compressed_attention"), x.get("select_blocks")) for place, x in found.items()}
 
 
 def _milliseconds(row: dict[str, Any] | None) -> str:
@@ -168,63 +205,3 @@ def left_out_table(document: dict[str, Any]) -> Table | None:
     for (implementation, reason), times in reasons.items():
         table.add_row(implementation, str(times), reason)
     return table
-
-
-def plot_latency(document: dict[str, Any], stem: Path) -> list[Path]:
-    """One picture for each group: latency against group size, a column a length, forward above backward."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
-
-    paths = []
-    for group in groups(document["rows"]):
-        rows = rows_of(document["rows"], group)
-        head_dim, block_size, num_blocks, selection = group
-        lengths, names = sorted({r["num_tokens"] for r in rows}), ("forward", "backward")
-        figure, axes = plt.subplots(
-            2, len(lengths), figsize=(max(3.2 * len(lengths), 6.5), 7), sharex=True, squeeze=False, layout="constrained"
-        )
-        sizes = sorted({r["group_size"] for r in rows})
-        for row_axes, name in zip(axes, names, strict=True):
-            for ax, length in zip(row_axes, lengths, strict=True):
-                for implementation in [x for x in STYLES if any(r["implementation"] == x for r in rows)]:
-                    points = sorted(
-                        (r["group_size"], r["ms"])
-                        for r in rows
-                        if (r["implementation"], r["num_tokens"], r["pass"]) == (implementation, length, name)
-                    )
-                    if not points:
-                        continue
-                    kind = next(r["kind"] for r in rows if r["implementation"] == implementation)
-                    ax.plot(
-                        *zip(*points, strict=True), label=label(implementation), linewidth=2.4 if kind == "ours" else 1.2,
-                        linestyle="--" if kind == "full" else "-", markersize=6, **STYLES[implementation],
-                    )  # fmt: skip
-                ax.set_xscale("log", base=2)
-                ax.set_xticks(sizes, [str(size) for size in sizes])
-                heights = [y for line in ax.lines for y in line.get_ydata()]
-                if max(heights, default=0) < 5 * min(heights, default=0):  # from 0: a part of the axis makes much of noise
-                    ax.set_ylim(0, 1.15 * max(heights))
-                else:
-                    ax.set_yscale("log")
-                    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-                    ax.yaxis.set_major_formatter(ScalarFormatter())
-                    ax.yaxis.set_minor_formatter(NullFormatter())
-                ax.grid(alpha=0.3, which="both")
-                ax.set_title(f"{name}, {length:,} tokens", fontsize=10)
-        for ax in axes[-1]:
-            ax.set_xlabel("query heads per KV head (G)")
-        for ax in axes[:, 0]:
-            ax.set_ylabel("milliseconds, median")
-        handles = {text: handle for ax in axes.flat for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
-        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=9)
-        figure.suptitle(
-            f"Selected attention, {num_blocks} blocks of {block_size}, {selection} selection, D={head_dim}, {document['gpu']}"
-        )
-        path = stem.with_name(f"{stem.name}_{block_size}x{num_blocks}_{selection}_d{head_dim}.png")
-        figure.savefig(path, dpi=130)
-        plt.close(figure)
-        paths.append(path)
-    return paths

@@ -4,7 +4,7 @@ schema, benchmark, gpu     what the file is about
 code                       commit, dirty, source_digest: the same for all of its rows
 runs                       one entry a run: date, command line, machine, ceilings, how it measured
 rows                       one measured pass of one implementation at one setting; `run` says which run
-selections                 mean overlap of neighbouring queries' selections, by setting
+selections                 mean overlap of neighbouring queries' selections, by setting; of selected attention
 not_timed                  what was left out, and why
 """
 
@@ -22,6 +22,7 @@ from benchmarking.settings import Setting
 
 SCHEMA = 1
 KEY = ("implementation", "variant", "pass", *Setting.__dataclass_fields__)
+WINDOWS = ("kernel_size", "kernel_stride")  # also tell rows apart, where a benchmark has them
 REQUIRED = {
     "document": {"schema", "benchmark", "gpu", "code", "runs", "rows", "selections", "not_timed"},
     "code": {"commit", "commit_stated_by_hand", "dirty", "source_digest"},
@@ -42,7 +43,7 @@ def slug(text: str) -> str:
 
 
 def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in KEY)
+    return *(row[name] for name in KEY), *(row.get(name) for name in WINDOWS)
 
 
 def validate(document: dict[str, Any]) -> None:
@@ -115,7 +116,7 @@ class Results:
         """One measured pass; takes the place of an earlier measurement of the same."""
         row = dict(implementation=implementation, kind=kind, variant=variant, **{"pass": name}, **asdict(setting), **measured)
         row["run"] = self.run
-        self._replace("rows", row, KEY)
+        self._replace("rows", row, (*KEY, *WINDOWS))
         self._drop_reasons(row)
         self.write()
 
@@ -131,7 +132,7 @@ class Results:
 
     def _drop_reasons(self, row: dict[str, Any]) -> None:
         """What an earlier run left out is there now."""
-        about = [name for name in (*KEY, "kind") if name != "implementation"]
+        about = [name for name in (*KEY, *WINDOWS, "kind") if name in row and name != "implementation"]
         self.document["not_timed"] = [
             entry
             for entry in self.document["not_timed"]
@@ -141,7 +142,7 @@ class Results:
 
     def _replace(self, part: str, entry: dict[str, Any], key: tuple[str, ...]) -> None:
         entries = self.document[part]
-        entries[:] = [old for old in entries if any(old[name] != entry[name] for name in key)]
+        entries[:] = [old for old in entries if any(old.get(name) != entry.get(name) for name in key)]
         entries.append(entry)
 
     def write(self) -> None:

@@ -1,25 +1,21 @@
 """The runs of `benchmark.py selected`: times against peers, workspace memory, and ablations of the KV-major design."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from benchmarking.check import Inputs, Oracle, WrongResult
-from benchmarking.implementations import Calls, Implementation, forced_blocks, ours
-from benchmarking.measure import Meter
+from benchmarking.calls import Calls, Implementation
+from benchmarking.check import Inputs, Oracle
+from benchmarking.implementations import forced_blocks, ours
+from benchmarking.measure import GIB, Meter
 from benchmarking.paper import TABLE_5, TABLE_5_SOURCE
-from benchmarking.report import GIB
 from benchmarking.results import Results
+from benchmarking.running import Prepared, Subject, measure, progress_bar, run_implementations
 from benchmarking.selections import correlated, neighbour_overlap, random_selection, realistic_selection
-from benchmarking.settings import Necessary, Setting, causal_pairs, floor_ms, necessary, visible_pairs
+from benchmarking.settings import Setting, causal_pairs, necessary, visible_pairs
 
 UNLIMITED = 1 << 50
 Q_CORRELATION, K_CORRELATION = 0.99, 0.98  # of neighbouring queries and keys, for the realistic selection
@@ -47,7 +43,7 @@ def make_inputs(setting: Setting, seed: int, device: torch.device) -> Inputs:
     v, do = normal(keys), normal(queries)
     cu_seqlens = torch.tensor([0, setting.num_tokens], dtype=torch.int32, device=device)
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    return Inputs(setting, q, k, v, do, indices, cu_seqlens)
+    return Inputs(setting, q, k, v, do, cu_seqlens, indices)
 
 
 def describe_selection(results: Results, inputs: Inputs) -> int:
@@ -62,137 +58,22 @@ def describe_selection(results: Results, inputs: Inputs) -> int:
     return pairs
 
 
-@contextmanager
-def progress_bar(console: Console, total: int) -> Iterator[Callable[[str], None]]:
-    """Yields a function that names the step now begun, and counts the one before it as done."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("starting", total=total)
-        started = False
-
-        def step(name: str) -> None:
-            nonlocal started
-            progress.update(bar, description=name, advance=1 if started else 0)
-            started = True
-
-        yield step
-        progress.advance(bar)
-
-
-def first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
-
-
-def checked(calls: Calls, oracle: Oracle) -> dict[str, dict[str, float]]:
-    """Errors of every pass. What raises loses its pass, with the reason in calls.not_timed; a wrong forward loses them all."""
-    errors: dict[str, dict[str, float]] = {}
-    for name in ("forward", "backward", "forward_backward"):
-        call = calls.of(name)
-        if call is None:
-            continue
-        try:
-            result = call()
-            errors[name] = (
-                oracle.check(o=result)
-                if name == "forward"
-                else oracle.check(**dict(zip(("dq", "dk", "dv"), result, strict=True)))
-            )
-        except Exception as error:  # a peer may raise anything
-            reason = f"refused: {error}" if isinstance(error, WrongResult) else first_line(error)
-            if name == "forward":
-                calls.not_timed |= dict.fromkeys(("forward", "backward", "forward_backward"), reason)
-                calls.backward = calls.forward_backward = None
-                return {}
-            calls.not_timed[name] = reason
-            setattr(calls, name, None)
-    return errors
-
-
-def measure(
-    results: Results, meter: Meter, implementation: str, kind: str, inputs: Inputs, calls: Calls, oracle: Oracle,
-    work: dict[str, Necessary], passes: list[str], setting: Setting, console: Console, variant: str = "",
-    facts: Callable[[str], dict[str, Any]] = lambda name: {},
-) -> None:  # fmt: skip
-    """Checks an implementation, then times its passes and records them."""
-    errors = checked(calls, oracle)
-    where = {**dataclasses.asdict(setting), "variant": variant}
-    rates = results.ceilings["matmul_flop_per_s"], results.ceilings["copy_bytes_per_s"]
-    for name in passes:
-        if name not in errors:
-            if name in calls.not_timed:
-                results.leave_out(implementation, calls.not_timed[name], **where, **{"pass": name})
-                console.print(
-                    f"[yellow]not timed:[/] {implementation} {variant} {name}, {setting}: {escape(calls.not_timed[name])}"
-                )
-            continue
-        call = calls.of(name)
-        assert call is not None
-        try:
-            memory, timing = meter.memory(call), meter.time(call)
-        except torch.OutOfMemoryError as error:
-            results.leave_out(implementation, first_line(error), **where, **{"pass": name})
-            continue
-        parts = [work["forward"], work["backward"]] if name == "forward_backward" else [work[name]]
-        floor = floor_ms(parts, *rates)
-        results.add_row(
-            implementation, kind, name, setting, variant, ms=timing.median, ms_20=timing.low, ms_80=timing.high,
-            tflops=work[name].flops / timing.median / 1e9, necessary_tflop=work[name].flops / 1e12,
-            necessary_gb=work[name].bytes / 1e9, floor_ms=floor, of_floor=floor / timing.median, extra_gib=memory.extra / GIB,
-            workspace_gib=memory.workspace / GIB, errors=errors[name], **facts(name),
-        )  # fmt: skip
-
-
-def describe(implementation: Implementation, inputs: Inputs, name: str) -> dict[str, Any]:
-    facts = implementation.facts(inputs, name)
-    return dict(label=implementation.label, version=implementation.version(), notes=implementation.notes, **facts)
-
-
-def full_attention_setting(setting: Setting) -> Setting:
-    """Full attention depends on no block: one row for all of them."""
-    return dataclasses.replace(setting, block_size=0, num_blocks=0, init_blocks=0, local_blocks=0, selection="full")
-
-
 def run_times(
     settings: list[Setting], implementations: list[Implementation], passes: list[str], meter: Meter, results: Results,
     seed: int, device: torch.device, console: Console,
 ) -> None:  # fmt: skip
     """Every implementation at every setting; what cannot be imported is left out with its reason."""
-    present = []
-    for implementation in implementations:
-        reason = implementation.missing()
-        if reason is None:
-            present.append(implementation)
-        else:
-            results.leave_out(implementation.name, reason)
-            console.print(f"[yellow]not timed:[/] {implementation.label}: {escape(reason)}")
-    done: set[tuple[str, Setting]] = set()
-    with progress_bar(console, len(settings) * len(present)) as step:
-        for setting in settings:
-            inputs = make_inputs(setting, seed, device)
-            pairs = describe_selection(results, inputs)
-            oracle, full_oracle = Oracle(inputs), Oracle(inputs, full=True)
-            for implementation in present:
-                step(f"{setting}: {implementation.name}")
-                full = implementation.kind == "full"
-                recorded = full_attention_setting(setting) if full else setting
-                if (implementation.name, recorded) in done:
-                    continue
-                done.add((implementation.name, recorded))
-                if (reason := implementation.unsupported(setting)) is not None:
-                    results.leave_out(implementation.name, reason, **dataclasses.asdict(recorded))
-                    continue
-                try:
-                    calls = implementation.prepare(inputs)
-                except Exception as error:
-                    results.leave_out(implementation.name, first_line(error), **dataclasses.asdict(recorded))
-                    continue
-                work = necessary(setting, causal_pairs(setting) if full else pairs, 0 if full else setting.num_blocks)
-                measure(
-                    results, meter, implementation.name, implementation.kind, inputs, calls, full_oracle if full else oracle,
-                    work, passes, recorded, console, facts=functools.partial(describe, implementation, inputs),
-                )  # fmt: skip
-                del calls
+
+    def prepare(setting: Setting) -> Prepared:
+        inputs = make_inputs(setting, seed, device)
+        pairs = describe_selection(results, inputs)
+        selected = Subject(setting, Oracle(inputs), necessary(setting, pairs, setting.num_blocks))
+        full = Subject(
+            setting.without_blocks("full"), Oracle(inputs, full=True), necessary(setting, causal_pairs(setting), num_indices=0)
+        )
+        return Prepared(inputs, lambda implementation: full if implementation.kind == "full" else selected)
+
+    run_implementations(settings, implementations, passes, meter, results, console, prepare)
 
 
 def run_memory(
@@ -290,7 +171,7 @@ def run_ablations(
                 step(f"{setting}: {variant}")
                 calls = kv_major_calls(inputs, options, kernel_options)
                 measure(
-                    results, meter, "triton_kv_major", "ours", inputs, calls, oracle, work, ["forward", "backward"], setting,
-                    console, variant,
+                    results, meter, "triton_kv_major", "ours", calls, oracle, work, ["forward", "backward"], setting, console,
+                    variant,
                 )  # fmt: skip
                 del calls

@@ -1,12 +1,13 @@
 """One measured setting, and the arithmetic and memory traffic that it cannot do without."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 # Products of size [queries, keys, head width] that attention needs: q k and p v; backward q k again, dp, dv, dk, dq.
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS = 2, 5
+SELECTION_PRODUCTS = 1  # q k
 PASSES = ("forward", "backward", "forward_backward")
 
 
@@ -34,7 +35,29 @@ class Setting:
         return getattr(torch, self.dtype)
 
     def __str__(self) -> str:
-        return f"T={self.num_tokens:,} G={self.group_size} {self.block_size}x{self.num_blocks} {self.selection}"
+        blocks = f" {self.block_size}x{self.num_blocks}" if self.block_size else ""
+        return f"T={self.num_tokens:,} G={self.group_size}{blocks} {self.selection}"
+
+    def without_blocks(self, selection: str) -> "Setting":
+        """For what depends on no selected block: one row for all of them."""
+        return replace(self, block_size=0, num_blocks=0, init_blocks=0, local_blocks=0, selection=selection)
+
+
+@dataclass(frozen=True)
+class WindowSetting(Setting):
+    """One packed sequence and its compression windows; `selection` says what the compressed keys are like."""
+
+    kernel_size: int = 32
+    kernel_stride: int = 16
+
+    @property
+    def num_windows(self) -> int:
+        return max(0, (self.num_tokens - self.kernel_size) // self.kernel_stride + 1)
+
+    @property
+    def num_rows(self) -> int:
+        """Of packed compressed tensors: the last ones may belong to no window."""
+        return self.num_tokens // self.kernel_stride
 
 
 @dataclass(frozen=True)
@@ -61,18 +84,48 @@ def causal_pairs(setting: Setting) -> int:
     return setting.num_kv_heads * setting.num_tokens * (setting.num_tokens + 1) // 2
 
 
-def necessary(setting: Setting, pairs: int, num_indices: int) -> dict[str, Necessary]:
-    """For each pass; `num_indices` block indices are read per query and KV head (0 for full attention)."""
+def compressed_pairs(setting: WindowSetting) -> int:
+    """The same for compressed keys: window i is seen by every query from its last token on."""
+    windows, stride = setting.num_windows, setting.kernel_stride
+    seen = windows * (setting.num_tokens - setting.kernel_size + 1) - stride * windows * (windows - 1) // 2
+    return setting.num_kv_heads * seen
+
+
+def necessary(setting: Setting, pairs: int, num_indices: int, num_keys: int | None = None) -> dict[str, Necessary]:
+    """Attention, for each pass: `num_indices` block indices are read per query and KV head, `num_keys` keys per KV head."""
     tokens, width = setting.num_tokens, setting.torch_dtype.itemsize * setting.head_dim
     per_product = 2 * setting.head_dim * pairs * setting.group_size
-    queries, keys = tokens * setting.num_heads * width, tokens * setting.num_kv_heads * width
+    queries = tokens * setting.num_heads * width
+    keys = (tokens if num_keys is None else num_keys) * setting.num_kv_heads * width
     lse, indices = tokens * setting.num_heads * 4, tokens * setting.num_kv_heads * num_indices * 4
     # q, k, v in; o and lse out.
     forward = Necessary(FORWARD_PRODUCTS * per_product, 2 * queries + 2 * keys + lse + indices)
     # q, k, v, o, do and lse in; dq, dk, dv out.
     backward = Necessary(BACKWARD_PRODUCTS * per_product, 4 * queries + 4 * keys + lse + indices)
+    return with_both(forward, backward)
+
+
+def with_both(forward: Necessary, backward: Necessary) -> dict[str, Necessary]:
     both = Necessary(forward.flops + backward.flops, forward.bytes + backward.bytes)
     return {"forward": forward, "backward": backward, "forward_backward": both}
+
+
+def necessary_selection(setting: WindowSetting) -> dict[str, Necessary]:
+    """q, compressed keys and lse in; block indices out."""
+    tokens, width = setting.num_tokens, setting.torch_dtype.itemsize * setting.head_dim
+    flops = SELECTION_PRODUCTS * 2 * setting.head_dim * compressed_pairs(setting) * setting.group_size
+    keys, indices = setting.num_windows * setting.num_kv_heads * width, tokens * setting.num_kv_heads * setting.num_blocks * 4
+    return {"forward": Necessary(flops, tokens * setting.num_heads * (width + 4) + keys + indices)}
+
+
+def necessary_compression(setting: WindowSetting, *, gathered: bool = False, weighted: bool = False) -> dict[str, Necessary]:
+    """Pooled, or gathered windows; bytes alone count, as there is no matrix product.
+
+    Forward: x in, windows out. Backward: their gradient in, dx out; x in again only for the gradient of weights.
+    """
+    row = setting.num_kv_heads * setting.head_dim * setting.torch_dtype.itemsize
+    x, windows = setting.num_tokens * row, setting.num_windows * row * (setting.kernel_size if gathered else 1)
+    return with_both(Necessary(0, x + windows), Necessary(0, windows + (2 if weighted else 1) * x))
 
 
 def floor_ms(parts: list[Necessary], matmul_flops: float, copy_bytes: float) -> float:

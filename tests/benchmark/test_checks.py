@@ -10,6 +10,7 @@ import torch
 from benchmarking import selected
 from benchmarking.check import Oracle, WrongResult
 from benchmarking.implementations import IMPLEMENTATIONS, ours, sdpa
+from benchmarking.running import checked
 from benchmarking.selections import block_counts
 from benchmarking.settings import Setting
 from nsa_fsa import ops
@@ -29,7 +30,7 @@ def test_the_check_accepts_what_is_right(setting, seed):
 
 def test_the_check_accepts_full_attention(seed):
     inputs = selected.make_inputs(TINY, seed, CPU)
-    errors = selected.checked(sdpa(inputs, "MATH"), Oracle(inputs, full=True))
+    errors = checked(sdpa(inputs, "MATH"), Oracle(inputs, full=True))
     assert set(errors) == {"forward", "backward", "forward_backward"}
     assert max(error for each in errors.values() for error in each.values()) < 1e-5
     with pytest.raises(WrongResult, match="o differs"):
@@ -130,7 +131,7 @@ def test_peers_get_what_they_take(monkeypatch, name, module, members, seed):
     assert implementation.missing() is None
     inputs = selected.make_inputs(TINY, seed, CPU)
     calls = implementation.prepare(inputs)
-    errors = selected.checked(calls, Oracle(inputs, full=implementation.kind == "full"))
+    errors = checked(calls, Oracle(inputs, full=implementation.kind == "full"))
     passes = {"forward"} if name == "cudnn_nsa" else {"forward", "backward", "forward_backward"}
     assert set(errors) == passes, calls.not_timed
     assert set(calls.not_timed) == {"forward", "backward", "forward_backward"} - passes

@@ -12,9 +12,12 @@ import torch
 from typer.testing import CliRunner
 
 import benchmark
-from benchmarking import report, results, selected
-from benchmarking.implementations import IMPLEMENTATIONS, Implementation, ours, sdpa
+from benchmarking import pictures, report, results, selected
+from benchmarking.calls import Implementation
+from benchmarking.compressed import COMPRESSED
+from benchmarking.implementations import IMPLEMENTATIONS, ours, sdpa
 from benchmarking.measure import RESULTS, code_version, source_digest
+from benchmarking.selection import SELECTION
 from tests.benchmark.tools import CPU, DEVICE, SCRIPTS, TINY, FakeMeter, open_results, quiet, reference_calls
 
 
@@ -126,14 +129,15 @@ def test_tables(finished):
 
 
 def test_pictures(finished, tmp_path):
-    paths = report.plot_latency(finished.document, tmp_path / "selected_gpu")
+    paths = pictures.plot_latency(finished.document, tmp_path / "selected_gpu")
     assert [path.name for path in paths] == ["selected_gpu_16x4_random_d16.png", "selected_gpu_16x4_realistic_d16.png"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" and path.stat().st_size > 10_000 for path in paths)
 
 
 def test_every_implementation_has_a_style():
-    assert set(report.STYLES) == set(IMPLEMENTATIONS)
-    assert len({(style["color"], style["marker"]) for style in report.STYLES.values()}) == len(IMPLEMENTATIONS)
+    assert set(pictures.STYLES) == set(IMPLEMENTATIONS | COMPRESSED | SELECTION)
+    for together in (IMPLEMENTATIONS, COMPRESSED, SELECTION):
+        assert len({(pictures.STYLES[name]["color"], pictures.STYLES[name]["marker"]) for name in together}) == len(together)
 
 
 def test_ablations(tmp_path):
@@ -282,10 +286,10 @@ def test_without_a_gpu_it_says_so(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("mode", ["--memory", "--ablations"])
-def test_no_mode_runs_without_a_gpu(monkeypatch, mode, tmp_path):
+@pytest.mark.parametrize("command", ["selected --memory", "selected --ablations", "compressed", "selection"])
+def test_no_command_runs_without_a_gpu(monkeypatch, command, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    run = CliRunner().invoke(benchmark.app, ["selected", mode, f"--output={tmp_path}"])
+    run = CliRunner().invoke(benchmark.app, [*command.split(), f"--output={tmp_path}"])
     assert run.exit_code == 1
     assert not list(tmp_path.iterdir())
 
@@ -301,15 +305,20 @@ def test_it_refuses_interpreted_kernels(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--blocks=64"], "is not of the form 64x16"),
-        (["--selection=best"], "'best' is none of random, realistic"),
-        (["--implementation=magic"], "'magic' is none of auto"),
-        (["--pass=sideways"], "'sideways' is none of forward"),
-        (["--memory", "--ablations"], "two runs"),
+        (["selected", "--blocks=64"], "is not of the form 64x16"),
+        (["selected", "--selection=best"], "'best' is none of random, realistic"),
+        (["selected", "--implementation=magic"], "'magic' is none of auto"),
+        (["selected", "--pass=sideways"], "'sideways' is none of forward"),
+        (["selected", "--memory", "--ablations"], "two runs"),
+        (["compressed", "--implementation=auto"], "'auto' is none of compressed_attention"),
+        (["compressed", "--pass=sideways"], "'sideways' is none of forward"),
+        (["selection", "--keys=best"], "'best' is none of window_means, independent"),
+        (["selection", "--blocks=64"], "is not of the form 64x16"),
+        (["selection", "--implementation=pool_mean"], "'pool_mean' is none of compressed_attention, select_blocks"),
     ],
 )
 def test_wrong_arguments_are_explained(arguments, message):
-    run = CliRunner().invoke(benchmark.app, ["selected", *arguments], env={"COLUMNS": "200"})
+    run = CliRunner().invoke(benchmark.app, arguments, env={"COLUMNS": "200"})
     assert run.exit_code == 2
     assert message in " ".join(run.output.replace("│", " ").split())
 
