@@ -1,18 +1,20 @@
-"""Ten small cases of selected attention, forward and backward: what test_sanitizer.py lets compute-sanitizer watch.
+"""Small cases of every operator that has kernels, forward and backward: what test_sanitizer.py lets compute-sanitizer watch.
 
 compute-sanitizer --tool memcheck python -m tests.gpu.sanitizer_cases
 """
 
 import torch
 
-from tests.cases import BF16, F16, Case, by_name, call, gradients, make_inputs, select, suited
+from tests.cases import BF16, F16, Case, by_name, call, gradients, make_inputs, output, select, suited
 
 # name, lengths, HKV, G, D, DV, dtype, kernel_size, kernel_stride, block_size, T_sel, init, local, window, seed
 WIDE = Case("wide", (200, 0, 65), 2, 3, 128, 128, BF16, 32, 16, 64, 4, 1, 2, 64, 60)
 NARROW = Case("narrow", (300,), 1, 4, 64, 64, F16, 32, 16, 128, 3, 1, 1, 64, 61)
+PLAIN = Case("plain", (200, 0, 65), 2, 3, 96, 80, BF16, 32, 16, 64, 4, 1, 2, 64, 62)
 LITTLE, MUCH = 1, 2**30  # workspace
 
-RUNS = [
+# Backend of selected attention, on the blocks that the kernels of compressed attention and of selection choose.
+SELECTED = [
     ("triton_kv_major", WIDE, MUCH),
     ("triton_kv_major", WIDE, LITTLE),
     ("triton_kv_major", NARROW, MUCH),
@@ -26,16 +28,38 @@ RUNS = [
 ]
 
 
+# Operators with a single Triton backend, and their gradients.
+OTHERS = [
+    ("compressed_attention", WIDE),  # with the kernels written for Hopper, where these can run
+    ("compressed_attention", PLAIN),
+    ("pool_windows", WIDE),
+    ("gather_windows", WIDE),
+]
+RUNS = [*SELECTED, *OTHERS]
+
+
+def run_selected(backend, case, workspace_bytes):
+    case = suited(case, backend)
+    x = make_inputs(case, device="cuda", requires_grad=True)
+    lse = call("compressed_attention", case, x, "triton")[1].detach()
+    x = x.replace(block_indices=select(case, x, lse, "triton"))
+    promise = dict(init_blocks=case.init_blocks, local_blocks=case.local_blocks)
+    o, _ = call("selected_attention", case, x, backend, workspace_bytes=workspace_bytes, **promise)
+    return o, *gradients("selected_attention", o, x, torch.ones_like(o))
+
+
+def run_other(operator, case):
+    x = make_inputs(case, device="cuda", requires_grad=True)
+    o = output(call(operator, case, x, "triton"))
+    grads = gradients(operator, o, x, torch.ones_like(o))
+    return grads if operator.endswith("_windows") else (o, *grads)  # rows that no window owns are unspecified
+
+
 def main():
-    for backend, case, workspace_bytes in RUNS:
-        case = suited(case, backend)
-        x = make_inputs(case, device="cuda", requires_grad=True)
-        lse = call("compressed_attention", case, x)[1].detach()
-        x = x.replace(block_indices=select(case, x, lse))
-        promise = dict(init_blocks=case.init_blocks, local_blocks=case.local_blocks)
-        o, _ = call("selected_attention", case, x, backend, workspace_bytes=workspace_bytes, **promise)
-        for result in (o, *gradients("selected_attention", o, x, torch.ones_like(o))):
-            assert torch.isfinite(result).all(), (backend, case)
+    for run, cases in ((run_selected, SELECTED), (run_other, OTHERS)):
+        for case in cases:
+            for result in run(*case):
+                assert torch.isfinite(result).all(), case
     torch.cuda.synchronize()
     print(f"{len(RUNS)} cases ran")
 

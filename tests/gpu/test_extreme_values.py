@@ -19,6 +19,8 @@ CASES = [
 
 @pytest.mark.parametrize("change", [times_30, equal_keys, huge_key, all_zero])
 @pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_extreme_values(backend, case, change):
-    check_extreme_values("selected_attention", backend, case, change)
+@pytest.mark.parametrize(
+    ("operator", "backend"), [("compressed_attention", "triton"), *(("selected_attention", backend) for backend in BACKENDS)]
+)
+def test_extreme_values(operator, backend, case, change):
+    check_extreme_values(operator, backend, case, change)

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import transformers
+from transformers import DynamicCache
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from nsa_fsa import NSAConfig
@@ -443,7 +444,7 @@ def test_a_model_already_wrapped_by_peft_is_refused():
 def test_a_signature_that_no_longer_fits(monkeypatch):
     """The transformers of the future: the error names its version and the parameters that are gone."""
 
-    def forward(self, hidden_states, rotary, attention_mask=None, cache=None):
+    def forward(self, hidden_states, rotary, attention_mask=None, past=None):
         raise NotImplementedError
 
     model = dense_model()
@@ -455,6 +456,35 @@ def test_a_signature_that_no_longer_fits(monkeypatch):
     ):
         patch_model(model, preset="tiny", verbose=False)
     assert_same(before, snapshot(model))
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_either_name_of_the_cache(monkeypatch, name):
+    """transformers renamed it in 5.24: the layer takes the cache by both names, and a model with either can be patched."""
+
+    def old(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+        raise NotImplementedError
+
+    def new(self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, **kwargs):
+        raise NotImplementedError
+
+    model = dense_model()
+    monkeypatch.setattr(LlamaAttention, "forward", new if name == "cache" else old)
+    patch_model(model, preset="tiny", verbose=False)
+    layer, cache = model.model.layers[0].self_attn, DynamicCache()
+    hidden = torch.randn(1, 40, model.config.hidden_size)
+    rotary = model.model.rotary_emb(hidden, torch.arange(40)[None])
+
+    def of(rows):
+        embeddings = [x[:, rows] for x in rotary]
+        return layer(hidden_states=hidden[:, rows], position_embeddings=embeddings, **{name: cache})[0]
+
+    with torch.no_grad():
+        found = torch.cat([of(slice(0, 30)), of(slice(30, 40))], dim=1)
+        expected, _ = layer(hidden_states=hidden, position_embeddings=rotary)
+    # float32, some hundred terms of size 1; without the cache the last ten rows see thirty keys fewer.
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert cache.get_seq_length() == 40
 
 
 # --- Masks and attention weights ------------------------------------------------------------------------------------------

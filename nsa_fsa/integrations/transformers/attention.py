@@ -47,12 +47,13 @@ class NSAAttention(NativeSparseAttention):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """transformers' attention signature. Returns (output `[B, S, E]`, None): there are no attention weights to return.
 
-        Packed batches are recognised by `cu_seq_lens_q` among the kwargs or, at the cost of a device sync, by `position_ids`
-        that start anew.
+        What is `cache` since transformers 5.24 was `past_key_values` before. Packed batches are recognised by `cu_seq_lens_q`
+        among the kwargs or, at the cost of a device sync, by `position_ids` that start anew.
         """
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions=True is not available: sparse attention never has the weights as a matrix.")
@@ -61,21 +62,22 @@ class NSAAttention(NativeSparseAttention):
                 f"attention_mask has shape {tuple(attention_mask.shape)}; NSA layers take the 2D padding mask and are causal "
                 f'by themselves. Fix: leave config._attn_implementation at "{ATTENTION_NAME}", and pass no 4D mask.'
             )
-        cache = None if past_key_values is None else layer_state(past_key_values, self.layer_idx or 0, self.config)
+        model_cache = past_key_values if cache is None else cache
+        state = None if model_cache is None else layer_state(model_cache, self.layer_idx or 0, self.config)
         batch_size, length, _ = hidden_states.shape
 
         cu_seqlens, max_seqlen = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
         position_ids = kwargs.get("position_ids")
-        if cu_seqlens is None and position_ids is not None and attention_mask is None and (cache is None or cache.is_empty):
+        if cu_seqlens is None and position_ids is not None and attention_mask is None and (state is None or state.is_empty):
             found = cu_seqlens_from_position_ids(position_ids.expand(batch_size, -1))
             if found.shape[0] - 1 > batch_size:  # more sequences than rows: the batch is packed
                 cu_seqlens, max_seqlen = found, length
         if cu_seqlens is None:
             output = super().forward(
-                hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, cache=cache
+                hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, cache=state
             )
             return output, None
-        if cache is not None:
+        if state is not None:
             raise ValueError("a packed batch cannot fill a cache. Fix: pass use_cache=False when training on packed sequences.")
         if position_embeddings is not None:
             cos, sin = (x.expand(batch_size, length, -1).reshape(1, batch_size * length, -1) for x in position_embeddings)

@@ -207,6 +207,8 @@ def _check_fit(model: PreTrainedModel, config: NSAConfig) -> None:
 def _check_signature(attention: nn.Module) -> None:
     found = set(inspect.signature(type(attention).forward).parameters)
     expected = {"hidden_states", "position_embeddings", "attention_mask", "past_key_values"}
+    if "cache" in found:  # the name since 5.24
+        found.add("past_key_values")
     if not expected <= found:
         raise RuntimeError(
             f"{type(attention).__name__}.forward of transformers {transformers.__version__} lacks the parameters "

@@ -1,0 +1,144 @@
+"""Tiles so small that short sequences are cut as only long ones otherwise are: into many steps, tiles and parts."""
+
+import dataclasses
+from itertools import accumulate
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from nsa_fsa import ops
+from nsa_fsa.kernels import compressed_attention_backward, tuning
+from nsa_fsa.kernels.tuning import CompressedConfig
+from tests.cases import backends_of, device_of
+from tests.guards import guarded_allocations
+from tests.oracle import windows as owned_rows
+
+RESULTS = ("o", "lse", "dq", "dk", "dv")
+WARPS = dict(fwd_warps=4, dq_warps=4, dkdv_warps=4, fwd_stages=2, dq_stages=2, dkdv_stages=2)
+# Rows cut into parts of 32 and more, two heads of keys at a time; steps and tiles of 16.
+SMALL = CompressedConfig(
+    fwd_m=16, fwd_n=16, dq_m=16, dq_n=16, dkdv_m=16, dkdv_n=16, dkdv_heads=2, dkdv_programs=1000, dkdv_part_rows=32, **WARPS
+)  # fmt: skip
+# A tile of keys whose parts are summed in two pieces, every row in one part.
+WHOLE = dataclasses.replace(SMALL, fwd_m=32, fwd_n=32, dq_m=32, dkdv_n=32, dkdv_m=32, dkdv_part_rows=2**20)
+PIECES = dataclasses.replace(WHOLE, dkdv_part_rows=64, dkdv_heads=16)
+
+# lengths, last queries or None for as many, used rows or None for all
+ONE = ((110,), None, None)
+PACKED = ((5, 0, 90, 33), None, None)
+CACHED = ((60, 0, 9, 80), (1, 0, 3, 50), (55, 0, 9, 71))
+USED = ((60, 0, 9, 80), None, (55, 0, 0, 71))
+
+
+@dataclasses.dataclass
+class Launches:
+    """Of a kernel: the grid and the keyword arguments of every launch."""
+
+    kernel: object
+    seen: list = dataclasses.field(default_factory=list)
+
+    def __getitem__(self, grid):
+        def launch(*args, **keywords):
+            self.seen.append((grid, keywords))
+            return self.kernel[grid](*args, **keywords)
+
+        return launch
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Of the kernel of dk and dv."""
+    found = Launches(compressed_attention_backward.compressed_bwd_dkdv_kernel)
+    monkeypatch.setattr(compressed_attention_backward, "compressed_bwd_dkdv_kernel", found)
+    return found
+
+
+def ints(values):
+    return torch.tensor(list(values), dtype=torch.int32)
+
+
+def make(layout, num_kv_heads, group_size, head_dim, v_dim, kernel_size, kernel_stride):
+    """Tensors in float32 and keywords. Compressed rows that no window owns are NaN; max_seqlen is an upper bound."""
+    lengths, num_queries, used = layout
+    cu_seqlens = [*accumulate(lengths, initial=0)]
+    keywords = dict(
+        cu_seqlens=ints(cu_seqlens), max_seqlen=max(lengths) + 40, kernel_size=kernel_size, kernel_stride=kernel_stride,
+        cu_seqlens_q=None if num_queries is None else ints(accumulate(num_queries, initial=0)),
+        seqused_k=None if used is None else ints(used),
+    )  # fmt: skip
+    rows, compressed = sum(lengths if num_queries is None else num_queries), sum(lengths) // kernel_stride
+    q, do = (torch.randn(rows, num_kv_heads * group_size, width) for width in (head_dim, v_dim))
+    k, v = (torch.randn(compressed, num_kv_heads, width) for width in (head_dim, v_dim))
+    owned = set(owned_rows(cu_seqlens, kernel_size, kernel_stride, seqused_k=keywords["seqused_k"]))
+    unowned = sorted(set(range(compressed)) - owned)
+    k[unowned] = v[unowned] = torch.nan
+    return (q, k, v, do), unowned, keywords
+
+
+def run(tensors, keywords, backend, dtype, device):
+    q, k, v = (x.to(device, dtype, copy=True).requires_grad_() for x in tensors[:3])
+    keywords = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in keywords.items()}
+    o, lse = ops.compressed_attention(q, k, v, **keywords, return_lse=True, backend=backend)
+    grads = torch.autograd.grad(o, (q, k, v), tensors[3].to(o))
+    return [x.detach().cpu().double() for x in (o, lse, *grads)]
+
+
+@pytest.mark.parametrize(
+    ("config", "layout", "num_kv_heads", "group_size", "windows", "parts"),
+    [
+        (SMALL, ONE, 2, 1, (4, 2), 5),
+        (SMALL, PACKED, 4, 3, (4, 2), 13),
+        (SMALL, PACKED, 1, 5, (2, 2), 21),
+        (SMALL, CACHED, 3, 3, (4, 2), 12),
+        (SMALL, USED, 2, 5, (8, 4), 19),
+        (WHOLE, ONE, 4, 3, (4, 2), 1),
+        (WHOLE, PACKED, 2, 5, (4, 2), 1),
+        (PIECES, ONE, 2, 5, (4, 2), 12),
+        (PIECES, PACKED, 6, 1, (3, 1), 3),
+        (PIECES, CACHED, 1, 20, (2, 1), 38),
+    ],
+)
+@pytest.mark.parametrize("backend", [b for b in backends_of("compressed_attention") if b.values[0] != "reference"])
+def test_how_work_is_cut_does_not_show(
+    monkeypatch, launches, backend, config, layout, num_kv_heads, group_size, windows, parts
+):
+    monkeypatch.setattr(tuning, "compressed_config", lambda *_: config)
+    tensors, unowned, keywords = make(layout, num_kv_heads, group_size, 32, 16, *windows)
+    expected = run(tensors, keywords, "reference", torch.float64, "cpu")
+    with guarded_allocations():  # what is not written is NaN
+        found = run(tensors, keywords, backend, torch.float32, device_of(backend))
+    for name, a, b in zip(RESULTS, found, expected, strict=True):
+        if name == "lse":
+            # float32, and sums of 32 products of numbers around 1.
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+        else:  # row 1 of reliability.md
+            ratio = float((a - b).norm() / b.norm())
+            assert ratio <= 1e-5, f"{name}: RMS ratio {ratio:.2e}"
+    for grad in found[3:]:
+        assert (grad[unowned] == 0).all()
+    ((grid, constants),) = launches.seen
+    assert grid[1] == parts
+    assert constants["HEADS"] == (num_kv_heads if config is PIECES else 2 if num_kv_heads % 2 == 0 else 1)
+
+
+def test_the_cuts_really_cut():
+    """Otherwise the test above would prove nothing: of the longest sequence, several tiles and steps with and without mask."""
+    rows, windows = 90 * 3, (90 - 4) // 2 + 1
+    assert rows > 3 * SMALL.fwd_m
+    assert windows > 2 * SMALL.fwd_n  # the last tiles' first query sees two whole steps
+    assert windows > 2 * SMALL.dkdv_n
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 192, 256])
+def test_every_group_has_a_row_of_its_own(head_dim, dtype):
+    """A tile holds whole groups of query heads, for every group size that the operator allows."""
+    from nsa_fsa.ops.compressed_attention import MAX_GROUP_SIZE
+
+    for gluon in (False, True):
+        for group_size in range(1, MAX_GROUP_SIZE + 1):
+            config = tuning._compressed_config(dtype, head_dim, head_dim, group_size, gluon and dtype.itemsize == 2)
+            assert min(config.fwd_m, config.dq_m) >= group_size
+            assert config.dkdv_n % 16 == 0  # sum_parts adds 16 windows at a time
