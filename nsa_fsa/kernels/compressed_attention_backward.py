@@ -209,8 +209,9 @@ def compressed_attention_bwd(
     )
     num_tiles = cdiv(num_windows, tile_keys) if tiles is None else tiles.shape[1]
     parts = min(cdiv(config.dkdv_programs, num_tiles * num_kv_heads), cdiv(max_seqlen * group_size, config.dkdv_part_rows))
-    # Few parts take whole tiles of rows each, so that none is cut in two.
-    part_rows = cdiv(cdiv(max_seqlen * group_size, max(parts, 1)), config.dkdv_m) * config.dkdv_m
+    # Parts are whole tiles of rows, and whole queries.
+    unit = math.lcm(config.dkdv_m, group_size)
+    part_rows = cdiv(cdiv(max_seqlen * group_size, max(parts, 1)), unit) * unit
     targets = (dk, dv)
     if parts > 1:
         sums = q.new_empty(parts, num_windows, num_kv_heads, head_dim + v_dim, dtype=torch.float32)

@@ -129,7 +129,7 @@ def latency_picture(lines: list[Line], heading: str, path: Path) -> Path:
     measured = {r["pass"] for r in rows}
     names = [name for name in ("forward", "backward") if name in measured] or sorted(measured)
     figure, axes = pyplot().subplots(
-        len(names), len(lengths), figsize=(max(3.2 * len(lengths), 6.5), 0.6 + 3.2 * len(names)), sharex=True, squeeze=False,
+        len(names), len(lengths), figsize=(max(3.2 * len(lengths), 9.5), 0.6 + 3.2 * len(names)), sharex=True, squeeze=False,
         layout="constrained",
     )  # fmt: skip
     for row_axes, name in zip(axes, names, strict=True):

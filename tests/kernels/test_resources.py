@@ -37,6 +37,9 @@ def test_default_configurations_fit(arch, tmp_path):
     kernels = {row["kernel"] for row in rows}
     # What the host functions launched: nothing slipped past the capture.
     assert {"mark_kernel", "collect_kernel", "plan_kernel", "merge_fwd_kernel", "query_fwd_kernel"} <= kernels
+    twin = "hopper_" if arch == "sm_90" else ""
+    names = ("fwd", "bwd_dq", "bwd_dkdv")
+    assert {"sum_parts_kernel", *(f"compressed_{name}_{twin}kernel" for name in names)} <= kernels
     assert {row["case"]["group_size"] for row in rows} == {1, 4, 16}
     assert all(row["registers"] > 0 for row in rows if not row["error"])
     assert checked.returncode == 0, checked.stdout + checked.stderr

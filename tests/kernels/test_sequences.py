@@ -1,4 +1,4 @@
-"""locate_rows and locate_blocks against loops over the sequences."""
+"""locate_rows, locate_blocks, locate_tiles and load_tile against loops over the sequences."""
 
 from itertools import accumulate, pairwise
 
@@ -7,7 +7,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from nsa_fsa.kernels.sequences import locate_blocks, locate_rows
+import triton
+import triton.language as tl
+
+from nsa_fsa.kernels.sequences import Tiles, load_tile, locate_blocks, locate_rows, locate_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -106,3 +109,89 @@ def test_rows_beyond_the_used_ones():
     expected = [t if t < n else None for c, n in zip(capacities, used, strict=True) for t in range(c)]
     assert [p if p >= 0 else None for p in position.tolist()] == expected
     assert first_key.tolist() == [start for start, c in zip(starts(capacities), capacities, strict=False) for _ in range(c)]
+
+
+def expected_tiles(lengths, tile_rows, num_queries=None, used=None, of_keys=False):
+    """The fields of `Tiles` of every tile that exists, the most work first: keys that its first query sees, or, of tiles of
+    keys, positions from its first key on. Equal ones in the order of their sequences."""
+    key_starts, query_starts = starts(lengths), starts(lengths if num_queries is None else num_queries)
+    found = []
+    for b, length in enumerate(lengths):
+        queries = query_starts[b + 1] - query_starts[b]
+        keys = length if used is None else used[b]
+        offset = 0 if num_queries is None else keys - queries
+        for j in range(-(-(keys if of_keys else queries) // tile_rows)):
+            work = keys - j * tile_rows if of_keys else offset + j * tile_rows
+            found.append((work, [j, query_starts[b], queries, offset, key_starts[b], keys]))
+    return [tile for _, tile in sorted(found, key=lambda pair: -pair[0])]
+
+
+OVER_A_CACHE = [(capacities, num_queries, used) for capacities, used, num_queries in CACHED]
+TILED = [
+    *((lengths, None, None) for lengths in LENGTHS if len(lengths) > 1),
+    *OVER_A_CACHE,
+    ((33, 0, 9), (2, 0, 9), None),  # full sequences
+    ((300,), (290,), None),
+    ((20, 0, 16, 5), None, (17, 0, 16, 0)),  # queries share the rows of the keys, of which some are not used
+    ((20,), None, (20,)),
+]
+
+
+@pytest.mark.parametrize("of_keys", [False, True], ids=["queries", "keys"])
+@pytest.mark.parametrize("tile_rows", [1, 7, 16, 64])
+@pytest.mark.parametrize(("lengths", "num_queries", "used"), TILED, ids=str)
+def test_tiles(lengths, num_queries, used, tile_rows, of_keys):
+    """Every tile once, and numbers that no tile owns, which come last, have no queries."""
+    rows = lengths if of_keys or num_queries is None else num_queries
+    cached = [None if x is None else ints(x) for x in (num_queries and starts(num_queries), used)]
+    found = locate_tiles(sum(rows), ints(starts(lengths)), tile_rows, *cached, of_keys=of_keys)
+    expected = expected_tiles(lengths, tile_rows, num_queries, used, of_keys)
+    tiles = found.T.tolist()
+    assert tiles[: len(expected)] == expected
+    assert all(Tiles(*tile).num_queries == 0 for tile in tiles[len(expected) :])
+
+
+@triton.jit
+def load_tiles_kernel(tiles_ptr, out_ptr, num_tiles, num_rows, OF_KEYS: tl.constexpr, SINGLE: tl.constexpr):
+    number = tl.program_id(0)
+    index, first_query, num_queries, offset, first_key, num_keys = load_tile(
+        tiles_ptr, num_tiles, number, num_rows, OF_KEYS, SINGLE
+    )
+    out_ptr += number * 6
+    tl.store(out_ptr, index)
+    tl.store(out_ptr + 1, first_query)
+    tl.store(out_ptr + 2, num_queries)
+    tl.store(out_ptr + 3, offset)
+    tl.store(out_ptr + 4, first_key)
+    tl.store(out_ptr + 5, num_keys)
+
+
+def loaded(tiles, num_tiles, num_rows, of_keys):
+    out = torch.full((num_tiles, 6), -7, dtype=torch.int32, device=DEVICE)
+    load_tiles_kernel[(num_tiles,)](tiles, out, num_tiles, num_rows, OF_KEYS=of_keys, SINGLE=tiles is None)
+    return out.tolist()
+
+
+@pytest.mark.parametrize("of_keys", [False, True], ids=["queries", "keys"])
+@pytest.mark.parametrize(("lengths", "num_queries", "used"), [TILED[2], *OVER_A_CACHE], ids=str)
+def test_a_table_is_loaded_as_it_is(lengths, num_queries, used, of_keys):
+    rows = lengths if of_keys or num_queries is None else num_queries
+    cached = [None if x is None else ints(x) for x in (num_queries and starts(num_queries), used)]
+    tiles = locate_tiles(sum(rows), ints(starts(lengths)), 16, *cached, of_keys=of_keys)
+    assert loaded(tiles, tiles.shape[1], sum(rows), of_keys) == tiles.T.tolist()
+
+
+@pytest.mark.parametrize("of_keys", [False, True], ids=["queries", "keys"])
+@pytest.mark.parametrize("length", [1, 16, 33, 100])
+def test_one_whole_sequence_needs_no_table(length, of_keys):
+    assert locate_tiles(length, ints((0, length)), 16, of_keys=of_keys) is None
+    num_tiles = -(-length // 16)
+    assert loaded(None, num_tiles, length, of_keys) == expected_tiles((length,), 16, of_keys=of_keys)
+
+
+@pytest.mark.parametrize(
+    "arguments", [((0, 5, 9),), ((0, 0, 9),), ((0, 9), (0, 9)), ((0, 9), None, (9,)), ((0, 9), (0, 2), (9,))], ids=str
+)
+def test_everything_else_needs_one(arguments):
+    cu_seqlens, *cached = (None if x is None else ints(x) for x in arguments)
+    assert locate_tiles(9, cu_seqlens, 16, *cached) is not None
