@@ -52,8 +52,8 @@ TENSOR_MEMORY_COLUMNS = 512  # of Blackwell's tensor memory; other architectures
 # SASS of the kernels where ptxas left them; kernels that run out of registers need 24 bytes and usually hundreds.
 STACK_ALLOWED = 16
 # Where a kernel needs more, how much, and what was measured. The computing threads of this one hold 240 of their registers in
-# products and accumulators; what they put away are pointers for the end and one load a step. It takes 15.4 ms on an H200 (65,536
-# tokens, G = 1); with 232 registers, whose loading threads have 40 instead of 24, 15.7.
+# products and accumulators; what they put away are pointers for the end and one load a step. It takes 15.4 ms on an H200
+# (65,536 tokens, G = 1); with 232 registers, and 40 instead of 24 for the loading threads, 15.7.
 STACK_KNOWN = {"compressed_bwd_dkdv_hopper_kernel": 48}
 # plain: what a layer calls. chunked: a small workspace, no promise about forced blocks, counts given.
 # candidates: plain, with every configuration that the profiler tries; it leaves out what does not run.
