@@ -6,7 +6,7 @@
                 whose sums `sum_parts` adds: where there are few KV heads there are too few tiles to fill a GPU.
 
 Nothing is added atomically, so the result is the same in every run. One pass that adds dq atomically computes five products
-instead of seven, and was measured slower on an H200: 32 ms instead of 24.7 at 65,536 tokens and 64 heads.
+instead of seven; in an earlier version of these kernels it was slower on an H200, 32 ms instead of 24.7 at 65,536 tokens.
 """
 
 import functools
@@ -153,6 +153,18 @@ def hopper_backward() -> Any:
     return compressed_attention_hopper_backward
 
 
+def cut_rows(max_seqlen: int, group_size: int, num_tiles: int, config: tuning.CompressedConfig) -> tuple[int, int]:
+    """Into how many parts, and of how many rows each, the (query, head) rows of the longest sequence are cut for dk and dv.
+
+    num_tiles: tiles of keys, those of all KV heads, which are as many programs without any cut.
+    """
+    num_rows = max_seqlen * group_size
+    parts = min(cdiv(config.dkdv_programs, num_tiles), cdiv(num_rows, config.dkdv_part_rows))
+    # Whole tiles, and whole queries: the Gluon kernel counts queries from the first of the part.
+    unit = math.lcm(config.dkdv_m, group_size)
+    return parts, cdiv(cdiv(num_rows, max(parts, 1)), unit) * unit
+
+
 def compressed_attention_bwd(
     do: Tensor,
     q: Tensor,
@@ -185,12 +197,9 @@ def compressed_attention_bwd(
     shift, delta = statistics(do, o, lse, scale, group_size)
     windows = dict(KERNEL_SIZE=kernel_size, KERNEL_STRIDE=kernel_stride)
     widths = dict(
-        D=head_dim,
-        PADDED_D=padded_dim(head_dim),
-        DV=v_dim,
-        PADDED_DV=padded_dim(v_dim),
+        D=head_dim, PADDED_D=padded_dim(head_dim), DV=v_dim, PADDED_DV=padded_dim(v_dim),
         PRECISION=tuning.dot_precision(q.dtype),
-    )
+    )  # fmt: skip
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *do.stride()[:2])
 
     tile_queries = config.dq_m // group_size
@@ -218,10 +227,7 @@ def compressed_attention_bwd(
         num_windows * kernel_stride, cu_seqlens, tile_keys * kernel_stride, cu_seqlens_q, seqused_k, of_keys=True
     )
     num_tiles = cdiv(num_windows, tile_keys) if tiles is None else tiles.shape[1]
-    parts = min(cdiv(config.dkdv_programs, num_tiles * num_kv_heads), cdiv(max_seqlen * group_size, config.dkdv_part_rows))
-    # Parts are whole tiles of rows, and whole queries.
-    unit = math.lcm(config.dkdv_m, group_size)
-    part_rows = cdiv(cdiv(max_seqlen * group_size, max(parts, 1)), unit) * unit
+    parts, part_rows = cut_rows(max_seqlen, group_size, num_tiles * num_kv_heads, config)
     targets = (dk, dv)
     if parts > 1:
         sums = q.new_empty(parts, num_windows, num_kv_heads, head_dim + v_dim, dtype=torch.float32)

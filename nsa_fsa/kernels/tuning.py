@@ -150,29 +150,16 @@ def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
 
 def compressed_config(q: Tensor, v: Tensor, group_size: int) -> CompressedConfig:
     """The tiles of compressed attention for q `[T, HQ, D]` and v `[T // kernel_stride, HKV, DV]`."""
-    key = (q.dtype, q.shape[2], v.shape[2], group_size, runs_gluon(q, v))
-    if key not in _COMPRESSED:
-        _COMPRESSED[key] = _compressed_config(*key)
-    return _COMPRESSED[key]
+    return _compressed_config(q.dtype, q.shape[2], v.shape[2], group_size, runs_gluon(q, v))
 
 
-_COMPRESSED: dict[Any, CompressedConfig] = {}
-
-
+@functools.cache
 def _compressed_config(dtype: torch.dtype, head_dim: int, v_dim: int, group_size: int, gluon: bool) -> CompressedConfig:
-    if gluon and group_size <= 128:
+    if gluon:
         return CompressedConfig(
-            hopper=True,
-            fwd_m=128,
-            fwd_n=128,
-            fwd_stages=2,
-            dq_m=128,
-            dq_n=64,
-            dq_stages=3,
-            dkdv_m=64,
-            dkdv_n=128,
-            dkdv_stages=3,
-        )
+            hopper=True, fwd_m=128, fwd_n=128, fwd_stages=2, dq_m=128, dq_n=64, dq_stages=3,
+            dkdv_m=64, dkdv_n=128, dkdv_stages=3,
+        )  # fmt: skip
     width = max(padded_dim(head_dim), padded_dim(v_dim), 32)
     if dtype == torch.float32:  # without the matrix unit a thread holds whole rows of both factors of a product
         m, n = max(16, next_power_of_2(group_size)), 16

@@ -44,7 +44,7 @@ def select_blocks(
         num_selected_blocks: T_sel, forced blocks included.
         init_blocks, local_blocks: forced blocks; `init_blocks + local_blocks <= num_selected_blocks`.
         return_scores: also return the dense scores, for inspection: their size is tokens times blocks.
-        backend: which implementation runs.
+        backend: which implementation runs: "triton", "reference", or "auto": the first of them that can, on a GPU.
 
     Returns:
         block_indices int32 `[T, HKV, T_sel]`, ascending, padded at the end with -1; query t of a sequence has

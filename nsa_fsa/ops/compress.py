@@ -29,7 +29,7 @@ def pool_windows(
         max_seqlen: an upper bound on the longest sequence.
         kernel_size, kernel_stride: window length and step in tokens.
         seqused_k: int32 `[B]`: only this many rows of each sequence count.
-        backend: which implementation runs.
+        backend: which implementation runs: "triton", "reference", or "auto": the first of them that can, on a GPU.
 
     Returns:
         `[T // kernel_stride, HKV, D]` in x's dtype. Window i of sequence b is row `cu_seqlens[b] // kernel_stride + i`; rows

@@ -140,3 +140,16 @@ def test_every_group_has_a_row_of_its_own(head_dim, dtype):
             config = tuning._compressed_config(dtype, head_dim, head_dim, group_size, gluon and dtype.itemsize == 2)
             assert min(config.fwd_m, config.dq_m) >= group_size
             assert config.dkdv_n % 16 == 0  # sum_parts adds 16 windows at a time
+
+
+@pytest.mark.parametrize("group_size", [1, 3, 4, 5, 7, 12, 64])
+@pytest.mark.parametrize("max_seqlen", [0, 1, 2500, 65_536])
+@pytest.mark.parametrize("num_tiles", [1, 17, 5000])
+def test_parts_are_whole_queries(num_tiles, max_seqlen, group_size):
+    """A part that began inside a query gave wrong dk and dv in the kernel for Hopper, which no interpreter runs."""
+    config = CompressedConfig(dkdv_m=64)
+    parts, part_rows = compressed_attention_backward.cut_rows(max_seqlen, group_size, num_tiles, config)
+    assert part_rows % group_size == 0
+    assert part_rows % config.dkdv_m == 0
+    assert parts * part_rows >= max_seqlen * group_size
+    assert num_tiles < config.dkdv_programs or parts <= 1
