@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from nsa_fsa.ops import backends, validation
+from nsa_fsa.ops.registration import define_operator
 
 _LAYOUT = "Tensor cu_seqlens, SymInt max_seqlen, Tensor? cu_seqlens_q, Tensor? seqused_k, float scale"
 _LAYOUT_NAMES = ("cu_seqlens", "max_seqlen", "cu_seqlens_q", "seqused_k", "scale")
@@ -42,23 +43,11 @@ def define_attention(name: str, arguments: str, check_values: Callable[..., None
         keywords = dict(zip(names, values, strict=True))
         return backends.resolve(name, backend, q, k, v, backward=True, **keywords).backward(do, q, k, v, o, lse, **keywords)
 
-    forward = torch.library.custom_op(
-        f"nsa_fsa::{name}", run_forward, mutates_args=(), schema=f"(Tensor q, Tensor k, Tensor v, {tail}) -> (Tensor, Tensor)"
-    )
-    backward = torch.library.custom_op(
-        f"nsa_fsa::{name}_backward",
-        run_backward,
-        mutates_args=(),
-        schema=f"(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {tail}) -> (Tensor, Tensor, Tensor)",
-    )
-
-    @forward.register_fake
-    def _(q, k, v, *rest):
+    def forward_fake(q, k, v, *rest):
         lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
         return q.new_empty(q.shape[0], q.shape[1], v.shape[2]), q.new_empty(q.shape[:2], dtype=lse_dtype)
 
-    @backward.register_fake
-    def _(do, q, k, v, *rest):
+    def backward_fake(do, q, k, v, *rest):
         return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
     def setup_context(ctx, inputs, output):
@@ -75,8 +64,14 @@ def define_attention(name: str, arguments: str, check_values: Callable[..., None
         rest = [next(saved) if is_tensor else x for is_tensor, x in zip(ctx.tensors, ctx.others, strict=True)]
         return *backward(do, q, k, v, o, lse, *rest), *[None] * num_tail
 
-    forward.register_autograd(vjp, setup_context=setup_context)
-    return forward
+    backward = define_operator(
+        f"{name}_backward", run_backward, backward_fake,
+        schema=f"(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, {tail}) -> (Tensor, Tensor, Tensor)",
+    )  # fmt: skip
+    return define_operator(
+        name, run_forward, forward_fake, schema=f"(Tensor q, Tensor k, Tensor v, {tail}) -> (Tensor, Tensor)",
+        setup_context=setup_context, vjp=vjp,
+    )  # fmt: skip
 
 
 def check_token_rows(q: Tensor, k: Tensor, *, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, **_) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from nsa_fsa import reference
 from nsa_fsa.ops import backends, triton_backends, validation
 from nsa_fsa.ops.compressed_attention import check_compressed_rows
+from nsa_fsa.ops.registration import define_operator
 
 MAX_SELECTED_BLOCKS = 64  # of the Triton kernel, which keeps them in registers
 
@@ -78,8 +79,7 @@ def select_blocks(
     return (indices, _scores(q, k_cmp, lse, *layout, *windows, backend)) if return_scores else indices
 
 
-@torch.library.custom_op("nsa_fsa::select_blocks", mutates_args=())
-def _select(
+def _select_run(
     q: Tensor,
     k_cmp: Tensor,
     lse: Tensor,
@@ -105,14 +105,12 @@ def _select(
     return backends.resolve("select_blocks", backend, q, k_cmp, lse, **arguments).forward(q, k_cmp, lse, **arguments)
 
 
-@_select.register_fake
-def _(q, k_cmp, lse, *rest):
+def _select_fake(q, k_cmp, lse, *rest):
     num_selected_blocks = rest[8]
     return q.new_empty(q.shape[0], k_cmp.shape[1], num_selected_blocks, dtype=torch.int32)
 
 
-@torch.library.custom_op("nsa_fsa::block_scores", mutates_args=())
-def _scores(
+def _scores_run(
     q: Tensor,
     k_cmp: Tensor,
     lse: Tensor,
@@ -135,10 +133,15 @@ def _scores(
     )
 
 
-@_scores.register_fake
-def _(q, k_cmp, lse, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, scale, kernel_size, kernel_stride, block_size, backend):
+def _scores_fake(
+    q, k_cmp, lse, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, scale, kernel_size, kernel_stride, block_size, backend
+):
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
     return q.new_empty(q.shape[0], k_cmp.shape[1], -(-max_seqlen // block_size), dtype=dtype)
+
+
+_select = define_operator("select_blocks", _select_run, _select_fake)
+_scores = define_operator("block_scores", _scores_run, _scores_fake)
 
 
 def _triton(*tensors: Tensor, **arguments: Any) -> Tensor:

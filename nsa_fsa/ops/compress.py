@@ -2,11 +2,11 @@
 
 from typing import Any, Optional
 
-import torch
 from torch import Tensor
 
 from nsa_fsa import reference
 from nsa_fsa.ops import backends, triton_backends, validation
+from nsa_fsa.ops.registration import define_operator
 
 
 def pool_windows(
@@ -85,8 +85,7 @@ def window_starts(
     return reference.window_rows(x, cu_seqlens, kernel_size, kernel_stride, seqused_k)[0][:, 0]
 
 
-@torch.library.custom_op("nsa_fsa::pool_windows", mutates_args=())
-def _pool(
+def _pool_run(
     x: Tensor,
     weight: Optional[Tensor],
     cu_seqlens: Tensor,
@@ -101,13 +100,11 @@ def _pool(
     return backends.resolve("pool_windows", backend, x, **sizes).forward(x, weight, cu_seqlens, **sizes)
 
 
-@_pool.register_fake
-def _(x, weight, cu_seqlens, max_seqlen, kernel_size, kernel_stride, seqused_k, backend):
+def _pool_fake(x, weight, cu_seqlens, max_seqlen, kernel_size, kernel_stride, seqused_k, backend):
     return x.new_empty(x.shape[0] // kernel_stride, x.shape[1], x.shape[2])
 
 
-@torch.library.custom_op("nsa_fsa::pool_windows_backward", mutates_args=())
-def _pool_backward(
+def _pool_backward_run(
     dpooled: Tensor,
     x: Tensor,
     weight: Optional[Tensor],
@@ -123,8 +120,7 @@ def _pool_backward(
     return dx, x.new_empty(0) if dweight is None else dweight  # an operator cannot return None
 
 
-@_pool_backward.register_fake
-def _(dpooled, x, weight, cu_seqlens, kernel_size, kernel_stride, seqused_k, backend):
+def _pool_backward_fake(dpooled, x, weight, cu_seqlens, kernel_size, kernel_stride, seqused_k, backend):
     return x.new_empty(x.shape), x.new_empty(0) if weight is None else weight.new_empty(weight.shape)
 
 
@@ -139,11 +135,11 @@ def _pool_vjp(ctx, dpooled):
     return dx, None if weight is None else dweight, None, None, None, None, None, None
 
 
-_pool.register_autograd(_pool_vjp, setup_context=_pool_setup)
+_pool_backward = define_operator("pool_windows_backward", _pool_backward_run, _pool_backward_fake)
+_pool = define_operator("pool_windows", _pool_run, _pool_fake, setup_context=_pool_setup, vjp=_pool_vjp)
 
 
-@torch.library.custom_op("nsa_fsa::gather_windows", mutates_args=())
-def _gather(
+def _gather_run(
     x: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
@@ -157,13 +153,11 @@ def _gather(
     return backends.resolve("gather_windows", backend, x, **sizes).forward(x, cu_seqlens, **sizes)
 
 
-@_gather.register_fake
-def _(x, cu_seqlens, max_seqlen, kernel_size, kernel_stride, seqused_k, backend):
+def _gather_fake(x, cu_seqlens, max_seqlen, kernel_size, kernel_stride, seqused_k, backend):
     return x.new_empty(x.shape[0] // kernel_stride, x.shape[1], kernel_size, x.shape[2])
 
 
-@torch.library.custom_op("nsa_fsa::gather_windows_backward", mutates_args=())
-def _gather_backward(
+def _gather_backward_run(
     dwindows: Tensor,
     x: Tensor,
     cu_seqlens: Tensor,
@@ -177,8 +171,7 @@ def _gather_backward(
     return backward(dwindows, x, cu_seqlens, **sizes)
 
 
-@_gather_backward.register_fake
-def _(dwindows, x, cu_seqlens, kernel_size, kernel_stride, seqused_k, backend):
+def _gather_backward_fake(dwindows, x, cu_seqlens, kernel_size, kernel_stride, seqused_k, backend):
     return x.new_empty(x.shape)
 
 
@@ -193,7 +186,8 @@ def _gather_vjp(ctx, dwindows):
     return dx, None, None, None, None, None, None
 
 
-_gather.register_autograd(_gather_vjp, setup_context=_gather_setup)
+_gather_backward = define_operator("gather_windows_backward", _gather_backward_run, _gather_backward_fake)
+_gather = define_operator("gather_windows", _gather_run, _gather_fake, setup_context=_gather_setup, vjp=_gather_vjp)
 
 
 def _kernels() -> Any:

@@ -1,10 +1,10 @@
 """The gated sum of the three branches as an operator."""
 
-import torch
 from torch import Tensor
 
 from nsa_fsa import reference
 from nsa_fsa.ops import backends, validation
+from nsa_fsa.ops.registration import define_operator
 
 
 def gated_combine(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, *, backend: str = "auto") -> Tensor:
@@ -42,25 +42,21 @@ def gated_combine(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tens
     return _forward(gate_logits, o_cmp, o_slc, o_swa, backend)
 
 
-@torch.library.custom_op("nsa_fsa::gated_combine", mutates_args=())
-def _forward(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, backend: str) -> Tensor:
+def _forward_run(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, backend: str) -> Tensor:
     return backends.resolve("gated_combine", backend).forward(gate_logits, o_cmp, o_slc, o_swa)
 
 
-@_forward.register_fake
-def _(gate_logits, o_cmp, o_slc, o_swa, backend):
+def _forward_fake(gate_logits, o_cmp, o_slc, o_swa, backend):
     return o_cmp.new_empty(o_cmp.shape)
 
 
-@torch.library.custom_op("nsa_fsa::gated_combine_backward", mutates_args=())
-def _backward(
+def _backward_run(
     do: Tensor, gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return backends.resolve("gated_combine", backend).backward(do, gate_logits, o_cmp, o_slc, o_swa)
 
 
-@_backward.register_fake
-def _(do, gate_logits, o_cmp, o_slc, o_swa, backend):
+def _backward_fake(do, gate_logits, o_cmp, o_slc, o_swa, backend):
     return gate_logits.new_empty(gate_logits.shape), *(o_cmp.new_empty(o_cmp.shape) for _ in range(3))
 
 
@@ -73,6 +69,7 @@ def _vjp(ctx, do):
     return *_backward(do, *ctx.saved_tensors, ctx.backend), None
 
 
-_forward.register_autograd(_vjp, setup_context=_setup_context)
+_backward = define_operator("gated_combine_backward", _backward_run, _backward_fake)
+_forward = define_operator("gated_combine", _forward_run, _forward_fake, setup_context=_setup_context, vjp=_vjp)
 
 backends.register("gated_combine", backends.Backend("reference", reference.gated_combine, reference.gated_combine_backward))

@@ -12,6 +12,7 @@ from torch import Tensor
 from nsa_fsa import reference
 from nsa_fsa.ops import backends, triton_backends, validation
 from nsa_fsa.ops.attention_operator import check_token_rows, define_attention
+from nsa_fsa.ops.registration import define_operator
 
 WORKSPACE_BYTES = 2 << 30
 
@@ -116,8 +117,7 @@ def wants_index(q, k, v, block_indices, block_size, scale, cu_seqlens_q, seqused
     ) is None  # fmt: skip
 
 
-@torch.library.custom_op("nsa_fsa::block_index", mutates_args=())
-def _block_index(
+def _block_index_run(
     block_indices: Tensor,
     block_counts: Optional[Tensor],
     cu_seqlens: Tensor,
@@ -137,8 +137,7 @@ def _block_index(
     return tuple(index)  # type: ignore[return-value]
 
 
-@_block_index.register_fake
-def _(block_indices, block_counts, cu_seqlens, max_seqlen, block_size, init_blocks, local_blocks):
+def _block_index_fake(block_indices, block_counts, cu_seqlens, max_seqlen, block_size, init_blocks, local_blocks):
     num_rows, num_heads, num_indices = block_indices.shape
     num_blocks = num_rows // block_size + cu_seqlens.shape[0] - 1
     num_slots = max(num_indices - init_blocks - local_blocks, 0)
@@ -152,6 +151,7 @@ def _(block_indices, block_counts, cu_seqlens, max_seqlen, block_size, init_bloc
     )
 
 
+_block_index = define_operator("block_index", _block_index_run, _block_index_fake)
 _operator = define_attention(
     "selected_attention",
     "Tensor block_indices, Tensor? block_counts, Tensor? index_entries, Tensor? index_first, Tensor? index_count, "

@@ -9,7 +9,7 @@ import torch
 from nsa_fsa import ops, reference
 from tests.gpu.problems import assert_rms_close, starts
 from tests.gpu.test_host_syncs import syncs_forbidden
-from tests.gpu.test_memory import MIB, extra, num_bytes
+from tests.gpu.test_memory import MIB, assert_no_growth, extra, num_bytes
 from tests.gpu.test_size import needs
 
 pytestmark = pytest.mark.gpu
@@ -222,12 +222,7 @@ def test_cuda_graph(operator):
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_no_growth_over_50_steps(operator):
     p = make(operator, (1000, 3000), 4, *SHAPES[0])
-    for _ in range(3):
-        p.run()
-    before = torch.cuda.memory_allocated()
-    for _ in range(50):
-        p.run()
-    assert torch.cuda.memory_allocated() == before
+    assert_no_growth(p.run)
 
 
 @pytest.mark.parametrize("expanded", [False, True], ids=["dense", "expanded"])

@@ -10,7 +10,7 @@ from nsa_fsa import ops, reference
 from nsa_fsa.kernels import tuning
 from tests.gpu.problems import RESULTS, assert_rms_close, sequence_of, starts
 from tests.gpu.test_host_syncs import syncs_forbidden
-from tests.gpu.test_memory import MIB, extra, num_bytes
+from tests.gpu.test_memory import MIB, assert_no_growth, extra, num_bytes
 from tests.gpu.test_size import needs, sampled_rows
 
 pytestmark = pytest.mark.gpu
@@ -406,12 +406,7 @@ def test_cuda_graph_of_decoding(shape):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_growth_over_50_steps(shape):
     p = make((1000, 3000), 2, *shape)
-    for _ in range(3):
-        p.run()
-    before = torch.cuda.memory_allocated()
-    for _ in range(50):
-        p.run()
-    assert torch.cuda.memory_allocated() == before
+    assert_no_growth(p.run)
 
 
 def partial_sums_bound(p):

@@ -12,15 +12,25 @@ LENGTHS = (20_000, 0, 12_768)
 BUDGETS = [64 * MIB, 256 * MIB, 1024 * MIB]
 
 
+def assert_no_growth(run, steps=50):
+    """Nothing that 50 runs allocate outlives them. The least of the last ten counts: the thread that ran a backward may still
+    hold its last gradient when the caller already has it."""
+
+    def least(steps):
+        used = []
+        for _ in range(steps):
+            run()
+            used.append(torch.cuda.memory_allocated())
+        return min(used[-10:])
+
+    before = least(10)
+    assert least(steps) == before
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_no_growth_over_50_steps(backend):
     p = make_problem((1000, 3000), 2, 4)
-    for _ in range(3):
-        p.run(backend)
-    before = torch.cuda.memory_allocated()
-    for _ in range(50):
-        p.run(backend)
-    assert torch.cuda.memory_allocated() == before
+    assert_no_growth(lambda: p.run(backend))
 
 
 def extra(run):
