@@ -454,7 +454,9 @@ def choose_tile(q: Tensor, listed: int) -> SelectionTile:
     """The default tile for queries `[T, HQ, D]` with lists of so many blocks. `make resources` shows that none spills."""
     if q.element_size() == 4:  # without the matrix unit a thread holds whole rows of both factors of a product
         return SelectionTile(rows=32, keys=32, products=1)
-    return SelectionTile(keys=64 if q.shape[2] <= 128 else 32, products=2 if listed <= MAX_LISTED else 1)
+    # Sorting the blocks of two products together pays where the lists are long: 6.5 ms instead of 8.1 for 13 places, but 5.2
+    # instead of 5.0 for 5, and 0.15 instead of 0.13 at 8,192 tokens (H200, 65,536 tokens, G = 1).
+    return SelectionTile(keys=64 if q.shape[2] <= 128 else 32, products=2 if 8 < listed <= MAX_LISTED else 1)
 
 
 def select_blocks(

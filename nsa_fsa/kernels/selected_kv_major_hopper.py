@@ -276,10 +276,9 @@ def gather_bwd_hopper_kernel(
                 seen = seen & (gl.load(flag_ptr + s_row // G, mask=here, other=-1) < 0)[None, :]
             p = gl.where(seen, p, 0.0)
         dp = warpgroup_mma_wait(0, deps=(dp,))
-        # From here on p is kept in 16 bits only: 32 registers fewer, without which others spill.
-        p = p.to(dtype)
-        dv = warpgroup_mma(gl.convert_layout(p, a_layout), do_tile, dv, is_async=True)
-        ds = (p.to(gl.float32) * dp * scale).to(dtype)
+        # p stays in float32 until here: read back from 16 bits it would be converted one number at a time.
+        ds = (p * dp * scale).to(dtype)
+        dv = warpgroup_mma(gl.convert_layout(p.to(dtype), a_layout), do_tile, dv, is_async=True)
         # dk takes ds from shared memory too: from registers it would spill.
         ds_s.store(ds)
         fence_async_shared()

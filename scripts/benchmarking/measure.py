@@ -2,8 +2,11 @@
 
 import hashlib
 import importlib.metadata
+import math
 import platform
+import statistics
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +19,17 @@ import nsa_fsa
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "docs" / "results"
 GIB = 2**30
+QUANTILES = (0.2, 0.5, 0.8)
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds: the median, and the quantiles at 20% and 80%."""
+    """Milliseconds: on the GPU the median and the quantiles at 20% and 80%; on the host the median, until the call returns."""
 
     median: float
     low: float
     high: float
+    host: float
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,16 @@ class Meter(Protocol):
 
 
 class CudaMeter:
-    """triton.testing.do_bench and PyTorch's allocator."""
+    """CUDA events and PyTorch's allocator."""
+
+    FILLER_BYTES = 1 << 30  # many times the L2 cache; about 0.25 ms on an H200
+    MOST_FILLS = 16
 
     def __init__(self, milliseconds: float, least_runs: int = 5) -> None:
         self.milliseconds, self.least_runs = milliseconds, least_runs
         self.method = dict(
-            timing="triton.testing.do_bench: CUDA events, L2 cache overwritten before every run; "
-            "median, 20% and 80% quantiles; one untimed call before",
+            timing="CUDA events; before every run the GPU overwrites the L2 cache, for longer than the host takes to launch the"
+            " run; median, 20% and 80% quantiles; two untimed calls before. host: until the call returns, GPU idle; median",
             milliseconds_per_measurement=milliseconds,
             least_runs=least_runs,
             memory="torch.cuda.max_memory_allocated beyond what was allocated before the call; workspace: what of it is freed "
@@ -62,17 +70,44 @@ class CudaMeter:
         )
 
     def time(self, function: Callable[[], Any]) -> Timing:
-        from triton.testing import do_bench
+        """Without the time on the host: a small kernel's median would otherwise be that of Python and of a busy machine.
 
+        A model has work queued on the GPU when it calls an operator; so does this.
+        """
         function()
         torch.cuda.synchronize()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        function()
-        end.record()
+        hosts = []
+        for _ in range(5):
+            began = time.perf_counter()
+            function()
+            hosts.append(1e3 * (time.perf_counter() - began))
+            torch.cuda.synchronize()
+        host = statistics.median(hosts)
+        filler = torch.empty(self.FILLER_BYTES, dtype=torch.uint8, device="cuda")
+        fill = statistics.median(self._timed(filler.zero_, 5))
+        fills = min(math.ceil(2 * host / fill), self.MOST_FILLS)  # a call that waits for the GPU gains nothing from more
+
+        def fill_caches() -> None:
+            for _ in range(fills):
+                filler.zero_()
+
+        (length,) = self._timed(function, 1, before=fill_caches)
+        runs = max(self.least_runs, int(self.milliseconds / length))
+        low, median, high = (
+            torch.tensor(self._timed(function, runs, before=fill_caches)).quantile(torch.tensor(QUANTILES)).tolist()
+        )
+        return Timing(median, low, high, host)
+
+    def _timed(self, function: Callable[[], Any], runs: int, before: Callable[[], None] = lambda: None) -> list[float]:
+        """Milliseconds on the GPU of every run."""
+        events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
+        for start, end in events:
+            before()
+            start.record()
+            function()
+            end.record()
         torch.cuda.synchronize()
-        length = max(self.milliseconds, self.least_runs * start.elapsed_time(end))
-        return Timing(*do_bench(function, rep=int(length), quantiles=[0.5, 0.2, 0.8]))
+        return [start.elapsed_time(end) for start, end in events]
 
     def memory(self, function: Callable[[], Any]) -> Memory:
         torch.cuda.synchronize()

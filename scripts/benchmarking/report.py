@@ -15,6 +15,8 @@ INPUTS = {
     "random": "random selection", "realistic": "realistic selection", "independent": "independent compressed keys",
     "window_means": "compressed keys that are means",
 }  # fmt: skip
+# Column of a row to how it is printed.
+RATES = {"tflops": "{:.0f}", "of_floor": "{:.0%}", "extra_gib": "{:.2f}", "host_ms": "{:.2f}"}
 Group = tuple[int, int, int, str]
 
 
@@ -66,13 +68,13 @@ def latency_tables(document: dict[str, Any]) -> list[Table]:
         table = Table(
             title=title(document, group),
             caption="ms: median (20% - 80%). of floor: least possible time at the measured rates, as a part of the median. "
-            "memory: GiB beyond the inputs at the peak.",
+            "memory: GiB beyond the inputs at the peak. host: ms until the call returns.",
         )
         for heading in ("T", "G", "implementation", "forward ms", "backward ms", "both ms"):
             table.add_column(
                 heading, justify="left" if heading == "implementation" else "right", no_wrap=heading != "implementation"
             )
-        for heading in ("TFLOP/s f / b", "of floor f / b", "memory f / b"):
+        for heading in ("TFLOP/s f / b", "of floor f / b", "memory f / b", "host f / b"):
             table.add_column(heading, justify="right", no_wrap=True)
         previous = None
         for (tokens, group_size, implementation, _), passes in by_place(rows_of(document["rows"], group)).items():
@@ -84,7 +86,7 @@ def latency_tables(document: dict[str, Any]) -> list[Table]:
                 *(_milliseconds(passes.get(name)) for name in ("forward", "backward", "forward_backward")),
                 *(
                     " / ".join(_format(passes.get(name), column, form) for name in ("forward", "backward"))
-                    for column, form in (("tflops", "{:.0f}"), ("of_floor", "{:.0%}"), ("extra_gib", "{:.2f}"))
+                    for column, form in RATES.items()
                 ),
             )  # fmt: skip
         tables.append(table)
@@ -98,9 +100,12 @@ def selection_tables(document: dict[str, Any]) -> list[Table]:
         table = Table(
             title=title(document, group),
             caption="ms: median (20% - 80%). ratio: selection to compressed attention's forward. of floor: least possible time "
-            "at the measured rates, as a part of the median. memory: GiB beyond the inputs at the peak.",
+            "at the measured rates, as a part of the median. memory: GiB beyond the inputs at the peak. host: ms until the "
+            "call returns.",
         )
-        for heading in ("T", "G", "compressed ms", "selection ms", "ratio", "TFLOP/s", "of floor", "memory", "score lost"):
+        for heading in (
+            "T", "G", "compressed ms", "selection ms", "ratio", "TFLOP/s", "of floor", "memory", "host", "score lost",
+        ):  # fmt: skip
             table.add_column(heading, justify="right", no_wrap=True)
         for (tokens, group_size), (base, chosen) in beside_compressed(rows_of(document["rows"], group)).items():
             table.add_row(
@@ -108,7 +113,7 @@ def selection_tables(document: dict[str, Any]) -> list[Table]:
                 f"{chosen['ms'] / base['ms']:.2f}" if chosen and base else "-",
                 *(
                     _format(chosen, column, form)
-                    for column, form in (("tflops", "{:.0f}"), ("of_floor", "{:.0%}"), ("extra_gib", "{:.2f}"))
+                    for column, form in RATES.items()
                 ),
                 f"{chosen['errors']['score_lost']:.1e}" if chosen else "-",
             )  # fmt: skip

@@ -111,7 +111,7 @@ def measure(
         floor = floor_ms(parts, *rates)
         results.add_row(
             implementation, kind, name, setting, variant, ms=timing.median, ms_20=timing.low, ms_80=timing.high,
-            tflops=work[name].flops / timing.median / 1e9 or None, necessary_tflop=work[name].flops / 1e12,
+            host_ms=timing.host, tflops=work[name].flops / timing.median / 1e9 or None, necessary_tflop=work[name].flops / 1e12,
             necessary_gb=work[name].bytes / 1e9, floor_ms=floor, of_floor=floor / timing.median, extra_gib=memory.extra / GIB,
             workspace_gib=memory.workspace / GIB, errors=errors[name], **facts(name),
         )  # fmt: skip
