@@ -42,6 +42,16 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
 
 
+def command_line(arguments: list[str]) -> str:
+    """The command, without where the results go, which nobody can repeat elsewhere."""
+    kept = [
+        x
+        for before, x in zip(["", *arguments], arguments, strict=False)
+        if not x.startswith("--output") and before != "--output"
+    ]
+    return " ".join(["python", *kept])
+
+
 def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
     return *(row[name] for name in KEY), *(row.get(name) for name in WINDOWS)
 
@@ -86,7 +96,7 @@ class Results:
         self.document["runs"].append(
             dict(
                 date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                command=" ".join(["python", *sys.argv]),
+                command=command_line(sys.argv),
                 machine=here,
                 peers=peers,
                 ceilings=self.ceilings,

@@ -271,6 +271,11 @@ def test_the_code_is_named():
     assert version == dict(commit="stated", commit_stated_by_hand=True, dirty=None, source_digest=source_digest())
 
 
+def test_the_recorded_command_can_be_repeated_anywhere():
+    given = ["scripts/benchmark.py", "selected", "--output", "/somewhere", "--merge", "--output=/else", "--group", "4"]
+    assert results.command_line(given) == "python scripts/benchmark.py selected --merge --group 4"
+
+
 # The command line
 
 
