@@ -35,7 +35,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from nsa_fsa.kernels import block_selection, compress, compressed_attention, compressed_attention_backward
+from nsa_fsa.kernels import block_selection, compress, compressed_attention, compressed_attention_backward, gated_combine
 from nsa_fsa.kernels import selected_attention as kernels
 
 console = Console()
@@ -148,6 +148,12 @@ def call_operators(case: Case, enter: Callable[[str], None]) -> None:
     kernels.query_major_backward(do, q, k, v, o, lse, indices, counts, index, **options)
     call_compression(case, k, cu_seqlens, enter)
     call_compressed_attention(case, q, do, enter)
+    for num_gates in (NUM_HEADS, 1):
+        logits = new(NUM_TOKENS, num_gates, 3)
+        enter(f"gated_combine with {num_gates} gates")
+        gated_combine.gated_combine(logits, do, do, do)
+        enter(f"gated_combine_backward with {num_gates} gates")
+        gated_combine.gated_combine_backward(do, logits, do, do, do)
     enter("select_blocks")
     block_selection.select_blocks(
         q, k[: NUM_TOKENS // 16], new(NUM_TOKENS, NUM_HEADS, dtype=torch.float32), cu_seqlens, NUM_TOKENS,

@@ -1,9 +1,11 @@
 """The gated sum of the three branches as an operator."""
 
+from typing import Any
+
 from torch import Tensor
 
 from nsa_fsa import reference
-from nsa_fsa.ops import backends, validation
+from nsa_fsa.ops import backends, triton_backends, validation
 from nsa_fsa.ops.registration import define_operator
 
 
@@ -13,7 +15,7 @@ def gated_combine(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tens
     Args:
         gate_logits: `[T, HQ, 3]` (a gate per head) or `[T, 1, 3]` (shared by the heads), any float dtype.
         o_cmp, o_slc, o_swa: branch outputs `[T, HQ, DV]` of one dtype.
-        backend: which implementation runs.
+        backend: which implementation runs: "triton", "reference", or "auto": the first of them that can, on a GPU.
 
     Returns:
         `[T, HQ, DV]` in the branches' dtype.
@@ -43,7 +45,7 @@ def gated_combine(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tens
 
 
 def _forward_run(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, backend: str) -> Tensor:
-    return backends.resolve("gated_combine", backend).forward(gate_logits, o_cmp, o_slc, o_swa)
+    return backends.resolve("gated_combine", backend, gate_logits, o_cmp).forward(gate_logits, o_cmp, o_slc, o_swa)
 
 
 def _forward_fake(gate_logits, o_cmp, o_slc, o_swa, backend):
@@ -53,7 +55,9 @@ def _forward_fake(gate_logits, o_cmp, o_slc, o_swa, backend):
 def _backward_run(
     do: Tensor, gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return backends.resolve("gated_combine", backend).backward(do, gate_logits, o_cmp, o_slc, o_swa)
+    return backends.resolve("gated_combine", backend, gate_logits, o_cmp, backward=True).backward(
+        do, gate_logits, o_cmp, o_slc, o_swa
+    )
 
 
 def _backward_fake(do, gate_logits, o_cmp, o_slc, o_swa, backend):
@@ -72,4 +76,30 @@ def _vjp(ctx, do):
 _backward = define_operator("gated_combine_backward", _backward_run, _backward_fake)
 _forward = define_operator("gated_combine", _forward_run, _forward_fake, setup_context=_setup_context, vjp=_vjp)
 
+
+def _unsupported(gate_logits: Tensor, o_cmp: Tensor, *_: Tensor, **__: Any) -> str | None:
+    """Why the Triton kernels cannot run these arguments, or None."""
+    if (reason := triton_backends.unsupported_tensors(o_cmp, name="o_cmp")) is not None:
+        return reason
+    return triton_backends.unsupported_dtype(gate_logits, "gate_logits")
+
+
+def _triton_forward(*tensors: Tensor) -> Tensor:
+    from nsa_fsa.kernels import gated_combine as kernels
+
+    return kernels.gated_combine(*tensors)
+
+
+def _triton_backward(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from nsa_fsa.kernels import gated_combine as kernels
+
+    return kernels.gated_combine_backward(*tensors)
+
+
+backends.register(
+    "gated_combine",
+    backends.Backend(
+        "triton", _triton_forward, _triton_backward, triton_backends.unavailable, _unsupported, triton_backends.on_gpu
+    ),
+)
 backends.register("gated_combine", backends.Backend("reference", reference.gated_combine, reference.gated_combine_backward))

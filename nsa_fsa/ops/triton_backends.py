@@ -45,15 +45,22 @@ def on_gpu(*tensors: Tensor) -> bool:
     return all(x.is_cuda for x in tensors)
 
 
+def unsupported_dtype(x: Tensor, name: str) -> str | None:
+    """Why no Triton kernel of this package can take numbers like x, or None."""
+    if x.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"{name} has dtype {x.dtype}; supported are float16, bfloat16 and float32"
+    if x.dtype == torch.bfloat16 and not x.is_cuda:
+        return "Triton's interpreter computes bfloat16 wrongly"
+    return None
+
+
 def unsupported_tensors(*tensors: Tensor, name: str = "q") -> str | None:
     """Why no Triton kernel of this package can take these rows `[T, heads, width]`, of which the first are `name`, or None."""
     first = tensors[0]
     if not first.is_cuda and not interpreted():
         return f"{name} is on {first.device}, and Triton kernels run on CUDA devices"
-    if first.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"{name} has dtype {first.dtype}; supported are float16, bfloat16 and float32"
-    if first.dtype == torch.bfloat16 and not first.is_cuda:
-        return "Triton's interpreter computes bfloat16 wrongly"
+    if (reason := unsupported_dtype(first, name)) is not None:
+        return reason
     if any(x.shape[-1] > MAX_HEAD_DIM for x in tensors):
         widths = " and ".join(str(x.shape[-1]) for x in tensors)
         return f"head widths {widths}; supported are at most {MAX_HEAD_DIM}"

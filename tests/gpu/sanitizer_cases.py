@@ -34,6 +34,8 @@ OTHERS = [
     ("compressed_attention", PLAIN),
     ("pool_windows", WIDE),
     ("gather_windows", WIDE),
+    ("gated_combine", WIDE),  # a gate for all heads of a query
+    ("gated_combine", NARROW),  # one for each
 ]
 RUNS = [*SELECTED, *OTHERS]
 

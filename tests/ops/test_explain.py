@@ -10,8 +10,10 @@ from nsa_fsa import NSAConfig
 from nsa_fsa.ops import backends, triton_backends
 
 CONFIG = NSAConfig(hidden_size=256, num_heads=4, num_kv_heads=2)
-WITH_TRITON = ("pool_windows", "compressed_attention", "select_blocks", "selected_attention")
-OPERATORS = (*WITH_TRITON, "sliding_window_attention", "gated_combine")
+OPERATORS = (
+    "pool_windows", "compressed_attention", "select_blocks", "selected_attention", "sliding_window_attention", "gated_combine",
+)  # fmt: skip
+WITH_TRITON = tuple(operator for operator in OPERATORS if operator != "sliding_window_attention")
 needs_triton = pytest.mark.skipif(
     triton_backends.unavailable() is not None, reason=f"what the kernels refuse: {triton_backends.unavailable()}"
 )
@@ -55,13 +57,16 @@ def test_compression_as_the_layer_does_it(compress_k, compress_v, expected):
 # What the kernels refuse of a config or a dtype, and by which operators: each is asked with its own arguments.
 REFUSED = [
     (dict(), torch.float64, "has dtype torch.float64", WITH_TRITON),
-    (dict(head_dim=272), torch.float16, "272", WITH_TRITON),
-    (dict(v_head_dim=272), torch.float16, "272", ("pool_windows", "compressed_attention", "selected_attention")),
+    (dict(head_dim=272), torch.float16, "272", WITH_TRITON[:-1]),  # the gates see values only
+    (
+        dict(v_head_dim=272), torch.float16, "272",
+        ("pool_windows", "compressed_attention", "selected_attention", "gated_combine"),
+    ),
     (dict(block_size=48), torch.float16, "block_size=48", ("selected_attention",)),
     (dict(num_selected_blocks=65), torch.float16, "num_selected_blocks=65", ("select_blocks",)),
     (dict(num_selected_blocks=129), torch.float16, "129", ("select_blocks", "selected_attention")),
     (dict(num_heads=130), torch.float16, "65 query heads", ("compressed_attention",)),
-]
+]  # fmt: skip
 
 
 @needs_triton

@@ -1,0 +1,126 @@
+"""Gates in Triton: sigmoids and the weighted sum of the three branches in one pass over memory, and the gradients in another.
+
+A program owns some (query, head) rows of all three branches. Gradients of gates shared by the heads of a query are summed
+over these afterwards, in a fixed order.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_fsa.kernels.primitives import load_rows, store_rows
+from nsa_fsa.kernels.selected_kv_major import rows_contiguous
+from nsa_fsa.kernels.sizes import cdiv, padded_dim
+
+# Elements of a branch that a program holds: 16 a thread with 4 warps, two loads of 16 bytes in 16 bits.
+ELEMENTS = 2048
+
+
+@triton.jit
+def load_gates(logits_ptr, token, gate_head, stride_t, stride_h, stride_b, inside):
+    """The sigmoids of the three branches, float32 `[ROWS]` each."""
+    at = logits_ptr + token * stride_t + gate_head * stride_h
+    gate_cmp = tl.sigmoid(tl.load(at, mask=inside, other=0.0).to(tl.float32))
+    gate_slc = tl.sigmoid(tl.load(at + stride_b, mask=inside, other=0.0).to(tl.float32))
+    gate_swa = tl.sigmoid(tl.load(at + 2 * stride_b, mask=inside, other=0.0).to(tl.float32))
+    return gate_cmp, gate_slc, gate_swa
+
+
+@triton.jit
+def gated_combine_fwd_kernel(
+    logits_ptr, o_cmp_ptr, o_slc_ptr, o_swa_ptr, o_ptr,
+    stride_logits_t, stride_logits_h, stride_logits_b, stride_cmp_t, stride_cmp_h, stride_slc_t, stride_slc_h,
+    stride_swa_t, stride_swa_h, num_heads, total,
+    DV: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # of [T * HQ]
+    inside = row < total
+    token, head = row // num_heads, row % num_heads
+    gates = load_gates(logits_ptr, token, head, stride_logits_t, stride_logits_h, stride_logits_b, inside)
+    o_cmp = load_rows(o_cmp_ptr, token * stride_cmp_t + head * stride_cmp_h, inside, DV, PADDED_DV, True).to(tl.float32)
+    o_slc = load_rows(o_slc_ptr, token * stride_slc_t + head * stride_slc_h, inside, DV, PADDED_DV, True).to(tl.float32)
+    o_swa = load_rows(o_swa_ptr, token * stride_swa_t + head * stride_swa_h, inside, DV, PADDED_DV, True).to(tl.float32)
+    o = o_cmp * gates[0][:, None] + o_slc * gates[1][:, None] + o_swa * gates[2][:, None]
+    store_rows(o_ptr, row * DV, o, inside, DV, PADDED_DV)
+
+
+@triton.jit
+def gate_gradient(do, branch_ptr, dbranch_ptr, at, row, gate, inside, DV: tl.constexpr, PADDED_DV: tl.constexpr):
+    """Writes a branch's share of do, and returns the gradient of its gate's logit, float32 `[ROWS]`."""
+    branch = load_rows(branch_ptr, at, inside, DV, PADDED_DV, True).to(tl.float32)
+    store_rows(dbranch_ptr, row * DV, do * gate[:, None], inside, DV, PADDED_DV)
+    return tl.sum(do * branch, 1) * gate * (1.0 - gate)
+
+
+@triton.jit
+def gated_combine_bwd_kernel(
+    do_ptr, logits_ptr, o_cmp_ptr, o_slc_ptr, o_swa_ptr, dlogits_ptr, do_cmp_ptr, do_slc_ptr, do_swa_ptr,
+    stride_do_t, stride_do_h, stride_logits_t, stride_logits_h, stride_logits_b, stride_cmp_t, stride_cmp_h, stride_slc_t,
+    stride_slc_h, stride_swa_t, stride_swa_h, num_heads, total,
+    DV: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < total
+    token, head = row // num_heads, row % num_heads
+    gates = load_gates(logits_ptr, token, head, stride_logits_t, stride_logits_h, stride_logits_b, inside)
+    do = load_rows(do_ptr, token * stride_do_t + head * stride_do_h, inside, DV, PADDED_DV, True).to(tl.float32)
+    at_cmp, at_slc = token * stride_cmp_t + head * stride_cmp_h, token * stride_slc_t + head * stride_slc_h
+    at_swa = token * stride_swa_t + head * stride_swa_h
+    d_cmp = gate_gradient(do, o_cmp_ptr, do_cmp_ptr, at_cmp, row, gates[0], inside, DV, PADDED_DV)
+    d_slc = gate_gradient(do, o_slc_ptr, do_slc_ptr, at_slc, row, gates[1], inside, DV, PADDED_DV)
+    d_swa = gate_gradient(do, o_swa_ptr, do_swa_ptr, at_swa, row, gates[2], inside, DV, PADDED_DV)
+    to = dlogits_ptr + row * 3
+    tl.store(to, d_cmp.to(dlogits_ptr.dtype.element_ty), mask=inside)
+    tl.store(to + 1, d_slc.to(dlogits_ptr.dtype.element_ty), mask=inside)
+    tl.store(to + 2, d_swa.to(dlogits_ptr.dtype.element_ty), mask=inside)
+
+
+def _gate_strides(gate_logits: Tensor) -> tuple[int, int, int]:
+    """Of tokens, heads (0 for gates that these share) and branches."""
+    token, head, branch = gate_logits.stride()
+    return token, head if gate_logits.shape[1] > 1 else 0, branch
+
+
+def _sizes(o: Tensor) -> tuple[int, dict[str, int]]:
+    """The number of programs, and what the kernels know at compile time."""
+    padded = padded_dim(o.shape[2])
+    rows = max(ELEMENTS // padded, 1)
+    return cdiv(o.shape[0] * o.shape[1], rows), dict(DV=o.shape[2], PADDED_DV=padded, ROWS=rows)
+
+
+def gated_combine(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor) -> Tensor:
+    """gate_logits `[T, HQ or 1, 3]`, branch outputs `[T, HQ, DV]` -> their sum `[T, HQ, DV]`, weighted by the sigmoids."""
+    branches = [rows_contiguous(x) for x in (o_cmp, o_slc, o_swa)]
+    o = o_cmp.new_empty(o_cmp.shape)
+    if o.numel():
+        programs, constants = _sizes(o)
+        strides = (stride for x in branches for stride in x.stride()[:2])
+        gated_combine_fwd_kernel[(programs,)](
+            gate_logits, *branches, o, *_gate_strides(gate_logits), *strides, o.shape[1], o.shape[0] * o.shape[1], **constants
+        )
+    return o
+
+
+def gated_combine_backward(
+    do: Tensor, gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of gate_logits and of the three branches, each in its own shape and dtype."""
+    num_tokens, num_heads, _ = o_cmp.shape
+    do, *branches = (rows_contiguous(x) for x in (do, o_cmp, o_slc, o_swa))
+    shared = gate_logits.shape[1] != num_heads
+    dlogits = gate_logits.new_empty(num_tokens, num_heads, 3, dtype=torch.float32 if shared else gate_logits.dtype)
+    dbranches = [o_cmp.new_empty(o_cmp.shape) for _ in range(3)]
+    if o_cmp.numel():
+        programs, constants = _sizes(o_cmp)
+        strides = (stride for x in (do, *branches) for stride in x.stride()[:2])
+        do_strides = [next(strides), next(strides)]
+        gated_combine_bwd_kernel[(programs,)](
+            do, gate_logits, *branches, dlogits, *dbranches, *do_strides, *_gate_strides(gate_logits), *strides,
+            num_heads, num_tokens * num_heads, **constants,
+        )  # fmt: skip
+    else:
+        dlogits.zero_()
+    if shared:
+        dlogits = dlogits.sum(1, keepdim=True).to(gate_logits.dtype)
+    return dlogits, *dbranches  # type: ignore[return-value]
