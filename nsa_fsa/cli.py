@@ -1,0 +1,96 @@
+"""The command line: `nsa-fsa info` (what is here, and what can run) and `nsa-fsa explain` (what a layer would run, and why)."""
+
+import importlib.metadata
+import platform
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+import nsa_fsa
+from nsa_fsa.config import PRESETS, NSAConfig
+from nsa_fsa.ops import backends
+
+PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "transformers")
+# In the order in which a layer calls them.
+OPERATORS = (
+    "pool_windows", "gather_windows", "compressed_attention", "select_blocks", "selected_attention",
+    "sliding_window_attention", "gated_combine",
+)  # fmt: skip
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+console = Console()
+
+
+def version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@app.command()
+def info() -> None:
+    """Versions, GPUs, and which backends of every operator can run here, with the reason where one cannot."""
+    packages = Table(title="Environment", show_header=False)
+    packages.add_row("nsa_fsa", nsa_fsa.__version__)
+    packages.add_row("Python", platform.python_version())
+    for package in PACKAGES:
+        packages.add_row(package, version(package))
+    packages.add_row("CUDA of PyTorch", torch.version.cuda or "none: a CPU build")
+    for number in range(torch.cuda.device_count()):
+        gpu = torch.cuda.get_device_properties(number)
+        capability = f"compute capability {gpu.major}.{gpu.minor}"
+        packages.add_row(f"GPU {number}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {capability}")
+    if not torch.cuda.device_count():
+        packages.add_row("GPUs", "none")
+    console.print(packages)
+
+    table = Table(title='Backends, in the order in which backend="auto" asks them')
+    for heading in ("operator", "backend", "can run here"):
+        table.add_column(heading)
+    for operator in OPERATORS:
+        for name, reason in backends.available(operator).items():
+            table.add_row(operator, name, "yes" if reason is None else f"no: {escape(reason)}")
+        table.add_section()
+    console.print(table)
+
+
+@app.command()
+def explain(
+    tokens: Annotated[int, typer.Option(min=1, help="Packed tokens: the sum of all sequences.")] = 8192,
+    config: Annotated[
+        Path | None, typer.Option(exists=True, dir_okay=False, help="YAML of an NSAConfig, as in configs/.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help=f"Without --config: of {', '.join(PRESETS)}.")] = "fsa-64x16",
+    heads: Annotated[int, typer.Option(help="Without --config: query heads.")] = 32,
+    kv_heads: Annotated[int, typer.Option(help="Without --config: KV heads.")] = 8,
+    head_dim: Annotated[int, typer.Option(help="Without --config: head width.")] = 128,
+    dtype: Annotated[str, typer.Option(help=f"Of {', '.join(DTYPES)}.")] = "bfloat16",
+    device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: the GPU where there is one.")] = None,
+) -> None:
+    """What every operator of a layer would run, and why. Runs nothing and takes no memory."""
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"{dtype!r} is not known: allowed are {', '.join(DTYPES)}.", param_hint="--dtype")
+    try:
+        if config is None:
+            layer = NSAConfig.from_dict(
+                dict(preset=preset, hidden_size=heads * head_dim, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
+            )
+        else:
+            layer = NSAConfig.from_yaml(config)
+        found = nsa_fsa.explain(layer, tokens, dtype=DTYPES[dtype], device=device)
+    except (ValueError, RuntimeError) as error:
+        raise typer.BadParameter(str(error)) from error
+    shape = f"{layer.num_heads} query heads of {layer.head_dim}, {layer.num_kv_heads} KV heads"
+    console.print(f"{tokens:,} tokens, {shape}, {dtype}:", highlight=False)
+    console.print(escape(str(found)), highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    app()
