@@ -146,6 +146,44 @@ def test_opcheck(operator, backend, requires_grad, layout):
         torch.library.opcheck(getattr(torch.ops.nsa_fsa, operator).default, arguments, test_utils=checks)
 
 
+@pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
+def test_a_second_derivative_is_refused(operator, backend):
+    """By name, rather than taken for zero."""
+    x = inputs(True, backend)
+    o = output(call(operator, suited(CASE, backend), x, backend))
+    (dx,) = torch.autograd.grad(o.square().sum(), getattr(x, DIFFERENTIABLE[operator][0]), create_graph=True)
+    with pytest.raises(RuntimeError, match=r"nsa_fsa::\w+_backward has no gradient.*Fix"):
+        dx.sum().backward()
+
+
+def test_what_carries_no_gradient_is_refused():
+    """The layer detaches what goes into the choice of blocks; whoever calls the bare operator has to."""
+    x = inputs(True)
+    arguments = next(a for a in samples("block_scores", x, "reference"))
+    scores = torch.ops.nsa_fsa.block_scores(*arguments)
+    with pytest.raises(RuntimeError, match=r"nsa_fsa::block_scores has no gradient.*detach"):
+        scores.sum().backward()
+
+
+class StopGradient(torch.autograd.Function):
+    """Hands back no gradient at all, not zeros."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None
+
+
+@pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
+def test_no_gradient_from_above_gives_none_below(operator, backend):
+    x = inputs(True, backend)
+    StopGradient.apply(output(call(operator, suited(CASE, backend), x, backend))).sum().backward()
+    assert all(getattr(x, name).grad is None for name in DIFFERENTIABLE[operator])
+
+
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("layout", [same, heads_first])
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
