@@ -62,7 +62,8 @@ class CudaMeter:
         self.milliseconds, self.least_runs = milliseconds, least_runs
         self.method = dict(
             timing="CUDA events; before every run the GPU overwrites the L2 cache, for longer than the host takes to launch the"
-            " run; median, 20% and 80% quantiles; two untimed calls before. host: until the call returns, GPU idle; median",
+            " run; median, 20% and 80% quantiles; seven untimed calls before. host: until the call returns, GPU idle; "
+            "median of five",
             milliseconds_per_measurement=milliseconds,
             least_runs=least_runs,
             memory="torch.cuda.max_memory_allocated beyond what was allocated before the call; workspace: what of it is freed "

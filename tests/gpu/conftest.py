@@ -1,4 +1,4 @@
-"""What every test on a GPU leaves behind: no memory, for the next one's to be measured or to fit."""
+"""What every test on a GPU leaves behind: no memory, for the next one's to be measured or to fit; and what several need."""
 
 import gc
 
@@ -11,3 +11,11 @@ def no_memory_left_behind():
     yield
     gc.collect()
     torch.cuda.empty_cache()
+
+
+@pytest.fixture(params=[False, True], ids=["any_algorithm", "deterministic_algorithms"])
+def deterministic(request):
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(request.param)  # also fills new memory with NaN
+    yield request.param
+    torch.use_deterministic_algorithms(before)

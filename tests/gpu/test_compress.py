@@ -107,14 +107,6 @@ def test_many_windows(operator, shape, dtype):
 # Row 9: the same bits in every run, in company and alone.
 
 
-@pytest.fixture(params=[False, True], ids=["any_algorithm", "deterministic_algorithms"])
-def deterministic(request):
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(request.param)  # also fills new memory with NaN
-    yield request.param
-    torch.use_deterministic_algorithms(before)
-
-
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -188,14 +188,6 @@ def test_repeatable_forward(shape):
             assert_same_bits(p.forward(), first, f"run {run}", RESULTS[:2])
 
 
-@pytest.fixture(params=[False, True], ids=["any_algorithm", "deterministic_algorithms"])
-def deterministic(request):
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(request.param)  # also fills new memory with NaN
-    yield request.param
-    torch.use_deterministic_algorithms(before)
-
-
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_repeatable_backward(shape):

@@ -31,14 +31,6 @@ def test_forward(backend, group_size, head_dim):
             assert_same_bits(p.forward(backend), first, f"run {run}")
 
 
-@pytest.fixture(params=[False, True], ids=["any_algorithm", "deterministic_algorithms"])
-def deterministic(request):
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(request.param)  # also fills new memory with NaN
-    yield request.param
-    torch.use_deterministic_algorithms(before)
-
-
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("workspace_bytes", [2**22, 2**31], ids=["ranges", "at_once"])
 @pytest.mark.parametrize(("group_size", "head_dim"), SHAPES)

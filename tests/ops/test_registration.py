@@ -184,6 +184,24 @@ def test_no_gradient_from_above_gives_none_below(operator, backend):
     assert all(getattr(x, name).grad is None for name in DIFFERENTIABLE[operator])
 
 
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_the_compiler_does_not_look_into_an_operator(mode):
+    """Called where a compiled model leaves the graph, but what it calls there is still compiled."""
+    x = inputs(False)
+    arguments = (x.gate_logits.requires_grad_(mode is torch.enable_grad), x.o_cmp, x.o_slc, x.o_swa, "reference")
+
+    def frames(called):
+        """How many functions the compiler looked into."""
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        outside = torch._dynamo.disable(called, recursive=False)
+        with mode():
+            torch.compile(lambda: outside(), backend="eager")()
+        return torch._dynamo.utils.counters["frames"]["total"]
+
+    assert frames(lambda: torch.ops.nsa_fsa.gated_combine(*arguments)) == frames(lambda: None)
+
+
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("layout", [same, heads_first])
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
