@@ -135,17 +135,19 @@ def call_operators(case: Case, enter: Callable[[str], None]) -> None:
             o, lse = kernels.kv_major_forward(q, k, v, index, config=config, **options)
         for name, config in kernels.candidates(q, v, block_size, "backward").items():
             enter(f"backward {name}")
-            kernels.kv_major_backward(do, q, k, v, o, lse, index, config=config, **options)
+            for as_part in ({}, as_part_of_the_whole(q, k, v, lse)):
+                kernels.kv_major_backward(do, q, k, v, o, lse, index, config=config, **as_part, **options)
         return
     enter("kv_major_forward")
     o, lse = kernels.kv_major_forward(q, k, v, index, **options)
-    enter("kv_major_backward")
-    kernels.kv_major_backward(do, q, k, v, o, lse, index, **options)
+    for as_part in ({}, as_part_of_the_whole(q, k, v, lse)):
+        enter("kv_major_backward")
+        kernels.kv_major_backward(do, q, k, v, o, lse, index, **as_part, **options)
+        enter("query_major_backward")
+        kernels.query_major_backward(do, q, k, v, o, lse, indices, counts, index, **as_part, **options)
     enter("query_major_forward")
     one_query = dict(block_size=block_size, scale=options["scale"])
     kernels.query_major_forward(q, k, v, indices, counts, cu_seqlens, None, None, **one_query)
-    enter("query_major_backward")
-    kernels.query_major_backward(do, q, k, v, o, lse, indices, counts, index, **options)
     call_compression(case, k, cu_seqlens, enter)
     call_compressed_attention(case, q, do, enter)
     for num_gates in (NUM_HEADS, 1):
@@ -154,12 +156,19 @@ def call_operators(case: Case, enter: Callable[[str], None]) -> None:
         gated_combine.gated_combine(logits, do, do, do)
         enter(f"gated_combine_backward with {num_gates} gates")
         gated_combine.gated_combine_backward(do, logits, do, do, do)
+        enter(f"branch_gradient with {num_gates} gates")
+        gated_combine.branch_gradient(do, do, lse, logits, 0)
     enter("select_blocks")
     block_selection.select_blocks(
         q, k[: NUM_TOKENS // 16], new(NUM_TOKENS, NUM_HEADS, dtype=torch.float32), cu_seqlens, NUM_TOKENS,
         kernel_size=min(32, block_size), kernel_stride=16, block_size=block_size, num_selected_blocks=num_indices,
         init_blocks=1, local_blocks=2, scale=case.head_dim**-0.5,
     )  # fmt: skip
+
+
+def as_part_of_the_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lse: torch.Tensor) -> dict[str, Any]:
+    """What `nsa_attention` adds to a branch's backward."""
+    return dict(delta=lse, add_to=tuple(x.new_empty(x.shape) for x in (q, k, v)))
 
 
 def call_compression(case: Case, k: torch.Tensor, cu_seqlens: torch.Tensor, enter: Callable[[str], None]) -> None:
@@ -189,7 +198,11 @@ def call_compressed_attention(case: Case, q: torch.Tensor, do: torch.Tensor, ent
         enter(f"compressed_attention_fwd of {num_sequences}")
         o, lse = compressed_attention.compressed_attention_fwd(q, k, v, cu_seqlens, **sizes)
         enter(f"compressed_attention_bwd of {num_sequences}")
-        compressed_attention_backward.compressed_attention_bwd(do, q, k, v, o, lse, cu_seqlens, NUM_TOKENS, **sizes)
+        whole = as_part_of_the_whole(q, k, v, lse)
+        for as_part in ({}, dict(whole, add_to=(whole["add_to"][0], None, None))):
+            compressed_attention_backward.compressed_attention_bwd(
+                do, q, k, v, o, lse, cu_seqlens, NUM_TOKENS, **as_part, **sizes
+            )
 
 
 class OfflineDriver:

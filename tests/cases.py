@@ -249,6 +249,8 @@ def gradients(operator, o, x, do):
     return torch.autograd.grad(o, leaves, do, allow_unused=True, materialize_grads=True)
 
 
+# Libraries, which compute in 16 bits only.
+FLASH_ATTENTION = ("flash_attn_4", "torch_flash")
 # How many blocks of keys Triton's interpreter may visit in one test: about 8 s on one core. KV-major counts each (row of q,
 # block) once, query-major each (program, block), and a program's own start as one more.
 INTERPRETED_BLOCKS = {"triton_kv_major": 10_000, "triton_query_major": 500}
@@ -257,16 +259,19 @@ INTERPRETED_BLOCKS = {"triton_kv_major": 10_000, "triton_query_major": 500}
 INTERPRETED_ROWS = 8_000
 
 
-def suited(case, backend, calls=1, dtype=None):
+def suited(case, backend, calls=1, dtype=None, operator=None):
     """The case as a backend can run it here. Skips the test, with the reason, where only a GPU is fast enough.
 
     The Triton backends of selected attention want blocks of at least 16 keys, and the interpreter, which stands in for a GPU,
     computes bfloat16 wrongly. `calls`: how many times forward and backward the test runs the case; `dtype`: in which, where
-    that is not the case's own.
+    that is not the case's own; `operator`: which one, where it may be the whole.
     """
+    whole = operator == "nsa_attention"
+    if backend in FLASH_ATTENTION and case.dtype == F32:
+        return dataclasses.replace(case, dtype=F16)
     if not backend.startswith("triton"):
         return case
-    if backend in INTERPRETED_BLOCKS:
+    if backend in INTERPRETED_BLOCKS or whole:
         case = dataclasses.replace(case, block_size=max(case.block_size, 16))
     if device_of(backend) == "cuda":
         return case
@@ -275,10 +280,18 @@ def suited(case, backend, calls=1, dtype=None):
         visited = min(case.num_selected_blocks, -(-max(case.lengths, default=0) // case.block_size))
         too_long = calls * rows * (1 + visited) > INTERPRETED_BLOCKS[backend]
     else:
+        calls *= 3 if whole else 1
         too_long = calls * rows * (4 if (dtype or case.dtype) == F32 else 1) > INTERPRETED_ROWS
     if too_long:
         pytest.skip(f"{case.name} takes Triton's interpreter too long: on a GPU only")
     return dataclasses.replace(case, dtype=F16 if case.dtype == BF16 else case.dtype)
+
+
+def no_gradient_for_last_queries(operator, backend):
+    """Whether a backward wants queries that share the rows of the keys, although the forward does not."""
+    if operator == "nsa_attention":
+        return backend == "triton"
+    return backend == "triton_query_major" or backend in FLASH_ATTENTION
 
 
 def refuses_last_queries(backend, call):
@@ -291,20 +304,18 @@ def refuses_last_queries(backend, call):
 
 
 # (operator, backend) without kernels of its own: whichever of the others' is fastest runs. tests/ops/test_triton_choice.py.
-CHOOSERS = [("selected_attention", "triton"), ("nsa_attention", "triton")]
+CHOOSERS = [("selected_attention", "triton"), ("sliding_window_attention", "flash_attention")]
 
 
 def backends_of(operator):
     """The operator's backends as pytest parameters; one that cannot run here is skipped with its reason."""
-    parts = ATTENTIONS + ("select_blocks", "gated_combine") if operator == "nsa_attention" else (operator,)
-    found = []
-    for name in backends.available(parts[0]):
-        if (operator, name) in CHOOSERS:
-            continue
-        reasons = [backends.available(part).get(name, f"{part} has no such backend") for part in parts]
-        reason = next((r for r in reasons if r is not None), None)
-        found.append(pytest.param(name, marks=pytest.mark.skip(reason=reason) if reason else ()))
-    return found
+    # The whole takes the name of any of its operators'; compressed attention has those that several share.
+    available = backends.available("compressed_attention" if operator == "nsa_attention" else operator)
+    return [
+        pytest.param(name, marks=pytest.mark.skip(reason=reason) if reason else ())
+        for name, reason in available.items()
+        if (operator, name) not in CHOOSERS
+    ]
 
 
 def operators_and_backends(*operators):
@@ -323,4 +334,6 @@ def device_of(backend):
 
 def widest_dtype(backend):
     """The widest dtype a backend works in, for tests that ask for equality to rounding, and what rounding then means."""
+    if backend in FLASH_ATTENTION:
+        return torch.float16, 2**-10
     return (torch.float64, 1e-12) if backend == "reference" else (torch.float32, 1e-5)

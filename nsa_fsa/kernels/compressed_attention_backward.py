@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nsa_fsa.kernels import tuning
 from nsa_fsa.kernels.compressed_attention import count_windows, hopper, num_multiprocessors, query_tile, visible_windows
+from nsa_fsa.kernels.gradients import NOTHING, AddTo, sums_of
 from nsa_fsa.kernels.primitives import LOG2_E, add_product, dot_keys, load_rows, store_rows
 from nsa_fsa.kernels.selected_kv_major import rows_contiguous
 from nsa_fsa.kernels.sequences import load_tile, locate_tiles
@@ -33,8 +34,8 @@ def compressed_bwd_dq_kernel(
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
     scale2, scale, num_heads, num_tiles, num_rows,
     TILE_QUERIES: tl.constexpr, KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, SINGLE: tl.constexpr,
-    G: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    ACCUMULATE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr,
+    PADDED_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first_row, position, queries, first_window, num_keys, num_windows, most, _ = query_tile(
         tiles_ptr, num_tiles, num_rows, TILE_QUERIES, KERNEL_SIZE, KERNEL_STRIDE, SINGLE
@@ -64,7 +65,11 @@ def compressed_bwd_dq_kernel(
         dp = dot_keys(do, v, PRECISION)
         ds = (p * (dp + delta[:, None])).to(k.dtype)
         dq = add_product(dq, ds, k, PRECISION)
-    store_rows(dq_ptr, (query * num_heads + query_head) * D, dq * scale, inside, D, PADDED_D)
+    dq *= scale
+    target = (query * num_heads + query_head) * D
+    if ACCUMULATE:
+        dq += load_rows(dq_ptr, target, inside, D, PADDED_D, True).to(tl.float32)
+    store_rows(dq_ptr, target, dq, inside, D, PADDED_D)
 
 
 @triton.jit
@@ -170,11 +175,13 @@ def compressed_attention_bwd(
     q: Tensor,
     k_cmp: Tensor,
     v_cmp: Tensor,
-    o: Tensor,
+    o: Tensor | None,
     lse: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
     *,
+    delta: Tensor | None = None,
+    add_to: AddTo = NOTHING,
     kernel_size: int,
     kernel_stride: int,
     scale: float,
@@ -182,7 +189,10 @@ def compressed_attention_bwd(
     seqused_k: Tensor | None = None,
     config: tuning.CompressedConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k_cmp and v_cmp, each in its own shape and dtype; rows that no compressed token owns get 0."""
+    """Gradients of q, k_cmp and v_cmp, each in its own shape and dtype; rows that no compressed token owns get 0.
+
+    delta: as in `statistics`. add_to: a contiguous gradient of q to add this one to in place, and neither of k_cmp nor v_cmp.
+    """
     num_rows, num_heads, head_dim = q.shape
     num_windows, num_kv_heads, v_dim = v_cmp.shape
     group_size = num_heads // num_kv_heads
@@ -190,11 +200,12 @@ def compressed_attention_bwd(
     do, q, k, v = (rows_contiguous(x, config.hopper) for x in (do, q, k_cmp, v_cmp))
     if config.hopper:
         k, v = (x if x.stride(1) == x.shape[2] else x.contiguous() for x in (k, v))
-    dq = q.new_empty(q.shape)
+    accumulate = add_to[0] is not None
+    dq, *_ = sums_of(add_to, q)
     dk, dv = k.new_zeros(k.shape), v.new_zeros(v.shape)
     if q.numel() == 0 or do.numel() == 0:
-        return dq.zero_(), dk, dv
-    shift, delta = statistics(do, o, lse, scale, group_size)
+        return dq if accumulate else dq.zero_(), dk, dv
+    shift, delta = statistics(do, o, lse, scale, group_size, delta)
     windows = dict(KERNEL_SIZE=kernel_size, KERNEL_STRIDE=kernel_stride)
     widths = dict(
         D=head_dim, PADDED_D=padded_dim(head_dim), DV=v_dim, PADDED_DV=padded_dim(v_dim),
@@ -206,7 +217,9 @@ def compressed_attention_bwd(
     tiles = locate_tiles(num_rows, cu_seqlens, tile_queries, cu_seqlens_q, seqused_k)
     num_tiles = cdiv(num_rows, tile_queries) if tiles is None else tiles.shape[1]
     sizes = (scale * LOG2_E, scale, num_heads, num_tiles, num_rows)
-    constants = dict(TILE_QUERIES=tile_queries, SINGLE=tiles is None, G=group_size, BLOCK_N=config.dq_n, **windows)
+    constants = dict(
+        TILE_QUERIES=tile_queries, SINGLE=tiles is None, ACCUMULATE=accumulate, G=group_size, BLOCK_N=config.dq_n, **windows
+    )  # fmt: skip
     if config.hopper:
         num_work = num_tiles * num_kv_heads
         bulk = hopper().head_columns((k, v), config.dq_n)

@@ -192,8 +192,11 @@ def load_queries_then_windows(
 
 
 @gluon.jit
-def store_tile(buffer, ptr, values, row, queries, stride_t, stride_h, G: gl.constexpr, D: gl.constexpr):
-    """Stages a group's rows in a buffer that only it reads, and stores them 16 bytes at a time."""
+def store_tile(
+    buffer, ptr, values, row, queries, stride_t, stride_h, G: gl.constexpr, D: gl.constexpr, ADD: gl.constexpr = False
+):
+    """Stages a group's rows in a buffer that only it reads, and stores them, or adds them to what is there, 16 bytes at a
+    time."""
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
     buffer.store(values.to(ptr.dtype.element_ty))
     thread_barrier()
@@ -203,7 +206,11 @@ def store_tile(buffer, ptr, values, row, queries, stride_t, stride_h, G: gl.cons
         + ((row // G).to(gl.int64) * stride_t + row % G * stride_h)[:, None]
         + gl.arange(0, D, gl.SliceLayout(0, rows))[None, :]
     )
-    gl.store(at, buffer.load(rows), mask=(row < queries * G)[:, None])
+    inside = (row < queries * G)[:, None]
+    tile = buffer.load(rows)
+    if ADD:
+        tile = (tile.to(gl.float32) + gl.load(at, mask=inside, other=0.0).to(gl.float32)).to(tile.dtype)
+    gl.store(at, tile, mask=inside)
 
 
 @gluon.jit

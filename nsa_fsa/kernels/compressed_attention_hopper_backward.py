@@ -41,7 +41,8 @@ def gather_dq(
     num_heads,
     num_tiles, num_rows, num_work,
     TILE_QUERIES: gl.constexpr, KERNEL_SIZE: gl.constexpr, KERNEL_STRIDE: gl.constexpr, SINGLE: gl.constexpr,
-    G: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, GROUP: gl.constexpr,
+    ACCUMULATE: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    SLOTS: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """A computing warpgroup of dq."""
     dtype: gl.constexpr = q_s.dtype
@@ -88,7 +89,7 @@ def gather_dq(
             mbarrier.arrive(free.index(stage), count=1)
         thread_barrier()  # all warps have read the scores' q
         at = (first_row.to(gl.int64) * num_heads + head * G) * D
-        store_tile(q_tile, dq_ptr + at, dq * scale, GROUP * GROUP_ROWS, queries, num_heads * D, D, G, D)
+        store_tile(q_tile, dq_ptr + at, dq * scale, GROUP * GROUP_ROWS, queries, num_heads * D, D, G, D, ACCUMULATE)
         thread_barrier()
         mbarrier.arrive(q_free.index(slot), count=1)
         turn += 1  # noqa: SIM113
@@ -100,8 +101,8 @@ def compressed_bwd_dq_hopper_kernel(
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
     scale2, scale, num_heads, num_tiles, num_rows, num_work,
     TILE_QUERIES: gl.constexpr, KERNEL_SIZE: gl.constexpr, KERNEL_STRIDE: gl.constexpr, SINGLE: gl.constexpr,
-    G: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    ACCUMULATE: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    SLOTS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     row_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP_ROWS, D], dtype)
@@ -120,8 +121,7 @@ def compressed_bwd_dq_hopper_kernel(
                 (
                     q_s, do_s, k_s, v_s, q_ready, q_free, k_ready, v_ready, free, shift_ptr, delta_ptr, dq_ptr, tiles_ptr,
                     scale2, scale, num_heads, num_tiles, num_rows, num_work, TILE_QUERIES, KERNEL_SIZE, KERNEL_STRIDE, SINGLE,
-                    G, D,
-                    BLOCK_N, STAGES, SLOTS, 0,
+                    ACCUMULATE, G, D, BLOCK_N, STAGES, SLOTS, 0,
                 ),
             ),
             (
@@ -129,8 +129,7 @@ def compressed_bwd_dq_hopper_kernel(
                 (
                     q_s, do_s, k_s, v_s, q_ready, q_free, k_ready, v_ready, free, shift_ptr, delta_ptr, dq_ptr, tiles_ptr,
                     scale2, scale, num_heads, num_tiles, num_rows, num_work, TILE_QUERIES, KERNEL_SIZE, KERNEL_STRIDE, SINGLE,
-                    G, D,
-                    BLOCK_N, STAGES, SLOTS, 1,
+                    ACCUMULATE, G, D, BLOCK_N, STAGES, SLOTS, 1,
                 ),
             ),
             (

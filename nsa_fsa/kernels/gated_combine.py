@@ -1,7 +1,11 @@
-"""Gates in Triton: sigmoids and the weighted sum of the three branches in one pass over memory, and the gradients in another.
+"""Gates in Triton: sigmoids and the weighted sum of the three branches in one pass over memory, and the gradients.
 
-A program owns some (query, head) rows of all three branches. Gradients of gates shared by the heads of a query are summed
-over these afterwards, in a fixed order.
+A program owns some (query, head) rows. Gradients of gates shared by the heads of a query are summed over these afterwards, in
+a fixed order.
+
+There are two backwards. That of the operator by itself writes every branch's share of do, three gigabytes at 65,536 tokens of
+64 heads. That of the whole core, `branch_gradient`, writes none: a branch's backward computes p = exp(s - lse), and with
+lse - log(gate) in place of lse every p, and with it dq, dk and dv, is scaled by the gate.
 """
 
 import torch
@@ -76,6 +80,26 @@ def gated_combine_bwd_kernel(
     tl.store(to + 2, d_swa.to(dlogits_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def branch_gradient_kernel(
+    do_ptr, o_ptr, lse_ptr, logits_ptr, dlogits_ptr, gated_lse_ptr, delta_ptr,
+    stride_do_t, stride_do_h, stride_o_t, stride_o_h, stride_logits_t, stride_logits_h, num_heads, total,
+    DV: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < total
+    token, head = row // num_heads, row % num_heads
+    logit = tl.load(logits_ptr + token * stride_logits_t + head * stride_logits_h, mask=inside, other=0.0).to(tl.float32)
+    do = load_rows(do_ptr, token * stride_do_t + head * stride_do_h, inside, DV, PADDED_DV, True).to(tl.float32)
+    o = load_rows(o_ptr, token * stride_o_t + head * stride_o_h, inside, DV, PADDED_DV, True).to(tl.float32)
+    delta = tl.sum(do * o, 1)
+    gate = tl.sigmoid(logit)
+    log_gate = tl.minimum(logit, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(logit)))  # of the sigmoid, without overflow
+    tl.store(dlogits_ptr + row, (delta * gate * (1.0 - gate)).to(dlogits_ptr.dtype.element_ty), mask=inside)
+    tl.store(gated_lse_ptr + row, tl.load(lse_ptr + row, mask=inside, other=0.0) - log_gate, mask=inside)
+    tl.store(delta_ptr + row, delta, mask=inside)
+
+
 def _gate_strides(gate_logits: Tensor) -> tuple[int, int, int]:
     """Of tokens, heads (0 for gates that these share) and branches."""
     token, head, branch = gate_logits.stride()
@@ -124,3 +148,22 @@ def gated_combine_backward(
     if shared:
         dlogits = dlogits.sum(1, keepdim=True).to(gate_logits.dtype)
     return dlogits, *dbranches  # type: ignore[return-value]
+
+
+def branch_gradient(do: Tensor, o: Tensor, lse: Tensor, gate_logits: Tensor, branch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one branch the gradient of its gate's logits, and lse and delta for its backward: `nsa_fsa.reference` says how."""
+    num_tokens, num_heads, _ = o.shape
+    do, o = rows_contiguous(do), rows_contiguous(o)
+    shared = gate_logits.shape[1] != num_heads
+    logits = gate_logits[..., branch]
+    dlogits = o.new_empty(num_tokens, num_heads, dtype=torch.float32 if shared else gate_logits.dtype)
+    gated_lse, delta = (torch.empty(num_tokens, num_heads, dtype=torch.float32, device=o.device) for _ in range(2))
+    if o.numel():
+        programs, constants = _sizes(o)
+        branch_gradient_kernel[(programs,)](
+            do, o, lse, logits, dlogits, gated_lse, delta, *do.stride()[:2], *o.stride()[:2],
+            logits.stride(0), 0 if shared else logits.stride(1), num_heads, num_tokens * num_heads, **constants,
+        )  # fmt: skip
+    if shared:
+        dlogits = dlogits.sum(1, keepdim=True).to(gate_logits.dtype)
+    return dlogits, gated_lse, delta

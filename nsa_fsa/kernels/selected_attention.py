@@ -6,6 +6,7 @@ from torch import Tensor
 
 from nsa_fsa.kernels import tuning
 from nsa_fsa.kernels.block_index import BlockIndex, build_block_index
+from nsa_fsa.kernels.gradients import NOTHING, AddTo
 from nsa_fsa.kernels.selected_kv_major import rows_contiguous, selected_attention_fwd
 from nsa_fsa.kernels.selected_kv_major_backward import selected_attention_bwd
 from nsa_fsa.kernels.selected_query_major import selected_attention_query_major_bwd_dq, selected_attention_query_major_fwd
@@ -51,12 +52,12 @@ def kv_major_forward(
 
 
 def kv_major_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, index: BlockIndex,
-    *, config: Config | None = None, **options: Any,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor | None, lse: Tensor, index: BlockIndex,
+    *, delta: Tensor | None = None, config: Config | None = None, **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk and dv; options as for the forward."""
+    """dq, dk and dv; delta as in `statistics`; options as for the forward, and add_to as in `selected_attention_bwd`."""
     do, precision = rows_contiguous(do), dot_precision(q.dtype)
-    sums = statistics(do, o, lse, options["scale"])
+    sums = statistics(do, o, lse, options["scale"], delta=delta)
     return selected_attention_bwd(do, q, k, v, *sums, index, precision=precision, config=config, **options)
 
 
@@ -73,21 +74,22 @@ def query_major_forward(
 
 
 def query_major_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, block_indices: Tensor, block_counts: Tensor | None,
-    index: BlockIndex, *, config: Config | None = None, **options: Any,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor | None, lse: Tensor, block_indices: Tensor,
+    block_counts: Tensor | None, index: BlockIndex,
+    *, delta: Tensor | None = None, add_to: AddTo = NOTHING, config: Config | None = None, **options: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq query by query; dk and dv by the blocks' programs, as in every NSA implementation."""
     block_size, scale = options["block_size"], options["scale"]
     precision = dot_precision(q.dtype)
     do = rows_contiguous(do)
     config = config or tuning.plain_config(q, v, block_size)
-    sums = statistics(do, o, lse, scale)
+    sums = statistics(do, o, lse, scale, delta=delta)
     dq, dk, dv = selected_attention_bwd(
-        do, q, k, v, *sums, index, precision=precision, config=config, store_dq=False, **options
+        do, q, k, v, *sums, index, precision=precision, config=config, store_dq=False, add_to=add_to, **options
     )
     if q.numel():
         selected_attention_query_major_bwd_dq(
             do, q, k, v, *sums, block_indices, block_counts, Rows(*index.rows), dq,
-            block_size=block_size, scale=scale, precision=precision,
+            block_size=block_size, scale=scale, precision=precision, accumulate=add_to[0] is not None,
         )  # fmt: skip
     return dq, dk, dv

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nsa_fsa.kernels import tuning
 from nsa_fsa.kernels.block_index import BlockIndex, num_slots
+from nsa_fsa.kernels.gradients import NOTHING, AddTo, sums_of
 from nsa_fsa.kernels.primitives import LOG2_E, add_product, load_rows, store_rows
 from nsa_fsa.kernels.selected_kv_major import hopper, rows_contiguous
 from nsa_fsa.kernels.selected_plan import cut_units, make_plan
@@ -166,7 +167,8 @@ def sum_dq_kernel(
     partial_dq_ptr, num_sparse_ptr, position_ptr, dq_ptr,
     num_heads, num_tokens, partial_rows, first_unit, num_ranges, range_rows,
     NUM_SLOTS: tl.constexpr, INIT_BLOCKS: tl.constexpr, LOCAL_BLOCKS: tl.constexpr, G: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_M: tl.constexpr, PIECES: tl.constexpr, NUM_STAGES: tl.constexpr,
+    ACCUMULATE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_M: tl.constexpr, PIECES: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     unit = first_unit + tl.program_id(1)
     head, low_row = unit // num_ranges, unit % num_ranges * range_rows
@@ -188,6 +190,8 @@ def sum_dq_kernel(
         )
         dq += load_rows(partial_dq_ptr, (partial + i * G) * D, exists & inside, D, PADDED_D, True).to(tl.float32)
     target = query.to(tl.int64) * num_heads + head * G + row % G
+    if ACCUMULATE:
+        dq += load_rows(dq_ptr, target * D, inside, D, PADDED_D, True).to(tl.float32)
     store_rows(dq_ptr, target * D, dq, inside, D, PADDED_D)
 
 
@@ -209,19 +213,22 @@ def selected_attention_bwd(
     workspace_bytes: int,
     config: tuning.Config | None = None,
     store_dq: bool = True,
+    add_to: AddTo = NOTHING,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q `[T, HQ, D]`, k `[T, HKV, D]` and v `[T, HKV, DV]`, each in its own dtype.
 
     shift, delta: as `statistics` gives them.
-    store_dq: leave dq alone (uninitialised) where another kernel computes it.
+    store_dq: leave dq alone (uninitialised, where it is new) because another kernel computes it.
+    add_to: contiguous gradients of q, and of both k and v or of neither, to add these to in place.
     """
     config = config or tuning.default_config(q, v, block_size)
     do, q, k, v = (rows_contiguous(x, config.bwd_hopper) for x in (do, q, k, v))
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, v_dim = v.shape[1:]
-    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    add_dq, add_dkdv = add_to[0] is not None, add_to[1] is not None
+    dq, dk, dv = sums_of(add_to, q, k, v)
     if num_tokens == 0 or num_heads == 0:
-        return dq, dk.zero_(), dv.zero_()
+        return (dq, dk, dv) if add_dkdv else (dq, dk.zero_(), dv.zero_())
     group_size, slots = num_heads // num_kv_heads, num_slots(num_indices, init_blocks, local_blocks)
 
     all_slots = slots + init_blocks + max(local_blocks, 1)
@@ -266,7 +273,7 @@ def selected_attention_bwd(
             partial_rows, first, units.num_ranges, units.range_rows, item_queries,
         )  # fmt: skip
         constants = dict(
-            OWN_IS_OPTIONAL=local_blocks == 0, ACCUMULATE=ranged, G=group_size, BLOCK_SIZE=block_size,
+            OWN_IS_OPTIONAL=local_blocks == 0, ACCUMULATE=ranged or add_dkdv, G=group_size, BLOCK_SIZE=block_size,
             BLOCK_M=config.bwd_m, NUM_STAGES=config.bwd_stages, STOP_EARLY=config.stop_early, num_warps=config.bwd_warps,
             **forced,
         )  # fmt: skip
@@ -282,16 +289,17 @@ def selected_attention_bwd(
             sum_dkdv_kernel[(num_blocks * (block_size // sum_rows), count)](
                 buffer, dk_sum, dv_sum, plan.first_buffer, plan.num_queries, *blocks[:2],
                 *out_strides, num_blocks, max_buffers, first, units.num_ranges, item_queries,
-                ACCUMULATE=ranged, BLOCK_SIZE=block_size, ROWS=sum_rows, **dims, **v_dims,
+                ACCUMULATE=ranged or add_dkdv, BLOCK_SIZE=block_size, ROWS=sum_rows, **dims, **v_dims,
             )  # fmt: skip
         if store_dq:
             sum_dq_kernel[(cdiv(units.range_rows * group_size, config.dq_m), count)](
                 partial_dq, index.num_sparse, position, dq,
                 num_heads, num_tokens, partial_rows, first, units.num_ranges, units.range_rows,
-                G=group_size, BLOCK_SIZE=block_size, BLOCK_M=config.dq_m, PIECES=pieces, NUM_STAGES=config.dq_stages,
-                num_warps=config.dq_warps, **forced, **dims,
+                ACCUMULATE=add_dq, G=group_size, BLOCK_SIZE=block_size, BLOCK_M=config.dq_m, PIECES=pieces,
+                NUM_STAGES=config.dq_stages, num_warps=config.dq_warps, **forced, **dims,
             )  # fmt: skip
         if ranged and (first + 1) % units.num_ranges == 0:
-            dk[:, first // units.num_ranges] = dk_sum[:, 0]
-            dv[:, first // units.num_ranges] = dv_sum[:, 0]
+            for total, of_head in ((dk, dk_sum), (dv, dv_sum)):
+                column = total[:, first // units.num_ranges]
+                column.copy_(of_head[:, 0] + column if add_dkdv else of_head[:, 0])
     return dq, dk, dv

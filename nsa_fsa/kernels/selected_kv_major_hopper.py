@@ -318,7 +318,7 @@ def gather_bwd_hopper_kernel(
         dk_at = dk_ptr + head * stride_dk_h + (out_at * stride_dk_t)[:, None] + out_column[None, :]
         dv_at = dv_ptr + head * stride_dv_h + (out_at * stride_dv_t)[:, None] + out_column[None, :]
         if ACCUMULATE:
-            dk += gl.load(dk_at, mask=exists, other=0.0)
-            dv += gl.load(dv_at, mask=exists, other=0.0)
+            dk += gl.load(dk_at, mask=exists, other=0.0).to(gl.float32)
+            dv += gl.load(dv_at, mask=exists, other=0.0).to(gl.float32)
         gl.store(dk_at, dk.to(dk_ptr.dtype.element_ty), mask=exists)
         gl.store(dv_at, dv.to(dv_ptr.dtype.element_ty), mask=exists)

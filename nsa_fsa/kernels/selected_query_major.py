@@ -102,7 +102,7 @@ def query_bwd_dq_kernel(
     stride_indices_t, stride_indices_h, stride_counts_t, stride_counts_h, scale2, scale, num_heads,
     NUM_INDICES: tl.constexpr, PADDED_INDICES: tl.constexpr, HAS_COUNTS: tl.constexpr, G: tl.constexpr, PADDED_G: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
-    KEYS: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    KEYS: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
     query, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     position, first_key = tl.load(position_ptr + query), tl.load(first_key_ptr + query)
@@ -132,6 +132,8 @@ def query_bwd_dq_kernel(
         dp = dot_keys(do, v, PRECISION)
         ds = (p * (dp + delta[:, None]) * scale).to(k.dtype)
         dq = add_product(dq, ds, k, PRECISION)
+    if ACCUMULATE:
+        dq += load_rows(dq_ptr, target * D, real, D, PADDED_D, True).to(tl.float32)
     store_rows(dq_ptr, target * D, dq, real, D, PADDED_D)
 
 
@@ -191,15 +193,17 @@ def selected_attention_query_major_bwd_dq(
     block_size: int,
     scale: float,
     precision: str,
+    accumulate: bool,
 ) -> None:
-    """Writes dq `[Tq, HQ, D]`; shift and delta as `statistics` gives them."""
+    """Writes dq `[Tq, HQ, D]`, or adds to it; shift and delta as `statistics` gives them."""
     do, q, k, v, block_indices = (rows_contiguous(x) for x in (do, q, k, v, block_indices))
     if dq.numel() == 0 or block_indices.shape[2] == 0:
-        dq.zero_()
+        if not accumulate:
+            dq.zero_()
         return
     strides, index_strides, constants = _arguments(q, k, v, block_indices, block_counts, block_size)
     query_bwd_dq_kernel[(q.shape[0], k.shape[1])](
         q, k, v, do, shift, delta, block_indices, block_counts, rows.position, rows.first_key, dq,
         *strides, *do.stride()[:2], *index_strides, scale * LOG2_E, scale, q.shape[1],
-        PRECISION=precision, **constants,
+        PRECISION=precision, ACCUMULATE=accumulate, **constants,
     )  # fmt: skip

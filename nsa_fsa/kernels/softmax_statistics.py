@@ -11,35 +11,43 @@ from nsa_fsa.kernels.sizes import cdiv, padded_dim
 
 @triton.jit
 def statistics_kernel(
-    o_ptr, do_ptr, lse_ptr, shift_ptr, delta_ptr, stride_do_t, stride_do_h, scale, num_heads, num_tokens, total,
+    o_ptr, do_ptr, lse_ptr, known_ptr, shift_ptr, delta_ptr, stride_do_t, stride_do_h, scale, num_heads, num_tokens, total,
     GROUP_HEADS: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # of [T * HQ]
     inside = row < total
     token, head = row // num_heads, row % num_heads
-    o = load_rows(o_ptr, row * DV, inside, DV, PADDED_DV, True).to(tl.float32)
-    do = load_rows(do_ptr, token * stride_do_t + head * stride_do_h, inside, DV, PADDED_DV, True).to(tl.float32)
+    if known_ptr is None:
+        o = load_rows(o_ptr, row * DV, inside, DV, PADDED_DV, True).to(tl.float32)
+        do = load_rows(do_ptr, token * stride_do_t + head * stride_do_h, inside, DV, PADDED_DV, True).to(tl.float32)
+        delta = tl.sum(o * do, 1)
+    else:
+        delta = tl.load(known_ptr + row, mask=inside, other=0.0)
     target = row
     if GROUP_HEADS > 0:
         target = (head // GROUP_HEADS * num_tokens + token) * GROUP_HEADS + head % GROUP_HEADS
-    tl.store(delta_ptr + target, -tl.sum(o * do, 1), mask=inside)
+    tl.store(delta_ptr + target, -delta, mask=inside)
     lse = tl.load(lse_ptr + row, mask=inside, other=0.0)
     tl.store(shift_ptr + target, tl.where(lse == float("-inf"), float("-inf"), -lse / scale), mask=inside)
 
 
-def statistics(do: Tensor, o: Tensor, lse: Tensor, scale: float, group_size: int = 0) -> tuple[Tensor, Tensor]:
-    """shift = -lse / scale, so that p = exp((q k + shift) * scale), and delta = -sum(o * do), float32 `[T, HQ]`.
+def statistics(
+    do: Tensor, o: Tensor | None, lse: Tensor, scale: float, group_size: int = 0, delta: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """shift = -lse / scale, so that p = exp((q k + shift) * scale), and -sum(o * do), float32 `[T, HQ]`.
 
     The shift of a query that saw nothing is -inf, which makes its p 0. With a group_size G the result is `[HKV, T, G]`: the
     (query, head) rows of a KV head lie together, so that a tile of them is read whole.
+
+    delta: sum(o * do), float32 `[T, HQ]`, where it is known already; o is not read then.
     """
-    num_tokens, num_heads, v_dim = o.shape
+    num_tokens, num_heads, v_dim = do.shape
     shape = (num_heads // group_size, num_tokens, group_size) if group_size else (num_tokens, num_heads)
-    shift, delta = torch.empty(2, *shape, dtype=torch.float32, device=o.device)
+    shift, minus_delta = torch.empty(2, *shape, dtype=torch.float32, device=do.device)
     rows = 64
-    if o.numel():
+    if do.numel():
         statistics_kernel[(cdiv(num_tokens * num_heads, rows),)](
-            o, do, lse, shift, delta, *do.stride()[:2], scale, num_heads, num_tokens, num_tokens * num_heads,
+            o, do, lse, delta, shift, minus_delta, *do.stride()[:2], scale, num_heads, num_tokens, num_tokens * num_heads,
             GROUP_HEADS=group_size, DV=v_dim, PADDED_DV=padded_dim(v_dim), ROWS=rows,
         )  # fmt: skip
-    return shift, delta
+    return shift, minus_delta

@@ -1,15 +1,17 @@
 """What the three attention branches share as operators: one schema, one autograd formula, one dispatch.
 
 A branch adds only the arguments that say who sees what. Its backends are called as
-`forward(q, k, v, **layout, **arguments) -> (o, lse)` and `backward(do, q, k, v, o, lse, **layout, **arguments)`.
+`forward(q, k, v, **layout, **arguments) -> (o, lse)` and `backward(do, q, k, v, o, lse, **layout, **arguments)`, to which
+`nsa_attention` adds `delta` and `add_to`: see `adding`.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsa_fsa.ops import backends, validation
+from nsa_fsa.ops import backends, triton_backends, validation
 from nsa_fsa.ops.registration import define_operator
 
 _LAYOUT = "Tensor cu_seqlens, SymInt max_seqlen, Tensor? cu_seqlens_q, Tensor? seqused_k, float scale"
@@ -72,6 +74,22 @@ def define_attention(name: str, arguments: str, check_values: Callable[..., None
         name, run_forward, forward_fake, schema=f"(Tensor q, Tensor k, Tensor v, {tail}) -> (Tensor, Tensor)",
         setup_context=setup_context, vjp=vjp,
     )  # fmt: skip
+
+
+def adding(backward: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    """A backward that makes new gradients, as one that can add them to others.
+
+    Every backend's backward takes two more keywords. `delta`: sum(o * do), `[T, HQ]`, where the caller has it; then o may be
+    None, except for the FlashAttention libraries, and the weights exp(s - lse) need not add up to 1, as with a gated lse.
+    `add_to`: up to three contiguous gradients, of q, k and v, to add to in place; None for those that are to be new. The
+    gradients are returned either way.
+    """
+
+    def run(*tensors: Tensor, add_to: tuple[Tensor | None, ...] = triton_backends.NOTHING, **arguments: Any):
+        grads = backward(*tensors, **arguments)
+        return tuple(grad if total is None else total.add_(grad) for total, grad in zip(add_to, grads, strict=True))
+
+    return run
 
 
 def check_token_rows(q: Tensor, k: Tensor, *, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, **_) -> None:

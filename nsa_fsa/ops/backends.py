@@ -69,6 +69,20 @@ def resolve(operator: str, name: str, *tensors: Tensor, backward: bool = False, 
     return candidates[name]
 
 
+def check_known(name: str, whole: str, operators: tuple[str, ...]) -> None:
+    """That at least one of the operators that a whole consists of has a backend of this name."""
+    known = dict.fromkeys(backend for operator in operators for backend in _BACKENDS[operator])
+    if name != "auto" and name not in known:
+        raise ValueError(
+            f'backend={name!r} is not an implementation of {whole}: allowed are {("auto", *known)}. Fix: use backend="auto".'
+        )
+
+
+def of_several(operator: str, name: str) -> str:
+    """What a backend asked for a whole layer means for one of its operators: itself where the operator has it, else "auto"."""
+    return name if name in _BACKENDS[operator] else "auto"
+
+
 def passed_over(operator: str, *tensors: Tensor, backward: bool = False, **arguments: Any) -> dict[str, str]:
     """The backends that "auto" does not take although they come before the one that it takes, with the reasons."""
     skipped: dict[str, str] = {}

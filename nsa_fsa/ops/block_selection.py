@@ -55,15 +55,7 @@ def select_blocks(
     Raises:
         ValueError: for inconsistent shapes, dtypes, devices, sequence descriptors or block counts.
     """
-    validation.check_windows(kernel_size, kernel_stride, block_size)
-    validation.check_positive(num_selected_blocks=num_selected_blocks)
-    validation.require(
-        init_blocks >= 0 and local_blocks >= 0 and init_blocks + local_blocks <= num_selected_blocks,
-        lambda: (
-            f"init_blocks={init_blocks} and local_blocks={local_blocks} must be >= 0 and together at most "
-            f"num_selected_blocks={num_selected_blocks}."
-        ),
-    )
+    check_blocks(kernel_size, kernel_stride, block_size, num_selected_blocks, init_blocks, local_blocks)
     validation.check_attention(q, k_cmp, None, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, compressed=True)
     validation.require(
         lse.shape == q.shape[:2] and lse.dtype in (torch.float32, torch.float64) and lse.device == q.device,
@@ -77,6 +69,20 @@ def select_blocks(
     q, k_cmp, lse = q.detach(), k_cmp.detach(), lse.detach()
     indices = _select(q, k_cmp, lse, *layout, *windows, num_selected_blocks, init_blocks, local_blocks, backend)
     return (indices, _scores(q, k_cmp, lse, *layout, *windows, backend)) if return_scores else indices
+
+
+def check_blocks(
+    kernel_size: int, kernel_stride: int, block_size: int, num_selected_blocks: int, init_blocks: int, local_blocks: int
+) -> None:
+    validation.check_windows(kernel_size, kernel_stride, block_size)
+    validation.check_positive(num_selected_blocks=num_selected_blocks)
+    validation.require(
+        init_blocks >= 0 and local_blocks >= 0 and init_blocks + local_blocks <= num_selected_blocks,
+        lambda: (
+            f"init_blocks={init_blocks} and local_blocks={local_blocks} must be >= 0 and together at most "
+            f"num_selected_blocks={num_selected_blocks}."
+        ),
+    )
 
 
 def _select_run(

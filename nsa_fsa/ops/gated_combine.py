@@ -32,16 +32,21 @@ def gated_combine(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tens
                 f"{o_cmp.device}: the branches must agree."
             ),
         )
+    check_gates(gate_logits, o_cmp, "the branches")
+    return _forward(gate_logits, o_cmp, o_slc, o_swa, backend)
+
+
+def check_gates(gate_logits: Tensor, rows: Tensor, whose: str) -> None:
+    """A gate for every head of `rows`, `[T, HQ, ...]`, or one for all."""
+    num_tokens, num_heads = rows.shape[:2]
     validation.check_rows("gate_logits", gate_logits, 3, "[T, HQ or 1, 3]")
     validation.require(
-        gate_logits.shape[0] == o_cmp.shape[0] and gate_logits.shape[1] in (1, o_cmp.shape[1]) and gate_logits.shape[2] == 3,
-        lambda: f"gate_logits has shape {tuple(gate_logits.shape)}; it must be [{o_cmp.shape[0]}, {o_cmp.shape[1]} or 1, 3].",
+        gate_logits.shape[0] == num_tokens and gate_logits.shape[1] in (1, num_heads) and gate_logits.shape[2] == 3,
+        lambda: f"gate_logits has shape {tuple(gate_logits.shape)}; it must be [{num_tokens}, {num_heads} or 1, 3].",
     )
     validation.require(
-        gate_logits.device == o_cmp.device,
-        lambda: f"gate_logits is on {gate_logits.device} but the branches on {o_cmp.device}.",
+        gate_logits.device == rows.device, lambda: f"gate_logits is on {gate_logits.device} but {whose} on {rows.device}."
     )
-    return _forward(gate_logits, o_cmp, o_slc, o_swa, backend)
 
 
 def _forward_run(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, backend: str) -> Tensor:
@@ -96,6 +101,12 @@ def _triton_backward(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return kernels.gated_combine_backward(*tensors)
 
 
+def _triton_branch_gradient(do: Tensor, o: Tensor, lse: Tensor, gate_logits: Tensor, branch: int) -> tuple[Tensor, ...]:
+    from nsa_fsa.kernels import gated_combine as kernels
+
+    return kernels.branch_gradient(do, o, lse, gate_logits, branch)
+
+
 backends.register(
     "gated_combine",
     backends.Backend(
@@ -103,3 +114,13 @@ backends.register(
     ),
 )
 backends.register("gated_combine", backends.Backend("reference", reference.gated_combine, reference.gated_combine_backward))
+
+# The gates' part of the whole core's backward, branch by branch; not an operator, `nsa_attention` calls it.
+backends.register(
+    "branch_gradient",
+    backends.Backend(
+        "triton", _triton_branch_gradient, unavailable=triton_backends.unavailable, unsupported=_unsupported,
+        automatic=triton_backends.on_gpu,
+    ),
+)  # fmt: skip
+backends.register("branch_gradient", backends.Backend("reference", reference.branch_gradient))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nsa_fsa import reference
 from nsa_fsa.ops import backends, triton_backends, validation
-from nsa_fsa.ops.attention_operator import check_token_rows, define_attention
+from nsa_fsa.ops.attention_operator import adding, check_token_rows, define_attention
 from nsa_fsa.ops.registration import define_operator
 
 WORKSPACE_BYTES = 2 << 30
@@ -117,7 +117,7 @@ def wants_index(q, k, v, block_indices, block_size, scale, cu_seqlens_q, seqused
     ) is None  # fmt: skip
 
 
-def _block_index_run(
+def block_index_run(
     block_indices: Tensor,
     block_counts: Optional[Tensor],
     cu_seqlens: Tensor,
@@ -137,7 +137,7 @@ def _block_index_run(
     return tuple(index)  # type: ignore[return-value]
 
 
-def _block_index_fake(block_indices, block_counts, cu_seqlens, max_seqlen, block_size, init_blocks, local_blocks):
+def block_index_fake(block_indices, block_counts, cu_seqlens, max_seqlen, block_size, init_blocks, local_blocks):
     num_rows, num_heads, num_indices = block_indices.shape
     num_blocks = num_rows // block_size + cu_seqlens.shape[0] - 1
     num_slots = max(num_indices - init_blocks - local_blocks, 0)
@@ -151,7 +151,7 @@ def _block_index_fake(block_indices, block_counts, cu_seqlens, max_seqlen, block
     )
 
 
-_block_index = define_operator("block_index", _block_index_run, _block_index_fake)
+_block_index = define_operator("block_index", block_index_run, block_index_fake)
 _operator = define_attention(
     "selected_attention",
     "Tensor block_indices, Tensor? block_counts, Tensor? index_entries, Tensor? index_first, Tensor? index_count, "
@@ -176,4 +176,4 @@ def _reference_backward(do, q, k, v, o, lse, **arguments):
 
 for backend in triton_backends.SELECTED:
     backends.register("selected_attention", backend)
-backends.register("selected_attention", backends.Backend("reference", _reference_forward, _reference_backward))
+backends.register("selected_attention", backends.Backend("reference", _reference_forward, adding(_reference_backward)))

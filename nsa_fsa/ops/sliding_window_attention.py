@@ -5,8 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from nsa_fsa import reference
-from nsa_fsa.ops import backends, validation
-from nsa_fsa.ops.attention_operator import check_token_rows, define_attention
+from nsa_fsa.ops import backends, flash_attention, validation
+from nsa_fsa.ops.attention_operator import adding, check_token_rows, define_attention
+from nsa_fsa.ops.selected_attention import WORKSPACE_BYTES
 
 
 def sliding_window_attention(
@@ -21,6 +22,7 @@ def sliding_window_attention(
     cu_seqlens_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     return_lse: bool = False,
+    workspace_bytes: int = WORKSPACE_BYTES,
     backend: str = "auto",
 ) -> Any:
     """Attention of every query over the last `window_size` positions, its own included (NSA paper, section 3.3.3).
@@ -34,7 +36,11 @@ def sliding_window_attention(
         scale: softmax scale; default `D ** -0.5`.
         cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences; see `Layout`.
         return_lse: also return the log-sum-exp.
-        backend: which implementation runs.
+        workspace_bytes: how much memory FlashAttention may take for sums, at any length: heads are differentiated in turn
+            where all of them would take more.
+        backend: which implementation runs: "flash_attn_4", "torch_flash" (the FlashAttention in PyTorch), "flash_attention"
+            (whichever of these the profiler finds faster on this GPU), "reference", or "auto": "flash_attention" on a GPU
+            that can, and the reference elsewhere.
 
     Returns:
         o `[T, HQ, DV]` in q's dtype, and on request the natural-log lse `[T, HQ]` in float32 (float64 for float64 inputs),
@@ -43,16 +49,26 @@ def sliding_window_attention(
     Raises:
         ValueError: for inconsistent shapes, dtypes, devices or sequence descriptors.
     """
-    validation.check_positive(window_size=window_size)
+    validation.check_positive(window_size=window_size, workspace_bytes=workspace_bytes)
     validation.check_attention(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
     scale = validation.default_scale(q, scale)
-    o, lse = _operator(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, scale, window_size, backend)
+    o, lse = _operator(
+        q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, scale, window_size, workspace_bytes, backend
+    )  # fmt: skip
     return (o, lse) if return_lse else o
 
 
-_operator = define_attention("sliding_window_attention", "int window_size", check_token_rows)
+_operator = define_attention("sliding_window_attention", "int window_size, int workspace_bytes", check_token_rows)
 
-backends.register(
-    "sliding_window_attention",
-    backends.Backend("reference", reference.sliding_window_attention, reference.sliding_window_attention_backward),
-)
+
+def _reference_forward(q, k, v, *, workspace_bytes, **arguments):
+    return reference.sliding_window_attention(q, k, v, **arguments)
+
+
+def _reference_backward(do, q, k, v, o, lse, *, workspace_bytes, **arguments):
+    return reference.sliding_window_attention_backward(do, q, k, v, o, lse, **arguments)
+
+
+for backend in flash_attention.BACKENDS:
+    backends.register("sliding_window_attention", backend)
+backends.register("sliding_window_attention", backends.Backend("reference", _reference_forward, adding(_reference_backward)))

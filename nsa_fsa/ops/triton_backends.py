@@ -13,6 +13,7 @@ from nsa_fsa.ops import profiler
 from nsa_fsa.ops.backends import Backend
 
 BLOCK_SIZES = (16, 32, 64, 128)
+NOTHING = (None, None, None)  # to add gradients to
 MAX_HEAD_DIM = 256
 MAX_INDICES = 128
 
@@ -111,22 +112,23 @@ def _options(arguments: dict[str, Any]) -> dict[str, Any]:
     return {name: arguments[name] for name in names} | dict(num_indices=arguments["block_indices"].shape[2])
 
 
-def _kv_major(q, k, v, index, config, do_o_lse, arguments):
+def _kv_major(q, k, v, index, config, do_o_lse, arguments, **gradients):
     kernels, options = _kernels(), _options(arguments)
     if do_o_lse is None:
         return kernels.kv_major_forward(q, k, v, index, config=config, **options)
     do, o, lse = do_o_lse
-    return kernels.kv_major_backward(do, q, k, v, o, lse, index, config=config, **options)
+    return kernels.kv_major_backward(do, q, k, v, o, lse, index, config=config, **gradients, **options)
 
 
-def _query_major(q, k, v, do_o_lse, arguments):
+def _query_major(q, k, v, do_o_lse, arguments, **gradients):
     kernels, chosen = _kernels(), (arguments["block_indices"], arguments["block_counts"])
     if do_o_lse is None:
         names = ("cu_seqlens", "cu_seqlens_q", "seqused_k")
         options = {name: arguments[name] for name in ("block_size", "scale")}
         return kernels.query_major_forward(q, k, v, *chosen, *(arguments[name] for name in names), **options)
     do, o, lse = do_o_lse
-    return kernels.query_major_backward(do, q, k, v, o, lse, *chosen, _index(arguments), **_options(arguments))
+    index, options = _index(arguments), _options(arguments)
+    return kernels.query_major_backward(do, q, k, v, o, lse, *chosen, index, **gradients, **options)
 
 
 def selected_key(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any], direction: str) -> str:
@@ -140,29 +142,31 @@ def selected_key(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any], dir
     )
 
 
-def _fastest(q, k, v, do_o_lse, arguments):
+def _fastest(q, k, v, do_o_lse, arguments, *, add_to=NOTHING, **gradients):
     """Whichever loop order and tiles the profiler finds fastest; without it the KV-major default where that can run."""
     direction = "forward" if do_o_lse is None else "backward"
-    ways: dict[str, Callable[[], Any]] = {}
+    ways: dict[str, Callable[..., Any]] = {}  # timed as they are; only the one that is taken may add to gradients
     if selected_unsupported(q, k, v, kv_major=True, **arguments) is None:
         index = _index(arguments)
         for name, config in _kernels().candidates(q, v, arguments["block_size"], direction).items():
-            ways[name] = functools.partial(_kv_major, q, k, v, index, config, do_o_lse, arguments)
-    ways["query_major"] = functools.partial(_query_major, q, k, v, do_o_lse, arguments)
+            ways[name] = functools.partial(_kv_major, q, k, v, index, config, do_o_lse, arguments, **gradients)
+    ways["query_major"] = functools.partial(_query_major, q, k, v, do_o_lse, arguments, **gradients)
     name = next(iter(ways))
     if len(ways) > 1 and q.is_cuda and q.numel() > 0:
         from triton.errors import TritonError
 
         key = selected_key(q, k, v, arguments, direction)
         name = profiler.choose(key, ways, q.device, recoverable=(RuntimeError, TritonError))
-    return ways[name]()
+    return ways[name](add_to=add_to)
 
 
 def _selected(name: str, run: Callable[..., Any], kv_major: bool) -> Backend:
     return Backend(
         name,
         lambda q, k, v, **arguments: run(q, k, v, None, arguments),
-        lambda do, q, k, v, o, lse, **arguments: run(q, k, v, (do, o, lse), arguments),
+        lambda do, q, k, v, o, lse, *, delta=None, add_to=NOTHING, **arguments: run(
+            q, k, v, (do, o, lse), arguments, delta=delta, add_to=add_to
+        ),
         unavailable,
         functools.partial(selected_unsupported, kv_major=kv_major),
         on_gpu,
@@ -174,7 +178,9 @@ SELECTED = (
     _selected("triton", _fastest, kv_major=False),
     _selected(
         "triton_kv_major",
-        lambda q, k, v, do_o_lse, arguments: _kv_major(q, k, v, _index(arguments), None, do_o_lse, arguments),
+        lambda q, k, v, do_o_lse, arguments, **gradients: _kv_major(
+            q, k, v, _index(arguments), None, do_o_lse, arguments, **gradients
+        ),
         kv_major=True,
     ),
     _selected("triton_query_major", _query_major, kv_major=False),

@@ -48,9 +48,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, chunks: Iterable[Chunk], scale: f
 
 
 def attention_backward(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, chunks: Iterable[Chunk], scale: float
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    chunks: Iterable[Chunk],
+    scale: float,
+    delta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attention`'s o with respect to q, k and v, recomputing each chunk's weights from its lse."""
+    """Gradients of `attention`'s o with respect to q, k and v, recomputing each chunk's weights from its lse.
+
+    delta: sum of o * do over the width, `[T, HQ]`, as every query's weights leave it; default: from the weights, which must
+    then add up to 1.
+    """
     dtype = compute_dtype(q)
     dq = q.new_zeros(q.shape)
     dk = torch.zeros(k.shape, dtype=dtype, device=k.device)  # summed over chunks, so kept wide
@@ -63,7 +74,8 @@ def attention_backward(
         k_, v_ = _heads_first(k[keys], dtype), _heads_first(v[keys], dtype)
         dv[keys] += rearrange(p.mT @ do_, "h n d -> n h d")
         dp = do_ @ v_.mT
-        ds = dp.sub_((p * dp).sum(-1, keepdim=True)).mul_(p)
+        known = None if delta is None else _group_rows(delta[rows][..., None], k.shape[1], dtype)  # [HKV, G*M, 1]
+        ds = dp.sub_((p * dp).sum(-1, keepdim=True) if known is None else known).mul_(p)
         dq[rows] = rearrange(ds @ k_ * scale, "h (g m) d -> m (h g) d", m=visible.shape[0]).to(dq.dtype)
         dk[keys] += rearrange(ds.mT @ q_ * scale, "h n d -> n h d")
     return dq, dk.to(k.dtype), dv.to(v.dtype)

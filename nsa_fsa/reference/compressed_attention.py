@@ -62,7 +62,8 @@ def compressed_attention_backward(
     scale: float,
     cu_seqlens_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    delta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to q, k_cmp and v_cmp; rows that no compressed token owns get 0."""
     plan = chunks(q, cu_seqlens, kernel_size, kernel_stride, cu_seqlens_q, seqused_k)
-    return attention_backward(do, q, k_cmp, v_cmp, lse, plan, scale)
+    return attention_backward(do, q, k_cmp, v_cmp, lse, plan, scale, delta)

@@ -29,3 +29,25 @@ def gated_combine_backward(
     # Cloned, because an operator's outputs must not share memory, not even that of an empty tensor.
     do_cmp, do_slc, do_swa = (x.clone(memory_format=torch.contiguous_format) for x in dbranches.unbind(-1))
     return (dg * g * (1 - g)).to(gate_logits.dtype).contiguous(), do_cmp, do_slc, do_swa
+
+
+def branch_gradient(do: Tensor, o: Tensor, lse: Tensor, gate_logits: Tensor, branch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The gate of one branch, backward, without a gated copy of do.
+
+    A branch's gradients are linear in each query's weights p = exp(s - lse) once delta is known. So the branch's backward may
+    be given the do of the gated sum: with lse - log(gate) for lse, every p is multiplied by the gate.
+
+    Args:
+        do, o: `[T, HQ, DV]`, the gradient of the gated sum and the branch's output.
+        lse: `[T, HQ]` of the branch.
+        gate_logits: `[T, HQ or 1, 3]`; branch: which of the three.
+
+    Returns:
+        The gradient of this branch's gate logits `[T, HQ or 1]`, lse - log(gate) `[T, HQ]`, and delta = sum(o * do) `[T, HQ]`.
+    """
+    dtype = compute_dtype(o)
+    logits = gate_logits[..., branch].to(dtype)
+    delta = (do.to(dtype) * o.to(dtype)).sum(-1)
+    g = torch.sigmoid(logits)
+    dg = delta.sum(1, keepdim=True) if gate_logits.shape[1] == 1 else delta
+    return (dg * g * (1 - g)).to(gate_logits.dtype), lse - torch.nn.functional.logsigmoid(logits), delta

@@ -78,7 +78,8 @@ def selected_attention_backward(
     scale: float,
     cu_seqlens_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    delta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to q, k and v."""
     plan = chunks(q, block_indices, cu_seqlens, block_size, block_counts, cu_seqlens_q, seqused_k)
-    return attention_backward(do, q, k, v, lse, plan, scale)
+    return attention_backward(do, q, k, v, lse, plan, scale, delta)

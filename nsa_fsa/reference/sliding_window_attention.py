@@ -59,6 +59,7 @@ def sliding_window_attention_backward(
     scale: float,
     cu_seqlens_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    delta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to q, k and v."""
-    return attention_backward(do, q, k, v, lse, chunks(q, cu_seqlens, window_size, cu_seqlens_q, seqused_k), scale)
+    return attention_backward(do, q, k, v, lse, chunks(q, cu_seqlens, window_size, cu_seqlens_q, seqused_k), scale, delta)

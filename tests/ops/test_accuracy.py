@@ -52,7 +52,7 @@ def check_rms(name, found, expected, dtype, cancellation=0.0):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_accuracy(operator, backend, case):
-    case = suited(case, backend)
+    case = suited(case, backend, operator=operator)
     x = make_inputs(case, device=device_of(backend), requires_grad=True)
     extra = dict(return_branches=True) if operator == "nsa_attention" else {}
     result = call(operator, case, x, backend, **extra)
@@ -117,7 +117,7 @@ def check_selection(case, x, block_indices):
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends(*ATTENTIONS, "nsa_attention"))
 def test_scale(operator, backend):
     """A softmax scale other than the default reaches every branch, forward and backward: it equals scaled queries."""
-    case = suited(by_name("five"), backend, calls=2)
+    case = suited(by_name("five"), backend, calls=2, operator=operator)
     dtype, rounding = widest_dtype(backend)
     close, close_grads = dict(rtol=rounding, atol=rounding), dict(rtol=10 * rounding, atol=10 * rounding)
     x = make_inputs(case, dtype, device=device_of(backend), requires_grad=True)
@@ -134,12 +134,12 @@ def test_scale(operator, backend):
 @pytest.mark.parametrize("backend", backends_of("nsa_attention"))
 def test_keys_and_values_of_the_sliding_branch(backend):
     """k_swa and v_swa, where given, replace k and v in the sliding branch and nowhere else."""
-    case = by_name("nine")
+    case = suited(by_name("nine"), backend, operator="nsa_attention")
     x = make_inputs(case, torch.float32, device=device_of(backend), requires_grad=True)
     k_swa, v_swa = (torch.randn_like(t).requires_grad_() for t in (x.k, x.v))
     o, branches = call("nsa_attention", case, x, backend, k_swa=k_swa, v_swa=v_swa, return_branches=True)
     plain = call("nsa_attention", case, x, backend, return_branches=True)[1]
-    own = output(call("sliding_window_attention", case, x.replace(k=k_swa, v=v_swa), backend))
+    own = output(call("sliding_window_attention", case, x.replace(k=k_swa, v=v_swa)))
     assert torch.equal(branches.o_swa, own)
     for field in ("o_cmp", "o_slc", "block_indices"):
         assert torch.equal(getattr(branches, field), getattr(plain, field))

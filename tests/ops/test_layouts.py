@@ -19,6 +19,7 @@ from tests.cases import (
     operators_and_backends,
     output,
     select,
+    suited,
     widest_dtype,
 )
 
@@ -102,7 +103,7 @@ def test_strided_block_indices(backend):
 @pytest.mark.parametrize("backend", backends_of("nsa_attention"))
 def test_slices_of_one_fused_projection(backend):
     """q, k and v as views of one [T, HQ + 2 HKV, D] tensor; its gradient is the three side by side."""
-    case = by_name("nine")  # D == DV
+    case = suited(by_name("nine"), backend, operator="nsa_attention")  # D == DV
     x = make_inputs(case, widest_dtype(backend)[0], device=device_of(backend), requires_grad=True)
     fused = torch.cat([x.q, x.k, x.v], dim=1).detach().requires_grad_()
     q, k, v = fused.split([case.num_heads, case.num_kv_heads, case.num_kv_heads], dim=1)

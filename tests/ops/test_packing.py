@@ -9,6 +9,9 @@ import torch
 from tests.cases import (
     ATTENTIONS,
     DIFFERENTIABLE,
+    F16,
+    F32,
+    FLASH_ATTENTION,
     SEVERAL_SEQUENCES,
     backends_of,
     by_name,
@@ -16,6 +19,7 @@ from tests.cases import (
     device_of,
     gradients,
     make_inputs,
+    no_gradient_for_last_queries,
     operators_and_backends,
     output,
     refuses_last_queries,
@@ -63,7 +67,7 @@ def random_output_gradient(operator, case, x, o):
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_packed_equals_separate(operator, backend, case):
     dtype, rounding = widest_dtype(backend)
-    case = suited(case, backend, calls=2, dtype=dtype)
+    case = suited(case, backend, calls=2, dtype=dtype, operator=operator)
     x = make_inputs(case, dtype, device=device_of(backend), requires_grad=True)
     result = call(operator, case, x, backend)
     do = random_output_gradient(operator, case, x, output(result))
@@ -121,16 +125,17 @@ def test_packed_selection_equals_separate(backend, case):
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_neighbours_do_not_matter(operator, backend, garbage):
     """Whatever stands in the other sequences, a sequence's outputs and gradients stay the same, bit by bit."""
-    case = suited(by_name("five"), backend, calls=2)
+    case = suited(by_name("five"), backend, calls=2, operator=operator)
     kept = 2  # a sequence in the middle
     tokens, compressed = rows_of(case, kept)
-    x = make_inputs(case, torch.float32, device=device_of(backend), requires_grad=True)
+    dtype = F32 if backend not in FLASH_ATTENTION else F16
+    x = make_inputs(case, dtype, device=device_of(backend), requires_grad=True)
     before = output(call(operator, case, x, backend))
     do = torch.randn_like(before)
     rows = compressed if operator in COMPRESSED_OUTPUT else tokens
     do[: rows.start], do[rows.stop :] = 0, 0
 
-    changed = x.to(torch.float32)
+    changed = x.to(dtype)
     for name in (*PER_TOKEN, *PER_COMPRESSED_TOKEN):
         mine = compressed if name in PER_COMPRESSED_TOKEN else tokens
         value = -5 if name == "block_indices" else garbage
@@ -152,8 +157,8 @@ def test_neighbours_do_not_matter(operator, backend, garbage):
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_nearly_nothing(operator, backend, lengths):
     """No sequence at all, no tokens at all, single tokens: forward and backward run and have the right shapes."""
-    case = suited(dataclasses.replace(by_name("nine"), lengths=lengths), backend)
-    x = make_inputs(case, torch.float32, device=device_of(backend), requires_grad=True)
+    case = suited(dataclasses.replace(by_name("nine"), lengths=lengths), backend, operator=operator)
+    x = make_inputs(case, widest_dtype(backend)[0], device=device_of(backend), requires_grad=True)
     o = output(call(operator, case, x, backend))
     grads = gradients(operator, o, x, torch.ones_like(o))
     assert torch.isfinite(o).all()
@@ -230,7 +235,7 @@ GAPPED = [
 @pytest.mark.parametrize(("name", "num_queries", "gap"), GAPPED, ids=range(len(GAPPED)))
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends(*ATTENTIONS, "nsa_attention"))
 def test_last_queries_over_gapped_keys(operator, backend, name, num_queries, gap):
-    case = suited(by_name(name), backend, calls=0)  # few of its queries
+    case = suited(by_name(name), backend, calls=0, operator=operator)  # few of its queries
     dtype, rounding = widest_dtype(backend)
     x = make_inputs(case, dtype, device=device_of(backend), requires_grad=True)
     few, extra, q_rows, key_rows, compressed_rows = last_queries_of_gapped_buffer(
@@ -246,7 +251,7 @@ def test_last_queries_over_gapped_keys(operator, backend, name, num_queries, gap
         torch.testing.assert_close(result_few[1], result[1][q_rows], **close)
 
     do_few = torch.randn_like(o_few)
-    if backend == "triton_query_major":
+    if no_gradient_for_last_queries(operator, backend):
         with pytest.raises(ValueError, match=r"no gradient where cu_seqlens_q or seqused_k is given.*Fix"):
             gradients(operator, o_few, few, do_few)
         return

@@ -33,8 +33,8 @@ def same(x):
     return x
 
 
-def inputs(requires_grad, backend="reference", case=CASE, layout=same):
-    x = make_inputs(suited(case, backend), device=device_of(backend))
+def inputs(requires_grad, backend="reference", case=CASE, layout=same, operator=None):
+    x = make_inputs(suited(case, backend, operator=operator), device=device_of(backend))
     x = x.replace(**{name: getattr(x, name).nan_to_num(0) for name in ("k_cmp", "v_cmp")})
     for name, value in vars(x).items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -44,7 +44,11 @@ def inputs(requires_grad, backend="reference", case=CASE, layout=same):
 
 def samples(operator, x, backend):
     """Argument tuples for a registered operator, with every optional argument given and not given."""
-    packed, scale, block_size = (x.cu_seqlens, x.max_seqlen), CASE.scale, suited(CASE, backend).block_size
+    packed, scale, block_size = (
+        (x.cu_seqlens, x.max_seqlen),
+        CASE.scale,
+        suited(CASE, backend, operator=operator.removesuffix("_backward")).block_size,
+    )
     cu_seqlens_q = torch.tensor([0, 3, 3, 5], dtype=torch.int32, device=x.q.device)
     used = torch.tensor([16, 0, 2], dtype=torch.int32, device=x.q.device)
     whole, last = (*packed, None, None, scale), (*packed, cu_seqlens_q, used, scale)
@@ -70,8 +74,10 @@ def samples(operator, x, backend):
     if operator.startswith("compressed_attention"):
         return attention(("k_cmp", "v_cmp"), (x.q, whole, windows), (q_few, last, windows))
     if operator.startswith("sliding_window_attention"):
-        own = (CASE.window_size,)
+        own = (CASE.window_size, 2**20)
         return attention(("k", "v"), (x.q, whole, own), (q_few, last, own))
+    if operator.startswith("nsa_attention"):
+        return whole_samples(operator, x, backend, (whole, last), (*windows, block_size, *blocks, CASE.window_size, 2**20))
     if operator == "block_index":
         return [(indices, given, *packed, block_size, forced, forced) for given, forced in ((None, 0), (counts, 1))]
     if operator.startswith("selected_attention"):
@@ -108,8 +114,28 @@ def samples(operator, x, backend):
     raise ValueError(f"{operator}: no sample arguments. Fix: add some here.")
 
 
-FORWARD = [*(name for name in DIFFERENTIABLE if name != "nsa_attention"), "select_blocks", "block_scores", "block_index"]
-BACKWARD = [f"{name}_backward" for name in DIFFERENTIABLE if name != "nsa_attention"]
+def whole_samples(operator, x, backend, layouts, sizes):
+    """For nsa_attention: keys of its own for the sliding branch or not, outputs kept or computed again, last queries only."""
+    whole, last = layouts
+    tensors = (x.q, x.k, x.v, x.k_cmp, x.v_cmp, x.gate_logits)
+    own = tuple(torch.randn_like(t).requires_grad_(t.requires_grad) for t in (x.k, x.v))
+    forward = [
+        (*tensors, None, None, *whole, *sizes, [False] * 3, backend),
+        (*tensors, *own, *whole, *sizes, [True] * 3, backend),
+    ]
+    if not operator.endswith("_backward"):
+        few = (x.q.detach()[:5], *(t.detach() for t in tensors[1:5]), x.gate_logits.detach()[:5])
+        return [*forward, (*few, None, None, *last, *sizes, [False] * 3, backend)]
+    found = []
+    for arguments in forward:
+        o, *saved = torch.ops.nsa_fsa.nsa_attention(*arguments)
+        outputs = [None if again else branch for again, branch in zip(arguments[-2], saved, strict=False)]
+        found.append((torch.randn_like(o), *arguments, *outputs, *saved[3:]))
+    return found
+
+
+FORWARD = [*DIFFERENTIABLE, "select_blocks", "block_scores", "block_index"]
+BACKWARD = [f"{name}_backward" for name in DIFFERENTIABLE]
 
 
 def test_every_registered_operator_is_checked_here():
@@ -140,7 +166,9 @@ def test_opcheck(operator, backend, requires_grad, layout):
     """Schema, fake implementation (strides too), autograd registration and tracing with dynamic shapes."""
     x = inputs(requires_grad, backend, layout=layout)
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    if operator != "block_index":  # two of one selection differ where nothing is listed, and in where a list lies
+    # Two block indices of one selection differ where nothing is listed, and in where a list lies. The whole, whose outputs
+    # one is among, is compared compiled and eager below.
+    if operator != "block_index" and not (operator.startswith("nsa_attention") and backend == "triton"):
         checks.append("test_aot_dispatch_dynamic")
     for arguments in samples(operator, x, backend):
         torch.library.opcheck(getattr(torch.ops.nsa_fsa, operator).default, arguments, test_utils=checks)
@@ -150,7 +178,7 @@ def test_opcheck(operator, backend, requires_grad, layout):
 def test_a_second_derivative_is_refused(operator, backend):
     """By name, rather than taken for zero."""
     x = inputs(True, backend)
-    o = output(call(operator, suited(CASE, backend), x, backend))
+    o = output(call(operator, suited(CASE, backend, operator=operator), x, backend))
     (dx,) = torch.autograd.grad(o.square().sum(), getattr(x, DIFFERENTIABLE[operator][0]), create_graph=True)
     with pytest.raises(RuntimeError, match=r"nsa_fsa::\w+_backward has no gradient.*Fix"):
         dx.sum().backward()
@@ -180,7 +208,7 @@ class StopGradient(torch.autograd.Function):
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_no_gradient_from_above_gives_none_below(operator, backend):
     x = inputs(True, backend)
-    StopGradient.apply(output(call(operator, suited(CASE, backend), x, backend))).sum().backward()
+    StopGradient.apply(output(call(operator, suited(CASE, backend, operator=operator), x, backend))).sum().backward()
     assert all(getattr(x, name).grad is None for name in DIFFERENTIABLE[operator])
 
 
@@ -208,7 +236,7 @@ def test_the_compiler_does_not_look_into_an_operator(mode):
 def test_compiled_equals_eager(operator, backend, layout, compiler):
     """One graph without breaks, forward and backward, bit by bit."""
     torch._dynamo.reset()
-    case = suited(CASE, backend, calls=2)
+    case = suited(CASE, backend, calls=2, operator=operator)
     x = inputs(True, backend, layout=layout)
     compiled = torch.compile(lambda x: output(call(operator, case, x, backend)), fullgraph=True, backend=compiler)
     o, o_compiled = output(call(operator, case, x, backend)), compiled(x)
@@ -236,12 +264,12 @@ def test_no_recompilation_after_the_second_length(operator, backend):
     """The first length compiles, the second may compile once more with dynamic sizes, no later one does."""
     torch._dynamo.reset()
     counter = CompileCounter()
-    block_size = suited(CASE, backend).block_size
+    block_size = suited(CASE, backend, operator=operator).block_size
     case = dataclasses.replace(CASE, block_size=block_size)
     compiled = torch.compile(lambda x: output(call(operator, case, x, backend)), fullgraph=True, backend=counter)
     frames = []
     for lengths in [(12, 0, 5), (11, 3, 4), (15, 1, 4), (2, 1, 20)]:
-        case = suited(dataclasses.replace(CASE, lengths=lengths), backend)
+        case = suited(dataclasses.replace(CASE, lengths=lengths), backend, operator=operator)
         x = inputs(True, backend, case)
         o = compiled(x)
         assert torch.equal(o, output(call(operator, case, x, backend)))

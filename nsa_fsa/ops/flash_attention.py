@@ -1,0 +1,241 @@
+"""FlashAttention as backends of the sliding window: what each library can do, and the calls into them.
+
+    flash_attn_4  the package flash-attn-4 (`flash_attn.cute`), for Hopper and newer
+    torch_flash   the FlashAttention 2 that PyTorch carries; the package flash-attn 2 is the same kernels
+
+One H200, 65,536 tokens, 64 heads of 128, window 512, forward / backward, ms (G = 1, 4, 16): flash_attn_4 2.9, 2.9, 2.9 / 8.5,
+9.5, 9.2; torch_flash 5.3, 5.5, 5.4 / 13.4, 14.6, 14.1.
+"""
+
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from nsa_fsa.ops import profiler, triton_backends
+from nsa_fsa.ops.attention_operator import adding
+from nsa_fsa.ops.backends import Backend
+
+DTYPES = (torch.float16, torch.bfloat16)
+MAX_HEAD_DIM = 256
+WIDTH_STEP = 8  # widths are whole multiples: 16 bytes
+
+
+@dataclass(frozen=True)
+class Library:
+    """One FlashAttention. What differs between them stands here; the rest of the table, DTYPES and widths, they share.
+
+    `forward(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen, scale, window_size) -> o, lse [HQ, T]` and
+    `backward(do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen, scale, window_size, into) -> dq, dk, dv`, which
+    writes to the three tensors `into`, where given; their heads may be slices of larger tensors'.
+    """
+
+    name: str
+    capability: tuple[int, int]  # the oldest GPU
+    missing: Callable[[], str | None]
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+def _flash_attn_4_missing() -> str | None:
+    # The package flash-attn 2 has the same top level name, and neither tells the other's parts apart.
+    try:
+        found = importlib.util.find_spec("flash_attn.cute") is not None
+    except (ImportError, ValueError):
+        found = False
+    return None if found else "flash-attn-4 is not installed (pip install --pre flash-attn-4)"
+
+
+def _flash_attn_4_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen, scale, window_size):
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    o, lse, *_ = _flash_attn_fwd(
+        q, k, v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, seqused_k=seqused_k, max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen, softmax_scale=scale, window_size_left=window_size - 1, window_size_right=0, return_lse=True,
+    )  # fmt: skip
+    return o, lse
+
+
+def _flash_attn_4_backward(do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen, scale, window_size, into):
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    dq, dk, dv = into or (x.new_empty(x.shape) for x in (q, k, v))
+    _flash_attn_bwd(
+        q, k, v, o, do, lse, scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen,
+        max_seqlen_k=max_seqlen, window_size_left=window_size - 1, window_size_right=0, dq=dq, dk=dk, dv=dv,
+        deterministic=torch.are_deterministic_algorithms_enabled(),
+    )  # fmt: skip
+    return dq, dk, dv
+
+
+def _torch_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen, scale, window_size):
+    o, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen, max_seqlen, 0.0, False, False,
+        scale=scale, window_size_left=window_size - 1, window_size_right=0, seqused_k=seqused_k,
+    )  # fmt: skip
+    return o, lse
+
+
+def _torch_backward(do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen, scale, window_size, into):
+    # The seed and offset of dropout, of which there is none.
+    no_dropout = (torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device))
+    grads = torch.ops.aten._flash_attention_backward(
+        do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen, max_seqlen, 0.0, False, *no_dropout,
+        scale=scale, window_size_left=window_size - 1, window_size_right=0,
+    )  # fmt: skip
+    for target, grad in zip(into or (), grads, strict=bool(into)):
+        target.copy_(grad)
+    return into or grads
+
+
+FLASH_ATTN_4 = Library("flash_attn_4", (9, 0), _flash_attn_4_missing, _flash_attn_4_forward, _flash_attn_4_backward)
+TORCH_FLASH = Library("torch_flash", (8, 0), lambda: None, _torch_forward, _torch_backward)
+LIBRARIES = (FLASH_ATTN_4, TORCH_FLASH)
+
+
+@functools.cache
+def unavailable(library: Library) -> str | None:
+    """Why a library cannot run on this machine, or None."""
+    if (reason := library.missing()) is not None:
+        return reason
+    if not torch.cuda.is_available():
+        return "it needs a CUDA GPU"
+    if torch.cuda.get_device_capability() < library.capability:
+        oldest, found = (".".join(map(str, x)) for x in (library.capability, torch.cuda.get_device_capability()))
+        return f"it needs compute capability {oldest} or newer, and this GPU has {found}"
+    return None
+
+
+def none_available() -> str | None:
+    reasons = {library.name: unavailable(library) for library in LIBRARIES}
+    return None if None in reasons.values() else "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+
+
+def unsupported(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, seqused_k: Tensor | None = None, backward: bool = False, **_: Any
+) -> str | None:
+    """Why no FlashAttention can run these arguments, or None."""
+    if not q.is_cuda:
+        return f"q is on {q.device}, and FlashAttention runs on CUDA devices"
+    if q.dtype not in DTYPES:
+        return f"q has dtype {q.dtype}; supported are float16 and bfloat16"
+    if max(q.shape[2], v.shape[2]) > MAX_HEAD_DIM:
+        return f"head widths {q.shape[2]} and {v.shape[2]}; supported are at most {MAX_HEAD_DIM}"
+    if not scale > 0:
+        return f"scale={scale}; it must be positive"
+    if backward and seqused_k is not None:
+        return "no gradient where seqused_k is given, as in decoding"
+    return None
+
+
+def _padded(x: Tensor, width: int) -> Tensor:
+    """x `[T, heads, D]`, zeros appended to its rows up to `width`, and as the libraries read it: rows of whole 16 bytes."""
+    if x.shape[2] < width:
+        return pad(x, (0, width - x.shape[2]))
+    aligned = x.stride(2) == 1 and x.data_ptr() % 16 == 0 and all(stride % WIDTH_STEP == 0 for stride in x.stride()[:2])
+    return x if aligned else x.contiguous()
+
+
+def _width(q: Tensor, v: Tensor) -> int:
+    """One width for keys and values: not every library and pass can do two, and zeros change neither scores nor sums."""
+    return -(-max(q.shape[2], v.shape[2]) // WIDTH_STEP) * WIDTH_STEP
+
+
+def _forward(
+    library: Library, q: Tensor, k: Tensor, v: Tensor, *, cu_seqlens: Tensor, max_seqlen: int, cu_seqlens_q: Tensor | None,
+    seqused_k: Tensor | None, scale: float, window_size: int, **_: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    v_dim, width = v.shape[2], _width(q, v)
+    if q.numel() == 0 or k.numel() == 0:
+        lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
+        return q.new_zeros(*q.shape[:2], v_dim), lse
+    starts = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
+    q, k, v = (_padded(x, width) for x in (q, k, v))
+    o, lse = library.forward(q, k, v, starts, cu_seqlens, seqused_k, max_seqlen, scale, window_size)
+    return o[..., :v_dim].contiguous(), lse.T.contiguous()
+
+
+def head_chunks(q: Tensor, k: Tensor, width: int, workspace_bytes: int) -> Iterator[tuple[slice, slice]]:
+    """Query heads and KV heads to differentiate at a time, so that the libraries' float32 sums of dq (and of dk and dv, or
+    copies of these for every query head) stay within the budget; one KV head at least."""
+    num_tokens, num_heads, num_kv_heads = q.shape[0], q.shape[1], k.shape[1]
+    group_size = num_heads // num_kv_heads
+    bytes_of_kv_head = 4 * width * (num_tokens * group_size + (2 * max(k.shape[0], num_tokens * group_size // 2)))
+    step = min(max(workspace_bytes // max(bytes_of_kv_head, 1), 1), num_kv_heads)
+    for first in range(0, num_kv_heads, step):
+        last = min(first + step, num_kv_heads)
+        yield slice(first * group_size, last * group_size), slice(first, last)
+
+
+def _backward(
+    library: Library, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, *, cu_seqlens: Tensor,
+    max_seqlen: int, cu_seqlens_q: Tensor | None, seqused_k: Tensor | None, scale: float, window_size: int,
+    workspace_bytes: int, delta: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    head_dim, v_dim, width = q.shape[2], v.shape[2], _width(q, v)
+    if q.numel() == 0 or k.numel() == 0:
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+    starts = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
+    do, q, k, v, o = (_padded(x, width) for x in (do, q, k, v, o))
+    lse = lse.T.contiguous()
+    where = (starts, cu_seqlens, max_seqlen, scale, window_size)
+    chunks = list(head_chunks(q, k, width, workspace_bytes))
+    if len(chunks) == 1:
+        grads = library.backward(do, q, k, v, o, lse, *where, None)
+    else:
+        grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
+        for heads, kv_heads in chunks:
+            into = (grads[0][:, heads], grads[1][:, kv_heads], grads[2][:, kv_heads])
+            tensors = (do[:, heads], q[:, heads], k[:, kv_heads], v[:, kv_heads], o[:, heads], lse[heads])
+            library.backward(*tensors, *where, into)
+    dq, dk, dv = grads
+    return dq[..., :head_dim].contiguous(), dk[..., :head_dim].contiguous(), dv[..., :v_dim].contiguous()
+
+
+def window_key(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any], direction: str) -> str:
+    """The kind of problem that the profiler remembers, as in `triton_backends.selected_key`."""
+    num_tokens, num_heads, head_dim = q.shape
+    return (
+        f"sliding_window_attention {direction} G={num_heads // k.shape[1]} HKV<={1 << (k.shape[1] - 1).bit_length()} "
+        f"D={head_dim} DV={v.shape[2]} {str(q.dtype).removeprefix('torch.')} window={arguments['window_size']} "
+        f"T<={1 << max(num_tokens - 1, 1).bit_length()}"
+    )
+
+
+def _fastest(run: Callable[..., Any], direction: str, *tensors: Tensor, **arguments: Any) -> Any:
+    """Whichever library the profiler finds fastest; without it the first that is here."""
+    ways = {x.name: functools.partial(run, x, *tensors, **arguments) for x in LIBRARIES if unavailable(x) is None}
+    name = next(iter(ways))
+    q, k, v = tensors[:3] if direction == "forward" else tensors[1:4]
+    if len(ways) > 1 and q.numel() > 0:
+        name = profiler.choose(window_key(q, k, v, arguments, direction), ways, q.device, recoverable=(Exception,))
+    return ways[name]()
+
+
+# "flash_attention" asks the profiler; the others run the library they are named after.
+BACKENDS = (
+    Backend(
+        "flash_attention",
+        functools.partial(_fastest, _forward, "forward"),
+        adding(functools.partial(_fastest, _backward, "backward")),
+        none_available,
+        unsupported,
+        triton_backends.on_gpu,
+    ),
+    *(
+        Backend(
+            library.name,
+            functools.partial(_forward, library),
+            adding(functools.partial(_backward, library)),
+            functools.partial(unavailable, library),
+            unsupported,
+            triton_backends.on_gpu,
+        )
+        for library in LIBRARIES
+    ),
+)
