@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-import benchmark
-from benchmarking import compressed, pictures, report, results, selection
-from benchmarking.calls import Implementation
-from benchmarking.compressed import COMPRESSED
-from benchmarking.selection import SELECTION
-from benchmarking.settings import PASSES, WindowSetting, necessary_compression
+from nsa_fsa.benchmarking import app as benchmark
+from nsa_fsa.benchmarking import compressed, pictures, report, results, selection
+from nsa_fsa.benchmarking.calls import Implementation
+from nsa_fsa.benchmarking.compressed import COMPRESSED
+from nsa_fsa.benchmarking.selection import SELECTION
+from nsa_fsa.benchmarking.settings import PASSES, WindowSetting, necessary_compression
 from tests.benchmark.tools import CPU, SCRIPTS, FakeMeter, open_results, quiet
 
 TINY = WindowSetting(

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarking.settings import Setting
+from nsa_fsa.benchmarking.settings import Setting
 
 # Relative RMS errors, as docs/reliability.md has them for 16-bit outputs; gradients round once more (ds), so twice that.
 # One block of 16 too few or too many is an error of several per cent. lse is float32 and sees no 16-bit rounding but its

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarking.calls import Calls, Implementation
-from benchmarking.check import WrongResult
-from benchmarking.measure import GIB, Meter
-from benchmarking.results import Results
-from benchmarking.settings import PASSES, Necessary, Setting, floor_ms
+from nsa_fsa.benchmarking.calls import Calls, Implementation
+from nsa_fsa.benchmarking.check import WrongResult
+from nsa_fsa.benchmarking.measure import GIB, Meter
+from nsa_fsa.benchmarking.results import Results
+from nsa_fsa.benchmarking.settings import PASSES, Necessary, Setting, floor_ms
 
 
 class Oracle(Protocol):

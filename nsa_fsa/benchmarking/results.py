@@ -17,8 +17,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarking.measure import Meter, code_version, machine
-from benchmarking.settings import Setting
+from nsa_fsa.benchmarking.measure import Meter, code_version, machine
+from nsa_fsa.benchmarking.settings import Setting
 
 SCHEMA = 1
 KEY = ("implementation", "variant", "pass", *Setting.__dataclass_fields__)
@@ -49,7 +49,8 @@ def command_line(arguments: list[str]) -> str:
         for before, x in zip(["", *arguments], arguments, strict=False)
         if not x.startswith("--output") and before != "--output"
     ]
-    return " ".join(["python", *kept])
+    program = "nsa-fsa" if Path(kept[0]).stem in ("nsa-fsa", "cli") else f"python {kept[0]}"  # wherever it is installed
+    return " ".join([program, *kept[1:]])
 
 
 def row_key(row: dict[str, Any]) -> tuple[Any, ...]:

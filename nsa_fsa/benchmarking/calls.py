@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarking.check import AttentionInputs
-from benchmarking.measure import package_version
-from benchmarking.settings import Setting
+from nsa_fsa.benchmarking.check import AttentionInputs
+from nsa_fsa.benchmarking.measure import package_version
+from nsa_fsa.benchmarking.settings import Setting
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The run of `benchmark.py compressed`: attention over compressed keys, and the compression that makes them."""
+"""The run of `nsa-fsa bench compressed`: attention over compressed keys, and the compression that makes them."""
 
 import functools
 from collections.abc import Callable
@@ -9,13 +9,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarking.calls import Calls, Implementation, by_autograd
-from benchmarking.check import AttentionInputs
-from benchmarking.check_windows import CompressedOracle, CompressionOracle
-from benchmarking.measure import Meter
-from benchmarking.results import Results
-from benchmarking.running import Prepared, Subject, run_implementations
-from benchmarking.settings import WindowSetting, compressed_pairs, necessary, necessary_compression
+from nsa_fsa.benchmarking.calls import Calls, Implementation, by_autograd
+from nsa_fsa.benchmarking.check import AttentionInputs
+from nsa_fsa.benchmarking.check_windows import CompressedOracle, CompressionOracle
+from nsa_fsa.benchmarking.measure import Meter
+from nsa_fsa.benchmarking.results import Results
+from nsa_fsa.benchmarking.running import Prepared, Subject, run_implementations
+from nsa_fsa.benchmarking.settings import WindowSetting, compressed_pairs, necessary, necessary_compression
 
 # Means of 32 normal keys have a standard deviation of 0.18; times 6, scores spread as those of single normal keys do.
 MEAN_GAIN = 6

@@ -4,10 +4,10 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarking.compressed import COMPRESSED
-from benchmarking.implementations import IMPLEMENTATIONS
-from benchmarking.paper import FIGURE_9, FIGURE_9_SOURCE, TABLE_5_SOURCE
-from benchmarking.selection import SELECTION
+from nsa_fsa.benchmarking.compressed import COMPRESSED
+from nsa_fsa.benchmarking.implementations import IMPLEMENTATIONS
+from nsa_fsa.benchmarking.paper import FIGURE_9, FIGURE_9_SOURCE, TABLE_5_SOURCE
+from nsa_fsa.benchmarking.selection import SELECTION
 
 LABELS = {name: implementation.label for name, implementation in (IMPLEMENTATIONS | COMPRESSED | SELECTION).items()}
 TITLES = {"selected": "Selected attention", "compressed": "Compressed attention", "selection": "Block selection"}

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarking.report import Group, beside_compressed, groups, label, rows_of, title
+from nsa_fsa.benchmarking.report import Group, beside_compressed, groups, label, rows_of, title
 
 Rows = list[dict[str, Any]]
 
@@ -67,6 +67,15 @@ def selection_lines(rows: Rows) -> list[Line]:
         chosen = [r for r in rows if (r["block_size"], r["num_blocks"]) == (size, number)]
         lines.append(Line(f"block selection, {number} blocks of {size}", chosen, dict(linewidth=THICK, markersize=6) | style))
     return lines
+
+
+def missing() -> str | None:
+    """Why nothing can be drawn, or None."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return 'they need matplotlib. Fix: pip install "nsa-fsa[plot]"'
+    return None
 
 
 def pyplot() -> Any:
