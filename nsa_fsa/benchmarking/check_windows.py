@@ -18,8 +18,8 @@ class CompressedOracle(AttentionCheck):
 
     setting: WindowSetting
 
-    def __init__(self, inputs: AttentionInputs) -> None:
-        super().__init__(inputs)
+    def __init__(self, inputs: AttentionInputs, gate: Tensor | None = None) -> None:
+        super().__init__(inputs, gate)
         self.edge = self.setting.kernel_size
 
     def keys_of(self, queries: Tensor, head: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -21,7 +21,7 @@ from nsa_fsa.benchmarking.settings import Setting
 # This package
 
 
-def forced_blocks(setting: Setting) -> dict[str, int]:
+def forced_blocks(setting: Setting) -> dict[str, Any]:
     return dict(block_size=setting.block_size, init_blocks=setting.init_blocks, local_blocks=setting.local_blocks)
 
 

@@ -22,7 +22,7 @@ from nsa_fsa.benchmarking.settings import Setting
 
 SCHEMA = 1
 KEY = ("implementation", "variant", "pass", *Setting.__dataclass_fields__)
-WINDOWS = ("kernel_size", "kernel_stride")  # also tell rows apart, where a benchmark has them
+WINDOWS = ("kernel_size", "kernel_stride", "window_size")  # also tell rows apart, where a benchmark has them
 REQUIRED = {
     "document": {"schema", "benchmark", "gpu", "code", "runs", "rows", "selections", "not_timed"},
     "code": {"commit", "commit_stated_by_hand", "dirty", "source_digest"},
@@ -133,6 +133,11 @@ class Results:
 
     def add_selection(self, setting: Setting, **facts: Any) -> None:
         self._replace("selections", asdict(setting) | facts, tuple(Setting.__dataclass_fields__))
+        self.write()
+
+    def put(self, part: str, entries: list[dict[str, Any]]) -> None:
+        """What only this benchmark has, and follows from its rows."""
+        self.document[part] = entries
         self.write()
 
     def leave_out(self, implementation: str, reason: str, **where: Any) -> None:
