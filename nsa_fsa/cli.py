@@ -1,5 +1,5 @@
-"""The command line: `nsa-fsa info` (what is here, and what can run), `nsa-fsa explain` (what a layer would run, and why) and
-`nsa-fsa bench` (how long it takes, beside others)."""
+"""The command line: `nsa-fsa info` (what is here, and what can run), `nsa-fsa explain` (what a layer would run, and why),
+`nsa-fsa bench` (how long it takes, beside others) and `nsa-fsa crossover` (from which length on it is faster)."""
 
 import importlib.metadata
 import platform
@@ -27,6 +27,7 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
 app.add_typer(benchmark.app, name="bench")
+app.command()(benchmark.crossover)
 console = Console()
 
 

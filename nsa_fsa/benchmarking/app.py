@@ -6,6 +6,11 @@
     nsa-fsa bench selected --ablations                 # what each part of the design brings
     nsa-fsa bench compressed                           # attention over compressed keys, and compressing them
     nsa-fsa bench selection                            # the choice of blocks, beside compressed attention
+    nsa-fsa bench core                                 # all of it, beside full attention
+    nsa-fsa bench core --branches                      # each part of it, beside the least time it could take
+    nsa-fsa bench core --memory                        # peak memory, at a million tokens too
+    nsa-fsa bench core --table7                        # beside the FSA paper's table 7
+    nsa-fsa crossover                                  # from which length on it is faster than full attention
 
 Results are JSON, written after every measurement, with pictures beside them; the tables are printed.
 """
@@ -22,16 +27,19 @@ from rich.console import Console
 from rich.table import Table
 
 from nsa_fsa.benchmarking import compressed as compressed_run
-from nsa_fsa.benchmarking import pictures, report
+from nsa_fsa.benchmarking import core as core_run
+from nsa_fsa.benchmarking import crossover as crossover_run
+from nsa_fsa.benchmarking import pictures, pictures_core, report
 from nsa_fsa.benchmarking import selected as runs
 from nsa_fsa.benchmarking import selection as selection_run
 from nsa_fsa.benchmarking.calls import Implementation
 from nsa_fsa.benchmarking.compressed import COMPRESSED
+from nsa_fsa.benchmarking.core import CORE, FULL, MEMORY_BARS
 from nsa_fsa.benchmarking.implementations import IMPLEMENTATIONS
 from nsa_fsa.benchmarking.measure import GIB, RESULTS, CudaMeter
 from nsa_fsa.benchmarking.results import CannotMerge, Results
 from nsa_fsa.benchmarking.selection import SELECTION
-from nsa_fsa.benchmarking.settings import PASSES, Setting, WindowSetting
+from nsa_fsa.benchmarking.settings import PASSES, CoreSetting, Setting, WindowSetting
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console(width=int(os.environ.get("COLUMNS", 160)))
@@ -42,6 +50,13 @@ ABLATION_TOKENS = (32768, 65536)
 BLOCKS, SELECTIONS = ("64x16", "128x8"), ("random", "realistic")
 WINDOW_TOKENS, WINDOW_GROUPS = (8192, 32768, 65536, 131072, 262144), (1, 4, 16)
 COMPRESSED_KEYS = ("window_means", "independent")
+CORE_TOKENS, CORE_GROUPS, CORE_BLOCKS = (8192, 12288, 32768, 65536, 131072), (1, 4, 16), ("64x16",)
+PARTS_TOKENS = (8192, 65536)
+TABLE_7_TOKENS, TABLE_7_GROUPS = (131072, 262144), (1, 2, 4, 8)
+MEMORY_LENGTHS, MEMORY_GROUPS = (131072, 1 << 20), (16,)
+ALL_KEPT = 1 << 18  # tokens beyond which nothing keeps all branches, for no GPU has the memory
+DTYPES = ("bfloat16", "float16")
+AGAINST = tuple(x.name for x in FULL)
 
 # Options that several commands have
 Heads = Annotated[int, typer.Option(help="Query heads.")]
@@ -211,6 +226,93 @@ def selection(
         selection_run.run(settings, timed, meter, results, seed, torch.device("cuda"), console)
 
 
+@app.command()
+def core(
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(help=f"Sequence length; repeat. Default: {CORE_TOKENS}; with --branches: {PARTS_TOKENS}."),
+    ] = None,
+    group: Annotated[list[int] | None, typer.Option(help=f"Query heads per KV head; repeat. Default: {CORE_GROUPS}.")] = None,
+    heads: Heads = 64,
+    head_dim: HeadDim = None,
+    blocks: Annotated[list[str] | None, typer.Option(help=f"Block size x number; repeat. Default: {CORE_BLOCKS}.")] = None,
+    implementation: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(CORE)}; repeat. Default: all.")] = None,
+    only: Passes = None,
+    branches: Annotated[bool, typer.Option("--branches", help="Time every part, beside its floor and the whole.")] = False,
+    memory: Annotated[
+        bool, typer.Option("--memory", help=f"Measure peaks, with branches recomputed and without, at {MEMORY_LENGTHS} tokens.")
+    ] = False,
+    table7: Annotated[bool, typer.Option("--table7", help="Time the settings of the FSA paper's table 7, beside it.")] = False,
+    milliseconds: Milliseconds = 300.0,
+    seed: Seed = 0,
+    output: Output = RESULTS,
+    merge: Merge = False,
+    commit: Commit = None,
+) -> None:
+    """The whole core: q, k, v, compressed k and v, and gates in, o out; beside full attention; bf16, one sequence."""
+    if branches + memory + table7 > 1:
+        raise typer.BadParameter("--branches, --memory and --table7 are runs of their own; give one", param_hint="core")
+    timed = [CORE[name] for name in allowed(implementation, tuple(CORE), tuple(CORE), "--implementation")]
+    passes = allowed(only, PASSES, PASSES, "--pass")
+    lengths = tokens or (TABLE_7_TOKENS if table7 else PARTS_TOKENS if branches else MEMORY_LENGTHS if memory else CORE_TOKENS)
+    sizes = group or (TABLE_7_GROUPS if table7 else MEMORY_GROUPS if memory else CORE_GROUPS)
+    settings = [
+        CoreSetting(length, size, heads, width, block_size, number, selection="independent")
+        for width in head_dim or [128]
+        for length in lengths
+        for block_size, number in map(block_shape, blocks or (BLOCKS if table7 else CORE_BLOCKS))
+        for size in sizes
+    ]
+    need_a_gpu()
+
+    benchmark = "core_branches" if branches else "core_memory" if memory else "core_table7" if table7 else "core"
+    meter, device = CudaMeter(milliseconds), torch.device("cuda")
+    peers = [] if branches or memory or table7 else timed
+    with results_of(benchmark, peers, output, meter, seed, merge, commit) as results:
+        if branches:
+            core_run.run_parts(settings, passes, meter, results, seed, device, console)
+        elif memory:
+            cases = [(x, recompute) for x in settings for recompute in MEMORY_BARS if recompute or x.num_tokens <= ALL_KEPT]
+            core_run.run_memory(cases, meter, results, seed, device, console)
+        elif table7:
+            core_run.run_table_7(settings, meter, results, seed, device, console)
+        else:
+            core_run.run_times(settings, timed, passes, meter, results, seed, device, console)
+
+
+def crossover(
+    group: Annotated[list[int] | None, typer.Option(help=f"Query heads per KV head; repeat. Default: {CORE_GROUPS}.")] = None,
+    against: Annotated[str | None, typer.Option(help=f"Of {AGAINST}. Default: the first that runs here.")] = None,
+    heads: Heads = 64,
+    head_dim: Annotated[int, typer.Option(help="Head width.")] = 128,
+    blocks: Annotated[str, typer.Option(help="Block size x number.")] = CORE_BLOCKS[0],
+    dtype: Annotated[str, typer.Option(help=f"Of {DTYPES}.")] = DTYPES[0],
+    milliseconds: Milliseconds = 100.0,
+    seed: Seed = 0,
+    output: Output = RESULTS,
+    merge: Merge = False,
+    commit: Commit = None,
+) -> None:
+    """From which sequence length on NSA's core is faster than full attention, forward and forward with backward."""
+    candidates = [CORE[name] for name in allowed([against] if against else None, AGAINST, AGAINST, "--against")]
+    allowed([dtype], DTYPES, DTYPES, "--dtype")
+    settings = [
+        CoreSetting(crossover_run.LENGTHS[0], size, heads, head_dim, *block_shape(blocks), selection="independent", dtype=dtype)
+        for size in group or CORE_GROUPS
+    ]
+    need_a_gpu()
+    device = torch.device("cuda")
+    full, reasons = crossover_run.first_that_runs(candidates, settings[0], seed, device)
+    for name, reason in reasons.items():
+        console.print(f"{CORE[name].label} cannot run here: {reason}", style="yellow", markup=False, highlight=False)
+    if full is None:
+        console.print("There is no full attention here to compare with. Fix: pip install flash-attn-4", style="red")
+        raise typer.Exit(1)
+    meter = CudaMeter(milliseconds)
+    with results_of("crossover", [CORE["nsa_fsa"], full], output, meter, seed, merge, commit) as results:
+        crossover_run.run(settings, full, meter, results, seed, device, console)
+
+
 @contextmanager
 def results_of(
     benchmark: str, timed: list[Implementation], output: Path, meter: CudaMeter, seed: int, merge: bool, commit: str | None
@@ -251,4 +353,9 @@ SHOWN: dict[str, tuple[Callable[[dict[str, Any]], list[Table]], list[Callable[[d
     "selected_ablations": (lambda document: [report.ablation_table(document)], []),
     "compressed": (report.latency_tables, [pictures.plot_latency, pictures.plot_compressed_growth]),
     "selection": (report.selection_tables, [pictures.plot_selection_latency, pictures.plot_selection_growth]),
+    "core": (report.latency_tables, [pictures_core.plot_core]),
+    "core_branches": (report.latency_tables, [pictures_core.plot_parts, pictures_core.plot_roofline]),
+    "core_memory": (lambda document: [report.core_memory_table(document)], []),
+    "core_table7": (lambda document: [report.table_7_table(document)], []),
+    "crossover": (lambda document: [report.crossover_table(document)], [pictures_core.plot_crossover]),
 }

@@ -36,7 +36,7 @@ GRADIENTS = ("dq", "dk", "dv", "dk_cmp", "dv_cmp", "dgate_logits")
 RECOMPUTE = ("compressed", "selected", "sliding")
 # Peak memory of forward and backward, as a multiple of full attention's own tensors: with everything kept for the backward,
 # and with the branches' outputs computed again.
-MEMORY_BARS = {(): 2.0, RECOMPUTE: 1.5}
+MEMORY_BARS: dict[tuple[str, ...], float] = {(): 2.0, RECOMPUTE: 1.5}
 
 
 def make_inputs(setting: CoreSetting, seed: int, device: torch.device) -> CoreInputs:
@@ -113,7 +113,8 @@ def part(name: str, label: str, prepare: Callable[[CoreInputs], Calls], notes: s
 
 
 NSA_FSA = Implementation(
-    "nsa_fsa", "nsa_fsa", "ours", core, distribution="nsa-fsa", notes="nsa_attention: three branches, choice of blocks, gates",
+    "nsa_fsa", "nsa_fsa, whole core", "ours", core, distribution="nsa-fsa",
+    notes="nsa_attention: three branches, the choice of blocks, and gates",
     facts=lambda inputs, name: dict(backends=backends_of(inputs.setting, str(inputs.q.device))),
 )  # fmt: skip
 FULL = [

@@ -16,6 +16,8 @@ from nsa_fsa.benchmarking.settings import CoreSetting
 STEP = 1024  # what lengths are multiples of
 LENGTHS = tuple(STEP << doubling for doubling in range(8))  # to 131,072
 PASSES = ("forward", "forward_backward")
+ANY_BLOCKS = ("head_dim", "num_heads", "dtype", "group_size")  # what full attention knows of a setting, beside its length
+PLACE = (*ANY_BLOCKS, "block_size", "num_blocks")
 MOST_HALVINGS = (LENGTHS[-1] // 2 // STEP).bit_length() - 1
 
 
@@ -38,33 +40,36 @@ def middle(ratios: dict[int, float]) -> int | None:
     return (slower + faster) // 2 // STEP * STEP
 
 
-def ratios_of(document: dict[str, Any], group_size: int, name: str) -> dict[int, float]:
-    """{tokens: time of full attention / time of the core} of one pass, ascending, from a result file."""
-    times: dict[int, dict[str, float]] = {}
-    for row in document["rows"]:
-        if (row["group_size"], row["pass"]) == (group_size, name):
-            times.setdefault(row["num_tokens"], {})[row["kind"]] = row["ms"]
-    return {tokens: x["full"] / x["ours"] for tokens, x in sorted(times.items()) if len(x) == 2}
+def ratios_of(rows: list[dict[str, Any]], against: str, where: dict[str, Any], name: str) -> dict[int, float]:
+    """{tokens: time of full attention / time of the core} of one pass, ascending.
+
+    against: the implementation of full attention. where: what else tells comparisons apart, of `PLACE`.
+    """
+    times: dict[str, dict[int, float]] = {"ours": {}, "full": {}}
+    for row in rows:
+        names = PLACE if row["kind"] == "ours" else ANY_BLOCKS
+        if row["pass"] == name and all(row[x] == where[x] for x in names) and row["implementation"] in (NSA_FSA.name, against):
+            times[row["kind"]][row["num_tokens"]] = row["ms"]
+    both = sorted(times["ours"].keys() & times["full"].keys())
+    return {tokens: times["full"][tokens] / times["ours"][tokens] for tokens in both}
 
 
 def crossovers(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """For every group size and pass: from which length on the core is faster, and around it.
+    """For every comparison and pass: from which length on the core is faster, and around it.
 
-    `tokens` is None where full attention is faster at the longest length, or nothing was measured; `slower_at` is None where
-    the core is faster at every length.
+    `tokens` is None where full attention is faster at the longest length; `slower_at` is None where the core is faster at
+    every length.
     """
-    found = []
-    for group_size in sorted({row["group_size"] for row in document["rows"]}):
-        for name in PASSES:
-            ratios = ratios_of(document, group_size, name)
-            slower, faster = bracket(ratios)
-            found.append(
-                dict(
-                    group_size=group_size, tokens=faster, slower_at=slower, shortest=min(ratios, default=None),
-                    longest=max(ratios, default=None), ratios={str(tokens): ratio for tokens, ratio in ratios.items()},
-                    **{"pass": name},
-                )
-            )  # fmt: skip
+    rows, found = document["rows"], []
+    places = sorted({tuple(row[x] for x in PLACE) for row in rows if row["kind"] == "ours"})
+    for against in sorted({row["implementation"] for row in rows if row["kind"] == "full"}):
+        for place in places:
+            where = dict(zip(PLACE, place, strict=True))
+            for name in PASSES:
+                if ratios := ratios_of(rows, against, where, name):
+                    slower, faster = bracket(ratios)
+                    entry = {"against": against, **where, "pass": name, "tokens": faster, "slower_at": slower}
+                    found.append(entry | dict(ratios={str(tokens): ratio for tokens, ratio in ratios.items()}))
     return found
 
 
@@ -106,11 +111,15 @@ def run(
                 run_one(implementation, setting, prepared, passes, meter, results, console)
             results.put("crossovers", crossovers(results.document))
 
+        def ratios(setting: CoreSetting, name: str) -> dict[int, float]:
+            return ratios_of(results.document["rows"], full.name, dataclasses.asdict(setting), name)
+
         for setting in settings:
             for tokens in lengths:
                 time(setting, tokens, list(PASSES))
             for name in PASSES:
-                while (tokens := middle(ratios_of(results.document, setting.group_size, name))) is not None:
-                    time(setting, tokens, [name])
-                    if tokens not in ratios_of(results.document, setting.group_size, name):
-                        break  # the reason is among what was not timed
+                between = middle(ratios(setting, name))
+                while between is not None:
+                    time(setting, between, [name])
+                    measured = ratios(setting, name)
+                    between = middle(measured) if between in measured else None  # the reason is among what was not timed

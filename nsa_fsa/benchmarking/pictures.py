@@ -28,6 +28,11 @@ STYLES: dict[str, dict[str, Any]] = {
     "pool_weighted": dict(color="#56B4E9", marker="s"),
     "gather": dict(color="#CC79A7", marker=">"),
     "select_blocks": dict(color="#0072B2", marker="D"),
+    "selected_attention": dict(color="#D55E00", marker="s"),
+    "sliding_window_attention": dict(color="#009E73", marker="^"),
+    "gated_combine": dict(color="#CC79A7", marker=">"),
+    "nsa_fsa": dict(color="#0072B2", marker="o"),
+    "cudnn": dict(color="#555555", marker="x"),
 }
 # Where one implementation has several lines: one for each shape of blocks, or for each pass.
 BLOCK_STYLES = [
