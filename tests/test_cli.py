@@ -47,7 +47,7 @@ def test_pictures_are_no_concern_of_info_and_explain(monkeypatch):
 
 def test_bench_has_every_subject():
     printed = run("bench", "--help")
-    for subject in ("selected", "selection", "compressed"):
+    for subject in ("selected", "selection", "compressed", "core"):
         assert f" {subject} " in printed
 
 

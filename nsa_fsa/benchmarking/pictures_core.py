@@ -50,7 +50,7 @@ def plot_core(document: dict[str, Any], stem: Path) -> list[Path]:
         sizes = sorted({r["group_size"] for r in rows})
         names = [name for name in ("forward", "backward") if any(r["pass"] == name for r in rows)] or ["forward_backward"]
         figure, axes = pyplot().subplots(
-            len(names) + 1, len(sizes), figsize=(max(4.2 * len(sizes), 7), 0.8 + 3.0 * (len(names) + 1)), sharex=True,
+            len(names) + 1, len(sizes), figsize=(max(4.2 * len(sizes), 9.5), 0.8 + 3.0 * (len(names) + 1)), sharex=True,
             sharey="row", squeeze=False, layout="constrained",
         )  # fmt: skip
         for column, size in zip(axes.T, sizes, strict=True):
@@ -59,14 +59,14 @@ def plot_core(document: dict[str, Any], stem: Path) -> list[Path]:
                     points = sorted((r["num_tokens"], r["ms"]) for r in line.rows)
                     ax.plot(*zip(*points, strict=True), label=line.label, **line.style)
                 ax.set_title(f"{name.replace('_', ' + ')}, G = {size}", fontsize=10)
-                readable_heights(ax)
             for name, look in SPEEDUP_STYLES.items():
                 if points := speedups(rows, size, name):
                     column[-1].plot(*zip(*points, strict=True), label=f"speed-up, {name.replace('_', ' + ')}", **look)
             column[-1].axhline(1, color="black", linewidth=THIN, linestyle="--")
             column[-1].set_title(f"speed-up, G = {size}", fontsize=10)
-            readable_heights(column[-1])
             growth_axis(column[-1], rows)
+        for row_axes in axes:
+            readable_heights(*row_axes)
         for ax in axes[:-1, 0]:
             ax.set_ylabel("milliseconds, median")
         axes[-1, 0].set_ylabel("full attention / nsa_fsa")
@@ -93,7 +93,7 @@ def plot_parts(document: dict[str, Any], stem: Path) -> list[Path]:
         if not names:
             continue
         figure, axes = pyplot().subplots(
-            len(names), len(lengths), figsize=(max(4.2 * len(lengths), 7.5), 0.8 + 3.4 * len(names)), squeeze=False,
+            len(names), len(lengths), figsize=(max(4.2 * len(lengths), 9.5), 0.8 + 3.4 * len(names)), squeeze=False,
             layout="constrained",
         )  # fmt: skip
         for row_axes, name in zip(axes, names, strict=True):
@@ -106,11 +106,10 @@ def plot_parts(document: dict[str, Any], stem: Path) -> list[Path]:
                     if any(heights):
                         ax.bar(range(len(sizes)), heights, 0.6, base, label=label(part), color=PART_COLORS[part])
                     base = [low + height for low, height in zip(base, heights, strict=True)]
-                whole = [(place, x[NSA_FSA.name]["ms"]) for place, x in enumerate(here) if NSA_FSA.name in x]
-                if whole:
-                    look = dict(color="black", marker="_", markersize=34, markeredgewidth=THICK, linestyle="none")
-                    ax.plot(*zip(*whole, strict=True), label=label(NSA_FSA.name), **look)
-                ax.set_ylim(0, 1.15 * max([*base, *(ms for _, ms in whole)]))
+                whole = {place: x[NSA_FSA.name]["ms"] for place, x in enumerate(here) if NSA_FSA.name in x}
+                for place, ms in whole.items():
+                    ax.plot([place - 0.38, place + 0.38], [ms, ms], color="black", linewidth=THICK, label=label(NSA_FSA.name))
+                ax.set_ylim(0, 1.15 * max(*base, *whole.values(), 1e-3))
                 ax.set_xticks(range(len(sizes)), [f"G = {size}" for size in sizes])
                 ax.set_title(f"{name}, {tokens:,} tokens", fontsize=10)
                 ax.grid(alpha=0.3, axis="y")
@@ -138,7 +137,7 @@ def plot_roofline(document: dict[str, Any], stem: Path) -> list[Path]:
             if not names:
                 continue
             figure, axes = pyplot().subplots(
-                len(names), len(sizes), figsize=(max(4.4 * len(sizes), 7.5), 0.9 + 2.6 * len(names)), sharex="row",
+                len(names), len(sizes), figsize=(max(4.4 * len(sizes), 11.5), 0.9 + 2.6 * len(names)), sharex="row",
                 squeeze=False, layout="constrained",
             )  # fmt: skip
             for row_axes, name in zip(axes, names, strict=True):
@@ -191,9 +190,9 @@ def plot_crossover(document: dict[str, Any], stem: Path) -> list[Path]:
             ax.set_title(name.replace("_", " + "), fontsize=10)
             ax.set_xlabel("tokens (1K = 1,024)")
             sizes_axis(ax, marked, length)
-        for ax in axes[0]:
-            readable_heights(ax)
+        readable_heights(*axes[0])
         axes[0, 0].set_ylabel("time of full attention / of the core")
-        heading = f"The core against {label(against)}, {document['gpu']}: {num_blocks} blocks of {block_size}, D={head_dim}"
+        where = f"{document['gpu']}: {num_blocks} blocks of {block_size}, D={head_dim}"
+        heading = f"Speed-up over full attention by {label(against).removeprefix('full: ')}, {where}"
         paths.append(finish(figure, axes, heading, named(stem, group)))
     return paths

@@ -205,7 +205,7 @@ def core_memory_table(document: dict[str, Any]) -> Table:
     """Peak of forward and backward beside what full attention's tensors take, with the bar that it is held to."""
     table = Table(
         title=f"Memory of the whole core, {document['gpu']}",
-        caption="peak: of one forward and backward, inputs, outputs and gradients included. full attention: q, k, v, o, lse, do, "
+        caption="peak: one forward and backward, inputs, outputs and gradients included. full attention: q, k, v, o, lse, do, "
         "dq, dk and dv alone.",
     )
     for heading in (

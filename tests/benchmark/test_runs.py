@@ -16,6 +16,7 @@ from nsa_fsa.benchmarking import app as benchmark
 from nsa_fsa.benchmarking import measure, pictures, report, results, selected
 from nsa_fsa.benchmarking.calls import Implementation
 from nsa_fsa.benchmarking.compressed import COMPRESSED
+from nsa_fsa.benchmarking.core import CORE, PARTS
 from nsa_fsa.benchmarking.implementations import IMPLEMENTATIONS, ours, sdpa
 from nsa_fsa.benchmarking.measure import RESULTS, code_version, source_digest
 from nsa_fsa.benchmarking.selection import SELECTION
@@ -136,8 +137,8 @@ def test_pictures(finished, tmp_path):
 
 
 def test_every_implementation_has_a_style():
-    assert set(pictures.STYLES) == set(IMPLEMENTATIONS | COMPRESSED | SELECTION)
-    for together in (IMPLEMENTATIONS, COMPRESSED, SELECTION):
+    assert set(pictures.STYLES) == set(IMPLEMENTATIONS | COMPRESSED | SELECTION | CORE | PARTS)
+    for together in (IMPLEMENTATIONS, COMPRESSED, SELECTION, CORE, PARTS):
         assert len({(pictures.STYLES[name]["color"], pictures.STYLES[name]["marker"]) for name in together}) == len(together)
 
 
