@@ -1,4 +1,5 @@
-"""The command line: `nsa-fsa info` (what is here, and what can run) and `nsa-fsa explain` (what a layer would run, and why)."""
+"""The command line: `nsa-fsa info` (what is here, and what can run), `nsa-fsa explain` (what a layer would run, and why),
+`nsa-fsa bench` (how long it takes, beside others) and `nsa-fsa crossover` (from which length on it is faster)."""
 
 import importlib.metadata
 import platform
@@ -12,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 import nsa_fsa
+from nsa_fsa.benchmarking import app as benchmark
 from nsa_fsa.config import PRESETS, NSAConfig
 from nsa_fsa.ops import backends
 
@@ -24,6 +26,8 @@ OPERATORS = (
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app.add_typer(benchmark.app, name="bench")
+app.command()(benchmark.crossover)
 console = Console()
 
 

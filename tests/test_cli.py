@@ -39,6 +39,18 @@ def test_info_lists_versions_and_every_backend_with_its_reason(monkeypatch):
             assert (" yes " if reason is None else f" no: {reason} ") in line
 
 
+def test_pictures_are_no_concern_of_info_and_explain(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # not importable
+    assert "torch" in run("info")
+    assert "gated_combine" in run("explain", "--device", "cpu", "--tokens", "64")
+
+
+def test_bench_has_every_subject():
+    printed = run("bench", "--help")
+    for subject in ("selected", "selection", "compressed", "core"):
+        assert f" {subject} " in printed
+
+
 def test_info_knows_every_operator():
     assert set(cli.OPERATORS) | {"block_scores"} == set(backends._BACKENDS)
 

@@ -88,6 +88,12 @@ def test_import_is_light(tmp_path):
     assert not added & heavy, f"import nsa_fsa imports {sorted(added & heavy)}"
 
 
+def test_import_leaves_the_command_line_and_the_benchmark_alone(tmp_path):
+    code = "import nsa_fsa, nsa_fsa.ops\nprint(*sys.modules)"
+    loaded = set(run_python(code, tmp_path).split())
+    assert not {"nsa_fsa.benchmarking", "nsa_fsa.cli"} & loaded
+
+
 def test_patch_model_without_transformers_names_the_extra(tmp_path):
     code = """
 import nsa_fsa

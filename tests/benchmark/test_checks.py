@@ -7,13 +7,13 @@ import types
 import pytest
 import torch
 
-from benchmarking import selected
-from benchmarking.check import Oracle, WrongResult
-from benchmarking.implementations import IMPLEMENTATIONS, ours, sdpa
-from benchmarking.running import checked
-from benchmarking.selections import block_counts
-from benchmarking.settings import Setting
 from nsa_fsa import ops
+from nsa_fsa.benchmarking import selected
+from nsa_fsa.benchmarking.check import Oracle, WrongResult
+from nsa_fsa.benchmarking.implementations import IMPLEMENTATIONS, ours, sdpa
+from nsa_fsa.benchmarking.running import checked
+from nsa_fsa.benchmarking.selections import block_counts
+from nsa_fsa.benchmarking.settings import Setting
 from tests.benchmark.tools import CPU, SETTINGS, TINY, reference_calls
 
 

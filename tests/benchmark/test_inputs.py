@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarking import selected
-from benchmarking.check import Inputs
-from benchmarking.selections import block_counts, correlated, neighbour_overlap, random_selection, realistic_selection
-from benchmarking.settings import Necessary, Setting, causal_pairs, floor_ms, necessary, visible_pairs
 from nsa_fsa import ops
+from nsa_fsa.benchmarking import selected
+from nsa_fsa.benchmarking.check import Inputs
+from nsa_fsa.benchmarking.selections import block_counts, correlated, neighbour_overlap, random_selection, realistic_selection
+from nsa_fsa.benchmarking.settings import Necessary, Setting, causal_pairs, floor_ms, necessary, visible_pairs
 from tests.benchmark.tools import CPU, SETTINGS, TINY
 
 
@@ -54,7 +54,7 @@ def test_selection_in_chunks_is_the_same(monkeypatch, seed):
     setting = SETTINGS[0]
     inputs = selected.make_inputs(dataclasses.replace(setting, selection="realistic", num_tokens=192), seed, CPU)
     whole = realistic_selection(inputs.setting, inputs.q.detach(), inputs.k.detach())
-    monkeypatch.setattr("benchmarking.selections.CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr("nsa_fsa.benchmarking.selections.CHUNK_BYTES", 1 << 14)
     assert torch.equal(realistic_selection(inputs.setting, inputs.q.detach(), inputs.k.detach()), whole)
     assert_like_select_blocks(random_selection(setting, torch.Generator().manual_seed(seed)), setting)
     assert neighbour_overlap(whole, inputs.setting) == pytest.approx(loops_overlap(whole, inputs.setting))

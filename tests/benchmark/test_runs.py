@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,13 +12,14 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import benchmark
-from benchmarking import pictures, report, results, selected
-from benchmarking.calls import Implementation
-from benchmarking.compressed import COMPRESSED
-from benchmarking.implementations import IMPLEMENTATIONS, ours, sdpa
-from benchmarking.measure import RESULTS, code_version, source_digest
-from benchmarking.selection import SELECTION
+from nsa_fsa.benchmarking import app as benchmark
+from nsa_fsa.benchmarking import measure, pictures, report, results, selected
+from nsa_fsa.benchmarking.calls import Implementation
+from nsa_fsa.benchmarking.compressed import COMPRESSED
+from nsa_fsa.benchmarking.core import CORE, PARTS
+from nsa_fsa.benchmarking.implementations import IMPLEMENTATIONS, ours, sdpa
+from nsa_fsa.benchmarking.measure import RESULTS, code_version, source_digest
+from nsa_fsa.benchmarking.selection import SELECTION
 from tests.benchmark.tools import CPU, DEVICE, SCRIPTS, TINY, FakeMeter, open_results, quiet, reference_calls
 
 
@@ -135,8 +137,8 @@ def test_pictures(finished, tmp_path):
 
 
 def test_every_implementation_has_a_style():
-    assert set(pictures.STYLES) == set(IMPLEMENTATIONS | COMPRESSED | SELECTION)
-    for together in (IMPLEMENTATIONS, COMPRESSED, SELECTION):
+    assert set(pictures.STYLES) == set(IMPLEMENTATIONS | COMPRESSED | SELECTION | CORE | PARTS)
+    for together in (IMPLEMENTATIONS, COMPRESSED, SELECTION, CORE, PARTS):
         assert len({(pictures.STYLES[name]["color"], pictures.STYLES[name]["marker"]) for name in together}) == len(together)
 
 
@@ -272,17 +274,59 @@ def test_the_code_is_named():
 
 
 def test_the_recorded_command_can_be_repeated_anywhere():
-    given = ["scripts/benchmark.py", "selected", "--output", "/somewhere", "--merge", "--output=/else", "--group", "4"]
-    assert results.command_line(given) == "python scripts/benchmark.py selected --merge --group 4"
+    given = ["selected", "--output", "/somewhere", "--merge", "--output=/else", "--group", "4"]
+    recorded = "selected --merge --group 4"
+    assert results.command_line(["scripts/benchmark.py", *given]) == f"python scripts/benchmark.py {recorded}"
+    for installed in ("/home/me/.venv/bin/nsa-fsa", "/site-packages/nsa_fsa/cli.py", "nsa-fsa.exe"):
+        assert results.command_line([installed, "bench", *given]) == f"nsa-fsa bench {recorded}"
+
+
+def test_the_digest_covers_the_package(monkeypatch, tmp_path):
+    """Every module of it, the benchmark's own among them, and nothing else."""
+    before, copy = source_digest(), tmp_path / "nsa_fsa"
+    shutil.copytree(measure.PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(measure, "PACKAGE", copy)
+    assert source_digest() == before
+    (tmp_path / "other.py").write_text("x = 1")
+    assert source_digest() == before
+    for path in ("kernels/primitives.py", "benchmarking/measure.py"):
+        with (copy / path).open("a") as file:
+            file.write("# changed\n")
+        assert source_digest() != before
+        before = source_digest()
+
+
+def test_installed_it_leaves_other_repositories_alone(tmp_path):
+    """Results go to the current directory, and the commit is not that of whatever repository the installation lies in."""
+    site = tmp_path / "site"
+    shutil.copytree(measure.PACKAGE, site / "nsa_fsa", ignore=shutil.ignore_patterns("__pycache__"))
+    for command in (["init", "-q"], ["-c", "user.name=a", "-c", "user.email=a@b", "commit", "-qm", "a", "--allow-empty"]):
+        subprocess.run(["git", *command], cwd=site, check=True)
+    code = "from nsa_fsa.benchmarking.measure import RESULTS, code_version; print(RESULTS, code_version())"
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    expected = dict(commit="unknown", commit_stated_by_hand=False, dirty=None, source_digest=source_digest())
+    assert run.stdout.strip() == f"nsa_fsa_results {expected}", run.stderr
+
+
+def test_without_matplotlib_there_are_tables(finished, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)  # not importable
+    monkeypatch.setattr(benchmark, "console", console := quiet())
+    benchmark.show(finished)
+    text = console.file.getvalue()
+    assert 'No pictures: they need matplotlib. Fix: pip install "nsa-fsa[plot]"' in text
+    assert "Picture:" not in text
+    assert "Selected attention" in text
 
 
 # The command line
 
 
-def test_without_a_gpu_it_says_so(tmp_path):
+@pytest.mark.parametrize("program", [[str(SCRIPTS / "benchmark.py")], ["-m", "nsa_fsa.cli", "bench"]], ids=["script", "cli"])
+def test_without_a_gpu_it_says_so(program, tmp_path):
     """As a user meets it."""
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "COLUMNS": "200"}
-    command = [sys.executable, str(SCRIPTS / "benchmark.py"), "selected", f"--output={tmp_path}"]
+    command = [sys.executable, *program, "selected", f"--output={tmp_path}"]
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
     assert run.returncode == 1
     text = " ".join(run.stdout.split())

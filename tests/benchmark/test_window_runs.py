@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-import benchmark
-from benchmarking import compressed, pictures, report, results, selection
-from benchmarking.calls import Implementation
-from benchmarking.compressed import COMPRESSED
-from benchmarking.selection import SELECTION
-from benchmarking.settings import PASSES, WindowSetting, necessary_compression
+from nsa_fsa.benchmarking import app as benchmark
+from nsa_fsa.benchmarking import compressed, pictures, report, results, selection
+from nsa_fsa.benchmarking.calls import Implementation
+from nsa_fsa.benchmarking.compressed import COMPRESSED
+from nsa_fsa.benchmarking.selection import SELECTION
+from nsa_fsa.benchmarking.settings import PASSES, WindowSetting, necessary_compression
 from tests.benchmark.tools import CPU, SCRIPTS, FakeMeter, open_results, quiet
 
 TINY = WindowSetting(
@@ -184,10 +184,10 @@ def test_selection_table_has_the_ratio(chosen):
     assert text.count("1.60") == 4  # two lengths, two group sizes
 
 
-def axes_of(monkeypatch, plot, document, stem):
+def axes_of(monkeypatch, plot, document, stem, module=pictures):
     """The paths that a plot returns, and for every panel its title and {label or colour: points}."""
     panels = []
-    finish = pictures.finish
+    finish = module.finish
 
     def looked_at(figure, axes, *rest, **options):
         for ax in axes.flat:
@@ -195,7 +195,7 @@ def axes_of(monkeypatch, plot, document, stem):
             panels.append((ax.get_title(), lines))
         return finish(figure, axes, *rest, **options)
 
-    monkeypatch.setattr(pictures, "finish", looked_at)
+    monkeypatch.setattr(module, "finish", looked_at)
     paths = plot(document, stem)
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
     return [path.name for path in paths], panels

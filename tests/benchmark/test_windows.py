@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarking import compressed, selection
-from benchmarking.check import WrongResult
-from benchmarking.check_windows import SelectionOracle
-from benchmarking.running import checked
-from benchmarking.settings import (
+from nsa_fsa import ops
+from nsa_fsa.benchmarking import compressed, selection
+from nsa_fsa.benchmarking.check import WrongResult
+from nsa_fsa.benchmarking.check_windows import SelectionOracle
+from nsa_fsa.benchmarking.running import checked
+from nsa_fsa.benchmarking.settings import (
     PASSES,
     WindowSetting,
     compressed_pairs,
@@ -17,7 +18,6 @@ from benchmarking.settings import (
     necessary_compression,
     necessary_selection,
 )
-from nsa_fsa import ops
 from tests.benchmark.tools import CPU
 
 TINY = WindowSetting(
@@ -106,7 +106,7 @@ def test_unknown_keys_are_named(seed):
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_the_check_accepts_compressed_attention(setting, seed, monkeypatch):
-    monkeypatch.setattr("benchmarking.check_windows.ROWS_AT_A_TIME", 1 << 11)  # several chunks
+    monkeypatch.setattr("nsa_fsa.benchmarking.check_windows.ROWS_AT_A_TIME", 1 << 11)  # several chunks
     inputs = compressed.make_inputs(setting, seed, CPU)
     calls = compressed.attention(inputs, "reference")
     errors = checked(calls, compressed.attention_subject(setting, inputs).oracle)
@@ -244,7 +244,7 @@ def test_the_scores_of_the_check_are_the_operators(setting, seed):
     ],
 )
 def test_the_check_refuses_a_wrong_selection(fault, message, seed, monkeypatch):
-    monkeypatch.setattr("benchmarking.check_windows.QUERIES_AT_A_TIME", 100)  # rules hold across chunks
+    monkeypatch.setattr("nsa_fsa.benchmarking.check_windows.QUERIES_AT_A_TIME", 100)  # rules hold across chunks
     inputs = compressed.make_inputs(TINY, seed, CPU)
     indices = selection.select(inputs, "reference").forward().clone()
     row = indices[-1, 0]  # query 299, block 9: 0, two free ones, 8 and 9

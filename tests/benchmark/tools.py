@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from benchmarking import results
-from benchmarking.implementations import ours
-from benchmarking.measure import Memory, Timing
-from benchmarking.settings import Setting
+from nsa_fsa.benchmarking import results
+from nsa_fsa.benchmarking.implementations import ours
+from nsa_fsa.benchmarking.measure import Memory, Timing
+from nsa_fsa.benchmarking.settings import Setting
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
 CPU = torch.device("cpu")

@@ -1,15 +1,11 @@
 """The benchmark's meter, which its other tests replace."""
 
-import sys
 import time
 
 import pytest
 import torch
 
-from tests.benchmark.tools import SCRIPTS
-
-sys.path.insert(0, str(SCRIPTS))
-from benchmarking.measure import CudaMeter
+from nsa_fsa.benchmarking.measure import CudaMeter
 
 pytestmark = pytest.mark.gpu
 

@@ -1,4 +1,4 @@
-"""The run of `benchmark.py selection`: the choice of blocks, beside compressed attention, which has the same keys to read."""
+"""The run of `nsa-fsa bench selection`: the choice of blocks, beside compressed attention, which has the same keys to read."""
 
 import functools
 
@@ -6,20 +6,20 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarking.calls import Calls, Implementation
-from benchmarking.check import AttentionInputs
-from benchmarking.check_windows import SelectionOracle
-from benchmarking.compressed import (
+from nsa_fsa.benchmarking.calls import Calls, Implementation
+from nsa_fsa.benchmarking.check import AttentionInputs
+from nsa_fsa.benchmarking.check_windows import SelectionOracle
+from nsa_fsa.benchmarking.compressed import (
     attention_implementation,
     attention_subject,
     make_inputs,
     no_such_backend,
     windows_of,
 )
-from benchmarking.measure import Meter
-from benchmarking.results import Results
-from benchmarking.running import Prepared, Subject, run_implementations
-from benchmarking.settings import WindowSetting, necessary_selection
+from nsa_fsa.benchmarking.measure import Meter
+from nsa_fsa.benchmarking.results import Results
+from nsa_fsa.benchmarking.running import Prepared, Subject, run_implementations
+from nsa_fsa.benchmarking.settings import WindowSetting, necessary_selection
 
 
 def select(inputs: AttentionInputs, backend: str) -> Calls:

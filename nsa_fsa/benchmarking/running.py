@@ -1,7 +1,6 @@
 """What every run shares: a progress bar, checking before timing, and the loop over settings and implementations."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -11,17 +10,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarking.calls import Calls, Implementation
-from benchmarking.check import WrongResult
-from benchmarking.measure import GIB, Meter
-from benchmarking.results import Results
-from benchmarking.settings import PASSES, Necessary, Setting, floor_ms
+from nsa_fsa.benchmarking.calls import Calls, Implementation
+from nsa_fsa.benchmarking.check import WrongResult
+from nsa_fsa.benchmarking.measure import GIB, Meter
+from nsa_fsa.benchmarking.results import Results
+from nsa_fsa.benchmarking.settings import PASSES, Necessary, Setting, floor_ms
 
 
 class Oracle(Protocol):
-    """Takes results by name; returns their errors, or raises WrongResult."""
+    """Its `check` takes results by name; returns their errors, or raises WrongResult."""
 
-    def check(self, **results: torch.Tensor) -> dict[str, float]: ...
+    @property
+    def check(self) -> Callable[..., dict[str, float]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Subject:
     recorded: Setting
     oracle: Oracle
     work: dict[str, Necessary]
+    beside: Callable[[str, float], dict[str, Any]] = lambda name, ms: {}  # what to hold a pass's milliseconds against
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,7 @@ def progress_bar(console: Console, total: int) -> Iterator[Callable[[str], None]
             started = True
 
         yield step
-        progress.advance(bar)
+        progress.update(bar, completed=total)
 
 
 def first_line(error: BaseException) -> str:
@@ -86,7 +87,7 @@ def checked(calls: Calls, oracle: Oracle, passes: tuple[str, ...] | list[str] = 
 def measure(
     results: Results, meter: Meter, implementation: str, kind: str, calls: Calls, oracle: Oracle,
     work: dict[str, Necessary], passes: list[str], setting: Setting, console: Console, variant: str = "",
-    facts: Callable[[str], dict[str, Any]] = lambda name: {},
+    facts: Callable[[str, float], dict[str, Any]] = lambda name, ms: {},
 ) -> None:  # fmt: skip
     """Checks an implementation, then times its passes and records them."""
     errors = checked(calls, oracle, passes)
@@ -113,7 +114,7 @@ def measure(
             implementation, kind, name, setting, variant, ms=timing.median, ms_20=timing.low, ms_80=timing.high,
             host_ms=timing.host, tflops=work[name].flops / timing.median / 1e9 or None, necessary_tflop=work[name].flops / 1e12,
             necessary_gb=work[name].bytes / 1e9, floor_ms=floor, of_floor=floor / timing.median, extra_gib=memory.extra / GIB,
-            workspace_gib=memory.workspace / GIB, errors=errors[name], **facts(name),
+            workspace_gib=memory.workspace / GIB, errors=errors[name], **facts(name, timing.median),
         )  # fmt: skip
 
 
@@ -130,6 +131,27 @@ def importable(implementations: list[Implementation], results: Results, console:
     return present
 
 
+def run_one(
+    implementation: Implementation, setting: Setting, prepared: Prepared, passes: list[str], meter: Meter, results: Results,
+    console: Console,
+) -> None:  # fmt: skip
+    """One implementation at one setting; what cannot run is left out with its reason."""
+    subject = prepared.subject(implementation)
+    where = dataclasses.asdict(subject.recorded)
+    if (reason := implementation.unsupported(setting)) is not None:
+        results.leave_out(implementation.name, reason, **where)
+        return
+    try:
+        calls = implementation.prepare(prepared.inputs)
+    except Exception as error:
+        results.leave_out(implementation.name, first_line(error), **where)
+        return
+    measure(
+        results, meter, implementation.name, implementation.kind, calls, subject.oracle, subject.work, passes, subject.recorded,
+        console, facts=lambda name, ms: implementation.describe(prepared.inputs, name) | subject.beside(name, ms),
+    )  # fmt: skip
+
+
 def run_implementations(
     settings: list[Any], implementations: list[Implementation], passes: list[str], meter: Meter, results: Results,
     console: Console, prepare: Callable[[Any], Prepared],
@@ -137,30 +159,13 @@ def run_implementations(
     """Every implementation at every setting, each recorded setting once."""
     present = importable(implementations, results, console)
     done: set[tuple[str, Setting]] = set()
-
-    def run_one(implementation: Implementation, setting: Setting, prepared: Prepared) -> None:
-        subject = prepared.subject(implementation)
-        recorded = subject.recorded
-        if (implementation.name, recorded) in done:
-            return
-        done.add((implementation.name, recorded))
-        if (reason := implementation.unsupported(setting)) is not None:
-            results.leave_out(implementation.name, reason, **dataclasses.asdict(recorded))
-            return
-        try:
-            calls = implementation.prepare(prepared.inputs)
-        except Exception as error:
-            results.leave_out(implementation.name, first_line(error), **dataclasses.asdict(recorded))
-            return
-        measure(
-            results, meter, implementation.name, implementation.kind, calls, subject.oracle, subject.work, passes, recorded,
-            console, facts=functools.partial(implementation.describe, prepared.inputs),
-        )  # fmt: skip
-
     with progress_bar(console, len(settings) * len(present)) as step:
         for setting in settings if present else ():
             prepared = None  # the last inputs go before the next ones come
             prepared = prepare(setting)
             for implementation in present:
                 step(f"{setting}: {implementation.name}")
-                run_one(implementation, setting, prepared)
+                place = implementation.name, prepared.subject(implementation).recorded
+                if place not in done:
+                    done.add(place)
+                    run_one(implementation, setting, prepared, passes, meter, results, console)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarking.settings import Setting
+from nsa_fsa.benchmarking.settings import Setting
 
 # Relative RMS errors, as docs/reliability.md has them for 16-bit outputs; gradients round once more (ds), so twice that.
 # One block of 16 too few or too many is an error of several per cent. lse is float32 and sees no 16-bit rounding but its
@@ -13,7 +13,9 @@ from benchmarking.settings import Setting
 TOLERANCE = {
     "o": 0.005, "lse": 1e-4, "dq": 0.01, "dk": 0.01, "dv": 0.01,
     "pooled": 0.005, "windows": 0.0, "dx": 0.01, "dweight": 0.01,
+    "dk_cmp": 0.01, "dv_cmp": 0.01, "dgate_logits": 0.01, "do_cmp": 0.01, "do_slc": 0.01, "do_swa": 0.01,
 }  # fmt: skip
+ROWS = ("o", "dq", "lse")
 ROWS_AT_A_TIME = 1 << 26  # elements of gathered keys
 
 
@@ -96,9 +98,10 @@ class AttentionCheck(Check):
 
     edge: int  # rows around its multiples are sampled
 
-    def __init__(self, inputs: AttentionInputs) -> None:
+    def __init__(self, inputs: AttentionInputs, gate: Tensor | None = None) -> None:
+        """gate: what do `[T, HQ, D]` is multiplied by first, `[T, HQ]`."""
         super().__init__()
-        self.inputs, self.setting = inputs, inputs.setting
+        self.inputs, self.setting, self.gate = inputs, inputs.setting, gate
         self.scale = self.setting.head_dim**-0.5
 
     def keys_of(self, queries: Tensor, head: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -117,6 +120,8 @@ class AttentionCheck(Check):
         """Everything about queries `[n]` of one KV head: o, dq, q and do `[n, G, D]`, p and ds `[n, G, L]`, lse `[n, G]`."""
         x, group = self.inputs, slice(head * self.setting.group_size, (head + 1) * self.setting.group_size)
         q, do = x.q.detach()[queries, group].float(), x.do[queries, group].float()
+        if self.gate is not None:
+            do = do * self.gate[queries, group, None]
         k, v, seen = self.keys_of(queries, head)
         hidden = ~seen[:, None]
         scores = (product(q, k.transpose(1, 2)) * self.scale).masked_fill(hidden, -torch.inf)
@@ -129,8 +134,13 @@ class AttentionCheck(Check):
         """o, dq and lse of sampled queries `[heads, n, G, ...]`, or dk and dv of sampled keys."""
         if name in ("dk", "dv"):
             return self.key_gradients()
-        rows = [[self.rows(chunk, head) for chunk in self.chunks(self.queries)] for head in self.heads]
-        return {x: torch.stack([torch.cat([part[x] for part in head]) for head in rows]) for x in ("o", "dq", "lse")}
+        heads = [self.rows_of_any(self.queries, head) for head in self.heads]
+        return {x: torch.stack([rows[x] for rows in heads]) for x in heads[0]}
+
+    def rows_of_any(self, queries: Tensor, head: int) -> dict[str, Tensor]:
+        """o, dq and lse of any number of queries `[n]`: `[n, G, ...]`."""
+        parts = [{x: y for x, y in self.rows(chunk, head).items() if x in ROWS} for chunk in self.chunks(queries)]
+        return {x: torch.cat([part[x] for part in parts]) for x in ROWS}
 
     @property
     def heads(self) -> list[int]:
@@ -150,13 +160,38 @@ class AttentionCheck(Check):
         return picked[:, self.heads].transpose(0, 1).float()
 
 
-class Oracle(AttentionCheck):
-    """Selected attention from the inputs of one setting; `full`: over all keys up to the query's own."""
+class BlockCheck(AttentionCheck):
+    """The gradients of keys and values are compared in some blocks of them."""
+
+    def block_gradients(self, block: int, head: int) -> tuple[Tensor, Tensor]:
+        """dk and dv of the keys of one block and KV head, `[keys, D]`."""
+        raise NotImplementedError
+
+    def keys_in(self, block: int) -> Tensor:
+        size = self.setting.block_size
+        return torch.arange(block * size, min((block + 1) * size, self.setting.num_tokens), device=self.inputs.do.device)
+
+    def key_gradients(self) -> dict[str, Tensor]:
+        blocks = [self.block_gradients(block, head) for head in self.heads for block in self.sampled_blocks()]
+        return {"dk": torch.cat([dk for dk, _ in blocks]), "dv": torch.cat([dv for _, dv in blocks])}
+
+    def sampled_blocks(self) -> list[int]:
+        last = (self.setting.num_tokens - 1) // self.setting.block_size
+        return sorted({0, last // 2, last})
+
+    def sample(self, name: str, result: Tensor) -> Tensor:
+        if name not in ("dk", "dv"):
+            return super().sample(name, result)
+        return torch.cat([result[self.keys_in(block), head] for head in self.heads for block in self.sampled_blocks()]).float()
+
+
+class Oracle(BlockCheck):
+    """Selected attention from the inputs of one setting; `full`: over all keys up to the query's own, whatever is selected."""
 
     inputs: Inputs
 
-    def __init__(self, inputs: Inputs, full: bool = False) -> None:
-        super().__init__(inputs)
+    def __init__(self, inputs: AttentionInputs, full: bool = False, gate: Tensor | None = None) -> None:
+        super().__init__(inputs, gate)
         self.full, self.edge = full, self.setting.block_size
 
     def keys_of(self, queries: Tensor, head: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,14 +209,8 @@ class Oracle(AttentionCheck):
         length = self.setting.num_tokens if self.full else self.setting.num_blocks * self.setting.block_size
         return queries.split(max(ROWS_AT_A_TIME // (length * self.setting.head_dim), 1))
 
-    def key_gradients(self) -> dict[str, Tensor]:
-        blocks = [self.block_gradients(block, head) for head in self.heads for block in self.sampled_blocks()]
-        return {"dk": torch.cat([dk for dk, _ in blocks]), "dv": torch.cat([dv for _, dv in blocks])}
-
     def block_gradients(self, block: int, head: int) -> tuple[Tensor, Tensor]:
-        """dk and dv of the keys of one block and KV head, `[keys, D]`."""
-        size, device = self.setting.block_size, self.inputs.do.device
-        keys = torch.arange(block * size, min((block + 1) * size, self.setting.num_tokens), device=device)
+        size, device, keys = self.setting.block_size, self.inputs.do.device, self.keys_in(block)
         if self.full:
             queries = torch.arange(block * size, self.setting.num_tokens, device=device)
         else:
@@ -200,12 +229,4 @@ class Oracle(AttentionCheck):
         return dk, dv
 
     def sampled_blocks(self) -> list[int]:
-        last = (self.setting.num_tokens - 1) // self.setting.block_size
-        return [last] if self.full else sorted({0, last // 2, last})  # full: every query sees block 0
-
-    def sample(self, name: str, result: Tensor) -> Tensor:
-        if name not in ("dk", "dv"):
-            return super().sample(name, result)
-        size = self.setting.block_size
-        parts = [result[block * size : (block + 1) * size, head] for head in self.heads for block in self.sampled_blocks()]
-        return torch.cat(parts).float()
+        return super().sampled_blocks()[-1:] if self.full else super().sampled_blocks()  # full: every query sees block 0

@@ -16,8 +16,10 @@ import torch
 
 import nsa_fsa
 
-ROOT = Path(__file__).resolve().parents[2]
-RESULTS = ROOT / "docs" / "results"
+PACKAGE = Path(nsa_fsa.__file__).resolve().parent
+ROOT = PACKAGE.parent
+CHECKOUT = (ROOT / "scripts" / "benchmark.py").exists()  # else installed among other packages
+RESULTS = ROOT / "docs" / "results" if CHECKOUT else Path("nsa_fsa_results")
 GIB = 2**30
 QUANTILES = (0.2, 0.5, 0.8)
 
@@ -149,12 +151,10 @@ def _output(*command: str) -> str | None:
 
 
 def source_digest() -> str:
-    """Identifies the code that was measured, with or without git: sha256 of the package and of these scripts."""
+    """Identifies the code that was measured, with or without git: sha256 of the package, of which the benchmark is a part."""
     digest = hashlib.sha256()
-    for path in sorted(
-        [*ROOT.glob("nsa_fsa/**/*.py"), *ROOT.glob("scripts/benchmark*/**/*.py"), ROOT / "scripts/benchmark.py"]
-    ):
-        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0")
+    for path in sorted(PACKAGE.rglob("*.py")):
+        digest.update(str(path.relative_to(PACKAGE)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
 
@@ -162,10 +162,11 @@ def code_version(stated: str | None = None) -> dict[str, Any]:
     """The commit, whether the tree differs from it, and the digest of the sources.
 
     stated: the commit, where the tree has no git, or git there knows an older one, as in a copy of the files alone; whether
-    the tree differs is then unknown, and the digest is what tells.
+    the tree differs is then unknown, and the digest is what tells. An installed package may lie in someone else's repository.
     """
-    commit = stated or _output("git", "rev-parse", "HEAD")
-    changes = None if stated else _output("git", "status", "--porcelain", "--", ".", ":!docs/results")
+    ask_git = CHECKOUT and not stated
+    commit = stated or (_output("git", "rev-parse", "HEAD") if ask_git else None)
+    changes = _output("git", "status", "--porcelain", "--", ".", ":!docs/results") if ask_git else None
     return dict(
         commit=commit or "unknown",
         commit_stated_by_hand=stated is not None,

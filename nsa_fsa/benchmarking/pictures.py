@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarking.report import Group, beside_compressed, groups, label, rows_of, title
+from nsa_fsa.benchmarking.report import Group, beside_compressed, groups, label, rows_of, title
 
 Rows = list[dict[str, Any]]
 
@@ -28,6 +28,11 @@ STYLES: dict[str, dict[str, Any]] = {
     "pool_weighted": dict(color="#56B4E9", marker="s"),
     "gather": dict(color="#CC79A7", marker=">"),
     "select_blocks": dict(color="#0072B2", marker="D"),
+    "selected_attention": dict(color="#D55E00", marker="s"),
+    "sliding_window_attention": dict(color="#009E73", marker="^"),
+    "gated_combine": dict(color="#CC79A7", marker=">"),
+    "nsa_fsa": dict(color="#0072B2", marker="o"),
+    "cudnn": dict(color="#555555", marker="x"),
 }
 # Where one implementation has several lines: one for each shape of blocks, or for each pass.
 BLOCK_STYLES = [
@@ -69,6 +74,15 @@ def selection_lines(rows: Rows) -> list[Line]:
     return lines
 
 
+def missing() -> str | None:
+    """Why nothing can be drawn, or None."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        return 'they need matplotlib. Fix: pip install "nsa-fsa[plot]"'
+    return None
+
+
 def pyplot() -> Any:
     import matplotlib
 
@@ -78,19 +92,22 @@ def pyplot() -> Any:
     return plt
 
 
-def readable_heights(ax: Any) -> None:
-    """From 0 where values are alike, since a part of the axis makes much of noise; else logarithmic, with plain numbers."""
+def readable_heights(*axes: Any) -> None:
+    """Axes that share their heights: from 0 where values are alike, since a part of the axis makes much of noise; else
+    logarithmic, with plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    heights = [y for line in ax.lines for y in line.get_ydata()]
-    if max(heights, default=0) < 5 * min(heights, default=0):
-        ax.set_ylim(0, 1.15 * max(heights))
-    else:
-        ax.set_yscale("log")
-        ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,g}"))
-        ax.yaxis.set_minor_formatter(NullFormatter())
-    ax.grid(alpha=0.3, which="both")
+    heights = [y for ax in axes for line in ax.lines for y in line.get_ydata()]
+    alike = max(heights, default=0) < 5 * min(heights, default=0)
+    for ax in axes:
+        if alike:
+            ax.set_ylim(0, 1.15 * max(heights))
+        else:
+            ax.set_yscale("log")
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(FuncFormatter(lambda value, place: f"{value:,g}"))
+            ax.yaxis.set_minor_formatter(NullFormatter())
+        ax.grid(alpha=0.3, which="both")
 
 
 def sizes_axis(ax: Any, sizes: list[int], form: Callable[[int], str] = str) -> None:
@@ -198,8 +215,7 @@ def plot_compressed_growth(document: dict[str, Any], stem: Path) -> list[Path]:
                         growth(ax, line.rows, "floor_ms", label=f"floor at the measured rates, {name}", **dotted)
             ax.set_title(f"G = {size}", fontsize=10)
             growth_axis(ax, rows)
-        for ax in axes[0]:
-            readable_heights(ax)
+        readable_heights(*axes[0])
         axes[0, 0].set_ylabel("microseconds per 1,024 tokens, median")
         paths.append(finish(figure, axes, title(document, group), named(stem, group, "_growth"), ncols=3))
     return paths
@@ -245,8 +261,7 @@ def plot_selection_growth(document: dict[str, Any], stem: Path) -> list[Path]:
             column[1].axhline(1, color="black", linewidth=THIN, linestyle="--")
             column[0].set_title(f"G = {size}", fontsize=10)
             growth_axis(column[1], rows)
-        for ax in axes[0]:
-            readable_heights(ax)
+        readable_heights(*axes[0])
         for ax in axes[1]:
             ax.set_ylim(0, max(1.25, 1.15 * max(y for each in axes[1] for line in each.lines for y in line.get_ydata())))
             ax.grid(alpha=0.3)

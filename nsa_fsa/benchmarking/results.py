@@ -17,12 +17,12 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from benchmarking.measure import Meter, code_version, machine
-from benchmarking.settings import Setting
+from nsa_fsa.benchmarking.measure import Meter, code_version, machine
+from nsa_fsa.benchmarking.settings import Setting
 
 SCHEMA = 1
 KEY = ("implementation", "variant", "pass", *Setting.__dataclass_fields__)
-WINDOWS = ("kernel_size", "kernel_stride")  # also tell rows apart, where a benchmark has them
+WINDOWS = ("kernel_size", "kernel_stride", "window_size")  # also tell rows apart, where a benchmark has them
 REQUIRED = {
     "document": {"schema", "benchmark", "gpu", "code", "runs", "rows", "selections", "not_timed"},
     "code": {"commit", "commit_stated_by_hand", "dirty", "source_digest"},
@@ -49,7 +49,8 @@ def command_line(arguments: list[str]) -> str:
         for before, x in zip(["", *arguments], arguments, strict=False)
         if not x.startswith("--output") and before != "--output"
     ]
-    return " ".join(["python", *kept])
+    program = "nsa-fsa" if Path(kept[0]).stem in ("nsa-fsa", "cli") else f"python {kept[0]}"  # wherever it is installed
+    return " ".join([program, *kept[1:]])
 
 
 def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
@@ -132,6 +133,11 @@ class Results:
 
     def add_selection(self, setting: Setting, **facts: Any) -> None:
         self._replace("selections", asdict(setting) | facts, tuple(Setting.__dataclass_fields__))
+        self.write()
+
+    def put(self, part: str, entries: list[dict[str, Any]]) -> None:
+        """What only this benchmark has, and follows from its rows."""
+        self.document[part] = entries
         self.write()
 
     def leave_out(self, implementation: str, reason: str, **where: Any) -> None:

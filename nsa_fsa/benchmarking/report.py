@@ -4,19 +4,24 @@ from typing import Any
 
 from rich.table import Table
 
-from benchmarking.compressed import COMPRESSED
-from benchmarking.implementations import IMPLEMENTATIONS
-from benchmarking.paper import FIGURE_9, FIGURE_9_SOURCE, TABLE_5_SOURCE
-from benchmarking.selection import SELECTION
+from nsa_fsa.benchmarking.compressed import COMPRESSED
+from nsa_fsa.benchmarking.core import CORE, PARTS
+from nsa_fsa.benchmarking.implementations import IMPLEMENTATIONS
+from nsa_fsa.benchmarking.paper import FIGURE_9, FIGURE_9_SOURCE, TABLE_5_SOURCE, TABLE_7_SOURCE
+from nsa_fsa.benchmarking.selection import SELECTION
 
-LABELS = {name: implementation.label for name, implementation in (IMPLEMENTATIONS | COMPRESSED | SELECTION).items()}
-TITLES = {"selected": "Selected attention", "compressed": "Compressed attention", "selection": "Block selection"}
+LABELS = {x.name: x.label for x in (IMPLEMENTATIONS | COMPRESSED | SELECTION | CORE | PARTS).values()}
+TITLES = {
+    "selected": "Selected attention", "compressed": "Compressed attention", "selection": "Block selection",
+    "core": "The whole core", "core_branches": "The core and its parts", "crossover": "The whole core against full attention",
+}  # fmt: skip
 INPUTS = {
     "random": "random selection", "realistic": "realistic selection", "independent": "independent compressed keys",
     "window_means": "compressed keys that are means",
 }  # fmt: skip
 # Column of a row to how it is printed.
 RATES = {"tflops": "{:.0f}", "of_floor": "{:.0%}", "extra_gib": "{:.2f}", "host_ms": "{:.2f}"}
+PAPERS = ("fsa", "nsa", "full")  # of table 7
 Group = tuple[int, int, int, str]
 
 
@@ -193,6 +198,77 @@ def memory_table(document: dict[str, Any]) -> Table:
                 _format(backward, "workspace_gib", "{:.2f}"), _format(forward, "index_gib", "{:.2f}"),
                 "-" if quoted is None else f"{quoted:.2f}",
             )  # fmt: skip
+    return table
+
+
+def core_memory_table(document: dict[str, Any]) -> Table:
+    """Peak of forward and backward beside what full attention's tensors take, with the bar that it is held to."""
+    table = Table(
+        title=f"Memory of the whole core, {document['gpu']}",
+        caption="peak: one forward and backward, inputs, outputs and gradients included. full attention: q, k, v, o, lse, do, "
+        "dq, dk and dv alone.",
+    )
+    for heading in (
+        "T", "G", "variant", "forward ms", "backward ms", "both ms", "peak GiB", "full attention GiB", "ratio", "bar",
+    ):  # fmt: skip
+        table.add_column(heading, justify="left" if heading == "variant" else "right", no_wrap=heading != "variant")
+    for (tokens, group_size, _, variant), passes in by_place(document["rows"]).items():
+        both = passes.get("forward_backward")
+        kept = "-" if both is None else f"{both['bar']}: {'kept' if both['within_bar'] else 'missed'}"
+        table.add_row(
+            f"{tokens:,}", str(group_size), variant,
+            *(_milliseconds(passes.get(name)) for name in ("forward", "backward", "forward_backward")),
+            *(_format(both, column, "{:.2f}") for column in ("peak_gib", "full_attention_gib", "of_full_attention")), kept,
+        )  # fmt: skip
+    return table
+
+
+def table_7_table(document: dict[str, Any]) -> Table:
+    """Our seconds in the cells of the paper's table 7."""
+    rows = [row for row in document["rows"] if "paper_s" in row]
+    faster = sum(row["faster_than_fsa"] for row in rows)
+    table = Table(
+        title=f"FSA paper, table 7: seconds, ours on {document['gpu']}",
+        caption=f"ours is faster than FSA in {faster} of {len(rows)} cells. Paper: {TABLE_7_SOURCE}; FA: full attention.",
+    )
+    for heading in ("blocks", "G", "T"):
+        table.add_column(heading, justify="right")
+    for name in ("forward", "f + b"):
+        for heading in (f"ours {name}", "FSA", "NSA", "FA", "faster than FSA"):
+            table.add_column(heading, justify="right")
+    for group in groups(rows):
+        for (tokens, group_size, *_), passes in by_place(rows_of(rows, group)).items():
+            cells = []
+            for name in ("forward", "forward_backward"):
+                row = passes.get(name)
+                quoted = row["paper_s"] if row else {}
+                cells += [f"{row['ms'] / 1e3:.3f}" if row else "-", *(f"{quoted[x]:.2f}" if row else "-" for x in PAPERS)]
+                cells.append(
+                    f"{'yes' if row['faster_than_fsa'] else 'no'}, {quoted['fsa'] / row['ms'] * 1e3:.1f}x" if row else "-"
+                )
+            table.add_row(f"{group[1]}x{group[2]}", str(group_size), f"{tokens:,}", *cells)
+        table.add_section()
+    return table
+
+
+def crossover_table(document: dict[str, Any]) -> Table:
+    """From how many tokens on the core is faster."""
+    table = Table(
+        title=f"From which length on the whole core is faster than full attention, {document['gpu']}",
+        caption="speed-up: time of full attention / time of the core.",
+    )
+    for heading in ("against", "blocks", "D", "G", "pass", "faster from", "speed-up there", "at the longest length"):
+        table.add_column(heading, justify="left" if heading in ("against", "pass") else "right")
+    for entry in document.get("crossovers", []):
+        ratios = {int(tokens): ratio for tokens, ratio in entry["ratios"].items()}
+        tokens, longest = entry["tokens"], max(ratios)
+        start = f"never, up to {longest:,}" if tokens is None else f"{tokens:,}"
+        table.add_row(
+            label(entry["against"]), f"{entry['block_size']}x{entry['num_blocks']}", str(entry["head_dim"]),
+            str(entry["group_size"]), entry["pass"].replace("_", " + "),
+            f"{start} or fewer" if tokens is not None and entry["slower_at"] is None else start,
+            "-" if tokens is None else f"{ratios[tokens]:.2f}x", f"{ratios[longest]:.2f}x at {longest:,}",
+        )  # fmt: skip
     return table
 
 

@@ -7,7 +7,7 @@ first and last blocks up to the query's own always among them.
 import torch
 from torch import Tensor
 
-from benchmarking.settings import Setting
+from nsa_fsa.benchmarking.settings import Setting
 
 KERNEL_SIZE, KERNEL_STRIDE = 32, 16  # windows of the compressed keys, in tokens
 CHUNK_BYTES = 1 << 28

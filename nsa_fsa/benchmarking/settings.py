@@ -1,4 +1,4 @@
-"""One measured setting, and the arithmetic and memory traffic that it cannot do without."""
+"""One measured setting, and the arithmetic and memory traffic that it cannot do without: every floor comes from here."""
 
 from dataclasses import dataclass, replace
 
@@ -61,6 +61,13 @@ class WindowSetting(Setting):
 
 
 @dataclass(frozen=True)
+class CoreSetting(WindowSetting):
+    """Everything that the whole core is given."""
+
+    window_size: int = 512  # keys of the sliding branch, the query's own included
+
+
+@dataclass(frozen=True)
 class Necessary:
     """What any implementation has to do: floating-point operations, and bytes read or written once."""
 
@@ -89,6 +96,22 @@ def compressed_pairs(setting: WindowSetting) -> int:
     windows, stride = setting.num_windows, setting.kernel_stride
     seen = windows * (setting.num_tokens - setting.kernel_size + 1) - stride * windows * (windows - 1) // 2
     return setting.num_kv_heads * seen
+
+
+def selected_pairs(setting: Setting) -> int:
+    """The same for any selection that keeps the rules: all blocks of a query but its own are whole."""
+    size, number, tokens = setting.block_size, setting.num_blocks, setting.num_tokens
+    whole = [size * min(own, number - 1) for own in range(-(-tokens // size))]
+    last = tokens - (len(whole) - 1) * size
+    others = size * sum(whole[:-1]) + last * whole[-1]
+    own = (len(whole) - 1) * (size * (size + 1) // 2) + last * (last + 1) // 2
+    return setting.num_kv_heads * (others + own)
+
+
+def window_pairs(setting: CoreSetting) -> int:
+    """The same for a sliding window."""
+    tokens, window = setting.num_tokens, min(setting.window_size, setting.num_tokens)
+    return setting.num_kv_heads * (tokens * window - window * (window - 1) // 2)
 
 
 def necessary(setting: Setting, pairs: int, num_indices: int, num_keys: int | None = None) -> dict[str, Necessary]:
@@ -126,6 +149,43 @@ def necessary_compression(setting: WindowSetting, *, gathered: bool = False, wei
     row = setting.num_kv_heads * setting.head_dim * setting.torch_dtype.itemsize
     x, windows = setting.num_tokens * row, setting.num_windows * row * (setting.kernel_size if gathered else 1)
     return with_both(Necessary(0, x + windows), Necessary(0, windows + (2 if weighted else 1) * x))
+
+
+def necessary_combine(setting: Setting) -> dict[str, Necessary]:
+    """The gated sum: gates and three branches in, o out; backward those and do in, gradients of gates and branches out."""
+    rows = setting.num_tokens * setting.num_heads * setting.torch_dtype.itemsize
+    o, gates = rows * setting.head_dim, rows * 3
+    return with_both(Necessary(0, 4 * o + gates), Necessary(0, 7 * o + 2 * gates))
+
+
+def necessary_parts(setting: CoreSetting) -> dict[str, dict[str, Necessary]]:
+    """The operators of the core, in the order in which they run, each alone."""
+    return {
+        "compressed_attention": necessary(setting, compressed_pairs(setting), 0, setting.num_windows),
+        "select_blocks": necessary_selection(setting),
+        "selected_attention": necessary(setting, selected_pairs(setting), setting.num_blocks),
+        "sliding_window_attention": necessary(setting, window_pairs(setting), 0),
+        "gated_combine": necessary_combine(setting),
+    }
+
+
+def necessary_core(setting: CoreSetting) -> dict[str, Necessary]:
+    """The arithmetic of all parts, but only what goes in (q, k, v, compressed k and v, gates; backward also do) and what
+    comes out (o; backward the six gradients): what passes from one part to another need not reach memory."""
+    item = setting.torch_dtype.itemsize
+    queries = setting.num_tokens * setting.num_heads * setting.head_dim * item
+    keys = (setting.num_tokens + setting.num_windows) * setting.num_kv_heads * setting.head_dim * item
+    inputs = queries + 2 * keys + setting.num_tokens * setting.num_heads * 3 * item
+    forward, backward = (
+        sum(part[name].flops for part in necessary_parts(setting).values() if name in part) for name in ("forward", "backward")
+    )
+    return with_both(Necessary(forward, inputs + queries), Necessary(backward, 2 * inputs + queries))
+
+
+def full_attention_bytes(setting: Setting) -> int:
+    """The tensors that training full attention needs whatever computes it: q, k, v, o, dq, dk, dv, do, and lse in float32."""
+    row = setting.head_dim * setting.torch_dtype.itemsize
+    return setting.num_tokens * (4 * (setting.num_heads + setting.num_kv_heads) * row + 4 * setting.num_heads)
 
 
 def floor_ms(parts: list[Necessary], matmul_flops: float, copy_bytes: float) -> float:

@@ -1,4 +1,4 @@
-"""What `benchmark.py selected` times: this package's backends, and every other implementation that can be imported.
+"""What `nsa-fsa bench selected` times: this package's backends, and every other implementation that can be imported.
 
 Peers run with their own defaults; what only rearranges their inputs (views, index dtypes, counts) is done before the clock
 starts.
@@ -13,15 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarking.calls import Calls, Implementation, by_autograd
-from benchmarking.check import Inputs
-from benchmarking.selections import block_counts
-from benchmarking.settings import Setting
+from nsa_fsa.benchmarking.calls import Calls, Implementation, by_autograd
+from nsa_fsa.benchmarking.check import Inputs
+from nsa_fsa.benchmarking.selections import block_counts
+from nsa_fsa.benchmarking.settings import Setting
 
 # This package
 
 
-def forced_blocks(setting: Setting) -> dict[str, int]:
+def forced_blocks(setting: Setting) -> dict[str, Any]:
     return dict(block_size=setting.block_size, init_blocks=setting.init_blocks, local_blocks=setting.local_blocks)
 
 

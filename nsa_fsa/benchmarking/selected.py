@@ -1,4 +1,4 @@
-"""The runs of `benchmark.py selected`: times against peers, workspace memory, and ablations of the KV-major design."""
+"""The runs of `nsa-fsa bench selected`: times against peers, workspace memory, and ablations of the KV-major design."""
 
 import dataclasses
 from typing import Any
@@ -7,15 +7,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarking.calls import Calls, Implementation
-from benchmarking.check import Inputs, Oracle
-from benchmarking.implementations import forced_blocks, ours
-from benchmarking.measure import GIB, Meter
-from benchmarking.paper import TABLE_5, TABLE_5_SOURCE
-from benchmarking.results import Results
-from benchmarking.running import Prepared, Subject, measure, progress_bar, run_implementations
-from benchmarking.selections import correlated, neighbour_overlap, random_selection, realistic_selection
-from benchmarking.settings import Setting, causal_pairs, necessary, visible_pairs
+from nsa_fsa.benchmarking.calls import Calls, Implementation
+from nsa_fsa.benchmarking.check import Inputs, Oracle
+from nsa_fsa.benchmarking.implementations import forced_blocks, ours
+from nsa_fsa.benchmarking.measure import GIB, Meter
+from nsa_fsa.benchmarking.paper import TABLE_5, TABLE_5_SOURCE
+from nsa_fsa.benchmarking.results import Results
+from nsa_fsa.benchmarking.running import Prepared, Subject, measure, progress_bar, run_implementations
+from nsa_fsa.benchmarking.selections import correlated, neighbour_overlap, random_selection, realistic_selection
+from nsa_fsa.benchmarking.settings import Setting, causal_pairs, necessary, visible_pairs
 
 UNLIMITED = 1 << 50
 Q_CORRELATION, K_CORRELATION = 0.99, 0.98  # of neighbouring queries and keys, for the realistic selection

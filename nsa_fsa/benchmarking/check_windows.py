@@ -6,8 +6,8 @@ Shapes: T tokens, N windows of l tokens every s, H = HKV heads, M blocks.
 import torch
 from torch import Tensor
 
-from benchmarking.check import ROWS_AT_A_TIME, AttentionCheck, AttentionInputs, Check, WrongResult
-from benchmarking.settings import WindowSetting
+from nsa_fsa.benchmarking.check import ROWS_AT_A_TIME, AttentionCheck, AttentionInputs, Check, WrongResult
+from nsa_fsa.benchmarking.settings import WindowSetting
 
 SCORE_LOST = 0.005  # of the best possible sum of free blocks' scores; equal scores and float32 rounding cost less than 1e-5
 QUERIES_AT_A_TIME = 8192
@@ -18,8 +18,8 @@ class CompressedOracle(AttentionCheck):
 
     setting: WindowSetting
 
-    def __init__(self, inputs: AttentionInputs) -> None:
-        super().__init__(inputs)
+    def __init__(self, inputs: AttentionInputs, gate: Tensor | None = None) -> None:
+        super().__init__(inputs, gate)
         self.edge = self.setting.kernel_size
 
     def keys_of(self, queries: Tensor, head: int) -> tuple[Tensor, Tensor, Tensor]:

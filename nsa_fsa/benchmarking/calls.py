@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarking.check import AttentionInputs
-from benchmarking.measure import package_version
-from benchmarking.settings import Setting
+from nsa_fsa.benchmarking.check import AttentionInputs
+from nsa_fsa.benchmarking.measure import package_version
+from nsa_fsa.benchmarking.settings import Setting
 
 
 @dataclass
@@ -62,9 +62,15 @@ class Implementation:
         return dict(label=self.label, version=self.version(), notes=self.notes, **self.facts(inputs, name))
 
 
-def by_autograd(inputs: AttentionInputs, attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Calls:
-    """All passes of a differentiable function; the backward alone reuses one graph."""
-    leaves = (inputs.q, inputs.k, inputs.v)
+def by_autograd(inputs: AttentionInputs, attention: Callable[..., Tensor]) -> Calls:
+    """All passes of a differentiable function of q, k and v."""
+    return differentiated((inputs.q, inputs.k, inputs.v), inputs.do, attention)
+
+
+def differentiated(
+    leaves: tuple[Tensor, ...], do: Tensor, attention: Callable[..., Tensor], gradients: tuple[str, ...] = ("dq", "dk", "dv")
+) -> Calls:
+    """All passes of a differentiable function of leaves; the backward alone reuses one graph."""
     detached = tuple(x.detach() for x in leaves)
     graph: list[Tensor] = []
 
@@ -75,9 +81,9 @@ def by_autograd(inputs: AttentionInputs, attention: Callable[[Tensor, Tensor, Te
     def backward() -> tuple[Tensor, ...]:
         if not graph:
             graph.append(attention(*leaves))
-        return torch.autograd.grad(graph[0], leaves, inputs.do, retain_graph=True)
+        return torch.autograd.grad(graph[0], leaves, do, retain_graph=True)
 
     def forward_backward() -> tuple[Tensor, ...]:
-        return torch.autograd.grad(attention(*leaves), leaves, inputs.do)
+        return torch.autograd.grad(attention(*leaves), leaves, do)
 
-    return Calls(forward, backward, forward_backward)
+    return Calls(forward, backward, forward_backward, gradients=gradients)

@@ -1,4 +1,4 @@
-"""The run of `benchmark.py compressed`: attention over compressed keys, and the compression that makes them."""
+"""The run of `nsa-fsa bench compressed`: attention over compressed keys, and the compression that makes them."""
 
 import functools
 from collections.abc import Callable
@@ -9,13 +9,13 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from benchmarking.calls import Calls, Implementation, by_autograd
-from benchmarking.check import AttentionInputs
-from benchmarking.check_windows import CompressedOracle, CompressionOracle
-from benchmarking.measure import Meter
-from benchmarking.results import Results
-from benchmarking.running import Prepared, Subject, run_implementations
-from benchmarking.settings import WindowSetting, compressed_pairs, necessary, necessary_compression
+from nsa_fsa.benchmarking.calls import Calls, Implementation, by_autograd
+from nsa_fsa.benchmarking.check import AttentionInputs
+from nsa_fsa.benchmarking.check_windows import CompressedOracle, CompressionOracle
+from nsa_fsa.benchmarking.measure import Meter
+from nsa_fsa.benchmarking.results import Results
+from nsa_fsa.benchmarking.running import Prepared, Subject, run_implementations
+from nsa_fsa.benchmarking.settings import WindowSetting, compressed_pairs, necessary, necessary_compression
 
 # Means of 32 normal keys have a standard deviation of 0.18; times 6, scores spread as those of single normal keys do.
 MEAN_GAIN = 6
@@ -94,7 +94,7 @@ def make_compression_inputs(setting: WindowSetting, seed: int, device: torch.dev
 # Implementations
 
 
-def windows_of(setting: WindowSetting) -> dict[str, int]:
+def windows_of(setting: WindowSetting) -> dict[str, Any]:
     return dict(kernel_size=setting.kernel_size, kernel_stride=setting.kernel_stride)
 
 
@@ -145,7 +145,8 @@ def flex_attention(inputs: AttentionInputs) -> Calls:
     def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         return key * stride + size - 1 <= query
 
-    function, make_mask = flex.flex_attention, flex.create_block_mask
+    function: Any = flex.flex_attention
+    make_mask: Any = flex.create_block_mask
     if inputs.q.is_cuda:
         torch.compiler.reset()  # shapes known to the compiler: the next setting is compiled for itself, not for any length
         function, make_mask = torch.compile(function, dynamic=False), torch.compile(make_mask, dynamic=False)
@@ -216,8 +217,9 @@ class Compression(Implementation):
 
 def compression_implementations(backend: str) -> list[Implementation]:
     def one(name: str, label: str, operator: str, *options: str) -> Compression:
+        keywords: dict[str, Any] = dict.fromkeys(options, True)
         return Compression(
-            name, label, "compression", functools.partial(compression, backend=backend, **dict.fromkeys(options, True)),
+            name, label, "compression", functools.partial(compression, backend=backend, **keywords),
             unsupported=functools.partial(no_such_backend, operator=operator, backend=backend), distribution="nsa-fsa",
             notes="of the keys alone; backward: the registered operator", facts=lambda inputs, name: dict(backend=backend),
             options=options,
