@@ -56,7 +56,7 @@ def test_memory():
     leaves, do = make(20_000, 16, 16, 128)
     run(leaves, do)  # loads the kernels
     results, used = extra(lambda: run(leaves, do))
-    assert used <= num_bytes(*results)
+    assert used <= num_bytes(*results) + 2**20  # which the allocator may leave unused at the end of a large block
     assert_no_growth(lambda: run(leaves, do))
 
 
