@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nsa_fsa import ops
 from nsa_fsa.config import NSAConfig
-from nsa_fsa.ops import Layout
+from nsa_fsa.ops import Layout, backends
 
 
 class PoolPhi(nn.Module):
@@ -96,7 +96,8 @@ class Compressor(nn.Module):
 
     def __init__(self, config: NSAConfig, kind: str | nn.Module, head_dim: int, **factory) -> None:
         super().__init__()
-        self.kernel_size, self.kernel_stride, self.backend = config.kernel_size, config.kernel_stride, config.backend
+        self.kernel_size, self.kernel_stride = config.kernel_size, config.kernel_stride
+        self.backend = backends.of_several("pool_windows", config.backend)  # gather_windows has the same
         self.phi = kind if isinstance(kind, nn.Module) else _make_phi(config, kind, head_dim, **factory)
         self.position_embedding = (
             nn.Parameter(torch.empty(config.num_kv_heads, config.kernel_size, head_dim, **factory))

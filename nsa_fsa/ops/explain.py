@@ -97,6 +97,7 @@ def _calls(
 
 
 def _explain(operator: str, name: str, tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Choice:
+    name = backends.of_several(operator, name)
     chosen = backends.resolve(operator, name, *tensors, **arguments).name
     if name != "auto":
         return Choice(operator, chosen, f"backend={name!r} was asked for", {})

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nsa_fsa import NativeSparseAttention, NSAConfig, explain
 from nsa_fsa.ops import backends
 from tests.cases import DIFFERENTIABLE, by_name, call, device_of, gradients, make_inputs, suited
 
@@ -54,3 +55,14 @@ def test_on_a_cpu_nothing_chooses_triton():
     """Its interpreter is for tests; a user who does not ask for it gets the reference."""
     x = make_inputs(CASE)
     assert torch.equal(call("selected_attention", CASE, x, "auto")[0], call("selected_attention", CASE, x, "reference")[0])
+
+
+def test_a_layer_takes_the_name_of_one_operators_backend():
+    """The selected branch has two Triton backends, the others one or none: these choose for themselves."""
+    config = NSAConfig.from_dict(
+        dict(preset="tiny", hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, backend="triton_kv_major")
+    )
+    chosen = {choice.operator: choice.backend for choice in explain(config, 40, dtype=torch.float32).choices}
+    assert chosen.pop("selected_attention") == "triton_kv_major"
+    assert "triton_kv_major" not in chosen.values()
+    assert NativeSparseAttention(config)(torch.randn(1, 40, 64)).shape == (1, 40, 64)
