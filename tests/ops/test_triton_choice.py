@@ -65,4 +65,6 @@ def test_a_layer_takes_the_name_of_one_operators_backend():
     chosen = {choice.operator: choice.backend for choice in explain(config, 40, dtype=torch.float32).choices}
     assert chosen.pop("selected_attention") == "triton_kv_major"
     assert "triton_kv_major" not in chosen.values()
-    assert NativeSparseAttention(config)(torch.randn(1, 40, 64)).shape == (1, 40, 64)
+    device = device_of("triton_kv_major")
+    attn = NativeSparseAttention(config, device=device)
+    assert attn(torch.randn(1, 40, 64, device=device)).shape == (1, 40, 64)
