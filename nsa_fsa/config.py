@@ -14,6 +14,7 @@ COMPRESSION_KINDS = ("mean", "weighted", "linear", "mlp", "gated")
 GATE_KINDS = ("per_head", "per_token")
 GATE_INITS = ("balanced", "dense")
 COMPRESS_ROPE = ("after", "before")
+BRANCHES = ("compressed", "selected", "sliding")
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
 _ROPE_KEYS = (
     "rope_type", "rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings", "attention_factor",
@@ -71,6 +72,8 @@ class NSAConfig:
             "default", "linear", "dynamic", "yarn" and "llama3". `None`: the layer rotates nothing unless its caller
             passes `position_embeddings`.
         max_position_embeddings: length the model was made for; "dynamic" and "yarn" scale relative to it.
+        recompute: of "compressed", "selected" and "sliding", the branches whose output is computed again in backward instead of
+            kept for it: `num_heads * v_head_dim` numbers less per token and branch, for the time of the branch's forward.
         backend: which implementation of the operators runs; "auto" takes the fastest that can.
 
     Fields that default to another field's value are filled in at construction; `dataclasses.replace(config, head_dim=64)`
@@ -113,6 +116,7 @@ class NSAConfig:
         default_factory=lambda: {"rope_type": "default", "rope_theta": 10000.0}, hash=False
     )
     max_position_embeddings: int = 131072
+    recompute: tuple[str, ...] = ()
     backend: str = "auto"
 
     @property
@@ -193,6 +197,13 @@ class NSAConfig:
             "a positive finite number",
             "1.0e-6 is usual (YAML reads 1e-6, without the point, as text)",
         )
+        self._require(
+            isinstance(self.recompute, (tuple, list)) and all(name in BRANCHES for name in self.recompute),
+            "recompute",
+            f"a tuple of branches among {BRANCHES}",
+            'for example ("compressed", "sliding")',
+        )
+        self._fill("recompute", tuple(self.recompute))  # YAML and JSON have lists
         self._require(isinstance(self.backend, str) and self.backend != "", "backend", "a backend's name", 'use "auto"')
         self._check_rope()
 
@@ -255,7 +266,7 @@ class NSAConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields, defaults filled in, as plain JSON-compatible values."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "recompute": list(self.recompute)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> NSAConfig:

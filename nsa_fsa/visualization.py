@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa_fsa.config import NSAConfig
+from nsa_fsa.config import BRANCHES, NSAConfig
 from nsa_fsa.modules.native_sparse_attention import NativeSparseAttention, Record
 
-BRANCHES = ("compressed", "selected", "sliding")
 # Colour-blind safe (Okabe and Ito): orange, blue, green.
 BRANCH_COLORS = ("#E69F00", "#0072B2", "#009E73")
 

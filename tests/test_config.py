@@ -89,6 +89,10 @@ REFUSED = [
         for name in ("compress_position_embedding", "kv_per_branch", "qk_norm", "qkv_bias", "o_bias")
         for value in (1, "true", None)
     ],
+    *[
+        ({"recompute": value}, "recompute", "a tuple of branches among ('compressed', 'selected', 'sliding')")
+        for value in (None, "compressed", True, ("compressed", "window"), (1,))
+    ],
     *[({"backend": value}, "backend", "a backend's name") for value in (None, "")],
     # RoPE.
     ({"rope_parameters": "default"}, "rope_parameters", "a dict or None"),
@@ -168,6 +172,8 @@ ACCEPTED = [
     {"head_dim": 65, "rope_parameters": None},
     {"head_dim": 20, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     {"rope_parameters": without(ROPES["yarn"], "original_max_position_embeddings")},
+    {"recompute": ("selected",)},
+    {"recompute": ("compressed", "selected", "sliding")},
     {"backend": "a-name-that-only-the-operators-know"},
     *[{"compress_k": kind, "compress_v": kind} for kind in COMPRESSION_KINDS],
     *[{"rope_parameters": rope} for rope in ROPES.values()],

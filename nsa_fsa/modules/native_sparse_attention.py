@@ -129,7 +129,7 @@ class NativeSparseAttention(nn.Module):
 
         c = self.config
         gate_logits = self.gate(x)  # [T, HQ or 1, 3]
-        o, branches = nsa_attention(
+        o = nsa_attention(
             q,
             keys.k,
             keys.v,
@@ -150,10 +150,12 @@ class NativeSparseAttention(nn.Module):
             scale=c.scale,
             cu_seqlens_q=layout.cu_seqlens_q,
             seqused_k=layout.seqused_k,
-            return_branches=True,
+            return_branches=self.recorder is not None,
+            recompute=c.recompute,
             backend=c.backend,
         )  # [T, HQ, DV]
         if self.recorder is not None:
+            o, branches = o
             self.recorder(Record(self.layer_idx, branches.block_indices, gate_logits.detach().sigmoid(), layout))
         return _put_back(self.o_proj(o.flatten(1)), rows, hidden_states)
 

@@ -11,14 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nsa_fsa.config import BRANCHES
 from nsa_fsa.ops import backends, triton_backends, validation
 from nsa_fsa.ops.block_selection import check_blocks
 from nsa_fsa.ops.compressed_attention import check_compressed_rows
 from nsa_fsa.ops.gated_combine import check_gates
 from nsa_fsa.ops.registration import define_operator
 from nsa_fsa.ops.selected_attention import WORKSPACE_BYTES, block_index_fake, block_index_run, wants_index
-
-BRANCHES = ("compressed", "selected", "sliding")
 
 
 class Branches(NamedTuple):

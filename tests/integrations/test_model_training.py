@@ -238,10 +238,8 @@ def training_losses(backend, steps=100):
     return torch.tensor(losses)
 
 
-OTHER_BACKENDS = [backend for backend in backends_of("nsa_attention") if backend.values[0] != "reference"]
-
-
-@pytest.mark.skipif(not OTHER_BACKENDS, reason="the reference is the only backend; this compares the others with it")
-@pytest.mark.parametrize("backend", OTHER_BACKENDS or ["none"])
+@pytest.mark.parametrize("backend", [backend for backend in backends_of("nsa_attention") if backend.values[0] != "reference"])
 def test_training_a_model_tracks_the_reference(backend):
+    if device_of(backend) == "cpu":
+        pytest.skip("100 steps take Triton's interpreter hours: on a GPU only")
     torch.testing.assert_close(training_losses(backend), training_losses("reference"), rtol=0, atol=1e-2)  # row 16 of the bars
