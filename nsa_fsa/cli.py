@@ -15,6 +15,7 @@ from rich.table import Table
 import nsa_fsa
 from nsa_fsa.benchmarking import app as benchmark
 from nsa_fsa.config import PRESETS, NSAConfig
+from nsa_fsa.modules.rotary import quack_rotary
 from nsa_fsa.ops import backends
 
 PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "transformers")
@@ -51,6 +52,7 @@ def info() -> None:
         gpu = torch.cuda.get_device_properties(number)
         capability = f"compute capability {gpu.major}.{gpu.minor}"
         packages.add_row(f"GPU {number}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {capability}")
+    packages.add_row("rotary embedding", "PyTorch" if quack_rotary() is None else "quack, on GPUs from Hopper on")
     if not torch.cuda.device_count():
         packages.add_row("GPUs", "none")
     console.print(packages)

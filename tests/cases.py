@@ -296,9 +296,21 @@ def no_gradient_for_last_queries(operator, backend):
 
 def refuses_last_queries(backend, call):
     """Whether the backend wants queries that share the rows of the keys; `call`, whose do not, must then be refused."""
-    if backend != "triton_kv_major":
-        return False
-    with pytest.raises(ValueError, match=r"no support where cu_seqlens_q or seqused_k is given.*Fix"):
+    if backend == "flash_attn_4":
+        return _refused(call, r"no support where seqused_k is given: it reads past the keys in use.*Fix")
+    return backend == "triton_kv_major" and _refused(call, r"no support where cu_seqlens_q or seqused_k is given.*Fix")
+
+
+def refuses_unused_queries(backend, call):
+    """Whether the backend wants every key of a query's sequence to be in use, or the queries to be the last of those in use;
+    `call`, where some are not and queries lie among them, must then be refused."""
+    if backend in FLASH_ATTENTION:
+        return _refused(call, r"no support where seqused_k is given without cu_seqlens_q.*Fix")
+    return refuses_last_queries(backend, call)
+
+
+def _refused(call, match):
+    with pytest.raises(ValueError, match=match):
         call()
     return True
 

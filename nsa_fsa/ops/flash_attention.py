@@ -37,6 +37,9 @@ class Library:
 
     name: str
     capability: tuple[int, int]  # the oldest GPU
+    # Whether the keys past a sequence's end can be anything. Otherwise they are read, and weighed with 0: a NaN or an infinity
+    # among them shows. In a cache's unused rows there may be such; packed, it is the next sequence, which is lost itself.
+    stops_at_end: bool
     missing: Callable[[], str | None]
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -93,8 +96,8 @@ def _torch_backward(do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen,
     return into or grads
 
 
-FLASH_ATTN_4 = Library("flash_attn_4", (9, 0), _flash_attn_4_missing, _flash_attn_4_forward, _flash_attn_4_backward)
-TORCH_FLASH = Library("torch_flash", (8, 0), lambda: None, _torch_forward, _torch_backward)
+FLASH_ATTN_4 = Library("flash_attn_4", (9, 0), False, _flash_attn_4_missing, _flash_attn_4_forward, _flash_attn_4_backward)
+TORCH_FLASH = Library("torch_flash", (8, 0), True, lambda: None, _torch_forward, _torch_backward)
 LIBRARIES = (FLASH_ATTN_4, TORCH_FLASH)
 
 
@@ -117,9 +120,18 @@ def none_available() -> str | None:
 
 
 def unsupported(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, seqused_k: Tensor | None = None, backward: bool = False, **_: Any
+    library: Library,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    cu_seqlens_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    backward: bool = False,
+    **_: Any,
 ) -> str | None:
-    """Why no FlashAttention can run these arguments, or None."""
+    """Why the library cannot run these arguments, or None."""
     if not q.is_cuda:
         return f"q is on {q.device}, and FlashAttention runs on CUDA devices"
     if q.dtype not in DTYPES:
@@ -128,9 +140,18 @@ def unsupported(
         return f"head widths {q.shape[2]} and {v.shape[2]}; supported are at most {MAX_HEAD_DIM}"
     if not scale > 0:
         return f"scale={scale}; it must be positive"
+    if seqused_k is not None and cu_seqlens_q is None:  # the libraries take the last query for that of the last used key
+        return "no support where seqused_k is given without cu_seqlens_q"
+    if seqused_k is not None and not library.stops_at_end:
+        return "no support where seqused_k is given: it reads past the keys in use, where there may be NaN"
     if backward and seqused_k is not None:
         return "no gradient where seqused_k is given, as in decoding"
     return None
+
+
+def none_supports(*tensors: Tensor, **arguments: Any) -> str | None:
+    reasons = [unsupported(library, *tensors, **arguments) for library in LIBRARIES if unavailable(library) is None]
+    return None if not reasons or None in reasons else reasons[-1]
 
 
 def _padded(x: Tensor, width: int) -> Tensor:
@@ -209,9 +230,10 @@ def window_key(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any], direc
 
 def _fastest(run: Callable[..., Any], direction: str, *tensors: Tensor, **arguments: Any) -> Any:
     """Whichever library the profiler finds fastest; without it the first that is here."""
-    ways = {x.name: functools.partial(run, x, *tensors, **arguments) for x in LIBRARIES if unavailable(x) is None}
-    name = next(iter(ways))
     q, k, v = tensors[:3] if direction == "forward" else tensors[1:4]
+    able = [x for x in LIBRARIES if unavailable(x) is None and unsupported(x, q, k, v, **arguments) is None]
+    ways = {x.name: functools.partial(run, x, *tensors, **arguments) for x in able}
+    name = next(iter(ways))
     if len(ways) > 1 and q.numel() > 0:
         name = profiler.choose(window_key(q, k, v, arguments, direction), ways, q.device, recoverable=(Exception,))
     return ways[name]()
@@ -224,7 +246,7 @@ BACKENDS = (
         functools.partial(_fastest, _forward, "forward"),
         adding(functools.partial(_fastest, _backward, "backward")),
         none_available,
-        unsupported,
+        none_supports,
         triton_backends.on_gpu,
     ),
     *(
@@ -233,7 +255,7 @@ BACKENDS = (
             functools.partial(_forward, library),
             adding(functools.partial(_backward, library)),
             functools.partial(unavailable, library),
-            unsupported,
+            functools.partial(unsupported, library),
             triton_backends.on_gpu,
         )
         for library in LIBRARIES

@@ -116,18 +116,20 @@ def check_selection(case, x, block_indices):
 
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends(*ATTENTIONS, "nsa_attention"))
 def test_scale(operator, backend):
-    """A softmax scale other than the default reaches every branch, forward and backward: it equals scaled queries."""
+    """A softmax scale other than the default reaches every branch, forward and backward: it equals scaled queries.
+
+    Scaled by a power of 2, which rounds nothing."""
     case = suited(by_name("five"), backend, calls=2, operator=operator)
     dtype, rounding = widest_dtype(backend)
     close, close_grads = dict(rtol=rounding, atol=rounding), dict(rtol=10 * rounding, atol=10 * rounding)
     x = make_inputs(case, dtype, device=device_of(backend), requires_grad=True)
-    found = output(call(operator, case, x, backend, scale=3 * case.scale))
+    found = output(call(operator, case, x, backend, scale=4 * case.scale))
     do = torch.randn_like(found)
-    scaled = x.replace(q=(x.q.detach() * 3).requires_grad_())
+    scaled = x.replace(q=(x.q.detach() * 4).requires_grad_())
     expected = output(call(operator, case, scaled, backend))
     torch.testing.assert_close(found, expected, **close)
     grads, grads_scaled = gradients(operator, found, x, do), gradients(operator, expected, scaled, do)
-    torch.testing.assert_close(grads[0], grads_scaled[0] * 3, **close_grads)
+    torch.testing.assert_close(grads[0], grads_scaled[0] * 4, **close_grads)
     torch.testing.assert_close(grads[1:], grads_scaled[1:], **close_grads)
 
 

