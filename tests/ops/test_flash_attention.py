@@ -1,0 +1,83 @@
+"""What each FlashAttention can do, and how its heads are cut to a budget.
+
+What they compute, the other files of this folder test on a GPU, under the names of their backends.
+"""
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nsa_fsa import ops
+from nsa_fsa.ops import backends, flash_attention
+from nsa_fsa.ops.flash_attention import FLASH_ATTN_4, LIBRARIES, TORCH_FLASH, head_chunks, none_supports, unsupported
+from tests.cases import by_name, call, make_inputs
+
+
+def tensors(dtype=torch.bfloat16, head_dim=128, v_head_dim=128, device="cuda"):
+    """q, k and v that take no memory, and need no GPU."""
+    with FakeTensorMode():
+        shapes = (64, 8, head_dim), (64, 2, head_dim), (64, 2, v_head_dim)
+        return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+
+
+USED = torch.tensor([3, 5], dtype=torch.int32)
+LAST = torch.tensor([0, 1, 2], dtype=torch.int32)
+BOTH = (FLASH_ATTN_4, TORCH_FLASH)
+REFUSED = [
+    (BOTH, dict(device="cpu"), {}, "q is on cpu, and FlashAttention runs on CUDA devices"),
+    (BOTH, dict(dtype=torch.float32), {}, "q has dtype torch.float32; supported are float16 and bfloat16"),
+    (BOTH, dict(head_dim=264), {}, "head widths 264 and 128; supported are at most 256"),
+    (BOTH, dict(v_head_dim=288), {}, "head widths 128 and 288; supported are at most 256"),
+    (BOTH, {}, dict(scale=-0.1), "scale=-0.1; it must be positive"),
+    (BOTH, {}, dict(seqused_k=USED), "no support where seqused_k is given without cu_seqlens_q"),
+    ((FLASH_ATTN_4,), {}, dict(seqused_k=USED, cu_seqlens_q=LAST), "it reads past the keys in use, where there may be NaN"),
+    ((TORCH_FLASH,), {}, dict(seqused_k=USED, cu_seqlens_q=LAST, backward=True), "no gradient where seqused_k is given"),
+]
+
+
+@pytest.mark.parametrize(("libraries", "made", "arguments", "reason"), REFUSED, ids=[row[3][:40] for row in REFUSED])
+def test_says_what_cannot_run(libraries, made, arguments, reason):
+    for library in libraries:
+        assert reason in unsupported(library, *tensors(**made), **{"scale": 0.1, **arguments})
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
+def test_says_nothing_of_what_can(library):
+    assert unsupported(library, *tensors(torch.float16, 80, 96), scale=0.1, backward=True) is None
+    assert unsupported(library, *tensors(head_dim=256, v_head_dim=8), scale=0.1, cu_seqlens_q=LAST) is None
+    if library.stops_at_end:
+        assert unsupported(library, *tensors(), scale=0.1, cu_seqlens_q=LAST, seqused_k=USED) is None
+
+
+def test_any_library_that_can_will_do(monkeypatch):
+    """With both there, decoding has one; where only flash-attn 4 is, none, and the reason is its own."""
+    decoding = dict(scale=0.1, cu_seqlens_q=LAST, seqused_k=USED)
+    monkeypatch.setattr(flash_attention, "unavailable", lambda library: None)
+    assert none_supports(*tensors(), **decoding) is None
+    monkeypatch.setattr(flash_attention, "unavailable", lambda library: "it is not here" if library is TORCH_FLASH else None)
+    assert "reads past the keys in use" in none_supports(*tensors(), **decoding)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 3, 8])
+@pytest.mark.parametrize("group_size", [1, 4])
+@pytest.mark.parametrize("heads_that_fit", [0, 1, 2, 5, 100])
+def test_heads_are_cut_to_the_budget(num_kv_heads, group_size, heads_that_fit):
+    q, k = torch.empty(100, num_kv_heads * group_size, 16), torch.empty(100, num_kv_heads, 16)
+    one_head = 4 * 16 * 100 * (group_size + max(2, group_size))  # float32 sums of dq, and of dk and dv for every other head
+    chunks = list(head_chunks(q, k, 16, max(heads_that_fit * one_head, 1)))
+    assert [head for _, heads in chunks for head in range(num_kv_heads)[heads]] == list(range(num_kv_heads))
+    for of_queries, of_keys in chunks:
+        assert of_queries == slice(of_keys.start * group_size, of_keys.stop * group_size)
+        assert of_keys.stop - of_keys.start <= max(heads_that_fit, 1)
+    assert len(chunks) == -(-num_kv_heads // min(max(heads_that_fit, 1), num_kv_heads))
+
+
+def test_without_a_gpu_a_library_is_refused_by_name():
+    if torch.cuda.is_available():
+        pytest.skip("this is about machines without a GPU")
+    case = by_name("five")
+    with pytest.raises(RuntimeError, match=r"backend='torch_flash' .*it needs a CUDA GPU.*Fix"):
+        call("sliding_window_attention", case, make_inputs(case), "torch_flash")
+    assert backends.available("sliding_window_attention")["torch_flash"] == "it needs a CUDA GPU"
+    x = make_inputs(case)
+    assert ops.sliding_window_attention(x.q, x.k, x.v, x.cu_seqlens, x.max_seqlen, window_size=3).shape == x.o_swa.shape
