@@ -18,7 +18,7 @@ from nsa_fsa.config import PRESETS, NSAConfig
 from nsa_fsa.modules.rotary import quack_rotary
 from nsa_fsa.ops import backends
 
-PACKAGES = ("torch", "triton", "flash-attn", "flash-attn-3", "flash-attn-4", "transformers")
+PACKAGES = ("torch", "triton", "flash-attn-4", "quack-kernels", "transformers")
 # In the order in which a layer calls them.
 OPERATORS = (
     "pool_windows", "gather_windows", "compressed_attention", "select_blocks", "selected_attention",
@@ -52,9 +52,9 @@ def info() -> None:
         gpu = torch.cuda.get_device_properties(number)
         capability = f"compute capability {gpu.major}.{gpu.minor}"
         packages.add_row(f"GPU {number}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {capability}")
-    packages.add_row("rotary embedding", "PyTorch" if quack_rotary() is None else "quack, on GPUs from Hopper on")
     if not torch.cuda.device_count():
         packages.add_row("GPUs", "none")
+    packages.add_row("rotary embedding", "PyTorch" if quack_rotary() is None else "quack, on GPUs from Hopper on")
     console.print(packages)
 
     table = Table(title='Backends, in the order in which backend="auto" asks them')

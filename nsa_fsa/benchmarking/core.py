@@ -31,12 +31,12 @@ from nsa_fsa.benchmarking.settings import (
     necessary_core,
     necessary_parts,
 )
+from nsa_fsa.config import BRANCHES
 
 GRADIENTS = ("dq", "dk", "dv", "dk_cmp", "dv_cmp", "dgate_logits")
-RECOMPUTE = ("compressed", "selected", "sliding")
 # Peak memory of forward and backward, as a multiple of full attention's own tensors: with everything kept for the backward,
 # and with the branches' outputs computed again.
-MEMORY_BARS: dict[tuple[str, ...], float] = {(): 2.0, RECOMPUTE: 1.5}
+MEMORY_BARS: dict[tuple[str, ...], float] = {(): 2.0, BRANCHES: 1.5}
 
 
 def make_inputs(setting: CoreSetting, seed: int, device: torch.device) -> CoreInputs:

@@ -1,6 +1,8 @@
 """Rotary position embedding, in the half-split convention of Llama and Qwen."""
 
 import functools
+import importlib.util
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -84,10 +86,12 @@ def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 @functools.cache
 def quack_rotary() -> Callable[..., Tensor] | None:
-    """quack's rotary embedding, where this machine has it."""
+    """quack's rotary embedding; None, with a warning unless quack is not installed, where it cannot be imported."""
     try:
         from quack.rotary import apply_rotary_emb
-    except Exception:  # it is missing, or does not fit the other packages that it imports
+    except Exception as error:  # it may not fit the other packages that it imports
+        if importlib.util.find_spec("quack") is not None:
+            warnings.warn(f"quack is installed but cannot be imported ({error}): RoPE runs without it, slower.", stacklevel=2)
         return None
     return apply_rotary_emb
 

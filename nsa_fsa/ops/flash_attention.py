@@ -150,6 +150,7 @@ def unsupported(
 
 
 def none_supports(*tensors: Tensor, **arguments: Any) -> str | None:
+    """Why none of the libraries on this machine can run these arguments, or None."""
     reasons = [unsupported(library, *tensors, **arguments) for library in LIBRARIES if unavailable(library) is None]
     return None if not reasons or None in reasons else reasons[-1]
 

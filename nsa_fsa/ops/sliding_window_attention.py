@@ -40,7 +40,8 @@ def sliding_window_attention(
             where all of them would take more.
         backend: which implementation runs: "flash_attn_4", "torch_flash" (the FlashAttention in PyTorch), "flash_attention"
             (whichever of these the profiler finds faster on this GPU), "reference", or "auto": "flash_attention" on a GPU
-            that can, and the reference elsewhere.
+            that can, and the reference elsewhere. flash-attn 4 reads past a sequence's end, and weighs with 0 what is there: a
+            NaN or an infinity in the next sequence of the batch reaches the last queries of this one.
 
     Returns:
         o `[T, HQ, DV]` in q's dtype, and on request the natural-log lse `[T, HQ]` in float32 (float64 for float64 inputs),

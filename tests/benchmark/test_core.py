@@ -20,6 +20,7 @@ from nsa_fsa.benchmarking.settings import (
     visible_pairs,
     window_pairs,
 )
+from nsa_fsa.config import BRANCHES
 from tests.benchmark.tools import CPU
 
 TINY = CoreSetting(
@@ -88,7 +89,7 @@ def test_memory_is_held_to_the_bars():
     setting = CoreSetting(131072, 16)
     full = full_attention_bytes(setting)
     assert full / 2**30 == pytest.approx(4 * 2 + 4 * 0.125 + 0.03125)
-    for recompute, bar in (((), 2), (core.RECOMPUTE, 1.5)):
+    for recompute, bar in (((), 2), (BRANCHES, 1.5)):
         at, beyond = (core.memory_facts(setting, recompute, int(bar * full) + more) for more in (0, 1))
         assert (at["of_full_attention"], at["within_bar"], at["bar"]) == (bar, True, bar)
         assert not beyond["within_bar"]

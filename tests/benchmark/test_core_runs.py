@@ -15,9 +15,10 @@ from nsa_fsa import ops
 from nsa_fsa.benchmarking import app as benchmark
 from nsa_fsa.benchmarking import core, paper, pictures_core, report, results
 from nsa_fsa.benchmarking.calls import Implementation
-from nsa_fsa.benchmarking.core import NSA_FSA, PARTS, RECOMPUTE
+from nsa_fsa.benchmarking.core import NSA_FSA, PARTS
 from nsa_fsa.benchmarking.implementations import sdpa
 from nsa_fsa.benchmarking.settings import PASSES, CoreSetting, necessary_core, necessary_parts
+from nsa_fsa.config import BRANCHES
 from tests.benchmark.test_window_runs import axes_of, printed
 from tests.benchmark.tools import CPU, FakeMeter, open_results, quiet
 
@@ -146,12 +147,12 @@ def recomputed(monkeypatch):
 def test_memory(recomputed, tmp_path):
     store = open_results(tmp_path, "core_memory")
     longer = dataclasses.replace(TINY, num_tokens=128)
-    core.run_memory([(TINY, ()), (TINY, RECOMPUTE), (longer, RECOMPUTE)], FakeMeter(), store, 0, CPU, quiet())
+    core.run_memory([(TINY, ()), (TINY, BRANCHES), (longer, BRANCHES)], FakeMeter(), store, 0, CPU, quiet())
     rows = store.document["rows"]
     again = "computes again: compressed, selected, sliding"
     expected = [(96, "keeps everything"), (96, again), (128, again)]
     assert [(r["num_tokens"], r["variant"], r["pass"]) for r in rows] == [(*x, p) for x in expected for p in PASSES]
-    assert set(recomputed) == {(), RECOMPUTE}
+    assert set(recomputed) == {(), BRANCHES}
     assert recomputed == sorted(recomputed, key=len)  # one case after the other
     peaks = [r for r in rows if "peak_gib" in r]
     assert [r["pass"] for r in peaks] == ["forward_backward"] * 3
@@ -174,7 +175,7 @@ def test_the_peak_counts_the_inputs(recomputed, tmp_path):
             held.append(result)
             return super().memory(function)
 
-    core.run_memory([(TINY, RECOMPUTE)], Watching(), open_results(tmp_path, "core_memory"), 0, CPU, quiet())
+    core.run_memory([(TINY, BRANCHES)], Watching(), open_results(tmp_path, "core_memory"), 0, CPU, quiet())
     inputs, gradients = held[0]
     assert isinstance(inputs, core.CoreInputs)
     assert [x.shape for x in gradients] == [x.shape for x in inputs.leaves]
@@ -189,7 +190,7 @@ def test_what_does_not_fit_is_left_out(monkeypatch, recomputed, tmp_path):
     right = core.make_inputs
     monkeypatch.setattr(core, "make_inputs", make_inputs)
     store = open_results(tmp_path, "core_memory")
-    cases = [(dataclasses.replace(TINY, num_tokens=128), RECOMPUTE), (TINY, RECOMPUTE)]
+    cases = [(dataclasses.replace(TINY, num_tokens=128), BRANCHES), (TINY, BRANCHES)]
     core.run_memory(cases, FakeMeter(), store, 0, CPU, quiet())
     (entry,) = store.document["not_timed"]
     assert "Tried to allocate 16 GiB" in entry["reason"]
@@ -390,7 +391,7 @@ def test_the_settings_asked_for(monkeypatch, tmp_path):
     run, (cases, *_), stem = asked_for(monkeypatch, tmp_path, "--memory")
     assert (run, stem) == ("run_memory", "core_memory_none")
     assert [(x.num_tokens, x.num_kv_heads, recompute) for x, recompute in cases] == [
-        (131072, 4, ()), (131072, 4, RECOMPUTE), (1048576, 4, RECOMPUTE),
+        (131072, 4, ()), (131072, 4, BRANCHES), (1048576, 4, BRANCHES),
     ]  # fmt: skip
 
     run, (settings, *_), stem = asked_for(monkeypatch, tmp_path, "--table7")

@@ -2,6 +2,7 @@
 
 import gc
 import os
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -17,17 +18,21 @@ def no_memory_left_behind():
     torch.cuda.empty_cache()
 
 
+@contextmanager
+def deterministic_algorithms(on):
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(on)  # also fills new memory with NaN
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
 @pytest.fixture(params=[False, True], ids=["any_algorithm", "deterministic_algorithms"])
 def deterministic(request):
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(request.param)  # also fills new memory with NaN
-    yield request.param
-    torch.use_deterministic_algorithms(before)
+    with deterministic_algorithms(request.param):
+        yield request.param
 
 
 @pytest.fixture
 def deterministic_only():
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
+    with deterministic_algorithms(True):
+        yield

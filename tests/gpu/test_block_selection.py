@@ -9,7 +9,7 @@ import torch
 
 from nsa_fsa import ops
 from tests.gpu.problems import sequence_of, starts
-from tests.gpu.test_host_syncs import syncs_forbidden
+from tests.gpu.test_host_syncs import record, syncs_forbidden
 from tests.gpu.test_memory import extra
 from tests.gpu.test_size import needs, sampled_rows
 
@@ -207,15 +207,7 @@ def test_cuda_graph():
     """Recorded once; replayed with other values and lengths it gives the same bits as running anew."""
     p = make(LENGTHS, 2, 4)
     p.lengths = (sum(LENGTHS),)  # as an upper bound, which holds for every way to cut the rows
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            p.run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = p.run()
+    graph, recorded = record(p.run)
     for seed, lengths in ((1, LENGTHS), (2, (4000, 101, 0, 0, 0)), (3, (0, 1, 64, 3036, 1000))):
         other = make(lengths, 2, 4, seed=seed)
         for name in ("q", "k_cmp", "lse", "cu_seqlens"):

@@ -8,7 +8,7 @@ import torch
 
 from nsa_fsa import ops, reference
 from tests.gpu.problems import assert_rms_close, starts
-from tests.gpu.test_host_syncs import syncs_forbidden
+from tests.gpu.test_host_syncs import record, syncs_forbidden
 from tests.gpu.test_memory import MIB, assert_no_growth, extra, num_bytes
 from tests.gpu.test_size import needs
 
@@ -185,16 +185,8 @@ def test_cuda_graph(operator):
     """Recorded once; replayed with other values and lengths it gives the same bits as running anew."""
     lengths = (1000, 0, 77, 2000)
     p = make(operator, lengths, 2, *SHAPES[0])
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            p.run()
-    torch.cuda.current_stream().wait_stream(stream)
     p.lengths = (sum(lengths),)  # as an upper bound, which holds for every way to cut the rows
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = p.run()
+    graph, recorded = record(p.run)
 
     for seed, others in ((1, lengths), (2, (3000, 77, 0, 0)), (3, (0, 1, 64, 3012))):
         other = make(operator, others, 2, *SHAPES[0], seed=seed)

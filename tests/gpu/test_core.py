@@ -6,16 +6,17 @@ import pytest
 import torch
 
 from nsa_fsa import ops
+from nsa_fsa.config import BRANCHES
 from tests.gpu.problems import assert_rms_close, starts
-from tests.gpu.test_host_syncs import syncs_forbidden
+from tests.gpu.test_host_syncs import record, syncs_forbidden
 from tests.gpu.test_memory import MIB, assert_no_growth, extra, num_bytes
 from tests.gpu.test_size import needs, sampled_rows
 
 pytestmark = pytest.mark.gpu
 
 RESULTS = ("o", "dq", "dk", "dv", "dk_cmp", "dv_cmp", "dgate", "dk_swa", "dv_swa")
-SIZES = dict(kernel_size=32, kernel_stride=16, block_size=64, num_selected_blocks=16, window_size=512)
 WINDOWS = dict(kernel_size=32, kernel_stride=16)
+SIZES = dict(**WINDOWS, block_size=64, num_selected_blocks=16, window_size=512)
 LENGTHS = (1000, 37, 0, 2000, 64)
 SHAPES = [(1, 128), (4, 128), (16, 64), (3, 96)]  # group size and width; 96 has no kernels written for Hopper
 
@@ -29,8 +30,8 @@ class Core:
     leaves: list[torch.Tensor]  # q, k, v, k_cmp, v_cmp, gate_logits, and with own k_swa, v_swa
     do: torch.Tensor
 
-    def call(self, leaves=None, **extra):
-        q, k, v, k_cmp, v_cmp, gates, *own = leaves or self.leaves
+    def call(self, **extra):
+        q, k, v, k_cmp, v_cmp, gates, *own = self.leaves
         more = dict(zip(("k_swa", "v_swa"), own, strict=False))
         packed = (self.cu_seqlens, max(self.lengths))
         return ops.nsa_attention(q, k, v, k_cmp, v_cmp, gates, *packed, **SIZES, **more, **extra)
@@ -80,7 +81,7 @@ def separately(core, block_indices):
     return [o.detach(), *torch.autograd.grad(o, leaves, core.do.double())]
 
 
-@pytest.mark.parametrize("recompute", [(), ("compressed", "selected", "sliding")], ids=["keep", "recompute"])
+@pytest.mark.parametrize("recompute", [(), BRANCHES], ids=["keep", "recompute"])
 @pytest.mark.parametrize("own", [False, True], ids=["shared_kv", "own_kv"])
 @pytest.mark.parametrize(("group_size", "head_dim"), SHAPES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -121,7 +122,7 @@ def test_a_sequence_alone_and_among_others(group_size, head_dim):
             assert_same_bits([core.alone(b).call()], [packed[start : start + length]], f"sequence {b} of {length} tokens")
 
 
-@pytest.mark.parametrize("recompute", [(), ("compressed", "selected", "sliding")], ids=["keep", "recompute"])
+@pytest.mark.parametrize("recompute", [(), BRANCHES], ids=["keep", "recompute"])
 @pytest.mark.parametrize(("group_size", "head_dim"), SHAPES)
 def test_no_host_syncs(group_size, head_dim, recompute):
     warm, other = (make_core(lengths, 2, group_size, head_dim) for lengths in (LENGTHS, (50, 1400)))
@@ -136,17 +137,8 @@ def test_no_host_syncs(group_size, head_dim, recompute):
 def test_cuda_graph(deterministic_only, group_size):
     """Recorded once; replayed with other values and lengths it gives the same bits as running anew."""
     core = make_core(LENGTHS, 2, group_size)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            core.run()
-    torch.cuda.current_stream().wait_stream(stream)
     core.lengths = (sum(LENGTHS),)  # as an upper bound, which holds for every way to cut the rows
-    core.run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = core.run()
+    graph, recorded = record(core.run)
     for seed, lengths in ((1, LENGTHS), (2, (3000, 101, 0, 0, 0)), (3, (0, 1, 64, 3036, 0))):
         other = make_core(lengths, 2, group_size, seed=seed)
         with torch.no_grad():
@@ -157,7 +149,7 @@ def test_cuda_graph(deterministic_only, group_size):
         assert_same_bits(replayed, core.run(), str(lengths))
 
 
-@pytest.mark.parametrize("recompute", [(), ("compressed", "selected", "sliding")], ids=["keep", "recompute"])
+@pytest.mark.parametrize("recompute", [(), BRANCHES], ids=["keep", "recompute"])
 def test_no_growth_over_50_steps(recompute):
     core = make_core((1000, 3000), 2, 4)
     assert_no_growth(lambda: core.run(recompute=recompute))
@@ -165,7 +157,7 @@ def test_no_growth_over_50_steps(recompute):
 
 @needs(90)
 @pytest.mark.xdist_group("memory")
-@pytest.mark.parametrize("recompute", [(), ("compressed", "selected", "sliding")], ids=["keep", "recompute"])
+@pytest.mark.parametrize("recompute", [(), BRANCHES], ids=["keep", "recompute"])
 def test_peak_at_131072_tokens(recompute):
     """64 query and 4 key heads of 128. Full attention's own tensors: q, k, v, o, their gradients, and lse."""
     core = make_core((131_072,), 4, 16)
@@ -216,5 +208,5 @@ def test_a_million_tokens():
         expected = torch.stack([expected_of_query(core, row, branches.block_indices[row]) for row in rows])
     assert_rms_close("o", o[rows], expected)
     del o, branches
-    for name, result in zip(RESULTS, core.run(recompute=("compressed", "selected", "sliding")), strict=False):
+    for name, result in zip(RESULTS, core.run(recompute=BRANCHES), strict=False):
         assert torch.isfinite(result).all(), name

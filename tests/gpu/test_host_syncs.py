@@ -24,6 +24,20 @@ def syncs_forbidden():
         torch.cuda.set_sync_debug_mode("default")
 
 
+def record(run):
+    """A CUDA graph of one run, after some on a stream of its own, as PyTorch asks for; and what that run returned."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = run()
+    return graph, recorded
+
+
 def test_a_sync_is_noticed():
     """Otherwise the next tests would prove nothing."""
     x = torch.ones(3, device="cuda")
@@ -67,16 +81,8 @@ def test_cuda_graph(backend, group_size, workspace_bytes):
     def step():
         return p.run(backend, workspace_bytes=workspace_bytes)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
     p.lengths = (sum(LENGTHS),)  # as an upper bound, which holds for every way to cut the rows
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = step()
+    graph, recorded = record(step)
 
     for seed, lengths in ((1, LENGTHS), (2, (3000, 77, 0, 0)), (3, (0, 1, 64, 3012))):
         other = make_problem(lengths, 2, group_size, seed=seed)

@@ -1,6 +1,7 @@
 """The layer on a GPU, as training uses it: rows 1, 9, 11 and 12 of reliability.md, autocast and checkpointing."""
 
 import copy
+import dataclasses
 import functools
 
 import pytest
@@ -9,8 +10,9 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from nsa_fsa import NativeSparseAttention, NSAConfig
+from nsa_fsa.config import BRANCHES
 from tests.gpu.problems import starts
-from tests.gpu.test_host_syncs import syncs_forbidden
+from tests.gpu.test_host_syncs import record, syncs_forbidden
 from tests.modules.layers import make_layer, rms_ratio
 
 pytestmark = pytest.mark.gpu
@@ -21,7 +23,7 @@ VARIANTS = {
     "llama": dict(num_heads=8, num_kv_heads=2),
     "qwen3": dict(num_heads=6, num_kv_heads=2, qk_norm=True, compress_k="gated", compress_v="mlp"),
     "branches": dict(num_heads=4, num_kv_heads=4, kv_per_branch=True, compress_k="linear", compress_v="mean", gate="per_token"),
-    "recomputing": dict(num_heads=8, num_kv_heads=2, recompute=("compressed", "selected", "sliding")),
+    "recomputing": dict(num_heads=8, num_kv_heads=2, recompute=BRANCHES),
 }
 
 
@@ -50,10 +52,15 @@ def assert_same_bits(found, expected):
         assert torch.equal(found[name], value), name
 
 
+def by_reference(layer, dtype):
+    """The same layer in plain PyTorch, in some dtype."""
+    plain = NativeSparseAttention(dataclasses.replace(layer.config, backend="reference")).cuda().to(dtype)
+    plain.load_state_dict(layer.state_dict())
+    return plain
+
+
 def in_float64(layer, x, dy, packed):
-    wide = NativeSparseAttention(NSAConfig(**{**layer.config.to_dict(), "backend": "reference"})).cuda().double()
-    wide.load_state_dict(layer.state_dict())
-    return run(wide, x.detach().double().requires_grad_(), dy.double(), packed)
+    return run(by_reference(layer, torch.float64), x.detach().double().requires_grad_(), dy.double(), packed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -61,10 +68,8 @@ def in_float64(layer, x, dy, packed):
 def test_against_float64(variant, dtype):
     """Row 1: at most 2 (output) or 3 (gradients) times as wrong as the same layer of plain PyTorch in the same dtype."""
     layer, problem = make(variant, dtype), make_input(dtype=dtype)
-    plain = NativeSparseAttention(NSAConfig(**{**layer.config.to_dict(), "backend": "reference"})).cuda().to(dtype)
-    plain.load_state_dict(layer.state_dict())
     exact = in_float64(layer, *problem)
-    found, plainly = run(layer, *problem), run(plain, *problem)
+    found, plainly = run(layer, *problem), run(by_reference(layer, dtype), *problem)
     for name, expected in exact.items():
         error, allowed = (rms_ratio(x[name], expected) for x in (found, plainly))
         floor = torch.finfo(dtype).eps / 4  # of rounding the result itself
@@ -155,15 +160,7 @@ def test_a_training_step_in_a_cuda_graph(variant, deterministic_only):
         layers[i](x, **packed).backward(dy)
         optimizers[i].step()
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step(0)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step(0)
+    graph, _ = record(lambda: step(0))
     for _ in range(3):
         step(1)  # what the first layer did before; recording runs nothing
     for seed, lengths in enumerate((LENGTHS, (1000, 400, 0, 0, 397), (0, 1, 64, 932, 800), (33, 700, 64, 1000, 0), LENGTHS)):

@@ -8,17 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.cases import (
-    FLASH_ATTENTION,
-    by_name,
-    call,
-    device_of,
-    gradients,
-    make_inputs,
-    operators_and_backends,
-    output,
-    suited,
-)
+from tests.cases import by_name, call, device_of, gradients, make_inputs, operators_and_backends, output, suited
 
 MIB = 2**20
 
@@ -37,8 +27,7 @@ def resident(device):
 def test_no_growth_over_50_steps(operator, backend):
     device = device_of(backend)
     case = suited(by_name("t1000_b128"), backend, calls=55)
-    dtype = torch.float16 if backend in FLASH_ATTENTION else torch.float32
-    x = make_inputs(case, dtype, device=device, requires_grad=True)
+    x = make_inputs(case, device=device, requires_grad=True)
 
     def step():
         o = output(call(operator, case, x, backend))
