@@ -15,7 +15,7 @@ from rich.table import Table
 import nsa_fsa
 from nsa_fsa.benchmarking import app as benchmark
 from nsa_fsa.config import PRESETS, NSAConfig
-from nsa_fsa.modules.rotary import quack_rotary
+from nsa_fsa.modules.fused import quack_kernels
 from nsa_fsa.ops import backends
 
 PACKAGES = ("torch", "triton", "flash-attn-4", "quack-kernels", "transformers")
@@ -54,7 +54,7 @@ def info() -> None:
         packages.add_row(f"GPU {number}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {capability}")
     if not torch.cuda.device_count():
         packages.add_row("GPUs", "none")
-    packages.add_row("rotary embedding", "PyTorch" if quack_rotary() is None else "quack, on GPUs from Hopper on")
+    packages.add_row("RoPE and RMSNorm", "PyTorch" if quack_kernels() is None else "quack, on GPUs from Hopper on")
     console.print(packages)
 
     table = Table(title='Backends, in the order in which backend="auto" asks them')

@@ -13,6 +13,7 @@ from nsa_fsa.cache import KeyValues, NSACache
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.modules.compression import Compressor
 from nsa_fsa.modules.gating import BranchGate
+from nsa_fsa.modules.norm import normalize
 from nsa_fsa.modules.rotary import RotaryEmbedding, apply_rotary
 from nsa_fsa.ops import Layout, backends, nsa_attention, window_starts
 from nsa_fsa.ops.varlen import pack_padded, positions, uniform_layout
@@ -200,8 +201,8 @@ class NativeSparseAttention(nn.Module):
         """x `[T, E]` -> q `[T, HQ, D]`, and for each branch k `[T, HKV, D]` and v `[T, HKV, DV]`: one tensor three times, or
         three tensors with `kv_per_branch`."""
         c = self.config
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (c.num_heads, c.head_dim)))
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (c.num_kv_heads, -1, c.head_dim)))  # [T, HKV, 1 or 3, D]
+        q = normalize(self.q_norm, self.q_proj(x).unflatten(-1, (c.num_heads, c.head_dim)))
+        k = normalize(self.k_norm, self.k_proj(x).unflatten(-1, (c.num_kv_heads, -1, c.head_dim)))  # [T, HKV, 1 or 3, D]
         v = self.v_proj(x).unflatten(-1, (c.num_kv_heads, -1, c.v_head_dim))
         # Under autocast a norm returns float32 where the projections return 16 bits.
         q, k = q.to(v.dtype), k.to(v.dtype)

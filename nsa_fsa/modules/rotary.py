@@ -1,15 +1,15 @@
 """Rotary position embedding, in the half-split convention of Llama and Qwen."""
 
-import functools
-import importlib.util
-import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsa_fsa.config import NSAConfig
+from nsa_fsa.modules.fused import kernels_for
+
+# A launch of quack's kernel has at most 65,535 programs along the sequence, each of eight tokens or more.
+MOST_TOKENS = 65_535 * 8
 
 
 class RotaryEmbedding:
@@ -71,41 +71,17 @@ class _ScaledRope:
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates the first `cos.shape[-1]` channels of x `[T, H, D]` by cos and sin `[T, rotary_dim]`, whose halves are equal.
 
-    In one pass on GPUs where quack is installed, on which flash-attn 4 depends. One H100, 65,536 tokens, 32 heads of 128,
+    In one pass where `nsa_fsa.modules.fused` has a kernel. One H100, 65,536 tokens, 32 heads of 128,
     forward / with backward, ms: 0.37 / 1.26; operation by operation 3.14 / 6.27, and that compiled by itself 1.23 / 2.58.
     """
     rotary_dim = cos.shape[-1]
-    if _fuses(x, rotary_dim) and (fused := quack_rotary()) is not None:
-        return fused(x[None], cos[:, : rotary_dim // 2], sin[:, : rotary_dim // 2])[0]
+    if rotary_dim % 8 == 0 and (kernels := kernels_for(x)) is not None:
+        if x.shape[0] > MOST_TOKENS:
+            parts = zip(*(y.split(MOST_TOKENS) for y in (x, cos, sin)), strict=True)
+            return torch.cat([apply_rotary(*part) for part in parts])
+        return kernels.rotary(x[None], cos[:, : rotary_dim // 2], sin[:, : rotary_dim // 2])[0]
     if rotary_dim < x.shape[-1]:
         return torch.cat((apply_rotary(x[..., :rotary_dim], cos, sin), x[..., rotary_dim:]), dim=-1)
     first, second = x.chunk(2, dim=-1)
     turned = torch.cat((-second, first), dim=-1)
     return x * cos[:, None] + turned * sin[:, None]
-
-
-@functools.cache
-def quack_rotary() -> Callable[..., Tensor] | None:
-    """quack's rotary embedding; None, with a warning unless quack is not installed, where it cannot be imported."""
-    try:
-        from quack.rotary import apply_rotary_emb
-    except Exception as error:  # it may not fit the other packages that it imports
-        if importlib.util.find_spec("quack") is not None:
-            warnings.warn(f"quack is installed but cannot be imported ({error}): RoPE runs without it, slower.", stacklevel=2)
-        return None
-    return apply_rotary_emb
-
-
-def _fuses(x: Tensor, rotary_dim: int) -> bool:
-    """Whether quack's kernel takes x. Under torch.compile it is not asked: Inductor fuses the operations with their
-    neighbours."""
-    return (
-        x.is_cuda
-        and not torch.compiler.is_compiling()
-        and x.dtype in (torch.float16, torch.bfloat16, torch.float32)
-        and x.shape[-1] <= 512
-        and x.shape[-1] % 8 == 0
-        and rotary_dim % 8 == 0
-        and x.stride(-1) == 1
-        and torch.cuda.get_device_capability(x.device) >= (9, 0)
-    )

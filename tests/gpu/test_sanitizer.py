@@ -42,23 +42,40 @@ def hand_over_lines():
     return found
 
 
+def statistics_lines():
+    """(file, line) of the copies of dk and dv's statistics, and of where they are read."""
+    path = KERNELS / "compressed_attention_hopper_backward.py"
+    accesses = re.compile(r"async_copy_global_to_shared\((shift|delta)_s, |(shift|delta)_s\.index\(stage\)\.load")
+    return {(path.name, n) for n, line in enumerate(path.read_text().splitlines(), start=1) if accesses.search(line)}
+
+
 def split_races(output):
-    """The races that racecheck reports, as lists of accesses (file, line): those of Triton's hand-over, and all others.
+    """The races that racecheck reports, as lists of accesses (file, line): those of the following, and all others.
 
     Around `warp_specialize`, the first warps write to shared memory which function each of the others is to run, and with
     which arguments. These wait at a hardware barrier (`barrier.sync 1` in the PTX) before and after they read it, as the first
     warps do before and after they write, but at other instructions, which racecheck does not take for the same barrier.
+
+    The statistics of dk and dv come by cp.async. Readers wait at an mbarrier at which every thread that copies announces its
+    copies (`ARRIVES.LDGSTSBAR` in the SASS); the queries' bulk copies announce theirs there too, and then racecheck reports
+    the statistics. It does not where the same lines run without bulk copies, and still does where the statistics have an
+    mbarrier of their own, a plain arrival comes last, or the bulk copies are announced last.
     """
     reports = [[(file, int(line)) for file, line in ACCESS.findall(part)] for part in output.split("Race reported between")[1:]]
-    allowed = hand_over_lines()
-    return [r for r in reports if r and allowed.issuperset(r)], [r for r in reports if not r or not allowed.issuperset(r)]
+    allowed = (hand_over_lines(), statistics_lines())
+    let_pass = [r for r in reports if r and any(lines.issuperset(r) for lines in allowed)]
+    return let_pass, [r for r in reports if r not in let_pass]
 
 
-def test_only_the_hand_over_is_let_pass():
+def test_what_is_let_pass():
+    assert len(statistics_lines()) == 4
     (file, line), other = sorted(hand_over_lines())[0], "compressed_attention_hopper.py"
     race = "Race reported between Read access at kernel+0x290 in {}:{}\n and Write access at kernel+0x10 in {}:{} [4 hazards]\n"
     theirs, ours = race.format(file, line, file, line), race.format(file, line, other, 1)
     assert split_races(theirs + ours + theirs) == ([[(file, line)] * 2] * 2, [[(file, line), (other, 1)]])
+    copied, read = min(statistics_lines()), max(statistics_lines())
+    statistics, mixed = race.format(*read, *copied), race.format(*read, file, line)
+    assert split_races(statistics + mixed) == ([[read, copied]], [[read, (file, line)]])
     assert split_races("Race reported between something new") == ([], [[]])
 
 
@@ -90,8 +107,7 @@ def test_no_errors(tool):
 @pytest.mark.parametrize("tool", [pytest.param("racecheck", marks=NEEDS_SANITIZER)])
 def test_no_races(tool):
     output = run(*SANITIZER, tool)
-    hand_over, races = split_races(output)
+    let_pass, races = split_races(output)
     assert not races, output[-8000:]
-    assert [int(n) for n in re.findall(r"RACECHECK SUMMARY: (\d+) hazards? displayed", output)] == [len(hand_over)], output[
-        -8000:
-    ]
+    displayed = [int(n) for n in re.findall(r"RACECHECK SUMMARY: (\d+) hazards? displayed", output)]
+    assert displayed == [len(let_pass)], output[-8000:]

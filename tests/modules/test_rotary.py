@@ -1,14 +1,12 @@
 """RoPE: every type against transformers' own LlamaRotaryEmbedding, and applied as transformers applies it."""
 
-import sys
-
 import pytest
 import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from nsa_fsa import NSAConfig
-from nsa_fsa.modules.rotary import RotaryEmbedding, apply_rotary, quack_rotary
+from nsa_fsa.modules.rotary import RotaryEmbedding, apply_rotary
 from tests.modules.layers import make_layer, randn, small_config
 
 ROPES = {
@@ -123,15 +121,3 @@ def test_layer_given_transformers_cos_and_sin(name, rope):
     layer, x = make_layer(config), randn(2, 45, 24)
     given = layer(x, position_embeddings=theirs(x, torch.arange(45)[None]))
     torch.testing.assert_close(given, layer(x), rtol=1e-4, atol=1e-4)  # their angles are float32
-
-
-def test_a_quack_that_cannot_be_imported_is_named(tmp_path, monkeypatch):
-    """One that is not installed is no news; a broken one costs time that somebody will wonder about."""
-    for name in ("quack", "quack.rotary"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    (tmp_path / "quack").mkdir()
-    (tmp_path / "quack" / "__init__.py").touch()
-    (tmp_path / "quack" / "rotary.py").write_text("import a_package_that_it_needs")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.warns(UserWarning, match="quack is installed but cannot be imported .*a_package_that_it_needs"):
-        assert quack_rotary.__wrapped__() is None

@@ -1,0 +1,75 @@
+"""Which fused kernels a layer takes, as far as that shows without a GPU."""
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from nsa_fsa.modules import fused
+from nsa_fsa.modules.norm import normalize
+
+
+def test_a_quack_that_cannot_be_imported_is_named(tmp_path, monkeypatch):
+    """One that is not installed is no news; a broken one costs time that somebody will wonder about."""
+    monkeypatch.delitem(sys.modules, "quack", raising=False)
+    (tmp_path / "quack").mkdir()
+    (tmp_path / "quack" / "__init__.py").write_text("import a_package_that_it_needs")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(UserWarning, match="quack is installed but cannot be imported .*a_package_that_it_needs"):
+        assert fused.quack_kernels.__wrapped__() is None
+
+
+def qwen3_norm():
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
+
+    return Qwen3RMSNorm(8, eps=1e-3)
+
+
+def hooked():
+    norm = nn.RMSNorm(8, eps=1e-3)
+    norm.register_forward_pre_hook(lambda *_: None)
+    return norm
+
+
+def replaced():
+    norm = qwen3_norm()
+    norm.forward = lambda x: x
+    return norm
+
+
+def parametrized():
+    return nn.utils.parametrizations.weight_norm(nn.RMSNorm(8, eps=1e-3), dim=None)
+
+
+@pytest.mark.parametrize(
+    ("make", "takes"),
+    [
+        (lambda: nn.RMSNorm(8, eps=1e-3), True),
+        (qwen3_norm, True),
+        (lambda: nn.RMSNorm(8), False),  # its epsilon follows from the dtype
+        (lambda: nn.RMSNorm(8, eps=1e-3, elementwise_affine=False), False),
+        (lambda: nn.LayerNorm(8), False),
+        (nn.Identity, False),
+        (hooked, False),
+        (replaced, False),
+        (parametrized, False),
+    ],
+    ids=["RMSNorm", "Qwen3", "no epsilon", "no weight", "LayerNorm", "Identity", "hooked", "replaced", "parametrized"],
+)
+def test_norms_that_are_fused(make, takes, monkeypatch):
+    """Only what the kernel computes is given to it; everything else runs as the module says."""
+    given = []
+
+    def rms_norm(x, weight, eps):
+        given.append((weight, eps))
+        return x
+
+    monkeypatch.setattr("nsa_fsa.modules.norm.kernels_for", lambda x: fused.Kernels(None, rms_norm))
+    norm, x = make(), torch.randn(5, 2, 8)
+    found = normalize(norm, x)
+    if takes:
+        assert given == [(norm.weight, 1e-3)]
+    else:
+        assert not given
+        assert torch.equal(found, norm(x))
