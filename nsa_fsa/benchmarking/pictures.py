@@ -1,5 +1,6 @@
 """Pictures of a result file: latency against group size, and how time per token grows with length."""
 
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -126,7 +127,8 @@ def finish(figure: Any, axes: Any, heading: str, path: Path, ncols: int | None =
     handles = {text: handle for ax in axes.flat for handle, text in zip(*ax.get_legend_handles_labels(), strict=True)}
     ncols = ncols or (len(handles) if len(handles) <= 5 else 4)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols, fontsize=9)
-    figure.suptitle(heading, fontsize=11)
+    letters = int(11 * figure.get_figwidth())  # at this size 11 take an inch
+    figure.suptitle(textwrap.fill(heading, letters), fontsize=11)
     figure.savefig(path, dpi=130)
     pyplot().close(figure)
     return path
