@@ -13,6 +13,7 @@ from nsa_fsa import NativeSparseAttention, NSAConfig
 from nsa_fsa.config import BRANCHES
 from tests.gpu.problems import starts
 from tests.gpu.test_host_syncs import record, syncs_forbidden
+from tests.gpu.test_size import needs
 from tests.modules.layers import make_layer, rms_ratio
 
 pytestmark = pytest.mark.gpu
@@ -201,3 +202,16 @@ def test_padded_equals_packed_equals_alone():
     for name in expected:
         if name not in ("y", "dx"):
             assert rms_ratio(found[name], expected[name]) < 2**-7, name
+
+
+@needs(40)
+@pytest.mark.xdist_group("memory")
+def test_a_million_tokens():
+    """The first of them as if there were no others, and every gradient finite."""
+    layer = make("qwen3")
+    x, dy, _ = make_input((2**20,))
+    found = run(layer, x, dy, {})
+    assert all(torch.isfinite(value).all() for value in found.values())
+    with torch.no_grad():
+        alone = layer(x[:, :1000])
+    assert rms_ratio(found["y"][:, :1000], alone) < 2**-8  # matrix products of other shapes round differently
