@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from nsa_fsa import ops
 from nsa_fsa.benchmarking import app as benchmark
-from nsa_fsa.benchmarking import core, paper, pictures_core, report, results
+from nsa_fsa.benchmarking import core, paper, pictures, pictures_core, report, results
 from nsa_fsa.benchmarking.calls import Implementation
 from nsa_fsa.benchmarking.core import NSA_FSA, PARTS
 from nsa_fsa.benchmarking.implementations import sdpa
@@ -313,6 +313,18 @@ def test_picture_of_parts(parts, monkeypatch, tmp_path):
     assert [bar[2] for bar in last] == pytest.approx([sum(heights[:i]) for i in range(5)])  # one upon the other
     assert {bar[0] for bar in panels[2][1]} == {x.label for x in PARTS.values()} - {"block selection"}
     assert_pictures(tmp_path.glob("*.png"))
+
+
+@pytest.mark.parametrize("title", report.TITLES.values())
+@pytest.mark.parametrize("width", [7, 9.5, 15])
+def test_a_heading_stays_in_its_figure(width, title, tmp_path):
+    details = "16 blocks of 64, windows of 32 every 16, independent compressed keys, D=128; 8,192 tokens; numbers: floor / time"
+    figure, axes = pictures.pyplot().subplots(1, 1, figsize=(width, 3), dpi=130, squeeze=False, layout="constrained")
+    axes[0, 0].plot([1, 2], label="a line")
+    pictures.finish(figure, axes, f"{title}, NVIDIA H100 80GB HBM3: {details}", tmp_path / "picture.png")
+    heading = figure._suptitle.get_window_extent()
+    assert 0 < heading.x0 < heading.x1 < figure.bbox.width
+    assert axes[0, 0].get_window_extent().y1 < heading.y0 < heading.y1 <= figure.bbox.height
 
 
 def test_picture_of_the_floors(parts, monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ from torch import nn
 
 from nsa_fsa.modules import fused
 from nsa_fsa.modules.norm import normalize
+from nsa_fsa.modules.rotary import apply_rotary
 
 
 def test_a_quack_that_cannot_be_imported_is_named(tmp_path, monkeypatch):
@@ -18,6 +19,30 @@ def test_a_quack_that_cannot_be_imported_is_named(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.warns(UserWarning, match="quack is installed but cannot be imported .*a_package_that_it_needs"):
         assert fused.quack_kernels.__wrapped__() is None
+
+
+@pytest.mark.parametrize("rotary_dim", [8, 16])
+@pytest.mark.parametrize("num_tokens", [0, 7, 8, 20])
+def test_rotary_in_launches_that_fit(num_tokens, rotary_dim, monkeypatch):
+    """As the formula, forward and backward, whatever number of tokens a launch may have; channels beyond cos are kept."""
+    launches = []
+
+    def rotary(x, cos, sin):
+        launches.append(x.shape[1])
+        first, second, rest = x.split((rotary_dim // 2, rotary_dim // 2, x.shape[3] - rotary_dim), dim=-1)
+        cos, sin = cos[None, :, None], sin[None, :, None]
+        return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
+
+    x = torch.randn(num_tokens, 2, 16, dtype=torch.float64, requires_grad=True)
+    angle = torch.randn(num_tokens, rotary_dim // 2, dtype=torch.float64).repeat(1, 2)
+    rotation, do = (angle.cos(), angle.sin()), torch.randn_like(x)
+    expected = apply_rotary(x, *rotation)
+    monkeypatch.setattr("nsa_fsa.modules.rotary.kernels_for", lambda x: fused.Kernels(rotary, None))
+    monkeypatch.setattr("nsa_fsa.modules.rotary.MOST_TOKENS", 7)
+    found = apply_rotary(x, *rotation)
+    assert launches == {0: [0], 7: [7], 8: [7, 1], 20: [7, 7, 6]}[num_tokens]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(y, x, do)[0] for y in (found, expected)))
 
 
 def qwen3_norm():
