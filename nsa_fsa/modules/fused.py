@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nsa_fsa.ops.registration import on_its_device
+
 
 class Kernels(NamedTuple):
     """Functions with gradients."""
@@ -32,7 +34,7 @@ def quack_kernels() -> Kernels | None:
                 f"quack is installed but cannot be imported ({error}): RoPE and RMSNorm run without it, slower.", stacklevel=3
             )
         return None
-    return Kernels(apply_rotary_emb, rmsnorm)
+    return Kernels(on_its_device(apply_rotary_emb), on_its_device(rmsnorm))
 
 
 def kernels_for(x: Tensor) -> Kernels | None:

@@ -5,6 +5,7 @@ nothing took 140 microseconds forward with gradients and 236 forward and backwar
 included); it takes 92 and 180 here. The kernels take 200 forward at 8,192 tokens.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,25 @@ import torch
 
 NAMESPACE = "nsa_fsa"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+
+def on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, with the GPU of its first tensor as the current one: that is where Triton launches.
+
+    Setting the device where it is set already is no waste: it gives a thread that is new to CUDA a context, without which
+    Triton cannot describe a bulk copy. Both together take 1.5 microseconds.
+    """
+
+    @functools.wraps(run)
+    def guarded(*inputs: Any, **options: Any) -> Any:
+        device = next(x for x in inputs if isinstance(x, torch.Tensor)).device
+        if device.type != "cuda":
+            return run(*inputs, **options)
+        with torch.cuda.device(device):
+            torch.cuda.set_device(device)
+            return run(*inputs, **options)
+
+    return guarded
 
 
 def define_operator(
@@ -34,7 +54,7 @@ def define_operator(
     """
     _LIBRARY.define(name + (schema or torch.library.infer_schema(run, mutates_args=())), tags=(torch.Tag.pt2_compliant_tag,))
     # The compiler of a model that calls operators between graph breaks is not to look into them.
-    _LIBRARY.impl(name, torch._disable_dynamo(run), "CompositeExplicitAutograd")
+    _LIBRARY.impl(name, torch._disable_dynamo(on_its_device(run)), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
 
