@@ -64,15 +64,17 @@ def test_speed_and_memory_of_the_whole():
     def speedup(tokens, group):
         return ms[tokens, group, "flash_attn_4"] / ms[tokens, group, "nsa_fsa"]
 
-    at_65536, at_12288 = ([f"{speedup(tokens, g):.1f}" for g in (1, 4, 16)[:n]] for tokens, n in ((65536, 3), (12288, 2)))
+    times = {tokens: "{:.1f}, {:.1f} and {:.1f} times".format(*(speedup(tokens, g) for g in (1, 4, 16))) for tokens, *_ in ms}
     longer = [f"{1 / speedup(8192, g) - 1:.0%}" for g in (1, 4, 16)]
-    assert "{}, {} and {} times as fast as flash-attn 4 here".format(*at_65536) in text
-    assert "{} and {} times at 12,288 tokens (G = 1, 4)".format(*at_12288) in text
+    assert f"{times[65536]} as fast as flash-attn 4 here (G = 1, 4, 16), {times[131072]} at 131,072 tokens" in text
+    assert f"{times[12288]} at 12,288 tokens" in text
     assert "at 8,192 tokens takes {}, {} and {} longer".format(*longer) in text
     peaks = {len(r["recompute"]): r for r in rows_of("core_memory") if "peak_gib" in r and r["num_tokens"] == 131072}
     kept, recomputed = f"{peaks[0]['peak_gib']:.1f} GiB", f"{peaks[3]['peak_gib']:.1f} GiB"
     assert f"peaks at {kept}, inputs and gradients included, or {recomputed} with `recompute`" in text
     assert f"full attention alone take {peaks[0]['full_attention_gib']:.1f} GiB" in text
+    assert any(r["num_tokens"] == 2**20 and "peak_gib" in r for r in rows_of("core_memory"))
+    assert "A million tokens fit one H200" in text
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!https?://)([^)#]+)\)", README))))

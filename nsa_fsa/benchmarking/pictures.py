@@ -128,7 +128,11 @@ def finish(figure: Any, axes: Any, heading: str, path: Path, ncols: int | None =
     ncols = ncols or (len(handles) if len(handles) <= 5 else 4)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=ncols, fontsize=9)
     letters = int(11 * figure.get_figwidth())  # at this size 11 take an inch
-    figure.suptitle(textwrap.fill(heading, letters), fontsize=11)
+    lines = len(textwrap.wrap(heading, letters))
+    # The narrowest lines that are no more, for the last one not to be a single word.
+    narrowest = next(n for n in range(1, letters + 1) if len(textwrap.wrap(heading, n)) <= lines)
+    figure.suptitle(textwrap.fill(heading, narrowest), fontsize=11)
+    figure.align_ylabels(axes)
     figure.savefig(path, dpi=130)
     pyplot().close(figure)
     return path
