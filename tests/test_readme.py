@@ -68,6 +68,12 @@ def test_speed_and_memory_of_the_whole():
     longer = [f"{1 / speedup(8192, g) - 1:.0%}" for g in (1, 4, 16)]
     assert f"{times[65536]} as fast as flash-attn 4 here (G = 1, 4, 16), {times[131072]} at 131,072 tokens" in text
     assert f"{times[12288]} at 12,288 tokens" in text
+    (first,) = {
+        x["tokens"]
+        for x in json.loads((ROOT / "docs/results/crossover_nvidia_h200.json").read_text())["crossovers"]
+        if x["pass"] == "forward_backward"
+    }
+    assert f"with backward NSA is faster from {first:,} tokens on" in text
     assert "at 8,192 tokens takes {}, {} and {} longer".format(*longer) in text
     peaks = {len(r["recompute"]): r for r in rows_of("core_memory") if "peak_gib" in r and r["num_tokens"] == 131072}
     kept, recomputed = f"{peaks[0]['peak_gib']:.1f} GiB", f"{peaks[3]['peak_gib']:.1f} GiB"

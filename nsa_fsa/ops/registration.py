@@ -19,7 +19,7 @@ def on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
     """`run`, with the GPU of its first tensor as the current one: that is where Triton launches.
 
     Setting the device where it is set already is no waste: it gives a thread that is new to CUDA a context, without which
-    Triton cannot describe a bulk copy. Both together take 1.5 microseconds.
+    Triton cannot describe a bulk copy. Entering the guard takes 0.8 microseconds, setting the device 0.5 (an H100's host).
     """
 
     @functools.wraps(run)

@@ -322,6 +322,8 @@ def test_a_heading_stays_in_its_figure(width, title, tmp_path):
     figure, axes = pictures.pyplot().subplots(1, 1, figsize=(width, 3), dpi=130, squeeze=False, layout="constrained")
     axes[0, 0].plot([1, 2], label="a line")
     pictures.finish(figure, axes, f"{title}, NVIDIA H100 80GB HBM3: {details}", tmp_path / "picture.png")
+    lengths = [len(line) for line in figure._suptitle.get_text().splitlines()]
+    assert min(lengths) > max(lengths) / 2  # no word stands alone
     heading = figure._suptitle.get_window_extent()
     assert 0 < heading.x0 < heading.x1 < figure.bbox.width
     assert axes[0, 0].get_window_extent().y1 < heading.y0 < heading.y1 <= figure.bbox.height
