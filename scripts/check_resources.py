@@ -200,9 +200,10 @@ def call_compressed_attention(case: Case, q: torch.Tensor, do: torch.Tensor, ent
         enter(f"compressed_attention_bwd of {num_sequences}")
         whole = as_part_of_the_whole(q, k, v, lse)
         for as_part in ({}, dict(whole, add_to=(whole["add_to"][0], None, None))):
-            compressed_attention_backward.compressed_attention_bwd(
-                do, q, k, v, o, lse, cu_seqlens, NUM_TOKENS, **as_part, **sizes
-            )
+            for max_seqlen in (NUM_TOKENS, 1 << 20):  # in two passes, and in one
+                compressed_attention_backward.compressed_attention_bwd(
+                    do, q, k, v, o, lse, cu_seqlens, max_seqlen, **as_part, **sizes
+                )
 
 
 class OfflineDriver:

@@ -1,17 +1,19 @@
-"""Compressed attention, backward, in two passes that compute the scores anew.
+"""Compressed attention, backward, in two passes that compute the scores anew, or in one.
 
     statistics  see `softmax_statistics`.
     dq          a program owns a tile of (query, head) rows, as in the forward, and walks the compressed tokens.
     dk, dv      a program owns a tile of compressed tokens and walks the rows that see them, or one of several parts of these,
                 whose sums `sum_parts` adds: where there are few KV heads there are too few tiles to fill a GPU.
 
-Nothing is added atomically, so the result is the same in every run. One pass that adds dq atomically computes five products
-instead of seven; in an earlier version of these kernels it was slower on an H200, 32 ms instead of 24.7 at 65,536 tokens.
+Nothing is added atomically, so the result is the same in every run. On Hopper, and for long sequences, the pass of dk and dv
+adds up dq as well, in float32 and by bulk steps: five products instead of seven, but in no fixed order. Deterministic algorithms
+keep to two passes.
 """
 
 import functools
 import math
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -26,6 +28,43 @@ from nsa_fsa.kernels.selected_kv_major import rows_contiguous
 from nsa_fsa.kernels.sequences import load_tile, locate_tiles
 from nsa_fsa.kernels.sizes import cdiv, padded_dim
 from nsa_fsa.kernels.softmax_statistics import statistics
+
+# Of float32 sums of dq, where one pass computes all gradients.
+ONE_PASS_BYTES = 2**31
+PACKED = torch.contiguous_format
+
+
+class Inputs(NamedTuple):
+    """What both passes read."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    do: Tensor
+    shift: Tensor  # as `statistics` returns it
+    delta: Tensor
+
+    def of(self, heads: slice, kv_heads: slice) -> "Inputs":
+        """Those of some heads alone, as views."""
+        q, k, v, do, shift, delta = self
+        return Inputs(q[:, heads], k[:, kv_heads], v[:, kv_heads], do[:, heads], shift[kv_heads], delta[kv_heads])
+
+    def strides(self) -> tuple[int, ...]:
+        return tuple(stride for x in self[:4] for stride in x.stride()[:2])
+
+    def widths(self) -> dict[str, Any]:
+        """Constants of the plain kernels."""
+        head_dim, v_dim = self.q.shape[2], self.v.shape[2]
+        padded = dict(PADDED_D=padded_dim(head_dim), PADDED_DV=padded_dim(v_dim))
+        return dict(D=head_dim, DV=v_dim, PRECISION=tuning.dot_precision(self.q.dtype), **padded)
+
+
+class Problem(NamedTuple):
+    layout: tuple[Tensor, Tensor | None, Tensor | None]  # cu_seqlens, cu_seqlens_q, seqused_k
+    max_seqlen: int
+    scale: float
+    windows: dict[str, int]
+    config: tuning.CompressedConfig
 
 
 @triton.jit
@@ -129,7 +168,8 @@ def compressed_bwd_dkdv_kernel(
 
 @triton.jit
 def sum_parts_kernel(
-    parts_ptr, dk_ptr, dv_ptr, tiles_ptr, stride_p, num_tiles, num_rows, num_heads, num_parts,
+    parts_ptr, dk_ptr, dv_ptr, tiles_ptr, stride_p, stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h,
+    num_tiles, num_rows, num_heads, num_parts,
     KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, SINGLE: tl.constexpr, TILE_KEYS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -137,17 +177,41 @@ def sum_parts_kernel(
     index, _, num_queries, _, first_key, num_keys = load_tile(tiles_ptr, num_tiles, tile, num_rows, True, SINGLE)
     key = index * TILE_KEYS + piece * KEYS + tl.arange(0, KEYS)
     exists = (key < count_windows(num_keys, KERNEL_SIZE, KERNEL_STRIDE)) & (num_queries > 0)
-    row = (first_key // KERNEL_STRIDE + key).to(tl.int64) * num_heads + head
+    row = (first_key // KERNEL_STRIDE + key).to(tl.int64)
     total = tl.zeros([KEYS, PADDED], tl.float32)
-    at = row * (D + DV)
+    at = (row * num_heads + head) * (D + DV)
     for _ in tl.range(0, num_parts, num_stages=3):
         total += load_rows(parts_ptr, at, exists, D + DV, PADDED, True)
         at += stride_p
     column = tl.arange(0, PADDED)[None, :]
-    at = row[:, None]
-    tl.store(dk_ptr + at * D + column, total.to(dk_ptr.dtype.element_ty), mask=exists[:, None] & (column < D))
-    at = at * DV + column - D
+    at = (row * stride_dk_t + head * stride_dk_h)[:, None] + column
+    tl.store(dk_ptr + at, total.to(dk_ptr.dtype.element_ty), mask=exists[:, None] & (column < D))
+    at = (row * stride_dv_t + head * stride_dv_h)[:, None] + column - D
     tl.store(dv_ptr + at, total.to(dv_ptr.dtype.element_ty), mask=exists[:, None] & (column >= D) & (column < D + DV))
+
+
+@triton.jit
+def scale_rows_kernel(
+    dq_ptr, sums_ptr, scale, stride_t, stride_h, num_heads, total,
+    ACCUMULATE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = row < total
+    at = row // num_heads * stride_t + row % num_heads * stride_h
+    dq = load_rows(sums_ptr, row * D, inside, D, PADDED_D, True) * scale
+    if ACCUMULATE:
+        dq += load_rows(dq_ptr, at, inside, D, PADDED_D, True).to(tl.float32)
+    store_rows(dq_ptr, at, dq, inside, D, PADDED_D)
+
+
+def scale_rows(dq: Tensor, sums: Tensor, scale: float, accumulate: bool) -> None:
+    """dq `[T, H, D]`, whose heads may be some of a larger tensor's, becomes scale * sums, or that is added to it."""
+    num_rows, num_heads, head_dim = dq.shape
+    rows, total = 32, num_rows * num_heads
+    scale_rows_kernel[(cdiv(total, rows),)](
+        dq, sums, scale, *dq.stride()[:2], num_heads, total, ACCUMULATE=accumulate, D=head_dim, PADDED_D=padded_dim(head_dim),
+        ROWS=rows,
+    )  # fmt: skip
 
 
 @functools.cache
@@ -194,7 +258,7 @@ def compressed_attention_bwd(
     delta: as in `statistics`. add_to: a contiguous gradient of q to add this one to in place, and neither of k_cmp nor v_cmp.
     """
     num_rows, num_heads, head_dim = q.shape
-    num_windows, num_kv_heads, v_dim = v_cmp.shape
+    num_windows, num_kv_heads = v_cmp.shape[:2]
     group_size = num_heads // num_kv_heads
     config = config or tuning.compressed_config(q, v_cmp, group_size)
     do, q, k, v = (rows_contiguous(x, config.hopper) for x in (do, q, k_cmp, v_cmp))
@@ -205,68 +269,102 @@ def compressed_attention_bwd(
     dk, dv = k.new_zeros(k.shape), v.new_zeros(v.shape)
     if q.numel() == 0 or do.numel() == 0:
         return dq if accumulate else dq.zero_(), dk, dv
-    shift, delta = statistics(do, o, lse, scale, group_size, delta)
+    inputs = Inputs(q, k, v, do, *statistics(do, o, lse, scale, group_size, delta))
     windows = dict(KERNEL_SIZE=kernel_size, KERNEL_STRIDE=kernel_stride)
-    widths = dict(
-        D=head_dim, PADDED_D=padded_dim(head_dim), DV=v_dim, PADDED_DV=padded_dim(v_dim),
-        PRECISION=tuning.dot_precision(q.dtype),
-    )  # fmt: skip
-    strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *do.stride()[:2])
+    problem = Problem((cu_seqlens, cu_seqlens_q, seqused_k), max_seqlen, scale, windows, config)
+    if num_windows and in_one_pass(config, group_size, max_seqlen):
+        for heads, kv_heads in head_chunks(num_rows, num_kv_heads, group_size, head_dim):
+            of_heads, sums = (
+                inputs.of(heads, kv_heads),
+                torch.zeros_like(q[:, heads], dtype=torch.float32, memory_format=PACKED),
+            )
+            _run_dkdv(of_heads, problem, dk[:, kv_heads], dv[:, kv_heads], sums)
+            scale_rows(dq[:, heads], sums, scale, accumulate)
+        return dq, dk, dv
+    _run_dq(inputs, problem, dq, accumulate)
+    if num_windows:
+        _run_dkdv(inputs, problem, dk, dv)
+    return dq, dk, dv
 
+
+def in_one_pass(config: tuning.CompressedConfig, group_size: int, max_seqlen: int) -> bool:
+    """Whether the kernel of dk and dv adds up dq as well: in no fixed order, and by bulk steps of whole tiles."""
+    able = config.hopper and config.dkdv_m % group_size == 0 and not torch.are_deterministic_algorithms_enabled()
+    return able and max_seqlen >= config.one_pass_tokens
+
+
+def head_chunks(num_rows: int, num_kv_heads: int, group_size: int, head_dim: int) -> Iterator[tuple[slice, slice]]:
+    """Query heads and KV heads whose float32 sums of dq fit ONE_PASS_BYTES; one KV head at least."""
+    step = min(max(ONE_PASS_BYTES // (4 * num_rows * group_size * head_dim), 1), num_kv_heads)
+    for first in range(0, num_kv_heads, step):
+        last = min(first + step, num_kv_heads)
+        yield slice(first * group_size, last * group_size), slice(first, last)
+
+
+def _run_dq(inputs: Inputs, problem: Problem, dq: Tensor, accumulate: bool) -> None:
+    (num_rows, num_heads, head_dim), num_kv_heads, config = inputs.q.shape, inputs.k.shape[1], problem.config
+    group_size = num_heads // num_kv_heads
     tile_queries = config.dq_m // group_size
-    tiles = locate_tiles(num_rows, cu_seqlens, tile_queries, cu_seqlens_q, seqused_k)
+    tiles = locate_tiles(num_rows, problem.layout[0], tile_queries, *problem.layout[1:])
     num_tiles = cdiv(num_rows, tile_queries) if tiles is None else tiles.shape[1]
-    sizes = (scale * LOG2_E, scale, num_heads, num_tiles, num_rows)
+    sizes = (problem.scale * LOG2_E, problem.scale, num_heads, num_tiles, num_rows)
     constants = dict(
-        TILE_QUERIES=tile_queries, SINGLE=tiles is None, ACCUMULATE=accumulate, G=group_size, BLOCK_N=config.dq_n, **windows
+        TILE_QUERIES=tile_queries, SINGLE=tiles is None, ACCUMULATE=accumulate, G=group_size, BLOCK_N=config.dq_n,
+        **problem.windows,
     )  # fmt: skip
+    q, k, v, do, shift, delta = inputs
     if config.hopper:
         num_work = num_tiles * num_kv_heads
         bulk = hopper().head_columns((k, v), config.dq_n)
         hopper_backward().compressed_bwd_dq_hopper_kernel[(min(num_work, num_multiprocessors(q)),)](
-            q, k, v, *bulk, do, shift, delta, dq, tiles, *strides, *sizes, num_work, **constants, D=head_dim,
+            q, k, v, *bulk, do, shift, delta, dq, tiles, *inputs.strides(), *sizes, num_work, **constants, D=head_dim,
             STAGES=config.dq_stages, SLOTS=config.dq_slots, REGISTERS=config.dq_registers, num_warps=4,
         )  # fmt: skip
     else:
         compressed_bwd_dq_kernel[num_tiles, num_kv_heads](
-            q, k, v, do, shift, delta, dq, tiles, *strides, *sizes, **constants, **widths,
+            q, k, v, do, shift, delta, dq, tiles, *inputs.strides(), *sizes, **constants, **inputs.widths(),
             BLOCK_M=config.dq_m, NUM_STAGES=config.dq_stages, num_warps=config.dq_warps,
         )  # fmt: skip
-    if num_windows == 0:
-        return dq, dk, dv
 
-    tile_keys = config.dkdv_n
-    tiles = locate_tiles(
-        num_windows * kernel_stride, cu_seqlens, tile_keys * kernel_stride, cu_seqlens_q, seqused_k, of_keys=True
-    )
+
+def _run_dkdv(inputs: Inputs, problem: Problem, dk: Tensor, dv: Tensor, dq_sums: Tensor | None = None) -> None:
+    """dk and dv, whose heads may be some of larger tensors'. What is added to dq_sums, float32 `[T, HQ, D]`, is dq / scale."""
+    (num_rows, num_heads, head_dim), (num_windows, num_kv_heads, v_dim) = inputs.q.shape, inputs.v.shape
+    group_size, config, windows = num_heads // num_kv_heads, problem.config, problem.windows
+    tile_keys, kernel_stride = config.dkdv_n, windows["KERNEL_STRIDE"]
+    where, *others = problem.layout
+    tiles = locate_tiles(num_windows * kernel_stride, where, tile_keys * kernel_stride, *others, of_keys=True)
     num_tiles = cdiv(num_windows, tile_keys) if tiles is None else tiles.shape[1]
-    parts, part_rows = cut_rows(max_seqlen, group_size, num_tiles * num_kv_heads, config)
+    parts, part_rows = cut_rows(problem.max_seqlen, group_size, num_tiles * num_kv_heads, config)
+    q, k, v, do, shift, delta = inputs
     targets = (dk, dv)
     if parts > 1:
         sums = q.new_empty(parts, num_windows, num_kv_heads, head_dim + v_dim, dtype=torch.float32)
         targets = (sums[..., :head_dim], sums[..., head_dim:])
     target_strides = [stride for x in targets for stride in (x.stride()[:3] if parts > 1 else (0, *x.stride()[:2]))]
-    sizes = (scale * LOG2_E, scale, num_tiles, num_rows, part_rows)
+    sizes = (problem.scale * LOG2_E, problem.scale, num_tiles, num_rows, part_rows)
     heads = math.gcd(num_kv_heads, config.dkdv_heads)
     constants = dict(SINGLE=tiles is None, HEADS=heads, G=group_size, BLOCK_M=config.dkdv_m, **windows)
     grid = (num_tiles * num_kv_heads, parts)
     if config.hopper:
         bulk = config.dkdv_m % group_size == 0
-        block = (config.dkdv_m // group_size, group_size, head_dim)
-        rows = [hopper().describe(x, *block) if bulk else None for x in (q, do)]
+        block = (config.dkdv_m // group_size, group_size)
+        rows = [hopper().describe(x, *block, head_dim) if bulk else None for x in (q, do)]
+        dq_desc = None if dq_sums is None else hopper().describe(dq_sums, *block, head_dim // 2)
         hopper_backward().compressed_bwd_dkdv_hopper_kernel[grid](
-            q, k, v, do, *rows, shift, delta, *targets, tiles, *strides, *target_strides, *sizes, **constants, D=head_dim,
-            STAGES=config.dkdv_stages, BULK=bulk, REGISTERS=config.dkdv_registers, num_warps=4,
+            q, k, v, do, *rows, dq_desc, shift, delta, *targets, tiles, *inputs.strides(), *target_strides, *sizes,
+            **constants, D=head_dim, STAGES=config.dkdv_stages if dq_sums is None else config.one_pass_stages, BULK=bulk,
+            REGISTERS=config.dkdv_registers, num_warps=4,
         )  # fmt: skip
     else:
         compressed_bwd_dkdv_kernel[grid](
-            q, k, v, do, shift, delta, *targets, tiles, *strides, *target_strides, *sizes, **constants, **widths,
-            BLOCK_N=tile_keys, NUM_STAGES=config.dkdv_stages, num_warps=config.dkdv_warps,
+            q, k, v, do, shift, delta, *targets, tiles, *inputs.strides(), *target_strides, *sizes, **constants,
+            **inputs.widths(), BLOCK_N=tile_keys, NUM_STAGES=config.dkdv_stages, num_warps=config.dkdv_warps,
         )  # fmt: skip
     if parts > 1:
         keys = 16
         sum_parts_kernel[num_tiles * (tile_keys // keys), num_kv_heads](
-            sums, dk, dv, tiles, sums.stride(0), num_tiles, num_rows, num_kv_heads, parts, **windows, SINGLE=tiles is None,
-            TILE_KEYS=tile_keys, D=head_dim, DV=v_dim, PADDED=padded_dim(head_dim + v_dim), KEYS=keys, num_warps=4,
+            sums, dk, dv, tiles, sums.stride(0), *dk.stride()[:2], *dv.stride()[:2], num_tiles, num_rows, num_kv_heads, parts,
+            **windows, SINGLE=tiles is None, TILE_KEYS=tile_keys, D=head_dim, DV=v_dim, PADDED=padded_dim(head_dim + v_dim),
+            KEYS=keys, num_warps=4,
         )  # fmt: skip
-    return dq, dk, dv

@@ -355,9 +355,12 @@ def compressed_fwd_hopper_kernel(
     )  # fmt: skip
 
 
+GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
+
+
 @functools.cache
 def shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(list(block), {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16}[dtype])
+    return gl.NVMMASharedLayout.get_default_for(list(block), GLUON_DTYPES[dtype])
 
 
 def describe(x: Tensor, *block: int) -> TensorDescriptor:

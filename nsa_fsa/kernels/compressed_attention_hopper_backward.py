@@ -32,7 +32,7 @@ from nsa_fsa.kernels.compressed_attention_hopper import (
     store_tile,
     visible_windows,
 )
-from nsa_fsa.kernels.hopper_primitives import thread_barrier
+from nsa_fsa.kernels.hopper_primitives import bulk_add, copy_rows_or_zeros, thread_barrier
 
 
 @gluon.jit
@@ -156,6 +156,15 @@ def copy_statistics(shift_s, delta_s, shift_ptr, delta_ptr, start, last, BLOCK_M
 
 
 @gluon.jit
+def copy_rows_until(
+    buffer, ptr, stride_t, stride_h, start, end, ROWS: gl.constexpr, G: gl.constexpr, DIM: gl.constexpr, layout: gl.constexpr
+):
+    """(query, head) rows from start on, zeros from `end` on: what these add to the dq of other rows is 0, too, never NaN."""
+    row = start + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
+    copy_rows_or_zeros(buffer, ptr, (row // G).to(gl.int64) * stride_t + row % G * stride_h, row < end, DIM, layout)
+
+
+@gluon.jit
 def load_query_rows(
     q_ptr, do_ptr, q_desc, do_desc, shift_ptr, delta_ptr, q_s, do_s, shift_s, delta_s, q_ready, free,
     stride_q_t, stride_q_h, stride_do_t, stride_do_h, query, query_head, num_rows,
@@ -188,13 +197,49 @@ def load_query_rows(
 
 
 @gluon.jit
+def add_dq(
+    ds_s, dq_s, k_s, dq_desc, ds_ready, ds_free, step, steps, query, query_head, dk, dv,
+    G: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Adds a step's gradient of its rows to what other programs add, half of the columns for each group. The step is one whose
+    ds both groups have left in shared memory; waits for the products of dk and dv that are under way, too."""
+    HALF: gl.constexpr = D // 2
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
+    buffer = (step + 2) % 2
+    exists = step >= 0  # there is none before the first
+    mbarrier.wait(ds_ready.index(buffer), (step + 2) // 2 - 1 & 1, pred=exists)
+    none = gl.zeros([BLOCK_M, HALF], gl.float32, dq_layout)
+    keys = k_s.index(0).slice(GROUP * HALF, HALF, dim=1)
+    dq = warpgroup_mma(ds_s.index(2 * buffer).permute((1, 0)), keys, none, use_acc=False, is_async=True)
+    keys = k_s.index(1).slice(GROUP * HALF, HALF, dim=1)
+    dq = warpgroup_mma(ds_s.index(2 * buffer + 1).permute((1, 0)), keys, dq, is_async=True)
+    dk, dv, dq = warpgroup_mma_wait(0, deps=(dk, dv, dq))
+    if exists:
+        tma.store_wait(0)  # the buffer of the step before has been read
+        thread_barrier()
+        mbarrier.arrive(ds_free.index(buffer), count=1)
+        dq_s.index(GROUP).store(dq)
+        fence_async_shared()
+        thread_barrier()
+        shape: gl.constexpr = [BLOCK_M // G, G, HALF]
+        start = (steps - 1 - step) * BLOCK_M
+        at = [query + start // G, query_head, GROUP * HALF]
+        bulk_add(dq_desc, at, dq_s.index(GROUP)._reinterpret(gl.float32, shape, dq_desc.layout))
+    return dk, dv
+
+
+@gluon.jit
 def gather_dkdv(
-    q_s, do_s, k_s, v_s, shift_s, delta_s, q_ready, free, dk_ptr, dv_ptr, stride_t, scale2, num_keys, first_seen, num_rows,
+    q_s, do_s, k_s, v_s, ds_s, dq_s, shift_s, delta_s, q_ready, free, ds_ready, ds_free, dk_ptr, dv_ptr, dq_desc, stride_t,
+    scale2, num_keys, first_seen, num_rows, query, query_head,
     G: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, BULK: gl.constexpr,
     KERNEL_STRIDE: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """A computing warpgroup of dk and dv: 64 keys. Scores are computed transposed, [keys, rows], so that p and ds feed the
-    matrix unit from registers. Rows count from the program's first; what it does not need would spill."""
+    matrix unit from registers. Rows count from the program's first; what it does not need would spill.
+
+    With a dq_desc also dq, which takes ds of all keys from shared memory, and a step later: neither group waits for the other.
+    """
     dtype: gl.constexpr = q_s.dtype
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     s_column: gl.constexpr = gl.SliceLayout(0, s_layout)
@@ -225,10 +270,28 @@ def gather_dkdv(
         # takes exponentials.
         ds = (p * (dp + delta_s.index(stage).load(s_column)[None, :])).to(dtype)
         dv = warpgroup_mma(gl.convert_layout(p.to(dtype), a_layout), do_s.index(stage), dv, is_async=True)
-        dk = warpgroup_mma(gl.convert_layout(ds, a_layout), q_s.index(stage), dk, is_async=True)
-        dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
-        thread_barrier()
+        if dq_desc is None:
+            dk = warpgroup_mma(gl.convert_layout(ds, a_layout), q_s.index(stage), dk, is_async=True)
+            dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+            thread_barrier()
+        else:
+            buffer = step % 2
+            mbarrier.wait(ds_free.index(buffer), step // 2 & 1 ^ 1)
+            ds_tile = ds_s.index(2 * buffer + GROUP)
+            ds_tile.store(ds)
+            fence_async_shared()
+            thread_barrier()
+            mbarrier.arrive(ds_ready.index(buffer), count=1)
+            dk = warpgroup_mma(ds_tile, q_s.index(stage), dk, is_async=True)
+            dk, dv = add_dq(
+                ds_s, dq_s, k_s, dq_desc, ds_ready, ds_free, step - 1, steps, query, query_head, dk, dv, G, D, BLOCK_M, GROUP
+            )
+            thread_barrier()
         mbarrier.arrive(free.index(stage), count=1)
+    if dq_desc is not None:
+        dk, dv = add_dq(
+            ds_s, dq_s, k_s, dq_desc, ds_ready, ds_free, steps - 1, steps, query, query_head, dk, dv, G, D, BLOCK_M, GROUP
+        )
     key = GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, d_layout))
     column = gl.arange(0, D, gl.SliceLayout(0, d_layout))
     exists = (key < num_keys)[:, None]
@@ -236,11 +299,13 @@ def gather_dkdv(
     at = row * stride_t + column[None, :]
     gl.store(dk_ptr + at, (dk * (scale2 * LN_2)).to(dk_ptr.dtype.element_ty), mask=exists)
     gl.store(dv_ptr + at, dv.to(dv_ptr.dtype.element_ty), mask=exists)
+    if dq_desc is not None:
+        tma.store_wait(0)  # shared memory may be another program's once this one has ended
 
 
 @gluon.jit(do_not_specialize=["num_rows"])
 def compressed_bwd_dkdv_hopper_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, q_desc, do_desc, shift_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, q_desc, do_desc, dq_desc, shift_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
     stride_dk_p, stride_dk_t, stride_dk_h, stride_dv_p, stride_dv_t, stride_dv_h,
     scale2, scale, num_tiles, num_rows, part_rows,
@@ -271,6 +336,13 @@ def compressed_bwd_dkdv_hopper_kernel(
     delta_s = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], flat)
     q_ready = allocate_barriers(STAGES, EITHER_WAY)
     free = allocate_barriers(STAGES, 2)
+    ds_s, dq_s, ds_ready, ds_free = None, None, None, None
+    if dq_desc is not None:
+        ds_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP_ROWS, BLOCK_M], dtype)
+        dq_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D // 2], gl.float32)
+        ds_s = gl.allocate_shared_memory(dtype, [4, GROUP_ROWS, BLOCK_M], ds_shared)  # two steps of both groups
+        dq_s = gl.allocate_shared_memory(gl.float32, [2, BLOCK_M, D // 2], dq_shared)
+        ds_ready, ds_free = allocate_barriers(2, 2), allocate_barriers(2, 2)
     # Rows are (query, head) pairs of the sequence. This program's are those of its part that see the tile's first key.
     first_seen = (first_window * KERNEL_STRIDE + KERNEL_SIZE - 1 - offset) * G
     begin = gl.maximum(gl.maximum(first_seen, 0), part * part_rows)
@@ -301,10 +373,13 @@ def compressed_bwd_dkdv_hopper_kernel(
     if BULK:
         few_rows = num_rows_here % BLOCK_M
         if few_rows > 0:
-            start, last = num_rows_here - few_rows, num_rows_here - 1
-            copy_query_rows(q_s.index(0), q_ptr, stride_q_t, stride_q_h, start, last, BLOCK_M, BLOCK_M, G, D, rows)
-            copy_query_rows(do_s.index(0), do_ptr, stride_do_t, stride_do_h, start, last, BLOCK_M, BLOCK_M, G, D, rows)
-            copy_statistics(shift_s.index(0), delta_s.index(0), shift_ptr, delta_ptr, start, last, BLOCK_M)
+            start = num_rows_here - few_rows
+            copy_rows_until(q_s.index(0), q_ptr, stride_q_t, stride_q_h, start, num_rows_here, BLOCK_M, G, D, rows)
+            copy_rows_until(do_s.index(0), do_ptr, stride_do_t, stride_do_h, start, num_rows_here, BLOCK_M, G, D, rows)
+            row = start + gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [4], [0]))
+            exists = row < num_rows_here
+            async_copy.async_copy_global_to_shared(shift_s.index(0), shift_ptr + row, mask=exists)
+            async_copy.async_copy_global_to_shared(delta_s.index(0), delta_ptr + row, mask=exists)
     async_copy.commit_group()
     async_copy.wait_group(0)
     fence_async_shared()
@@ -316,15 +391,17 @@ def compressed_bwd_dkdv_hopper_kernel(
             (
                 gather_dkdv,
                 (
-                    q_s, do_s, k_s, v_s, shift_s, delta_s, q_ready, free, dk_ptr, dv_ptr, stride_dk_t, scale2, keys,
-                    first_seen - begin, num_rows_here, G, D, BLOCK_M, STAGES, BULK, KERNEL_STRIDE, 0,
+                    q_s, do_s, k_s, v_s, ds_s, dq_s, shift_s, delta_s, q_ready, free, ds_ready, ds_free, dk_ptr, dv_ptr,
+                    dq_desc, stride_dk_t, scale2, keys, first_seen - begin, num_rows_here, first_query + first, head * G,
+                    G, D, BLOCK_M, STAGES, BULK, KERNEL_STRIDE, 0,
                 ),
             ),
             (
                 gather_dkdv,
                 (
-                    q_s, do_s, k_s, v_s, shift_s, delta_s, q_ready, free, dk_ptr, dv_ptr, stride_dk_t, scale2, keys,
-                    first_seen - begin, num_rows_here, G, D, BLOCK_M, STAGES, BULK, KERNEL_STRIDE, 1,
+                    q_s, do_s, k_s, v_s, ds_s, dq_s, shift_s, delta_s, q_ready, free, ds_ready, ds_free, dk_ptr, dv_ptr,
+                    dq_desc, stride_dk_t, scale2, keys, first_seen - begin, num_rows_here, first_query + first, head * G,
+                    G, D, BLOCK_M, STAGES, BULK, KERNEL_STRIDE, 1,
                 ),
             ),
             (

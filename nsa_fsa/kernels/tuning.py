@@ -84,6 +84,8 @@ class CompressedConfig:
     dkdv_heads: int = 16  # done at a time
     dkdv_programs: int = 1056  # rows are cut into parts until there are so many, eight a multiprocessor of an H200,
     dkdv_part_rows: int = 2048  # or until a part has no more rows than this
+    one_pass_tokens: int = 16384  # a longest sequence from which on the Gluon kernel of dk and dv adds up dq as well
+    one_pass_stages: int = 2
 
 
 def runs_gluon(q: Tensor, v: Tensor) -> bool:
