@@ -6,8 +6,8 @@
                 whose sums `sum_parts` adds: where there are few KV heads there are too few tiles to fill a GPU.
 
 Nothing is added atomically, so the result is the same in every run. On Hopper, and for long sequences, the pass of dk and dv
-adds up dq as well, in float32 and by bulk steps: five products instead of seven, but in no fixed order. Deterministic algorithms
-keep to two passes.
+adds up dq as well, in float32 and by bulk steps: five products instead of seven, but in no fixed order. Deterministic
+algorithms keep to two passes.
 """
 
 import functools
@@ -116,7 +116,7 @@ def compressed_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, shift_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
     stride_dk_p, stride_dk_t, stride_dk_h, stride_dv_p, stride_dv_t, stride_dv_h,
-    scale2, scale, num_tiles, num_rows, part_rows,
+    scale2, scale, num_heads, num_tiles, num_rows, part_rows,
     KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, SINGLE: tl.constexpr, HEADS: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -342,7 +342,7 @@ def _run_dkdv(inputs: Inputs, problem: Problem, dk: Tensor, dv: Tensor, dq_sums:
         sums = q.new_empty(parts, num_windows, num_kv_heads, head_dim + v_dim, dtype=torch.float32)
         targets = (sums[..., :head_dim], sums[..., head_dim:])
     target_strides = [stride for x in targets for stride in (x.stride()[:3] if parts > 1 else (0, *x.stride()[:2]))]
-    sizes = (problem.scale * LOG2_E, problem.scale, num_tiles, num_rows, part_rows)
+    sizes = (problem.scale * LOG2_E, problem.scale, num_heads, num_tiles, num_rows, part_rows)
     heads = math.gcd(num_kv_heads, config.dkdv_heads)
     constants = dict(SINGLE=tiles is None, HEADS=heads, G=group_size, BLOCK_M=config.dkdv_m, **windows)
     grid = (num_tiles * num_kv_heads, parts)
@@ -352,7 +352,7 @@ def _run_dkdv(inputs: Inputs, problem: Problem, dk: Tensor, dv: Tensor, dq_sums:
         rows = [hopper().describe(x, *block, head_dim) if bulk else None for x in (q, do)]
         dq_desc = None if dq_sums is None else hopper().describe(dq_sums, *block, head_dim // 2)
         hopper_backward().compressed_bwd_dkdv_hopper_kernel[grid](
-            q, k, v, do, *rows, dq_desc, shift, delta, *targets, tiles, *inputs.strides(), *target_strides, *sizes,
+            q, k, v, do, *rows, dq_desc, dq_sums, shift, delta, *targets, tiles, *inputs.strides(), *target_strides, *sizes,
             **constants, D=head_dim, STAGES=config.dkdv_stages if dq_sums is None else config.one_pass_stages, BULK=bulk,
             REGISTERS=config.dkdv_registers, num_warps=4,
         )  # fmt: skip

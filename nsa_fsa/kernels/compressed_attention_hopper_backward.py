@@ -32,7 +32,7 @@ from nsa_fsa.kernels.compressed_attention_hopper import (
     store_tile,
     visible_windows,
 )
-from nsa_fsa.kernels.hopper_primitives import bulk_add, copy_rows_or_zeros, thread_barrier
+from nsa_fsa.kernels.hopper_primitives import bulk_add, thread_barrier
 
 
 @gluon.jit
@@ -156,15 +156,6 @@ def copy_statistics(shift_s, delta_s, shift_ptr, delta_ptr, start, last, BLOCK_M
 
 
 @gluon.jit
-def copy_rows_until(
-    buffer, ptr, stride_t, stride_h, start, end, ROWS: gl.constexpr, G: gl.constexpr, DIM: gl.constexpr, layout: gl.constexpr
-):
-    """(query, head) rows from start on, zeros from `end` on: what these add to the dq of other rows is 0, too, never NaN."""
-    row = start + gl.arange(0, ROWS, gl.SliceLayout(1, layout))
-    copy_rows_or_zeros(buffer, ptr, (row // G).to(gl.int64) * stride_t + row % G * stride_h, row < end, DIM, layout)
-
-
-@gluon.jit
 def load_query_rows(
     q_ptr, do_ptr, q_desc, do_desc, shift_ptr, delta_ptr, q_s, do_s, shift_s, delta_s, q_ready, free,
     stride_q_t, stride_q_h, stride_do_t, stride_do_h, query, query_head, num_rows,
@@ -198,7 +189,7 @@ def load_query_rows(
 
 @gluon.jit
 def add_dq(
-    ds_s, dq_s, k_s, dq_desc, ds_ready, ds_free, step, steps, query, query_head, dk, dv,
+    ds_s, dq_s, k_s, dq_desc, dq_ptr, ds_ready, ds_free, step, steps, num_rows, query, query_head, num_heads, dk, dv,
     G: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     """Adds a step's gradient of its rows to what other programs add, half of the columns for each group. The step is one whose
@@ -214,24 +205,32 @@ def add_dq(
     keys = k_s.index(1).slice(GROUP * HALF, HALF, dim=1)
     dq = warpgroup_mma(ds_s.index(2 * buffer + 1).permute((1, 0)), keys, dq, is_async=True)
     dk, dv, dq = warpgroup_mma_wait(0, deps=(dk, dv, dq))
+    start = (steps - 1 - step) * BLOCK_M
     if exists:
-        tma.store_wait(0)  # the buffer of the step before has been read
-        thread_barrier()
-        mbarrier.arrive(ds_free.index(buffer), count=1)
-        dq_s.index(GROUP).store(dq)
-        fence_async_shared()
-        thread_barrier()
-        shape: gl.constexpr = [BLOCK_M // G, G, HALF]
-        start = (steps - 1 - step) * BLOCK_M
-        at = [query + start // G, query_head, GROUP * HALF]
-        bulk_add(dq_desc, at, dq_s.index(GROUP)._reinterpret(gl.float32, shape, dq_desc.layout))
+        if start + BLOCK_M <= num_rows:
+            tma.store_wait(0)  # the buffer of the step before has been read
+            thread_barrier()
+            mbarrier.arrive(ds_free.index(buffer), count=1)
+            dq_s.index(GROUP).store(dq)
+            fence_async_shared()
+            thread_barrier()
+            shape: gl.constexpr = [BLOCK_M // G, G, HALF]
+            at = [query + start // G, query_head, GROUP * HALF]
+            bulk_add(dq_desc, at, dq_s.index(GROUP)._reinterpret(gl.float32, shape, dq_desc.layout))
+        else:  # a last tile, whose other rows may be those of another sequence
+            thread_barrier()
+            mbarrier.arrive(ds_free.index(buffer), count=1)
+            row = start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, dq_layout))
+            column = GROUP * HALF + gl.arange(0, HALF, gl.SliceLayout(0, dq_layout))
+            element = ((query + row // G).to(gl.int64) * num_heads + query_head + row % G) * D
+            gl.atomic_add(dq_ptr + element[:, None] + column[None, :], dq, mask=(row < num_rows)[:, None], sem="relaxed")
     return dk, dv
 
 
 @gluon.jit
 def gather_dkdv(
-    q_s, do_s, k_s, v_s, ds_s, dq_s, shift_s, delta_s, q_ready, free, ds_ready, ds_free, dk_ptr, dv_ptr, dq_desc, stride_t,
-    scale2, num_keys, first_seen, num_rows, query, query_head,
+    q_s, do_s, k_s, v_s, ds_s, dq_s, shift_s, delta_s, q_ready, free, ds_ready, ds_free, dk_ptr, dv_ptr, dq_desc, dq_ptr,
+    stride_t, scale2, num_keys, first_seen, num_rows, query, query_head, num_heads,
     G: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, BULK: gl.constexpr,
     KERNEL_STRIDE: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -284,14 +283,16 @@ def gather_dkdv(
             mbarrier.arrive(ds_ready.index(buffer), count=1)
             dk = warpgroup_mma(ds_tile, q_s.index(stage), dk, is_async=True)
             dk, dv = add_dq(
-                ds_s, dq_s, k_s, dq_desc, ds_ready, ds_free, step - 1, steps, query, query_head, dk, dv, G, D, BLOCK_M, GROUP
-            )
+                ds_s, dq_s, k_s, dq_desc, dq_ptr, ds_ready, ds_free, step - 1, steps, num_rows, query, query_head, num_heads,
+                dk, dv, G, D, BLOCK_M, GROUP,
+            )  # fmt: skip
             thread_barrier()
         mbarrier.arrive(free.index(stage), count=1)
     if dq_desc is not None:
         dk, dv = add_dq(
-            ds_s, dq_s, k_s, dq_desc, ds_ready, ds_free, steps - 1, steps, query, query_head, dk, dv, G, D, BLOCK_M, GROUP
-        )
+            ds_s, dq_s, k_s, dq_desc, dq_ptr, ds_ready, ds_free, steps - 1, steps, num_rows, query, query_head, num_heads,
+            dk, dv, G, D, BLOCK_M, GROUP,
+        )  # fmt: skip
     key = GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, d_layout))
     column = gl.arange(0, D, gl.SliceLayout(0, d_layout))
     exists = (key < num_keys)[:, None]
@@ -305,10 +306,10 @@ def gather_dkdv(
 
 @gluon.jit(do_not_specialize=["num_rows"])
 def compressed_bwd_dkdv_hopper_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, q_desc, do_desc, dq_desc, shift_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, q_desc, do_desc, dq_desc, dq_ptr, shift_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
     stride_dk_p, stride_dk_t, stride_dk_h, stride_dv_p, stride_dv_t, stride_dv_h,
-    scale2, scale, num_tiles, num_rows, part_rows,
+    scale2, scale, num_heads, num_tiles, num_rows, part_rows,
     KERNEL_SIZE: gl.constexpr, KERNEL_STRIDE: gl.constexpr, SINGLE: gl.constexpr, HEADS: gl.constexpr,
     G: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, BULK: gl.constexpr,
     REGISTERS: gl.constexpr,
@@ -373,13 +374,10 @@ def compressed_bwd_dkdv_hopper_kernel(
     if BULK:
         few_rows = num_rows_here % BLOCK_M
         if few_rows > 0:
-            start = num_rows_here - few_rows
-            copy_rows_until(q_s.index(0), q_ptr, stride_q_t, stride_q_h, start, num_rows_here, BLOCK_M, G, D, rows)
-            copy_rows_until(do_s.index(0), do_ptr, stride_do_t, stride_do_h, start, num_rows_here, BLOCK_M, G, D, rows)
-            row = start + gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [4], [0]))
-            exists = row < num_rows_here
-            async_copy.async_copy_global_to_shared(shift_s.index(0), shift_ptr + row, mask=exists)
-            async_copy.async_copy_global_to_shared(delta_s.index(0), delta_ptr + row, mask=exists)
+            start, last = num_rows_here - few_rows, num_rows_here - 1
+            copy_query_rows(q_s.index(0), q_ptr, stride_q_t, stride_q_h, start, last, BLOCK_M, BLOCK_M, G, D, rows)
+            copy_query_rows(do_s.index(0), do_ptr, stride_do_t, stride_do_h, start, last, BLOCK_M, BLOCK_M, G, D, rows)
+            copy_statistics(shift_s.index(0), delta_s.index(0), shift_ptr, delta_ptr, start, last, BLOCK_M)
     async_copy.commit_group()
     async_copy.wait_group(0)
     fence_async_shared()
@@ -392,16 +390,16 @@ def compressed_bwd_dkdv_hopper_kernel(
                 gather_dkdv,
                 (
                     q_s, do_s, k_s, v_s, ds_s, dq_s, shift_s, delta_s, q_ready, free, ds_ready, ds_free, dk_ptr, dv_ptr,
-                    dq_desc, stride_dk_t, scale2, keys, first_seen - begin, num_rows_here, first_query + first, head * G,
-                    G, D, BLOCK_M, STAGES, BULK, KERNEL_STRIDE, 0,
+                    dq_desc, dq_ptr, stride_dk_t, scale2, keys, first_seen - begin, num_rows_here, first_query + first,
+                    head * G, num_heads, G, D, BLOCK_M, STAGES, BULK, KERNEL_STRIDE, 0,
                 ),
             ),
             (
                 gather_dkdv,
                 (
                     q_s, do_s, k_s, v_s, ds_s, dq_s, shift_s, delta_s, q_ready, free, ds_ready, ds_free, dk_ptr, dv_ptr,
-                    dq_desc, stride_dk_t, scale2, keys, first_seen - begin, num_rows_here, first_query + first, head * G,
-                    G, D, BLOCK_M, STAGES, BULK, KERNEL_STRIDE, 1,
+                    dq_desc, dq_ptr, stride_dk_t, scale2, keys, first_seen - begin, num_rows_here, first_query + first,
+                    head * G, num_heads, G, D, BLOCK_M, STAGES, BULK, KERNEL_STRIDE, 1,
                 ),
             ),
             (

@@ -153,3 +153,46 @@ def test_parts_are_whole_queries(num_tiles, max_seqlen, group_size):
     assert part_rows % config.dkdv_m == 0
     assert parts * part_rows >= max_seqlen * group_size
     assert num_tiles < config.dkdv_programs or parts <= 1
+
+
+def test_in_one_pass():
+    """Gluon kernels, whole groups in tiles of 64 rows, long sequences, and no order asked for."""
+    config, tokens = CompressedConfig(hopper=True, dkdv_m=64), CompressedConfig().one_pass_tokens
+    in_one_pass = compressed_attention_backward.in_one_pass
+    assert in_one_pass(config, 16, tokens)
+    assert not in_one_pass(config, 16, tokens - 1)
+    assert not in_one_pass(config, 5, tokens)
+    assert not in_one_pass(dataclasses.replace(config, hopper=False), 16, tokens)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not in_one_pass(config, 16, tokens)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("num_kv_heads", [1, 2, 7, 64])
+@pytest.mark.parametrize("fitting", [0, 1, 3, 64])
+def test_chunks_of_heads(monkeypatch, fitting, num_kv_heads):
+    rows, group_size, width = 100, 4, 128
+    monkeypatch.setattr(compressed_attention_backward, "ONE_PASS_BYTES", fitting * 4 * rows * group_size * width)
+    chunks = list(compressed_attention_backward.head_chunks(rows, num_kv_heads, group_size, width))
+    heads, kv_heads = ([i for x in part for i in range(x.start, x.stop)] for part in zip(*chunks, strict=True))
+    assert heads == list(range(num_kv_heads * group_size))
+    assert kv_heads == list(range(num_kv_heads))
+    for of_heads, of_kv_heads in chunks:
+        assert of_heads.start == group_size * of_kv_heads.start
+        assert of_kv_heads.stop - of_kv_heads.start <= max(fitting, 1)
+
+
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 80])
+def test_scale_rows(accumulate, head_dim):
+    """Some heads of a gradient; the others stay."""
+    device = device_of("triton")
+    generator = torch.Generator().manual_seed(0)
+    whole, sums = (torch.randn(50, heads, head_dim, generator=generator).to(device) for heads in (5, 2))
+    before = whole.clone()
+    compressed_attention_backward.scale_rows(whole[:, 1:3], sums, 0.3, accumulate)
+    expected = before.clone()
+    expected[:, 1:3] = 0.3 * sums + (before[:, 1:3] if accumulate else 0)
+    torch.testing.assert_close(whole, expected)
