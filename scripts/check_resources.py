@@ -156,8 +156,9 @@ def call_operators(case: Case, enter: Callable[[str], None]) -> None:
         gated_combine.gated_combine(logits, do, do, do)
         enter(f"gated_combine_backward with {num_gates} gates")
         gated_combine.gated_combine_backward(do, logits, do, do, do)
-        enter(f"branch_gradient with {num_gates} gates")
-        gated_combine.branch_gradient(do, do, lse, logits, 0)
+        enter(f"branch_gradients with {num_gates} gates")
+        gated_combine.branch_gradients(do, [do] * 3, [lse] * 3, logits)
+        gated_combine.branch_gradients(do, [None, do, None], [lse] * 3, logits)
     enter("select_blocks")
     block_selection.select_blocks(
         q, k[: NUM_TOKENS // 16], new(NUM_TOKENS, NUM_HEADS, dtype=torch.float32), cu_seqlens, NUM_TOKENS,

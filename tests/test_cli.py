@@ -52,7 +52,7 @@ def test_bench_has_every_subject():
 
 
 def test_info_knows_every_operator():
-    parts = {"block_scores", "branch_gradient"}  # of an operator in the table, not operators that a layer calls
+    parts = {"block_scores", "branch_gradients"}  # of an operator in the table, not operators that a layer calls
     assert set(cli.OPERATORS) | parts == set(backends._BACKENDS)
 
 

@@ -4,9 +4,11 @@ A program owns some (query, head) rows. Gradients of gates shared by the heads o
 a fixed order.
 
 There are two backwards. That of the operator by itself writes every branch's share of do, three gigabytes at 65,536 tokens of
-64 heads. That of the whole core, `branch_gradient`, writes none: a branch's backward computes p = exp(s - lse), and with
+64 heads. That of the whole core, `branch_gradients`, writes none: a branch's backward computes p = exp(s - lse), and with
 lse - log(gate) in place of lse every p, and with it dq, dk and dv, is scaled by the gate.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -81,23 +83,48 @@ def gated_combine_bwd_kernel(
 
 
 @triton.jit
-def branch_gradient_kernel(
-    do_ptr, o_ptr, lse_ptr, logits_ptr, dlogits_ptr, gated_lse_ptr, delta_ptr,
-    stride_do_t, stride_do_h, stride_o_t, stride_o_h, stride_logits_t, stride_logits_h, num_heads, total,
+def branch_gradient(
+    do, o_ptr, at, lse_ptr, logits_ptr, dlogits_ptr, gated_lse_ptr, delta_ptr, row, inside,
+    DV: tl.constexpr, PADDED_DV: tl.constexpr,
+):  # fmt: skip
+    """One branch of `branch_gradients`; nothing of a branch that is left out."""
+    if o_ptr is not None:
+        o = load_rows(o_ptr, at, inside, DV, PADDED_DV, True).to(tl.float32)
+        logit = tl.load(logits_ptr, mask=inside, other=0.0).to(tl.float32)
+        delta = tl.sum(do * o, 1)
+        gate = tl.sigmoid(logit)
+        log_gate = tl.minimum(logit, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(logit)))  # of the sigmoid, without overflow
+        tl.store(dlogits_ptr + row, (delta * gate * (1.0 - gate)).to(dlogits_ptr.dtype.element_ty), mask=inside)
+        tl.store(gated_lse_ptr + row, tl.load(lse_ptr + row, mask=inside, other=0.0) - log_gate, mask=inside)
+        tl.store(delta_ptr + row, delta, mask=inside)
+
+
+@triton.jit
+def branch_gradients_kernel(
+    do_ptr, logits_ptr, o_cmp_ptr, o_slc_ptr, o_swa_ptr, lse_cmp_ptr, lse_slc_ptr, lse_swa_ptr,
+    dlogits_ptr, gated_lse_ptr, delta_ptr,
+    stride_do_t, stride_do_h, stride_logits_t, stride_logits_h, stride_logits_b, stride_cmp_t, stride_cmp_h, stride_slc_t,
+    stride_slc_h, stride_swa_t, stride_swa_h, num_heads, total,
     DV: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < total
     token, head = row // num_heads, row % num_heads
-    logit = tl.load(logits_ptr + token * stride_logits_t + head * stride_logits_h, mask=inside, other=0.0).to(tl.float32)
     do = load_rows(do_ptr, token * stride_do_t + head * stride_do_h, inside, DV, PADDED_DV, True).to(tl.float32)
-    o = load_rows(o_ptr, token * stride_o_t + head * stride_o_h, inside, DV, PADDED_DV, True).to(tl.float32)
-    delta = tl.sum(do * o, 1)
-    gate = tl.sigmoid(logit)
-    log_gate = tl.minimum(logit, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(logit)))  # of the sigmoid, without overflow
-    tl.store(dlogits_ptr + row, (delta * gate * (1.0 - gate)).to(dlogits_ptr.dtype.element_ty), mask=inside)
-    tl.store(gated_lse_ptr + row, tl.load(lse_ptr + row, mask=inside, other=0.0) - log_gate, mask=inside)
-    tl.store(delta_ptr + row, delta, mask=inside)
+    logits_ptr += token * stride_logits_t + head * stride_logits_h
+    at_cmp, at_slc = token * stride_cmp_t + head * stride_cmp_h, token * stride_slc_t + head * stride_slc_h
+    at_swa = token * stride_swa_t + head * stride_swa_h
+    branch_gradient(
+        do, o_cmp_ptr, at_cmp, lse_cmp_ptr, logits_ptr, dlogits_ptr, gated_lse_ptr, delta_ptr, row, inside, DV, PADDED_DV
+    )
+    branch_gradient(
+        do, o_slc_ptr, at_slc, lse_slc_ptr, logits_ptr + stride_logits_b,
+        dlogits_ptr + total, gated_lse_ptr + total, delta_ptr + total, row, inside, DV, PADDED_DV,
+    )  # fmt: skip
+    branch_gradient(
+        do, o_swa_ptr, at_swa, lse_swa_ptr, logits_ptr + 2 * stride_logits_b,
+        dlogits_ptr + 2 * total, gated_lse_ptr + 2 * total, delta_ptr + 2 * total, row, inside, DV, PADDED_DV,
+    )  # fmt: skip
 
 
 def _gate_strides(gate_logits: Tensor) -> tuple[int, int, int]:
@@ -150,20 +177,24 @@ def gated_combine_backward(
     return dlogits, *dbranches  # type: ignore[return-value]
 
 
-def branch_gradient(do: Tensor, o: Tensor, lse: Tensor, gate_logits: Tensor, branch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of one branch the gradient of its gate's logits, and lse and delta for its backward: `nsa_fsa.reference` says how."""
-    num_tokens, num_heads, _ = o.shape
-    do, o = rows_contiguous(do), rows_contiguous(o)
+def branch_gradients(
+    do: Tensor, outputs: Sequence[Tensor | None], statistics: Sequence[Tensor], gate_logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As in `nsa_fsa.reference`: gradients of the gates' logits, lse and delta, branch by branch, in one pass over do."""
+    num_tokens, num_heads, _ = do.shape
+    do = rows_contiguous(do)
+    branches = [None if o is None else rows_contiguous(o) for o in outputs]
     shared = gate_logits.shape[1] != num_heads
-    logits = gate_logits[..., branch]
-    dlogits = o.new_empty(num_tokens, num_heads, dtype=torch.float32 if shared else gate_logits.dtype)
-    gated_lse, delta = (torch.empty(num_tokens, num_heads, dtype=torch.float32, device=o.device) for _ in range(2))
-    if o.numel():
-        programs, constants = _sizes(o)
-        branch_gradient_kernel[(programs,)](
-            do, o, lse, logits, dlogits, gated_lse, delta, *do.stride()[:2], *o.stride()[:2],
-            logits.stride(0), 0 if shared else logits.stride(1), num_heads, num_tokens * num_heads, **constants,
+    dlogits = do.new_empty(3, num_tokens, num_heads, dtype=torch.float32 if shared else gate_logits.dtype)
+    gated_lse, delta = (torch.empty(3, num_tokens, num_heads, dtype=torch.float32, device=do.device) for _ in range(2))
+    if do.numel():
+        programs, constants = _sizes(do)
+        strides = (stride for x in (do, *branches) for stride in ((0, 0) if x is None else x.stride()[:2]))
+        do_strides = [next(strides), next(strides)]
+        branch_gradients_kernel[(programs,)](
+            do, gate_logits, *branches, *statistics, dlogits, gated_lse, delta,
+            *do_strides, *_gate_strides(gate_logits), *strides, num_heads, num_tokens * num_heads, **constants,
         )  # fmt: skip
     if shared:
-        dlogits = dlogits.sum(1, keepdim=True).to(gate_logits.dtype)
+        dlogits = dlogits.sum(2, keepdim=True).to(gate_logits.dtype)
     return dlogits, gated_lse, delta

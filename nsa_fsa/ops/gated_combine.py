@@ -1,5 +1,6 @@
 """The gated sum of the three branches as an operator."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -101,10 +102,12 @@ def _triton_backward(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return kernels.gated_combine_backward(*tensors)
 
 
-def _triton_branch_gradient(do: Tensor, o: Tensor, lse: Tensor, gate_logits: Tensor, branch: int) -> tuple[Tensor, ...]:
+def _triton_branch_gradients(
+    do: Tensor, outputs: Sequence[Tensor | None], statistics: Sequence[Tensor], gate_logits: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     from nsa_fsa.kernels import gated_combine as kernels
 
-    return kernels.branch_gradient(do, o, lse, gate_logits, branch)
+    return kernels.branch_gradients(do, outputs, statistics, gate_logits)
 
 
 backends.register(
@@ -115,12 +118,12 @@ backends.register(
 )
 backends.register("gated_combine", backends.Backend("reference", reference.gated_combine, reference.gated_combine_backward))
 
-# The gates' part of the whole core's backward, branch by branch; not an operator, `nsa_attention` calls it.
+# The gates' part of the whole core's backward; not an operator, `nsa_attention` calls it.
 backends.register(
-    "branch_gradient",
+    "branch_gradients",
     backends.Backend(
-        "triton", _triton_branch_gradient, unavailable=triton_backends.unavailable, unsupported=_unsupported,
+        "triton", _triton_branch_gradients, unavailable=triton_backends.unavailable, unsupported=_unsupported,
         automatic=triton_backends.on_gpu,
     ),
 )  # fmt: skip
-backends.register("branch_gradient", backends.Backend("reference", reference.branch_gradient))
+backends.register("branch_gradients", backends.Backend("reference", reference.branch_gradients))

@@ -1,7 +1,7 @@
 """The whole core of Native Sparse Attention: queries, keys, values and gates in, output out.
 
 One operator with one autograd formula, so that backward keeps only what it needs, and the gradients of the branches meet in
-place. A branch's gradients never see a gated copy of the output's: see `nsa_fsa.reference.branch_gradient`.
+place. A branch's gradients never see a gated copy of the output's: see `nsa_fsa.reference.branch_gradients`.
 """
 
 from collections.abc import Collection
@@ -128,7 +128,7 @@ class _Branch:
         return self._resolve(backward=False).forward(*self.tensors, **self.arguments)
 
     def backward(self, do: Tensor, o: Tensor | None, *statistics: Tensor, add_to: tuple[Tensor | None, ...] = (None,) * 3):
-        """Gradients of queries, keys and values. statistics: lse and delta of the gate's `branch_gradient`."""
+        """Gradients of queries, keys and values. statistics: lse and delta of the gates' `branch_gradients`."""
         lse, delta = statistics
         run = self._resolve(backward=True).backward
         return run(do, *self.tensors, o, lse, delta=delta, add_to=add_to, **self.arguments)
@@ -248,16 +248,25 @@ def _run_backward(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         call.sliding(),
     )
     do = do.contiguous()
-    dgates, gated = [], []
+    dgates: list[Any] = [None] * 3
+    gated: list[Any] = [None] * 3
+
+    def through_gates(numbers: list[int]) -> None:
+        here = [outputs[number] if number in numbers else None for number in range(3)]
+        results = call.gates("branch_gradients", do, here, statistics, call.gate_logits)
+        for number in numbers:
+            dgates[number], *gated[number] = (result[number] for result in results)
+
+    # Outputs that are here all at once, which reads do once; others one by one, so that one at a time is here.
+    kept = [number for number in range(3) if outputs[number] is not None]
+    if kept:
+        through_gates(kept)
     for number, branch in enumerate(branches):
-        o = outputs[number]
-        if o is None:
-            o, _ = branch.forward()
-        dgate, *of_backward = call.gates("branch_gradient", do, o, statistics[number], call.gate_logits, number)
-        dgates.append(dgate)
-        gated.append(of_backward)
-        outputs[number] = o if branch.operator == "sliding_window_attention" else None  # which FlashAttention reads again
-        del o
+        if number not in kept:
+            outputs[number], _ = branch.forward()
+            through_gates([number])
+        if branch.operator != "sliding_window_attention":  # whose output FlashAttention reads again
+            outputs[number] = None
     # The libraries of the sliding branch write their gradients; the others' kernels add to what they find.
     (compressed, selected, sliding), (of_compressed, of_selected, of_sliding) = branches, gated
     dq, dk_swa, dv_swa = sliding.backward(do, outputs.pop(), *of_sliding)

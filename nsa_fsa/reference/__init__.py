@@ -7,13 +7,13 @@ chunks; the `*_backward` functions give the gradients in the same bounded memory
 from nsa_fsa.reference.block_selection import block_scores, select_blocks
 from nsa_fsa.reference.compress import gather_windows, gather_windows_backward, pool_windows, pool_windows_backward, window_rows
 from nsa_fsa.reference.compressed_attention import compressed_attention, compressed_attention_backward
-from nsa_fsa.reference.gated_combine import branch_gradient, gated_combine, gated_combine_backward
+from nsa_fsa.reference.gated_combine import branch_gradients, gated_combine, gated_combine_backward
 from nsa_fsa.reference.selected_attention import selected_attention, selected_attention_backward
 from nsa_fsa.reference.sliding_window_attention import sliding_window_attention, sliding_window_attention_backward
 
 __all__ = [
     "block_scores",
-    "branch_gradient",
+    "branch_gradients",
     "compressed_attention",
     "compressed_attention_backward",
     "gated_combine",

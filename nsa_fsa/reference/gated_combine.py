@@ -1,5 +1,7 @@
 """Gates and the weighted sum of the branches (docs/spec.md, section 7); branch order is compressed, selected, sliding."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,23 +33,32 @@ def gated_combine_backward(
     return (dg * g * (1 - g)).to(gate_logits.dtype).contiguous(), do_cmp, do_slc, do_swa
 
 
-def branch_gradient(do: Tensor, o: Tensor, lse: Tensor, gate_logits: Tensor, branch: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The gate of one branch, backward, without a gated copy of do.
+def branch_gradients(
+    do: Tensor, outputs: Sequence[Tensor | None], statistics: Sequence[Tensor], gate_logits: Tensor
+) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+    """The gates, backward, without gated copies of do.
 
     A branch's gradients are linear in each query's weights p = exp(s - lse) once delta is known. So the branch's backward may
     be given the do of the gated sum: with lse - log(gate) for lse, every p is multiplied by the gate.
 
     Args:
-        do, o: `[T, HQ, DV]`, the gradient of the gated sum and the branch's output.
-        lse: `[T, HQ]` of the branch.
-        gate_logits: `[T, HQ or 1, 3]`; branch: which of the three.
+        do: `[T, HQ, DV]`, the gradient of the gated sum.
+        outputs, statistics: o `[T, HQ, DV]` and lse `[T, HQ]` of the three branches; None for one that is left out.
+        gate_logits: `[T, HQ or 1, 3]`.
 
     Returns:
-        The gradient of this branch's gate logits `[T, HQ or 1]`, lse - log(gate) `[T, HQ]`, and delta = sum(o * do) `[T, HQ]`.
+        For each branch the gradient of its gate logits `[T, HQ or 1]`, lse - log(gate) `[T, HQ]`, and delta = sum(o * do)
+        `[T, HQ]`; of a branch that is left out anything.
     """
-    dtype = compute_dtype(o)
-    logits = gate_logits[..., branch].to(dtype)
-    delta = (do.to(dtype) * o.to(dtype)).sum(-1)
-    g = torch.sigmoid(logits)
-    dg = delta.sum(1, keepdim=True) if gate_logits.shape[1] == 1 else delta
-    return (dg * g * (1 - g)).to(gate_logits.dtype), lse - torch.nn.functional.logsigmoid(logits), delta
+    dtype = compute_dtype(do)
+    results: list[tuple[Tensor | None, ...]] = []
+    for o, lse, logits in zip(outputs, statistics, gate_logits.to(dtype).unbind(-1), strict=True):
+        if o is None:
+            results.append((None, None, None))
+            continue
+        delta = (do.to(dtype) * o.to(dtype)).sum(-1)
+        g = torch.sigmoid(logits)
+        dg = delta.sum(1, keepdim=True) if gate_logits.shape[1] == 1 else delta
+        results.append(((dg * g * (1 - g)).to(gate_logits.dtype), lse - torch.nn.functional.logsigmoid(logits), delta))
+    dlogits, gated_lse, deltas = (list(x) for x in zip(*results, strict=True))
+    return dlogits, gated_lse, deltas
