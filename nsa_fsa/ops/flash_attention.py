@@ -31,8 +31,9 @@ class Library:
     """One FlashAttention. What differs between them stands here; the rest of the table, DTYPES and widths, they share.
 
     `forward(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen, scale, window_size) -> o, lse [HQ, T]` and
-    `backward(do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen, scale, window_size, into) -> dq, dk, dv`, which
-    writes to the three tensors `into`, where given; their heads may be slices of larger tensors'.
+    `backward(do, q, k, v, o, lse, delta, cu_seqlens_q, cu_seqlens_k, max_seqlen, scale, window_size, into) -> dq, dk, dv`,
+    which writes to the three tensors `into`, where given; their heads may be slices of larger tensors'. delta: sum(o * do),
+    `[HQ, T]`, or None.
     """
 
     name: str
@@ -64,13 +65,23 @@ def _flash_attn_4_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_se
     return o, lse
 
 
-def _flash_attn_4_backward(do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen, scale, window_size, into):
+def output_and_dlse(do: Tensor, o: Tensor | None, delta: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What flash-attn 4 takes as o and as gradient of lse: it subtracts sum(o * do) - dlse. So with delta, which is laid out
+    as lse, o need be neither read nor there."""
+    if delta is None:
+        assert o is not None
+        return o, None
+    return do.new_zeros(do.shape[-1]).expand(do.shape), -delta
+
+
+def _flash_attn_4_backward(do, q, k, v, o, lse, delta, cu_seqlens_q, cu_seqlens_k, max_seqlen, scale, window_size, into):
     from flash_attn.cute.interface import _flash_attn_bwd
 
+    o, dlse = output_and_dlse(do, o, delta)
     dq, dk, dv = into or (x.new_empty(x.shape) for x in (q, k, v))
     _flash_attn_bwd(
         q, k, v, o, do, lse, scale, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen,
-        max_seqlen_k=max_seqlen, window_size_left=window_size - 1, window_size_right=0, dq=dq, dk=dk, dv=dv,
+        max_seqlen_k=max_seqlen, window_size_left=window_size - 1, window_size_right=0, dq=dq, dk=dk, dv=dv, dlse=dlse,
         deterministic=torch.are_deterministic_algorithms_enabled(),
     )  # fmt: skip
     return dq, dk, dv
@@ -84,7 +95,7 @@ def _torch_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen, s
     return o, lse
 
 
-def _torch_backward(do, q, k, v, o, lse, cu_seqlens_q, cu_seqlens_k, max_seqlen, scale, window_size, into):
+def _torch_backward(do, q, k, v, o, lse, delta, cu_seqlens_q, cu_seqlens_k, max_seqlen, scale, window_size, into):
     # The seed and offset of dropout, of which there is none.
     no_dropout = (torch.empty(2, dtype=torch.uint64, device=q.device), torch.empty(0, device=q.device))
     grads = torch.ops.aten._flash_attention_backward(
@@ -204,17 +215,17 @@ def _backward(
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     starts = cu_seqlens if cu_seqlens_q is None else cu_seqlens_q
     do, q, k, v, o = (_padded(x, width) for x in (do, q, k, v, o))
-    lse = lse.T.contiguous()
+    lse, delta = lse.T.contiguous(), None if delta is None else delta.T.contiguous()
     where = (starts, cu_seqlens, max_seqlen, scale, window_size)
     chunks = list(head_chunks(q, k, width, workspace_bytes))
     if len(chunks) == 1:
-        grads = library.backward(do, q, k, v, o, lse, *where, None)
+        grads = library.backward(do, q, k, v, o, lse, delta, *where, None)
     else:
         grads = (q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape))
         for heads, kv_heads in chunks:
             into = (grads[0][:, heads], grads[1][:, kv_heads], grads[2][:, kv_heads])
             tensors = (do[:, heads], q[:, heads], k[:, kv_heads], v[:, kv_heads], o[:, heads], lse[heads])
-            library.backward(*tensors, *where, into)
+            library.backward(*tensors, None if delta is None else delta[heads], *where, into)
     dq, dk, dv = grads
     return dq[..., :head_dim].contiguous(), dk[..., :head_dim].contiguous(), dv[..., :v_dim].contiguous()
 
