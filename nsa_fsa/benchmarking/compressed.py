@@ -107,6 +107,7 @@ def no_such_backend(setting: WindowSetting, operator: str, backend: str) -> str 
 def attention(inputs: AttentionInputs, backend: str) -> Calls:
     """Forward with lse, as block selection wants it; backward by the registered operator."""
     from nsa_fsa.ops import compressed_attention
+    from nsa_fsa.ops.selected_attention import WORKSPACE_BYTES
 
     setting = inputs.setting
     assert isinstance(setting, WindowSetting)
@@ -127,7 +128,7 @@ def attention(inputs: AttentionInputs, backend: str) -> Calls:
             saved.update(zip(("o", "lse"), forward(), strict=True))
         return torch.ops.nsa_fsa.compressed_attention_backward(
             do=inputs.do, q=q, k=k, v=v, **saved, cu_seqlens=inputs.cu_seqlens, max_seqlen=setting.num_tokens,
-            cu_seqlens_q=None, seqused_k=None, scale=setting.head_dim**-0.5, **arguments,
+            cu_seqlens_q=None, seqused_k=None, scale=setting.head_dim**-0.5, workspace_bytes=WORKSPACE_BYTES, **arguments,
         )  # fmt: skip
 
     calls.forward, calls.backward, calls.outputs = forward, backward, ("o", "lse")

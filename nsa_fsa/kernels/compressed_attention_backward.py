@@ -29,8 +29,6 @@ from nsa_fsa.kernels.sequences import load_tile, locate_tiles
 from nsa_fsa.kernels.sizes import cdiv, padded_dim
 from nsa_fsa.kernels.softmax_statistics import statistics
 
-# Of float32 sums of dq, where one pass computes all gradients.
-ONE_PASS_BYTES = 2**31
 PACKED = torch.contiguous_format
 
 
@@ -251,11 +249,13 @@ def compressed_attention_bwd(
     scale: float,
     cu_seqlens_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    workspace_bytes: int = 1 << 50,
     config: tuning.CompressedConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k_cmp and v_cmp, each in its own shape and dtype; rows that no compressed token owns get 0.
 
     delta: as in `statistics`. add_to: a contiguous gradient of q to add this one to in place, and neither of k_cmp nor v_cmp.
+    workspace_bytes: of float32 sums of dq, where one pass computes all gradients.
     """
     num_rows, num_heads, head_dim = q.shape
     num_windows, num_kv_heads = v_cmp.shape[:2]
@@ -273,7 +273,7 @@ def compressed_attention_bwd(
     windows = dict(KERNEL_SIZE=kernel_size, KERNEL_STRIDE=kernel_stride)
     problem = Problem((cu_seqlens, cu_seqlens_q, seqused_k), max_seqlen, scale, windows, config)
     if num_windows and in_one_pass(config, group_size, max_seqlen):
-        for heads, kv_heads in head_chunks(num_rows, num_kv_heads, group_size, head_dim):
+        for heads, kv_heads in head_chunks(num_rows, num_kv_heads, group_size, head_dim, workspace_bytes):
             of_heads, sums = (
                 inputs.of(heads, kv_heads),
                 torch.zeros_like(q[:, heads], dtype=torch.float32, memory_format=PACKED),
@@ -293,9 +293,11 @@ def in_one_pass(config: tuning.CompressedConfig, group_size: int, max_seqlen: in
     return able and max_seqlen >= config.one_pass_tokens
 
 
-def head_chunks(num_rows: int, num_kv_heads: int, group_size: int, head_dim: int) -> Iterator[tuple[slice, slice]]:
-    """Query heads and KV heads whose float32 sums of dq fit ONE_PASS_BYTES; one KV head at least."""
-    step = min(max(ONE_PASS_BYTES // (4 * num_rows * group_size * head_dim), 1), num_kv_heads)
+def head_chunks(
+    num_rows: int, num_kv_heads: int, group_size: int, head_dim: int, workspace_bytes: int
+) -> Iterator[tuple[slice, slice]]:
+    """Query heads and KV heads whose float32 sums of dq fit the workspace; one KV head at least."""
+    step = min(max(workspace_bytes // (4 * num_rows * group_size * head_dim), 1), num_kv_heads)
     for first in range(0, num_kv_heads, step):
         last = min(first + step, num_kv_heads)
         yield slice(first * group_size, last * group_size), slice(first, last)

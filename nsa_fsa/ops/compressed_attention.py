@@ -7,6 +7,7 @@ from torch import Tensor
 from nsa_fsa import reference
 from nsa_fsa.ops import backends, triton_backends, validation
 from nsa_fsa.ops.attention_operator import adding, define_attention
+from nsa_fsa.ops.selected_attention import WORKSPACE_BYTES
 
 MAX_GROUP_SIZE = 64
 
@@ -24,6 +25,7 @@ def compressed_attention(
     cu_seqlens_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     return_lse: bool = False,
+    workspace_bytes: int = WORKSPACE_BYTES,
     backend: str = "auto",
 ) -> Any:
     """Attention of every query over the compressed tokens whose whole window lies in its past (NSA paper, section 3.3.1).
@@ -40,6 +42,9 @@ def compressed_attention(
         scale: softmax scale; default `D ** -0.5`.
         cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences; see `Layout`.
         return_lse: also return the log-sum-exp.
+        workspace_bytes: how much memory the backward may take for sums of dq, at any length: heads are differentiated in turn
+            where all of them would take more. It keeps any only on Hopper, for long sequences, and where the order of additions
+            is free: under deterministic algorithms it takes two passes instead of one.
         backend: which implementation runs: "triton", "reference", or "auto": the first of them that can, on a GPU.
 
     Returns:
@@ -50,10 +55,11 @@ def compressed_attention(
         ValueError: for inconsistent shapes, dtypes, devices or sequence descriptors.
     """
     validation.check_windows(kernel_size, kernel_stride)
+    validation.check_positive(workspace_bytes=workspace_bytes)
     validation.check_attention(q, k_cmp, v_cmp, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, compressed=True)
     o, lse = _operator(
         q, k_cmp, v_cmp, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, validation.default_scale(q, scale),
-        kernel_size, kernel_stride, backend,
+        kernel_size, kernel_stride, workspace_bytes, backend,
     )  # fmt: skip
     return (o, lse) if return_lse else o
 
@@ -75,7 +81,9 @@ def check_compressed_rows(
     )
 
 
-_operator = define_attention("compressed_attention", "int kernel_size, int kernel_stride", check_compressed_rows)
+_operator = define_attention(
+    "compressed_attention", "int kernel_size, int kernel_stride, int workspace_bytes", check_compressed_rows
+)
 
 
 def _unsupported(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *, scale: float, backward: bool = False, **_: Any) -> str | None:
@@ -88,7 +96,7 @@ def _unsupported(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *, scale: float, backw
     return triton_backends.unsupported_tensors(q, v_cmp)
 
 
-def _forward(q, k_cmp, v_cmp, *, cu_seqlens, max_seqlen, **arguments):
+def _forward(q, k_cmp, v_cmp, *, cu_seqlens, max_seqlen, workspace_bytes, **arguments):
     from nsa_fsa.kernels import compressed_attention as kernels
 
     return kernels.compressed_attention_fwd(q, k_cmp, v_cmp, cu_seqlens, **arguments)
@@ -104,7 +112,14 @@ backends.register(
     "compressed_attention",
     backends.Backend("triton", _forward, _backward, triton_backends.unavailable, _unsupported, triton_backends.on_gpu),
 )
-backends.register(
-    "compressed_attention",
-    backends.Backend("reference", reference.compressed_attention, adding(reference.compressed_attention_backward)),
-)
+
+
+def _reference_forward(q, k_cmp, v_cmp, *, workspace_bytes, **arguments):
+    return reference.compressed_attention(q, k_cmp, v_cmp, **arguments)
+
+
+def _reference_backward(do, q, k_cmp, v_cmp, o, lse, *, workspace_bytes, **arguments):
+    return reference.compressed_attention_backward(do, q, k_cmp, v_cmp, o, lse, **arguments)
+
+
+backends.register("compressed_attention", backends.Backend("reference", _reference_forward, adding(_reference_backward)))

@@ -184,7 +184,8 @@ class _Call:
 
     def compressed(self) -> _Branch:
         tensors = (self.q, self.k_cmp, self.v_cmp)
-        return _Branch("compressed_attention", tensors, dict(**self.layout, **self.windows), self.backend)
+        arguments = dict(**self.layout, **self.windows, workspace_bytes=self.workspace_bytes)
+        return _Branch("compressed_attention", tensors, arguments, self.backend)
 
     def select(self, lse: Tensor) -> Tensor:
         tensors = (self.q, self.k_cmp, lse)

@@ -8,6 +8,7 @@ import torch
 
 from nsa_fsa import ops, reference
 from nsa_fsa.kernels import compressed_attention_backward, tuning
+from nsa_fsa.ops.selected_attention import WORKSPACE_BYTES
 from tests.gpu.problems import RESULTS, assert_rms_close, sequence_of, starts
 from tests.gpu.test_host_syncs import record, syncs_forbidden
 from tests.gpu.test_memory import MIB, assert_no_growth, extra, num_bytes
@@ -36,11 +37,13 @@ class Problem:
     kernel_stride: int
     cu_seqlens_q: torch.Tensor | None = None
     seqused_k: torch.Tensor | None = None
+    workspace_bytes: int = WORKSPACE_BYTES
 
     def arguments(self):
         return dict(
             cu_seqlens=self.cu_seqlens, max_seqlen=max(self.lengths), kernel_size=self.kernel_size,
-            kernel_stride=self.kernel_stride, cu_seqlens_q=self.cu_seqlens_q, seqused_k=self.seqused_k, return_lse=True,
+            kernel_stride=self.kernel_stride, cu_seqlens_q=self.cu_seqlens_q, seqused_k=self.seqused_k,
+            workspace_bytes=self.workspace_bytes, return_lse=True,
         )  # fmt: skip
 
     def leaves(self):
@@ -423,5 +426,5 @@ def test_peak(shape, num_kv_heads):
     allowed = num_bytes(*grads) + 8 * p.q.shape[0] * p.q.shape[1] + partial_sums_bound(p) + 4 * MIB
     config = tuning.compressed_config(p.q, p.v_cmp, shape[0])
     if compressed_attention_backward.in_one_pass(config, shape[0], max(p.lengths)):
-        allowed += min(4 * p.q.numel(), compressed_attention_backward.ONE_PASS_BYTES)
+        allowed += min(4 * p.q.numel(), WORKSPACE_BYTES)
     assert peak <= allowed, f"backward: {peak / MIB:.1f} MiB, allowed are {allowed / MIB:.1f}"

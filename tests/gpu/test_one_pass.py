@@ -67,11 +67,10 @@ def test_last_queries(shape, lengths, num_queries, used):
 
 @pytest.mark.parametrize("num_kv_heads", [3, 8])
 @pytest.mark.parametrize("shape", FEW, ids=str)
-def test_heads_in_turn(monkeypatch, launches, shape, num_kv_heads):
+def test_heads_in_turn(launches, shape, num_kv_heads):
     """With room for two KV heads."""
-    lengths = (1500, 0, 700)
-    monkeypatch.setattr(compressed_attention_backward, "ONE_PASS_BYTES", 2 * 4 * sum(lengths) * shape[0] * shape[1])
-    check(make(lengths, num_kv_heads, *shape))
+    p = make((1500, 0, 700), num_kv_heads, *shape)
+    check(dataclasses.replace(p, workspace_bytes=2 * 4 * sum(p.lengths) * shape[0] * shape[1]))
     assert launches == [True] * -(-num_kv_heads // 2)
 
 

@@ -172,10 +172,10 @@ def test_in_one_pass():
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 7, 64])
 @pytest.mark.parametrize("fitting", [0, 1, 3, 64])
-def test_chunks_of_heads(monkeypatch, fitting, num_kv_heads):
+def test_chunks_of_heads(fitting, num_kv_heads):
     rows, group_size, width = 100, 4, 128
-    monkeypatch.setattr(compressed_attention_backward, "ONE_PASS_BYTES", fitting * 4 * rows * group_size * width)
-    chunks = list(compressed_attention_backward.head_chunks(rows, num_kv_heads, group_size, width))
+    workspace = fitting * 4 * rows * group_size * width
+    chunks = list(compressed_attention_backward.head_chunks(rows, num_kv_heads, group_size, width, workspace))
     heads, kv_heads = ([i for x in part for i in range(x.start, x.stop)] for part in zip(*chunks, strict=True))
     assert heads == list(range(num_kv_heads * group_size))
     assert kv_heads == list(range(num_kv_heads))

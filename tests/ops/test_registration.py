@@ -72,7 +72,8 @@ def samples(operator, x, backend):
 
     q_few, indices = x.q.detach()[few], x.block_indices
     if operator.startswith("compressed_attention"):
-        return attention(("k_cmp", "v_cmp"), (x.q, whole, windows), (q_few, last, windows))
+        own = (*windows, 2**20)
+        return attention(("k_cmp", "v_cmp"), (x.q, whole, own), (q_few, last, own))
     if operator.startswith("sliding_window_attention"):
         own = (CASE.window_size, 2**20)
         differentiated = x.k.requires_grad or operator.endswith("_backward")
@@ -91,7 +92,7 @@ def samples(operator, x, backend):
         elif backend == "reference" or not (x.k.requires_grad or operator.endswith("_backward")):
             variants.append((q_few, last, (indices[few], counts[few], *no_index, block_size, 1, 1, budget)))
         return attention(("k", "v"), *variants)
-    lse = torch.ops.nsa_fsa.compressed_attention(x.q, x.k_cmp, x.v_cmp, *whole, *windows, backend)[1]
+    lse = torch.ops.nsa_fsa.compressed_attention(x.q, x.k_cmp, x.v_cmp, *whole, *windows, 2**20, backend)[1]
     if operator in ("select_blocks", "block_scores"):
         own = (*windows, block_size, *(blocks if operator == "select_blocks" else ()), backend)
         return [(x.q, x.k_cmp, lse, *whole, *own), (x.q.detach()[few], x.k_cmp, lse[few], *last, *own)]
