@@ -220,13 +220,18 @@ def hopper_backward() -> Any:
     return compressed_attention_hopper_backward
 
 
-def cut_rows(max_seqlen: int, group_size: int, num_tiles: int, config: tuning.CompressedConfig) -> tuple[int, int]:
+def cut_rows(
+    max_seqlen: int, group_size: int, num_tiles: int, config: tuning.CompressedConfig, one_pass: bool = False
+) -> tuple[int, int]:
     """Into how many parts, and of how many rows each, the (query, head) rows of the longest sequence are cut for dk and dv.
 
-    num_tiles: tiles of keys, those of all KV heads, which are as many programs without any cut.
+    num_tiles: tiles of keys, those of all KV heads, which are as many programs without any cut. One pass is for sequences that
+    have enough of them.
     """
     num_rows = max_seqlen * group_size
     parts = min(cdiv(config.dkdv_programs, num_tiles), cdiv(num_rows, config.dkdv_part_rows))
+    if one_pass:
+        parts = min(cdiv(num_rows, config.one_pass_part_rows), config.one_pass_parts)
     # Whole tiles, and whole queries: the Gluon kernel counts queries from the first of the part.
     unit = math.lcm(config.dkdv_m, group_size)
     return parts, cdiv(cdiv(num_rows, max(parts, 1)), unit) * unit
@@ -255,11 +260,10 @@ def compressed_attention_bwd(
     """Gradients of q, k_cmp and v_cmp, each in its own shape and dtype; rows that no compressed token owns get 0.
 
     delta: as in `statistics`. add_to: a contiguous gradient of q to add this one to in place, and neither of k_cmp nor v_cmp.
-    workspace_bytes: of float32 sums of dq, where one pass computes all gradients.
+    workspace_bytes: of float32 sums, where one pass computes all gradients.
     """
-    num_rows, num_heads, head_dim = q.shape
     num_windows, num_kv_heads = v_cmp.shape[:2]
-    group_size = num_heads // num_kv_heads
+    group_size = q.shape[1] // num_kv_heads
     config = config or tuning.compressed_config(q, v_cmp, group_size)
     do, q, k, v = (rows_contiguous(x, config.hopper) for x in (do, q, k_cmp, v_cmp))
     if config.hopper:
@@ -273,11 +277,9 @@ def compressed_attention_bwd(
     windows = dict(KERNEL_SIZE=kernel_size, KERNEL_STRIDE=kernel_stride)
     problem = Problem((cu_seqlens, cu_seqlens_q, seqused_k), max_seqlen, scale, windows, config)
     if num_windows and in_one_pass(config, group_size, max_seqlen):
-        for heads, kv_heads in head_chunks(num_rows, num_kv_heads, group_size, head_dim, workspace_bytes):
-            of_heads, sums = (
-                inputs.of(heads, kv_heads),
-                torch.zeros_like(q[:, heads], dtype=torch.float32, memory_format=PACKED),
-            )
+        for heads, kv_heads in head_chunks(inputs, problem, workspace_bytes):
+            of_heads = inputs.of(heads, kv_heads)
+            sums = torch.zeros_like(of_heads.q, dtype=torch.float32, memory_format=PACKED)
             _run_dkdv(of_heads, problem, dk[:, kv_heads], dv[:, kv_heads], sums)
             scale_rows(dq[:, heads], sums, scale, accumulate)
         return dq, dk, dv
@@ -293,11 +295,14 @@ def in_one_pass(config: tuning.CompressedConfig, group_size: int, max_seqlen: in
     return able and max_seqlen >= config.one_pass_tokens
 
 
-def head_chunks(
-    num_rows: int, num_kv_heads: int, group_size: int, head_dim: int, workspace_bytes: int
-) -> Iterator[tuple[slice, slice]]:
-    """Query heads and KV heads whose float32 sums of dq fit the workspace; one KV head at least."""
-    step = min(max(workspace_bytes // (4 * num_rows * group_size * head_dim), 1), num_kv_heads)
+def head_chunks(inputs: Inputs, problem: Problem, workspace_bytes: int) -> Iterator[tuple[slice, slice]]:
+    """Query and KV heads whose float32 sums fit the workspace, of dq and of the parts of dk and dv; one KV head at least."""
+    num_rows, num_heads, head_dim = inputs.q.shape
+    num_windows, num_kv_heads, v_dim = inputs.v.shape
+    group_size = num_heads // num_kv_heads
+    parts, _ = cut_rows(problem.max_seqlen, group_size, 1, problem.config, one_pass=True)
+    of_parts = parts * num_windows * (head_dim + v_dim) if parts > 1 else 0
+    step = min(max(workspace_bytes // (4 * (num_rows * group_size * head_dim + of_parts)), 1), num_kv_heads)
     for first in range(0, num_kv_heads, step):
         last = min(first + step, num_kv_heads)
         yield slice(first * group_size, last * group_size), slice(first, last)
@@ -337,7 +342,8 @@ def _run_dkdv(inputs: Inputs, problem: Problem, dk: Tensor, dv: Tensor, dq_sums:
     where, *others = problem.layout
     tiles = locate_tiles(num_windows * kernel_stride, where, tile_keys * kernel_stride, *others, of_keys=True)
     num_tiles = cdiv(num_windows, tile_keys) if tiles is None else tiles.shape[1]
-    parts, part_rows = cut_rows(problem.max_seqlen, group_size, num_tiles * num_kv_heads, config)
+    one_pass = dq_sums is not None
+    parts, part_rows = cut_rows(problem.max_seqlen, group_size, num_tiles * num_kv_heads, config, one_pass)
     q, k, v, do, shift, delta = inputs
     targets = (dk, dv)
     if parts > 1:
@@ -345,17 +351,17 @@ def _run_dkdv(inputs: Inputs, problem: Problem, dk: Tensor, dv: Tensor, dq_sums:
         targets = (sums[..., :head_dim], sums[..., head_dim:])
     target_strides = [stride for x in targets for stride in (x.stride()[:3] if parts > 1 else (0, *x.stride()[:2]))]
     sizes = (problem.scale * LOG2_E, problem.scale, num_heads, num_tiles, num_rows, part_rows)
-    heads = math.gcd(num_kv_heads, config.dkdv_heads)
+    heads = 1 if one_pass else math.gcd(num_kv_heads, config.dkdv_heads)
     constants = dict(SINGLE=tiles is None, HEADS=heads, G=group_size, BLOCK_M=config.dkdv_m, **windows)
     grid = (num_tiles * num_kv_heads, parts)
     if config.hopper:
         bulk = config.dkdv_m % group_size == 0
         block = (config.dkdv_m // group_size, group_size)
         rows = [hopper().describe(x, *block, head_dim) if bulk else None for x in (q, do)]
-        dq_desc = None if dq_sums is None else hopper().describe(dq_sums, *block, head_dim // 2)
+        dq_desc = hopper().describe(dq_sums, *block, head_dim // 2) if one_pass else None
         hopper_backward().compressed_bwd_dkdv_hopper_kernel[grid](
-            q, k, v, do, *rows, dq_desc, dq_sums, shift, delta, *targets, tiles, *inputs.strides(), *target_strides, *sizes,
-            **constants, D=head_dim, STAGES=config.dkdv_stages if dq_sums is None else config.one_pass_stages, BULK=bulk,
+            q, k, v, do, *rows, dq_desc, shift, delta, *targets, tiles, *inputs.strides(), *target_strides, *sizes,
+            **constants, D=head_dim, STAGES=config.one_pass_stages if one_pass else config.dkdv_stages, BULK=bulk,
             REGISTERS=config.dkdv_registers, num_warps=4,
         )  # fmt: skip
     else:

@@ -188,49 +188,48 @@ def load_query_rows(
 
 
 @gluon.jit
-def add_dq(
-    ds_s, dq_s, k_s, dq_desc, dq_ptr, ds_ready, ds_free, step, steps, num_rows, query, query_head, num_heads, dk, dv,
-    G: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
-    """Adds a step's gradient of its rows to what other programs add, half of the columns for each group. The step is one whose
-    ds both groups have left in shared memory; waits for the products of dk and dv that are under way, too."""
+def product_dq(ds_s, k_s, ds_ready, step, D: gl.constexpr, BLOCK_M: gl.constexpr, GROUP: gl.constexpr):
+    """A step's gradient of its rows, half of the columns for each group, once both groups have left its ds in shared memory.
+    Before the first step, a number that nobody needs."""
     HALF: gl.constexpr = D // 2
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     buffer = (step + 2) % 2
-    exists = step >= 0  # there is none before the first
-    mbarrier.wait(ds_ready.index(buffer), (step + 2) // 2 - 1 & 1, pred=exists)
+    mbarrier.wait(ds_ready.index(buffer), (step + 2) // 2 - 1 & 1, pred=step >= 0)
     none = gl.zeros([BLOCK_M, HALF], gl.float32, dq_layout)
     keys = k_s.index(0).slice(GROUP * HALF, HALF, dim=1)
     dq = warpgroup_mma(ds_s.index(2 * buffer).permute((1, 0)), keys, none, use_acc=False, is_async=True)
     keys = k_s.index(1).slice(GROUP * HALF, HALF, dim=1)
-    dq = warpgroup_mma(ds_s.index(2 * buffer + 1).permute((1, 0)), keys, dq, is_async=True)
-    dk, dv, dq = warpgroup_mma_wait(0, deps=(dk, dv, dq))
+    return warpgroup_mma(ds_s.index(2 * buffer + 1).permute((1, 0)), keys, dq, is_async=True)
+
+
+@gluon.jit
+def add_dq(
+    dq, dq_s, dq_desc, ds_free, step, steps, num_rows, query, query_head,
+    G: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Adds it to what other programs add."""
+    HALF: gl.constexpr = D // 2
+    dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     start = (steps - 1 - step) * BLOCK_M
-    if exists:
-        if start + BLOCK_M <= num_rows:
-            tma.store_wait(0)  # the buffer of the step before has been read
-            thread_barrier()
-            mbarrier.arrive(ds_free.index(buffer), count=1)
-            dq_s.index(GROUP).store(dq)
-            fence_async_shared()
-            thread_barrier()
-            shape: gl.constexpr = [BLOCK_M // G, G, HALF]
-            at = [query + start // G, query_head, GROUP * HALF]
-            bulk_add(dq_desc, at, dq_s.index(GROUP)._reinterpret(gl.float32, shape, dq_desc.layout))
-        else:  # a last tile, whose other rows may be those of another sequence
-            thread_barrier()
-            mbarrier.arrive(ds_free.index(buffer), count=1)
+    if step >= 0:
+        if start + BLOCK_M > num_rows:  # the other rows of a last tile may be those of another sequence: nothing is added
             row = start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, dq_layout))
-            column = GROUP * HALF + gl.arange(0, HALF, gl.SliceLayout(0, dq_layout))
-            element = ((query + row // G).to(gl.int64) * num_heads + query_head + row % G) * D
-            gl.atomic_add(dq_ptr + element[:, None] + column[None, :], dq, mask=(row < num_rows)[:, None], sem="relaxed")
-    return dk, dv
+            dq = gl.where((row < num_rows)[:, None], dq, 0.0)
+        tma.store_wait(0)  # the buffer of the step before has been read
+        thread_barrier()
+        mbarrier.arrive(ds_free.index((step + 2) % 2), count=1)
+        dq_s.index(GROUP).store(dq)
+        fence_async_shared()
+        thread_barrier()
+        shape: gl.constexpr = [BLOCK_M // G, G, HALF]
+        at = [query + start // G, query_head, GROUP * HALF]
+        bulk_add(dq_desc, at, dq_s.index(GROUP)._reinterpret(gl.float32, shape, dq_desc.layout))
 
 
 @gluon.jit
 def gather_dkdv(
-    q_s, do_s, k_s, v_s, ds_s, dq_s, shift_s, delta_s, q_ready, free, ds_ready, ds_free, dk_ptr, dv_ptr, dq_desc, dq_ptr,
-    stride_t, scale2, num_keys, first_seen, num_rows, query, query_head, num_heads,
+    q_s, do_s, k_s, v_s, ds_s, dq_s, shift_s, delta_s, q_ready, free, ds_ready, ds_free, dk_ptr, dv_ptr, dq_desc,
+    stride_t, scale2, num_keys, first_seen, num_rows, query, query_head,
     G: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, BULK: gl.constexpr,
     KERNEL_STRIDE: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -269,30 +268,25 @@ def gather_dkdv(
         # takes exponentials.
         ds = (p * (dp + delta_s.index(stage).load(s_column)[None, :])).to(dtype)
         dv = warpgroup_mma(gl.convert_layout(p.to(dtype), a_layout), do_s.index(stage), dv, is_async=True)
-        if dq_desc is None:
-            dk = warpgroup_mma(gl.convert_layout(ds, a_layout), q_s.index(stage), dk, is_async=True)
-            dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
-            thread_barrier()
-        else:
+        if dq_desc is not None:
             buffer = step % 2
             mbarrier.wait(ds_free.index(buffer), step // 2 & 1 ^ 1)
-            ds_tile = ds_s.index(2 * buffer + GROUP)
-            ds_tile.store(ds)
+            ds_s.index(2 * buffer + GROUP).store(ds)
             fence_async_shared()
             thread_barrier()
             mbarrier.arrive(ds_ready.index(buffer), count=1)
-            dk = warpgroup_mma(ds_tile, q_s.index(stage), dk, is_async=True)
-            dk, dv = add_dq(
-                ds_s, dq_s, k_s, dq_desc, dq_ptr, ds_ready, ds_free, step - 1, steps, num_rows, query, query_head, num_heads,
-                dk, dv, G, D, BLOCK_M, GROUP,
-            )  # fmt: skip
-            thread_barrier()
+            dq = product_dq(ds_s, k_s, ds_ready, step - 1, D, BLOCK_M, GROUP)
+        dk = warpgroup_mma(gl.convert_layout(ds, a_layout), q_s.index(stage), dk, is_async=True)
+        if dq_desc is not None:
+            dq, dv = warpgroup_mma_wait(1, deps=(dq, dv))  # dk goes on meanwhile
+            add_dq(dq, dq_s, dq_desc, ds_free, step - 1, steps, num_rows, query, query_head, G, D, BLOCK_M, GROUP)
+        dk, dv = warpgroup_mma_wait(0, deps=(dk, dv))
+        thread_barrier()
         mbarrier.arrive(free.index(stage), count=1)
     if dq_desc is not None:
-        dk, dv = add_dq(
-            ds_s, dq_s, k_s, dq_desc, dq_ptr, ds_ready, ds_free, steps - 1, steps, num_rows, query, query_head, num_heads,
-            dk, dv, G, D, BLOCK_M, GROUP,
-        )  # fmt: skip
+        dq = product_dq(ds_s, k_s, ds_ready, steps - 1, D, BLOCK_M, GROUP)
+        dq = warpgroup_mma_wait(0, deps=(dq,))
+        add_dq(dq, dq_s, dq_desc, ds_free, steps - 1, steps, num_rows, query, query_head, G, D, BLOCK_M, GROUP)
     key = GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, d_layout))
     column = gl.arange(0, D, gl.SliceLayout(0, d_layout))
     exists = (key < num_keys)[:, None]
@@ -306,7 +300,7 @@ def gather_dkdv(
 
 @gluon.jit(do_not_specialize=["num_rows"])
 def compressed_bwd_dkdv_hopper_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, q_desc, do_desc, dq_desc, dq_ptr, shift_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr,
+    q_ptr, k_ptr, v_ptr, do_ptr, q_desc, do_desc, dq_desc, shift_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
     stride_dk_p, stride_dk_t, stride_dk_h, stride_dv_p, stride_dv_t, stride_dv_h,
     scale2, scale, num_heads, num_tiles, num_rows, part_rows,
@@ -390,16 +384,16 @@ def compressed_bwd_dkdv_hopper_kernel(
                 gather_dkdv,
                 (
                     q_s, do_s, k_s, v_s, ds_s, dq_s, shift_s, delta_s, q_ready, free, ds_ready, ds_free, dk_ptr, dv_ptr,
-                    dq_desc, dq_ptr, stride_dk_t, scale2, keys, first_seen - begin, num_rows_here, first_query + first,
-                    head * G, num_heads, G, D, BLOCK_M, STAGES, BULK, KERNEL_STRIDE, 0,
+                    dq_desc, stride_dk_t, scale2, keys, first_seen - begin, num_rows_here, first_query + first,
+                    head * G, G, D, BLOCK_M, STAGES, BULK, KERNEL_STRIDE, 0,
                 ),
             ),
             (
                 gather_dkdv,
                 (
                     q_s, do_s, k_s, v_s, ds_s, dq_s, shift_s, delta_s, q_ready, free, ds_ready, ds_free, dk_ptr, dv_ptr,
-                    dq_desc, dq_ptr, stride_dk_t, scale2, keys, first_seen - begin, num_rows_here, first_query + first,
-                    head * G, num_heads, G, D, BLOCK_M, STAGES, BULK, KERNEL_STRIDE, 1,
+                    dq_desc, stride_dk_t, scale2, keys, first_seen - begin, num_rows_here, first_query + first,
+                    head * G, G, D, BLOCK_M, STAGES, BULK, KERNEL_STRIDE, 1,
                 ),
             ),
             (

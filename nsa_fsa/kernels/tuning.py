@@ -84,8 +84,14 @@ class CompressedConfig:
     dkdv_heads: int = 16  # done at a time
     dkdv_programs: int = 1056  # rows are cut into parts until there are so many, eight a multiprocessor of an H200,
     dkdv_part_rows: int = 2048  # or until a part has no more rows than this
-    one_pass_tokens: int = 16384  # a longest sequence from which on the Gluon kernel of dk and dv adds up dq as well
-    one_pass_stages: int = 2
+    # Where the Gluon kernel of dk and dv adds up dq as well. On an H200, 64 heads, ms in two passes / in one: 8,192 tokens 0.63
+    # / 0.71; 16,384 1.8 / 2.0; 32,768 6.8 / 6.5; 65,536 25.4, 25.0, 25.4 / 23.2, 22.4, 22.0 (G = 1, 4, 16); 131,072 100 / 88.
+    one_pass_tokens: int = 49152  # a longest sequence from which on it does
+    one_pass_stages: int = 2  # with 3 24.1 and 98.5 ms (65,536, 131,072; G = 4)
+    # One head at a time, its rows in parts: what its programs add to, and read, then stays in the cache. With 16 heads and
+    # parts as above 29.4, 26.7, 23.8 ms; with 2 heads 23.9, 22.3, 22.5.
+    one_pass_part_rows: int = 32768
+    one_pass_parts: int = 16  # at most, for the sake of memory
 
 
 def runs_gluon(q: Tensor, v: Tensor) -> bool:

@@ -3,15 +3,18 @@
 compute-sanitizer --tool memcheck python -m tests.gpu.sanitizer_cases
 """
 
+import dataclasses
 import sys
 
 import torch
 
+from nsa_fsa.kernels import tuning
 from tests.cases import BF16, F16, Case, by_name, call, gradients, make_inputs, output, select, suited
 
 # name, lengths, HKV, G, D, DV, dtype, kernel_size, kernel_stride, block_size, T_sel, init, local, window, seed
 WIDE = Case("wide", (200, 0, 65), 2, 3, 128, 128, BF16, 32, 16, 64, 4, 1, 2, 64, 60)
 NARROW = Case("narrow", (300,), 1, 4, 64, 64, F16, 32, 16, 128, 3, 1, 1, 64, 61)
+PAIRS = Case("pairs", (200, 0, 65), 2, 2, 128, 128, BF16, 32, 16, 64, 4, 1, 2, 64, 63)
 PLAIN = Case("plain", (200, 0, 65), 2, 3, 96, 80, BF16, 32, 16, 64, 4, 1, 2, 64, 62)
 LITTLE, MUCH = 1, 2**30  # workspace
 
@@ -42,7 +45,9 @@ OTHERS = [
     ("nsa_attention", NARROW),
     ("nsa_attention", PLAIN),
 ]
-RUNS = [*SELECTED, *OTHERS]
+# Compressed attention, backward in one pass, which long sequences have; where the kernels for Hopper can run.
+IN_ONE_PASS = [(PAIRS,), (NARROW,)]
+RUNS = [*SELECTED, *OTHERS, *IN_ONE_PASS]
 
 
 def run_selected(backend, case, workspace_bytes):
@@ -62,11 +67,24 @@ def run_other(operator, case):
     return grads if operator.endswith("_windows") else (o, *grads)  # rows that no window owns are unspecified
 
 
+def run_in_one_pass(case):
+    choose = tuning.compressed_config
+
+    def always(*arguments):
+        return dataclasses.replace(choose(*arguments), one_pass_tokens=0, one_pass_part_rows=128)
+
+    tuning.compressed_config = always
+    try:
+        return run_other("compressed_attention", case)
+    finally:
+        tuning.compressed_config = choose
+
+
 def main():
     # FlashAttention 4 is others' work, and compiles for minutes under the tool: the window of the whole goes to PyTorch's,
     # whose kernels the tool is told to leave out.
     sys.modules["flash_attn"] = None  # type: ignore[assignment]
-    for run, cases in ((run_selected, SELECTED), (run_other, OTHERS)):
+    for run, cases in ((run_selected, SELECTED), (run_other, OTHERS), (run_in_one_pass, IN_ONE_PASS)):
         for case in cases:
             for result in run(*case):
                 assert torch.isfinite(result).all(), case

@@ -9,7 +9,7 @@ from nsa_fsa.kernels import compressed_attention_backward, tuning
 from tests.gpu.problems import assert_rms_close
 from tests.gpu.test_compressed_attention import CACHED, LENGTHS, check, make
 from tests.gpu.test_host_syncs import record, syncs_forbidden
-from tests.gpu.test_memory import assert_no_growth
+from tests.gpu.test_memory import MIB, assert_no_growth, extra, num_bytes
 
 pytestmark = pytest.mark.gpu
 
@@ -20,13 +20,13 @@ NAMES = ("o", "lse", "dq", "dk", "dv")
 
 @pytest.fixture(autouse=True)
 def launches(monkeypatch):
-    """One pass at any length; counts its launches."""
+    """One pass at any length, and its rows in parts of few; counts its launches."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("its kernel is written for Hopper")
     choose, run, found = tuning.compressed_config, compressed_attention_backward._run_dkdv, []
 
     def always(*arguments):
-        return dataclasses.replace(choose(*arguments), one_pass_tokens=0)
+        return dataclasses.replace(choose(*arguments), one_pass_tokens=0, one_pass_part_rows=4096)
 
     def count(inputs, problem, dk, dv, dq_sums=None):
         found.append(dq_sums is not None)
@@ -70,7 +70,10 @@ def test_last_queries(shape, lengths, num_queries, used):
 def test_heads_in_turn(launches, shape, num_kv_heads):
     """With room for two KV heads."""
     p = make((1500, 0, 700), num_kv_heads, *shape)
-    check(dataclasses.replace(p, workspace_bytes=2 * 4 * sum(p.lengths) * shape[0] * shape[1]))
+    group_size, head_dim, v_dim = shape
+    parts = -(-max(p.lengths) * group_size // 4096)
+    of_parts = parts * p.k_cmp.shape[0] * (head_dim + v_dim) if parts > 1 else 0
+    check(dataclasses.replace(p, workspace_bytes=2 * 4 * (sum(p.lengths) * group_size * head_dim + of_parts)))
     assert launches == [True] * -(-num_kv_heads // 2)
 
 
@@ -130,3 +133,14 @@ def test_cuda_graph():
 
 def test_no_growth_over_50_steps():
     assert_no_growth(make((1000, 3000), 2, 4, 128).run)
+
+
+@pytest.mark.parametrize("shape", FEW, ids=str)
+def test_peak(shape):
+    """Beside the gradients and statistics of 8 bytes a query head, sums within the workspace: of two KV heads, or of one."""
+    p = dataclasses.replace(make((20_000, 0, 12_768), 8, *shape), workspace_bytes=shape[0] * 8 * MIB + 56 * MIB)
+    p.run()  # loads the kernels
+    o, _ = p.forward()
+    grads, peak = extra(lambda: torch.autograd.grad(o, p.leaves(), p.do))
+    allowed = num_bytes(*grads) + 8 * p.q.shape[0] * p.q.shape[1] + p.workspace_bytes + 4 * MIB
+    assert peak <= allowed, f"{peak / MIB:.1f} MiB, allowed are {allowed / MIB:.1f}"
