@@ -278,10 +278,8 @@ def compressed_attention_bwd(
     problem = Problem((cu_seqlens, cu_seqlens_q, seqused_k), max_seqlen, scale, windows, config)
     if num_windows and in_one_pass(config, group_size, max_seqlen):
         for heads, kv_heads in head_chunks(inputs, problem, workspace_bytes):
-            of_heads = inputs.of(heads, kv_heads)
-            sums = torch.zeros_like(of_heads.q, dtype=torch.float32, memory_format=PACKED)
-            _run_dkdv(of_heads, problem, dk[:, kv_heads], dv[:, kv_heads], sums)
-            scale_rows(dq[:, heads], sums, scale, accumulate)
+            of_heads = (dq[:, heads], dk[:, kv_heads], dv[:, kv_heads])
+            _run_one_pass(inputs.of(heads, kv_heads), problem, *of_heads, accumulate)
         return dq, dk, dv
     _run_dq(inputs, problem, dq, accumulate)
     if num_windows:
@@ -302,10 +300,17 @@ def head_chunks(inputs: Inputs, problem: Problem, workspace_bytes: int) -> Itera
     group_size = num_heads // num_kv_heads
     parts, _ = cut_rows(problem.max_seqlen, group_size, 1, problem.config, one_pass=True)
     of_parts = parts * num_windows * (head_dim + v_dim) if parts > 1 else 0
-    step = min(max(workspace_bytes // (4 * (num_rows * group_size * head_dim + of_parts)), 1), num_kv_heads)
+    fitting = max(workspace_bytes // (4 * (num_rows * group_size * head_dim + of_parts)), 1)
+    step = cdiv(num_kv_heads, cdiv(num_kv_heads, fitting))
     for first in range(0, num_kv_heads, step):
         last = min(first + step, num_kv_heads)
         yield slice(first * group_size, last * group_size), slice(first, last)
+
+
+def _run_one_pass(inputs: Inputs, problem: Problem, dq: Tensor, dk: Tensor, dv: Tensor, accumulate: bool) -> None:
+    sums = torch.zeros_like(inputs.q, dtype=torch.float32, memory_format=PACKED)
+    _run_dkdv(inputs, problem, dk, dv, sums)
+    scale_rows(dq, sums, problem.scale, accumulate)
 
 
 def _run_dq(inputs: Inputs, problem: Problem, dq: Tensor, accumulate: bool) -> None:

@@ -1,7 +1,8 @@
 """The backward of compressed attention for Hopper, in Gluon: dq, and dk and dv, in the form that `compressed_attention_hopper`
 describes. What is computed say the kernels of the same name without `hopper`, in `compressed_attention_backward`.
 
-Measured on an H200 (65,536 tokens, 64 heads, windows of 32 every 16): dq 9.3 to 10.2 ms, dk and dv 15.3.
+Measured on an H200 (65,536 tokens, 64 heads, windows of 32 every 16): dq 9.3 to 10.2 ms, dk and dv 15.3; all three in one pass
+19.8, of which additions of dq are 2, and 1.4 around it to clear and to scale their sums.
 """
 
 from triton.experimental import gluon
@@ -207,7 +208,7 @@ def add_dq(
     dq, dq_s, dq_desc, ds_free, step, steps, num_rows, query, query_head,
     G: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    """Adds it to what other programs add."""
+    """Adds what `product_dq` gave to the sums that other programs add to as well."""
     HALF: gl.constexpr = D // 2
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 16])
     start = (steps - 1 - step) * BLOCK_M

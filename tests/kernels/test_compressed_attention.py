@@ -190,7 +190,8 @@ def test_chunks_of_heads(parts, fitting, num_kv_heads):
     heads, kv_heads = ([i for x in part for i in range(x.start, x.stop)] for part in zip(*chunks, strict=True))
     assert heads == list(range(num_kv_heads * group_size))
     assert kv_heads == list(range(num_kv_heads))
-    assert max(x.stop - x.start for _, x in chunks) == min(max(fitting, 1), num_kv_heads)
+    assert len(chunks) == -(-num_kv_heads // max(fitting, 1))
+    assert max(x.stop - x.start for _, x in chunks) == -(-num_kv_heads // len(chunks))  # no small one at the end
     for of_heads, of_kv_heads in chunks:
         assert of_heads.start == group_size * of_kv_heads.start
 
