@@ -60,8 +60,8 @@ def test_crossover():
     found = {}
     for entry in document("crossover")["crossovers"]:
         found.setdefault(entry["pass"], set()).add(entry["tokens"])
-    (with_backward,), (forward,) = found["forward_backward"], found["forward"]
-    assert f"faster from {with_backward:,} tokens on with backward, from {forward:,} forward alone, whatever G" in TEXT
+    with_backward, forward = (f"{min(x):,} to {max(x):,}" for x in (found["forward_backward"], found["forward"]))
+    assert f"faster from {with_backward} tokens on with backward, from {forward} forward alone" in TEXT
 
 
 def parts():
@@ -85,14 +85,14 @@ def test_where_the_time_goes():
             continue
         sums = [sum(rows[name][i]["ms"] for name in PARTS if name in rows) for i in range(len(GROUPS))]
         for total, whole in zip(sums, rows[NSA_FSA.name], strict=True):
-            assert round(abs(total / whole["ms"] - 1), 2) <= 0.02
+            assert round(abs(total / whole["ms"] - 1), 2) <= 0.03
         for what, names in (
             ("selected", ["selected_attention"]),
             ("windows", [x for x in ("compressed_attention", "select_blocks") if x in rows]),
         ):
             here = [sum(rows[name][i]["ms"] for name in names) / total for i, total in enumerate(sums)]
             shares[(what, *place)] = between(here)
-    assert "their sum is the whole to within 2%" in TEXT
+    assert "their sum is the whole to within 3%" in TEXT
     assert (
         f"selected attention is {shares['selected', 8192, 'forward']} of the forward and "
         f"{shares['selected', 8192, 'backward']} of the backward"
@@ -153,7 +153,7 @@ def test_table_7():
             gain = f"{both['paper_s']['fsa'] / both['ms'] * 1e3:.1f}"
             expected.append(line(f"{block} x {forward['num_blocks']}", group, f"{tokens // 1024}K", *seconds, gain))
     assert tables("Beside the FSA paper") == expected
-    assert ("not been measured yet" in TEXT) == (len(expected) < 16)
+    assert len(expected) == 16
     full = {(r["num_tokens"], r["group_size"], r["implementation"], r["pass"]): r["ms"] for r in document("core")["rows"]}
     slower = {
         f"{r['paper_s']['full'] * 1e3 / full[131072, group, 'flash_attn_4', 'forward']:.1f}"
