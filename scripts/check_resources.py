@@ -204,7 +204,7 @@ def call_compressed_attention(case: Case, q: torch.Tensor, do: torch.Tensor, ent
         for as_part in ({}, dict(whole, add_to=(whole["add_to"][0], None, None))):
             for max_seqlen in (NUM_TOKENS, 1 << 20):  # in two passes, and in one
                 compressed_attention_backward.compressed_attention_bwd(
-                    do, q, k, v, o, lse, cu_seqlens, max_seqlen, **as_part, **sizes
+                    do, q, k, v, o, lse, cu_seqlens, max_seqlen, workspace_bytes=1 << 30, **as_part, **sizes
                 )
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from nsa_fsa.benchmarking.core import NSA_FSA, PARTS
+from nsa_fsa.kernels.tuning import CompressedConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/performance.md").read_text()
@@ -132,6 +133,7 @@ def test_floors(sentence):
 def test_floor_of_the_gates_and_rates():
     rows = [row for name in ("forward", "backward") for row in parts()[65536, name]["gated_combine"]]
     assert f"Gates: {between([row['of_floor'] for row in rows])}." in TEXT
+    assert f"sequences of less than {CompressedConfig().one_pass_tokens:,} tokens" in TEXT
     ceilings = document("core_branches")["runs"][0]["ceilings"]
     rates = f"{ceilings['matmul_flop_per_s'] / 1e12:.0f} TFLOP/s and {ceilings['copy_bytes_per_s'] / 1e12:.2f} TB/s"
     assert f"measured in the same run ({rates})" in TEXT

@@ -12,7 +12,6 @@ algorithms keep to two passes.
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +25,8 @@ from nsa_fsa.kernels.gradients import NOTHING, AddTo, sums_of
 from nsa_fsa.kernels.primitives import LOG2_E, add_product, dot_keys, load_rows, store_rows
 from nsa_fsa.kernels.selected_kv_major import rows_contiguous
 from nsa_fsa.kernels.sequences import load_tile, locate_tiles
-from nsa_fsa.kernels.sizes import cdiv, padded_dim
+from nsa_fsa.kernels.sizes import cdiv, head_chunks, padded_dim
 from nsa_fsa.kernels.softmax_statistics import statistics
-
-PACKED = torch.contiguous_format
 
 
 class Inputs(NamedTuple):
@@ -58,6 +55,8 @@ class Inputs(NamedTuple):
 
 
 class Problem(NamedTuple):
+    """What both passes know."""
+
     layout: tuple[Tensor, Tensor | None, Tensor | None]  # cu_seqlens, cu_seqlens_q, seqused_k
     max_seqlen: int
     scale: float
@@ -114,7 +113,7 @@ def compressed_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, shift_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
     stride_dk_p, stride_dk_t, stride_dk_h, stride_dv_p, stride_dv_t, stride_dv_h,
-    scale2, scale, num_heads, num_tiles, num_rows, part_rows,
+    scale2, scale, num_tiles, num_rows, part_rows,
     KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, SINGLE: tl.constexpr, HEADS: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -220,18 +219,17 @@ def hopper_backward() -> Any:
     return compressed_attention_hopper_backward
 
 
-def cut_rows(
-    max_seqlen: int, group_size: int, num_tiles: int, config: tuning.CompressedConfig, one_pass: bool = False
-) -> tuple[int, int]:
+def cut_rows(max_seqlen: int, group_size: int, num_tiles: int | None, config: tuning.CompressedConfig) -> tuple[int, int]:
     """Into how many parts, and of how many rows each, the (query, head) rows of the longest sequence are cut for dk and dv.
 
-    num_tiles: tiles of keys, those of all KV heads, which are as many programs without any cut. One pass is for sequences that
-    have enough of them.
+    num_tiles: tiles of keys, those of all KV heads, which are as many programs without any cut; None for one pass, which is for
+    sequences that have enough of them.
     """
     num_rows = max_seqlen * group_size
-    parts = min(cdiv(config.dkdv_programs, num_tiles), cdiv(num_rows, config.dkdv_part_rows))
-    if one_pass:
+    if num_tiles is None:
         parts = min(cdiv(num_rows, config.one_pass_part_rows), config.one_pass_parts)
+    else:
+        parts = min(cdiv(config.dkdv_programs, num_tiles), cdiv(num_rows, config.dkdv_part_rows))
     # Whole tiles, and whole queries: the Gluon kernel counts queries from the first of the part.
     unit = math.lcm(config.dkdv_m, group_size)
     return parts, cdiv(cdiv(num_rows, max(parts, 1)), unit) * unit
@@ -252,9 +250,9 @@ def compressed_attention_bwd(
     kernel_size: int,
     kernel_stride: int,
     scale: float,
+    workspace_bytes: int,
     cu_seqlens_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
-    workspace_bytes: int = 1 << 50,
     config: tuning.CompressedConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k_cmp and v_cmp, each in its own shape and dtype; rows that no compressed token owns get 0.
@@ -277,7 +275,7 @@ def compressed_attention_bwd(
     windows = dict(KERNEL_SIZE=kernel_size, KERNEL_STRIDE=kernel_stride)
     problem = Problem((cu_seqlens, cu_seqlens_q, seqused_k), max_seqlen, scale, windows, config)
     if num_windows and in_one_pass(config, group_size, max_seqlen):
-        for heads, kv_heads in head_chunks(inputs, problem, workspace_bytes):
+        for heads, kv_heads in head_chunks(num_kv_heads, group_size, bytes_of_kv_head(inputs, problem), workspace_bytes):
             of_heads = (dq[:, heads], dk[:, kv_heads], dv[:, kv_heads])
             _run_one_pass(inputs.of(heads, kv_heads), problem, *of_heads, accumulate)
         return dq, dk, dv
@@ -293,22 +291,18 @@ def in_one_pass(config: tuning.CompressedConfig, group_size: int, max_seqlen: in
     return able and max_seqlen >= config.one_pass_tokens
 
 
-def head_chunks(inputs: Inputs, problem: Problem, workspace_bytes: int) -> Iterator[tuple[slice, slice]]:
-    """Query and KV heads whose float32 sums fit the workspace, of dq and of the parts of dk and dv; one KV head at least."""
+def bytes_of_kv_head(inputs: Inputs, problem: Problem) -> int:
+    """What one pass takes for a KV head: float32 sums of dq, and the parts of dk and dv."""
     num_rows, num_heads, head_dim = inputs.q.shape
     num_windows, num_kv_heads, v_dim = inputs.v.shape
     group_size = num_heads // num_kv_heads
-    parts, _ = cut_rows(problem.max_seqlen, group_size, 1, problem.config, one_pass=True)
+    parts, _ = cut_rows(problem.max_seqlen, group_size, None, problem.config)
     of_parts = parts * num_windows * (head_dim + v_dim) if parts > 1 else 0
-    fitting = max(workspace_bytes // (4 * (num_rows * group_size * head_dim + of_parts)), 1)
-    step = cdiv(num_kv_heads, cdiv(num_kv_heads, fitting))
-    for first in range(0, num_kv_heads, step):
-        last = min(first + step, num_kv_heads)
-        yield slice(first * group_size, last * group_size), slice(first, last)
+    return 4 * (num_rows * group_size * head_dim + of_parts)
 
 
 def _run_one_pass(inputs: Inputs, problem: Problem, dq: Tensor, dk: Tensor, dv: Tensor, accumulate: bool) -> None:
-    sums = torch.zeros_like(inputs.q, dtype=torch.float32, memory_format=PACKED)
+    sums = inputs.q.new_zeros(inputs.q.shape, dtype=torch.float32)
     _run_dkdv(inputs, problem, dk, dv, sums)
     scale_rows(dq, sums, problem.scale, accumulate)
 
@@ -348,14 +342,14 @@ def _run_dkdv(inputs: Inputs, problem: Problem, dk: Tensor, dv: Tensor, dq_sums:
     tiles = locate_tiles(num_windows * kernel_stride, where, tile_keys * kernel_stride, *others, of_keys=True)
     num_tiles = cdiv(num_windows, tile_keys) if tiles is None else tiles.shape[1]
     one_pass = dq_sums is not None
-    parts, part_rows = cut_rows(problem.max_seqlen, group_size, num_tiles * num_kv_heads, config, one_pass)
+    parts, part_rows = cut_rows(problem.max_seqlen, group_size, None if one_pass else num_tiles * num_kv_heads, config)
     q, k, v, do, shift, delta = inputs
     targets = (dk, dv)
     if parts > 1:
         sums = q.new_empty(parts, num_windows, num_kv_heads, head_dim + v_dim, dtype=torch.float32)
         targets = (sums[..., :head_dim], sums[..., head_dim:])
     target_strides = [stride for x in targets for stride in (x.stride()[:3] if parts > 1 else (0, *x.stride()[:2]))]
-    sizes = (problem.scale * LOG2_E, problem.scale, num_heads, num_tiles, num_rows, part_rows)
+    sizes = (problem.scale * LOG2_E, problem.scale, num_tiles, num_rows, part_rows)
     heads = 1 if one_pass else math.gcd(num_kv_heads, config.dkdv_heads)
     constants = dict(SINGLE=tiles is None, HEADS=heads, G=group_size, BLOCK_M=config.dkdv_m, **windows)
     grid = (num_tiles * num_kv_heads, parts)

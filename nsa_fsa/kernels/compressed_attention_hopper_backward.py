@@ -304,7 +304,7 @@ def compressed_bwd_dkdv_hopper_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, q_desc, do_desc, dq_desc, shift_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
     stride_dk_p, stride_dk_t, stride_dk_h, stride_dv_p, stride_dv_t, stride_dv_h,
-    scale2, scale, num_heads, num_tiles, num_rows, part_rows,
+    scale2, scale, num_tiles, num_rows, part_rows,
     KERNEL_SIZE: gl.constexpr, KERNEL_STRIDE: gl.constexpr, SINGLE: gl.constexpr, HEADS: gl.constexpr,
     G: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, STAGES: gl.constexpr, BULK: gl.constexpr,
     REGISTERS: gl.constexpr,

@@ -1,5 +1,7 @@
 """Arithmetic of sizes on the host. Triton's own functions, made for kernels too, take 7 microseconds a call."""
 
+from collections.abc import Iterator
+
 
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up."""
@@ -14,3 +16,15 @@ def next_power_of_2(n: int) -> int:
 def padded_dim(dim: int) -> int:
     """The head width that a kernel computes with: a power of two, and at least what a matrix unit takes."""
     return max(next_power_of_2(dim), 16)
+
+
+def head_chunks(
+    num_kv_heads: int, group_size: int, bytes_of_kv_head: int, workspace_bytes: int
+) -> Iterator[tuple[slice, slice]]:
+    """Query heads and KV heads to work on at a time, for a workspace that takes bytes_of_kv_head for each KV head; one KV head
+    at least. Chunks are alike: a small last one would leave the GPU half empty."""
+    fitting = max(workspace_bytes // max(bytes_of_kv_head, 1), 1)
+    step = cdiv(num_kv_heads, cdiv(num_kv_heads, fitting))
+    for first in range(0, num_kv_heads, step):
+        last = min(first + step, num_kv_heads)
+        yield slice(first * group_size, last * group_size), slice(first, last)

@@ -92,6 +92,18 @@ def adding(backward: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[.
     return run
 
 
+def reference_backend(forward: Callable[..., Any], backward: Callable[..., Any], *unused: str) -> backends.Backend:
+    """The reference of a branch. unused: keywords of the operator that its functions do not have."""
+
+    def without(run: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*tensors: Tensor | None, **arguments: Any) -> Any:
+            return run(*tensors, **{name: value for name, value in arguments.items() if name not in unused})
+
+        return called
+
+    return backends.Backend("reference", without(forward), adding(without(backward)))
+
+
 def check_token_rows(q: Tensor, k: Tensor, *, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, **_) -> None:
     """The sequence descriptors' values for a branch whose keys are tokens."""
     validation.check_layout_values(q.shape[0], k.shape[0], cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)

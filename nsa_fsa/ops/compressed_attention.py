@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nsa_fsa import reference
 from nsa_fsa.ops import backends, triton_backends, validation
-from nsa_fsa.ops.attention_operator import adding, define_attention
+from nsa_fsa.ops.attention_operator import define_attention, reference_backend
 from nsa_fsa.ops.selected_attention import WORKSPACE_BYTES
 
 MAX_GROUP_SIZE = 64
@@ -108,18 +108,8 @@ def _backward(do, q, k_cmp, v_cmp, o, lse, *, cu_seqlens, max_seqlen, **argument
     return kernels.compressed_attention_bwd(do, q, k_cmp, v_cmp, o, lse, cu_seqlens, max_seqlen, **arguments)
 
 
-backends.register(
-    "compressed_attention",
+for backend in (
     backends.Backend("triton", _forward, _backward, triton_backends.unavailable, _unsupported, triton_backends.on_gpu),
-)
-
-
-def _reference_forward(q, k_cmp, v_cmp, *, workspace_bytes, **arguments):
-    return reference.compressed_attention(q, k_cmp, v_cmp, **arguments)
-
-
-def _reference_backward(do, q, k_cmp, v_cmp, o, lse, *, workspace_bytes, **arguments):
-    return reference.compressed_attention_backward(do, q, k_cmp, v_cmp, o, lse, **arguments)
-
-
-backends.register("compressed_attention", backends.Backend("reference", _reference_forward, adding(_reference_backward)))
+    reference_backend(reference.compressed_attention, reference.compressed_attention_backward, "workspace_bytes"),
+):
+    backends.register("compressed_attention", backend)

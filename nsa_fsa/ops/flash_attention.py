@@ -9,7 +9,7 @@ One H200, 65,536 tokens, 64 heads of 128, window 512, forward / backward, ms (G 
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -193,16 +193,11 @@ def _forward(
     return o[..., :v_dim].contiguous(), lse.T.contiguous()
 
 
-def head_chunks(q: Tensor, k: Tensor, width: int, workspace_bytes: int) -> Iterator[tuple[slice, slice]]:
-    """Query heads and KV heads to differentiate at a time, so that the libraries' float32 sums of dq (and of dk and dv, or
-    copies of these for every query head) stay within the budget; one KV head at least."""
-    num_tokens, num_heads, num_kv_heads = q.shape[0], q.shape[1], k.shape[1]
-    group_size = num_heads // num_kv_heads
-    bytes_of_kv_head = 4 * width * (num_tokens * group_size + (2 * max(k.shape[0], num_tokens * group_size // 2)))
-    step = min(max(workspace_bytes // max(bytes_of_kv_head, 1), 1), num_kv_heads)
-    for first in range(0, num_kv_heads, step):
-        last = min(first + step, num_kv_heads)
-        yield slice(first * group_size, last * group_size), slice(first, last)
+def bytes_of_kv_head(q: Tensor, k: Tensor, width: int) -> int:
+    """What the libraries take at most in backward for a KV head: float32 sums of dq, and of dk and dv or copies of these for
+    every query head."""
+    num_rows = q.shape[0] * q.shape[1] // k.shape[1]
+    return 4 * width * (num_rows + 2 * max(k.shape[0], num_rows // 2))
 
 
 def _backward(
@@ -210,6 +205,8 @@ def _backward(
     max_seqlen: int, cu_seqlens_q: Tensor | None, seqused_k: Tensor | None, scale: float, window_size: int,
     workspace_bytes: int, delta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    from nsa_fsa.kernels.sizes import head_chunks
+
     head_dim, v_dim, width = q.shape[2], v.shape[2], _width(q, v)
     if q.numel() == 0 or k.numel() == 0:
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
@@ -217,7 +214,7 @@ def _backward(
     do, q, k, v, o = (_padded(x, width) for x in (do, q, k, v, o))
     lse, delta = lse.T.contiguous(), None if delta is None else delta.T.contiguous()
     where = (starts, cu_seqlens, max_seqlen, scale, window_size)
-    chunks = list(head_chunks(q, k, width, workspace_bytes))
+    chunks = list(head_chunks(k.shape[1], q.shape[1] // k.shape[1], bytes_of_kv_head(q, k, width), workspace_bytes))
     if len(chunks) == 1:
         grads = library.backward(do, q, k, v, o, lse, delta, *where, None)
     else:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nsa_fsa import reference
 from nsa_fsa.ops import backends, triton_backends, validation
-from nsa_fsa.ops.attention_operator import adding, check_token_rows, define_attention
+from nsa_fsa.ops.attention_operator import check_token_rows, define_attention, reference_backend
 from nsa_fsa.ops.registration import define_operator
 
 WORKSPACE_BYTES = 2 << 30
@@ -161,19 +161,9 @@ _operator = define_attention(
 )
 
 
-def _for_reference(arguments: dict[str, Any]) -> dict[str, Any]:
-    unused = ("workspace_bytes", *triton_backends.INDEX)
-    return {name: value for name, value in arguments.items() if name not in unused}
-
-
-def _reference_forward(q, k, v, **arguments):
-    return reference.selected_attention(q, k, v, **_for_reference(arguments))
-
-
-def _reference_backward(do, q, k, v, o, lse, **arguments):
-    return reference.selected_attention_backward(do, q, k, v, o, lse, **_for_reference(arguments))
-
-
-for backend in triton_backends.SELECTED:
+UNUSED = ("workspace_bytes", *triton_backends.INDEX)  # by the reference
+for backend in (
+    *triton_backends.SELECTED,
+    reference_backend(reference.selected_attention, reference.selected_attention_backward, *UNUSED),
+):
     backends.register("selected_attention", backend)
-backends.register("selected_attention", backends.Backend("reference", _reference_forward, adding(_reference_backward)))

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from nsa_fsa import reference
 from nsa_fsa.ops import backends, flash_attention, validation
-from nsa_fsa.ops.attention_operator import adding, check_token_rows, define_attention
+from nsa_fsa.ops.attention_operator import check_token_rows, define_attention, reference_backend
 from nsa_fsa.ops.selected_attention import WORKSPACE_BYTES
 
 
@@ -62,14 +62,8 @@ def sliding_window_attention(
 _operator = define_attention("sliding_window_attention", "int window_size, int workspace_bytes", check_token_rows)
 
 
-def _reference_forward(q, k, v, *, workspace_bytes, **arguments):
-    return reference.sliding_window_attention(q, k, v, **arguments)
-
-
-def _reference_backward(do, q, k, v, o, lse, *, workspace_bytes, **arguments):
-    return reference.sliding_window_attention_backward(do, q, k, v, o, lse, **arguments)
-
-
-for backend in flash_attention.BACKENDS:
+for backend in (
+    *flash_attention.BACKENDS,
+    reference_backend(reference.sliding_window_attention, reference.sliding_window_attention_backward, "workspace_bytes"),
+):
     backends.register("sliding_window_attention", backend)
-backends.register("sliding_window_attention", backends.Backend("reference", _reference_forward, adding(_reference_backward)))

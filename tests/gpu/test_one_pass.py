@@ -7,7 +7,7 @@ import torch
 
 from nsa_fsa.kernels import compressed_attention_backward, tuning
 from tests.gpu.problems import assert_rms_close
-from tests.gpu.test_compressed_attention import CACHED, LENGTHS, check, make
+from tests.gpu.test_compressed_attention import CACHED, LENGTHS, check, check_nan_stays, make
 from tests.gpu.test_host_syncs import record, syncs_forbidden
 from tests.gpu.test_memory import MIB, assert_no_growth, extra, num_bytes
 
@@ -97,17 +97,10 @@ def test_deterministic_algorithms(launches, shape):
 @pytest.mark.parametrize("spoiled", range(len(LENGTHS)))
 @pytest.mark.parametrize("shape", FEW, ids=str)
 def test_nan_stays_in_its_sequence(shape, spoiled):
-    p = make(LENGTHS, 2, *shape)
-    expected = p.run()
-    tokens, windows = p.rows(spoiled)
-    with torch.no_grad():
-        for name, rows in (("q", tokens), ("do", tokens), ("k_cmp", windows), ("v_cmp", windows)):
-            getattr(p, name)[rows] = torch.nan
-    for name, a, b in zip(NAMES, p.run(), expected, strict=True):
-        rows = windows if name in ("dk", "dv") else tokens
-        if name != "lse":
-            found, wanted = (torch.cat([x[: rows.start], x[rows.stop :]]) for x in (a, b))
-            assert_rms_close(name, found, wanted)
+    def assert_close(found, expected, name, _):
+        assert_rms_close(name, torch.cat(found), torch.cat(expected))
+
+    check_nan_stays(make(LENGTHS, 2, *shape), spoiled, assert_close)
 
 
 def test_no_host_syncs():

@@ -8,8 +8,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nsa_fsa import ops
+from nsa_fsa.kernels.sizes import head_chunks
 from nsa_fsa.ops import backends, flash_attention
-from nsa_fsa.ops.flash_attention import FLASH_ATTN_4, LIBRARIES, TORCH_FLASH, head_chunks, none_supports, unsupported
+from nsa_fsa.ops.flash_attention import FLASH_ATTN_4, LIBRARIES, TORCH_FLASH, bytes_of_kv_head, none_supports, unsupported
 from tests.cases import by_name, call, make_inputs
 
 
@@ -64,12 +65,14 @@ def test_any_library_that_can_will_do(monkeypatch):
 def test_heads_are_cut_to_the_budget(num_kv_heads, group_size, heads_that_fit):
     q, k = torch.empty(100, num_kv_heads * group_size, 16), torch.empty(100, num_kv_heads, 16)
     one_head = 4 * 16 * 100 * (group_size + max(2, group_size))  # float32 sums of dq, and of dk and dv for every other head
-    chunks = list(head_chunks(q, k, 16, max(heads_that_fit * one_head, 1)))
+    assert bytes_of_kv_head(q, k, 16) == one_head
+    chunks = list(head_chunks(num_kv_heads, group_size, one_head, max(heads_that_fit * one_head, 1)))
     assert [head for _, heads in chunks for head in range(num_kv_heads)[heads]] == list(range(num_kv_heads))
     for of_queries, of_keys in chunks:
         assert of_queries == slice(of_keys.start * group_size, of_keys.stop * group_size)
         assert of_keys.stop - of_keys.start <= max(heads_that_fit, 1)
-    assert len(chunks) == -(-num_kv_heads // min(max(heads_that_fit, 1), num_kv_heads))
+    assert len(chunks) == -(-num_kv_heads // max(heads_that_fit, 1))
+    assert max(x.stop - x.start for _, x in chunks) == -(-num_kv_heads // len(chunks))  # no small one at the end
 
 
 def test_without_a_gpu_a_library_is_refused_by_name():
