@@ -10,7 +10,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nsa_fsa import ops
 from nsa_fsa.kernels.sizes import head_chunks
 from nsa_fsa.ops import backends, flash_attention
-from nsa_fsa.ops.flash_attention import FLASH_ATTN_4, LIBRARIES, TORCH_FLASH, bytes_of_kv_head, none_supports, unsupported
+from nsa_fsa.ops.flash_attention import (
+    FLASH_ATTN_4,
+    LIBRARIES,
+    TORCH_FLASH,
+    bytes_of_kv_head,
+    none_supports,
+    output_and_dlse,
+    unsupported,
+)
 from tests.cases import by_name, call, make_inputs
 
 
@@ -73,6 +81,16 @@ def test_heads_are_cut_to_the_budget(num_kv_heads, group_size, heads_that_fit):
         assert of_keys.stop - of_keys.start <= max(heads_that_fit, 1)
     assert len(chunks) == -(-num_kv_heads // max(heads_that_fit, 1))
     assert max(x.stop - x.start for _, x in chunks) == -(-num_kv_heads // len(chunks))  # no small one at the end
+
+
+def test_what_stands_for_an_output_that_is_not_read():
+    """flash-attn 4 subtracts sum(o * do) - dlse, which must be delta either way."""
+    o, do = torch.randn(2, 5, 3, 8).unbind()  # [T, HQ, DV]
+    delta = (o * do).sum(-1).T  # [HQ, T]
+    assert output_and_dlse(do, o, None) == (o, None)
+    for known in (None, o):
+        stand_in, dlse = output_and_dlse(do, known, delta)
+        torch.testing.assert_close((stand_in * do).sum(-1).T - dlse, delta)
 
 
 def test_without_a_gpu_a_library_is_refused_by_name():
