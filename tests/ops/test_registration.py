@@ -1,6 +1,8 @@
 """Row 12 of reliability.md: the operators as torch.library sees them, and under torch.compile."""
 
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -231,6 +233,23 @@ def test_the_compiler_does_not_look_into_an_operator(mode):
         return torch._dynamo.utils.counters["frames"]["total"]
 
     assert frames(lambda: torch.ops.nsa_fsa.gated_combine(*arguments)) == frames(lambda: None)
+
+
+FIRST_CALL = """
+import sys
+import torch
+from nsa_fsa import ops
+
+q = torch.ones(8, 1, 4, requires_grad=True)
+ops.sliding_window_attention(q, q, q, torch.tensor([0, 8], dtype=torch.int32), 8, window_size=4).sum().backward()
+print("torch._dynamo" in sys.modules)
+"""
+
+
+def test_the_first_call_does_not_import_the_compiler():
+    """Which takes as long as importing torch itself."""
+    result = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True, timeout=120)
+    assert result.stdout == "False\n", result.stdout + result.stderr
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
