@@ -28,7 +28,7 @@ def wide_console(monkeypatch):
 
 
 def test_info_lists_versions_and_every_backend_with_its_reason(monkeypatch):
-    impossible = backends.Backend("impossible", lambda: None, unavailable=lambda: "it needs a machine [from] the future")
+    impossible = backends.Backend("impossible", lambda: None, unavailable=lambda _: "it needs a machine [from] the future")
     monkeypatch.setitem(backends._BACKENDS, "gated_combine", {"impossible": impossible, **backends._BACKENDS["gated_combine"]})
     printed = run("info")
     assert nsa_fsa.__version__ in printed

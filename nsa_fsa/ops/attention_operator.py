@@ -38,12 +38,12 @@ def define_attention(name: str, arguments: str, check_values: Callable[..., None
         *values, backend = rest
         keywords = dict(zip(names, values, strict=True))
         check_values(q, k, **keywords)
-        return backends.resolve(name, backend, q, k, v, **keywords).forward(q, k, v, **keywords)
+        return backends.to_run(name, backend, q, k, v, **keywords).forward(q, k, v, **keywords)
 
     def run_backward(do, q, k, v, o, lse, *rest):
         *values, backend = rest
         keywords = dict(zip(names, values, strict=True))
-        return backends.resolve(name, backend, q, k, v, backward=True, **keywords).backward(do, q, k, v, o, lse, **keywords)
+        return backends.to_run(name, backend, q, k, v, backward=True, **keywords).backward(do, q, k, v, o, lse, **keywords)
 
     def forward_fake(q, k, v, *rest):
         lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32

@@ -4,10 +4,12 @@ Each operator file registers its implementations here by name. "auto" takes the 
 can run; a backend asked for by name runs or raises with the reason, and nothing falls back silently.
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -20,15 +22,15 @@ class Backend:
     """One implementation of one operator.
 
     `forward` and `backward` take what the operator passes and return what its functions in `nsa_fsa.reference` do.
-    `unavailable()` gives the reason why this machine cannot run it, or None; `unsupported(*tensors, backward=bool,
-    **arguments)`, called with an operator's own arguments, the reason why it cannot run them; `automatic(*tensors)` says
-    whether "auto" considers it.
+    `unavailable(device)` gives the reason why the GPU `device`, or the current one where it is None or no GPU, cannot run it,
+    or None; `unsupported(*tensors, backward=bool, **arguments)`, called with an operator's own arguments, the reason why it
+    cannot run them; `automatic(*tensors)` says whether "auto" considers it.
     """
 
     name: str
     forward: Callable[..., Any]
     backward: Callable[..., Any] = _not_differentiable
-    unavailable: Callable[[], str | None] = lambda: None
+    unavailable: Callable[[torch.device | None], str | None] = lambda _: None
     unsupported: Callable[..., str | None] = lambda *_, **__: None
     automatic: Callable[..., bool] = lambda *_: True
 
@@ -43,7 +45,7 @@ def register(operator: str, backend: Backend) -> None:
 
 def available(operator: str) -> dict[str, str | None]:
     """The names of an operator's backends, with the reason why each cannot run here (None: it can)."""
-    return {name: backend.unavailable() for name, backend in _BACKENDS[operator].items()}
+    return {name: backend.unavailable(None) for name, backend in _BACKENDS[operator].items()}
 
 
 def resolve(operator: str, name: str, *tensors: Tensor, backward: bool = False, **arguments: Any) -> Backend:
@@ -62,11 +64,29 @@ def resolve(operator: str, name: str, *tensors: Tensor, backward: bool = False, 
             f"backend={name!r} is not an implementation of {operator}: allowed are {('auto', *candidates)}. "
             'Fix: use backend="auto".'
         )
-    if (reason := candidates[name].unavailable()) is not None:
+    if (reason := candidates[name].unavailable(tensors[0].device if tensors else None)) is not None:
         raise RuntimeError(f'backend={name!r} of {operator} cannot run here: {reason}. Fix: use backend="auto".')
     if tensors and (reason := candidates[name].unsupported(*tensors, backward=backward, **arguments)) is not None:
         raise ValueError(f'backend={name!r} of {operator} does not support this: {reason}. Fix: use backend="auto".')
     return candidates[name]
+
+
+def to_run(operator: str, name: str, *tensors: Tensor, **arguments: Any) -> Backend:
+    """What `resolve` gives; where "auto" leaves a GPU to the reference, a UserWarning says so, once for each reason."""
+    backend = resolve(operator, name, *tensors, **arguments)
+    if name == "auto" and backend.name == "reference" and tensors[0].is_cuda:
+        reason = "; ".join(dict.fromkeys(passed_over(operator, *tensors, **arguments).values()))
+        if reason and (operator, reason) not in _WARNED:
+            _WARNED.add((operator, reason))
+            warnings.warn(
+                f"{operator} runs on a GPU as the reference, plain PyTorch in chunks, which is slow: {reason}. "
+                'Fix: give it what a faster backend supports, or pass backend="reference" to say that this is meant.',
+                stacklevel=2,
+            )
+    return backend
+
+
+_WARNED: set[tuple[str, str]] = set()
 
 
 def check_known(name: str, whole: str, operators: tuple[str, ...]) -> None:
@@ -87,7 +107,7 @@ def passed_over(operator: str, *tensors: Tensor, backward: bool = False, **argum
     """The backends that "auto" does not take although they come before the one that it takes, with the reasons."""
     skipped: dict[str, str] = {}
     for backend in _BACKENDS[operator].values():
-        reason = backend.unavailable()
+        reason = backend.unavailable(tensors[0].device if tensors else None)
         if reason is None and tensors:
             reason = backend.unsupported(*tensors, backward=backward, **arguments)
         if reason is None and not backend.automatic(*tensors):

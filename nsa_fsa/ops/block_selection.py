@@ -108,7 +108,7 @@ def _select_run(
         init_blocks=init_blocks, local_blocks=local_blocks,
     )  # fmt: skip
     check_compressed_rows(q, k_cmp, **arguments)
-    return backends.resolve("select_blocks", backend, q, k_cmp, lse, **arguments).forward(q, k_cmp, lse, **arguments)
+    return backends.to_run("select_blocks", backend, q, k_cmp, lse, **arguments).forward(q, k_cmp, lse, **arguments)
 
 
 def _select_fake(q, k_cmp, lse, *rest):

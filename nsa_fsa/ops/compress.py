@@ -97,7 +97,7 @@ def _pool_run(
 ) -> Tensor:
     validation.check_layout_values(x.shape[0], x.shape[0], cu_seqlens, max_seqlen, None, seqused_k)
     sizes: dict[str, Any] = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
-    return backends.resolve("pool_windows", backend, x, **sizes).forward(x, weight, cu_seqlens, **sizes)
+    return backends.to_run("pool_windows", backend, x, **sizes).forward(x, weight, cu_seqlens, **sizes)
 
 
 def _pool_fake(x, weight, cu_seqlens, max_seqlen, kernel_size, kernel_stride, seqused_k, backend):
@@ -115,7 +115,7 @@ def _pool_backward_run(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     sizes: dict[str, Any] = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
-    backward = backends.resolve("pool_windows", backend, x, backward=True, **sizes).backward
+    backward = backends.to_run("pool_windows", backend, x, backward=True, **sizes).backward
     dx, dweight = backward(dpooled, x, weight, cu_seqlens, **sizes)
     return dx, x.new_empty(0) if dweight is None else dweight  # an operator cannot return None
 
@@ -150,7 +150,7 @@ def _gather_run(
 ) -> Tensor:
     validation.check_layout_values(x.shape[0], x.shape[0], cu_seqlens, max_seqlen, None, seqused_k)
     sizes: dict[str, Any] = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
-    return backends.resolve("gather_windows", backend, x, **sizes).forward(x, cu_seqlens, **sizes)
+    return backends.to_run("gather_windows", backend, x, **sizes).forward(x, cu_seqlens, **sizes)
 
 
 def _gather_fake(x, cu_seqlens, max_seqlen, kernel_size, kernel_stride, seqused_k, backend):
@@ -167,7 +167,7 @@ def _gather_backward_run(
     backend: str,
 ) -> Tensor:
     sizes: dict[str, Any] = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
-    backward = backends.resolve("gather_windows", backend, x, backward=True, **sizes).backward
+    backward = backends.to_run("gather_windows", backend, x, backward=True, **sizes).backward
     return backward(dwindows, x, cu_seqlens, **sizes)
 
 

@@ -46,6 +46,7 @@ class Library:
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
+@functools.cache
 def _flash_attn_4_missing() -> str | None:
     # The package flash-attn 2 has the same top level name, and neither tells the other's parts apart.
     try:
@@ -112,21 +113,13 @@ TORCH_FLASH = Library("torch_flash", (8, 0), True, lambda: None, _torch_forward,
 LIBRARIES = (FLASH_ATTN_4, TORCH_FLASH)
 
 
-@functools.cache
-def unavailable(library: Library) -> str | None:
-    """Why a library cannot run on this machine, or None."""
-    if (reason := library.missing()) is not None:
-        return reason
-    if not torch.cuda.is_available():
-        return "it needs a CUDA GPU"
-    if torch.cuda.get_device_capability() < library.capability:
-        oldest, found = (".".join(map(str, x)) for x in (library.capability, torch.cuda.get_device_capability()))
-        return f"it needs compute capability {oldest} or newer, and this GPU has {found}"
-    return None
+def unavailable(library: Library, device: torch.device | None = None) -> str | None:
+    """Why a library cannot run on this GPU (default: the current one), or None."""
+    return library.missing() or triton_backends.too_old(device, library.capability)
 
 
-def none_available() -> str | None:
-    reasons = {library.name: unavailable(library) for library in LIBRARIES}
+def none_available(device: torch.device | None = None) -> str | None:
+    reasons = {library.name: unavailable(library, device) for library in LIBRARIES}
     return None if None in reasons.values() else "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
@@ -162,7 +155,8 @@ def unsupported(
 
 def none_supports(*tensors: Tensor, **arguments: Any) -> str | None:
     """Why none of the libraries on this machine can run these arguments, or None."""
-    reasons = [unsupported(library, *tensors, **arguments) for library in LIBRARIES if unavailable(library) is None]
+    here = [library for library in LIBRARIES if unavailable(library, tensors[0].device) is None]
+    reasons = [unsupported(library, *tensors, **arguments) for library in here]
     return None if not reasons or None in reasons else reasons[-1]
 
 
@@ -240,7 +234,8 @@ def window_key(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any], direc
 def _fastest(run: Callable[..., Any], direction: str, *tensors: Tensor, **arguments: Any) -> Any:
     """Whichever library the profiler finds fastest; without it the first that is here."""
     q, k, v = tensors[:3] if direction == "forward" else tensors[1:4]
-    able = [x for x in LIBRARIES if unavailable(x) is None and unsupported(x, q, k, v, **arguments) is None]
+    here = [x for x in LIBRARIES if unavailable(x, q.device) is None]
+    able = [x for x in here if unsupported(x, q, k, v, **arguments) is None]
     ways = {x.name: functools.partial(run, x, *tensors, **arguments) for x in able}
     name = next(iter(ways))
     if len(ways) > 1 and q.numel() > 0:

@@ -51,7 +51,7 @@ def check_gates(gate_logits: Tensor, rows: Tensor, whose: str) -> None:
 
 
 def _forward_run(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, backend: str) -> Tensor:
-    return backends.resolve("gated_combine", backend, gate_logits, o_cmp).forward(gate_logits, o_cmp, o_slc, o_swa)
+    return backends.to_run("gated_combine", backend, gate_logits, o_cmp).forward(gate_logits, o_cmp, o_slc, o_swa)
 
 
 def _forward_fake(gate_logits, o_cmp, o_slc, o_swa, backend):
@@ -61,7 +61,7 @@ def _forward_fake(gate_logits, o_cmp, o_slc, o_swa, backend):
 def _backward_run(
     do: Tensor, gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return backends.resolve("gated_combine", backend, gate_logits, o_cmp, backward=True).backward(
+    return backends.to_run("gated_combine", backend, gate_logits, o_cmp, backward=True).backward(
         do, gate_logits, o_cmp, o_slc, o_swa
     )
 

@@ -122,7 +122,7 @@ class _Branch:
 
     def _resolve(self, backward: bool) -> backends.Backend:
         name = backends.of_several(self.operator, self.backend)
-        return backends.resolve(self.operator, name, *self.tensors, backward=backward, **self.arguments)
+        return backends.to_run(self.operator, name, *self.tensors, backward=backward, **self.arguments)
 
     def forward(self) -> tuple[Tensor, Tensor]:
         return self._resolve(backward=False).forward(*self.tensors, **self.arguments)
@@ -191,7 +191,7 @@ class _Call:
         tensors = (self.q, self.k_cmp, lse)
         sizes = dict(**self.layout, **self.windows, **self.forced, num_selected_blocks=self.num_selected_blocks)
         name = backends.of_several("select_blocks", self.backend)
-        return backends.resolve("select_blocks", name, *tensors, **sizes).forward(*tensors, **sizes)
+        return backends.to_run("select_blocks", name, *tensors, **sizes).forward(*tensors, **sizes)
 
     def wants_index(self, block_indices: Tensor) -> bool:
         name = backends.of_several("selected_attention", self.backend)
@@ -213,7 +213,7 @@ class _Call:
     def gates(self, operator: str, *tensors: Any) -> Any:
         """Runs what `gated_combine` registers."""
         name = backends.of_several(operator, self.backend)
-        return backends.resolve(operator, name, self.gate_logits, self.q).forward(*tensors)
+        return backends.to_run(operator, name, self.gate_logits, self.q).forward(*tensors)
 
 
 _INPUTS = [field.name for field in fields(_Call)]

@@ -108,8 +108,13 @@ def selected_attention(
 
 
 def wants_index(q, k, v, block_indices, block_size, scale, cu_seqlens_q, seqused_k, backend: str) -> bool:
-    """Whether the backend will use a block index, as far as that can be told without running anything."""
-    if backend == "reference" or (backend == "auto" and not q.is_cuda):
+    """Whether the backend will use a block index, as far as that can be told without running anything.
+
+    "triton_query_major" would in backward, but has none to read forward, and makes its own.
+    """
+    if backend not in ("triton", "triton_kv_major") and not (backend == "auto" and q.is_cuda):
+        return False
+    if triton_backends.unavailable(q.device) is not None:
         return False
     return triton_backends.selected_unsupported(
         q, k, v, block_indices=block_indices, block_size=block_size, scale=scale, cu_seqlens_q=cu_seqlens_q,

@@ -24,21 +24,45 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def unavailable() -> str | None:
-    """Why Triton kernels cannot run on this machine, or None."""
+def _missing() -> str | None:
     try:
         installed = importlib.util.find_spec("triton") is not None
     except (ImportError, ValueError):
         installed = False
-    if not installed:
-        return "Triton is not installed (pip install triton)"
-    if interpreted():
+    return None if installed else "Triton is not installed (pip install triton)"
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int] | None:
+    """The compute capability of a GPU, each its own; None where there is none."""
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
+
+
+def too_old(device: torch.device | None, oldest: tuple[int, int], elsewhere: str = "") -> str | None:
+    """Why this GPU, by default the current one, cannot run what needs compute capability `oldest` or newer, or None.
+
+    elsewhere: what to add for machines without a GPU.
+    """
+    if device is None or device.type != "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+    found = capability(device)
+    if found is None:
+        return f"it needs a CUDA GPU{elsewhere}"
+    if found >= oldest:
         return None
-    if not torch.cuda.is_available():
-        return "it needs a CUDA GPU (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)"
-    if torch.cuda.get_device_capability() < (8, 0):
-        return f"it needs compute capability 8.0 or newer, and this GPU has {torch.cuda.get_device_capability()}"
-    return None
+    return f"it needs compute capability {'.'.join(map(str, oldest))} or newer, and this GPU has {'.'.join(map(str, found))}"
+
+
+def unavailable(device: torch.device | None = None) -> str | None:
+    """Why Triton kernels cannot run on this GPU (default: the current one), or None."""
+    if (reason := _missing()) is not None or interpreted():
+        return reason
+    return too_old(device, (8, 0), " (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)")
+
+
+# `selected_attention` asks where the compiler of a model looks on: this is `torch.compiler.assume_constant_result`, which
+# would import that compiler.
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def on_gpu(*tensors: Tensor) -> bool:

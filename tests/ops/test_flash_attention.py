@@ -61,9 +61,9 @@ def test_says_nothing_of_what_can(library):
 def test_any_library_that_can_will_do(monkeypatch):
     """With both there, decoding has one; where only flash-attn 4 is, none, and the reason is its own."""
     decoding = dict(scale=0.1, cu_seqlens_q=LAST, seqused_k=USED)
-    monkeypatch.setattr(flash_attention, "unavailable", lambda library: None)
+    monkeypatch.setattr(flash_attention, "unavailable", lambda *_: None)
     assert none_supports(*tensors(), **decoding) is None
-    monkeypatch.setattr(flash_attention, "unavailable", lambda library: "it is not here" if library is TORCH_FLASH else None)
+    monkeypatch.setattr(flash_attention, "unavailable", lambda library, _: "it is not here" if library is TORCH_FLASH else None)
     assert "reads past the keys in use" in none_supports(*tensors(), **decoding)
 
 

@@ -249,7 +249,7 @@ def test_what_the_triton_kernels_do_not_take(backend, changes, message):
 
 
 def test_a_backend_that_cannot_run_here_says_why(monkeypatch):
-    impossible = backends.Backend("impossible", forward=None, unavailable=lambda: "it needs a machine from the future")
+    impossible = backends.Backend("impossible", forward=None, unavailable=lambda _: "it needs a machine from the future")
     monkeypatch.setitem(backends._BACKENDS, "gated_combine", {"impossible": impossible, **backends._BACKENDS["gated_combine"]})
     with pytest.raises(RuntimeError, match=r"backend='impossible' of gated_combine cannot run here: it needs a machine.*auto"):
         gated(backend="impossible")
