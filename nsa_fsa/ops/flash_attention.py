@@ -41,6 +41,7 @@ class Library:
     # Whether the keys past a sequence's end can be anything. Otherwise they are read, and weighed with 0: a NaN or an infinity
     # among them shows. In a cache's unused rows there may be such; packed, it is the next sequence, which is lost itself.
     stops_at_end: bool
+    max_sequences: int  # of one packed batch
     missing: Callable[[], str | None]
     forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -108,8 +109,11 @@ def _torch_backward(do, q, k, v, o, lse, delta, cu_seqlens_q, cu_seqlens_k, max_
     return into or grads
 
 
-FLASH_ATTN_4 = Library("flash_attn_4", (9, 0), False, _flash_attn_4_missing, _flash_attn_4_forward, _flash_attn_4_backward)
-TORCH_FLASH = Library("torch_flash", (8, 0), True, lambda: None, _torch_forward, _torch_backward)
+FLASH_ATTN_4 = Library(
+    "flash_attn_4", (9, 0), False, 2**31 - 1, _flash_attn_4_missing, _flash_attn_4_forward, _flash_attn_4_backward
+)
+# Sequences are the second axis of its grid, which CUDA limits.
+TORCH_FLASH = Library("torch_flash", (8, 0), True, 2**16 - 1, lambda: None, _torch_forward, _torch_backward)
 LIBRARIES = (FLASH_ATTN_4, TORCH_FLASH)
 
 
@@ -130,6 +134,7 @@ def unsupported(
     v: Tensor,
     *,
     scale: float,
+    cu_seqlens: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
     backward: bool = False,
@@ -144,6 +149,8 @@ def unsupported(
         return f"head widths {q.shape[2]} and {v.shape[2]}; supported are at most {MAX_HEAD_DIM}"
     if not scale > 0:
         return f"scale={scale}; it must be positive"
+    if cu_seqlens is not None and (sequences := cu_seqlens.shape[0] - 1) > library.max_sequences:
+        return f"{sequences} sequences; supported are at most {library.max_sequences}"
     if seqused_k is not None and cu_seqlens_q is None:  # the libraries take the last query for that of the last used key
         return "no support where seqused_k is given without cu_seqlens_q"
     if seqused_k is not None and not library.stops_at_end:

@@ -39,6 +39,12 @@ REFUSED = [
     (BOTH, dict(v_head_dim=288), {}, "head widths 128 and 288; supported are at most 256"),
     (BOTH, {}, dict(scale=-0.1), "scale=-0.1; it must be positive"),
     (BOTH, {}, dict(seqused_k=USED), "no support where seqused_k is given without cu_seqlens_q"),
+    (
+        (TORCH_FLASH,),
+        {},
+        dict(cu_seqlens=torch.zeros(65_537, dtype=torch.int32)),
+        "65536 sequences; supported are at most 65535",
+    ),
     ((FLASH_ATTN_4,), {}, dict(seqused_k=USED, cu_seqlens_q=LAST), "it reads past the keys in use, where there may be NaN"),
     ((TORCH_FLASH,), {}, dict(seqused_k=USED, cu_seqlens_q=LAST, backward=True), "no gradient where seqused_k is given"),
 ]
@@ -54,6 +60,7 @@ def test_says_what_cannot_run(libraries, made, arguments, reason):
 def test_says_nothing_of_what_can(library):
     assert unsupported(library, *tensors(torch.float16, 80, 96), scale=0.1, backward=True) is None
     assert unsupported(library, *tensors(head_dim=256, v_head_dim=8), scale=0.1, cu_seqlens_q=LAST) is None
+    assert unsupported(library, *tensors(), scale=0.1, cu_seqlens=torch.zeros(65_536, dtype=torch.int32)) is None
     if library.stops_at_end:
         assert unsupported(library, *tensors(), scale=0.1, cu_seqlens_q=LAST, seqused_k=USED) is None
 
