@@ -95,7 +95,9 @@ def branch_gradient(
         gate = tl.sigmoid(logit)
         log_gate = tl.minimum(logit, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(logit)))  # of the sigmoid, without overflow
         tl.store(dlogits_ptr + row, (delta * gate * (1.0 - gate)).to(dlogits_ptr.dtype.element_ty), mask=inside)
-        tl.store(gated_lse_ptr + row, tl.load(lse_ptr + row, mask=inside, other=0.0) - log_gate, mask=inside)
+        lse = tl.load(lse_ptr + row, mask=inside, other=0.0)
+        # A closed gate is a log of -inf, and for a query that sees nothing lse is: their difference would be NaN.
+        tl.store(gated_lse_ptr + row, tl.where(lse == -float("inf"), lse, lse - log_gate), mask=inside)
         tl.store(delta_ptr + row, delta, mask=inside)
 
 

@@ -59,6 +59,8 @@ def branch_gradients(
         delta = (do.to(dtype) * o.to(dtype)).sum(-1)
         g = torch.sigmoid(logits)
         dg = delta.sum(1, keepdim=True) if gate_logits.shape[1] == 1 else delta
-        results.append(((dg * g * (1 - g)).to(gate_logits.dtype), lse - torch.nn.functional.logsigmoid(logits), delta))
-    dlogits, gated_lse, deltas = (list(x) for x in zip(*results, strict=True))
-    return dlogits, gated_lse, deltas
+        # A closed gate is a log of -inf, and for a query that sees nothing lse is: their difference would be NaN.
+        gated_lse = torch.where(lse == -torch.inf, lse, lse - torch.nn.functional.logsigmoid(logits))
+        results.append(((dg * g * (1 - g)).to(gate_logits.dtype), gated_lse, delta))
+    dlogits, gated_lses, deltas = (list(x) for x in zip(*results, strict=True))
+    return dlogits, gated_lses, deltas

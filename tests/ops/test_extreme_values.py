@@ -1,10 +1,15 @@
 """Row 15 of reliability.md: large scores. Finite wherever the oracle is, and as close to it as low-precision PyTorch."""
 
+import dataclasses
+import math
+
 import pytest
 import torch
 
+from nsa_fsa.ops import backends
 from tests.cases import (
     DIFFERENTIABLE,
+    backends_of,
     by_name,
     call,
     device_of,
@@ -73,6 +78,37 @@ def check_extreme_values(operator, backend, case, change):
         bar += torch.finfo(a.dtype).eps * b.abs().max() + floors.get(name, 0)
         error = (a.double() - b).abs().max()
         assert error <= bar, f"{name if name == 'o' else 'd' + name}: error {error:.3e} above {bar:.3e}"
+
+
+@pytest.mark.parametrize("logit", [-torch.inf, torch.inf])
+@pytest.mark.parametrize(("operator", "backend"), operators_and_backends("nsa_attention"))
+def test_a_gate_that_is_closed_for_good(operator, backend, logit):
+    """A logit of -inf leaves a branch out, gradients too, as one does that is as good as that; inf takes all of it."""
+    case = suited(dataclasses.replace(by_name("five"), lengths=(3, 13)), backend, operator=operator)
+    results = []
+    for value in (logit, math.copysign(1e4, logit)):
+        x = make_inputs(case, device=device_of(backend), requires_grad=True)
+        for branch in range(3):
+            x.gate_logits.data[branch::5, :, branch] = value
+        o = call(operator, case, x, backend)
+        results.append([o, *gradients(operator, o, x, torch.ones_like(o))])
+    for name, a, b in zip(("o", *DIFFERENTIABLE[operator]), *results, strict=True):
+        assert torch.isfinite(a).all(), name
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.parametrize("backend", backends_of("branch_gradients"))
+@pytest.mark.parametrize("logit", [-torch.inf, torch.inf, -1e4, 0.0])
+def test_no_nan_among_gated_statistics(backend, logit):
+    """Also where a kernel would hide it behind a mask."""
+    device = device_of(backend)
+    o = torch.randn(6, 2, 8, device=device)
+    lse = torch.randn(6, 2, device=device)
+    lse[:3] = -torch.inf
+    gates = torch.full((6, 2, 3), logit, device=device)
+    found = backends.resolve("branch_gradients", backend).forward(o, [o] * 3, [lse] * 3, gates)
+    for values in found:
+        assert not any(x.isnan().any() for x in values)
 
 
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends("nsa_attention"))
