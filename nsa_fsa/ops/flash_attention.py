@@ -229,13 +229,8 @@ def _backward(
 
 
 def window_key(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any], direction: str) -> str:
-    """The kind of problem that the profiler remembers, as in `triton_backends.selected_key`."""
-    num_tokens, num_heads, head_dim = q.shape
-    return (
-        f"sliding_window_attention {direction} G={num_heads // k.shape[1]} HKV<={1 << (k.shape[1] - 1).bit_length()} "
-        f"D={head_dim} DV={v.shape[2]} {str(q.dtype).removeprefix('torch.')} window={arguments['window_size']} "
-        f"T<={1 << max(num_tokens - 1, 1).bit_length()}"
-    )
+    own = f"window={arguments['window_size']}"
+    return triton_backends.problem_key("sliding_window_attention", q, k, v, arguments, direction, own)
 
 
 def _fastest(run: Callable[..., Any], direction: str, *tensors: Tensor, **arguments: Any) -> Any:

@@ -1,19 +1,23 @@
 """The online profiler: times the ways to run an operator once per kind of problem, on the problem itself, and remembers.
 
-This is the FSA paper's appendix E. The fastest candidate is kept in memory and in a JSON file, one per GPU model and set of
-versions, so that it is found once per machine. The file is replaced in one step, so several processes may share it; one that
-cannot be read is profiled anew. `NSA_FSA_PROFILE=0` turns the profiler off: then the first candidate, a fixed default, runs.
+This is the FSA paper's appendix E. The fastest candidate is kept in memory and in a file of its own, below a folder per GPU
+model and set of versions, so that it is found once per machine. Of several processes that time the same kind at once, the
+first to finish decides for all that share the folder: so the ranks of a job run the same kernels without waiting for each
+other, also if their nodes share $NSA_FSA_CACHE_DIR. `NSA_FSA_PROFILE=0` turns the profiler off: then the first candidate, a
+fixed default, runs.
 """
 
 import contextlib
 import functools
+import hashlib
+import importlib.metadata
 import json
 import logging
 import os
 import re
 import statistics
-import tempfile
 import time
+import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,63 +32,67 @@ logger = logging.getLogger("nsa_fsa")
 MIN_GAIN = 0.03
 REPEATS = 5
 
+Entry = dict[str, Any]  # key, choice, milliseconds of every candidate (None: it cannot run), date
+_KNOWN: dict[tuple[torch.device, str], Entry] = {}
+_TOO_LARGE: set[tuple[torch.device, str]] = set()  # to be timed, in this process
+
 
 def enabled() -> bool:
     """Whether candidates are timed: not if NSA_FSA_PROFILE=0, nor where torch promises the same result in every run."""
     return os.environ.get("NSA_FSA_PROFILE", "1") != "0" and not torch.are_deterministic_algorithms_enabled()
 
 
-def cache_file(device: torch.device) -> Path:
-    """Where the choices for this GPU model and these versions are kept: $NSA_FSA_CACHE_DIR, or the user's cache folder."""
+def cache_file(key: str, device: torch.device) -> Path:
+    """Where a choice for this GPU model and these versions is kept: below $NSA_FSA_CACHE_DIR, or the user's cache folder."""
     folder = os.environ.get("NSA_FSA_CACHE_DIR")
     root = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nsa_fsa"
-    return root / file_name(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
+    model = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return root / folder_name(model) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
 @functools.cache
-def file_name(model: str) -> str:
-    parts = (model, "nsa_fsa", nsa_fsa.__version__, "torch", torch.__version__)
-    return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts)) + ".json"
+def folder_name(model: str) -> str:
+    """Of a GPU model with the installed packages that kernels come from."""
+    parts = [model, "nsa_fsa", nsa_fsa.__version__, "torch", torch.__version__]
+    for package in ("triton", "flash-attn-4"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            parts += [package, importlib.metadata.version(package)]
+    return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts))
 
 
-class Choices:
-    """A dictionary of choices, kept in a file as well."""
+def _read(path: Path, key: str) -> Entry | None:
+    try:
+        entry = json.loads(path.read_text())
+        if entry["key"] == key and isinstance(entry["choice"], str):
+            return entry
+        error: Exception = ValueError("it is about something else")
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError) as found:
+        error = found
+    logger.warning("%s cannot be read (%s): profiling again.", path, error)
+    return None
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.found: dict[str, dict[str, Any]] = self._read()
 
-    def _read(self) -> dict[str, dict[str, Any]]:
+def _publish(path: Path, entry: Entry, candidates: Mapping[str, Any]) -> Entry:
+    """Writes an entry, unless another process has been first; returns the one that is there then."""
+    temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(entry, indent=1))
         try:
-            found = json.loads(self.path.read_text())
-            return {key: value for key, value in found.items() if isinstance(value["choice"], str)}
-        except FileNotFoundError:
-            return {}
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            logger.warning("%s cannot be read (%s): profiling again.", self.path, error)
-            return {}
-
-    def keep(self, key: str, choice: str, milliseconds: Mapping[str, float | None]) -> None:
-        """Adds a choice; what other processes wrote meanwhile stays."""
-        entry = {"choice": choice, "ms": dict(milliseconds), "date": time.strftime("%Y-%m-%d")}
-        self.found = self._read() | self.found | {key: entry}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile("w", dir=self.path.parent, suffix=".tmp", delete=False) as file:
-                json.dump(self.found, file, indent=1, sort_keys=True)
-            os.replace(file.name, self.path)
-        except OSError as error:
-            logger.warning("%s cannot be written (%s): the choice lasts as long as this process.", self.path, error)
-
-
-_CHOICES: dict[Path, Choices] = {}
-
-
-def choices_for(device: torch.device) -> Choices:
-    path = cache_file(device)
-    if path not in _CHOICES:
-        _CHOICES[path] = Choices(path)
-    return _CHOICES[path]
+            os.link(temporary, path)  # in one step, which fails where there is one
+        except FileExistsError:
+            first = _read(path, entry["key"])
+            if first is not None and first["choice"] in candidates:
+                return first
+            os.replace(temporary, path)
+    except OSError as error:
+        logger.warning("%s cannot be written (%s): the choice lasts as long as this process.", path, error)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return entry
 
 
 def time_on_gpu(run: Callable[[], Any]) -> float:
@@ -101,9 +109,14 @@ def time_on_gpu(run: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def known(key: str, device: torch.device) -> dict[str, Any] | None:
-    """What was measured for problems of this kind: the choice, the milliseconds of every candidate and the date."""
-    return choices_for(device).found.get(key) if enabled() else None
+def known(key: str, device: torch.device) -> Entry | None:
+    """What was measured for problems of this kind: the choice, the milliseconds ("ms") of every candidate and the date."""
+    if not enabled():
+        return None
+    entry = _KNOWN.get((device, key))
+    if entry is None and (entry := _read(cache_file(key, device), key)) is not None:
+        _KNOWN[device, key] = entry
+    return entry
 
 
 def choose(
@@ -123,25 +136,31 @@ def choose(
         recoverable: what a candidate that this GPU cannot run may raise.
     """
     default = next(iter(candidates))
-    if not enabled() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
-        return default
-    choices = choices_for(device)
-    if (entry := choices.found.get(key)) is not None and entry["choice"] in candidates:
+    if (entry := known(key, device)) is not None and entry["choice"] in candidates:
         return entry["choice"]
+    if not enabled() or (device, key) in _TOO_LARGE or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+        return default
+    path = cache_file(key, device)
     logger.warning(
         "timing %d ways to run %s, once per GPU model (kept in %s; NSA_FSA_PROFILE=0 turns this off) ...",
-        len(candidates), key, choices.path,
+        len(candidates), key, path.parent,
     )  # fmt: skip
     milliseconds: dict[str, float | None] = {}
     for name, run in candidates.items():
         milliseconds[name] = None
-        # A candidate may need more memory than this GPU has; if the default does, that error is the caller's to see.
-        with contextlib.nullcontext() if name == default else contextlib.suppress(*recoverable):
+        # A candidate may need more memory than this GPU has. The default, timed, may too, although it then runs: beside what
+        # is timed there are gradients that the call itself adds to. Any other error of the default is the caller's to see.
+        with contextlib.suppress(torch.OutOfMemoryError, *(() if name == default else recoverable)):
             milliseconds[name] = clock(run)
-    timed = {name: ms for name, ms in milliseconds.items() if ms is not None}
-    best = min(timed, key=timed.__getitem__)
-    if timed[best] > (1 - MIN_GAIN) * timed[default]:
-        best = default
-    choices.keep(key, best, milliseconds)
-    logger.warning("... %s: %.2f ms (the default, %s, takes %.2f ms)", best, timed[best], default, timed[default])
-    return best
+    default_ms = milliseconds[default]
+    if default_ms is None:
+        _TOO_LARGE.add((device, key))
+        logger.warning("... %s, as there is too little memory left to time it", default)
+        return default
+    best_ms, best = min((ms, name) for name, ms in milliseconds.items() if ms is not None)
+    choice = best if best_ms <= (1 - MIN_GAIN) * default_ms else default
+    entry = dict(key=key, choice=choice, ms=milliseconds, date=time.strftime("%Y-%m-%d"))
+    entry = _KNOWN[device, key] = _publish(path, entry, candidates)
+    choice = entry["choice"]
+    logger.warning("... %s: %.2f ms (the default, %s, takes %.2f ms)", choice, entry["ms"][choice], default, default_ms)
+    return choice

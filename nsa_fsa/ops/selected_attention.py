@@ -13,8 +13,7 @@ from nsa_fsa import reference
 from nsa_fsa.ops import backends, triton_backends, validation
 from nsa_fsa.ops.attention_operator import check_token_rows, define_attention, reference_backend
 from nsa_fsa.ops.registration import define_operator
-
-WORKSPACE_BYTES = 2 << 30
+from nsa_fsa.ops.triton_backends import WORKSPACE_BYTES
 
 
 def selected_attention(

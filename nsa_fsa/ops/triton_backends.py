@@ -16,6 +16,7 @@ BLOCK_SIZES = (16, 32, 64, 128)
 NOTHING = (None, None, None)  # to add gradients to
 MAX_HEAD_DIM = 256
 MAX_INDICES = 128
+WORKSPACE_BYTES = 2 << 30
 
 
 def interpreted() -> bool:
@@ -155,15 +156,36 @@ def _query_major(q, k, v, do_o_lse, arguments, **gradients):
     return kernels.query_major_backward(do, q, k, v, o, lse, *chosen, index, **gradients, **options)
 
 
-def selected_key(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any], direction: str) -> str:
-    """The kind of problem that the profiler remembers: lengths and KV heads count in powers of two."""
+def problem_key(operator: str, q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any], direction: str, own: str) -> str:
+    """The kind of problem that the profiler remembers: tokens, sequences and KV heads count in powers of two.
+
+    arguments: of the operator; where those are left out that any value suits, of one sequence and the default budget.
+    own: what else of them matters to this operator.
+    """
     num_tokens, num_heads, head_dim = q.shape
-    forced = f"{arguments['init_blocks']}+{arguments['local_blocks']}"
+    cu_seqlens = arguments.get("cu_seqlens")
+    sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    dtype = str(q.dtype).removeprefix("torch.")
+    if q.dtype == torch.float32:
+        dtype += f"({torch.get_float32_matmul_precision()})"
     return (
-        f"selected_attention {direction} G={num_heads // k.shape[1]} HKV<={1 << (k.shape[1] - 1).bit_length()} D={head_dim} "
-        f"DV={v.shape[2]} {str(q.dtype).removeprefix('torch.')} block={arguments['block_size']} "
-        f"T_sel={arguments['block_indices'].shape[2]} forced={forced} T<={1 << max(num_tokens - 1, 1).bit_length()}"
+        f"{operator} {direction} G={num_heads // k.shape[1]} HKV<={_power_of_two(k.shape[1])} D={head_dim} DV={v.shape[2]} "
+        f"{dtype} {own} T<={_power_of_two(num_tokens)} B<={_power_of_two(sequences)} "
+        f"workspace={arguments.get('workspace_bytes', WORKSPACE_BYTES)}"
     )
+
+
+def _power_of_two(number: int) -> int:
+    """The smallest that is not less."""
+    return 1 << max(number - 1, 0).bit_length()
+
+
+def selected_key(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any], direction: str) -> str:
+    own = (
+        f"block={arguments['block_size']} T_sel={arguments['block_indices'].shape[2]} "
+        f"forced={arguments['init_blocks']}+{arguments['local_blocks']}"
+    )
+    return problem_key("selected_attention", q, k, v, arguments, direction, own)
 
 
 def _fastest(q, k, v, do_o_lse, arguments, *, add_to=NOTHING, **gradients):

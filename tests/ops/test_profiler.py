@@ -1,14 +1,18 @@
 """The online profiler: what it chooses, when it asks again, and what happens to its file."""
 
+import importlib.metadata
 import json
 import logging
 import multiprocessing
+import os
 import time
 
 import pytest
 import torch
 
 from nsa_fsa.ops import profiler
+from nsa_fsa.ops.flash_attention import window_key
+from nsa_fsa.ops.triton_backends import selected_key
 
 CPU = torch.device("cpu")
 
@@ -18,13 +22,14 @@ def folder(tmp_path, monkeypatch):
     """An empty cache folder, and no choice in memory."""
     monkeypatch.setenv("NSA_FSA_CACHE_DIR", str(tmp_path))
     monkeypatch.delenv("NSA_FSA_PROFILE", raising=False)
-    monkeypatch.setattr(profiler, "_CHOICES", {})
+    monkeypatch.setattr(profiler, "_KNOWN", {})
+    monkeypatch.setattr(profiler, "_TOO_LARGE", set())
     return tmp_path
 
 
 def forget(monkeypatch):
     """What a new process starts with."""
-    monkeypatch.setattr(profiler, "_CHOICES", {})
+    monkeypatch.setattr(profiler, "_KNOWN", {})
 
 
 def seconds(run):
@@ -71,14 +76,23 @@ def test_the_default_stays_unless_another_is_clearly_faster(monkeypatch):
     assert profiler.choose("key 2", dict(default=print, other=print), CPU, clock=lambda run: next(times)) == "other"
 
 
-@pytest.mark.parametrize("value", ["not json", "[1, 2]", '{"key": {"ms": {}}}', '{"key": 3}', "\x00\xff", ""])
+def kept(key="key"):
+    """What the file of a kind of problem says."""
+    return json.loads(profiler.cache_file(key, CPU).read_text())
+
+
+@pytest.mark.parametrize(
+    "value", ["not json", "[1, 2]", '{"key": "key", "ms": {}}', '{"key": "another", "choice": "default"}', "\x00\xff", ""]
+)
 def test_a_file_that_cannot_be_read_is_profiled_anew(value, caplog):
-    profiler.cache_file(CPU).write_text(value)
+    path = profiler.cache_file("key", CPU)
+    path.parent.mkdir()
+    path.write_text(value)
     ways = Ways(default=20, fast=1)
     with caplog.at_level(logging.WARNING):
         assert ways.choose() == "fast"
     assert "cannot be read" in caplog.text
-    assert json.loads(profiler.cache_file(CPU).read_text())["key"]["choice"] == "fast"
+    assert kept()["choice"] == "fast"
 
 
 def test_a_choice_that_is_no_candidate_any_more_is_made_anew():
@@ -89,13 +103,13 @@ def test_a_choice_that_is_no_candidate_any_more_is_made_anew():
 def test_a_candidate_that_cannot_run_is_left_out():
     ways = Ways(default=10, impossible=RuntimeError("out of resource: shared memory"), fast=1)
     assert ways.choose() == "fast"
-    assert json.loads(profiler.cache_file(CPU).read_text())["key"]["ms"]["impossible"] is None
+    assert kept()["ms"]["impossible"] is None
 
 
 def test_an_error_of_the_default_is_the_callers():
     with pytest.raises(RuntimeError, match="bad input"):
         Ways(default=RuntimeError("bad input"), other=1).choose()
-    assert not profiler.cache_file(CPU).exists()
+    assert not profiler.cache_file("key", CPU).exists()
 
 
 def test_other_errors_are_not_hidden():
@@ -145,27 +159,82 @@ def test_a_folder_that_cannot_be_written_does_no_harm(folder, monkeypatch, caplo
     assert ways.runs == dict(default=1, fast=1)
 
 
+def test_a_default_that_is_too_large_to_be_timed_runs(caplog):
+    """Timed, it needs more memory than in its place in the call. It is not tried again and again, nor kept for others."""
+    ways = Ways(default=torch.OutOfMemoryError("CUDA out of memory"), other=1)
+    assert ways.choose() == "default"
+    assert "too little memory" in caplog.text
+    assert ways.choose() == "default"
+    assert ways.runs["default"] == 1
+    assert profiler.known("key", CPU) is None
+    assert not profiler.cache_file("key", CPU).exists()
+
+
+def test_while_a_graph_is_captured_what_is_known_runs(monkeypatch):
+    """So that the graph holds the kernels that ran in its warm-up; nothing is timed there."""
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    ways = Ways(default=20, fast=1)
+    profiler.choose("key", ways.candidates, gpu, clock=seconds)
+    capturing = True
+    assert profiler.choose("key", ways.candidates, gpu, clock=seconds) == "fast"
+    forget(monkeypatch)
+    assert profiler.choose("key", ways.candidates, gpu, clock=seconds) == "fast"
+    assert profiler.choose("another", ways.candidates, gpu, clock=seconds) == "default"
+    assert ways.runs == dict(default=1, fast=1)
+
+
+def test_what_is_known_is_found_at_once(monkeypatch):
+    """Once an operator and step: neither the environment's folders nor the device are looked at again."""
+    ways = Ways(default=20, fast=1)
+    ways.choose()
+    monkeypatch.setattr(profiler, "cache_file", None)
+    assert ways.choose() == "fast"
+
+
+def in_processes(work, number, *arguments):
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=work, args=(i, *arguments)) for i in range(number)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * number
+
+
 def keep_many(number):
     for i in range(20):
         profiler.choose(f"{number}-{i}", dict(default=int, other=int), CPU, clock=lambda run: 1.0)
 
 
-def test_several_processes(monkeypatch):
-    """The file is whole at every moment, and a key that was found last is there."""
-    context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=keep_many, args=(number,)) for number in range(4)]
-    for process in processes:
-        process.start()
-    path = profiler.cache_file(CPU)
-    while any(process.is_alive() for process in processes):
-        if path.exists():
-            json.loads(path.read_text())
-    for process in processes:
-        process.join()
-        assert process.exitcode == 0
-    found = json.loads(path.read_text())
-    assert len(found) >= 20
-    assert not list(path.parent.glob("*.tmp"))
+def test_what_several_processes_find_is_all_kept(folder):
+    in_processes(keep_many, 4)
+    assert {kept(f"{number}-{i}")["choice"] for number in range(4) for i in range(20)} == {"default"}
+    assert not list(folder.rglob("*.tmp"))
+    umask = os.umask(0)
+    os.umask(umask)
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*.json")} == {0o666 & ~umask}, "for others to read"
+
+
+def choose_in_rank(rank, store, folder):
+    """Both ranks time at once, and each finds another one faster."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+
+    def clock(run):
+        torch.distributed.barrier()
+        return 1.0 if run() == rank else 2.0
+
+    chosen = [profiler.choose(f"key {i}", {"first": lambda: 0, "second": lambda: 1}, CPU, clock=clock) for i in range(5)]
+    everybodys = [None, None]
+    torch.distributed.all_gather_object(everybodys, chosen)
+    assert everybodys[0] == everybodys[1], everybodys
+    torch.distributed.destroy_process_group()
+
+
+def test_ranks_choose_alike(tmp_path):
+    in_processes(choose_in_rank, 2, tmp_path / "store", tmp_path)
 
 
 def test_known():
@@ -176,7 +245,39 @@ def test_known():
     assert entry["ms"]["default"] >= 20 > entry["ms"]["fast"]
 
 
-def test_file_names_the_versions():
-    name = profiler.cache_file(CPU).name
+def test_the_folder_names_the_versions():
+    name = profiler.cache_file("key", CPU).parent.name
     assert torch.__version__.split("+")[0] in name
     assert "nsa-fsa" in name or "nsa_fsa" in name
+    try:
+        assert f"triton-{importlib.metadata.version('triton')}" in name
+    except importlib.metadata.PackageNotFoundError:
+        assert "triton" not in name
+
+
+def test_what_tells_kinds_of_problems_apart(monkeypatch):
+    """Everything that other kernels, or other work for them, come with."""
+    q, k = torch.empty(1000, 8, 64), torch.empty(1000, 2, 64)
+    arguments = dict(
+        block_size=64, block_indices=torch.empty(1000, 2, 16), init_blocks=1, local_blocks=2, window_size=512,
+        workspace_bytes=2**20, cu_seqlens=torch.empty(9),
+    )  # fmt: skip
+    for key in (selected_key, window_key):
+
+        def of(q=q, k=k, direction="forward", key=key, **changes):
+            return key(q, k, k, arguments | changes, direction)
+
+        others = [
+            of(direction="backward"),
+            of(q.half(), k.half()),
+            of(q[:400], k[:400]),
+            of(k=k[:, :1]),
+            of(workspace_bytes=2**21),
+            of(cu_seqlens=torch.empty(10)),
+            of(block_size=32) if key is selected_key else of(window_size=256),
+        ]
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+            others.append(of())
+        assert len({of(), *others}) == 1 + len(others)
+        assert of() == of(q[:700], k[:700]) == of(cu_seqlens=torch.empty(7))
