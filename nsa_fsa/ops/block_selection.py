@@ -56,7 +56,7 @@ def select_blocks(
         ValueError: for inconsistent shapes, dtypes, devices, sequence descriptors or block counts.
     """
     check_blocks(kernel_size, kernel_stride, block_size, num_selected_blocks, init_blocks, local_blocks)
-    validation.check_attention(q, k_cmp, None, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, compressed=True)
+    validation.check_attention(q, k_cmp, None, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, kernel_stride)
     validation.require(
         lse.shape == q.shape[:2] and lse.dtype in (torch.float32, torch.float64) and lse.device == q.device,
         lambda: (

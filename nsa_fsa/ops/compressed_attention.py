@@ -56,7 +56,7 @@ def compressed_attention(
     """
     validation.check_windows(kernel_size, kernel_stride)
     validation.check_positive(workspace_bytes=workspace_bytes)
-    validation.check_attention(q, k_cmp, v_cmp, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, compressed=True)
+    validation.check_attention(q, k_cmp, v_cmp, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, kernel_stride)
     o, lse = _operator(
         q, k_cmp, v_cmp, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, validation.default_scale(q, scale),
         kernel_size, kernel_stride, workspace_bytes, backend,
@@ -72,13 +72,7 @@ def check_compressed_rows(
         return
     num_tokens = q.shape[0] if cu_seqlens_q is None else int(cu_seqlens[-1])
     validation.check_layout_values(q.shape[0], num_tokens, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
-    validation.require(
-        k_cmp.shape[0] >= num_tokens // kernel_stride,
-        lambda: (
-            f"k_cmp has {k_cmp.shape[0]} rows; {num_tokens} tokens with kernel_stride={kernel_stride} need "
-            f"{num_tokens // kernel_stride}."
-        ),
-    )
+    validation.check_compressed_rows(k_cmp, num_tokens, kernel_stride)
 
 
 _operator = define_attention(

@@ -86,9 +86,18 @@ def nsa_attention(
     check_blocks(kernel_size, kernel_stride, block_size, num_selected_blocks, init_blocks, local_blocks)
     validation.check_positive(window_size=window_size, workspace_bytes=workspace_bytes)
     validation.check_attention(q, k, v, *layout)
-    validation.check_attention(q, k_cmp, v_cmp, *layout, compressed=True)
+    validation.check_attention(q, k_cmp, v_cmp, *layout, kernel_stride)
+    validation.check_compressed_rows(k_cmp, k.shape[0], kernel_stride)
+    validation.require(
+        k_cmp.shape[1] == k.shape[1],
+        lambda: f"k_cmp has {k_cmp.shape[1]} heads but k {k.shape[1]}: what is chosen by one is read from the other.",
+    )
     if k_own is not None:
         validation.check_attention(q, k_own, v_own, *layout)
+        validation.require(
+            k_own.shape[0] == k.shape[0],
+            lambda: f"k_swa has {k_own.shape[0]} rows but k {k.shape[0]}: cu_seqlens is about both.",
+        )
     for name, values in (("v_cmp", v_cmp), ("v_swa", v if v_own is None else v_own)):
         validation.require(
             values.shape[2] == v.shape[2],

@@ -91,9 +91,13 @@ def check_attention(
     max_seqlen: int,
     cu_seqlens_q: Tensor | None,
     seqused_k: Tensor | None,
-    compressed: bool = False,
+    kernel_stride: int | None = None,
 ) -> None:
-    """Shapes, dtypes and devices of q, k, v, and that queries and keys share their rows unless cu_seqlens_q is given."""
+    """Shapes, dtypes and devices of q, k, v, and that queries and keys share their rows unless cu_seqlens_q is given.
+
+    kernel_stride: of compressed k and v, which then have a row for every so many.
+    """
+    compressed = kernel_stride is not None
     check_rows("q", q, 3, "[T, HQ, D]")
     names = ("k_cmp", "v_cmp") if compressed else ("k", "v")
     for name, x in zip(names, (k, v), strict=True):
@@ -113,6 +117,8 @@ def check_attention(
         k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0,
         lambda: f"q has {q.shape[1]} heads and {names[0]} has {k.shape[1]}: query heads must be a multiple of KV heads.",
     )
+    if kernel_stride is not None and cu_seqlens_q is None:
+        check_compressed_rows(k, q.shape[0], kernel_stride)
     require(
         compressed or cu_seqlens_q is not None or q.shape[0] == k.shape[0],
         lambda: (
@@ -121,6 +127,17 @@ def check_attention(
         ),
     )
     check_layout(q.device, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
+
+
+def check_compressed_rows(k_cmp: Tensor, num_tokens: int, kernel_stride: int) -> None:
+    """Without them kernels would read past the end."""
+    require(
+        k_cmp.shape[0] >= num_tokens // kernel_stride,
+        lambda: (
+            f"k_cmp has {k_cmp.shape[0]} rows; {num_tokens} tokens with kernel_stride={kernel_stride} need "
+            f"{num_tokens // kernel_stride}. Fix: lay compressed tokens out as pool_windows does, with this stride."
+        ),
+    )
 
 
 def check_windows(kernel_size: int, kernel_stride: int, block_size: int | None = None) -> None:
