@@ -1,7 +1,9 @@
 """Gates: how much of each branch goes into the output (docs/spec.md, section 7)."""
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+
+from nsa_fsa.modules.start import assign
 
 # Biases of `gate_init="dense"`: sigmoid(6) = 0.9975 opens the selected branch, sigmoid(-6) = 0.0025 nearly closes the others
 # and still lets a gradient of 0.0025 through, so that training can open them.
@@ -9,9 +11,12 @@ _DENSE_BIAS = (-6.0, 6.0, -6.0)
 
 
 class BranchGate(nn.Linear):
-    """Linear map from the residual stream to gate logits, `[T, E] -> [T, H, 3]`; branch order compressed, selected, sliding.
+    """Linear map from the residual stream to gate logits, `[..., E] -> [..., 3 H]`.
 
-    A Linear whose outputs are ordered head by head, so that tensor parallelism may split it column-wise.
+    The logits are ordered head by head, those of a head compressed, selected, sliding; the layer reshapes them. Only the
+    start differs from a Linear's, so whatever a tool puts in a Linear's place (an adapter, a quantized Linear) may stand
+    here, and tensor parallelism may split it column-wise. Its few numbers decide what a layer reads: quantizers that take
+    names to leave alone, such as transformers' `modules_to_not_convert`, know it as "gate".
 
     Args:
         hidden_size: E.
@@ -23,7 +28,6 @@ class BranchGate(nn.Linear):
 
     def __init__(self, hidden_size: int, num_gates: int, init: str = "balanced", **factory) -> None:
         super().__init__(hidden_size, 3 * num_gates, **factory)
-        self.num_gates = num_gates
         self.init = init
         self.reset_parameters()
 
@@ -31,8 +35,5 @@ class BranchGate(nn.Linear):
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
         if self.init == "dense":
-            with torch.no_grad():
-                self.bias.view(-1, 3).copy_(torch.tensor(_DENSE_BIAS))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x).unflatten(-1, (self.num_gates, 3))
+            bias = torch.tensor(_DENSE_BIAS, dtype=self.bias.dtype, device=self.bias.device)
+            assign(self.bias, bias.repeat(self.out_features // 3))

@@ -129,7 +129,7 @@ class NativeSparseAttention(nn.Module):
             keys, k_cmp, v_cmp, layout = cache.update(keys, layout, self._compress)
 
         c = self.config
-        gate_logits = self.gate(x)  # [T, HQ or 1, 3]
+        gate_logits = self.gate(x).unflatten(-1, (-1, 3))  # [T, HQ or 1, 3]
         o = nsa_attention(
             q,
             keys.k,
