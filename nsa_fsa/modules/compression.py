@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nsa_fsa import ops
 from nsa_fsa.config import NSAConfig
+from nsa_fsa.modules.start import assign
 from nsa_fsa.ops import Layout, backends
 
 
@@ -29,7 +30,8 @@ class PoolPhi(nn.Module):
         if self.logits is not None:
             nn.init.zeros_(self.logits)
 
-    def weight(self) -> Tensor | None:
+    def forward(self) -> Tensor | None:
+        """The weights, in float32 or wider; None for equal ones. Pooling by them is the operator's."""
         if self.logits is None:
             return None
         return self.logits.to(torch.promote_types(self.logits.dtype, torch.float32)).softmax(-1)
@@ -47,8 +49,8 @@ class LinearPhi(nn.Module):
     def reset_parameters(self) -> None:
         """`gain` times the mean over the window."""
         eye = torch.eye(self.weight.shape[2], dtype=self.weight.dtype, device=self.weight.device)
-        with torch.no_grad():
-            self.weight.copy_(eye.repeat(self.kernel_size, 1) * (self.gain / self.kernel_size))
+        mean = eye.repeat(self.kernel_size, 1) * (self.gain / self.kernel_size)  # [l * D, D]
+        assign(self.weight, mean.expand(self.weight.shape))
 
     def forward(self, windows: Tensor) -> Tensor:
         return torch.einsum("nhi,hio->nho", windows.flatten(2), self.weight)
@@ -115,7 +117,7 @@ class Compressor(nn.Module):
         where = (layout.cu_seqlens, layout.max_seqlen)
         embedding = self.position_embedding
         if isinstance(self.phi, PoolPhi):
-            weight = self.phi.weight()
+            weight = self.phi()
             pooled = ops.pool_windows(x, weight, *where, seqused_k=layout.seqused_k, backend=self.backend, **sizes)
             if embedding is not None:  # pooling is linear, so the embedding may be pooled by itself
                 shift = embedding.mean(1) if weight is None else torch.einsum("hl,hld->hd", weight, embedding.to(weight.dtype))

@@ -90,6 +90,12 @@ class NativeSparseAttention(nn.Module):
         # Called with a Record after every forward while set; `nsa_fsa.visualization.record` sets and clears it.
         self.recorder: Callable[[Record], None] | None = None
 
+    def reset_parameters(self) -> None:
+        """Every parameter as a new layer has it, the projections' and your own compressors' by their `reset_parameters`."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
     def forward(
         self,
         hidden_states: Tensor,

@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from nsa_fsa.modules import BranchGate
-from tests.modules.layers import make_layer, randn, small_config
+from nsa_fsa.modules import BranchGate, NativeSparseAttention, fused
+from tests.modules.layers import VARIANTS, FirstPlusTanhOfLast, make_layer, make_variant, randn, small_config
 
 CLOSE = dict(rtol=1e-10, atol=1e-11)  # float64
 
@@ -106,3 +107,130 @@ def test_the_gates_name_is_what_transformers_quantizers_skip():
         if quantizers_utils.should_convert_module(f"model.layers.0.{name}", ["gate"])
     ]
     assert converted == ["mlp.gate_proj", "self_attn.q_proj"]
+
+
+# --- Parameters that are elsewhere until their module runs ---------------------------------------------------------------
+
+
+def fused_norm(x, weight, eps):
+    return nn.functional.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+@pytest.fixture
+def fused_kernels(monkeypatch):
+    """As on a GPU, where the layer runs a norm by a kernel that takes its weight."""
+    monkeypatch.setattr("nsa_fsa.modules.norm.kernels_for", lambda x: fused.Kernels(None, fused_norm))
+
+
+def offloaded(model, how, folder):
+    accelerate = pytest.importorskip("accelerate")
+    if how == "cpu_offload":
+        return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    if how == "disk_offload":
+        return accelerate.disk_offload(model, folder, execution_device=torch.device("cpu"))
+    parts = [f"attn.{name}" for name, part in model.attn.named_children() if [*part.parameters()]]
+    device_map = {name: ("disk", "cpu")[i % 2] for i, name in enumerate(parts)}
+    return accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=folder, force_hooks=True)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("fused_kernels")
+@pytest.mark.parametrize("how", ["cpu_offload", "disk_offload", "device_map"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_offloaded(variant, how, tmp_path):
+    model, x = Block(make_variant(variant)), randn(2, 45, 24)
+    expected = model(x)
+    model = offloaded(model, how, tmp_path)
+    assert any(p.is_meta for p in model.parameters())
+    assert torch.equal(model(x), expected)
+    assert torch.equal(model(x), expected)
+
+
+@pytest.fixture
+def mesh():
+    """One process, so that nothing is communicated; parameters are DTensors all the same."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def shard_every_module(model, mesh):
+    from torch.distributed.fsdp import fully_shard
+
+    for module in [*model.modules()][::-1]:
+        if any(True for _ in module.parameters(recurse=False)):
+            fully_shard(module, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+@pytest.mark.usefixtures("fused_kernels")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_module_sharded_by_itself(variant, mesh):
+    """FSDP2, the finest way: forward and backward as without."""
+    model, x = Block(make_variant(variant)), randn(2, 45, 24)
+    for module in model.modules():
+        if isinstance(module, FirstPlusTanhOfLast):  # FSDP2 takes no parameter without an axis
+            module.strength = nn.Parameter(module.strength.detach()[None])
+    reference = copy.deepcopy(model)
+    sharded = shard_every_module(model, mesh)
+    for _ in range(2):
+        output, expected = sharded(x), reference(x)
+        torch.testing.assert_close(output, expected, **CLOSE)
+        output.sum().backward()
+        expected.sum().backward()
+        for (name, p), q in zip(sharded.named_parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(p.grad.full_tensor(), q.grad, **CLOSE, msg=name)
+
+
+# --- Starting anew --------------------------------------------------------------------------------------------------------
+
+STARTS = VARIANTS | {
+    "dense gates": dict(gate_init="dense"),
+    "dense gates, per token": dict(gate_init="dense", gate="per_token"),
+}
+
+
+def started(variant, **arguments):
+    torch.manual_seed(0)
+    own = dict(compressor_k=nn.Flatten(), compressor_v=nn.Flatten()) if variant == "own-modules" else {}
+    return NativeSparseAttention(small_config(**STARTS[variant]), **own, **arguments)
+
+
+def is_random(name):
+    return name.endswith(("_proj.weight", "_proj.bias", "phi.up", "phi.down"))
+
+
+def assert_started(layer, expected):
+    for name, value in expected.state_dict().items():
+        found = layer.state_dict()[name]
+        found = found.full_tensor() if hasattr(found, "full_tensor") else found
+        if is_random(name):  # of the same size: a normal or uniform distribution's standard deviation
+            torch.testing.assert_close(found.std(), value.std(), rtol=0.35, atol=0, msg=name)
+        else:
+            assert torch.equal(found, value), name
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["module by module", "the layer"])
+@pytest.mark.parametrize("variant", STARTS)
+def test_reset_parameters_restores_the_start(variant, whole):
+    layer, expected = started(variant), started(variant)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.fill_(float("nan"))
+    if whole:
+        layer.reset_parameters()
+    else:  # as tools do: any order, every module that has it
+        for module in [*layer.modules()][::-1]:
+            if hasattr(module, "reset_parameters") and module is not layer:
+                module.reset_parameters()
+    assert_started(layer, expected)
+
+
+@pytest.mark.parametrize("variant", STARTS)
+def test_built_on_meta_sharded_and_reset(variant, mesh):
+    model = shard_every_module(Block(started(variant, device="meta")), mesh)
+    model.to_empty(device="cpu")
+    for module in model.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert_started(model.attn, started(variant))
