@@ -232,7 +232,7 @@ class NativeSparseAttention(nn.Module):
             return cos, sin
         if self.rotary is None:
             return None, None
-        num_rows = batch.numel() if rows is None else rows.shape[0]
+        num_rows = batch[0] * batch[1] if rows is None else rows.shape[0]  # numel() would be one number for torch.export
         if position_ids is not None:
             position = _take(position_ids.expand(batch)[..., None], rows).squeeze(-1)
         elif cache is not None:

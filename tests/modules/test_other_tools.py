@@ -234,3 +234,33 @@ def test_built_on_meta_sharded_and_reset(variant, mesh):
         if hasattr(module, "reset_parameters"):
             module.reset_parameters()
     assert_started(model.attn, started(variant))
+
+
+# --- Export ---------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_export_with_a_dynamic_batch_and_length(variant):
+    layer = make_variant(variant)
+    dynamic = {"hidden_states": {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=4096)}}
+    exported = torch.export.export(layer, (randn(2, 45, 24),), dynamic_shapes=dynamic, strict=False).module()
+    for shape in ((2, 45), (1, 45), (3, 45), (2, 9), (1, 100), (5, 3)):
+        x = randn(*shape, 24, seed=shape[1])
+        torch.testing.assert_close(exported(x), layer(x), **CLOSE)
+
+
+@torch.no_grad()
+def test_export_of_a_packed_batch():
+    """With as many tokens and sequences as come; at least two of each, as torch.export gives one an axis of its own."""
+    layer, length = make_variant("default"), torch.export.Dim("length", min=8, max=4096)
+    dynamic = {"hidden_states": {1: length}, "cu_seqlens": {0: torch.export.Dim("boundaries", min=3, max=4096)}}
+
+    def packed(*lengths):
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+        return (randn(1, sum(lengths), 24),), dict(cu_seqlens=cu_seqlens)
+
+    exported = torch.export.export(layer, *packed(20, 25), dynamic_shapes=dynamic, strict=False).module()
+    for lengths in ((20, 25), (3, 5), (60, 1, 0, 12)):
+        arguments, options = packed(*lengths)
+        torch.testing.assert_close(exported(*arguments, **options), layer(*arguments, **options), **CLOSE)
