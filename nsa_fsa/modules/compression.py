@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nsa_fsa import ops
-from nsa_fsa.config import NSAConfig
+from nsa_fsa import ops, reference
+from nsa_fsa.config import COMPRESSION_KINDS, NSAConfig
 from nsa_fsa.modules.start import assign
 from nsa_fsa.ops import Layout, backends
 
@@ -29,6 +29,9 @@ class PoolPhi(nn.Module):
     def reset_parameters(self) -> None:
         if self.logits is not None:
             nn.init.zeros_(self.logits)
+
+    def extra_repr(self) -> str:
+        return f"learned={self.logits is not None}"
 
     def forward(self) -> Tensor | None:
         """The weights, in float32 or wider; None for equal ones. Pooling by them is the operator's."""
@@ -93,14 +96,20 @@ class Compressor(nn.Module):
     Args:
         config: window sizes, head count, position embedding and backend.
         kind: "mean", "weighted", "linear", "mlp" or "gated"; or an `nn.Module` mapping windows `[N, H, l, D]` to `[N, H, D]`.
+            Rows of windows that no sequence owns hold tokens of the batch; what the module makes of them is not used.
         head_dim: D of the tensors to compress.
+
+    Raises:
+        ValueError: for another kind; in forward, for a module of your own that returns another shape.
     """
 
     def __init__(self, config: NSAConfig, kind: str | nn.Module, head_dim: int, **factory) -> None:
         super().__init__()
         self.kernel_size, self.kernel_stride = config.kernel_size, config.kernel_stride
         self.backend = backends.of_several("pool_windows", config.backend)  # gather_windows has the same
+        self.is_own = isinstance(kind, nn.Module)
         self.phi = kind if isinstance(kind, nn.Module) else _make_phi(config, kind, head_dim, **factory)
+        self.pools = isinstance(self.phi, PoolPhi)  # asked here, because phi may be wrapped later
         self.position_embedding = (
             nn.Parameter(torch.empty(config.num_kv_heads, config.kernel_size, head_dim, **factory))
             if config.compress_position_embedding
@@ -112,11 +121,14 @@ class Compressor(nn.Module):
         if self.position_embedding is not None:
             nn.init.zeros_(self.position_embedding)
 
+    def extra_repr(self) -> str:
+        return f"kernel_size={self.kernel_size}, kernel_stride={self.kernel_stride}"
+
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         sizes: dict[str, Any] = dict(kernel_size=self.kernel_size, kernel_stride=self.kernel_stride)
         where = (layout.cu_seqlens, layout.max_seqlen)
         embedding = self.position_embedding
-        if isinstance(self.phi, PoolPhi):
+        if self.pools:
             weight = self.phi()
             pooled = ops.pool_windows(x, weight, *where, seqused_k=layout.seqused_k, backend=self.backend, **sizes)
             if embedding is not None:  # pooling is linear, so the embedding may be pooled by itself
@@ -124,12 +136,37 @@ class Compressor(nn.Module):
                 pooled = pooled + shift.to(pooled.dtype)
             return pooled
         windows = ops.gather_windows(x, *where, seqused_k=layout.seqused_k, backend=self.backend, **sizes)  # [N, H, l, D]
+        if self.is_own:
+            # Where no sequence owns a window, windows are 0. A phi that divides by their norm would make NaN of it, and
+            # 0 * NaN of its parameters' gradient: the first tokens of the batch stand there instead.
+            rows, owned = reference.window_rows(x, layout.cu_seqlens, seqused_k=layout.seqused_k, **sizes)
+            first = x.detach()[rows[:1]].transpose(1, 2)  # [1, H, l, D]
+            windows = torch.where(owned[:, None, None, None], windows, first)
         if embedding is not None:
             windows = windows + embedding
-        return self.phi(windows)
+        compressed = self.phi(windows)  # [N, H, D]
+        if self.is_own:
+            _check_compressed(self.phi, windows, compressed)
+        return compressed
+
+
+def _check_compressed(phi: nn.Module, windows: Tensor, compressed: Any) -> None:
+    """That a module of the user's own makes one token of every window."""
+    expected = windows.shape[:2] + windows.shape[3:]
+    if not isinstance(compressed, Tensor) or compressed.shape != expected:
+        found = tuple(compressed.shape) if isinstance(compressed, Tensor) else type(compressed).__name__
+        raise ValueError(
+            f"the compressor {type(phi).__name__} turned windows {tuple(windows.shape)} into {found}; it must return "
+            f"a tensor [N, HKV, D] = {tuple(expected)}. Fix: make one token of every window, by reducing axis 2."
+        )
 
 
 def _make_phi(config: NSAConfig, kind: str, head_dim: int, **factory) -> nn.Module:
+    if not isinstance(kind, str) or kind not in COMPRESSION_KINDS:
+        raise ValueError(
+            f"kind={kind!r} is no compression: it must be one of {COMPRESSION_KINDS}, or an nn.Module. "
+            "Fix: pass a module that is built already, not its class."
+        )
     heads, size = config.num_kv_heads, config.kernel_size
     if kind in ("mean", "weighted"):
         return PoolPhi(heads, size, learned=kind == "weighted", **factory)

@@ -16,7 +16,10 @@ from nsa_fsa.modules.gating import BranchGate
 from nsa_fsa.modules.norm import normalize
 from nsa_fsa.modules.rotary import RotaryEmbedding, apply_rotary
 from nsa_fsa.ops import Layout, backends, nsa_attention, window_starts
+from nsa_fsa.ops.nsa_attention import OPERATORS
 from nsa_fsa.ops.varlen import pack_padded, positions, uniform_layout
+
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
 
 class Record(NamedTuple):
@@ -47,7 +50,7 @@ class NativeSparseAttention(nn.Module):
         device, dtype: where and in what precision the new parameters are made.
 
     Raises:
-        ValueError: for a backend that no operator knows.
+        ValueError: for a backend that no operator knows, or arguments that are not what is asked for above.
         RuntimeError: for a backend that cannot run on this machine.
 
     Example:
@@ -75,7 +78,10 @@ class NativeSparseAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        backends.resolve("selected_attention", config.backend)
+        _check_modules(config, {"compressor_k": compressor_k, "compressor_v": compressor_v}, projections)
+        backends.check_known(config.backend, "NativeSparseAttention", OPERATORS)
+        for operator in OPERATORS:  # is what was asked for there?
+            backends.resolve(operator, backends.of_several(operator, config.backend))
         self.config = config
         self.layer_idx = layer_idx
         factory: dict[str, Any] = dict(device=device, dtype=dtype)
@@ -84,8 +90,10 @@ class NativeSparseAttention(nn.Module):
         self.gate = BranchGate(
             config.hidden_size, config.num_heads if config.gate == "per_head" else 1, config.gate_init, **factory
         )
-        self.compress_k = Compressor(config, compressor_k or config.compress_k, config.head_dim, **factory)
-        self.compress_v = Compressor(config, compressor_v or config.compress_v, config.v_head_dim, **factory)
+        kind_k = config.compress_k if compressor_k is None else compressor_k
+        kind_v = config.compress_v if compressor_v is None else compressor_v
+        self.compress_k = Compressor(config, kind_k, config.head_dim, **factory)
+        self.compress_v = Compressor(config, kind_v, config.v_head_dim, **factory)
         self.rotary = RotaryEmbedding(config) if config.rope_parameters is not None else None
         # Called with a Record after every forward while set; `nsa_fsa.visualization.record` sets and clears it.
         self.recorder: Callable[[Record], None] | None = None
@@ -95,6 +103,10 @@ class NativeSparseAttention(nn.Module):
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
+
+    def extra_repr(self) -> str:
+        names = ("block_size", "num_selected_blocks", "init_blocks", "local_blocks", "window_size")
+        return ", ".join(f"{name}={getattr(self.config, name)}" for name in names)
 
     def forward(
         self,
@@ -263,6 +275,26 @@ class NativeSparseAttention(nn.Module):
             first = window_starts(k_src, layout.cu_seqlens, seqused_k=layout.seqused_k, **sizes)
             k_cmp = _rotate(k_cmp, cos[first], sin[first])
         return k_cmp, v_cmp
+
+
+def _check_modules(config: Any, compressors: dict[str, Any], projections: Any) -> None:
+    """The constructor's arguments, before anything is built."""
+    if not isinstance(config, NSAConfig):
+        raise ValueError(f"config is {type(config).__name__}; it must be an NSAConfig. Fix: NSAConfig.from_dict(config).")
+    for name, module in compressors.items():
+        if module is not None and not isinstance(module, nn.Module):
+            raise ValueError(
+                f"{name}={module!r} must be an nn.Module or None. Fix: pass a module that is built already, not its class; "
+                f'for a kind by name, NSAConfig({name.replace("compressor", "compress")}="mlp", ...).'
+            )
+    if projections is None:
+        return
+    is_mapping = isinstance(projections, Mapping)
+    if not is_mapping or {*projections} != {*PROJECTIONS} or not all(isinstance(x, nn.Module) for x in projections.values()):
+        found = {name: type(x).__name__ for name, x in projections.items()} if is_mapping else projections
+        raise ValueError(
+            f"projections={found!r} must map exactly {PROJECTIONS} to modules. Fix: nn.Identity() where there is no norm."
+        )
 
 
 def _make_projections(config: NSAConfig, factory: dict[str, Any]) -> dict[str, nn.Module]:

@@ -6,6 +6,8 @@ import torch
 from nsa_fsa.cache import NSACache
 from nsa_fsa.modules import Compressor, NativeSparseAttention
 from nsa_fsa.modules.rotary import RotaryEmbedding
+from nsa_fsa.ops import backends
+from nsa_fsa.ops.nsa_attention import OPERATORS
 from nsa_fsa.ops.varlen import uniform_layout
 from tests.modules.layers import (
     VARIANTS,
@@ -350,6 +352,75 @@ def test_own_compressors_are_used_and_trained():
     assert {"compress_k.phi.strength", "compress_v.phi.strength"} <= set(layer.state_dict())
 
 
+class Direction(torch.nn.Module):
+    """The mean's direction: undefined for a window of zeros unless `smallest` is more."""
+
+    def __init__(self, smallest=0.0):
+        super().__init__()
+        self.length = torch.nn.Parameter(torch.tensor(2.0))
+        self.smallest = smallest
+
+    def forward(self, windows):
+        mean = windows.mean(2)
+        return self.length * mean / mean.norm(dim=-1, keepdim=True).clamp(min=self.smallest)
+
+
+@pytest.mark.parametrize("lengths", [[40], [5], [3], [11, 2, 30, 7], [0, 12]], ids=str)
+def test_own_compressors_see_no_windows_of_zeros(lengths):
+    """Windows that no sequence owns hold real tokens: a phi that divides by their norm makes no NaN, and no gradient changes."""
+    x = randn(1, sum(lengths), 24)
+    cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+
+    def run(smallest):
+        own = dict(compressor_k=Direction(smallest), compressor_v=Direction(smallest))
+        layer = make_layer(small_config(compress_position_embedding=len(lengths) == 2), **own)
+        return gradients(layer, x, torch.ones_like(x), cu_seqlens=cu_seqlens)
+
+    (output, grads), (expected, expected_grads) = run(0.0), run(1e-300)
+    torch.testing.assert_close(output, expected, **CLOSE)
+    for name, gradient in expected_grads.items():
+        assert torch.isfinite(grads[name]).all(), name
+        torch.testing.assert_close(grads[name], gradient, **CLOSE)
+
+
+@torch.no_grad()
+def test_own_compressors_that_divide_by_a_norm_and_a_cache():
+    layer = make_layer(small_config(), compressor_k=Direction(), compressor_v=Direction())
+    x, cache = randn(2, 40, 24), NSACache(layer.config)
+    parts = [layer(part, cache=cache) for part in x.split((3, 14, 1, 1, 21), dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), layer(x), **CLOSE)
+
+
+@torch.no_grad()
+def test_a_wrapped_phi_is_called_as_the_phi_is():
+    """What a phi does is settled when a layer is built: a wrapper around it changes nothing."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, *arguments):
+            return self.inner(*arguments)
+
+    for variant in VARIANTS:
+        layer, x = make_variant(variant), randn(1, 45, 24)
+        expected = layer(x)
+        layer.compress_k.phi, layer.compress_v.phi = Wrapper(layer.compress_k.phi), Wrapper(layer.compress_v.phi)
+        assert torch.equal(layer(x), expected)
+
+
+def test_repr_shows_what_is_read():
+    text = repr(NativeSparseAttention(small_config(compress_v="mlp"), compressor_k=FirstPlusTanhOfLast()))
+    for part in (
+        "block_size=8, num_selected_blocks=3, init_blocks=1, local_blocks=1, window_size=6",
+        "(compress_k): Compressor(\n    kernel_size=8, kernel_stride=4\n    (phi): FirstPlusTanhOfLast()",
+        "(phi): MLPPhi()",
+    ):
+        assert part in text
+    assert "(phi): PoolPhi(learned=True)" in repr(NativeSparseAttention(small_config()))
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("gate", ["per_head", "per_token"])
 @pytest.mark.parametrize(("init", "values"), [("balanced", (0.5, 0.5, 0.5)), ("dense", (0.0025, 0.9975, 0.0025))])
@@ -478,6 +549,64 @@ def test_errors_name_value_and_fix(name):
         layer(**arguments())
 
 
+class WrongShape(torch.nn.Module):
+    def forward(self, windows):
+        return windows[:, :, :, :-1].mean(2)
+
+
+def test_a_compressor_that_returns_no_tensor_is_named():
+    layer = NativeSparseAttention(small_config(), compressor_v=torch.nn.LSTM(8, 8, batch_first=True))
+    layer.compress_v.phi.forward = lambda windows: (windows, None)
+    with pytest.raises(ValueError, match=r"compressor LSTM turned windows .* into tuple; it must .*Fix"):
+        layer(randn(1, 40, 24, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("length", [3, 40])  # also without a window
+@pytest.mark.parametrize("side", ["k", "v"])
+def test_a_compressor_of_a_wrong_shape_is_named(side, length):
+    layer = NativeSparseAttention(small_config(v_head_dim=6), **{f"compressor_{side}": WrongShape()})
+    width = 8 if side == "k" else 6
+    n = length // 4
+    message = rf"compressor WrongShape .*windows \({n}, 2, 8, {width}\) .*\({n}, 2, {width - 1}\).*must .*Fix"
+    with pytest.raises(ValueError, match=message):
+        layer(randn(1, length, 24, dtype=torch.float32))
+
+
+@pytest.mark.parametrize("value", ["median", WrongShape, torch.mean, 3], ids=str)
+def test_a_compressor_that_is_no_module_is_refused(value):
+    with pytest.raises(ValueError, match=r"compressor_v=.* must be an nn.Module.*Fix"):
+        NativeSparseAttention(small_config(), compressor_v=value)
+
+
 def test_unknown_backend():
     with pytest.raises(ValueError, match=r"backend='quantum'.*allowed are.*'auto'.*'reference'.*Fix"):
         NativeSparseAttention(small_config(backend="quantum"))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_layer_takes_every_backend_of_every_operator(operator):
+    """As nsa_attention does: a name goes to the operators that have it. One that cannot run here is refused at once."""
+    for name, reason in backends.available(operator).items():
+        config = small_config(backend=name)
+        if reason is None:
+            NativeSparseAttention(config)
+        else:
+            with pytest.raises(RuntimeError, match=f"backend='{name}' of {operator} cannot run here"):
+                NativeSparseAttention(config)
+
+
+@torch.no_grad()
+def test_a_backend_of_one_branch_runs_there(monkeypatch):
+    reference = backends._BACKENDS["sliding_window_attention"]["reference"]
+    counted = []
+
+    def forward(*tensors, **arguments):
+        counted.append(len(tensors))
+        return reference.forward(*tensors, **arguments)
+
+    own = backends.Backend("own_window", forward, reference.backward)
+    monkeypatch.setitem(backends._BACKENDS, "sliding_window_attention", {"own_window": own, "reference": reference})
+    x = randn(1, 20, 24)
+    assert torch.equal(make_layer(small_config(backend="own_window"))(x), make_layer(small_config(backend="reference"))(x))
+    assert counted == [3]
