@@ -79,7 +79,7 @@ class NativeSparseAttention(nn.Module):
     ) -> None:
         super().__init__()
         _check_modules(config, {"compressor_k": compressor_k, "compressor_v": compressor_v}, projections)
-        backends.check_known(config.backend, "NativeSparseAttention", OPERATORS)
+        backends.check_known(config.backend, "NativeSparseAttention", *OPERATORS)
         for operator in OPERATORS:  # is what was asked for there?
             backends.resolve(operator, backends.of_several(operator, config.backend))
         self.config = config
@@ -101,8 +101,9 @@ class NativeSparseAttention(nn.Module):
     def reset_parameters(self) -> None:
         """Every parameter as a new layer has it, the projections' and your own compressors' by their `reset_parameters`."""
         for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self and callable(reset):
+                reset()
 
     def extra_repr(self) -> str:
         names = ("block_size", "num_selected_blocks", "init_blocks", "local_blocks", "window_size")

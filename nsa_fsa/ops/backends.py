@@ -89,10 +89,10 @@ def to_run(operator: str, name: str, *tensors: Tensor, **arguments: Any) -> Back
 _WARNED: set[tuple[str, str]] = set()
 
 
-def check_known(name: str, whole: str, operators: tuple[str, ...]) -> None:
-    """That at least one of the operators that a whole consists of has a backend of this name."""
-    known = dict.fromkeys(backend for operator in operators for backend in _BACKENDS[operator])
-    if name != "auto" and name not in known:
+def check_known(name: str, whole: str, *operators: str) -> None:
+    """That at least one of the operators that a whole consists of (default: itself) has a backend of this name."""
+    known = dict.fromkeys(backend for operator in operators or (whole,) for backend in _BACKENDS[operator])
+    if not isinstance(name, str) or (name != "auto" and name not in known):
         raise ValueError(
             f'backend={name!r} is not an implementation of {whole}: allowed are {("auto", *known)}. Fix: use backend="auto".'
         )

@@ -56,7 +56,9 @@ def select_blocks(
         ValueError: for inconsistent shapes, dtypes, devices, sequence descriptors or block counts.
     """
     check_blocks(kernel_size, kernel_stride, block_size, num_selected_blocks, init_blocks, local_blocks)
-    validation.check_attention(q, k_cmp, None, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, kernel_stride)
+    validation.check_attention(q, k_cmp, k_cmp, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, kernel_stride)
+    validation.check_tensor("lse", lse, "float32 or float64 [T, HQ]")
+    backends.check_known(backend, "select_blocks")
     validation.require(
         lse.shape == q.shape[:2] and lse.dtype in (torch.float32, torch.float64) and lse.device == q.device,
         lambda: (
@@ -74,12 +76,13 @@ def select_blocks(
 def check_blocks(
     kernel_size: int, kernel_stride: int, block_size: int, num_selected_blocks: int, init_blocks: int, local_blocks: int
 ) -> None:
+    validation.check_positive(block_size=block_size, num_selected_blocks=num_selected_blocks)
     validation.check_windows(kernel_size, kernel_stride, block_size)
-    validation.check_positive(num_selected_blocks=num_selected_blocks)
+    validation.check_ints(0, init_blocks=init_blocks, local_blocks=local_blocks)
     validation.require(
-        init_blocks >= 0 and local_blocks >= 0 and init_blocks + local_blocks <= num_selected_blocks,
+        init_blocks + local_blocks <= num_selected_blocks,
         lambda: (
-            f"init_blocks={init_blocks} and local_blocks={local_blocks} must be >= 0 and together at most "
+            f"init_blocks={init_blocks} and local_blocks={local_blocks} must together be at most "
             f"num_selected_blocks={num_selected_blocks}."
         ),
     )

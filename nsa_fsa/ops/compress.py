@@ -41,7 +41,9 @@ def pool_windows(
     validation.check_windows(kernel_size, kernel_stride)
     validation.check_rows("x", x, 3, "[T, HKV, D]")
     validation.check_layout(x.device, cu_seqlens, max_seqlen, None, seqused_k)
+    backends.check_known(backend, "pool_windows")
     if weight is not None:
+        validation.check_tensor("weight", weight, "float [HKV, kernel_size], or None")
         validation.require(
             weight.shape == (x.shape[1], kernel_size) and weight.dtype.is_floating_point and weight.device == x.device,
             lambda: (
@@ -72,6 +74,7 @@ def gather_windows(
     validation.check_windows(kernel_size, kernel_stride)
     validation.check_rows("x", x, 3, "[T, HKV, D]")
     validation.check_layout(x.device, cu_seqlens, max_seqlen, None, seqused_k)
+    backends.check_known(backend, "gather_windows")
     return _gather(x, cu_seqlens, max_seqlen, kernel_size, kernel_stride, seqused_k, backend)
 
 
@@ -82,6 +85,10 @@ def window_starts(
 
     Rows of windows that no sequence owns point somewhere inside x. Plain tensor arithmetic, without a host sync.
     """
+    validation.check_windows(kernel_size, kernel_stride)
+    validation.check_tensor("x", x, "[T, ...]")
+    validation.require(x.ndim > 0, lambda: "x has shape (); it must be [T, ...].")
+    validation.check_layout(x.device, cu_seqlens, 0, None, seqused_k)
     return reference.window_rows(x, cu_seqlens, kernel_size, kernel_stride, seqused_k)[0][:, 0]
 
 

@@ -56,6 +56,7 @@ def compressed_attention(
     """
     validation.check_windows(kernel_size, kernel_stride)
     validation.check_positive(workspace_bytes=workspace_bytes)
+    backends.check_known(backend, "compressed_attention")
     validation.check_attention(q, k_cmp, v_cmp, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, kernel_stride)
     o, lse = _operator(
         q, k_cmp, v_cmp, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, validation.default_scale(q, scale),

@@ -34,6 +34,7 @@ def gated_combine(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tens
             ),
         )
     check_gates(gate_logits, o_cmp, "the branches")
+    backends.check_known(backend, "gated_combine")
     return _forward(gate_logits, o_cmp, o_slc, o_swa, backend)
 
 
@@ -46,7 +47,8 @@ def check_gates(gate_logits: Tensor, rows: Tensor, whose: str) -> None:
         lambda: f"gate_logits has shape {tuple(gate_logits.shape)}; it must be [{num_tokens}, {num_heads} or 1, 3].",
     )
     validation.require(
-        gate_logits.device == rows.device, lambda: f"gate_logits is on {gate_logits.device} but {whose} on {rows.device}."
+        gate_logits.device == rows.device,
+        lambda: f"gate_logits is on {gate_logits.device} but {whose} on {rows.device}. Fix: move them together.",
     )
 
 

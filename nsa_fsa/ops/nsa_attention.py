@@ -92,7 +92,7 @@ def nsa_attention(
         k_cmp.shape[1] == k.shape[1],
         lambda: f"k_cmp has {k_cmp.shape[1]} heads but k {k.shape[1]}: what is chosen by one is read from the other.",
     )
-    if k_own is not None:
+    if k_own is not None and v_own is not None:
         validation.check_attention(q, k_own, v_own, *layout)
         validation.require(
             k_own.shape[0] == k.shape[0],
@@ -105,10 +105,12 @@ def nsa_attention(
         )
     check_gates(gate_logits, q, "q")
     validation.require(
-        not isinstance(recompute, str) and all(name in BRANCHES for name in recompute),
+        isinstance(recompute, Collection)
+        and not isinstance(recompute, str)
+        and all(isinstance(name, str) and name in BRANCHES for name in recompute),
         lambda: f'recompute={recompute!r} must be a tuple of {BRANCHES}. Fix: for example recompute=("compressed",).',
     )
-    backends.check_known(backend, "nsa_attention", OPERATORS)
+    backends.check_known(backend, "nsa_attention", *OPERATORS)
     o, *inside = _operator(
         q, k, v, k_cmp, v_cmp, gate_logits, k_own, v_own, *layout, validation.default_scale(q, scale), kernel_size,
         kernel_stride, block_size, num_selected_blocks, init_blocks, local_blocks, window_size, workspace_bytes,

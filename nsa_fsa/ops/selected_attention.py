@@ -67,6 +67,8 @@ def selected_attention(
     """
     validation.check_positive(block_size=block_size, workspace_bytes=workspace_bytes)
     validation.check_attention(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
+    validation.check_tensor("block_indices", block_indices, "int32 [T, HKV, T_sel]")
+    backends.check_known(backend, "selected_attention")
     validation.require(
         block_indices.ndim == 3
         and block_indices.shape[:2] == (q.shape[0], k.shape[1])
@@ -78,9 +80,10 @@ def selected_attention(
         ),
     )
     if isinstance(block_counts, int):
-        validation.require(block_counts >= 0, lambda: f"block_counts={block_counts} must be >= 0.")
+        validation.check_ints(0, block_counts=block_counts)
         block_indices, block_counts = block_indices[..., :block_counts], None
     if block_counts is not None:
+        validation.check_tensor("block_counts", block_counts, "int32 [T, HKV], or an int")
         validation.require(
             block_counts.shape == block_indices.shape[:2]
             and block_counts.dtype == torch.int32
@@ -90,10 +93,7 @@ def selected_attention(
                 f"int, or int32 [T, HKV] = {tuple(block_indices.shape[:2])} on {q.device}."
             ),
         )
-    validation.require(
-        init_blocks >= 0 and local_blocks >= 0,
-        lambda: f"init_blocks={init_blocks} and local_blocks={local_blocks} must be >= 0.",
-    )
+    validation.check_ints(0, init_blocks=init_blocks, local_blocks=local_blocks)
     blocks = (block_size, init_blocks, local_blocks)
     scale = validation.default_scale(q, scale)
     index: tuple[Tensor | None, ...] = (None,) * len(triton_backends.INDEX)

@@ -51,6 +51,7 @@ def sliding_window_attention(
         ValueError: for inconsistent shapes, dtypes, devices or sequence descriptors.
     """
     validation.check_positive(window_size=window_size, workspace_bytes=workspace_bytes)
+    backends.check_known(backend, "sliding_window_attention")
     validation.check_attention(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
     scale = validation.default_scale(q, scale)
     o, lse = _operator(

@@ -1,6 +1,10 @@
 """Checks on operator arguments: bad input is refused, with the value and the fix, before anything is launched."""
 
+import math
+import reprlib
 from collections.abc import Callable
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,14 +18,38 @@ def require(ok: bool, message: Callable[[], str]) -> None:
         raise ValueError(message())
 
 
-def check_positive(**values: int) -> None:
+def check_ints(minimum: int, **values: Any) -> None:
     for name, value in values.items():
-        require(isinstance(value, int) and value >= 1, lambda: f"{name}={value!r} must be an int >= 1.")
+        require(
+            is_int(value) and value >= minimum,
+            lambda: f"{name}={reprlib.repr(value)} must be an int >= {minimum}. Fix: pass a whole number.",
+        )
+
+
+def check_positive(**values: Any) -> None:
+    check_ints(1, **values)
+
+
+def is_int(value: Any) -> bool:
+    """Whether it is a Python int or the compiler's; `True`, an int to Python, is not."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_tensor(name: str, x: Any, what: str) -> None:
+    """what: dtype and shape, for the error."""
+    require(
+        isinstance(x, Tensor),
+        lambda: f"{name}={reprlib.repr(x)} must be a tensor, {what}. Fix: torch.as_tensor(...) on the others' device.",
+    )
 
 
 def check_rows(name: str, x: Tensor, ndim: int, shape: str) -> None:
-    """A floating-point tensor of `ndim` axes."""
-    require(x.ndim == ndim, lambda: f"{name} has shape {tuple(x.shape)}; it must be {shape}.")
+    """A floating-point tensor of `ndim` axes, the last one not empty."""
+    check_tensor(name, x, shape)
+    require(
+        x.ndim == ndim and x.shape[-1] > 0,
+        lambda: f"{name} has shape {tuple(x.shape)}; it must be {shape}, the last of at least 1.",
+    )
     require(x.dtype in FLOAT_DTYPES, lambda: f"{name} has dtype {x.dtype}; it must be one of {FLOAT_DTYPES}.")
 
 
@@ -30,12 +58,13 @@ def check_layout(
 ) -> None:
     """Types and shapes of the sequence descriptors (their values: `check_layout_values`)."""
     require(
-        isinstance(max_seqlen, (int, torch.SymInt)) and max_seqlen >= 0,
+        is_int(max_seqlen) and max_seqlen >= 0,
         lambda: (
-            f"max_seqlen={max_seqlen!r} must be a Python int >= 0, so that nothing is read back from the device. "
+            f"max_seqlen={reprlib.repr(max_seqlen)} must be a Python int >= 0, so that nothing is read back from the device. "
             "Fix: pass the length you pack to, or int(lengths.max())."
         ),
     )
+    check_tensor("cu_seqlens", cu_seqlens, "int32 [batch + 1]")
     num_sequences = cu_seqlens.shape[0] - 1 if cu_seqlens.ndim == 1 else -1
     for name, x, size in (
         ("cu_seqlens", cu_seqlens, num_sequences + 1),
@@ -44,6 +73,7 @@ def check_layout(
     ):
         if x is None:
             continue
+        check_tensor(name, x, "int32 [batch]" if name == "seqused_k" else "int32 [batch + 1]")
         require(
             x.dtype == torch.int32 and x.ndim == 1 and x.shape[0] == size and num_sequences >= 0,
             lambda: (
@@ -86,7 +116,7 @@ def check_layout_values(
 def check_attention(
     q: Tensor,
     k: Tensor,
-    v: Tensor | None,
+    v: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,
     cu_seqlens_q: Tensor | None,
@@ -101,8 +131,6 @@ def check_attention(
     check_rows("q", q, 3, "[T, HQ, D]")
     names = ("k_cmp", "v_cmp") if compressed else ("k", "v")
     for name, x in zip(names, (k, v), strict=True):
-        if x is None:
-            continue
         check_rows(name, x, 3, "[T // kernel_stride, HKV, D]" if compressed else "[T, HKV, D]")
         require(x.dtype == q.dtype, lambda: f"{name} has dtype {x.dtype} but q has {q.dtype}. Fix: cast them to one dtype.")
         require(x.device == q.device, lambda: f"{name} is on {x.device} but q is on {q.device}. Fix: move them together.")
@@ -114,7 +142,7 @@ def check_attention(
         k.shape[2] == q.shape[2], lambda: f"q has head width {q.shape[2]} but {names[0]} has {k.shape[2]}: they must agree."
     )
     require(
-        k.shape[1] > 0 and q.shape[1] % k.shape[1] == 0,
+        0 < k.shape[1] <= q.shape[1] and q.shape[1] % k.shape[1] == 0,
         lambda: f"q has {q.shape[1]} heads and {names[0]} has {k.shape[1]}: query heads must be a multiple of KV heads.",
     )
     if kernel_stride is not None and cu_seqlens_q is None:
@@ -160,4 +188,21 @@ def check_windows(kernel_size: int, kernel_stride: int, block_size: int | None =
 
 
 def default_scale(q: Tensor, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else float(scale)
+    """The softmax scale as a float, `D ** -0.5` for None."""
+    if scale is None:
+        return q.shape[-1] ** -0.5
+    require(
+        is_finite_number(scale),
+        lambda: f"scale={reprlib.repr(scale)} must be a finite number. Fix: leave it out for D ** -0.5.",
+    )
+    return float(scale)
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether it is a real number that a float can hold; `True` is none."""
+    if not isinstance(value, (Real, torch.SymFloat)) or isinstance(value, bool):
+        return False
+    try:
+        return abs(float(value)) < math.inf  # torch.compile traces the comparison, and not math.isfinite
+    except OverflowError:  # an int beyond every float
+        return False

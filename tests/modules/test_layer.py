@@ -367,7 +367,7 @@ class Direction(torch.nn.Module):
 
 @pytest.mark.parametrize("lengths", [[40], [5], [3], [11, 2, 30, 7], [0, 12]], ids=str)
 def test_own_compressors_see_no_windows_of_zeros(lengths):
-    """Windows that no sequence owns hold real tokens: a phi that divides by their norm makes no NaN, and no gradient changes."""
+    """Windows that no sequence owns hold real tokens: a phi that divides by their norm makes no NaN, changes nothing."""
     x = randn(1, sum(lengths), 24)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
 

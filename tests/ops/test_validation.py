@@ -1,13 +1,17 @@
 """Bad arguments are refused with a ValueError that names the argument and its value, before anything is computed."""
 
+import inspect
 import re
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
 from nsa_fsa import ops
 from nsa_fsa.ops import backends
 from tests.cases import device_of
+from tests.wrong_values import NO_BACKENDS, assert_refused, instead_of_int, instead_of_number, instead_of_tensor
 
 T, HQ, HKV, D, DV, S = 32, 4, 2, 16, 8, 4
 SIZES = dict(kernel_size=8, kernel_stride=S)
@@ -154,7 +158,7 @@ BAD = [
     ((selected,), dict(block_indices=TENSORS["block_indices"][1:]), rf"block_indices is torch.int32 \({T - 1}, {HKV}, 4\)"),
     ((selected,), dict(block_indices=TENSORS["block_indices"][:, :1]), rf"block_indices is torch.int32 \({T}, 1, 4\)"),
     ((selected,), dict(block_indices=TENSORS["block_indices"].to("meta")), r"block_indices is .* on meta"),
-    ((selected,), dict(block_counts=-1), r"block_counts=-1 must be >= 0"),
+    ((selected,), dict(block_counts=-1), r"block_counts=-1 must be an int >= 0"),
     ((selected,), dict(block_counts=torch.zeros(T, HKV, dtype=torch.int64)), r"block_counts is torch.int64"),
     ((selected,), dict(block_counts=torch.zeros(T, 1, dtype=torch.int32)), rf"block_counts is torch.int32 \({T}, 1\)"),
     ((selected,), dict(block_counts=torch.zeros(T, HKV, dtype=torch.int32, device="meta")), r"block_counts is .* on meta"),
@@ -256,3 +260,94 @@ def test_a_backend_that_cannot_run_here_says_why(monkeypatch):
     gated(backend="auto")  # takes the next one that can
     assert backends.available("gated_combine")["impossible"] == "it needs a machine from the future"
     assert backends.available("gated_combine")["reference"] is None
+
+
+# --- Every argument of every operator, with everything that it cannot be ---------------------------------------------------
+
+SMALLEST = dict(
+    max_seqlen=0, kernel_size=1, kernel_stride=1, block_size=1, num_selected_blocks=1, init_blocks=0, local_blocks=0,
+    window_size=1, workspace_bytes=1,
+)  # fmt: skip
+OPTIONAL = dict(
+    k_swa=TENSORS["k"], v_swa=TENSORS["v"], cu_seqlens_q=TENSORS["cu_seqlens"], seqused_k=ints(20, 12),
+    block_counts=torch.zeros(T, HKV, dtype=torch.int32), weight=TENSORS["weight"],
+)  # fmt: skip
+SWITCHES = ("return_lse", "return_scores", "return_branches")  # anything is true or false
+
+
+def starts(**changes):
+    tensors, _ = take(("k", "cu_seqlens"), changes)
+    return ops.window_starts(*tensors, **{**SIZES, **changes})
+
+
+def wrong_arguments():
+    operators = {
+        compressed: ops.compressed_attention, selected: ops.selected_attention, sliding: ops.sliding_window_attention,
+        select: ops.select_blocks, whole: ops.nsa_attention, pool: ops.pool_windows, gather: ops.gather_windows,
+        gated: ops.gated_combine, starts: ops.window_starts,
+    }  # fmt: skip
+    for call, operator in operators.items():
+        for name in inspect.signature(operator).parameters:
+            if name in SWITCHES:
+                continue
+            name = "k" if name == "x" else name
+            if name in OPTIONAL:
+                values = instead_of_tensor(OPTIONAL[name], optional=True)
+                if name == "block_counts":
+                    values = [value for value in values if type(value) is not int]
+            elif name in TENSORS:
+                values = instead_of_tensor(TENSORS[name])
+            elif name in SMALLEST:
+                values = instead_of_int(SMALLEST[name])
+            else:
+                values = {"scale": instead_of_number(), "backend": NO_BACKENDS, "recompute": NO_RECOMPUTE}[name]
+            if call is starts and name == "k":  # of which only rows and device count
+                values = [value for value in values if not isinstance(value, torch.Tensor) or value.ndim == 0 or value.is_meta]
+            yield pytest.param(call, name, values, id=f"{call.__name__}-{name}")
+
+
+NO_RECOMPUTE = [None, 3, True, "compressed", ["window"], [1], [np.ones(2)], torch.ones(2)]
+
+
+@pytest.mark.parametrize(("operator", "name", "values"), [*wrong_arguments()])
+def test_no_argument_fails_from_inside(operator, name, values):
+    """A ValueError that names the argument and says what it must be: no other error, and no result."""
+    shown = "x" if name == "k" and operator in (pool, gather, starts) else name
+    shown = {"k_swa": "k", "v_swa": "v"}.get(shown, shown)  # checked as a branch's keys and values
+    for value in values:
+        assert_refused(lambda value=value: operator(**{name: value}), shown, value)
+
+
+@pytest.mark.parametrize("operator", [compressed, selected, sliding, select, whole])
+@pytest.mark.parametrize("shape", [dict(D=0), dict(DV=0), dict(HQ=0), dict(HKV=0)], ids=str)
+def test_heads_without_width_and_no_heads(operator, shape):
+    sizes = dict(D=D, DV=DV, HQ=HQ, HKV=HKV) | shape
+    if operator is select and "DV" in shape:
+        pytest.skip("it has no values")
+    rows = {"q": (T, "HQ", "D"), "k": (T, "HKV", "D"), "v": (T, "HKV", "DV")}
+    rows |= {"k_cmp": (T // S, "HKV", "D"), "v_cmp": (T // S, "HKV", "DV")}
+    rows |= {"lse": (T, "HQ"), "gate_logits": (T, "HQ", 3), "block_indices": (T, "HKV", 4)}
+    wanted = {select: ("q", "k_cmp", "lse"), compressed: ("q", "k_cmp", "v_cmp"), sliding: ("q", "k", "v")}
+    wanted |= {selected: ("q", "k", "v", "block_indices"), whole: ("q", "k", "v", "k_cmp", "v_cmp", "gate_logits")}
+    tensors = {
+        name: torch.zeros([sizes.get(axis, axis) for axis in rows[name]], dtype=TENSORS[name].dtype)
+        for name in wanted[operator]
+    }
+    with pytest.raises(ValueError, match="must be"):
+        operator(**tensors)
+
+
+def test_a_scale_of_another_kind_of_number():
+    for scale in (1, np.float32(0.5), np.float64(0.5), Fraction(1, 2), -0.5, 0.0):
+        expected = sliding(scale=float(scale), return_lse=True)
+        assert all(torch.equal(a, b) for a, b in zip(sliding(scale=scale, return_lse=True), expected, strict=True))
+
+
+def test_a_scale_that_varies_under_torch_compile():
+    torch._dynamo.reset()
+    tensors = dict(q=torch.randn(T, HQ, D), k=torch.randn(T, HKV, D))
+    compiled = torch.compile(lambda scale: sliding(scale=scale, **tensors), fullgraph=True, backend="aot_eager")
+    for scale in (0.1, 0.2, 0.3, 1):
+        assert torch.equal(compiled(scale), sliding(scale=scale, **tensors))
+    with pytest.raises(Exception, match="scale=nan must be a finite number"):
+        compiled(float("nan"))
