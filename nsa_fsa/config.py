@@ -15,10 +15,11 @@ GATE_KINDS = ("per_head", "per_token")
 GATE_INITS = ("balanced", "dense")
 COMPRESS_ROPE = ("after", "before")
 BRANCHES = ("compressed", "selected", "sliding")
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")
 _ROPE_KEYS = (
     "rope_type", "rope_theta", "factor", "partial_rotary_factor", "original_max_position_embeddings", "attention_factor",
-    "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor", "high_freq_factor",
+    "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate", "low_freq_factor", "high_freq_factor", "short_factor",
+    "long_factor",
 )  # fmt: skip
 
 # The paper's two kernel settings (block size x selected blocks), and one small enough to watch on a CPU: at 1,024 tokens
@@ -69,9 +70,9 @@ class NSAConfig:
         qk_norm_eps: epsilon of that norm.
         qkv_bias, o_bias: biases of the input and output projections.
         rope_parameters: transformers' form, such as `{"rope_type": "default", "rope_theta": 10000.0}`; the types are
-            "default", "linear", "dynamic", "yarn" and "llama3". `None`: the layer rotates nothing unless its caller
-            passes `position_embeddings`.
-        max_position_embeddings: length the model was made for; "dynamic" and "yarn" scale relative to it.
+            "default", "linear", "dynamic", "yarn", "llama3", "longrope" and "proportional". `None`: the layer rotates
+            nothing unless its caller passes `position_embeddings`.
+        max_position_embeddings: length the model was made for; "dynamic", "yarn" and "longrope" scale relative to it.
         recompute: of "compressed", "selected" and "sliding", the branches whose output is computed again in backward instead of
             kept for it: `num_heads * v_head_dim` numbers less per token and branch, for the time of the branch's forward.
         backend: which implementation of the operators runs; "auto" takes the fastest that can.
@@ -225,6 +226,7 @@ class NSAConfig:
             "dynamic": ("factor",),
             "yarn": ("factor",),
             "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+            "longrope": ("short_factor", "long_factor"),
         }.get(rope["rope_type"], ())
         missing = [key for key in needed if key not in rope]
         self._require(not missing, "rope_parameters", f"the keys {needed} for {rope['rope_type']!r}", f"add {missing}")
@@ -303,8 +305,9 @@ class NSAConfig:
     def from_pretrained_config(cls, hf_config: Any, preset: str | None = None, **overrides: Any) -> NSAConfig:
         """The NSA layer that fits a Hugging Face Llama, Qwen2 or Qwen3 config.
 
-        Takes head counts, biases, norms and RoPE from `hf_config`, the sparsity settings from `preset` (default
-        "fsa-64x16"), and sets `gate_init="dense"`, so that the pretrained projections keep working. `overrides` win.
+        Takes head counts, biases, norms and RoPE from `hf_config`, in the form of transformers 5 or 4 (`rope_theta` and
+        `rope_scaling`), the sparsity settings from `preset` (default "fsa-64x16"), and sets `gate_init="dense"`, so that
+        the pretrained projections keep working. `overrides` win.
 
         Raises:
             ValueError: for a model type whose attention this layer cannot stand in for.
@@ -316,22 +319,35 @@ class NSAConfig:
                 f"model_type={model_type!r} is not supported: allowed are 'llama', 'qwen2' and 'qwen3'. "
                 "Fix: build NSAConfig yourself and use NativeSparseAttention inside your own model."
             )
-        rope = getattr(hf_config, "rope_parameters", None)
         attention_bias = bool(getattr(hf_config, "attention_bias", False))
         values: dict[str, Any] = dict(
             hidden_size=hf_config.hidden_size,
             num_heads=hf_config.num_attention_heads,
-            num_kv_heads=hf_config.num_key_value_heads,
+            num_kv_heads=getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads,
             head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads,
             qkv_bias=True if family == "qwen2" else attention_bias,
             o_bias=False if family == "qwen2" else attention_bias,
             qk_norm=family == "qwen3",
             qk_norm_eps=float(hf_config.rms_norm_eps),
-            rope_parameters=None if rope is None else dict(rope),
+            rope_parameters=_rope_of(hf_config),
             max_position_embeddings=hf_config.max_position_embeddings,
             gate_init="dense",
         )
         return cls.from_dict({"preset": preset or "fsa-64x16", **values, **overrides})
+
+
+def _rope_of(hf_config: Any) -> dict[str, Any]:
+    """What transformers' Llama, Qwen2 and Qwen3 rotate by: they always do, and ignore keys that they do not know."""
+    rope = {"rope_theta": getattr(hf_config, "rope_theta", None)}
+    rope.update(getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {})
+    rope["rope_type"] = rope.get("rope_type", rope.get("type", "default"))  # the key's name in transformers 4
+    if (original := getattr(hf_config, "original_max_position_embeddings", None)) is not None:
+        rope["original_max_position_embeddings"] = original
+    if rope["rope_type"] == "default":
+        rope.pop("partial_rotary_factor", None)  # without scaling these models rotate whole heads
+    elif rope["rope_type"] in ("llama3", "yarn", "longrope"):
+        rope.setdefault("original_max_position_embeddings", hf_config.max_position_embeddings)
+    return {key: rope[key] for key in _ROPE_KEYS if rope.get(key) is not None}
 
 
 def _is_positive_number(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """NSAConfig: what it refuses and how it says so, what it fills in, and the forms it converts from and to."""
 
+import copy
 import dataclasses
 import json
 import re
@@ -10,8 +11,10 @@ import pytest
 import torch
 import transformers
 import yaml
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nsa_fsa.config import COMPRESSION_KINDS, PRESETS, NSAConfig, preset
+from nsa_fsa.modules.rotary import RotaryEmbedding
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LLAMA_LIKE = dict(hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128)  # GQA group 4: the common case
@@ -96,7 +99,8 @@ REFUSED = [
     *[({"backend": value}, "backend", "a backend's name") for value in (None, "")],
     # RoPE.
     ({"rope_parameters": "default"}, "rope_parameters", "a dict or None"),
-    ({"rope_parameters": {"rope_type": "longrope", "rope_theta": 10000.0}}, "rope_parameters", "a rope_type among"),
+    ({"rope_parameters": {"rope_type": "lonrope", "rope_theta": 10000.0}}, "rope_parameters", "a rope_type among"),
+    ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters", "('short_factor', 'long_factor') for 'longrope'"),
     ({"rope_parameters": without(ROPES["linear"], "factor")}, "rope_parameters", "the keys ('factor',) for 'linear'"),
     ({"rope_parameters": without(ROPES["dynamic"], "factor")}, "rope_parameters", "the keys ('factor',) for 'dynamic'"),
     ({"rope_parameters": without(ROPES["yarn"], "factor")}, "rope_parameters", "the keys ('factor',) for 'yarn'"),
@@ -426,11 +430,35 @@ def test_from_pretrained_config_reads_the_rope_scaling_of_older_checkpoints():
     assert {k: rope[k] for k in ROPES["yarn"]} == ROPES["yarn"]
 
 
-def test_from_pretrained_config_refuses_rope_types_it_does_not_have():
-    rope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 4.0, "short_factor": [1.0] * 16, "long_factor": [2.0] * 16}
-    hf_config = transformers.LlamaConfig(**SMALL, rope_parameters=rope)
-    with pytest.raises(ValueError, match=r"^NSAConfig\.rope_parameters=.*'longrope'.*a rope_type among"):
-        NSAConfig.from_pretrained_config(hf_config)
+YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {"type": "longrope", "short_factor": [1 + i / 8 for i in range(8)], "long_factor": [2.0 + i for i in range(8)]}
+HF_ROPES = [
+    {},
+    {"rope_theta": 5e5},
+    {"rope_theta": 5e5, "rope_scaling": YARN},
+    {"rope_theta": 5e5, "rope_scaling": {**YARN, "attn_factor": 1.0, "finetuned": True}},  # both in public checkpoints
+    {"rope_theta": 5e5, "rope_scaling": {**YARN, "attention_factor": None, "mscale": 0.7, "mscale_all_dim": 1.0}},
+    {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+    {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
+    {"rope_scaling": {**LONG, "factor": 2.0}, "original_max_position_embeddings": 64},
+    {"rope_scaling": {**LONG, "original_max_position_embeddings": 64}},
+    {"partial_rotary_factor": 0.5},
+    {"rope_parameters": {"rope_type": "proportional", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+]
+
+
+@pytest.mark.parametrize("old_form", [False, True], ids=["transformers 5", "transformers 4"])
+@pytest.mark.parametrize("rope", HF_ROPES, ids=str)
+def test_from_pretrained_config_rotates_as_transformers_does(rope, old_form):
+    """Against transformers' own rotary module, below and beyond the original length; the older form as a plain object."""
+    sizes = dict(hidden_size=64, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=128)
+    hf_config = transformers.LlamaConfig(**sizes, **copy.deepcopy(rope))
+    given = SimpleNamespace(model_type="llama", rms_norm_eps=1e-6, **sizes, **rope) if old_form else hf_config
+    rotary, theirs = RotaryEmbedding(NSAConfig.from_pretrained_config(given)), LlamaRotaryEmbedding(hf_config)
+    for length in (50, 200):
+        found = rotary(torch.arange(length), length, torch.float32)
+        for mine, expected in zip(found, theirs(torch.zeros(1), torch.arange(length)[None]), strict=True):
+            torch.testing.assert_close(mine, expected[0], rtol=0, atol=1e-4)  # angles in float32, as in test_rotary
 
 
 @pytest.mark.parametrize(

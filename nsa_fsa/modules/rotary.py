@@ -15,7 +15,7 @@ MOST_TOKENS = 65_535 * 8
 class RotaryEmbedding:
     """Positions to cos and sin. Holds no tensors, so that neither a cast of the model nor a meta device can spoil it.
 
-    The types "default" and "linear" are computed here; "dynamic", "yarn" and "llama3" by transformers' own functions.
+    The types "default" and "linear" are computed here, all others by transformers' own functions.
 
     Raises:
         ImportError: for one of the latter when transformers is not installed.
@@ -28,7 +28,7 @@ class RotaryEmbedding:
         self.scaled = None if self.rope["rope_type"] in ("default", "linear") else _ScaledRope(config)
 
     def __call__(self, positions: Tensor, max_position: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions `[T]` -> cos and sin, `[T, rotary_dim]` in `dtype`. Only "dynamic" looks at `max_position`."""
+        """positions `[T]` -> cos and sin, `[T, rotary_dim]` in `dtype`. Only "dynamic" and "longrope" look at `max_position`."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         scaling = 1.0
         if self.scaled is None:
