@@ -28,7 +28,7 @@ class RotaryEmbedding:
         self.scaled = None if self.rope["rope_type"] in ("default", "linear") else _ScaledRope(config)
 
     def __call__(self, positions: Tensor, max_position: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions `[T]` -> cos and sin, `[T, rotary_dim]` in `dtype`. Only "dynamic" and "longrope" look at `max_position`."""
+        """positions `[T]` -> cos and sin, `[T, rotary_dim]` in `dtype`. "dynamic" and "longrope" look at `max_position`."""
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         scaling = 1.0
         if self.scaled is None:

@@ -1,5 +1,6 @@
 """nsa_llama, nsa_qwen2, nsa_qwen3: checkpoints that load exactly, or not at all."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -148,18 +149,154 @@ def test_base_model_from_a_causal_checkpoint(tmp_path):
     assert torch.equal(output(base.eval()), output(model.model))
 
 
+# --- Sparse, or not at all ------------------------------------------------------------------------------------------------
+
+
+def llava():
+    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+    vision_config = transformers.CLIPVisionConfig(**vision)
+    config = transformers.LlavaConfig(text_config=dense_config(), vision_config=vision_config, image_token_index=96)
+    torch.manual_seed(0)
+    return transformers.LlavaForConditionalGeneration(config).eval()
+
+
+STOCK = ["LlamaForCausalLM", "LlamaModel", "LlamaForSequenceClassification", "MistralForCausalLM", "Qwen3ForCausalLM"]
+
+
+@pytest.mark.parametrize("arguments", [{}, dict(attn_implementation="sdpa"), dict(attn_implementation="nsa_fsa")], ids=str)
+@pytest.mark.parametrize("name", STOCK)
+def test_a_stock_class_refuses_the_checkpoint(tmp_path, name, arguments):
+    """Here with this package imported, and with what users pass to from_pretrained."""
+    sparse_model("qwen3" if "Qwen3" in name else "llama", layers=[1]).save_pretrained(tmp_path)
+    with pytest.raises(Exception, match=r"sparse: import nsa_fsa\.integrations\.transformers, then load with Auto"):
+        getattr(transformers, name).from_pretrained(tmp_path, **arguments)
+
+
+def test_an_auto_class_without_a_sparse_model_refuses(tmp_path):
+    sparse_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="NSALlamaConfig"):
+        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+
+
+def test_a_stock_class_given_the_sparse_config_refuses_to_run(tmp_path):
+    model = sparse_model(layers=[1])
+    model.save_pretrained(tmp_path)
+    for config in (AutoConfig.from_pretrained(tmp_path), integration.NSALlamaConfig(**dense_config().to_dict())):
+        dense = transformers.LlamaForCausalLM(config)
+        with pytest.raises(RuntimeError, match=r"layer [01] is dense, but its config, a NSALlamaConfig.*Fix: build"):
+            dense(IDS)
+
+
+def test_a_sparse_language_model_inside_a_llava(tmp_path):
+    """The whole loads sparse, and unpatching the part undoes what was written into the whole's config."""
+    model, other = llava(), llava()
+    config = other.config = other.model.config = model.config  # both are made from one config
+    expected = output(model)
+    patch_model(model.model.language_model, "tiny", verbose=False)
+    scramble(model).save_pretrained(tmp_path)
+    assert config.text_config.model_type == "llama"  # the other's is as it was
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
+    assert type(loaded.model.language_model) is integration.NSALlamaModel
+    assert torch.equal(output(loaded), output(model))
+    assert (output(model) - expected).abs().max() > 1e-3
+    assert unpatch_model(model) is model
+    assert torch.equal(output(model), expected)
+    model.save_pretrained(tmp_path / "dense")
+    loaded = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "dense")
+    assert torch.equal(output(loaded), expected)
+
+
 def test_plain_transformers_refuses_the_checkpoint(tmp_path):
     """Loading it dense would be silently wrong. A new process, in which nobody imports nsa_fsa."""
-    sparse_model().save_pretrained(tmp_path)
+    model = llava()
+    patch_model(model.model.language_model, "tiny", verbose=False)
+    model.save_pretrained(tmp_path / "llava")
+    sparse_model().save_pretrained(tmp_path / "llama")
+    attempts = {
+        "llama": ("AutoModelForCausalLM", "AutoModel", "LlamaForCausalLM", "LlamaModel", "Qwen2ForCausalLM"),
+        "llava": ("LlavaForConditionalGeneration", "AutoModelForImageTextToText"),
+    }
     code = (
         "import sys, transformers\n"
-        f"model = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path)!r})\n"
-        "print('loaded', type(model).__name__, 'nsa_fsa' in sys.modules)\n"
+        f"for folder, names in {attempts!r}.items():\n"
+        "    for name in names:\n"
+        "        try:\n"
+        f"            getattr(transformers, name).from_pretrained({str(tmp_path)!r} + '/' + folder)\n"
+        "            print(name, 'loaded')\n"
+        "        except Exception as error:\n"
+        "            print(name, 'nsa_llama' in str(error) or 'import nsa_fsa' in str(error), 'nsa_fsa' in sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode != 0, done.stdout
-    assert "loaded" not in done.stdout
-    assert "nsa_llama" in done.stderr
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    names = [name for group in attempts.values() for name in group]
+    assert done.stdout.splitlines() == [f"{name} True False" for name in names], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpoints_of_older_versions(tmp_path, family):
+    """Their config.json has no field that only we read."""
+    model = sparse_model(family, layers=[1])
+    model.save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    if family == "llama":
+        del settings["layer_types"]
+    else:
+        settings["layer_types"] = ["full_attention"] * 2
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
+# --- What runs is what is saved -------------------------------------------------------------------------------------------
+
+
+def test_settings_changed_while_training(tmp_path):
+    model = sparse_model()
+    first, second = attentions(model)
+    first.config = dataclasses.replace(first.config, num_selected_blocks=3)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert [attention.config for attention in attentions(loaded)] == [first.config, second.config]
+    assert_same_model(loaded, model)
+
+
+def test_settings_by_layer_round_trip(tmp_path):
+    model = dense_model(num_hidden_layers=4)
+    patch_model(model, {0: "tiny", 1: dict(preset="tiny", window_size=8, compress_k="linear"), 3: "tiny"}, verbose=False)
+    scramble(model).save_pretrained(tmp_path)
+    nsa = json.loads((tmp_path / "config.json").read_text())["nsa"]
+    assert nsa["per_layer"] == {"1": {"window_size": 8, "compress_k": "linear"}}
+    assert nsa["layers"] == [0, 1, 3]
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same_model(loaded, model)
+    loaded.save_pretrained(tmp_path / "again")
+    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model)
+
+
+class LastToken(torch.nn.Module):
+    """A compressor of one's own: the window's last token, scaled."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.full((config.num_kv_heads, 1), 1.5))
+
+    def forward(self, windows):
+        return windows[:, :, -1] * self.scale
+
+
+@pytest.mark.parametrize("how", ["argument", "by hand", "for one layer"])
+def test_a_compressor_of_ones_own(tmp_path, how):
+    """No file holds a class: refused, unless it is given again."""
+    model = dense_model()
+    by_hand = [attention.config for attention in attentions(sparse_model())]
+    patch_model(model, "tiny", gate_init="balanced", compressor_k=LastToken if how == "argument" else None, verbose=False)
+    for attention in attentions(model)[slice({"argument": 0, "by hand": 2, "for one layer": 1}[how])]:
+        attention.compress_k.phi = LastToken(by_hand[0])
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"compressor_k of its own, tests.*LastToken.*Fix: from_pretrained\("):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, compressor_k=LastToken)
+    assert_same_model(loaded, model)
+    patch_model(loaded, window_size=8, verbose=False)  # and it stays where other settings change
+    assert type(attentions(loaded)[0].compress_k.phi) is LastToken
 
 
 # --- Built directly -------------------------------------------------------------------------------------------------------
@@ -173,20 +310,49 @@ def test_constructed_with_defaults(family, base):
     model = (base_class if base else causal)(config_class(**values))
     assert sparse_layers(model) == [0, 1]
     config = attentions(model)[0].config
-    assert config == NSAConfig.from_pretrained_config(model.config)
-    assert (config.block_size, config.num_selected_blocks, config.gate_init) == (64, 16, "dense")
+    assert config == NSAConfig.from_pretrained_config(model.config, gate_init="balanced")
+    assert (config.block_size, config.num_selected_blocks, config.gate_init) == (64, 16, "balanced")
     assert output(model).shape == (2, 150, 64 if base else VOCAB)
-    assert_new_parts_are_at_their_start(model)
+    assert_new_parts_are_at_their_start(model, 0.0)
 
 
-def assert_new_parts_are_at_their_start(model):
-    """Gates at sigmoid(-6, 6, -6) whatever the input, weighted compressors at the mean: not at transformers' normal init."""
+def assert_new_parts_are_at_their_start(model, gate=6.0):
+    """Gates at sigmoid(-gate, gate, -gate) whatever the input, weighted compressors at the mean: not transformers' normal."""
     for i in sparse_layers(model):
         attention = attentions(model)[i]
         assert (attention.gate.weight == 0).all()
-        assert torch.equal(attention.gate.bias.view(-1, 3), torch.tensor([-6.0, 6.0, -6.0]).expand(8, 3))
+        assert torch.equal(attention.gate.bias.view(-1, 3), torch.tensor([-gate, gate, -gate]).expand(8, 3))
         assert (attention.compress_k.phi.logits == 0).all()
         assert (attention.compress_v.phi.logits == 0).all()
+
+
+def test_from_scratch():
+    """Sizes come from the model's own config, the preset fills in the rest, and every gate starts at 1/2."""
+    config = integration.NSALlamaConfig(**dense_config().to_dict(), nsa=dict(preset="tiny", window_size=64, layers=[-1]))
+    model = integration.NSALlamaForCausalLM(config)
+    assert sparse_layers(model) == [1]
+    expected = NSAConfig.from_pretrained_config(dense_config(), "tiny", window_size=64, gate_init="balanced")
+    assert attentions(model)[1].config == expected
+    assert type(AutoModelForCausalLM.from_config(config)) is integration.NSALlamaForCausalLM
+
+
+def test_a_dense_checkpoint_loaded_sparse_starts_dense(tmp_path):
+    dense_model().save_pretrained(tmp_path)
+    loaded = integration.NSALlamaForCausalLM.from_pretrained(tmp_path, nsa=dict(preset="tiny"))
+    assert attentions(loaded)[0].config == NSAConfig.from_pretrained_config(dense_config(), "tiny")
+    assert_new_parts_are_at_their_start(loaded)
+
+
+def test_what_is_no_sparse_config_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"NSALlamaForCausalLM needs an NSALlamaConfig, but got a LlamaConfig. Fix: "):
+        integration.NSALlamaForCausalLM(dense_config())
+    with pytest.raises(ValueError, match=r"nsa=\['tiny'\] is not allowed.*a dict.*Fix"):
+        integration.NSALlamaConfig(nsa=["tiny"])
+    sparse_model().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**settings, "nsa": [1, 2]}))
+    with pytest.raises(ValueError, match=r"nsa=\[1, 2\] is not allowed.*Fix"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_a_constructed_model_equals_a_patched_one():

@@ -2,12 +2,20 @@
 
 import copy
 import gc
+import json
 import pickle
+import warnings
+from pathlib import Path
 
+import accelerate
+import numpy as np
+import peft
 import pytest
 import torch
 import transformers
+import yaml
 from transformers import DynamicCache
+from transformers.distributed import DistributedConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from nsa_fsa import NSAConfig
@@ -69,7 +77,13 @@ def test_selected_branch_alone_is_the_dense_model(family, base):
     {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
     {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
      "original_max_position_embeddings": 64},
-], ids=lambda rope: rope["rope_type"])  # fmt: skip
+    {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64, "attn_factor": 1.0,
+     "finetuned": True},
+    {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64,
+     "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]},
+    {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+], ids=lambda rope: f"{rope['rope_type']} {len(rope)}")  # fmt: skip
 def test_models_with_scaled_rope(rope):
     model, ids = dense_model("llama", rope_parameters=rope), tokens(1, TINY_REACH)
     expected = output(model, ids)
@@ -211,6 +225,7 @@ def test_unpatching_keeps_what_was_changed_in_the_config(built, tmp_path):
     assert expected is not original
     assert original.vocab_size == size
     assert expected._attn_implementation != "nsa_fsa"
+    assert {id(m.config) for m in model.modules() if "config" in m.__dict__} == {id(expected)}
     model.save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is transformers.LlamaForCausalLM
@@ -325,12 +340,111 @@ def test_patching_twice_does_nothing():
         assert_same(before, snapshot(model))
 
 
-@pytest.mark.parametrize("other", [dict(preset="fsa-64x16"), dict(layers=[0, 1]), dict(layers=[0])], ids=str)
-def test_patching_twice_with_other_settings_is_refused(other):
-    model = sparse_model(layers=[1])
+# --- Ways to say it ---------------------------------------------------------------------------------------------------------
+
+
+def settings_of(model):
+    return [attention.config for attention in attentions(model)]
+
+
+def yaml_of(config, folder):
+    path = folder / f"window_{config.window_size}.yaml"
+    path.write_text(yaml.safe_dump(config.to_dict()))
+    return path
+
+
+@pytest.mark.parametrize("form", ["name", "path", "text path", "dict", "keywords", "config and keyword", "preset and dict"])
+def test_every_form_of_the_settings(tmp_path, form):
+    model = dense_model()
+    wanted = tiny_nsa(model, window_size=64)
+    arguments = {
+        "name": dict(config="tiny", window_size=64),
+        "path": dict(config=yaml_of(wanted, tmp_path)),
+        "text path": dict(config=str(yaml_of(tiny_nsa(model), tmp_path)), window_size=64),
+        "dict": dict(config=dict(preset="tiny", window_size=64)),
+        "keywords": dict(preset="tiny", window_size=64),
+        "config and keyword": dict(config=tiny_nsa(model), window_size=64),
+        "preset and dict": dict(config=dict(window_size=64), preset="tiny"),
+    }[form]
+    patch_model(model, **arguments, verbose=False)
+    assert settings_of(model) == [wanted, wanted]
+
+
+def test_the_yaml_file_of_a_known_model():
+    """What configs/ has for Llama 3 8B patches a model of that shape; no memory is needed for one on the meta device."""
+    sizes = dict(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=1, vocab_size=100)
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    with torch.device("meta"):
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, head_dim=128, rope_parameters=rope))
+        patch_model(model, Path(__file__).parents[2] / "configs" / "llama3-8b.yaml", verbose=False)
+    assert settings_of(model) == [NSAConfig.from_yaml(Path(__file__).parents[2] / "configs" / "llama3-8b.yaml")]
+
+
+LAYERS = [1, -1, [-1], (1,), {1}, range(1, 2), np.array([1]), np.int64(1), torch.tensor([1]), torch.tensor(1), iter([1])]
+
+
+@pytest.mark.parametrize("layers", LAYERS, ids=lambda x: f"{type(x).__name__} {x}" if isinstance(x, int) else type(x).__name__)
+def test_every_form_of_layers(tmp_path, layers):
+    model = dense_model()
+    report = patch_model(model, "tiny", layers=layers, verbose=False)
+    assert sparse_layers(model) == [1]
+    assert report.layers == (1,)
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["nsa"]["layers"] == [1]
+
+
+def test_settings_by_layer():
+    """In one call, and in a second one for a layer that is still dense."""
+    model, ids = dense_model(num_hidden_layers=3), tokens(1, 200)
+    wide = tiny_nsa(model, window_size=64)
+    report = patch_model(model, {0: "tiny", -1: dict(preset="tiny", window_size=64)}, verbose=False)
+    assert sparse_layers(model) == [0, 2]
+    assert report.configs == {0: tiny_nsa(model), 2: wide}
+    assert "layers with other settings than these, which are of layer 0: 2" in str(report)
+    before = [attentions(model)[i] for i in (0, 2)]
+    report = patch_model(model, layers=1, preset="tiny", num_selected_blocks=3, verbose=False)
+    assert (report.layers, report.dense_layers, report.started_anew) == ((0, 1, 2), (), ())
+    assert [attentions(model)[i] for i in (0, 2)] == before
+    assert settings_of(model) == [tiny_nsa(model), tiny_nsa(model, num_selected_blocks=3), wide]
+    together = dense_model(num_hidden_layers=3)
+    patch_model(together, dict(enumerate(settings_of(model))), verbose=False)
+    assert torch.equal(output(model, ids), output(together, ids))
+    assert type(unpatch_model(model)) is transformers.LlamaForCausalLM
+    assert sparse_layers(model) == []
+
+
+def test_patching_again_keeps_what_was_learned():
+    model, ids = sparse_model(layers=[1]), tokens(1, 200)
+    learned, before = dict(model.named_parameters()), output(model, ids)
+    report = patch_model(model, window_size=64, num_selected_blocks=3, verbose=False)
+    assert (report.layers, report.started_anew, report.already_patched) == ((1,), (), False)
+    assert report.config == tiny_nsa(model, window_size=64, num_selected_blocks=3, gate_init="balanced")
+    for name, parameter in model.named_parameters():
+        assert parameter is learned[name], name  # an optimizer goes on with them
+    assert (output(model, ids) - before).abs().max() > 1e-3
+    patch_model(model, window_size=32, num_selected_blocks=6, verbose=False)
+    assert torch.equal(output(model, ids), before)
+
+
+def test_patching_again_says_what_starts_anew():
+    model = sparse_model()
+    gates = [attention.gate.weight for attention in attentions(model)]
+    report = patch_model(model, {1: dict(preset="tiny", kernel_size=8, compress_v="linear")}, verbose=False)
+    assert report.started_anew == ("1.compress_k", "1.compress_v")
+    assert "started anew because the shape changed: 1.compress_k, 1.compress_v" in str(report)
+    assert [attention.gate.weight for attention in attentions(model)] == gates
+    assert (attentions(model)[1].compress_k.phi.logits == 0).all()
+    assert not (attentions(model)[0].compress_k.phi.logits == 0).all()
+    assert report.total_parameters == model.num_parameters()
+    assert unpatch_model(model).config.model_type == "llama"
+
+
+def test_patching_again_with_what_does_not_fit_changes_nothing():
+    model = sparse_model()
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"already patched with other settings.*unpatch_model"):
-        patch_model(model, **other, verbose=False)
+    with pytest.raises(ValueError, match="num_kv_heads=4 does not fit"):
+        patch_model(model, {0: dict(window_size=64), 1: dict(num_kv_heads=4)}, verbose=False)
+    patch_model(model, window_size=64, dry_run=True, verbose=False)
     assert_same(before, snapshot(model))
 
 
@@ -371,9 +485,19 @@ REFUSED = {
     "unknown backend": (with_config(backend="quantum"), "backend='quantum'.*allowed are.*Fix"),
     "unknown preset": (lambda model: dict(preset="huge"), "preset='huge'.*allowed are.*tiny.*Fix"),
     "preset and config": (lambda model: dict(config=tiny_nsa(model), preset="tiny"), "preset='tiny' and config.*Fix"),
-    "layer past the end": (lambda model: dict(preset="tiny", layers=[0, 2]), r"layers=\[0, 2\] must be among 0 .. 1"),
-    "negative layer": (lambda model: dict(preset="tiny", layers=[-1]), r"layers=\[-1\] must be among 0 .. 1"),
+    "layer past the end": (lambda model: dict(preset="tiny", layers=[0, 2]), r"layers=\[0, 2\] must be .*among 0 .. 1.*Fix"),
+    "layer before the first": (lambda model: dict(preset="tiny", layers=-3), r"layers=-3 must be .*among 0 .. 1.*Fix"),
     "no layer": (lambda model: dict(preset="tiny", layers=[]), r"layers=\[\].*at least one"),
+    "layers as text": (lambda model: dict(preset="tiny", layers="all"), r"layers='all' must be .*Fix: leave layers out"),
+    "half a layer": (lambda model: dict(preset="tiny", layers=[0.5]), r"layers=\[0.5\] must be an index.*Fix"),
+    "a fraction of them": (lambda model: dict(preset="tiny", layers=0.5), r"layers=0.5 must be an index.*Fix"),
+    "misspelt preset": (lambda model: dict(config="tinny"), r"config='tinny' is neither a preset nor a file.*tiny.*Fix"),
+    "a list of configs": (lambda model: dict(config=["tiny", "tiny"]), r"config=\['tiny', 'tiny'\] is not allowed.*Fix"),
+    "misspelt override": (lambda model: dict(windw_size=64), "no field 'windw_size'; did you mean 'window_size'"),
+    "misspelt field": (lambda model: dict(config=dict(windw_size=64)), "no field 'windw_size'; did you mean 'window_size'"),
+    "two presets": (lambda model: dict(config="tiny", preset="tiny"), "preset='tiny' and config.*Fix"),
+    "layers twice": (lambda model: dict(config={0: "tiny"}, layers=[0]), r"layers=\[0\] and a config for each.*Fix"),
+    "one layer does not fit": (lambda model: dict(config={0: "tiny", 1: dict(num_kv_heads=4)}), "num_kv_heads=4 does not fit"),
 }
 
 
@@ -432,13 +556,180 @@ def test_a_subclass_is_refused():
         patch_model(MyLlama(dense_config()), verbose=False)
 
 
-def test_a_model_already_wrapped_by_peft_is_refused():
-    peft = pytest.importorskip("peft")
-    model = peft.get_peft_model(dense_model(), peft.LoraConfig(target_modules=["q_proj"]))
-    before = snapshot(model.base_model.model)
-    with pytest.raises(TypeError, match=r"cannot be patched.*patch_model before get_peft_model"):
-        patch_model(model, preset="tiny", verbose=False)
-    assert_same(before, snapshot(model.base_model.model))
+@pytest.mark.parametrize("kind", ["MistralForCausalLM", "Gemma2ForCausalLM"])
+def test_windowed_models_are_refused_by_name(kind):
+    """A window in the config must never be taken for full attention."""
+    cls = getattr(transformers, kind)
+    sizes = {k: v for k, v in dense_config().to_dict().items() if k in cls.config_class.__dataclass_fields__}
+    with pytest.raises(TypeError, match=f"{kind} cannot be patched"):
+        patch_model(cls(cls.config_class(**{**sizes, "layer_types": None, "sliding_window": 32})), "tiny", verbose=False)
+
+
+def test_tensor_parallel_models_are_refused():
+    model = dense_model()
+    model.config.distributed_config = DistributedConfig(tp_size=2)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"tensor-parallel.*Fix: load it without tp_plan"):
+        patch_model(model, "tiny", verbose=False)
+    assert_same(before, snapshot(model))
+    config = NSALlamaConfig(hidden_size=64, num_attention_heads=8, num_hidden_layers=1, nsa=dict(preset="tiny"))
+    config.distributed_config = DistributedConfig(tp_size=2)  # what from_pretrained(tp_plan="auto") sets
+    with pytest.raises(ValueError, match="tensor-parallel"):
+        NSALlamaForCausalLM(config)
+
+
+# --- Wrapped models -------------------------------------------------------------------------------------------------------
+
+
+def lora(model, **settings):
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], **settings))
+
+
+WRAPPERS = {
+    "peft": lora,
+    "compile": lambda model: torch.compile(model, backend="eager"),
+    "DataParallel": torch.nn.DataParallel,
+    "Sequential": lambda model: torch.nn.Sequential(model),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_unpatching_a_wrapped_model(name):
+    model, ids = dense_model(), tokens(1, 130)
+    expected = output(model, ids)
+    patch_model(model, "tiny", verbose=False)
+    wrapped = WRAPPERS[name](scramble(model))
+    if name != "compile":  # which takes 20 seconds for the sparse model
+        assert (wrapped(ids)[0] - expected).abs().max() > 1e-3
+    assert unpatch_model(wrapped) is wrapped
+    assert type(model) is transformers.LlamaForCausalLM
+    torch.testing.assert_close(wrapped(ids)[0], expected, rtol=1e-5, atol=1e-5)  # compiled or not
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
+def test_patching_a_wrapped_model_is_refused(wrap):
+    model = dense_model()
+    wrapped = wrap(model)
+    before = snapshot(model)
+    with pytest.raises(TypeError, match=r"cannot be patched.*LlamaForCausalLM inside it before wrapping.*get_peft_model"):
+        patch_model(wrapped, "tiny", verbose=False)
+    assert_same(before, snapshot(model))
+
+
+def test_what_cannot_be_unpatched_is_refused_by_name(tmp_path):
+    """A wrapper that keeps a list of the parameters, a part of a patched model, and a class of somebody else's."""
+
+    class MyNSA(NSALlamaForCausalLM):
+        pass
+
+    model, other = sparse_model(), sparse_model()
+    other.__class__ = MyNSA
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)
+        for whole, name in ((wrapped, "DistributedDataParallel"), (model.model, "LlamaModel"), (other, "MyNSA")):
+            before = snapshot(model)
+            with pytest.raises(TypeError, match=f"{name} cannot be unpatched.*Fix: call unpatch_model with the whole"):
+                unpatch_model(whole)
+            assert_same(before, snapshot(model))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_a_base_model_patched_inside_its_causal_model(tmp_path):
+    """The causal model's config says so, and the checkpoint loads sparse; other models of that config stay as they are."""
+    config = dense_config()
+    torch.manual_seed(0)
+    model, other = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
+    ids, before = tokens(1, 130), snapshot(other)
+    expected = output(model, ids)
+    patch_model(model.model, "tiny", verbose=False)
+    assert model.config is model.model.config
+    assert_same(before, snapshot(other))
+    scramble(model).save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is NSALlamaForCausalLM
+    assert torch.equal(output(loaded, ids), output(model, ids))
+    assert unpatch_model(model).config is config
+    assert torch.equal(output(model, ids), expected)
+
+
+# --- Quantized and offloaded weights --------------------------------------------------------------------------------------
+
+
+class Int8Linear(torch.nn.Module):
+    """Weights that are packed, as bitsandbytes and others keep them: the parameter `weight` has no float dtype."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.scale = linear.weight.detach().abs().max() / 127
+        self.weight = torch.nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+
+    def forward(self, x):
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype))
+
+
+def pack(model):
+    for attention in attentions(model):
+        for name in PROJECTIONS:
+            setattr(attention, name, Int8Linear(getattr(attention, name)))
+    return model
+
+
+CHANGED = {
+    "torch.ao": lambda model: torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}),
+    "packed": pack,
+    "packed bfloat16": lambda model: pack(model).to(torch.bfloat16),
+    "offloaded": lambda model: accelerate.cpu_offload(model),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:.*quantize_dynamic")
+@pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
+def test_quantized_and_offloaded_models(change):
+    """New parameters are real, in the precision of the rest; with the selected branch alone it is the same model."""
+    model, ids = change(dense_model()), tokens(1, TINY_REACH)
+    expected = output(model, ids)
+    patch_model(model, "tiny", verbose=False)
+    gate = attentions(model)[0].gate
+    assert (gate.weight.dtype, gate.weight.device.type) == (expected.dtype, "cpu")
+    open_only_the_selected_branch(model)
+    tolerance = 1e-1 if expected.dtype == torch.bfloat16 else 1e-3
+    torch.testing.assert_close(output(model, ids), expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(output(unpatch_model(model), ids), expected)
+
+
+# --- Training -------------------------------------------------------------------------------------------------------------
+
+
+def test_patching_after_gradient_checkpointing():
+    ids, gradients = tokens(1, 130), []
+    for first in (False, True):
+        model = dense_model().train()
+        if first:
+            model.gradient_checkpointing_enable()
+        patch_model(model, "tiny", verbose=False)
+        if not first:
+            model.gradient_checkpointing_enable()
+        assert model.is_gradient_checkpointing
+        model(ids, labels=ids).loss.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_adapters_beside_frozen_gates_are_said():
+    model = dense_model()
+    assert 'With LoRA: modules_to_save=["gate", "compress_k", "compress_v"]' in str(patch_model(model, "tiny", verbose=False))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.train()
+        lora(copy.deepcopy(model), modules_to_save=["gate"]).train()
+        adapted = lora(model)
+        adapted.eval()
+    with pytest.warns(UserWarning, match=r"gates of the NSA layers are frozen.*Fix: with LoRA, modules_to_save"):
+        adapted.train()
 
 
 def test_a_signature_that_no_longer_fits(monkeypatch):

@@ -23,13 +23,12 @@ class NSAAttention(NativeSparseAttention):
     Args:
         config: must fit the dense module; `patch_model` checks that.
         dense: the Llama, Qwen2 or Qwen3 attention whose projections (and norms) this layer keeps using.
+        new: compressors, device and dtype of what is added, as `NativeSparseAttention` takes them.
     """
 
-    def __init__(self, config: NSAConfig, dense: nn.Module) -> None:
+    def __init__(self, config: NSAConfig, dense: nn.Module, **new: Any) -> None:
         projections = {name: getattr(dense, name, nn.Identity()) for name in PROJECTIONS}
-        weight: Tensor = dense.q_proj.weight  # type: ignore[assignment, union-attr]
-        dtype = weight.dtype if weight.is_floating_point() else torch.get_default_dtype()  # quantized weights are not
-        super().__init__(config, dense.layer_idx, projections=projections, device=weight.device, dtype=dtype)  # type: ignore[arg-type]
+        super().__init__(config, dense.layer_idx, projections=projections, **new)  # type: ignore[arg-type]
         self.train(dense.training)
         self._dense = (dense,)  # in a tuple, so that it is not a submodule
 
@@ -121,7 +120,16 @@ def dense_attention(
     """Full attention for the layers that a partial patch left dense, from the same 2D mask and packing arguments.
 
     query `[B, HQ, Sq, D]`, key and value `[B, HKV, Sk, D]` -> (`[B, Sq, HQ, D]`, None).
+
+    Raises:
+        RuntimeError: for a layer that its config wants sparse.
     """
+    sparse = (getattr(module.config, "nsa", {"layers": ()}) or {}).get("layers")
+    if sparse is None or module.layer_idx in sparse:
+        raise RuntimeError(
+            f"layer {module.layer_idx} is dense, but its config, a {type(module.config).__name__}, has NSA there. Fix: build "
+            "or load the model with AutoModelForCausalLM or AutoModel."
+        )
     if attention_mask is not None:
         key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]  # a static cache's unused end
     num_queries, num_keys, device = query.shape[2], key.shape[2], query.device

@@ -2,9 +2,12 @@
 
 They are the transformers classes with NSA attention installed at the end of the constructor. Their own `model_type` makes
 `save_pretrained` / `from_pretrained` round-trip exactly, and makes a transformers that does not know this package refuse
-the checkpoint instead of loading it dense.
+the checkpoint instead of loading it dense. What a class reads that was named outright, such as `LlamaForCausalLM`, is
+refused by its config: see `_SparseConfig`.
 """
 
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from transformers import (
@@ -24,33 +27,67 @@ from transformers import (
 )
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from nsa_fsa.integrations.transformers.attention import ATTENTION_NAME
 from nsa_fsa.modules.compression import Compressor, LinearPhi, MLPPhi, PoolPhi
 from nsa_fsa.modules.gating import BranchGate
 
+# What a file holds as `layer_types`: transformers checks that field in every config, and names what it found. (A value of
+# `attn_implementation` that nobody has registered would be refused, too, but `from_pretrained` takes that as an argument.)
+_FOR_NSA_ONLY = ["sparse: import nsa_fsa.integrations.transformers, then load with AutoModelForCausalLM or AutoModel"]
 
-class NSALlamaConfig(LlamaConfig):
-    """A Llama config with a field `nsa`: the fields of `NSAConfig`, and `layers`, the patched ones (None: all)."""
+
+class _SparseConfig:
+    """Mixed in before a transformers config class: a file that no other class reads, and a field `nsa` that is a dict."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if not isinstance(self.nsa, (Mapping, type(None))):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"nsa={self.nsa!r} is not allowed: it must be a dict of NSAConfig's fields, or None. "  # type: ignore[attr-defined]
+                'Fix: nsa={"preset": "fsa-64x16"}, for example.'
+            )
+        if kwargs.get("layer_types") == _FOR_NSA_ONLY:  # not a field of Llama's
+            del kwargs["layer_types"]
+        elif getattr(self, "layer_types", None) == _FOR_NSA_ONLY:
+            setattr(self, "layer_types", None)  # noqa: B010  # a field of Qwen's, which fills it in again
+        kwargs["attn_implementation"] = kwargs.get("attn_implementation") or ATTENTION_NAME
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+
+    def to_diff_dict(self) -> dict[str, Any]:
+        """What is written into a file."""
+        return {**super().to_diff_dict(), "layer_types": _FOR_NSA_ONLY}  # type: ignore[misc]
+
+
+class NSALlamaConfig(_SparseConfig, LlamaConfig):
+    """A Llama config with a field `nsa`: `NSAConfig`'s fields, `layers` (None: all) and `per_layer`, what differs there."""
 
     model_type = "nsa_llama"
     nsa: dict[str, Any] | None = None
 
 
-class NSAQwen2Config(Qwen2Config):
-    """A Qwen2 config with a field `nsa`: the fields of `NSAConfig`, and `layers`, the patched ones (None: all)."""
+class NSAQwen2Config(_SparseConfig, Qwen2Config):
+    """A Qwen2 config with a field `nsa`: `NSAConfig`'s fields, `layers` (None: all) and `per_layer`, what differs there."""
 
     model_type = "nsa_qwen2"
     nsa: dict[str, Any] | None = None
 
 
-class NSAQwen3Config(Qwen3Config):
-    """A Qwen3 config with a field `nsa`: the fields of `NSAConfig`, and `layers`, the patched ones (None: all)."""
+class NSAQwen3Config(_SparseConfig, Qwen3Config):
+    """A Qwen3 config with a field `nsa`: `NSAConfig`'s fields, `layers` (None: all) and `per_layer`, what differs there."""
 
     model_type = "nsa_qwen3"
     nsa: dict[str, Any] | None = None
 
 
 class _NSAModel:
-    """Mixed in before a transformers model class: installs NSA attention, and initialises what it adds."""
+    """Mixed in before a transformers model class: installs NSA attention, and initialises what it adds.
+
+    The config's `nsa` may hold any of `NSAConfig`'s fields and a `preset`; sizes come from the config itself. Gates start
+    "balanced", or "dense" where the config names the architecture of a checkpoint.
+
+    Args:
+        config: an `NSALlamaConfig` (and so on).
+        compressor_k, compressor_v: as of `patch_model`; needed where the model was saved with such.
+    """
 
     _supports_context_parallel = False  # sharding the sequence would cut blocks and windows
     _can_compile_fullgraph = False
@@ -59,11 +96,45 @@ class _NSAModel:
         """Whether `generate` compiles decoding by itself: not here, where the cache counts its tokens on the host."""
         return False
 
-    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        config: Any,
+        *args: Any,
+        compressor_k: Callable[..., Any] | None = None,
+        compressor_v: Callable[..., Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(config, self.config_class):  # type: ignore[attr-defined]
+            needed = self.config_class.__name__  # type: ignore[attr-defined]
+            raise ValueError(
+                f"{type(self).__name__} needs an {needed}, but got a {type(config).__name__}. Fix: {needed}(..., nsa=...), "
+                "or patch_model(model) with the dense model."
+            )
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         from nsa_fsa.integrations.transformers.patch import install
 
-        install(self)  # type: ignore[arg-type]
+        install(self, {"compressor_k": compressor_k, "compressor_v": compressor_v})  # type: ignore[arg-type]
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own; the settings that are saved are those of the layers as they are now."""
+        from nsa_fsa.integrations.transformers.patch import describe
+
+        self.config.nsa = describe(self)  # type: ignore[attr-defined, arg-type]
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
+    def train(self, mode: bool = True) -> Any:
+        """As PyTorch's own; warns where gates are frozen while other parameters, such as adapters, are to be trained."""
+        if mode:
+            parameters = dict(self.named_parameters())  # type: ignore[attr-defined]
+            gates = [p for name, p in parameters.items() if ".self_attn.gate." in name]
+            if not any(p.requires_grad for p in gates) and any(p.requires_grad for p in parameters.values()):
+                warnings.warn(
+                    "the gates of the NSA layers are frozen while other parameters train: after patch_model they keep the "
+                    "compressed and sliding branches nearly closed. Fix: with LoRA, "
+                    'modules_to_save=["gate", "compress_k", "compress_v"].',
+                    stacklevel=2,
+                )
+        return super().train(mode)  # type: ignore[misc]
 
     def initialize_weights(self) -> None:
         """Initialises what NSA adds and no checkpoint brought, before transformers would do it as for any Linear."""

@@ -1,18 +1,28 @@
 """Swapping Native Sparse Attention into a transformers model, and back out."""
 
 import copy
+import gc
 import inspect
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+import operator
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
+import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nsa_fsa.config import NSAConfig
+from nsa_fsa.config import PRESETS, ROPE_TYPES, NSAConfig
 from nsa_fsa.integrations.transformers.attention import ATTENTION_NAME, NSAAttention
 from nsa_fsa.integrations.transformers.models import DENSE_CLASS, SPARSE_CLASS, supported_models
+from nsa_fsa.modules.compression import Compressor
+
+Settings: TypeAlias = NSAConfig | Mapping[str, Any] | str | os.PathLike[str]
+COMPRESSORS = ("compressor_k", "compressor_v")
+# Wrappers that keep a list of the parameters they found, and would miss those that unpatching drops.
+KEEPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 
 
 @dataclass(frozen=True)
@@ -21,31 +31,38 @@ class PatchReport:
 
     model_class: str  # before
     patched_class: str  # after: the class whose checkpoints round-trip
-    config: NSAConfig
+    config: NSAConfig  # of the first NSA layer
     layers: tuple[int, ...]  # layers that now have NSA attention
     dense_layers: tuple[int, ...]  # layers left as they were
     new_parameters: int  # in gates and compressors
     total_parameters: int  # of the patched model
     dry_run: bool = False
     already_patched: bool = False
+    configs: Mapping[int, NSAConfig] = field(default_factory=dict)  # by layer
+    started_anew: tuple[str, ...] = ()  # parts of layers patched before that do not fit the new settings: "0.compress_k"
 
     def __str__(self) -> str:
         c = self.config
         verb = "would become" if self.dry_run else "was already" if self.already_patched else "is now"
         reach = c.num_selected_blocks * c.block_size
         dense = f"; dense: {_ranges(self.dense_layers)}" if self.dense_layers else ""
-        return "\n".join(
-            (
-                f"{self.model_class} {verb} {self.patched_class} (transformers {transformers.__version__})",
-                f"  NSA layers: {_ranges(self.layers)}{dense}",
-                f"  heads: {c.num_heads} query, {c.num_kv_heads} KV (group size {c.group_size}), head dim {c.head_dim}",
-                f"  each query reads: {c.num_selected_blocks} blocks of {c.block_size} keys = {reach}, the last "
-                f"{c.window_size}, and one compressed token per {c.kernel_stride}",
-                f"  new parameters: {self.new_parameters:,} of {self.total_parameters:,} "
-                f"({self.new_parameters / max(1, self.total_parameters):.2%}); all others are kept",
-                f"  gates: {c.gate_init}" + (f", so outputs stay close up to {reach} tokens" if c.gate_init == "dense" else ""),
-            )
-        )
+        others = tuple(i for i in self.layers if self.configs[i] != c)
+        lines = [
+            f"{self.model_class} {verb} {self.patched_class} (transformers {transformers.__version__})",
+            f"  NSA layers: {_ranges(self.layers)}{dense}",
+            f"  heads: {c.num_heads} query, {c.num_kv_heads} KV (group size {c.group_size}), head dim {c.head_dim}",
+            f"  each query reads: {c.num_selected_blocks} blocks of {c.block_size} keys = {reach}, the last "
+            f"{c.window_size}, and one compressed token per {c.kernel_stride}",
+            f"  new parameters: {self.new_parameters:,} of {self.total_parameters:,} "
+            f"({self.new_parameters / max(1, self.total_parameters):.2%}); all others are kept. "
+            'With LoRA: modules_to_save=["gate", "compress_k", "compress_v"], or they stay as they are',
+            f"  gates: {c.gate_init}" + (f", so outputs stay close up to {reach} tokens" if c.gate_init == "dense" else ""),
+        ]
+        if others:
+            lines.append(f"  layers with other settings than these, which are of layer {self.layers[0]}: {_ranges(others)}")
+        if self.started_anew:
+            lines.append(f"  learned before, and started anew because the shape changed: {', '.join(self.started_anew)}")
+        return "\n".join(lines)
 
 
 @dataclass
@@ -58,71 +75,115 @@ class _DenseState:
 
 def patch_model(
     model: PreTrainedModel,
-    config: NSAConfig | None = None,
+    config: Settings | Mapping[int, Settings] | None = None,
     preset: str | None = None,
-    layers: Iterable[int] | None = None,
+    layers: int | Iterable[int] | None = None,
     dry_run: bool = False,
     *,
+    compressor_k: Callable[[NSAConfig], nn.Module] | None = None,
+    compressor_v: Callable[[NSAConfig], nn.Module] | None = None,
     verbose: bool = True,
+    **overrides: Any,
 ) -> PatchReport:
     """Replaces the attention of one Llama, Qwen2 or Qwen3 model by Native Sparse Attention, in place.
 
     The pretrained projections are kept and shared; gates and compressors are added. The instance becomes a
     `NSALlamaForCausalLM` (and so on), so that `save_pretrained` writes a checkpoint that loads sparse or not at all.
-    Nothing else changes: not the transformers class, no other model, not even one made from the same config object.
-    Patching a patched model with the same settings does nothing.
+    Nothing else changes: not the transformers class, no other model, not even one made from the same config object. (A
+    larger model that contains this one gets a config that says so.)
+
+    A patched model may be patched again: layers that are still dense become sparse, and layers with other settings
+    change to them, keeping the gates and compressors that still fit. With the same settings nothing happens.
 
     Args:
         model: a causal LM or base model; `supported_models()` lists the classes.
-        config: the NSA settings; default: `NSAConfig.from_pretrained_config(model.config, preset)`.
-        preset: "fsa-64x16" (default), "fsa-128x8" or "tiny"; not together with `config`.
-        layers: indices of the layers to patch; default all.
+        config: the NSA settings: an `NSAConfig`, a preset's name, the path of a YAML file, or a dict of fields that
+            differ from the preset's; or such settings for single layers, `{0: ..., 5: ...}`. Default: the preset, or
+            what the layer has if it is patched.
+        preset: "fsa-64x16" (default), "fsa-128x8" or "tiny".
+        layers: index or indices of the layers to patch; negative ones count from the end. Default: all; of a patched
+            model, those that are patched.
         dry_run: only report what would change.
+        compressor_k, compressor_v: makes a layer's own phi from its `NSAConfig`, see `NativeSparseAttention`. No file holds
+            such a class, so `from_pretrained` wants it again.
         verbose: print the report.
+        overrides: fields of `NSAConfig`, which win over `config` and `preset`: `window_size=64`.
 
     Returns:
         The report.
 
     Raises:
-        TypeError: for a model class that is not supported.
+        TypeError: for a model class that is not supported, or a wrapper around one.
         ValueError: for settings that do not fit the model. The model is untouched then.
         RuntimeError: for a transformers version whose attention has another signature.
     """
-    if type(model) in DENSE_CLASS:
-        return _already_patched(model, config, preset, layers, verbose)
-    if type(model) not in SPARSE_CLASS:
-        hint = "call patch_model before get_peft_model" if hasattr(model, "peft_config") else "patch one of those"
+    if type(model) not in SPARSE_CLASS and type(model) not in DENSE_CLASS:
+        inside = next((type(m).__name__ for m in model.modules() if type(m) in {**SPARSE_CLASS, **DENSE_CLASS}), None)
+        hint = f"patch the {inside} inside it before wrapping, as in patch_model before get_peft_model" if inside else ""
         raise TypeError(
-            f"{type(model).__name__} cannot be patched: supported are {', '.join(supported_models())}. Fix: {hint}."
+            f"{type(model).__name__} cannot be patched: supported are {', '.join(supported_models())}. "
+            f"Fix: {hint or 'patch one of those'}."
         )
-    if config is None:
-        config = NSAConfig.from_pretrained_config(model.config, preset)
-    elif preset is not None:
-        raise ValueError(f"preset={preset!r} and config are both given. Fix: pass one of them.")
-    sparse_class = SPARSE_CLASS[type(model)]
-    replacements = _build(model, config, layers)
+    before = type(model)
+    sparse_class = SPARSE_CLASS.get(before, before)
+    own = {"compressor_k": compressor_k, "compressor_v": compressor_v}
+    settings = _by_layer(model, config, preset, layers, overrides, patched=before in DENSE_CLASS)
+    replacements, anew = _build(model, settings, dict.fromkeys(settings, own))
 
-    report = _report(model, sparse_class.__name__, config, replacements, dry_run=dry_run)
-    if not dry_run:
-        sparse_config = _convert_config(model.config, sparse_class.config_class)
-        sparse_config.nsa = {**config.to_dict(), "layers": None if layers is None else sorted(replacements)}
+    now = _attentions(model)
+    attentions = {**now, **replacements}
+    report = PatchReport(
+        model_class=before.__name__,
+        patched_class=sparse_class.__name__,
+        config=attentions[min(attentions)].config,
+        layers=tuple(sorted(attentions)),
+        dense_layers=tuple(i for i in range(len(_decoder_layers(model))) if i not in attentions),
+        new_parameters=_count_new(attentions.values()),
+        total_parameters=model.num_parameters()
+        + _count_new(replacements.values())
+        - _count_new(now[i] for i in replacements if i in now),
+        dry_run=dry_run,
+        already_patched=not replacements,
+        configs={i: attention.config for i, attention in attentions.items()},
+        started_anew=anew,
+    )
+    if replacements and not dry_run:
+        first = before in SPARSE_CLASS
+        sparse_config = _convert_config(model.config, sparse_class.config_class) if first else model.config
         _swap(model, sparse_class, sparse_config, replacements)
     if verbose:
         print(report)
     return report
 
 
-def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
+def unpatch_model(model: nn.Module) -> nn.Module:
     """Undoes `patch_model` in place: the model's own attention modules, class and config come back, bit for bit.
 
     Projections that were trained meanwhile keep their new values, and so does a config that was changed (by
-    `resize_token_embeddings`, say); gates and compressors are dropped. Does nothing to a model that is not patched.
+    `resize_token_embeddings`, say); gates and compressors are dropped. A patched model inside another (PEFT, torch.compile,
+    DataParallel, a Llava) is unpatched there. Does nothing to a model that is not patched.
 
     Returns:
         The model.
+
+    Raises:
+        TypeError: for a patched model in a wrapper that keeps account of its parameters (DDP, FSDP), or in a subclass.
     """
-    if type(model) not in DENSE_CLASS:
-        return model
+    modules = list(model.modules())
+    patched = [m for m in modules if type(m) in DENSE_CLASS]
+    keepers = [type(m).__name__ for m in modules if KEEPERS & {cls.__name__ for cls in type(m).__mro__}]
+    found = any(isinstance(m, NSAAttention) for m in modules)
+    if found and (keepers or not patched):
+        raise TypeError(
+            f"{(keepers or [type(model).__name__])[0]} cannot be unpatched: it is not what patch_model made, or it keeps a "
+            "list of the parameters that would go. Fix: call unpatch_model with the whole patched model, before wrapping it."
+        )
+    for inner in patched:
+        _unpatch(inner)  # type: ignore[arg-type]
+    return model
+
+
+def _unpatch(model: PreTrainedModel) -> None:
     state: _DenseState = model._nsa_dense  # type: ignore[assignment]
     for layer in _decoder_layers(model):
         if isinstance(layer.self_attn, NSAAttention):
@@ -132,55 +193,192 @@ def unpatch_model(model: PreTrainedModel) -> PreTrainedModel:
     for name in changed:
         setattr(dense_config, name, copy.deepcopy(getattr(model.config, name)))
     _rebind_config(model, model.config, dense_config)
+    _replace_config(model, state.config, dense_config)  # the dense attention modules still have the original
     model.__class__ = DENSE_CLASS[type(model)]
     del model._nsa_dense
-    return model
 
 
-def install(model: PreTrainedModel) -> None:
+def install(model: PreTrainedModel, own: Mapping[str, Any]) -> None:
     """Gives a newly constructed `nsa_*` model the attention that its config's `nsa` field asks for."""
-    settings = dict(model.config.nsa or {})
-    layers = settings.pop("layers", None)
-    config = NSAConfig.from_dict(settings) if settings else NSAConfig.from_pretrained_config(model.config)
-    replacements = _build(model, config, layers)
-    model.config.nsa = {**config.to_dict(), "layers": layers}
+    start = "dense" if getattr(model.config, "architectures", None) else "balanced"  # named by checkpoints alone
+    common = {"gate_init": start, **(model.config.nsa or {})}
+    layers, per_layer = common.pop("layers", None), common.pop("per_layer", {})
+    settings = {i: {**common, **per_layer.get(str(i), {})} for i in _indices(model, layers)}
+    own_of: dict[int, dict[str, Any]] = {i: {} for i in settings}
+    for name in COMPRESSORS:
+        saved = {i: phi for i, values in settings.items() if (phi := values.pop(name, None)) is not None}
+        if saved and own[name] is None:
+            raise ValueError(
+                f"the model was saved with a {name} of its own, {saved[min(saved)]}, which no file holds. "
+                f"Fix: from_pretrained(..., {name}=...), a function that makes it from an NSAConfig, as in patch_model."
+            )
+        for i in saved or settings:
+            own_of[i][name] = own[name]
+    replacements, _ = _build(model, {i: _resolve(model, values) for i, values in settings.items()}, own_of)
     _swap(model, type(model), model.config, replacements)
 
 
-def _build(model: PreTrainedModel, config: NSAConfig, layers: Iterable[int] | None) -> dict[int, NSAAttention]:
-    """New attention modules by layer, with everything checked and the model untouched."""
-    decoder_layers = _decoder_layers(model)
-    wanted = range(len(decoder_layers)) if layers is None else sorted(set(layers))
-    unknown = [i for i in wanted if not 0 <= i < len(decoder_layers)]
-    if unknown or not wanted:
+def describe(model: PreTrainedModel) -> dict[str, Any]:
+    """A patched model's layers as they are now, in the form of the config's field `nsa`."""
+    layers = {}
+    for i, attention in _attentions(model).items():
+        layers[i] = attention.config.to_dict()
+        for name in COMPRESSORS:
+            if (phi := _own_phi(attention, name)) is not None:
+                layers[i][name] = f"{type(phi).__module__}.{type(phi).__qualname__}"
+    common = layers[min(layers)]
+    per_layer = {
+        str(i): {key: values.get(key) for key in {**common, **values} if values.get(key) != common.get(key)}
+        for i, values in layers.items()
+        if values != common
+    }
+    listed = None if len(layers) == len(_decoder_layers(model)) else sorted(layers)
+    return {**common, "layers": listed, **({"per_layer": per_layer} if per_layer else {})}
+
+
+def _attentions(model: PreTrainedModel) -> dict[int, NSAAttention]:
+    return {i: x.self_attn for i, x in enumerate(_decoder_layers(model)) if isinstance(x.self_attn, NSAAttention)}
+
+
+def _indices(model: PreTrainedModel, layers: Any) -> list[int]:
+    """Layers as sorted indices from 0: of an int, or of anything that holds ints, arrays and tensors included."""
+    count = len(_decoder_layers(model))
+    if layers is None:
+        return list(range(count))
+    try:
+        try:
+            indices = [operator.index(layers)]
+        except TypeError:
+            indices = [operator.index(i) for i in layers]
+    except TypeError:
+        indices = []
+    if not indices or not all(-count <= i < count for i in indices):
         raise ValueError(
-            f"layers={list(wanted)} must be among 0 .. {len(decoder_layers) - 1}, and at least one. "
-            "Fix: leave layers out to patch all of them."
+            f"layers={layers!r} must be an index or indices among 0 .. {count - 1}, or negative ones that count from the "
+            "end, and at least one. Fix: leave layers out to patch all of them."
         )
+    return sorted({i % count for i in indices})
+
+
+def _by_layer(
+    model: PreTrainedModel, config: Any, preset: str | None, layers: Any, overrides: Mapping[str, Any], patched: bool
+) -> dict[int, NSAConfig]:
+    """The arguments of `patch_model` as one NSAConfig for each layer to be patched."""
+    now = {i: attention.config for i, attention in _attentions(model).items()} if patched else {}
+    if isinstance(config, Mapping) and config and not any(isinstance(key, str) for key in config):
+        if layers is not None:
+            raise ValueError(f"layers={layers!r} and a config for each layer are both given. Fix: pass one of them.")
+        given = {_indices(model, key)[0]: value for key, value in config.items()}
+    else:
+        given = dict.fromkeys(now if layers is None and now else _indices(model, layers), config)
+    return {i: _resolve(model, value, preset, overrides, now.get(i)) for i, value in given.items()}
+
+
+def _resolve(
+    model: PreTrainedModel, given: Any, preset: str | None = None, overrides: Any = None, now: NSAConfig | None = None
+) -> NSAConfig:
+    """One layer's settings, in whichever form they were given, as an NSAConfig that fits the model."""
+    whole = isinstance(given, (NSAConfig, str, os.PathLike)) or (isinstance(given, Mapping) and "preset" in given)
+    if whole and preset is not None:
+        raise ValueError(f"preset={preset!r} and config are both given. Fix: pass one of them.")
+    if isinstance(given, str) and given in PRESETS:
+        given = {"preset": given}
+    elif isinstance(given, (str, os.PathLike)):
+        if not os.path.isfile(given):
+            raise ValueError(
+                f"config={given!r} is neither a preset nor a file: allowed are {tuple(PRESETS)}, the path of a YAML file, a "
+                "dict or an NSAConfig. Fix: check the spelling."
+            )
+        given = NSAConfig.from_yaml(os.fspath(given))
+    if isinstance(given, NSAConfig):
+        given = given.to_dict()
+    if not isinstance(given, (Mapping, type(None))):
+        raise ValueError(
+            f"config={given!r} is not allowed: it must be an NSAConfig, a preset's name, the path of a YAML file, a dict, or "
+            'a dict of these by layer. Fix: config="tiny", for example.'
+        )
+    values = {"preset": preset, **(given or {}), **(overrides or {})}
+    if now is not None and values["preset"] is None:
+        values = {**now.to_dict(), **values}
+    if (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default") not in ROPE_TYPES:
+        values.setdefault("rope_parameters", None)  # cos and sin of a type that somebody registered come from the model
+    config = NSAConfig.from_pretrained_config(model.config, **values)
     _check_fit(model, config)
-    for i in wanted:
-        if isinstance(decoder_layers[i].self_attn, NSAAttention):
+    return config
+
+
+def _build(
+    model: PreTrainedModel, settings: Mapping[int, NSAConfig], own: Mapping[int, Mapping[str, Any]]
+) -> tuple[dict[int, NSAAttention], tuple[str, ...]]:
+    """New attention modules for the layers that change, and which learned parts start anew. The model is untouched."""
+    replacements, anew = {}, []
+    for i, config in sorted(settings.items()):
+        attention: Any = _decoder_layers(model)[i].self_attn
+        before = attention if isinstance(attention, NSAAttention) else None
+        if before is None:
+            _check_signature(attention)
+        elif type(model) in SPARSE_CLASS:
             raise ValueError(
                 f"layer {i} is patched already, as a part of a larger model. Fix: patch or unpatch the whole model."
             )
-        _check_signature(decoder_layers[i].self_attn)  # type: ignore[arg-type]
-    return {i: NSAAttention(config, decoder_layers[i].self_attn) for i in wanted}  # type: ignore[arg-type]
+        elif before.config == config and not any(own[i].values()):
+            continue
+        new: dict[str, Any] = {name: make(config) for name, make in own[i].items() if make is not None}
+        if before is not None:
+            new = {**{name: _own_phi(before, name) for name in COMPRESSORS}, **new}
+        replacement = NSAAttention(
+            config, before.to_dense() if before else attention, **new, **_factory(model, attention.q_proj)
+        )
+        if before is not None:
+            anew += [f"{i}.{part}" for part in _carry_over(before, replacement)]
+        replacements[i] = replacement
+    return replacements, tuple(anew)
+
+
+def _factory(model: PreTrainedModel, projection: nn.Module) -> dict[str, Any]:
+    """Where and in what precision a layer's new parameters are made: as its query projection."""
+    weight: Any = projection.weight
+    if not isinstance(weight, Tensor):  # torch.ao's dynamically quantized Linear has a method of that name; it is for CPUs
+        return dict(device="cpu", dtype=model.dtype)
+    hook = getattr(projection, "_hf_hook", None)  # accelerate brings offloaded weights there when they are needed
+    device = hook.execution_device if weight.device.type == "meta" and hook is not None else weight.device
+    packed = not weight.is_floating_point() or weight.element_size() == 1
+    return dict(device=device, dtype=model.dtype if packed else weight.dtype)
+
+
+def _own_phi(attention: NSAAttention, name: str) -> nn.Module | None:
+    """A layer's phi for keys or values if it is not the one that its config describes."""
+    part = "compress" + name.removeprefix("compressor")
+    phi = getattr(getattr(attention, part), "phi", getattr(attention, part))
+    with torch.device("meta"):
+        described = Compressor(attention.config, getattr(attention.config, part), 1).phi
+    return None if type(phi) is type(described) else phi
+
+
+def _carry_over(before: NSAAttention, after: NSAAttention) -> list[str]:
+    """Gives a layer the learned parameters of its predecessor, part by part; returns the parts that do not fit."""
+    anew = []
+    for name in ("gate", "compress_k", "compress_v"):
+        learned, wanted = (dict(getattr(x, name).state_dict(keep_vars=True)) for x in (before, after))
+        if {key: x.shape for key, x in learned.items()} == {key: x.shape for key, x in wanted.items()}:
+            getattr(after, name).load_state_dict(learned, assign=True)
+        else:
+            anew.append(name)
+    return anew
 
 
 def _check_fit(model: PreTrainedModel, config: NSAConfig) -> None:
     """Everything that the kept projections and the model's forward pass demand of the NSA settings."""
-    expected = NSAConfig.from_pretrained_config(model.config)
+    distributed = getattr(model.config, "distributed_config", None)
+    if (getattr(distributed, "tp_size", None) or getattr(model, "_tp_size", None) or 1) > 1:
+        raise ValueError(
+            "the model is tensor-parallel (tp_plan, tp_size), which NSA layers do not support: allowed is a tp_size of 1. "
+            "Fix: load it without tp_plan; FSDP (DistributedConfig(fsdp_size=...)) works."
+        )
+    expected = NSAConfig.from_pretrained_config(model.config, rope_parameters=None)
     for name in (
-        "hidden_size",
-        "num_heads",
-        "num_kv_heads",
-        "head_dim",
-        "v_head_dim",
-        "scale",
-        "qk_norm",
-        "qkv_bias",
-        "o_bias",
-    ):
+        "hidden_size", "num_heads", "num_kv_heads", "head_dim", "v_head_dim", "scale", "qk_norm", "qkv_bias", "o_bias",
+    ):  # fmt: skip
         if getattr(config, name) != getattr(expected, name):
             raise ValueError(
                 f"NSAConfig.{name}={getattr(config, name)!r} does not fit this model, whose projections need "
@@ -237,61 +435,49 @@ def _swap(
     model: PreTrainedModel, sparse_class: type[PreTrainedModel], sparse_config: Any, replacements: dict[int, NSAAttention]
 ) -> None:
     """The only place that changes a model, and nothing in it can fail half-way."""
-    dense_config = model.config
-    if sparse_class is type(model):  # built sparse: the dense config exists only as what unpatching would give
-        dense_config = _convert_config(model.config, DENSE_CLASS[sparse_class].config_class)
-        del dense_config.nsa
-        if dense_config._attn_implementation == ATTENTION_NAME:  # the config came from a patched model, not from a file
-            dense_config._attn_implementation = "sdpa"  # transformers' default for these models
+    if "_nsa_dense" not in model.__dict__:
+        dense_config = model.config
+        if sparse_class is type(model):  # built sparse: the dense config exists only as what unpatching would give
+            dense_config = _convert_config(model.config, DENSE_CLASS[sparse_class].config_class)
+            del dense_config.nsa
+            if dense_config._attn_implementation == ATTENTION_NAME:
+                dense_config._attn_implementation = "sdpa"  # transformers' default for these models
+        model._nsa_dense = _DenseState(dense_config, _lasting_values(sparse_config))  # type: ignore[assignment]
     for i, replacement in replacements.items():
         _decoder_layers(model)[i].self_attn = replacement
     sparse_config._attn_implementation = ATTENTION_NAME
-    model._nsa_dense = _DenseState(dense_config, _lasting_values(sparse_config))  # type: ignore[assignment]
     _rebind_config(model, model.config, sparse_config)
     model.__class__ = sparse_class
+    sparse_config.nsa = describe(model)
 
 
-def _rebind_config(model: nn.Module, old: Any, new: Any) -> None:
-    """Every submodule that refers to the old config object gets the new one; the old one itself is not changed."""
+def _rebind_config(model: PreTrainedModel, old: Any, new: Any) -> None:
+    """Every module that refers to the old config object gets the new one; the old one itself is not changed.
+
+    A larger model that contains this one, such as a Llava, does not know of it, and would write a file that loads dense.
+    Its config becomes a copy with the new one inside.
+    """
+    if old is new:
+        return
+    found = [x for x in gc.get_objects() if issubclass(type(x), PreTrainedModel) and any(m is model for m in x.modules())]
+    for whole in sorted(found, key=lambda x: -len(list(x.modules()))):  # the largest first: its parts share its config
+        for key in whole.config.sub_configs:
+            if getattr(whole.config, key, None) is old:
+                outer = copy.copy(whole.config)
+                setattr(outer, key, new)
+                _replace_config(whole, whole.config, outer)
+        _replace_config(whole, old, new)
+
+
+def _replace_config(model: nn.Module, old: Any, new: Any) -> None:
     for module in model.modules():
         if module.__dict__.get("config") is old:
             module.config = new
 
 
-def _report(
-    model: PreTrainedModel, patched_class: str, config: NSAConfig, attentions: dict[int, NSAAttention], **flags: bool
-) -> PatchReport:
-    added = sum(
-        p.numel()
-        for attention in attentions.values()
-        for part in (attention.gate, attention.compress_k, attention.compress_v)
-        for p in part.parameters()
-    )
-    is_patched = flags.get("already_patched", False)
-    return PatchReport(
-        model_class=type(model).__name__,
-        patched_class=patched_class,
-        config=config,
-        layers=tuple(sorted(attentions)),
-        dense_layers=tuple(i for i in range(len(_decoder_layers(model))) if i not in attentions),
-        new_parameters=added,
-        total_parameters=model.num_parameters() + (0 if is_patched else added),
-        **flags,
-    )
-
-
-def _already_patched(
-    model: PreTrainedModel, config: NSAConfig | None, preset: str | None, layers: Iterable[int] | None, verbose: bool
-) -> PatchReport:
-    attentions = {i: x.self_attn for i, x in enumerate(_decoder_layers(model)) if isinstance(x.self_attn, NSAAttention)}
-    current = next(iter(attentions.values())).config
-    wanted = config or (NSAConfig.from_pretrained_config(model.config, preset) if preset else current)
-    if wanted != current or (layers is not None and sorted(set(layers)) != sorted(attentions)):
-        raise ValueError("the model is already patched with other settings. Fix: unpatch_model(model) first.")
-    report = _report(model, type(model).__name__, current, attentions, already_patched=True)
-    if verbose:
-        print(report)
-    return report
+def _count_new(attentions: Iterable[NSAAttention]) -> int:
+    parts = (part for a in attentions for part in (a.gate, a.compress_k, a.compress_v))
+    return sum(p.numel() for part in parts for p in part.parameters())
 
 
 def _ranges(indices: tuple[int, ...]) -> str:
