@@ -19,6 +19,7 @@ from tests.integrations.models import (
     attentions,
     dense_config,
     dense_model,
+    greedy,
     scramble,
     sparse_layers,
     sparse_model,
@@ -269,6 +270,8 @@ def test_settings_by_layer_round_trip(tmp_path):
     assert_same_model(loaded, model)
     loaded.save_pretrained(tmp_path / "again")
     assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model)
+    prompt = IDS[:1, :120]
+    assert torch.equal(loaded.generate(prompt, max_new_tokens=5, do_sample=False), greedy(model, prompt, 5))
 
 
 class LastToken(torch.nn.Module):

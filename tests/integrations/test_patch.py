@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 import yaml
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import DynamicCache
 from transformers.distributed import DistributedConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -569,7 +570,7 @@ def test_tensor_parallel_models_are_refused():
     model = dense_model()
     model.config.distributed_config = DistributedConfig(tp_size=2)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"tensor-parallel.*Fix: load it without tp_plan"):
+    with pytest.raises(ValueError, match=r"tensor-parallel.*Fix: load it without tp_plan; patch_model before fully_shard"):
         patch_model(model, "tiny", verbose=False)
     assert_same(before, snapshot(model))
     config = NSALlamaConfig(hidden_size=64, num_attention_heads=8, num_hidden_layers=1, nsa=dict(preset="tiny"))
@@ -633,6 +634,14 @@ def test_what_cannot_be_unpatched_is_refused_by_name(tmp_path):
             with pytest.raises(TypeError, match=f"{name} cannot be unpatched.*Fix: call unpatch_model with the whole"):
                 unpatch_model(whole)
             assert_same(before, snapshot(model))
+        sharded = dense_model()
+        torch.distributed.fsdp.fully_shard(sharded.model.layers[0], mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(ValueError, match="sharded already"):
+            patch_model(sharded, "tiny", verbose=False)
+        patch_model(sharded := dense_model(), "tiny", verbose=False)
+        torch.distributed.fsdp.fully_shard(sharded.model.layers[0], mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(TypeError, match="FSDPLlamaDecoderLayer cannot be unpatched"):
+            unpatch_model(sharded)
     finally:
         torch.distributed.destroy_process_group()
 

@@ -370,10 +370,11 @@ def _carry_over(before: NSAAttention, after: NSAAttention) -> list[str]:
 def _check_fit(model: PreTrainedModel, config: NSAConfig) -> None:
     """Everything that the kept projections and the model's forward pass demand of the NSA settings."""
     distributed = getattr(model.config, "distributed_config", None)
-    if (getattr(distributed, "tp_size", None) or getattr(model, "_tp_size", None) or 1) > 1:
+    tensor_parallel = (getattr(distributed, "tp_size", None) or getattr(model, "_tp_size", None) or 1) > 1
+    if tensor_parallel or any(hasattr(p, "device_mesh") for p in model.parameters()):
         raise ValueError(
-            "the model is tensor-parallel (tp_plan, tp_size), which NSA layers do not support: allowed is a tp_size of 1. "
-            "Fix: load it without tp_plan; FSDP (DistributedConfig(fsdp_size=...)) works."
+            "the model is tensor-parallel (tp_plan, tp_size), which NSA layers do not support, or sharded already, and the "
+            "new parameters would not be. Fix: load it without tp_plan; patch_model before fully_shard."
         )
     expected = NSAConfig.from_pretrained_config(model.config, rope_parameters=None)
     for name in (
