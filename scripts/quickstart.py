@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Annotated
 
 import matplotlib
+from training import Steps  # beside this file; it wants to be imported before torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -129,14 +129,12 @@ def train_side_by_side(
     history: dict[str, list[tuple[int, float]]] = {name: [] for name in models}
     seconds = dict.fromkeys(models, 0.0)
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("training both", total=steps)
+    with Steps(steps, console) as progress:
         for step in range(steps + 1):
             if step % max(1, steps // 8) == 0 or step == steps:
                 for name, model in models.items():
                     history[name].append((step, evaluate(model, held_out, batch_size, device)))
-                progress.update(bar, description="loss " + ", ".join(f"{n} {h[-1][1]:.3f}" for n, h in history.items()))
+                progress.report("loss " + ", ".join(f"{n} {h[-1][1]:.3f}" for n, h in history.items()))
             if step == steps:
                 break
             starts = torch.randint(len(train) - length - 1, (batch_size,), generator=generator)
@@ -149,7 +147,7 @@ def train_side_by_side(
                 optimizers[name].zero_grad()
                 schedules[name].step()
                 seconds[name] += time.perf_counter() - begin
-            progress.advance(bar)
+            progress.advance()
     return history, seconds
 
 

@@ -1,9 +1,15 @@
 """The quickstart, from beginning to end, on a run too short to learn anything."""
 
+import importlib.util
+import io
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from rich.console import Console
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "quickstart.py"
 
@@ -11,9 +17,69 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "quickstart.py"
 def test_quickstart(tmp_path):
     command = [sys.executable, str(SCRIPT), "--steps=2", "--length=256", "--batch-size=1", f"--output={tmp_path}"]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    environment["OMP_DISPLAY_ENV"] = "TRUE"  # the OpenMP library says what it goes by
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     for expected in ("NSALlamaForCausalLM", "418,432", "424,752", "identical logits"):
         assert expected in " ".join(run.stdout.split())  # the console wraps lines
+    # Threads that spin while they wait take from each other what they wait for, once other processes are busy, too.
+    assert re.search(r"OMP_WAIT_POLICY\s*=\s*'PASSIVE'", run.stderr)
+    assert re.search(r"step 2 of 2: loss dense \d\.\d+, NSA \d\.\d+ \(\d+ s", run.stdout)  # where there is no terminal
     for file in ("loss.png", "selection_and_gates.png", "nsa_llama/config.json", "nsa_llama/model.safetensors"):
         assert (tmp_path / file).stat().st_size > 500, file
+
+
+class Clock:
+    """Stands still until it is told otherwise."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def training(monkeypatch):
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # as the module would, and undone after the test
+    specification = importlib.util.spec_from_file_location("training", SCRIPT.parent / "training.py")
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+    monkeypatch.setattr(module, "time", Clock())
+    return module
+
+
+def run_steps(training, seconds, terminal=False):
+    """What is printed of steps that take so long, with a report after the first."""
+    printed = io.StringIO()
+    console = Console(file=printed, force_terminal=terminal, width=100)
+    with training.Steps(len(seconds), console) as progress:
+        for number, took in enumerate(seconds):
+            training.time.now += took
+            progress.advance()
+            if number == 0:
+                training.time.now += 20  # an evaluation, which is no part of a step
+                progress.report("loss 1.000")
+    return printed.getvalue()
+
+
+def test_without_a_terminal_a_line_now_and_then(training):
+    lines = run_steps(training, [20] * 5).splitlines()
+    assert lines == [
+        "step 1 of 5: loss 1.000 (40 s, about 160 s left)",
+        "step 3 of 5: loss 1.000 (80 s, about 53 s left)",
+        "step 5 of 5: loss 1.000 (120 s, about 0 s left)",
+    ]
+
+
+def test_a_step_far_slower_than_the_first_is_said_once(training):
+    said = "other processes are using this machine's cores"
+    assert said not in run_steps(training, [1, 2, 3, 1])
+    slow = " ".join(run_steps(training, [1, 2, 9, 9, 1, 9]).split())
+    assert slow.count(said) == 1
+    assert "Step 3 took 9.0 s and the first 1.0 s" in slow
+
+
+def test_on_a_terminal_a_bar(training):
+    assert "step 1 of" not in run_steps(training, [20] * 3, terminal=True)
+    assert "3/3" in run_steps(training, [20] * 3, terminal=True)
