@@ -3,23 +3,47 @@
 The plotting functions need matplotlib: `pip install "nsa-fsa[plot]"`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nsa_fsa.config import BRANCHES, NSAConfig
-from nsa_fsa.modules.native_sparse_attention import NativeSparseAttention, Record
+from nsa_fsa.modules.native_sparse_attention import Details, NativeSparseAttention, Record
+from nsa_fsa.reference import block_scores
 
 # Colour-blind safe (Okabe and Ito): orange, blue, green.
 BRANCH_COLORS = ("#E69F00", "#0072B2", "#009E73")
+# What one query does with one key, in the order of the numbers in the picture of a selection. The selected branch is blue and
+# the sliding branch green there as everywhere; a key that both read is darker than either.
+KEY_KINDS = {
+    "in the future": "#FFFFFF",
+    "only as compressed tokens": "#E4E4E4",
+    "selected, by score": BRANCH_COLORS[1],
+    "selected, always": "#56B4E9",
+    "sliding window": BRANCH_COLORS[2],
+    "selected and in the window": "#08304B",
+}
+MAX_PIXELS = 2048  # rows and columns of a picture, which leaves out queries and keys in between beyond that
 
 
 @contextmanager
-def record(model: nn.Module) -> Iterator[list[Record]]:
-    """Collects a `Record` of every forward of every NSA layer in the model.
+def record(model: nn.Module, *, details: bool = False, max_queries: int = 512) -> Iterator[list[Record]]:
+    """Collects a `Record` of every forward of every NSA layer in the model, in the order in which they ran.
+
+    A forward that gradient checkpointing computes again during backward is not recorded again. Layers without a
+    `layer_idx` of their own are counted in the order of `model.modules()`.
+
+    Args:
+        model: holds at least one NSA layer.
+        details: also keep `Record.details`: the scores of all blocks, and the output and log-sum-exp of each branch.
+        max_queries: of at most so many queries of each forward, evenly spaced among its packed rows. What is kept of one
+            forward is at most `max_queries * (HKV * blocks + 3 * HQ * (DV + 1))` numbers.
+
+    Raises:
+        ValueError: for a model without such a layer, or max_queries < 1.
 
     Example:
         >>> with record(model) as records:
@@ -29,9 +53,22 @@ def record(model: nn.Module) -> Iterator[list[Record]]:
     layers = [module for module in model.modules() if isinstance(module, NativeSparseAttention)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no NativeSparseAttention layer. Fix: patch_model(model) first.")
+    if max_queries < 1:
+        raise ValueError(f"max_queries={max_queries} must be an int >= 1. Fix: details=False keeps no details.")
     records: list[Record] = []
-    for layer in layers:
-        layer.recorder = records.append
+
+    def keeper(number: int, layer: NativeSparseAttention) -> Callable[[Record], None]:
+        def keep(entry: Record) -> None:
+            if torch._C._current_graph_task_id() != -1:  # inside a backward: gradient checkpointing runs the forward again
+                return
+            found = _details(entry, layer.config, max_queries) if details else None
+            layer_idx = number if entry.layer_idx is None else entry.layer_idx
+            records.append(entry._replace(layer_idx=layer_idx, inside=None, details=found))
+
+        return keep
+
+    for number, layer in enumerate(layers):
+        layer.recorder = keeper(number, layer)
     try:
         yield records
     finally:
@@ -39,72 +76,193 @@ def record(model: nn.Module) -> Iterator[list[Record]]:
             layer.recorder = None
 
 
-def first_sequence_blocks(entry: Record) -> Tensor:
-    """The block indices of the first sequence in a record of a forward without a cache, int32 `[S, HKV, T_sel]`.
+@torch.no_grad()
+def _details(entry: Record, config: NSAConfig, max_queries: int) -> Details:
+    """Those of evenly spaced rows."""
+    assert entry.inside is not None
+    q, k_cmp, branches = entry.inside
+    rows = torch.arange(q.shape[0], device=q.device)
+    if len(rows) > max_queries:
+        rows = torch.linspace(0, len(rows) - 1, max_queries, dtype=torch.float64, device=q.device).round().long()
+    layout = entry.layout
+    starts_q = layout.cu_seqlens if layout.cu_seqlens_q is None else layout.cu_seqlens_q
+    sequence = torch.searchsorted(starts_q[1:].contiguous(), rows, right=True)
+    sequence = sequence.clamp(max=len(starts_q) - 2)
+    position = rows - starts_q[sequence]
+    if layout.cu_seqlens_q is not None and layout.seqused_k is not None:  # the last positions of what a cache holds
+        position = position + layout.seqused_k[sequence] - starts_q.diff()[sequence]
+    # Every query is given as a sequence of its own, which begins where its own does and ends with it.
+    scores = block_scores(
+        q[rows],
+        k_cmp,
+        branches.lse_cmp[rows],
+        torch.cat((layout.cu_seqlens[sequence], layout.cu_seqlens[-1:])),
+        layout.max_seqlen,
+        kernel_size=config.kernel_size,
+        kernel_stride=config.kernel_stride,
+        block_size=config.block_size,
+        scale=config.scale,
+        cu_seqlens_q=torch.arange(len(rows) + 1, device=q.device),
+        seqused_k=position + 1,
+    )  # [N, HKV, blocks]
+    outputs = torch.stack([o[rows] for o in (branches.o_cmp, branches.o_slc, branches.o_swa)], dim=1)
+    lse = torch.stack([x[rows] for x in (branches.lse_cmp, branches.lse_slc, branches.lse_swa)], dim=1)
+    return Details(rows, outputs, lse, scores)
+
+
+def by_layer(records: Sequence[Record]) -> dict[int | None, list[Record]]:
+    """The records of each layer, in the order of the layers' first forwards."""
+    layers: dict[int | None, list[Record]] = {}
+    for entry in records:
+        layers.setdefault(entry.layer_idx, []).append(entry)
+    return layers
+
+
+class Queries(NamedTuple):
+    """The queries of one sequence, at consecutive positions, and what they selected."""
+
+    positions: Tensor  # int64 [N]
+    block_indices: Tensor  # int32 [N, HKV, T_sel]
+
+
+def queries_of(entries: Record | Sequence[Record], sequence: int = 0) -> Queries:
+    """One sequence's queries in one forward of a layer, or in several: a prefill and the steps after it, say.
+
+    Of several forwards, those from the last one on that began at the sequence's first token count; where a position was
+    computed more than once, as after a crop, its last time does.
+
+    Args:
+        entries: a record, or records of one layer in the order in which they ran; see `by_layer`.
+        sequence: its number in the batch.
 
     Raises:
-        ValueError: for a record of a forward with a cache, whose queries are not a whole sequence.
+        ValueError: for records of several layers, a sequence that is not in every forward, or positions with gaps.
     """
-    if entry.layout.cu_seqlens_q is not None:
-        raise ValueError("this record is of a forward with a cache. Fix: record a forward of whole sequences.")
-    return entry.block_indices[: int(entry.layout.cu_seqlens[1])]
+    entries = [entries] if isinstance(entries, Record) else list(entries)
+    layers = list(by_layer(entries))
+    if len(layers) != 1:
+        raise ValueError(f"these are records of the layers {layers}; they must be of one. Fix: by_layer(records)[0].")
+    position: list[Tensor] = []
+    block_indices: list[Tensor] = []
+    for entry in entries:
+        begin, stop, first = _rows_of(entry, sequence)
+        if first == 0:
+            position, block_indices = [], []
+        position.append(torch.arange(first, first + stop - begin))
+        block_indices.append(entry.block_indices[begin:stop])
+    found, order = torch.cat(position).sort(stable=True)
+    last = torch.ones_like(found, dtype=torch.bool)
+    last[:-1] = found.diff() != 0  # of those at one position
+    found, order = found[last], order[last]
+    if not len(found) or (found.diff() != 1).any():
+        raise ValueError(
+            f"{len(found)} positions of sequence {sequence} were recorded, and they must be at least one and without gaps: "
+            f"found {found[:1].tolist()} to {found[-1:].tolist()}. Fix: pass the records of every forward."
+        )
+    chosen = torch.cat(block_indices)
+    return Queries(found.to(chosen.device), chosen[order.to(chosen.device)])
 
 
-def selected_blocks(block_indices: Tensor, block_size: int) -> Tensor:
-    """Block indices `[S, HKV, T_sel]` of one sequence -> bool `[S, HKV, ceil(S / block_size)]`."""
-    num_blocks = -(-block_indices.shape[0] // block_size)
+def _rows_of(entry: Record, sequence: int) -> tuple[int, int, int]:
+    """The packed rows `begin : stop` that hold a sequence's queries, and the position of the first of them."""
+    layout = entry.layout
+    starts = (layout.cu_seqlens if layout.cu_seqlens_q is None else layout.cu_seqlens_q).tolist()
+    if not 0 <= sequence < len(starts) - 1:
+        raise ValueError(f"sequence={sequence} must be among the {len(starts) - 1} of this forward, counted from 0.")
+    begin, stop = starts[sequence], starts[sequence + 1]
+    if layout.cu_seqlens_q is None or layout.seqused_k is None:
+        return begin, stop, 0
+    return begin, stop, int(layout.seqused_k[sequence]) - (stop - begin)
+
+
+def selected_blocks(block_indices: Tensor, block_size: int, length: int | None = None) -> Tensor:
+    """Block indices `[N, HKV, T_sel]` of one sequence -> bool `[N, HKV, ceil(length / block_size)]`; default length N."""
+    num_blocks = -(-(block_indices.shape[0] if length is None else length) // block_size)
     index = block_indices.long()
     selected = torch.zeros(*index.shape[:2], num_blocks + 1, dtype=torch.bool, device=index.device)
     return selected.scatter_(2, index.where(index >= 0, num_blocks), True)[..., :num_blocks]
 
 
-def keys_attended(entry: Record, config: NSAConfig) -> tuple[Tensor, Tensor]:
-    """How much each query of the first recorded sequence read.
+def keys_attended(entries: Record | Sequence[Record], config: NSAConfig, sequence: int = 0) -> tuple[Tensor, Tensor]:
+    """How much each query of one sequence read; `entries` and `sequence` as in `queries_of`.
 
     Returns:
-        The number of distinct keys in its selected blocks and its window, averaged over KV heads, float `[S]`; and the
-        number of compressed tokens it saw, int64 `[S]`.
+        The number of distinct keys in its selected blocks and its window, averaged over KV heads, float `[N]`; and the
+        number of compressed tokens it saw, int64 `[N]`.
     """
-    blocks = selected_blocks(first_sequence_blocks(entry), config.block_size)
-    length = blocks.shape[0]
-    t = torch.arange(length, device=blocks.device)
+    positions, block_indices = queries_of(entries, sequence)
+    length = int(positions[-1]) + 1
+    key = torch.arange(length, device=positions.device)
     counts = []
-    for start in range(0, length, 256):  # 256 queries at a time, so that nothing of size S x S exists
-        q = t[start : start + 256, None]
-        keys = blocks[start : start + 256].repeat_interleave(config.block_size, dim=2)[..., :length]
-        window = (t > q - config.window_size)[:, None]
-        counts.append(((keys | window) & (t <= q)[:, None]).sum(-1).float().mean(-1))
-    compressed = ((t + 1 - config.kernel_size).div(config.kernel_stride, rounding_mode="floor") + 1).clamp(min=0)
-    return torch.cat(counts), compressed
+    for chunk in torch.arange(len(positions), device=positions.device).split(256):  # so that nothing of size S x S exists
+        t = positions[chunk, None]  # [256, 1]
+        blocks = selected_blocks(block_indices[chunk], config.block_size, length)
+        keys = blocks.repeat_interleave(config.block_size, dim=2)[..., :length]
+        window = (key > t - config.window_size)[:, None]
+        counts.append(((keys | window) & (key <= t)[:, None]).sum(-1).float().mean(-1))
+    complete = (positions + 1 - config.kernel_size).div(config.kernel_stride, rounding_mode="floor") + 1
+    return torch.cat(counts), complete.clamp(min=0)
 
 
-def plot_block_selection(ax: Any, entry: Record, config: NSAConfig, kv_head: int = 0) -> None:
-    """Draws which blocks each query of the first recorded sequence selected, for one KV head, into a matplotlib axes."""
+def plot_block_selection(
+    ax: Any, entries: Record | Sequence[Record], config: NSAConfig, kv_head: int = 0, sequence: int = 0
+) -> None:
+    """Draws which keys each query of one sequence read with one KV head, and why, into a matplotlib axes.
+
+    `entries` and `sequence` are as in `queries_of`: the steps after a prefill are rows below it. Beyond 2,048 queries or
+    keys, evenly spaced ones are drawn. Every query also reads all compressed tokens whose window lies in its past, which is
+    all there is of a key in neither a selected block nor the sliding window.
+
+    Raises:
+        ValueError: as `queries_of` does, and for a KV head that there is not.
+    """
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
-    selected = selected_blocks(first_sequence_blocks(entry), config.block_size)[:, kv_head].cpu()  # [S, blocks]
-    own = (torch.arange(selected.shape[0]) // config.block_size)[:, None]
-    block = torch.arange(selected.shape[1])
-    forced = (block <= own) & ((block < config.init_blocks) | (block > own - config.local_blocks))
-    # 0: the future, 1: not read, 2: chosen by score, 3: always read
-    kind = torch.where(block > own, 0, 1 + selected.int() + (selected & forced).int())
-    colors = ("#FFFFFF", "#ECECEC", BRANCH_COLORS[1], "#E69F00")
-    ax.imshow(kind, aspect="auto", interpolation="nearest", cmap=ListedColormap(colors), vmin=0, vmax=3)
-    ax.set(xlabel=f"block of {config.block_size} keys", ylabel="query position")
-    labels = ("not read", "chosen by score", "always read")
-    ax.legend(handles=[Patch(color=c, label=x) for c, x in zip(colors[1:], labels, strict=True)], loc="upper right")
+    positions, block_indices = (x.cpu() for x in queries_of(entries, sequence))
+    num_heads = block_indices.shape[1]
+    if not 0 <= kv_head < num_heads:
+        raise ValueError(f"kv_head={kv_head} must be among the layer's {num_heads}, counted from 0.")
+    first, length = int(positions[0]), int(positions[-1]) + 1
+    rows = _evenly(len(positions))
+    t, key = positions[rows, None], _evenly(length)
+    own, block = t // config.block_size, key // config.block_size
+    selected = selected_blocks(block_indices[rows, kv_head : kv_head + 1], config.block_size, length)[:, 0, block]
+    forced = (block < config.init_blocks) | (block > own - config.local_blocks)
+    window = key > t - config.window_size
+    kind = 1 + torch.where(selected, 1 + forced.int(), 0)  # 1 compressed only, 2 by score, 3 always
+    kind = torch.where(window, torch.where(selected, 5, 4), kind).masked_fill(key > t, 0)
+    ax.imshow(
+        kind.numpy(), aspect="auto", interpolation="nearest", cmap=ListedColormap(list(KEY_KINDS.values())), vmin=0, vmax=5,
+        extent=(0, length, length, first),
+    )  # fmt: skip
+    layer = (entries if isinstance(entries, Record) else entries[0]).layer_idx
+    drawn = "" if layer is None else f"layer {layer}, "
+    ax.set(
+        xlabel=f"key position (blocks of {config.block_size})",
+        ylabel="query position",
+        title=f"Keys read: {drawn}KV head {kv_head} of {num_heads}, sequence {sequence}",
+    )
+    patches = [Patch(facecolor=color, edgecolor="#B0B0B0", label=name) for name, color in KEY_KINDS.items()]
+    ax.legend(handles=patches, loc="upper right", fontsize="small")
 
 
-def plot_gates(ax: Any, records: list[Record]) -> None:
-    """Draws the mean gate of each branch and layer as bars, and each head's mean as a dot, into a matplotlib axes."""
-    for branch, (name, color) in enumerate(zip(BRANCHES, BRANCH_COLORS, strict=True)):
-        for row, entry in enumerate(records):
-            heads = entry.gates[..., branch].float().mean(0).cpu()  # [HQ or 1]
-            x = row + (branch - 1) * 0.26
+def _evenly(number: int) -> Tensor:
+    """At most MAX_PIXELS of 0 .. number - 1, evenly spaced."""
+    return torch.arange(min(number, MAX_PIXELS)) * number // min(number, MAX_PIXELS)
+
+
+def plot_gates(ax: Any, records: Sequence[Record]) -> None:
+    """Draws the mean gate of each branch and layer as bars, and each head's mean as a dot, into a matplotlib axes; the mean is
+    over all tokens of a layer's forwards."""
+    layers = by_layer(records)
+    for row, entries in enumerate(layers.values()):
+        gates = torch.cat([entry.gates.float() for entry in entries]).mean(0).cpu()  # [HQ or 1, 3]
+        for branch, (name, color) in enumerate(zip(BRANCHES, BRANCH_COLORS, strict=True)):
+            heads, x = gates[:, branch], row + (branch - 1) * 0.26
             ax.bar(x, heads.mean().item(), width=0.24, color=color, label=name if row == 0 else None)
             if len(heads) > 1:
                 ax.scatter([x] * len(heads), heads, s=9, color="black", alpha=0.45, zorder=3, linewidths=0)
-    ax.set(xlabel="layer", ylabel="mean gate", ylim=(0, 1), xticks=range(len(records)))
-    ax.set_xticklabels([str(row if entry.layer_idx is None else entry.layer_idx) for row, entry in enumerate(records)])
+    ax.set(xlabel="layer", ylabel="mean gate", ylim=(0, 1), xticks=range(len(layers)))
+    ax.set_xticklabels([str(row if layer is None else layer) for row, layer in enumerate(layers)])
     ax.legend(ncols=3, loc="upper center")

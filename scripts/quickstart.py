@@ -213,7 +213,6 @@ def plot_inside(records: list, config: NSAConfig, path: Path) -> None:
     figure, axes = plt.subplots(1, len(records) + 1, figsize=(5 * (len(records) + 1), 4.6), layout="constrained")
     for ax, entry in zip(axes, records, strict=False):
         plot_block_selection(ax, entry, config)
-        ax.set_title(f"Blocks that each query reads, layer {entry.layer_idx}")
     plot_gates(axes[-1], records)
     axes[-1].set_title("Gates (bar: mean, dots: heads)")
     figure.savefig(path, dpi=130)

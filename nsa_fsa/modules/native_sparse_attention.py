@@ -15,11 +15,28 @@ from nsa_fsa.modules.compression import Compressor
 from nsa_fsa.modules.gating import BranchGate
 from nsa_fsa.modules.norm import normalize
 from nsa_fsa.modules.rotary import RotaryEmbedding, apply_rotary
-from nsa_fsa.ops import Layout, backends, nsa_attention, window_starts
+from nsa_fsa.ops import Branches, Layout, backends, nsa_attention, window_starts
 from nsa_fsa.ops.nsa_attention import OPERATORS
 from nsa_fsa.ops.varlen import pack_padded, positions, uniform_layout
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+
+
+class Inside(NamedTuple):
+    """The tensors that one forward of a layer decided by, without gradients."""
+
+    q: Tensor  # [T, HQ, D], rotated
+    k_cmp: Tensor  # compressed keys, rotated, where `layout` says
+    branches: Branches
+
+
+class Details(NamedTuple):
+    """What some of the queries of one forward saw; branch order compressed, selected, sliding."""
+
+    rows: Tensor  # int64 [N], which of the forward's T packed queries these are
+    outputs: Tensor  # [N, 3, HQ, DV], of each branch, before the gates
+    lse: Tensor  # [N, 3, HQ], natural log; -inf where a query sees nothing
+    scores: Tensor  # [N, HKV, blocks], of every block; 0 for future ones
 
 
 class Record(NamedTuple):
@@ -29,6 +46,8 @@ class Record(NamedTuple):
     block_indices: Tensor  # int32 [T, HKV, T_sel]
     gates: Tensor  # [T, HQ or 1, 3], after the sigmoid
     layout: Layout
+    inside: Inside | None = None  # for the recorder to look at; `nsa_fsa.visualization.record` does not keep it
+    details: Details | None = None  # kept on request by `nsa_fsa.visualization.record`
 
 
 class NativeSparseAttention(nn.Module):
@@ -176,7 +195,8 @@ class NativeSparseAttention(nn.Module):
         )  # [T, HQ, DV]
         if self.recorder is not None:
             o, branches = o
-            self.recorder(Record(self.layer_idx, branches.block_indices, gate_logits.detach().sigmoid(), layout))
+            gates, inside = gate_logits.detach().sigmoid(), Inside(q.detach(), k_cmp.detach(), branches)
+            self.recorder(Record(self.layer_idx, branches.block_indices, gates, layout, inside))
         return _put_back(self.o_proj(o.flatten(1)), rows, hidden_states)
 
     def _pack(

@@ -27,6 +27,9 @@ class Branches(NamedTuple):
     o_slc: Tensor  # [T, HQ, DV]
     o_swa: Tensor  # [T, HQ, DV]
     block_indices: Tensor  # int32 [T, HKV, T_sel]
+    lse_cmp: Tensor  # [T, HQ], natural log; -inf where a query sees nothing
+    lse_slc: Tensor  # [T, HQ]
+    lse_swa: Tensor  # [T, HQ]
 
 
 def nsa_attention(
@@ -64,7 +67,7 @@ def nsa_attention(
         k_cmp, v_cmp: compressed keys and values, `[T // kernel_stride, HKV, D]` and `[T // kernel_stride, HKV, DV]`.
         gate_logits: `[T, HQ or 1, 3]`, before the sigmoid; branch order compressed, selected, sliding.
         k_swa, v_swa: keys and values of the sliding branch; default k and v.
-        return_branches: also return the branch outputs and the block indices.
+        return_branches: also return the branches' outputs and log-sum-exps, and the block indices.
         recompute: of "compressed", "selected" and "sliding", the branches whose output is not kept for backward but computed
             again there: `[T, HQ, DV]` less memory each, for the time of the branch's forward.
         workspace_bytes: how much memory the kernels may take beside inputs, outputs and gradients, at any length.
@@ -116,7 +119,7 @@ def nsa_attention(
         kernel_stride, block_size, num_selected_blocks, init_blocks, local_blocks, window_size, workspace_bytes,
         [name in recompute for name in BRANCHES], backend,
     )  # fmt: skip
-    return (o, Branches(*inside[:3], inside[6])) if return_branches else o  # type: ignore[call-arg]
+    return (o, Branches(*inside[:3], inside[6], *inside[3:6])) if return_branches else o  # type: ignore[call-arg]
 
 
 OPERATORS = ("compressed_attention", "select_blocks", "selected_attention", "sliding_window_attention", "gated_combine")
