@@ -8,8 +8,7 @@ from typing import Any
 
 from nsa_fsa.cache import NSACache
 from nsa_fsa.config import NSAConfig
-from nsa_fsa.modules import NativeSparseAttention
-from nsa_fsa.ops import explain
+from nsa_fsa.modules import NativeSparseAttention, explain
 
 __version__ = "0.1.0"
 

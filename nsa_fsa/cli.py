@@ -15,6 +15,7 @@ from rich.table import Table
 import nsa_fsa
 from nsa_fsa.benchmarking import app as benchmark
 from nsa_fsa.config import PRESETS, NSAConfig
+from nsa_fsa.modules.explain import GPUS
 from nsa_fsa.modules.fused import quack_kernels
 from nsa_fsa.ops import backends
 
@@ -37,6 +38,21 @@ def version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def print_version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"nsa_fsa {nsa_fsa.__version__}, PyTorch {torch.__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
 
 
 @app.command()
@@ -73,24 +89,36 @@ def explain(
     config: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="YAML of an NSAConfig, as in configs/.")
     ] = None,
-    preset: Annotated[str, typer.Option(help=f"Without --config: of {', '.join(PRESETS)}.")] = "fsa-64x16",
-    heads: Annotated[int, typer.Option(help="Without --config: query heads.")] = 32,
-    kv_heads: Annotated[int, typer.Option(help="Without --config: KV heads.")] = 8,
-    head_dim: Annotated[int, typer.Option(help="Without --config: head width.")] = 128,
+    preset: Annotated[str | None, typer.Option(help=f"Of {', '.join(PRESETS)}. Default: fsa-64x16.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1, help="Query heads. Default: 32.")] = None,
+    kv_heads: Annotated[int | None, typer.Option(min=1, help="KV heads. Default: 8.")] = None,
+    head_dim: Annotated[int | None, typer.Option(min=1, help="Head width. Default: 128.")] = None,
     dtype: Annotated[str, typer.Option(help=f"Of {', '.join(DTYPES)}.")] = "bfloat16",
     device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: the GPU where there is one.")] = None,
+    gpu: Annotated[
+        str | None, typer.Option("--for", help=f"What would run on another machine's GPU: of {', '.join(GPUS)}, or sm_90, ...")
+    ] = None,
 ) -> None:
-    """What every operator of a layer would run, and why. Runs nothing and takes no memory."""
+    """What every operator of a layer would run, and why. Runs nothing and takes no memory.
+
+    The layer is that of --config, or is made of --preset, --heads, --kv-heads and --head-dim.
+    """
     if dtype not in DTYPES:
         raise typer.BadParameter(f"{dtype!r} is not known: allowed are {', '.join(DTYPES)}.", param_hint="--dtype")
+    given = {"--preset": preset, "--heads": heads, "--kv-heads": kv_heads, "--head-dim": head_dim}
+    without_effect = [option for option, value in given.items() if value is not None and config is not None]
+    if without_effect:
+        raise typer.BadParameter(
+            f"{config} says all of the layer, so {', '.join(without_effect)} would have no effect. Fix: leave either out.",
+            param_hint="--config",
+        )
+    heads, head_dim = heads or 32, head_dim or 128
+    sizes = dict(hidden_size=heads * head_dim, num_heads=heads, num_kv_heads=kv_heads or 8, head_dim=head_dim)
     try:
-        if config is None:
-            layer = NSAConfig.from_dict(
-                dict(preset=preset, hidden_size=heads * head_dim, num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim)
-            )
-        else:
-            layer = NSAConfig.from_yaml(config)
-        found = nsa_fsa.explain(layer, tokens, dtype=DTYPES[dtype], device=device)
+        layer = (
+            NSAConfig.from_dict({"preset": preset or "fsa-64x16", **sizes}) if config is None else NSAConfig.from_yaml(config)
+        )
+        found = nsa_fsa.explain(layer, tokens, dtype=DTYPES[dtype], device=device, gpu=gpu)
     except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from error
     shape = f"{layer.num_heads} query heads of {layer.head_dim}, {layer.num_kv_heads} KV heads"

@@ -258,7 +258,8 @@ class NSAConfig:
     def _check_int(self, name: str, minimum: int) -> None:
         value = getattr(self, name)
         is_int = isinstance(value, int) and not isinstance(value, bool)
-        self._require(is_int and value >= minimum, name, f"an int >= {minimum}", "pass a whole number")
+        allowed = f"an int >= {minimum}, and one that 64 bits hold"
+        self._require(is_int and minimum <= value < 2**63, name, allowed, "pass a whole number")
 
     def _require(self, ok: bool, name: str, allowed: str, fix: str) -> None:
         if not ok:
@@ -296,7 +297,10 @@ class NSAConfig:
         """Reads a YAML mapping of field names to values, as in `configs/`. Raises ValueError as `from_dict` does."""
         import yaml
 
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        try:
+            values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except yaml.YAMLError as error:
+            raise ValueError(f"{path} is no valid YAML: {error}. Fix: see configs/ for what one looks like.") from error
         if not isinstance(values, dict):
             raise ValueError(f"{path} holds {type(values).__name__}; it must be a mapping of NSAConfig fields to values.")
         return cls.from_dict(values)

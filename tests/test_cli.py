@@ -9,7 +9,8 @@ import torch
 from typer.testing import CliRunner
 
 import nsa_fsa
-from nsa_fsa import NSAConfig, cli
+from nsa_fsa import NativeSparseAttention, NSAConfig, cli
+from nsa_fsa.benchmarking import app as benchmark
 from nsa_fsa.ops import backends
 
 ROOT = Path(__file__).parents[1]
@@ -77,10 +78,102 @@ def test_explain_a_preset():
         (("--heads", "10", "--kv-heads", "3"), "num_kv_heads"),
         (("--config", "nowhere.yaml"), "does not exist"),
         (("--tokens", "0"), "Invalid value for '--tokens'"),
+        (("--tokens", str(2**31)), "num_tokens=2147483648 must be an int from 1 to 2 ** 31 - 1"),
+        (("--tokens", "9" * 30), "must be an int from 1 to 2 ** 31 - 1"),
+        (("--heads", "0"), "Invalid value for '--heads'"),
+        (("--head-dim", str(2**62)), "is not allowed: it must be an int >= 1, and one that 64 bits hold"),
+        (("--device", "cuda:97"), "device='cuda:97' is not here"),
+        (("--device", "abacus"), "device='abacus' is not here"),
+        (("--for", "h101"), "gpu='h101' is not known: allowed are v100"),
+        (("--for", "h100", "--device", "cpu"), "device='cpu' and gpu='h100' are both given"),
     ],
 )
 def test_what_is_wrong_is_said(arguments, said):
-    assert said in " ".join(run("explain", *arguments, code=2).replace("│", " ").split())
+    assert said in told("explain", *arguments)
+
+
+def told(*arguments):
+    """What a command says that refuses, in one line."""
+    return " ".join(run(*arguments, code=2).replace("│", " ").split())
+
+
+# What a file can say, and what is said about it.
+FILES = {
+    "backend: cuda": "backend='cuda' is not an implementation",
+    f"block_size: {2**70}": f"NSAConfig.block_size={2**70} is not allowed",
+    f"window_size: {2**63}": f"NSAConfig.window_size={2**63} is not allowed",
+    "rope_parameters: {rope_type: default, rope_theta: 1e6}": "(YAML reads 1e6, without a point, as text)",
+    "rope_parameters: {rope_type: yarn, factor: 4.0, beta_fast: fast}": "rope",
+    "rope_parameters: {rope_type: llama3, factor: 4.0, low_freq_factor: '1', high_freq_factor: 4.0,"
+    " original_max_position_embeddings: 512}": "rope",
+    "block_size: [": "is no valid YAML",
+    "\tblock_size: 64": "is no valid YAML",
+    "\x00": "is no valid YAML",
+}
+
+
+@pytest.mark.parametrize(("line", "said"), FILES.items(), ids=range(len(FILES)))
+def test_explain_refuses_what_the_layer_refuses(line, said, tmp_path):
+    path = tmp_path / "layer.yaml"
+    path.write_text(f"hidden_size: 256\nnum_heads: 4\nnum_kv_heads: 2\n{line}\n")
+    with pytest.raises(Exception, match=r"\w"):  # as the layer does, whatever it raises
+        NativeSparseAttention(NSAConfig.from_yaml(path))(torch.randn(1, 128, 256))
+    assert said in told("explain", "--config", str(path), "--tokens", "128", "--device", "cpu")
+
+
+def test_options_that_a_file_makes_void_are_refused():
+    path = str(ROOT / "configs" / "llama3-8b.yaml")
+    assert "so --heads, --head-dim would have no effect" in told("explain", "--config", path, "--heads=4", "--head-dim=64")
+    assert "so --preset would have no effect" in told("explain", "--config", path, "--preset", "tiny")
+
+
+def test_version():
+    assert run("--version") == f"nsa_fsa {nsa_fsa.__version__}, PyTorch {torch.__version__}\n"
+
+
+@pytest.mark.parametrize("gpu", ["h100", "NVIDIA H100", "sm_90", "sm_90a", "9.0"])
+def test_explain_what_another_machine_would_run(gpu):
+    printed = run("explain", "--for", gpu, "--tokens", "65536")
+    ran = {operator: backend for operator, backend in (x.split(" (")[0].split(": ") for x in printed.splitlines()[1:])}
+    assert ran.pop("sliding_window_attention") == "flash_attention"
+    assert set(ran.values()) == {"triton"}
+    assert "selected_attention: triton (forward: the default tiles" in printed  # nothing of this machine's timings
+
+
+def test_explain_what_an_old_or_wrongly_asked_gpu_would_run():
+    printed = run("explain", "--for", "t4")
+    assert "selected_attention: reference" in printed
+    assert "not triton: it needs compute capability 8.0 or newer, and this GPU has 7.5" in printed
+    assert "not triton: q has dtype torch.float64" in run("explain", "--for", "h100", "--dtype", "float64")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("core", "--tokens", "-1"), "Invalid value for '--tokens'"),
+        (("selected", "--tokens", "0"), "Invalid value for '--tokens'"),
+        (("compressed", "--tokens", str(2**31)), "Invalid value for '--tokens'"),
+        (("selection", "--group", "0"), "Invalid value for '--group'"),
+        (("core", "--group", "3"), "3 does not divide --heads 64"),
+        (("core", "--head-dim", "-8"), "Invalid value for '--head-dim'"),
+        (("core", "--heads", "0"), "Invalid value for '--heads'"),
+        (("core", "--blocks", "0x16"), "'0x16' is not of the form 64x16"),
+        (("core", "--blocks", "24x16"), "block_size=24 is not allowed: it must be a multiple of kernel_stride=16"),
+        (("selected", "--blocks", "64x2"), "num_selected_blocks=2 is not allowed"),
+        (("selected", "--memory", "--budget", "-1"), "Invalid value for '--budget'"),
+        (("core", "--milliseconds", "-1"), "Invalid value for '--milliseconds'"),
+        (("core", "--seed", str(2**63)), "Invalid value for '--seed'"),
+    ],
+)
+def test_bench_checks_before_it_looks_for_a_gpu(arguments, said, monkeypatch):
+    monkeypatch.setattr(benchmark, "need_a_gpu", lambda: pytest.fail("the arguments were taken"))
+    assert said in told("bench", *arguments)
+
+
+def test_crossover_checks_too(monkeypatch):
+    monkeypatch.setattr(benchmark, "need_a_gpu", lambda: pytest.fail("the arguments were taken"))
+    assert "5 does not divide --heads 64" in told("crossover", "--group", "5")
+    assert "Invalid value for '--head-dim'" in told("crossover", "--head-dim", "0")
 
 
 def test_the_command_itself():

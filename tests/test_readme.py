@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from nsa_fsa.ops.flash_attention import INSTALL
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
@@ -81,6 +83,15 @@ def test_speed_and_memory_of_the_whole():
     assert f"full attention alone take {peaks[0]['full_attention_gib']:.1f} GiB" in text
     assert any(r["num_tokens"] == 2**20 and "peak_gib" in r for r in rows_of("core_memory"))
     assert "A million tokens fit one H200" in text
+
+
+def test_one_command_installs_flash_attention():
+    """README, `nsa-fsa info` and the extra in pyproject.toml ask for the same."""
+    (requirement,) = re.findall(r'^flash-attn = \["(.*)"\]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert f'pip install "{requirement}"' == INSTALL
+    said = [README, *(path.read_text() for path in (*ROOT.glob("docs/*.md"), *ROOT.glob("nsa_fsa/**/*.py")))]
+    commands = {x for text in said for x in re.findall(r"pip install [^`)\n]*flash.attn[^`)'\n]*", text)}
+    assert commands == {INSTALL}
 
 
 @pytest.mark.parametrize("path", sorted(set(re.findall(r"\]\((?!https?://)([^)#]+)\)", README))))

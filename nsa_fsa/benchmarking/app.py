@@ -16,7 +16,7 @@ Results are JSON, written after every measurement, with pictures beside them; th
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -40,6 +40,8 @@ from nsa_fsa.benchmarking.measure import GIB, RESULTS, CudaMeter
 from nsa_fsa.benchmarking.results import CannotMerge, Results
 from nsa_fsa.benchmarking.selection import SELECTION
 from nsa_fsa.benchmarking.settings import PASSES, CoreSetting, Setting, WindowSetting
+from nsa_fsa.config import NSAConfig
+from nsa_fsa.ops.flash_attention import INSTALL
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console(width=int(os.environ.get("COLUMNS", 160)))
@@ -56,21 +58,25 @@ TABLE_7_TOKENS, TABLE_7_GROUPS = (131072, 262144), (1, 2, 4, 8)
 MEMORY_LENGTHS, MEMORY_GROUPS = (131072, 1 << 20), (16,)
 ALL_KEPT = 1 << 18  # tokens beyond which nothing keeps all branches, for no GPU has the memory
 DTYPES = ("bfloat16", "float16")
+MAX_TOKENS = 2**31 - 1  # as far as the int32 of cu_seqlens counts
 AGAINST = tuple(x.name for x in FULL)
 
 # Options that several commands have
-Heads = Annotated[int, typer.Option(help="Query heads.")]
-HeadDim = Annotated[list[int] | None, typer.Option(help="Head width; repeat for several. Default: 128.")]
+Heads = Annotated[int, typer.Option(min=1, help="Query heads.")]
+HeadDim = Annotated[list[int] | None, typer.Option(min=1, help="Head width; repeat for several. Default: 128.")]
 Blocks = Annotated[list[str] | None, typer.Option(help=f"Block size x number; repeat. Default: {BLOCKS}.")]
 Passes = Annotated[list[str] | None, typer.Option("--pass", help=f"Of {PASSES}; repeat. Default: all.")]
-Milliseconds = Annotated[float, typer.Option(help="How long to repeat each measurement; at least five runs.")]
-Seed = Annotated[int, typer.Option(help="Of all random inputs.")]
+Milliseconds = Annotated[float, typer.Option(min=0, help="How long to repeat each measurement; at least five runs.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all random inputs.")]
 Output = Annotated[Path, typer.Option(help="Where JSON and pictures go.", show_default=str(RESULTS.name))]
 Merge = Annotated[bool, typer.Option("--merge", help="Add to the file of an earlier run of the same code.")]
 Commit = Annotated[str | None, typer.Option(help="The commit, where git here does not know it.")]
-WindowTokens = Annotated[list[int] | None, typer.Option("--tokens", help=f"Sequence length; repeat. Default: {WINDOW_TOKENS}.")]
+WindowTokens = Annotated[
+    list[int] | None,
+    typer.Option("--tokens", min=1, max=MAX_TOKENS, help=f"Sequence length; repeat. Default: {WINDOW_TOKENS}."),
+]
 WindowGroup = Annotated[
-    list[int] | None, typer.Option("--group", help=f"Query heads per KV head; repeat. Default: {WINDOW_GROUPS}.")
+    list[int] | None, typer.Option("--group", min=1, help=f"Query heads per KV head; repeat. Default: {WINDOW_GROUPS}.")
 ]
 
 
@@ -103,15 +109,36 @@ def allowed(values: list[Any] | None, default: tuple[Any, ...], known: tuple[Any
 def block_shape(text: str) -> tuple[int, int]:
     """ "64x16" -> (64, 16): keys per block, and blocks."""
     size, _, number = text.partition("x")
-    if not (size.isdigit() and number.isdigit()):
+    if not (size.isdecimal() and number.isdecimal() and int(size) and int(number)):
         raise typer.BadParameter(f"{text!r} is not of the form 64x16: keys per block, and blocks", param_hint="--blocks")
     return int(size), int(number)
 
 
+def check(settings: Sequence[Setting]) -> None:
+    """That a layer could have each of the settings; NSAConfig says what is wrong with one."""
+    for x in settings:
+        if x.num_heads % x.group_size:
+            raise typer.BadParameter(f"{x.group_size} does not divide --heads {x.num_heads}", param_hint="--group")
+        if not x.block_size:  # the benchmark has no blocks
+            continue
+        sizes: dict[str, Any] = dict(
+            block_size=x.block_size, num_selected_blocks=x.num_blocks, init_blocks=x.init_blocks, local_blocks=x.local_blocks,
+            kernel_size=getattr(x, "kernel_size", x.block_size), kernel_stride=getattr(x, "kernel_stride", x.block_size),
+        )  # fmt: skip
+        try:
+            NSAConfig(
+                hidden_size=x.num_heads, num_heads=x.num_heads, num_kv_heads=x.num_kv_heads, rope_parameters=None, **sizes
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="--blocks") from None
+
+
 @app.command()
 def selected(
-    tokens: Annotated[list[int] | None, typer.Option(help=f"Sequence length; repeat for several. Default: {TOKENS}.")] = None,
-    group: Annotated[list[int] | None, typer.Option(help=f"Query heads per KV head; repeat. Default: {GROUPS}.")] = None,
+    tokens: Annotated[
+        list[int] | None, typer.Option(min=1, max=MAX_TOKENS, help=f"Sequence length; repeat for several. Default: {TOKENS}.")
+    ] = None,
+    group: Annotated[list[int] | None, typer.Option(min=1, help=f"Query heads per KV head; repeat. Default: {GROUPS}.")] = None,
     heads: Heads = 64,
     head_dim: HeadDim = None,
     blocks: Blocks = None,
@@ -121,7 +148,9 @@ def selected(
     ] = None,
     only: Passes = None,
     memory: Annotated[bool, typer.Option("--memory", help="Measure workspace, beside the FSA paper's table 5.")] = False,
-    budget: Annotated[list[float] | None, typer.Option(help="With --memory: workspace budget in GiB; repeat.")] = None,
+    budget: Annotated[
+        list[float] | None, typer.Option(min=2**-20, help="With --memory: workspace budget in GiB; repeat.")
+    ] = None,
     ablations: Annotated[bool, typer.Option("--ablations", help="Time the design without each of its parts.")] = False,
     milliseconds: Milliseconds = 300.0,
     seed: Seed = 0,
@@ -146,6 +175,7 @@ def selected(
         for kind in kinds
         for size in sizes
     ]
+    check(settings)
     need_a_gpu()
 
     benchmark = "selected_memory" if memory else "selected_ablations" if ablations else "selected"
@@ -184,6 +214,7 @@ def compressed(
         for length in tokens or WINDOW_TOKENS
         for size in group or WINDOW_GROUPS
     ]
+    check(settings)
     need_a_gpu()
     meter = CudaMeter(milliseconds)
     with results_of("compressed", timed, output, meter, seed, merge, commit) as results:
@@ -220,6 +251,7 @@ def selection(
         for size in group or WINDOW_GROUPS
         for block_size, number in shapes
     ]
+    check(settings)
     need_a_gpu()
     meter = CudaMeter(milliseconds)
     with results_of("selection", timed, output, meter, seed, merge, commit) as results:
@@ -230,9 +262,13 @@ def selection(
 def core(
     tokens: Annotated[
         list[int] | None,
-        typer.Option(help=f"Sequence length; repeat. Default: {CORE_TOKENS}; with --branches: {PARTS_TOKENS}."),
+        typer.Option(
+            min=1, max=MAX_TOKENS, help=f"Sequence length; repeat. Default: {CORE_TOKENS}; with --branches: {PARTS_TOKENS}."
+        ),
     ] = None,
-    group: Annotated[list[int] | None, typer.Option(help=f"Query heads per KV head; repeat. Default: {CORE_GROUPS}.")] = None,
+    group: Annotated[
+        list[int] | None, typer.Option(min=1, help=f"Query heads per KV head; repeat. Default: {CORE_GROUPS}.")
+    ] = None,
     heads: Heads = 64,
     head_dim: HeadDim = None,
     blocks: Annotated[list[str] | None, typer.Option(help=f"Block size x number; repeat. Default: {CORE_BLOCKS}.")] = None,
@@ -263,6 +299,7 @@ def core(
         for block_size, number in map(block_shape, blocks or (BLOCKS if table7 else CORE_BLOCKS))
         for size in sizes
     ]
+    check(settings)
     need_a_gpu()
 
     benchmark = "core_branches" if branches else "core_memory" if memory else "core_table7" if table7 else "core"
@@ -281,10 +318,12 @@ def core(
 
 
 def crossover(
-    group: Annotated[list[int] | None, typer.Option(help=f"Query heads per KV head; repeat. Default: {CORE_GROUPS}.")] = None,
+    group: Annotated[
+        list[int] | None, typer.Option(min=1, help=f"Query heads per KV head; repeat. Default: {CORE_GROUPS}.")
+    ] = None,
     against: Annotated[str | None, typer.Option(help=f"Of {AGAINST}. Default: the first that runs here.")] = None,
     heads: Heads = 64,
-    head_dim: Annotated[int, typer.Option(help="Head width.")] = 128,
+    head_dim: Annotated[int, typer.Option(min=1, help="Head width.")] = 128,
     blocks: Annotated[str, typer.Option(help="Block size x number.")] = CORE_BLOCKS[0],
     dtype: Annotated[str, typer.Option(help=f"Of {DTYPES}.")] = DTYPES[0],
     milliseconds: Milliseconds = 100.0,
@@ -300,13 +339,14 @@ def crossover(
         CoreSetting(crossover_run.LENGTHS[0], size, heads, head_dim, *block_shape(blocks), selection="independent", dtype=dtype)
         for size in group or CORE_GROUPS
     ]
+    check(settings)
     need_a_gpu()
     device = torch.device("cuda")
     full, reasons = crossover_run.first_that_runs(candidates, settings[0], seed, device)
     for name, reason in reasons.items():
         console.print(f"{CORE[name].label} cannot run here: {reason}", style="yellow", markup=False, highlight=False)
     if full is None:
-        console.print("There is no full attention here to compare with. Fix: pip install flash-attn-4", style="red")
+        console.print(f"There is no full attention here to compare with. Fix: {INSTALL}", style="red", markup=False)
         raise typer.Exit(1)
     meter = CudaMeter(milliseconds)
     with results_of("crossover", [CORE["nsa_fsa"], full], output, meter, seed, merge, commit) as results:

@@ -3,7 +3,6 @@
 from nsa_fsa.ops.block_selection import select_blocks
 from nsa_fsa.ops.compress import gather_windows, pool_windows, window_starts
 from nsa_fsa.ops.compressed_attention import compressed_attention
-from nsa_fsa.ops.explain import Choice, Explanation, explain
 from nsa_fsa.ops.gated_combine import gated_combine
 from nsa_fsa.ops.nsa_attention import Branches, nsa_attention
 from nsa_fsa.ops.selected_attention import selected_attention
@@ -12,11 +11,8 @@ from nsa_fsa.ops.varlen import Layout
 
 __all__ = [
     "Branches",
-    "Choice",
-    "Explanation",
     "Layout",
     "compressed_attention",
-    "explain",
     "gated_combine",
     "gather_windows",
     "nsa_attention",

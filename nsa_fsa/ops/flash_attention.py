@@ -23,6 +23,7 @@ from nsa_fsa.ops.backends import Backend
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
+INSTALL = 'pip install "flash-attn-4>=4.0.0b36"'  # a version with a "b" in it lets pip take such versions
 WIDTH_STEP = 8  # widths are whole multiples: 16 bytes
 
 
@@ -54,7 +55,7 @@ def _flash_attn_4_missing() -> str | None:
         found = importlib.util.find_spec("flash_attn.cute") is not None
     except (ImportError, ValueError):
         found = False
-    return None if found else "flash-attn-4 is not installed (pip install --pre flash-attn-4)"
+    return None if found else f"flash-attn-4 is not installed ({INSTALL})"
 
 
 def _flash_attn_4_forward(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k, max_seqlen, scale, window_size):

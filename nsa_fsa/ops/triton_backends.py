@@ -3,7 +3,9 @@
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -33,9 +35,26 @@ def _missing() -> str | None:
     return None if installed else "Triton is not installed (pip install triton)"
 
 
-@functools.cache
+ASSUMED: ContextVar[tuple[int, int] | None] = ContextVar("assumed", default=None)
+
+
+@contextmanager
+def assuming(capability: tuple[int, int] | None) -> Iterator[None]:
+    """Inside, what can run is said for a machine with Triton and a GPU of this compute capability; None: for this machine."""
+    token = ASSUMED.set(capability)
+    try:
+        yield
+    finally:
+        ASSUMED.reset(token)
+
+
 def capability(device: torch.device) -> tuple[int, int] | None:
     """The compute capability of a GPU, each its own; None where there is none."""
+    return ASSUMED.get() or _capability(device)
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
@@ -56,7 +75,7 @@ def too_old(device: torch.device | None, oldest: tuple[int, int], elsewhere: str
 
 def unavailable(device: torch.device | None = None) -> str | None:
     """Why Triton kernels cannot run on this GPU (default: the current one), or None."""
-    if (reason := _missing()) is not None or interpreted():
+    if ASSUMED.get() is None and ((reason := _missing()) is not None or interpreted()):
         return reason
     return too_old(device, (8, 0), " (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)")
 

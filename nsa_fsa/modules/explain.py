@@ -1,5 +1,6 @@
 """What backend="auto" would run, and why."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nsa_fsa.config import NSAConfig
+from nsa_fsa.modules.native_sparse_attention import NativeSparseAttention
 from nsa_fsa.ops import backends, profiler, triton_backends
+
+# Compute capabilities (NVIDIA, "CUDA GPU Compute Capability").
+GPUS = {
+    "v100": (7, 0), "t4": (7, 5), "a100": (8, 0), "a10": (8, 6), "rtx3090": (8, 6), "l4": (8, 9), "l40s": (8, 9),
+    "rtx4090": (8, 9), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0), "b300": (10, 3), "rtx5090": (12, 0),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,21 +49,81 @@ def explain(
     *,
     dtype: torch.dtype = torch.bfloat16,
     device: torch.device | str | None = None,
+    gpu: str | None = None,
 ) -> Explanation:
     """What the layer's operators would run for `num_tokens` packed tokens, without running anything.
+
+    What the layer would refuse is refused: it is made and called, on tensors that have a shape and no memory.
 
     Args:
         config: the layer.
         num_tokens: rows of q, k and v.
         dtype: of q, k and v.
         device: default the GPU where there is one.
+        gpu: what would run on another machine with such a GPU and Triton, such as "h100", "sm_90" or "9.0"; not together
+            with `device`.
 
     Returns:
         An `Explanation`, to be printed or read.
+
+    Raises:
+        ValueError: for what the layer would refuse, a device that is not there, or a GPU that is not known.
+        RuntimeError: for a backend that cannot run on the machine.
     """
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    calls = _calls(config, num_tokens, dtype, device)
-    return Explanation(tuple(_explain(operator, config.backend, *call) for operator, call in calls.items()))
+    if not isinstance(num_tokens, int) or not 1 <= num_tokens < 2**31:
+        raise ValueError(
+            f"num_tokens={num_tokens!r} must be an int from 1 to 2 ** 31 - 1, as far as the int32 of cu_seqlens counts. "
+            "Fix: give the tokens of one batch."
+        )
+    if gpu is not None and device is not None:
+        raise ValueError(f"device={str(device)!r} and gpu={gpu!r} are both given. Fix: pass one of them.")
+    with triton_backends.assuming(None if gpu is None else capability_of(gpu)):
+        where = torch.device("cuda") if gpu is not None else _present(device)
+        _check_layer(config, num_tokens, dtype)
+        calls = _calls(config, num_tokens, dtype, where)
+        return Explanation(tuple(_explain(operator, config.backend, *call) for operator, call in calls.items()))
+
+
+def capability_of(gpu: str) -> tuple[int, int]:
+    """The compute capability of a GPU's name ("h100") or architecture ("sm_90", "sm_90a", "9.0").
+
+    Raises:
+        ValueError: for one that is not known.
+    """
+    name = re.sub(r"[ _-]", "", gpu.lower()).removeprefix("nvidia")
+    if name in GPUS:
+        return GPUS[name]
+    if (found := re.fullmatch(r"sm(\d+)(\d)[af]?|(\d+)\.(\d)", name)) is not None:
+        major, minor = (int(x) for x in found.groups() if x is not None)
+        return major, minor
+    raise ValueError(
+        f"gpu={gpu!r} is not known: allowed are {', '.join(GPUS)}, and compute capabilities. Fix: for example sm_90, or 9.0."
+    )
+
+
+def _present(device: torch.device | str | None) -> torch.device:
+    """The device, by default the GPU where there is one."""
+    try:
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: CUDA in a CPU build of PyTorch
+        raise ValueError(
+            f"device={str(device)!r} is not here: {str(error).splitlines()[0]}. Fix: a device of this machine, or for another "
+            'machine\'s GPU gpu="h100" (on the command line: --for h100).'
+        ) from error
+    return found
+
+
+def _check_layer(config: NSAConfig, num_tokens: int, dtype: torch.dtype) -> None:
+    """Makes the layer and calls it, without memory. On a CPU: without CUDA not even such parameters can be made on a GPU."""
+    try:
+        with FakeTensorMode():
+            layer = NativeSparseAttention(config, device="cpu", dtype=dtype)
+            layer(torch.empty(1, num_tokens, config.hidden_size, dtype=dtype))
+    except (ValueError, RuntimeError):
+        raise
+    except Exception as error:  # of torch or transformers, about a number that neither this package nor Python minds
+        raise ValueError(f"the layer cannot run with this config: {type(error).__name__}: {error}") from error
 
 
 def _calls(
@@ -110,7 +178,8 @@ def _explain(operator: str, name: str, tensors: tuple[Tensor, ...], arguments: d
 
 def _measured(tensors: tuple[Tensor, ...], arguments: dict[str, Any], direction: str) -> str:
     q, k, v = tensors
-    entry = profiler.known(triton_backends.selected_key(q, k, v, arguments, direction), q.device)
+    key = triton_backends.selected_key(q, k, v, arguments, direction)
+    entry = None if triton_backends.ASSUMED.get() else profiler.known(key, q.device)
     if entry is None:
         return f"{direction}: the default tiles" + (", until it is first run and timed" if profiler.enabled() else "")
     return f"{direction}: {entry['choice']}, {entry['ms'][entry['choice']]:.2f} ms when timed on {entry['date']}"
