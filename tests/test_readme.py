@@ -2,10 +2,13 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from nsa_fsa import cli
 from nsa_fsa.ops.flash_attention import INSTALL
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +86,40 @@ def test_speed_and_memory_of_the_whole():
     assert f"full attention alone take {peaks[0]['full_attention_gib']:.1f} GiB" in text
     assert any(r["num_tokens"] == 2**20 and "peak_gib" in r for r in rows_of("core_memory"))
     assert "A million tokens fit one H200" in text
+
+
+def blocks_of(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks_of("python"), ids=lambda code: re.findall(r"import (\w+)", code)[-1])
+def test_python_blocks_run_as_they_stand(code, tmp_path, monkeypatch):
+    """In a folder in which the checkpoint that they name is a small one."""
+    monkeypatch.chdir(tmp_path)
+    if "from_pretrained" in code:
+        transformers = pytest.importorskip("transformers")
+        small = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=1000)
+        config = transformers.LlamaConfig(hidden_size=64, intermediate_size=64, **small)
+        transformers.LlamaForCausalLM(config).save_pretrained("meta-llama/Meta-Llama-3-8B")
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+@pytest.mark.parametrize("line", [x for code in blocks_of("bash") for x in code.splitlines() if x.startswith("nsa-fsa")])
+def test_commands_run_as_they_stand(line, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    result = CliRunner().invoke(cli.app, shlex.split(line, comments=True)[1:])
+    assert result.exit_code == 0, result.output
+
+
+def test_every_block_is_run():
+    """What is neither Python nor a command of this package is a target of the Makefile."""
+    makefile = (ROOT / "Makefile").read_text()
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    assert {language for language, _ in blocks} == {"python", "bash"}
+    for line in (x for language, code in blocks if language == "bash" for x in code.splitlines()):
+        if not line.startswith("nsa-fsa"):
+            target = re.match(r"make (\w+) ", line)[1]
+            assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
 def test_one_command_installs_flash_attention():
