@@ -8,8 +8,8 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 # Each worker of pytest holds its own PyTorch (about 1 GB) and computes on one thread: raise this on a larger machine.
 PYTEST_WORKERS ?= 2
-# On a GPU machine each also takes about 1 GB of the GPU's memory.
-GPU_WORKERS ?= 12
+# On a GPU machine the memory of the GPU decides, unless this does: see scripts/gpu_workers.py.
+GPU_WORKERS ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 RESOURCES_ARGS ?=
@@ -60,10 +60,9 @@ test: lint
 
 # Tests that fill the GPU's memory share a group, which one worker runs; what the workers mostly do is compile kernels.
 test-gpu: $(INSTALLED)
-	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit( \
-		f"make test-gpu needs a CUDA GPU, and PyTorch {torch.__version__} sees none. Fix: make test, or another build: TORCH=...")'
-	@echo "== pytest, $(GPU_WORKERS) workers"
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(GPU_WORKERS) --dist loadgroup $(PYTEST_ARGS) tests
+	@workers=$$($(BIN)/python scripts/gpu_workers.py $(GPU_WORKERS)) || exit 1; \
+		echo "== pytest, $$workers workers"; \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$workers --dist loadgroup $(PYTEST_ARGS) tests
 
 demo: $(INSTALLED)
 	@$(BIN)/python scripts/quickstart.py $(DEMO_ARGS)

@@ -172,7 +172,6 @@ def test_a_sequence_alone_and_among_others(group_size, head_dim):
             assert torch.equal(p.alone(b).run(), packed[start : start + length]), f"sequence {b} of {length} tokens"
 
 
-@pytest.mark.xdist_group("memory")
 @needs(90)
 @pytest.mark.parametrize(("num_kv_heads", "group_size"), [(256, 1), (64, 4)], ids=["G1", "G4"])
 def test_offsets_past_2_31(num_kv_heads, group_size):
@@ -183,7 +182,6 @@ def test_offsets_past_2_31(num_kv_heads, group_size):
         assert_rules_and_scores(p, indices, torch.tensor([row], device="cuda"))
 
 
-@pytest.mark.xdist_group("memory")
 @needs(40)
 @pytest.mark.parametrize("lengths", [(2**20,), (700_000, 0, 2**20 - 700_000)], ids=["one", "packed"])
 def test_a_million_tokens(lengths):

@@ -134,7 +134,6 @@ def test_a_sequence_alone_and_among_others(operator, shape):
 
 
 @needs(60)
-@pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("windows", [(32, 16), (2, 1)], ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_offsets_past_2_31(operator, windows):
@@ -152,7 +151,6 @@ def test_offsets_past_2_31(operator, windows):
 
 
 @needs(60)
-@pytest.mark.xdist_group("memory")
 def test_strides_past_2_31():
     """One head of many, of rows far apart: the offset of a single row inside a window is more than an int32 counts."""
     rows, width = 9, 2**29

@@ -309,7 +309,6 @@ def test_samples_are_judged_like_everything():
 
 
 @needs(60)
-@pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize(
     ("num_kv_heads", "group_size", "head_dim"), [(256, 1, 128), (64, 4, 128), (344, 1, 96)], ids=["G1", "G4", "plain"]
 )
@@ -321,7 +320,6 @@ def test_offsets_past_2_31(num_kv_heads, group_size, head_dim):
 
 
 @needs(60)
-@pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("head_dim", [128, 96])
 def test_windows_past_2_31(head_dim):
     """With a window at every token the compressed keys and values, and their gradients, have as many."""
@@ -331,7 +329,6 @@ def test_windows_past_2_31(head_dim):
 
 
 @needs(40)
-@pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("head_dim", [128, 96])
 @pytest.mark.parametrize("lengths", [(2**20,), (700_000, 0, 2**20 - 700_000)], ids=["one", "packed"])
 def test_a_million_tokens(lengths, head_dim):

@@ -156,7 +156,6 @@ def test_no_growth_over_50_steps(recompute):
 
 
 @needs(90)
-@pytest.mark.xdist_group("memory")
 @pytest.mark.parametrize("recompute", [(), BRANCHES], ids=["keep", "recompute"])
 def test_peak_at_131072_tokens(recompute):
     """64 query and 4 key heads of 128. Full attention's own tensors: q, k, v, o, their gradients, and lse."""
@@ -198,7 +197,6 @@ def expected_of_query(core, row, block_indices):
 
 
 @needs(130)
-@pytest.mark.xdist_group("memory")
 def test_a_million_tokens():
     """64 query and 4 key heads of 128: 2^33 numbers in q. Sampled queries against float64."""
     core = make_core((2**20,), 4, 16)

@@ -205,7 +205,6 @@ def test_padded_equals_packed_equals_alone():
 
 
 @needs(40)
-@pytest.mark.xdist_group("memory")
 def test_a_million_tokens():
     """The first of them as if there were no others, and every gradient finite."""
     layer = make("qwen3")

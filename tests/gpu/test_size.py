@@ -5,15 +5,16 @@ import torch
 
 from tests.gpu.problems import BACKENDS, check_samples, make_problem, random_selection, starts
 
-pytestmark = [pytest.mark.gpu, pytest.mark.xdist_group("memory")]  # no two of them fit at once
+pytestmark = pytest.mark.gpu
 
 GIB = 2**30
 
 
 def needs(gib):
-    """Skips unless the GPU has that much memory."""
+    """Skips unless the GPU has that much memory; one worker runs all of these tests, since no two of them fit at once."""
     total = torch.cuda.get_device_properties("cuda").total_memory if torch.cuda.is_available() else 0
-    return pytest.mark.skipif(total < gib * GIB, reason=f"needs a GPU with {gib} GiB of memory")
+    skips = pytest.mark.skipif(total < gib * GIB, reason=f"needs a GPU with {gib} GiB of memory")
+    return lambda test: pytest.mark.xdist_group("memory")(skips(test))
 
 
 def sampled_rows(lengths, number):
