@@ -59,7 +59,8 @@ def record(model: nn.Module, *, details: bool = False, max_queries: int = 512) -
 
     def keeper(number: int, layer: NativeSparseAttention) -> Callable[[Record], None]:
         def keep(entry: Record) -> None:
-            if torch._C._current_graph_task_id() != -1:  # inside a backward: gradient checkpointing runs the forward again
+            # Inside a backward, gradient checkpointing runs the forward again; a compiled one is not run by Python.
+            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
                 return
             found = _details(entry, layer.config, max_queries) if details else None
             layer_idx = number if entry.layer_idx is None else entry.layer_idx

@@ -155,6 +155,15 @@ def test_gradient_checkpointing_records_a_layer_once(model, use_reentrant):
 
 
 @torch.no_grad()
+def test_a_compiled_layer_is_recorded_in_one_graph(layer):
+    compiled, x = torch.compile(layer, fullgraph=True, backend="eager"), torch.randn(1, 40, 32)
+    with record(layer) as records:
+        compiled(x)
+        layer(x)
+    assert torch.equal(*(entry.block_indices for entry in records))
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("max_queries", [1000, 7])
 def test_details_are_what_was_scored_and_what_each_branch_gave(layer, max_queries):
     """Of two sequences, a prefill into a cache and a step: against the operators on whole sequences."""
