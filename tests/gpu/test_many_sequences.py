@@ -4,46 +4,36 @@ import pytest
 import torch
 
 from nsa_fsa import ops
-from nsa_fsa.ops import backends, flash_attention
+from nsa_fsa.ops.flash_attention import TORCH_FLASH
+from tests.gpu.problems import assert_rms_close
 
 pytestmark = pytest.mark.gpu
-MOST = flash_attention.TORCH_FLASH.max_sequences
+MOST = TORCH_FLASH.max_sequences
+LENGTH = 4
 
 
 def attend(num_sequences, backend):
-    """Sequences of one token each, which attend to themselves: o is v."""
-    q, k, v = (torch.randn(num_sequences, 2, 64, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in range(3))
-    cu_seqlens = torch.arange(num_sequences + 1, dtype=torch.int32, device="cuda")
-    o = ops.sliding_window_attention(q, k, v, cu_seqlens, 1, window_size=4, backend=backend)
+    """Output and gradients of sequences that are shorter than the window, and what a dense softmax gives in float32."""
+    shape = (num_sequences * LENGTH, 2, 64)
+    tensors = [torch.randn(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in range(3)]
+    cu_seqlens = torch.arange(num_sequences + 1, dtype=torch.int32, device="cuda") * LENGTH
+    o = ops.sliding_window_attention(*tensors, cu_seqlens, LENGTH, window_size=LENGTH, backend=backend)
     do = torch.randn_like(o)
-    (dv,) = torch.autograd.grad(o, v, do)
-    return o, v, dv, do
+    found = [o, *torch.autograd.grad(o, tensors, do)]
+    wide = [x.detach().float().requires_grad_() for x in tensors]
+    q, k, v = (x.view(num_sequences, LENGTH, 2, 64).transpose(1, 2) for x in wide)  # [B, H, S, D]
+    future = torch.ones(LENGTH, LENGTH, dtype=torch.bool, device="cuda").triu(1)
+    weights = (q @ k.mT / 8).masked_fill(future, -torch.inf).softmax(-1)
+    o = (weights @ v).transpose(1, 2).reshape(shape)
+    return found, [o, *torch.autograd.grad(o, wide, do.float())]
 
 
-def test_as_many_as_torch_flash_takes():
-    o, v, dv, do = attend(MOST, "torch_flash")
-    assert torch.equal(o, v)
-    assert torch.equal(dv, do)
+@pytest.mark.parametrize(("num_sequences", "backend"), [(MOST, "torch_flash"), (MOST, "auto"), (MOST + 1, "auto")])
+def test_as_many_as_there_are(num_sequences, backend):
+    for name, found, expected in zip(("o", "dq", "dk", "dv"), *attend(num_sequences, backend), strict=True):
+        assert_rms_close(name, found, expected)
 
 
-def test_one_more_is_refused_by_name():
+def test_too_many_for_torch_flash_are_refused_by_name():
     with pytest.raises(ValueError, match=rf"torch_flash.*{MOST + 1} sequences; supported are at most {MOST}.*Fix"):
         attend(MOST + 1, "torch_flash")
-
-
-def test_the_library_itself_fails_there():
-    """Otherwise the limit is out of date."""
-    q = torch.randn(MOST + 1, 2, 64, dtype=torch.bfloat16, device="cuda")
-    cu_seqlens = torch.arange(MOST + 2, dtype=torch.int32, device="cuda")
-    with pytest.raises(RuntimeError):
-        flash_attention.TORCH_FLASH.forward(q, q, q, cu_seqlens, cu_seqlens, None, 1, 0.125, 4)
-
-
-@pytest.mark.skipif(
-    backends.available("sliding_window_attention")["flash_attn_4"] is not None,
-    reason=str(backends.available("sliding_window_attention")["flash_attn_4"]),
-)
-def test_flash_attn_4_takes_more():
-    o, v, dv, do = attend(MOST + 5, "flash_attn_4")
-    assert torch.equal(o, v)
-    assert torch.equal(dv, do)
