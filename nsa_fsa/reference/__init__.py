@@ -1,7 +1,8 @@
 """The operators of Native Sparse Attention in plain PyTorch: any device, any float dtype, differentiable by autograd.
 
 Written to be read, and to be the oracle of every faster backend. Memory is bounded by working through the queries in
-chunks; the `*_backward` functions give the gradients in the same bounded memory.
+chunks, and of long sequences only what is selected or in the window is worked on; the `*_backward` functions give the
+gradients within the same bounds.
 """
 
 from nsa_fsa.reference.block_selection import block_scores, select_blocks

@@ -4,22 +4,27 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nsa_fsa.reference import compressed_attention
-from nsa_fsa.reference.attention import compute_dtype, probabilities
+from nsa_fsa.reference.attention import compute_dtype, grouped, probabilities
 from nsa_fsa.reference.sequences import sequences
 
 
-def overlap(
-    num_compressed: int, num_blocks: int, kernel_size: int, kernel_stride: int, block_size: int, like: Tensor
-) -> Tensor:
-    """How many stride units window i and block j share, `[num_compressed, num_blocks]`."""
-    i = torch.arange(num_compressed, device=like.device)[:, None]
-    j = torch.arange(num_blocks, device=like.device)[None, :]
-    units = block_size // kernel_stride
-    start = torch.maximum(i, j * units)
-    stop = torch.minimum(i + kernel_size // kernel_stride, (j + 1) * units)
-    return (stop - start).clamp(min=0).to(compute_dtype(like))
+def block_sums(p: Tensor, num_blocks: int, kernel_size: int, kernel_stride: int, block_size: int) -> Tensor:
+    """p `[..., N]`, of windows -> `[..., num_blocks]`: the sum over those that overlap a block, each times the strides shared.
+
+    A block of u strides is overlapped by the windows that begin in it and by the w - 1 before it, if windows have w strides.
+    """
+    num_windows = p.shape[-1]
+    w = kernel_size // kernel_stride
+    u = min(block_size // kernel_stride, num_windows + w)  # no larger than what there is, or padding would be
+    overlapped = min(num_blocks, -(-(num_windows + w - 1) // u))
+    start = torch.arange(1 - w, u, device=p.device)  # of a window, from the block's
+    shared = (torch.clamp(start + w, max=u) - start.clamp(min=0)).to(p.dtype)
+    p = pad(p, (w - 1, max(0, overlapped * u - num_windows)))
+    sums = p.unfold(-1, u + w - 1, u)[..., :overlapped, :] @ shared
+    return pad(sums, (0, num_blocks - overlapped))
 
 
 def _scored_chunks(
@@ -36,12 +41,15 @@ def _scored_chunks(
     seqused_k: Tensor | None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yields (rows of M queries, their scores `[M, HKV, num_blocks]`)."""
-    for rows, keys, visible in compressed_attention.chunks(q, cu_seqlens, kernel_size, kernel_stride, cu_seqlens_q, seqused_k):
+    chunks = compressed_attention.chunks(q, cu_seqlens, kernel_size, kernel_stride, cu_seqlens_q, seqused_k)
+    for rows, keys, visible, _ in chunks:
+        assert isinstance(rows, slice)
         if visible.numel() == 0:
             yield rows, torch.zeros(visible.shape[0], k_cmp.shape[1], num_blocks, dtype=compute_dtype(q), device=q.device)
             continue
-        p = probabilities(q[rows], k_cmp[keys], lse[rows], visible, scale).sum(1)  # [HKV, M, N], all heads of the group
-        yield rows, (p @ overlap(p.shape[-1], num_blocks, kernel_size, kernel_stride, block_size, q)).transpose(0, 1)
+        q_, lse_ = (grouped(x[rows], k_cmp.shape[1]) for x in (q, lse))
+        p = probabilities(q_, k_cmp[keys], lse_, visible, scale).sum(1)  # [HKV, M, N], all heads of the group
+        yield rows, block_sums(p, num_blocks, kernel_size, kernel_stride, block_size).transpose(0, 1)
 
 
 def block_scores(

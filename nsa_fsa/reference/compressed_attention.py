@@ -66,4 +66,4 @@ def compressed_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to q, k_cmp and v_cmp; rows that no compressed token owns get 0."""
     plan = chunks(q, cu_seqlens, kernel_size, kernel_stride, cu_seqlens_q, seqused_k)
-    return attention_backward(do, q, k_cmp, v_cmp, lse, plan, scale, delta)
+    return attention_backward(do, q, k_cmp, v_cmp, o, lse, plan, scale, delta)

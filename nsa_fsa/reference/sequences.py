@@ -49,7 +49,12 @@ def chunk_size(q: Tensor, keys_per_query: int) -> int:
     """How many queries of q `[T, HQ, D]`, each scoring `keys_per_query` keys with every head, are worked on together."""
     row = max(1, q.shape[1] * keys_per_query)
     wanted = max(CHUNK_SCORES // row, MIN_CHUNK_QUERIES) if q.device.type == "cpu" else MAX_CHUNK_SCORES
-    return max(1, min(wanted, MAX_CHUNK_SCORES // row))
+    return min(wanted, most_queries(row))
+
+
+def most_queries(numbers: int) -> int:
+    """How many queries may be worked on together where each takes so many numbers."""
+    return max(1, MAX_CHUNK_SCORES // max(1, numbers))
 
 
 def query_chunks(sequence: Sequence, size: int) -> Iterator[tuple[slice, int, int]]:

@@ -62,4 +62,4 @@ def sliding_window_attention_backward(
     delta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to q, k and v."""
-    return attention_backward(do, q, k, v, lse, chunks(q, cu_seqlens, window_size, cu_seqlens_q, seqused_k), scale, delta)
+    return attention_backward(do, q, k, v, o, lse, chunks(q, cu_seqlens, window_size, cu_seqlens_q, seqused_k), scale, delta)
