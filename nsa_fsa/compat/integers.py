@@ -1,5 +1,7 @@
 """Integer tensors of other conventions as the int32 that the operators take."""
 
+import reprlib
+
 import torch
 from torch import Tensor
 
@@ -10,7 +12,10 @@ def to_int32(name: str, x: Tensor) -> Tensor:
     """x, int32 or int64 of any shape, as int32."""
     require(
         isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64),
-        lambda: f"{name} is {x.dtype if isinstance(x, Tensor) else repr(x)}; it must be an int32 or int64 tensor.",
+        lambda: (
+            f"{name} is {x.dtype if isinstance(x, Tensor) else reprlib.repr(x)}; it must be an int32 or int64 tensor. "
+            f"Fix: torch.as_tensor(..., dtype=torch.int32) on the others' device."
+        ),
     )
     return x.int()
 

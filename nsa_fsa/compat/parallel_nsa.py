@@ -4,6 +4,7 @@ Shapes: B sequences of TQ queries and TK keys (TQ = TK but for decoding), HQ que
 widths, S block indices a query.
 """
 
+import reprlib
 from typing import Any
 
 import torch
@@ -12,13 +13,23 @@ from torch import Tensor
 from nsa_fsa.compat.integers import clamp_to_int32, to_int32
 from nsa_fsa.ops import (
     Layout,
+    backends,
     compressed_attention,
     pool_windows,
     select_blocks,
     selected_attention,
     sliding_window_attention,
 )
-from nsa_fsa.ops.validation import check_attention, check_positive, check_rows, require
+from nsa_fsa.ops.nsa_attention import OPERATORS
+from nsa_fsa.ops.validation import (
+    check_attention,
+    check_ints,
+    check_positive,
+    check_rows,
+    check_tensor,
+    default_scale,
+    require,
+)
 from nsa_fsa.ops.varlen import uniform_layout
 
 
@@ -84,6 +95,8 @@ def parallel_nsa(
     """
     gates = {"g_cmp": g_cmp, "g_slc": g_slc, "g_swa": g_swa}
     _check(q, k, v, gates, block_indices, block_counts, block_size, window_size, head_first)
+    scale = default_scale(q, scale)
+    backends.check_known(backend, "parallel_nsa", *OPERATORS)
     batch_shape = q.shape[:2]
     starts, max_seqlen, cu_seqlens_q, _ = _layout(q, k, cu_seqlens)
     options: dict[str, Any] = dict(cu_seqlens_q=cu_seqlens_q, scale=scale, backend=backend)
@@ -133,13 +146,13 @@ def _check(
         ),
     )
     check_positive(block_size=block_size)
-    require(
-        isinstance(window_size, int) and window_size >= 0, lambda: f"window_size={window_size!r} must be an int >= 0 (0: none)."
-    )
+    check_ints(0, window_size=window_size)
     for name, gate in gates.items():
         if gate is not None:
+            check_tensor(name, gate, "float [B, TQ, HQ]")
             _check_shape(name, gate, "[B, TQ, HQ]", q.shape[:3])
             check_rows(name, gate, 3, "[B, TQ, HQ]")
+            _check_device(name, gate, q)
     require(
         window_size == 0 or gates["g_swa"] is not None,
         lambda: f"window_size={window_size} needs g_swa, which is None. Fix: pass g_swa (ones for no gate), or window_size=0.",
@@ -152,15 +165,22 @@ def _check(
         ),
     )
     if block_indices is not None:
+        check_tensor("block_indices", block_indices, "int32 or int64 [B, TQ, HKV, S]")
         _check_shape("block_indices", block_indices, "[B, TQ, HKV, S]", (*q.shape[:2], k.shape[2], *block_indices.shape[-1:]))
+        _check_device("block_indices", block_indices, q)
     if isinstance(block_counts, Tensor):
         _check_shape("block_counts", block_counts, "an int or [B, TQ, HKV]", (*q.shape[:2], k.shape[2]))
+        _check_device("block_counts", block_counts, q)
     else:
         check_positive(block_counts=block_counts)
 
 
 def _check_shape(name: str, x: Tensor, axes: str, shape: tuple[int, ...]) -> None:
     require(x.shape == shape, lambda: f"{name} has shape {tuple(x.shape)}; it must be {axes}, here {tuple(shape)}.")
+
+
+def _check_device(name: str, x: Tensor, q: Tensor) -> None:
+    require(x.device == q.device, lambda: f"{name} is on {x.device} but q is on {q.device}. Fix: move them together.")
 
 
 def _layout(q: Tensor, k: Tensor, cu_seqlens: Tensor | tuple[Tensor, Tensor] | None) -> Layout:
@@ -186,6 +206,13 @@ def _layout(q: Tensor, k: Tensor, cu_seqlens: Tensor | tuple[Tensor, Tensor] | N
             ),
         )
         return Layout(to_int32("cu_seqlens", cu_seqlens), num_keys)
+    require(
+        isinstance(cu_seqlens, (tuple, list)) and len(cu_seqlens) == 2,
+        lambda: (
+            f"cu_seqlens={reprlib.repr(cu_seqlens)} must be an int32 or int64 tensor [N + 1], or two of them in a tuple. "
+            "Fix: torch.as_tensor(..., dtype=torch.int32), or (cu_seqlens_q, cu_seqlens_k)."
+        ),
+    )
     cu_seqlens_q, cu_seqlens_k = (to_int32("cu_seqlens", x) for x in cu_seqlens)
     return Layout(cu_seqlens_k, num_keys, cu_seqlens_q)
 

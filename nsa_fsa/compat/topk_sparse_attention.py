@@ -4,7 +4,7 @@ from torch import Tensor
 
 from nsa_fsa.compat.integers import clamp_to_int32, to_int32
 from nsa_fsa.ops import selected_attention
-from nsa_fsa.ops.validation import check_rows, require
+from nsa_fsa.ops.validation import check_rows, check_tensor, is_finite_number, require
 
 
 def topk_sparse_attention(
@@ -45,6 +45,11 @@ def topk_sparse_attention(
     """
     for name, x, shape in (("q", q, "[T, HQ, D]"), ("k", k, "[T, HKV, D]")):
         check_rows(name, x, 3, shape)
+    check_tensor("topk_idx", topk_idx, "int32 or int64 [HKV, T, T_sel]")
+    require(
+        softmax_scale is None or is_finite_number(softmax_scale),
+        lambda: f"softmax_scale={softmax_scale!r} must be a finite number. Fix: leave it out for D ** -0.5.",
+    )
     require(
         topk_idx.ndim == 3 and topk_idx.shape[:2] == (k.shape[1], q.shape[0]),
         lambda: (

@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from nsa_fsa.compat import parallel_nsa
 from nsa_fsa.ops import backends
 from tests.compat.loops import EXACT, assert_same, attend, keys_of_blocks, leaves
+from tests.wrong_values import NO_BACKENDS, assert_refused, instead_of_int, instead_of_number, instead_of_tensor
 
 HKV, D, DV, BLOCK_SIZE, S = 2, 5, 3, 4, 3
 
@@ -411,3 +412,40 @@ def test_the_good_arguments_are_accepted():
     """Otherwise the table above would prove nothing."""
     assert parallel_nsa(**GOOD).shape == (B, T, HQ, DV)
     assert parallel_nsa(**{**GOOD, **ONE}, cu_seqlens=torch.tensor([0, 3, T])).shape == (1, T, HQ, DV)
+
+
+@pytest.mark.parametrize("name", inspect.signature(parallel_nsa).parameters)
+def test_no_argument_fails_from_inside(name):
+    one = {**GOOD, **ONE}
+    cu_seqlens = torch.tensor([0, 3, T])
+    values = {
+        "block_size": instead_of_int(1),
+        "window_size": instead_of_int(0),
+        "scale": instead_of_number(),
+        "backend": NO_BACKENDS,
+        "head_first": [True, 1, "yes"],
+        "cu_seqlens": [
+            *instead_of_tensor(cu_seqlens, optional=True),
+            (cu_seqlens,),
+            (cu_seqlens, None),
+            (cu_seqlens, [0, 3, T]),
+            (cu_seqlens, cu_seqlens, cu_seqlens),
+        ],
+        "block_counts": [
+            *instead_of_int(1)[:4],
+            *instead_of_tensor(torch.ones(1, T, HKV, dtype=torch.int32))[6:],
+            [8],
+            None,
+        ],
+    }
+    optional = name in ("g_cmp", "g_slc", "block_indices")
+    for value in values.get(name) or instead_of_tensor(one[name], optional):
+        assert_refused(lambda value=value: parallel_nsa(**{**one, name: value}), name, value)
+
+
+def test_nothing_runs_before_everything_is_checked(monkeypatch):
+    """Not even the pooling of keys, which comes first and would look at few of the arguments."""
+    monkeypatch.setitem(parallel_nsa.__globals__, "pool_windows", lambda *_, **__: pytest.fail("ran"))
+    for wrong in (dict(scale=float("nan")), dict(backend=None), dict(block_indices=INDICES.to("meta")), dict(g_slc=1.0)):
+        with pytest.raises(ValueError, match=r"must|Fix|allowed"):
+            parallel_nsa(**{**GOOD, **wrong})

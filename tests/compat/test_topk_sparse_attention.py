@@ -9,6 +9,7 @@ import torch
 
 from nsa_fsa.compat import topk_sparse_attention
 from tests.compat.loops import assert_same, attend, keys_of_blocks, leaves
+from tests.wrong_values import NO_BACKENDS, assert_refused, instead_of_int, instead_of_number, instead_of_tensor
 
 LENGTHS = (9, 0, 3, 17, 1)  # shorter than a block, empty, not a multiple of one
 T, HKV, D, DV, BLOCK_SIZE, T_SEL = sum(LENGTHS), 2, 5, 3, 4, 3
@@ -145,3 +146,10 @@ def test_bad_arguments_are_refused(changes, message):
     topk_sparse_attention(**GOOD)
     with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
         topk_sparse_attention(**{**GOOD, **changes})
+
+
+@pytest.mark.parametrize("name", inspect.signature(topk_sparse_attention).parameters)
+def test_no_argument_fails_from_inside(name):
+    values = {"block_size": instead_of_int(1), "softmax_scale": instead_of_number(), "backend": NO_BACKENDS}
+    for value in values.get(name) or instead_of_tensor(GOOD[name]):
+        assert_refused(lambda value=value: topk_sparse_attention(**{**GOOD, name: value}), name, value)
