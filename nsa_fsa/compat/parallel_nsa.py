@@ -23,6 +23,7 @@ from nsa_fsa.ops import (
 from nsa_fsa.ops.nsa_attention import OPERATORS
 from nsa_fsa.ops.validation import (
     check_attention,
+    check_device,
     check_ints,
     check_positive,
     check_rows,
@@ -152,7 +153,7 @@ def _check(
             check_tensor(name, gate, "float [B, TQ, HQ]")
             _check_shape(name, gate, "[B, TQ, HQ]", q.shape[:3])
             check_rows(name, gate, 3, "[B, TQ, HQ]")
-            _check_device(name, gate, q)
+            check_device(name, gate, q.device)
     require(
         window_size == 0 or gates["g_swa"] is not None,
         lambda: f"window_size={window_size} needs g_swa, which is None. Fix: pass g_swa (ones for no gate), or window_size=0.",
@@ -167,20 +168,16 @@ def _check(
     if block_indices is not None:
         check_tensor("block_indices", block_indices, "int32 or int64 [B, TQ, HKV, S]")
         _check_shape("block_indices", block_indices, "[B, TQ, HKV, S]", (*q.shape[:2], k.shape[2], *block_indices.shape[-1:]))
-        _check_device("block_indices", block_indices, q)
+        check_device("block_indices", block_indices, q.device)
     if isinstance(block_counts, Tensor):
         _check_shape("block_counts", block_counts, "an int or [B, TQ, HKV]", (*q.shape[:2], k.shape[2]))
-        _check_device("block_counts", block_counts, q)
+        check_device("block_counts", block_counts, q.device)
     else:
         check_positive(block_counts=block_counts)
 
 
 def _check_shape(name: str, x: Tensor, axes: str, shape: tuple[int, ...]) -> None:
     require(x.shape == shape, lambda: f"{name} has shape {tuple(x.shape)}; it must be {axes}, here {tuple(shape)}.")
-
-
-def _check_device(name: str, x: Tensor, q: Tensor) -> None:
-    require(x.device == q.device, lambda: f"{name} is on {x.device} but q is on {q.device}. Fix: move them together.")
 
 
 def _layout(q: Tensor, k: Tensor, cu_seqlens: Tensor | tuple[Tensor, Tensor] | None) -> Layout:

@@ -3,6 +3,7 @@
 Shapes: B sequences of up to S tokens, T tokens packed end to end, E hidden width, HQ and HKV heads, D and DV head widths.
 """
 
+import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from nsa_fsa.modules.compression import Compressor
 from nsa_fsa.modules.gating import BranchGate
 from nsa_fsa.modules.norm import normalize
 from nsa_fsa.modules.rotary import RotaryEmbedding, apply_rotary
-from nsa_fsa.ops import Branches, Layout, backends, nsa_attention, window_starts
+from nsa_fsa.ops import Branches, Layout, backends, nsa_attention, validation, window_starts
 from nsa_fsa.ops.nsa_attention import OPERATORS
 from nsa_fsa.ops.varlen import pack_padded, positions, uniform_layout
 
@@ -147,12 +148,16 @@ class NativeSparseAttention(nn.Module):
             attention_mask: `[B, S]` or, with a cache, `[B, past + S]`; non-zero where a token is real. Padding may be on
                 either side; the output of a padded position is 0.
             cu_seqlens: int32 `[number of sequences + 1]`, boundaries in a packed batch.
-            max_seqlen: an upper bound on the longest packed sequence; default T.
-            position_ids: `[B or 1, S]`, for the rotary embedding only; default: counted from each sequence's first real token.
+            max_seqlen: an upper bound on the longest packed sequence; default T, because reading it from `cu_seqlens` would
+                wait for the device. Pass it on a GPU, where FlashAttention starts as many programs for every sequence as
+                the longest may need: 130 of 500 tokens are 130 times those needed without it.
+            position_ids: int64 or int32 `[B or 1, S]`, for the rotary embedding only; default: counted from each sequence's
+                first real token.
             cache: decode state; new tokens are appended to it, and everything it holds is attended to.
 
         Raises:
-            ValueError: for a mask that is not 2D, packed input with a mask or a cache, or shapes that do not fit.
+            ValueError: for a mask that is not 2D, packed input with a mask or a cache, arguments of another kind or on another
+            device, or shapes that do not fit.
         """
         rows, layout = self._pack(hidden_states, attention_mask, cu_seqlens, max_seqlen, cache)
         x = _take(hidden_states, rows)  # [T, E]
@@ -208,11 +213,16 @@ class NativeSparseAttention(nn.Module):
         cache: NSACache | None,
     ) -> tuple[Tensor | None, Layout]:
         """Rows of the flattened batch that hold real tokens (None: all of them), and where the sequences lie among those."""
-        if hidden_states.ndim != 3 or hidden_states.shape[2] != self.config.hidden_size:
+        width = self.config.hidden_size
+        validation.check_tensor("hidden_states", hidden_states, f"[B, S, {width}]")
+        if hidden_states.ndim != 3 or hidden_states.shape[2] != width:
             raise ValueError(
-                f"hidden_states has shape {tuple(hidden_states.shape)}; it must be [B, S, {self.config.hidden_size}]. "
+                f"hidden_states has shape {tuple(hidden_states.shape)}; it must be [B, S, {width}]. "
                 "Fix: add the batch axis, or check hidden_size in the config."
             )
+        validation.check_rows("hidden_states", hidden_states, 3, f"[B, S, {width}]")
+        if cache is not None and not isinstance(cache, NSACache):
+            raise ValueError(f"cache is {type(cache).__name__}; it must be an NSACache. Fix: NSACache(attn.config).")
         if cache is not None and cache.config != self.config:
             raise ValueError("the cache was made for another config. Fix: NSACache(attn.config).")
         batch_size, length = hidden_states.shape[:2]
@@ -223,10 +233,14 @@ class NativeSparseAttention(nn.Module):
                     f"batch has {batch_size} rows, attention_mask is {'' if attention_mask is None else 'not '}None and cache "
                     f"is {'' if cache is None else 'not '}None. Fix: pass either cu_seqlens or a padded batch."
                 )
-            return None, Layout(cu_seqlens, length if max_seqlen is None else max_seqlen)
+            max_seqlen = length if max_seqlen is None else max_seqlen
+            validation.check_layout(hidden_states.device, cu_seqlens, max_seqlen, None, None)
+            return None, Layout(cu_seqlens, max_seqlen)
         if attention_mask is None:
             return None, uniform_layout(batch_size, length, hidden_states.device)
         past = 0 if cache is None else cache.num_tokens
+        validation.check_tensor("attention_mask", attention_mask, "[B, S]")
+        validation.check_device("attention_mask", attention_mask, hidden_states.device)
         if attention_mask.shape not in ((batch_size, length), (batch_size, past + length)):
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}; it must be [B, S] = {(batch_size, length)}"
@@ -261,12 +275,20 @@ class NativeSparseAttention(nn.Module):
         """cos and sin of the packed tokens, `[T, rotary_dim]`; None where nothing is rotated."""
         batch = hidden_states.shape[:2]
         if position_embeddings is not None:
+            self._check_rotation(position_embeddings, hidden_states)
             cos, sin = (_take(x.expand(*batch, -1), rows) for x in position_embeddings)
             return cos, sin
         if self.rotary is None:
             return None, None
         num_rows = batch[0] * batch[1] if rows is None else rows.shape[0]  # numel() would be one number for torch.export
         if position_ids is not None:
+            validation.check_tensor("position_ids", position_ids, "integers [B or 1, S]")
+            validation.check_device("position_ids", position_ids, hidden_states.device)
+            if position_ids.shape not in (batch, (1, batch[1])) or position_ids.dtype not in (torch.int64, torch.int32):
+                raise ValueError(
+                    f"position_ids has dtype {position_ids.dtype} and shape {tuple(position_ids.shape)}; it must be int64 or "
+                    f"int32 [B or 1, S], here {tuple(batch)}. Fix: leave it out to count from each sequence's first token."
+                )
             position = _take(position_ids.expand(batch)[..., None], rows).squeeze(-1)
         elif cache is not None:
             position = cache.next_positions(layout, num_rows)
@@ -274,6 +296,31 @@ class NativeSparseAttention(nn.Module):
             position = positions(layout.cu_seqlens, num_rows)
         past = 0 if cache is None else cache.num_tokens
         return self.rotary(position, past + layout.max_seqlen, hidden_states.dtype)
+
+    def _check_rotation(self, position_embeddings: Any, hidden_states: Tensor) -> None:
+        pair = position_embeddings
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ValueError(
+                f"position_embeddings={reprlib.repr(pair)} must be a pair (cos, sin). Fix: leave it out to compute them here."
+            )
+        for name, x in zip(("cos", "sin"), pair, strict=True):
+            name = f"{name} of position_embeddings"
+            validation.check_rows(name, x, 3, "[B or 1, S, rotary_dim]")
+            validation.check_device(name, x, hidden_states.device)
+            batch_size, length = hidden_states.shape[:2]
+            rotary_dim = x.shape[2]
+            if (
+                x.shape[0] not in (1, batch_size)
+                or x.shape[1] != length
+                or x.shape != pair[0].shape
+                or rotary_dim % 2
+                or rotary_dim > self.config.head_dim
+            ):
+                raise ValueError(
+                    f"{name} has shape {tuple(x.shape)}; it must be [B or 1, S, rotary_dim], here [{batch_size} or 1, "
+                    f"{length}, an even number up to head_dim={self.config.head_dim}], and cos and sin must be alike. "
+                    "Fix: pass the rotation of these tokens alone."
+                )
 
     def _branch_keys(self, k: tuple[Tensor, ...], v: tuple[Tensor, ...], cos: Tensor | None, sin: Tensor | None) -> KeyValues:
         """Rotates the keys of every branch, and puts beside them what compression reads."""

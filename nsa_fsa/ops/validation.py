@@ -43,6 +43,10 @@ def check_tensor(name: str, x: Any, what: str) -> None:
     )
 
 
+def check_device(name: str, x: Tensor, device: torch.device) -> None:
+    require(x.device == device, lambda: f"{name} is on {x.device}, the other tensors on {device}. Fix: move it there.")
+
+
 def check_rows(name: str, x: Tensor, ndim: int, shape: str) -> None:
     """A floating-point tensor of `ndim` axes, the last one not empty."""
     check_tensor(name, x, shape)
@@ -81,7 +85,7 @@ def check_layout(
                 f"[{'batch' if name == 'seqused_k' else 'batch + 1'}]. Fix: {name}.int(), one entry per sequence."
             ),
         )
-        require(x.device == device, lambda: f"{name} is on {x.device}, the other tensors on {device}. Fix: move it there.")
+        check_device(name, x, device)
 
 
 def check_layout_values(

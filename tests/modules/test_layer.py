@@ -1,10 +1,15 @@
 """What NativeSparseAttention computes: against spec.md read plainly, padded against alone, packed against separate."""
 
+import inspect
+
 import pytest
 import torch
+import transformers
 
 from nsa_fsa.cache import NSACache
+from nsa_fsa.config import NSAConfig
 from nsa_fsa.modules import Compressor, NativeSparseAttention
+from nsa_fsa.modules.native_sparse_attention import PROJECTIONS
 from nsa_fsa.modules.rotary import RotaryEmbedding
 from nsa_fsa.ops import backends
 from nsa_fsa.ops.nsa_attention import OPERATORS
@@ -20,6 +25,7 @@ from tests.modules.layers import (
     rms_ratio,
     small_config,
 )
+from tests.wrong_values import assert_refused, instead_of_int, instead_of_tensor
 
 # Float64 on both sides, with sums of some dozen terms in another order.
 CLOSE = dict(rtol=1e-10, atol=1e-11)
@@ -547,6 +553,53 @@ def test_errors_name_value_and_fix(name):
     layer = make_variant("default")
     with pytest.raises(ValueError, match=f"(?s){message}"):
         layer(**arguments())
+
+
+def wrong_arguments():
+    x, cos = randn(2, 9, 24), randn(1, 9, 8)
+    boundaries, ids = torch.tensor([0, 4, 9], dtype=torch.int32), torch.arange(9)[None]
+
+    def misshapen(x):
+        """Of instead_of_tensor: what is no tensor, of other axes, or elsewhere; kinds aside."""
+        values = instead_of_tensor(x, optional=True)
+        return [y for y in values if not isinstance(y, torch.Tensor) or y.dtype == x.dtype]
+
+    pairs = [cos, (cos,), (cos, cos, cos), (cos, None), (cos, 3.0), 3, "text", True, {"cos": cos}]
+    pairs += [(cos, y) for y in (cos[..., :4], cos[:, :5], cos[0], cos.int(), cos.to("meta"))]
+    pairs += [(y, y) for y in (cos[..., :7], randn(1, 9, 10), randn(3, 9, 8), randn(1, 8, 8), cos[..., :0], cos.to("meta"))]
+    return {
+        # A tensor on another device than the parameters is torch's to refuse: only it knows where those are.
+        "hidden_states": (dict(), [y for y in instead_of_tensor(x) if not (isinstance(y, torch.Tensor) and y.is_meta)]),
+        "position_embeddings": (dict(), pairs),
+        "attention_mask": (dict(), [*misshapen(torch.ones(2, 9)), torch.ones(2, 8), torch.ones(1, 9)]),
+        "cu_seqlens": (dict(hidden_states=x[:1]), [*instead_of_tensor(boundaries, optional=True), boundaries.long()]),
+        "max_seqlen": (dict(hidden_states=x[:1], cu_seqlens=boundaries), instead_of_int(5, optional=True)),
+        "position_ids": (dict(), [*misshapen(ids), ids.float(), ids.bool(), ids[:, :8], ids.expand(3, 9)]),
+        "cache": (dict(), [3, "text", True, {}, NSACache, transformers.DynamicCache(), x]),
+    }
+
+
+@pytest.mark.parametrize("name", [*inspect.signature(NativeSparseAttention.forward).parameters][1:])
+def test_no_argument_fails_from_inside(name):
+    layer = make_variant("default")
+    good, values = wrong_arguments()[name]
+    for value in values:
+        arguments = {"hidden_states": randn(2, 9, 24), **good, name: value}
+        assert_refused(lambda arguments=arguments: layer(**arguments), name, value)
+    layer(**{"hidden_states": randn(2, 9, 24), **good})
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    {
+        "config": [None, {}, "tiny", NSAConfig],
+        "compressor_k": ["median", 3, torch.nn.Identity, []],
+        "projections": [[], {}, "text", dict(q_proj=torch.nn.Linear(2, 2)), dict.fromkeys(PROJECTIONS, 3)],
+    }.items(),
+)
+def test_no_argument_of_the_constructor_fails_from_inside(name, values):
+    for value in values:
+        assert_refused(lambda value=value: NativeSparseAttention(**{"config": small_config(), name: value}), name, value)
 
 
 class WrongShape(torch.nn.Module):
