@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,7 +46,8 @@ class NSAConfig:
     Args:
         hidden_size: width of the residual stream.
         num_heads: query heads (HQ).
-        num_kv_heads: key/value heads (HKV); `num_heads` must be a multiple, and the quotient is the GQA group size G.
+        num_kv_heads: key/value heads (HKV); `num_heads` must be a multiple, and the quotient is the GQA group size G. Default
+            `num_heads`: plain multi-head attention.
         head_dim: width of a query and key head (D); default `hidden_size // num_heads`.
         v_head_dim: width of a value head (DV); default `head_dim`.
         scale: softmax scale; default `head_dim ** -0.5`.
@@ -71,7 +72,9 @@ class NSAConfig:
         qkv_bias, o_bias: biases of the input and output projections.
         rope_parameters: transformers' form, such as `{"rope_type": "default", "rope_theta": 10000.0}`; the types are
             "default", "linear", "dynamic", "yarn", "llama3", "longrope" and "proportional". `None`: the layer rotates
-            nothing unless its caller passes `position_embeddings`.
+            nothing unless its caller passes `position_embeddings`. "dynamic" and "longrope" turn by angles that depend on
+            the length so far: tokens in a cache keep the angles that they came with, as in transformers, so that a sequence
+            that outgrows the model's own length in parts is not the same as one fed at once.
         max_position_embeddings: length the model was made for; "dynamic", "yarn" and "longrope" scale relative to it.
         recompute: of "compressed", "selected" and "sliding", the branches whose output is computed again in backward instead of
             kept for it: `num_heads * v_head_dim` numbers less per token and branch, for the time of the branch's forward.
@@ -86,8 +89,8 @@ class NSAConfig:
 
     hidden_size: int
     num_heads: int
-    num_kv_heads: int
-    head_dim: int = None  # type: ignore[assignment]  # filled in by __post_init__, and an int ever after
+    num_kv_heads: int = None  # type: ignore[assignment]  # filled in by __post_init__, and an int ever after
+    head_dim: int = None  # type: ignore[assignment]
     v_head_dim: int = None  # type: ignore[assignment]
     scale: float = None  # type: ignore[assignment]
 
@@ -126,8 +129,10 @@ class NSAConfig:
         return self.num_heads // self.num_kv_heads
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "num_heads", "num_kv_heads"):
+        for name in ("hidden_size", "num_heads"):
             self._check_int(name, minimum=1)
+        self._fill_if_none("num_kv_heads", self.num_heads)
+        self._check_int("num_kv_heads", minimum=1)
         self._require(
             self.num_heads % self.num_kv_heads == 0,
             "num_kv_heads",
@@ -189,7 +194,7 @@ class NSAConfig:
             ("compress_k", COMPRESSION_KINDS), ("compress_v", COMPRESSION_KINDS), ("compress_rope", COMPRESS_ROPE),
             ("gate", GATE_KINDS), ("gate_init", GATE_INITS),
         ):  # fmt: skip
-            self._require(getattr(self, name) in allowed, name, f"one of {allowed}", "check the spelling")
+            self._require(_is_one_of(getattr(self, name), allowed), name, f"one of {allowed}", "check the spelling")
         for name in ("compress_position_embedding", "kv_per_branch", "qk_norm", "qkv_bias", "o_bias"):
             self._require(isinstance(getattr(self, name), bool), name, "True or False", "pass a bool")
         self._require(
@@ -199,7 +204,7 @@ class NSAConfig:
             "1.0e-6 is usual (YAML reads 1e-6, without the point, as text)",
         )
         self._require(
-            isinstance(self.recompute, (tuple, list)) and all(name in BRANCHES for name in self.recompute),
+            isinstance(self.recompute, (tuple, list)) and all(_is_one_of(name, BRANCHES) for name in self.recompute),
             "recompute",
             f"a tuple of branches among {BRANCHES}",
             'for example ("compressed", "sliding")',
@@ -216,7 +221,7 @@ class NSAConfig:
         rope.setdefault("rope_type", rope.pop("type", "default"))  # the key's name before transformers 5
         rope.setdefault("rope_theta", 10000.0)
         self._require(
-            rope["rope_type"] in ROPE_TYPES,
+            _is_one_of(rope["rope_type"], ROPE_TYPES),
             "rope_parameters",
             f"a rope_type among {ROPE_TYPES}",
             "or pass position_embeddings=(cos, sin) to the layer and set rope_parameters=None",
@@ -232,13 +237,18 @@ class NSAConfig:
         self._require(not missing, "rope_parameters", f"the keys {needed} for {rope['rope_type']!r}", f"add {missing}")
         unknown = [key for key in rope if key not in _ROPE_KEYS]
         self._require(not unknown, "rope_parameters", f"made of the keys {_ROPE_KEYS}", f"check the spelling of {unknown}")
-        wrong = [key for key in ("rope_theta", "factor", "partial_rotary_factor") if not _is_positive_number(rope.get(key, 1))]
+        lists = ("short_factor", "long_factor")
+        numbers = [key for key in rope if key not in ("rope_type", "truncate", *lists)]
+        always = ("rope_theta", "factor", "partial_rotary_factor", *needed)  # the others may be None
+        wrong = [key for key in numbers if not (_is_positive_number(rope[key]) or (rope[key] is None and key not in always))]
         self._require(
             not wrong and rope.get("partial_rotary_factor", 1) <= 1,
             "rope_parameters",
             "positive finite numbers, with partial_rotary_factor at most 1",
             f"check {wrong or 'partial_rotary_factor'} (YAML reads 1e6, without a point, as text)",
         )
+        has_switch = rope.get("truncate") is None or isinstance(rope["truncate"], bool)
+        self._require(has_switch, "rope_parameters", "a dict whose truncate is True or False", "pass a bool")
         rotary_dim = int(self.head_dim * rope.get("partial_rotary_factor", 1.0))
         self._require(
             rotary_dim % 2 == 0 and rotary_dim > 0,
@@ -246,6 +256,16 @@ class NSAConfig:
             "even (in its rotated part), because RoPE rotates pairs",
             "use an even head_dim or rope_parameters=None",
         )
+        for key in [key for key in lists if key in rope]:
+            factors = rope[key]
+            self._require(
+                isinstance(factors, (list, tuple))
+                and len(factors) == rotary_dim // 2
+                and all(_is_positive_number(factor) for factor in factors),
+                "rope_parameters",
+                f"a dict whose {key} holds rotary_dim // 2 = {rotary_dim // 2} positive numbers",
+                "take it as the model's config has it, for one head",
+            )
         self._fill("rope_parameters", rope)  # last, so that errors show what was passed
 
     def _fill(self, name: str, value: Any) -> None:
@@ -278,6 +298,11 @@ class NSAConfig:
         Raises:
             ValueError: for an unknown key (with the nearest known one), a missing one, or an inconsistent value.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(
+                f"NSAConfig.from_dict got {type(values).__name__}; it must be a mapping of NSAConfig fields to values. "
+                'Fix: for a preset, from_dict({"preset": ..., "hidden_size": ..., "num_heads": ...}).'
+            )
         values = dict(values)
         if (name := values.pop("preset", None)) is not None:
             values = {**preset(name), **values}
@@ -287,7 +312,7 @@ class NSAConfig:
                 near = difflib.get_close_matches(str(key), known, n=1)
                 hint = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}."
                 raise ValueError(f"NSAConfig has no field {key!r}; {hint}")
-        missing = [key for key in ("hidden_size", "num_heads", "num_kv_heads") if key not in values]
+        missing = [key for key in ("hidden_size", "num_heads") if key not in values]
         if missing:
             raise ValueError(f"NSAConfig needs {missing}; add them, or start from a model with from_pretrained_config().")
         return cls(**values)
@@ -355,7 +380,11 @@ def _rope_of(hf_config: Any) -> dict[str, Any]:
 
 
 def _is_positive_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value <= sys.float_info.max
+
+
+def _is_one_of(value: Any, allowed: tuple[str, ...]) -> bool:
+    return isinstance(value, str) and value in allowed
 
 
 def preset(name: str) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -15,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from nsa_fsa.config import COMPRESSION_KINDS, PRESETS, NSAConfig, preset
 from nsa_fsa.modules.rotary import RotaryEmbedding
+from tests.wrong_values import INF, NAN
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 LLAMA_LIKE = dict(hidden_size=4096, num_heads=32, num_kv_heads=8, head_dim=128)  # GQA group 4: the common case
@@ -27,6 +29,8 @@ LLAMA3_ROPE = dict(
     high_freq_factor=4.0,
     original_max_position_embeddings=8192,
 )
+LONGROPE = dict(rope_type="longrope", short_factor=[1.0] * 64, long_factor=[2.0] * 64)  # head_dim 128
+LLAMA3_NUMBERS = ("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 ROPES = {
     "default": dict(rope_type="default", rope_theta=10000.0),
     "linear": dict(rope_type="linear", rope_theta=10000.0, factor=2.0),
@@ -49,6 +53,9 @@ SMALLEST = {
     "max_position_embeddings": 1, "init_blocks": 0, "local_blocks": 0,
 }  # fmt: skip
 
+# Not a positive finite number.
+UNUSABLE = (0, -0.1, "0.1", NAN, INF, -INF, 10**400, True, [0.1], 1j, np.ones(2), torch.tensor(0.1))
+
 # (overrides of LLAMA_LIKE, the field the message must name, a part of what it must say is allowed). The field's value in the
 # message is taken from the overrides, or from LLAMA_LIKE and the defaults where another field broke the relation.
 REFUSED = [
@@ -56,9 +63,9 @@ REFUSED = [
     *[
         ({name: value}, name, f"an int >= {minimum}")
         for name, minimum in SMALLEST.items()
-        for value in (minimum - 1, -16, 64.0, "64", True)
+        for value in (minimum - 1, -16, 64.0, "64", True, [64], np.ones(2), torch.tensor(64))
     ],
-    *[({name: None}, name, "an int >= 1") for name in ("hidden_size", "num_heads", "num_kv_heads", "block_size")],
+    *[({name: None}, name, "an int >= 1") for name in ("hidden_size", "num_heads", "block_size")],
     # Relations between fields.
     ({"num_kv_heads": 5}, "num_kv_heads", "a divisor of num_heads=32"),
     ({"num_kv_heads": 64}, "num_kv_heads", "a divisor of num_heads=32"),
@@ -75,11 +82,8 @@ REFUSED = [
     ({"init_blocks": 15}, "num_selected_blocks", "at least init_blocks + local_blocks = 17"),
     ({"local_blocks": 16}, "num_selected_blocks", "at least init_blocks + local_blocks = 17"),
     # Numbers that are not lengths.
-    *[({"scale": value}, "scale", "a positive finite number") for value in (0, -0.1, "0.1", float("nan"), float("inf"), True)],
-    *[
-        ({"qk_norm_eps": value}, "qk_norm_eps", "a positive finite number")
-        for value in (0.0, -1e-6, "1e-6", None, float("nan"))
-    ],
+    *[({"scale": value}, "scale", "a positive finite number") for value in UNUSABLE],
+    *[({"qk_norm_eps": value}, "qk_norm_eps", "a positive finite number") for value in (None, *UNUSABLE)],
     # Choices: a misspelt one is answered with the list.
     ({"compress_k": "max"}, "compress_k", "one of ('mean', 'weighted', 'linear', 'mlp', 'gated')"),
     ({"compress_v": "Mean"}, "compress_v", "one of ('mean', 'weighted', 'linear', 'mlp', 'gated')"),
@@ -97,7 +101,16 @@ REFUSED = [
         for value in (None, "compressed", True, ("compressed", "window"), (1,))
     ],
     *[({"backend": value}, "backend", "a backend's name") for value in (None, "")],
+    *[
+        ({name: value}, name, "one of")
+        for name in ("compress_k", "compress_v", "compress_rope", "gate", "gate_init")
+        for value in (3, ["mean"], np.ones(2), torch.ones(2), {})
+    ],
     # RoPE.
+    *[
+        ({"rope_parameters": {"rope_type": value}}, "rope_parameters", "a rope_type among")
+        for value in (None, 3, [], np.ones(2))
+    ],
     ({"rope_parameters": "default"}, "rope_parameters", "a dict or None"),
     ({"rope_parameters": {"rope_type": "lonrope", "rope_theta": 10000.0}}, "rope_parameters", "a rope_type among"),
     ({"rope_parameters": {"rope_type": "longrope"}}, "rope_parameters", "('short_factor', 'long_factor') for 'longrope'"),
@@ -118,6 +131,25 @@ REFUSED = [
         }.items()
         for value in values
     ],
+    *[
+        ({"rope_parameters": {**rope, key: value}}, "rope_parameters", "positive finite numbers")
+        for rope, keys in (
+            (ROPES["yarn"], ("original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow", "mscale")),
+            (LLAMA3_ROPE, ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor", "rope_theta", "factor")),
+        )
+        for key in keys
+        for value in UNUSABLE
+    ],
+    *[
+        ({"rope_parameters": {**LLAMA3_ROPE, key: None}}, "rope_parameters", "positive finite numbers")
+        for key in LLAMA3_NUMBERS
+    ],
+    *[
+        ({"rope_parameters": {**LONGROPE, key: value}}, "rope_parameters", f"{key} holds rotary_dim // 2 = 64")
+        for key in ("short_factor", "long_factor")
+        for value in (1.0, "1.0", None, [1.0] * 63, ["1.0"] * 64, [NAN] * 64)
+    ],
+    *[({"rope_parameters": {**ROPES["yarn"], "truncate": value}}, "rope_parameters", "truncate") for value in ("false", 0)],
     ({"head_dim": 65}, "head_dim", "even (in its rotated part)"),
     (
         {"head_dim": 20, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25}},
@@ -176,6 +208,8 @@ ACCEPTED = [
     {"head_dim": 65, "rope_parameters": None},
     {"head_dim": 20, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
     {"rope_parameters": without(ROPES["yarn"], "original_max_position_embeddings")},
+    {"rope_parameters": {**ROPES["yarn"], "attention_factor": None, "mscale": None, "truncate": False}},
+    {"rope_parameters": {**LONGROPE, "rope_theta": 10000.0}},
     {"recompute": ("selected",)},
     {"recompute": ("compressed", "selected", "sliding")},
     {"backend": "a-name-that-only-the-operators-know"},
@@ -295,7 +329,19 @@ def test_unknown_key_that_resembles_nothing_lists_the_fields():
         NSAConfig.from_dict({**LLAMA_LIKE, "zzz": 1})
 
 
-@pytest.mark.parametrize("missing", [["hidden_size"], ["num_heads"], ["hidden_size", "num_heads", "num_kv_heads"]], ids=str)
+def test_every_head_has_keys_of_its_own_unless_told_otherwise():
+    config = NSAConfig(hidden_size=256, num_heads=4)
+    assert (config.num_kv_heads, config.group_size) == (4, 1)
+    assert NSAConfig.from_dict({"preset": "tiny", "hidden_size": 256, "num_heads": 4}).num_kv_heads == 4
+
+
+@pytest.mark.parametrize("value", [None, [1, 2], "tiny", 3, [("hidden_size", 64)]], ids=str)
+def test_from_dict_of_something_else(value):
+    with pytest.raises(ValueError, match=r"must be a mapping of NSAConfig fields to values.*Fix"):
+        NSAConfig.from_dict(value)
+
+
+@pytest.mark.parametrize("missing", [["hidden_size"], ["num_heads"], ["hidden_size", "num_heads"]], ids=str)
 def test_missing_keys_are_named(missing):
     values = {k: v for k, v in LLAMA_LIKE.items() if k not in missing}
     with pytest.raises(ValueError, match=re.escape(f"NSAConfig needs {missing}; add them")):

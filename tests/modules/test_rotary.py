@@ -5,7 +5,7 @@ import torch
 import transformers
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from nsa_fsa import NSAConfig
+from nsa_fsa import NSACache, NSAConfig
 from nsa_fsa.modules.rotary import RotaryEmbedding, apply_rotary
 from tests.modules.layers import make_layer, randn, small_config
 
@@ -121,3 +121,20 @@ def test_layer_given_transformers_cos_and_sin(name, rope):
     layer, x = make_layer(config), randn(2, 45, 24)
     given = layer(x, position_embeddings=theirs(x, torch.arange(45)[None]))
     torch.testing.assert_close(given, layer(x), rtol=1e-4, atol=1e-4)  # their angles are float32
+
+
+@torch.no_grad()
+def test_dynamic_angles_of_a_cached_sequence():
+    """Up to the model's length a sequence fed in parts equals one fed at once. Beyond, tokens keep the angles that they came
+    with: those that transformers gives a sequence fed in the same parts."""
+    rotary, theirs = pair(ROPES["dynamic"], max_position_embeddings=32)
+    for start, end in ((0, 20), (20, 33), (33, 34), (34, 80)):
+        positions = torch.arange(start, end)
+        _, sin = rotary(positions, end, torch.float32)
+        torch.testing.assert_close(sin, theirs(torch.zeros(1), positions[None])[1][0], rtol=0, atol=1e-4)
+
+    layer, x = make_layer(small_config(rope_parameters=ROPES["dynamic"], max_position_embeddings=32)), randn(1, 45, 24)
+    for length in (32, 45):
+        cache = NSACache(layer.config)
+        parts = torch.cat([layer(part, cache=cache) for part in x[:, :length].split(15, dim=1)], dim=1)
+        assert torch.allclose(parts, layer(x[:, :length])) == (length == 32)
