@@ -6,6 +6,8 @@ Every learned phi but the MLP starts out as the mean, so that block scores make 
 Shapes: T tokens, N = T // kernel_stride windows, H = HKV heads, l = kernel_size, D the head width.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,11 +35,17 @@ class PoolPhi(nn.Module):
     def extra_repr(self) -> str:
         return f"learned={self.logits is not None}"
 
-    def forward(self) -> Tensor | None:
-        """The weights, in float32 or wider; None for equal ones. Pooling by them is the operator's."""
-        if self.logits is None:
-            return None
-        return self.logits.to(torch.promote_types(self.logits.dtype, torch.float32)).softmax(-1)
+    def forward(self, x: Tensor, embedding: Tensor | None, pool: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
+        """x `[T, H, D]`, embedding `[H, l, D]` -> `[N, H, D]`. pool: the operator, of x and the weights `[H, l]`."""
+        weight = None
+        if self.logits is not None:
+            weight = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32)).softmax(-1)
+        pooled = pool(x, weight)
+        if embedding is None:
+            return pooled
+        # Pooling is linear, so the embedding may be pooled by itself.
+        shift = embedding.mean(1) if weight is None else torch.einsum("hl,hld->hd", weight, embedding.to(weight.dtype))
+        return pooled + shift.to(pooled.dtype)
 
 
 class LinearPhi(nn.Module):
@@ -125,21 +133,16 @@ class Compressor(nn.Module):
         return f"kernel_size={self.kernel_size}, kernel_stride={self.kernel_stride}"
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        sizes: dict[str, Any] = dict(kernel_size=self.kernel_size, kernel_stride=self.kernel_stride)
-        where = (layout.cu_seqlens, layout.max_seqlen)
+        sizes: dict[str, Any] = dict(kernel_size=self.kernel_size, kernel_stride=self.kernel_stride, seqused_k=layout.seqused_k)
+        how = dict(cu_seqlens=layout.cu_seqlens, max_seqlen=layout.max_seqlen, backend=self.backend, **sizes)
         embedding = self.position_embedding
         if self.pools:
-            weight = self.phi()
-            pooled = ops.pool_windows(x, weight, *where, seqused_k=layout.seqused_k, backend=self.backend, **sizes)
-            if embedding is not None:  # pooling is linear, so the embedding may be pooled by itself
-                shift = embedding.mean(1) if weight is None else torch.einsum("hl,hld->hd", weight, embedding.to(weight.dtype))
-                pooled = pooled + shift.to(pooled.dtype)
-            return pooled
-        windows = ops.gather_windows(x, *where, seqused_k=layout.seqused_k, backend=self.backend, **sizes)  # [N, H, l, D]
+            return self.phi(x, embedding, functools.partial(ops.pool_windows, **how))
+        windows = ops.gather_windows(x, **how)  # [N, H, l, D]
         if self.is_own:
             # Where no sequence owns a window, windows are 0. A phi that divides by their norm would make NaN of it, and
             # 0 * NaN of its parameters' gradient: the first tokens of the batch stand there instead.
-            rows, owned = reference.window_rows(x, layout.cu_seqlens, seqused_k=layout.seqused_k, **sizes)
+            rows, owned = reference.window_rows(x, layout.cu_seqlens, **sizes)
             first = x.detach()[rows[:1]].transpose(1, 2)  # [1, H, l, D]
             windows = torch.where(owned[:, None, None, None], windows, first)
         if embedding is not None:

@@ -86,6 +86,23 @@ def test_lora_on_every_linear(gate, length):
     torch.testing.assert_close(merged.attn(x), output, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("names", [("gate", "compress_k", "compress_v"), ("phi",)], ids=" ".join)
+@pytest.mark.parametrize("variant", ["default", "branches-gated", "own-modules"])
+def test_what_is_new_is_trained_beside_adapters(variant, names):
+    """PEFT's modules_to_save, as the whole or of the compressors alone: copies that give the same values, and learn."""
+    peft = pytest.importorskip("peft")
+    layer, x = make_variant(variant, torch.float32), randn(1, 45, 24, dtype=torch.float32)
+    expected = layer(x)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=[*names])
+    adapted = peft.get_peft_model(Block(layer), config)
+    output = adapted.base_model.model.attn(x)
+    torch.testing.assert_close(output, expected)
+    output.sum().backward()
+    learning = {name for name, p in adapted.named_parameters() if p.grad is not None and "lora" not in name}
+    assert learning
+    assert all(any(f"{part}.modules_to_save" in name for name in learning) for part in names)
+
+
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
 def test_dynamic_quantization_and_its_skip_list():
