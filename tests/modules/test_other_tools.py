@@ -139,15 +139,16 @@ def fused_kernels(monkeypatch):
     monkeypatch.setattr("nsa_fsa.modules.norm.kernels_for", lambda x: fused.Kernels(None, fused_norm))
 
 
-def offloaded(model, how, folder):
+def offloaded(model, how, folder, device="cpu"):
+    """A model with a submodule `attn` whose parameters are on the CPU or in the folder until they run on the device."""
     accelerate = pytest.importorskip("accelerate")
     if how == "cpu_offload":
-        return accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+        return accelerate.cpu_offload(model, execution_device=torch.device(device))
     if how == "disk_offload":
-        return accelerate.disk_offload(model, folder, execution_device=torch.device("cpu"))
+        return accelerate.disk_offload(model, folder, execution_device=torch.device(device))
     parts = [f"attn.{name}" for name, part in model.attn.named_children() if [*part.parameters()]]
     device_map = {name: ("disk", "cpu")[i % 2] for i, name in enumerate(parts)}
-    return accelerate.dispatch_model(model, device_map, main_device="cpu", offload_dir=folder, force_hooks=True)
+    return accelerate.dispatch_model(model, device_map, main_device=device, offload_dir=folder, force_hooks=True)
 
 
 @torch.no_grad()
