@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from nsa_fsa import patch_model
 from nsa_fsa.modules import BranchGate, NativeSparseAttention, fused
 from tests.modules.layers import VARIANTS, FirstPlusTanhOfLast, make_layer, make_variant, randn, small_config
 
@@ -162,6 +163,27 @@ def test_offloaded(variant, how, tmp_path):
     assert any(p.is_meta for p in model.parameters())
     assert torch.equal(model(x), expected)
     assert torch.equal(model(x), expected)
+
+
+@torch.no_grad()
+def test_a_checkpoint_spread_over_cpu_and_disk(tmp_path):
+    """A patched model, saved and loaded with a device_map: the same logits, and the same tokens from a cache."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    patch_model(model, preset="tiny", verbose=False)
+    model.save_pretrained(tmp_path / "model")
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.rotary_emb": "cpu"}
+    spread = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map={**places, "model.norm": "disk", "lm_head": "cpu"}, offload_folder=tmp_path / "offloaded"
+    )
+    assert spread.model.layers[0].self_attn.gate.weight.is_meta
+    tokens = torch.arange(50)[None]
+    assert torch.equal(spread(tokens).logits, model(tokens).logits)
+    options = dict(max_new_tokens=3, do_sample=False)
+    assert torch.equal(spread.generate(tokens, **options), model.generate(tokens, **options))
 
 
 @pytest.fixture
