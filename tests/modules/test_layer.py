@@ -625,7 +625,7 @@ def test_a_compressor_of_a_wrong_shape_is_named(side, length):
         layer(randn(1, length, 24, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("value", ["median", WrongShape, torch.mean, 3], ids=str)
+@pytest.mark.parametrize("value", ["median", WrongShape, torch.mean, 3], ids=["text", "class", "function", "number"])
 def test_a_compressor_that_is_no_module_is_refused(value):
     with pytest.raises(ValueError, match=r"compressor_v=.* must be an nn.Module.*Fix"):
         NativeSparseAttention(small_config(), compressor_v=value)
