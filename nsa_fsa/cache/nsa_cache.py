@@ -1,14 +1,19 @@
 """NSACache: what one layer remembers between calls (docs/spec.md, section 9).
 
-Buffers are `[B, capacity, HKV, width]`, row b holding sequence b from its first real token on, so that the operators read
-them in place: sequence b begins at row `b * capacity` of the flattened buffer and counts `lengths[b]` rows. Compressed
-buffers are `[B, capacity // kernel_stride, HKV, width]`, which is where the operators expect compressed tokens.
+Buffers are `[B, capacity, HKV, width]`, row b holding sequence b from its first real token on, so
+that the operators read them in place: sequence b begins at row `b * capacity` of the flattened
+buffer and counts `lengths[b]` rows. Compressed buffers are `[B, capacity // kernel_stride, HKV,
+width]`, which is where the operators expect compressed tokens.
 
-The open window is the tail of the sequence that future compression windows still cover, kept as compression reads it
-(before RoPE, by default), together with the cos and sin of its positions. It reaches `rollback` tokens further back than
-needed, so that speculative decoding can crop.
+Compression, by default, reads keys as they were before RoPE. The latest ones are kept as they came,
+in the buffer "recent": the key of position p in column `p % num_recent`. So that `crop` reaches as
+far back as one likes, the cos and sin of every token are kept as well, and a crop beyond the recent
+keys turns rotated ones back. That is 6% more memory for a Llama-3-8B, where a second copy of all
+keys would be 50%. Turning back every time would do without "recent", and cost layers in 16 bits up
+to 0.3% of their output's scale. With `kv_per_branch`, what compression reads is kept whole beside
+the keys and values of the other two branches.
 
-No method but `crop` reads anything back from the device.
+No method waits for the device.
 """
 
 from collections.abc import Callable
@@ -35,21 +40,39 @@ class KeyValues(NamedTuple):
     sin: Tensor | None = None
 
 
-# (k_src, v_src, cos, sin, layout) -> (k_cmp, v_cmp)
+Sources = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # k_src, v_src, cos, sin
+# (*sources, layout) -> (k_cmp, v_cmp)
 Compress = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Layout], tuple[Tensor, Tensor]]
+
+
+class _Update(NamedTuple):
+    """What `NSACache.update` prepared and `NSACache.commit` makes last; T new tokens."""
+
+    buffers: dict[str, Tensor]
+    lengths: Tensor  # int64 [B]
+    num_tokens: int
+    sequence: Tensor  # int64 [T]
+    position: Tensor  # int64 [T]
+    k_src: Tensor  # [T, HKV, D]
 
 
 class NSACache:
     """Decode state of one `NativeSparseAttention` layer.
 
+    What was fed in inference mode, under autocast or with gradients may be continued in any other
+    mode: buffers become as wide as the widest dtype fed, and nothing is written into a tensor that
+    a pending backward needs. A forward that raises leaves the cache as it was.
+
     Args:
         config: the layer's configuration.
-        max_length: None for buffers that grow by doubling; a number of tokens for buffers of fixed size, allocated once.
-        rollback: how many of the latest tokens `crop` can take back.
+        max_length: None for buffers that grow by doubling; a number of tokens for buffers of fixed
+            size, allocated once.
+        rollback: how many of the latest tokens `crop` can take back without rounding any key.
 
     Example:
         >>> cache = NSACache(attn.config)
-        >>> y = torch.cat([attn(x[:, :100], cache=cache), attn(x[:, 100:], cache=cache)], dim=1)  # equals attn(x)
+        >>> prompt, rest = attn(x[:, :100], cache=cache), attn(x[:, 100:], cache=cache)
+        >>> y = torch.cat((prompt, rest), dim=1)  # equals attn(x)
     """
 
     def __init__(self, config: NSAConfig, *, max_length: int | None = None, rollback: int = 128) -> None:
@@ -59,205 +82,284 @@ class NSACache:
         self.config = config
         self.max_length = max_length
         self.rollback = rollback
-        self.keep_history = False  # True: the open window is trimmed by `crop` alone, which may then go back to the last crop
         self.reset()
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.num_tokens = 0  # columns fed so far, padding included: an upper bound on every length that the host knows
-        self.capacity = 0
-        self._buffers: dict[str, Tensor] = {}  # [B, capacity or capacity // stride, HKV, width]
-        self._open: dict[str, Tensor] = {}  # [B, width of the open window, ...]
-        self._lengths = torch.zeros(0, dtype=torch.int64)  # int64 [B]
-        self._open_start = torch.zeros(0, dtype=torch.int64)  # int64 [B], the position of the open window's first column
+        # Columns fed so far, padding included: an upper bound on every length that the host knows.
+        self.num_tokens = 0
+        # [B, capacity, ...] or [B, capacity // kernel_stride, ...], meaningless in an empty cache.
+        # "real", bool [B, capacity]: which of the columns fed hold real tokens.
+        # "recent", [B, num_recent + 1, HKV, D]: see above; the last column takes the other keys.
+        self._buffers: dict[str, Tensor] = {}
+        self._lengths = torch.zeros(0, dtype=torch.int64)  # [B]
+        self._furthest = 0  # the most columns that there were since "recent" was last turned back
+        self._needed_by_backward = False  # then the next update writes into copies of the buffers
+        self._pending: _Update | None = None
 
     @property
     def is_empty(self) -> bool:
         return self.num_tokens == 0
 
     @property
+    def capacity(self) -> int:
+        """How long a sequence can become before the buffers have to grow."""
+        return 0 if self.is_empty else self._buffers["k"].shape[1]
+
+    @property
     def lengths(self) -> Tensor:
         """Real tokens of each sequence, int64 `[B]`; `[0]` before the first batch."""
         return self._lengths
 
-    def next_positions(self, layout: Layout, num_rows: int) -> Tensor:
-        """The positions that `num_rows` new packed tokens will take in their sequences, int64 `[num_rows]`.
+    def check_room(self, num_sequences: int, num_columns: int) -> None:
+        """Raises ValueError unless that many sequences can go on by that many columns."""
+        if not self.is_empty and num_sequences != self._lengths.shape[0]:
+            raise ValueError(
+                f"the batch has {num_sequences} sequences but the cache holds "
+                f"{self._lengths.shape[0]}. "
+                "Fix: reset() it, or reorder() / repeat_interleave() it first."
+            )
+        if self.max_length is not None and self.num_tokens + num_columns > self.max_length:
+            raise ValueError(
+                f"{num_columns} more tokens do not fit: the cache holds {self.num_tokens} of "
+                f"{self.max_length}. Fix: a larger max_length, or None for a cache that grows."
+            )
 
-        Raises ValueError as `update` does.
-        """
-        self._check_room(layout)
+    def next_positions(self, layout: Layout, num_rows: int) -> Tensor:
+        """The positions that `num_rows` new packed tokens will take, int64 `[num_rows]`."""
         sequence = sequence_ids(layout.cu_seqlens, num_rows)
         position = torch.arange(num_rows, device=sequence.device) - layout.cu_seqlens[sequence]
-        return position + self._lengths[sequence] if self._buffers else position
+        return position if self.is_empty else position + self._lengths[sequence]
 
-    def update(self, new: KeyValues, layout: Layout, compress: Compress) -> tuple[KeyValues, Tensor, Tensor, Layout]:
-        """Appends a packed batch of new tokens.
+    def update(
+        self, new: KeyValues, layout: Layout, compress: Compress, rows: Tensor | None = None
+    ) -> tuple[KeyValues, Tensor, Tensor, Layout]:
+        """Prepares to append a packed batch of new tokens; `commit` makes it last.
 
         Args:
             new: their keys and values.
-            layout: where the sequences lie among them; its `max_seqlen` is the number of columns that they take.
+            layout: where the sequences lie among them; `max_seqlen` is the number of columns S.
             compress: turns packed keys and values into compressed ones.
+            rows: int64 `[T]`, where the tokens stood in the flattened `[B, S]` batch, the other
+                places being padding; None: there is no padding.
 
         Returns:
-            All keys and values so far as flat views of the buffers (`k_src` and the following fields are those of `new`),
-            the compressed keys and values, and the layout that makes the operators read them.
+            Keys and values of everything so far, the compressed ones, and the layout that makes the
+            operators read them. After an empty cache that is what came in, in its own layout; later
+            they are flat views of the buffers (`k_src` and what follows stay those of `new`).
 
         Raises:
-            ValueError: if the batch size changed, or a fixed-size cache is full; nothing is changed then.
+            ValueError: as `check_room` does.
         """
-        num_sequences, num_columns, stride = layout.cu_seqlens.shape[0] - 1, layout.max_seqlen, self.config.kernel_stride
-        position = self.next_positions(layout, new.k.shape[0])
-        if not self._buffers:
-            self._lengths = torch.zeros(num_sequences, dtype=torch.int64, device=new.k.device)
-            self._open_start = torch.zeros_like(self._lengths)
-        old_lengths = self._lengths
+        num_sequences, num_columns = layout.cu_seqlens.shape[0] - 1, layout.max_seqlen
+        self.check_room(num_sequences, num_columns)
+        self._pending = None  # what a forward that raised has left takes memory
+        stride, device = self.config.kernel_stride, new.k.device
         sequence = sequence_ids(layout.cu_seqlens, new.k.shape[0])
-        self._lengths = old_lengths + layout.cu_seqlens.diff()
-        self.num_tokens += num_columns
-        self._reserve(new)
+        position = self.next_positions(layout, new.k.shape[0])
+        no_tokens = torch.zeros(num_sequences, dtype=torch.int64, device=device)
+        old_lengths = no_tokens if self.is_empty else self._lengths
+        lengths = old_lengths + layout.cu_seqlens.diff()
+        num_tokens = self.num_tokens + num_columns
 
-        tokens = {"k": new.k, "v": new.v}
-        if self.config.kv_per_branch:
-            tokens |= {"k_swa": new.k_swa, "v_swa": new.v_swa}
-        for name, values in tokens.items():
-            self._write(self._buffers, name, (sequence, position), values)
+        # Until the commit, everything is written beyond the lengths that hold.
+        buffers = self._writable(new, num_sequences, num_tokens)
+        for name, values in self._tokens(new).items():
+            _put(buffers[name], (sequence, position), values)
+        real = torch.full((num_sequences * num_columns,), rows is None, device=device)
+        if rows is not None:
+            real.index_fill_(0, rows, True)
+        buffers["real"][:, self.num_tokens : num_tokens] = real.view(num_sequences, num_columns)
 
-        # The open window and the new tokens side by side; its first incomplete window begins at `first`.
-        self._widen_open_window(num_columns)
-        source = new._asdict()
-        for name in self._open:
-            self._write(self._open, name, (sequence, position - self._open_start[sequence]), source[name])
+        # From the first window on that was not complete before.
         num_complete = self._num_windows(old_lengths)
-        first = num_complete * stride
-        width = _round_up(self.config.kernel_size + num_columns, stride)
-        pending = {name: x.flatten(0, 1) for name, x in self._shifted(first - self._open_start, width).items()}
-        rows = torch.arange(num_sequences + 1, dtype=torch.int32, device=new.k.device) * width
-        k_cmp, v_cmp = compress(
-            pending["k_src"],
-            pending["v_src"],
-            pending.get("cos"),
-            pending.get("sin"),
-            Layout(rows, width, seqused_k=(self._lengths - first).int()),
-        )
-        # Windows that are still incomplete are written as well: nobody reads them before they are overwritten.
-        column = num_complete[:, None] + torch.arange(width // stride, device=new.k.device)
-        row = torch.arange(num_sequences, device=new.k.device)[:, None].expand_as(column)
-        for name, values in (("k_cmp", k_cmp), ("v_cmp", v_cmp)):
-            self._write(self._buffers, name, (row, column), values.unflatten(0, column.shape))
-        if not self.keep_history:
-            self._trim_open_window()
+        if self.is_empty:
+            k_cmp, v_cmp = compress(new.k_src, new.v_src, new.cos, new.sin, layout)
+            windows = layout
+        else:
+            first = num_complete * stride
+            width = _round_up(self.config.kernel_size + num_columns, stride)
+            sources = self._sources(buffers, first, width)
+            if "recent" in buffers:  # it gets the new keys at the commit
+                _put(sources[0], (sequence * width + position - first[sequence],), new.k_src)
+            windows = Layout(_starts(lengths, width), width, seqused_k=(lengths - first).int())
+            k_cmp, v_cmp = compress(*sources, windows)
+        # Incomplete windows are written as well: nobody reads them before they are overwritten.
+        window = torch.arange(min(windows.max_seqlen // stride, k_cmp.shape[0]), device=device)
+        row = (windows.cu_seqlens[:-1, None] // stride + window).clamp(max=k_cmp.shape[0] - 1)
+        place = (_rows(lengths), num_complete[:, None] + window)
+        _put(buffers["k_cmp"], place, k_cmp[row])
+        _put(buffers["v_cmp"], place, v_cmp[row])
 
-        flat = {name: x.flatten(0, 1) for name, x in self._buffers.items()}
-        keys = new._replace(k=flat["k"], v=flat["v"], k_swa=flat.get("k_swa", flat["k"]), v_swa=flat.get("v_swa", flat["v"]))
-        starts = torch.arange(num_sequences + 1, dtype=torch.int32, device=new.k.device) * self.capacity
-        return keys, flat["k_cmp"], flat["v_cmp"], Layout(starts, self.num_tokens, layout.cu_seqlens, self._lengths.int())
+        self._pending = _Update(buffers, lengths, num_tokens, sequence, position, new.k_src)
+        if self.is_empty:
+            return new, k_cmp, v_cmp, layout
+        flat = {name: x.flatten(0, 1) for name, x in buffers.items()}
+        keys = new._replace(k=flat["k"], v=flat["v"], k_swa=flat["k"], v_swa=flat["v"])
+        if self.config.kv_per_branch:
+            keys = keys._replace(k_swa=flat["k_swa"], v_swa=flat["v_swa"])
+        starts = _starts(lengths, buffers["k"].shape[1])
+        everything = Layout(starts, num_tokens, layout.cu_seqlens, lengths.int())
+        return keys, flat["k_cmp"], flat["v_cmp"], everything
 
-    # -- what generation does to a cache -------------------------------------------------------------------------------
+    def commit(self, needed_by_backward: bool) -> None:
+        """Makes the last update last; for the end of a forward, when nothing can fail any more.
+
+        needed_by_backward: whether the forward recorded a graph, which then holds the buffers: the
+            next update leaves them as they are and writes into copies.
+        """
+        assert self._pending is not None, "there is no update to commit"
+        buffers, lengths, num_tokens, sequence, position, k_src = self._pending
+        if "recent" in buffers:
+            is_recent = position >= (lengths - self._num_recent)[sequence]
+            column = torch.where(is_recent, position % self._num_recent, self._num_recent)
+            _put(buffers["recent"], (sequence, column), k_src)
+        self._buffers, self._lengths, self.num_tokens = buffers, lengths, num_tokens
+        self._furthest = max(self._furthest, num_tokens)
+        self._needed_by_backward, self._pending = needed_by_backward, None
+
+    # -- what generation does to a cache -----------------------------------------------------------
 
     def reorder(self, index: Tensor) -> None:
-        """Row b becomes what row `index[b]` was; also selects a part of the batch. index: int64 `[new B]`."""
-        self._map(lambda x: x.index_select(0, index.to(x.device)))
+        """Row b becomes what row `index[b]` was; also selects a part of the batch.
+
+        index: int64 `[new B]`, or bool `[B]`.
+        """
+        self._map(lambda x: x[index.to(x.device)])
 
     def repeat_interleave(self, repeats: int) -> None:
         """Every row becomes `repeats` adjacent rows."""
         self._map(lambda x: x.repeat_interleave(repeats, dim=0))
 
     def crop(self, num_removed: int) -> None:
-        """Takes back the last `num_removed` columns of every row: real tokens, or a row's left padding.
+        """Takes back the last `num_removed` columns: of every row the real tokens among them.
 
         Raises:
             ValueError: if there are not that many.
-            RuntimeError: if the open window does not reach back that far; nothing is changed then.
         """
         if not 0 <= num_removed <= self.num_tokens:
-            raise ValueError(f"cannot remove {num_removed} tokens from a cache of {self.num_tokens}.")
+            held = self.num_tokens
+            raise ValueError(f"cannot remove {num_removed} tokens from a cache of {held}.")
         if num_removed == self.num_tokens:
             self.reset()
             return
-        lengths = (self._lengths - num_removed).clamp(min=0)
-        if bool((self._num_windows(lengths) * self.config.kernel_stride < self._open_start).any()):
-            raise RuntimeError(
-                f"cannot remove {num_removed} tokens: this cache keeps what it needs to take back the last {self.rollback}. "
-                f"Fix: NSACache(..., rollback={num_removed}) or keep_history = True before feeding it, or feed it again."
-            )
-        self._lengths, self.num_tokens = lengths, self.num_tokens - num_removed
-        self._trim_open_window()
+        self.num_tokens -= num_removed
+        self._lengths = self._buffers["real"][:, : self.num_tokens].sum(1)
+        if "recent" in self._buffers and self._furthest - self.num_tokens > self.rollback:
+            self._buffers["recent"] = self._turned_back()
+            self._furthest = self.num_tokens
 
-    # -- buffers -------------------------------------------------------------------------------------------------------
+    # -- buffers -----------------------------------------------------------------------------------
 
-    def _check_room(self, layout: Layout) -> None:
-        num_sequences = layout.cu_seqlens.shape[0] - 1
-        if self._buffers and num_sequences != self._lengths.shape[0]:
-            raise ValueError(
-                f"the batch has {num_sequences} sequences but the cache holds {self._lengths.shape[0]}. "
-                "Fix: reset() it, or reorder() / repeat_interleave() it first."
-            )
-        if self.max_length is not None and self.num_tokens + layout.max_seqlen > self.max_length:
-            raise ValueError(
-                f"{layout.max_seqlen} more tokens do not fit: the cache holds {self.num_tokens} of {self.max_length}. "
-                "Fix: a larger max_length, or None for a cache that grows."
-            )
+    def _tokens(self, new: KeyValues) -> dict[str, Tensor]:
+        """What is kept of every token, by the name of its buffer."""
+        tokens = {"k": new.k, "v": new.v}
+        if self.config.kv_per_branch:
+            tokens |= {"k_swa": new.k_swa, "v_swa": new.v_swa}
+            tokens |= {"k_src": new.k_src, "v_src": new.v_src}
+        if new.cos is not None and new.sin is not None:
+            half = new.cos.shape[1] // 2  # the halves are equal
+            tokens |= {"cos": new.cos[:, :half], "sin": new.sin[:, :half]}
+        return tokens
 
-    def _reserve(self, like: KeyValues) -> None:
-        """Makes room for num_tokens, and for writing a few compressed tokens past the last complete one."""
+    def _writable(self, new: KeyValues, num_sequences: int, num_tokens: int) -> dict[str, Tensor]:
+        """Buffers with what the cache holds and room for `num_tokens`, that may be written to."""
         stride = self.config.kernel_stride
-        slack = self.config.kernel_size + 2 * stride
-        if self.num_tokens + slack <= self.capacity:
-            return
-        wanted = max(self.num_tokens + slack, 2 * self.capacity) if self.max_length is None else self.max_length + slack
-        capacity = _round_up(wanted, stride)
-        names = ("k", "v", "k_swa", "v_swa") if self.config.kv_per_branch else ("k", "v")
-        shapes = {name: (capacity, getattr(like, name)) for name in names}
-        shapes |= {"k_cmp": (capacity // stride, like.k_src), "v_cmp": (capacity // stride, like.v_src)}
-        for name, (length, x) in shapes.items():
-            grown = x.new_zeros(self._lengths.shape[0], length, *x.shape[1:])
-            if name in self._buffers:
-                old = self._buffers[name]
-                grown[:, : old.shape[1]] = old
-            self._buffers[name] = grown
-        if not self._open:
-            sources = {name: getattr(like, name) for name in ("k_src", "v_src", "cos", "sin")}
-            self._open = {
-                name: x.new_zeros(self._lengths.shape[0], stride, *x.shape[1:]) for name, x in sources.items() if x is not None
-            }
-        self.capacity = capacity
+        slack = self.config.kernel_size + 2 * stride  # compressed tokens past the last complete one
+        capacity = self.capacity
+        if num_tokens + slack > capacity:
+            wanted = self.max_length or max(num_tokens, 2 * capacity - slack)
+            capacity = _round_up(wanted + slack, stride)
+        sizes = {name: (capacity, x) for name, x in self._tokens(new).items()}
+        sizes["k_cmp"] = (capacity // stride, new.k_src)
+        sizes["v_cmp"] = (capacity // stride, new.v_src)
+        sizes["real"] = (capacity, torch.empty(0, dtype=torch.bool, device=new.k.device))
+        if new.cos is not None and not self.config.kv_per_branch:
+            sizes["recent"] = (self._num_recent + 1, new.k_src)
+        return {
+            name: self._writable_buffer(name, (num_sequences, length, *like.shape[1:]), like)
+            for name, (length, like) in sizes.items()
+        }
 
-    def _widen_open_window(self, num_columns: int) -> None:
-        for name, x in self._open.items():
-            self._open[name] = torch.cat((x, x.new_zeros(x.shape[0], num_columns, *x.shape[2:])), dim=1)
+    def _writable_buffer(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """The buffer, or a copy where it is too short, of a narrower dtype, needed as it is by a
+        backward, or made in inference mode, outside of which it may not be written to."""
+        if self.is_empty:
+            return like.new_zeros(shape)
+        old = self._buffers[name]
+        dtype = torch.promote_types(old.dtype, like.dtype)
+        inference_only = old.is_inference() and not torch.is_inference_mode_enabled()
+        frozen = self._needed_by_backward or inference_only
+        if old.shape == shape and old.dtype == dtype and not frozen:
+            return old
+        copy = old.new_zeros(shape, dtype=dtype)
+        copy[:, : old.shape[1]] = old
+        return copy
 
-    def _trim_open_window(self) -> None:
-        """Drops what neither the next window nor a crop of `rollback` tokens can need."""
-        stride = self.config.kernel_stride
-        reach = self.rollback + self.config.kernel_size
-        start = torch.maximum(self._open_start, (self._lengths - reach).div(stride, rounding_mode="floor") * stride)
-        width = min(next(iter(self._open.values())).shape[1], _round_up(reach + stride, stride))
-        self._open = self._shifted(start - self._open_start, width)
-        self._open_start = start
+    def _sources(self, buffers: dict[str, Tensor], first: Tensor, width: int) -> Sources:
+        """What compression reads of positions `first[b] .. first[b] + width`, packed."""
+        column = first[:, None] + torch.arange(width, device=first.device)
 
-    def _shifted(self, offset: Tensor, width: int) -> dict[str, Tensor]:
-        """Columns `offset[b] .. offset[b] + width` of the open window; past its end the last column repeats."""
-        column = offset[:, None] + torch.arange(width, device=offset.device)
-        row = torch.arange(offset.shape[0], device=offset.device)[:, None]
-        return {name: x[row, column.clamp(max=x.shape[1] - 1)] for name, x in self._open.items()}
+        def read(name: str, column: Tensor = column) -> Tensor:
+            return buffers[name][_rows(first), column].flatten(0, 1)
+
+        v_src = read("v_src" if self.config.kv_per_branch else "v")
+        if "recent" in buffers:
+            k_src = read("recent", column % self._num_recent)
+        else:
+            k_src = read("k_src" if self.config.kv_per_branch else "k")
+        if "cos" not in buffers:
+            return k_src, v_src, None, None
+        return k_src, v_src, read("cos").repeat(1, 2), read("sin").repeat(1, 2)
+
+    def _turned_back(self) -> Tensor:
+        """The buffer "recent" for sequences of the present lengths, from their rotated keys.
+
+        Divides by cos^2 + sin^2, which is not quite 1 in 16 bits, and a larger number where RoPE
+        scales, as YaRN does.
+        """
+        latest = torch.arange(-self._num_recent, 0, device=self._lengths.device)
+        position = self._lengths[:, None] + latest
+        rows, column = _rows(position), position.clamp(min=0)
+        k, cos, sin = (self._buffers[name][rows, column] for name in ("k", "cos", "sin"))
+        wide = torch.promote_types(k.dtype, torch.float32)
+        cos, sin = cos[:, :, None].to(wide), sin[:, :, None].to(wide)
+        half = cos.shape[-1]
+        first, second, unrotated = k.split((half, half, k.shape[-1] - 2 * half), dim=-1)
+        square = (cos * cos + sin * sin).clamp(min=torch.finfo(wide).tiny)  # 0 in an empty row
+        first, second = (first * cos + second * sin) / square, (second * cos - first * sin) / square
+        k = torch.cat((first.to(k.dtype), second.to(k.dtype), unrotated), dim=-1)
+        return self._buffers["recent"].index_put((rows, position % self._num_recent), k)
+
+    @property
+    def _num_recent(self) -> int:
+        """Enough for every window that is incomplete after a crop of `rollback` tokens."""
+        return self.rollback + self.config.kernel_size
 
     def _num_windows(self, lengths: Tensor) -> Tensor:
         """Complete compression windows of sequences of these lengths, int64 `[B]`."""
-        return ((lengths - self.config.kernel_size).div(self.config.kernel_stride, rounding_mode="floor") + 1).clamp(min=0)
-
-    @staticmethod
-    def _write(tensors: dict[str, Tensor], name: str, index: tuple[Tensor, Tensor], values: Tensor) -> None:
-        """In place under no_grad; else into a copy, since a backward may still need the old values."""
-        if torch.is_grad_enabled():
-            tensors[name] = tensors[name].index_put(index, values)
-        else:
-            tensors[name].index_put_(index, values)
+        kernel_size, stride = self.config.kernel_size, self.config.kernel_stride
+        return ((lengths - kernel_size).div(stride, rounding_mode="floor") + 1).clamp(min=0)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Applies a change of the batch axis to everything."""
-        self._buffers = {name: change(x) for name, x in self._buffers.items()}
-        self._open = {name: change(x) for name, x in self._open.items()}
-        self._lengths, self._open_start = change(self._lengths), change(self._open_start)
+        if not self.is_empty:
+            self._buffers = {name: change(x) for name, x in self._buffers.items()}
+            self._lengths = change(self._lengths)
+
+
+def _put(x: Tensor, index: tuple[Tensor, ...], values: Tensor) -> None:
+    x.index_put_(index, values.to(x.dtype))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x `[B, ...]` -> the rows of a batch, int64 `[B, 1]`, to index it with."""
+    return torch.arange(x.shape[0], device=x.device)[:, None]
+
+
+def _starts(x: Tensor, length: int) -> Tensor:
+    """x `[B]` -> boundaries of B sequences of this length, int32 `[B + 1]`."""
+    return torch.arange(x.shape[0] + 1, dtype=torch.int32, device=x.device) * length
 
 
 def _round_up(n: int, multiple: int) -> int:

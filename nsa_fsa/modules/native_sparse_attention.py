@@ -169,12 +169,12 @@ class NativeSparseAttention(nn.Module):
         if cache is None:
             k_cmp, v_cmp = self._compress(keys.k_src, keys.v_src, keys.cos, keys.sin, layout)
         else:
-            keys, k_cmp, v_cmp, layout = cache.update(keys, layout, self._compress)
+            keys, k_cmp, v_cmp, layout = cache.update(keys, layout, self._compress, rows)
 
         c = self.config
         gate_logits = self.gate(x).unflatten(-1, (-1, 3))  # [T, HQ or 1, 3]
         o = nsa_attention(
-            q,
+            q.to(keys.k.dtype),  # a cache filled under another autocast holds wider keys
             keys.k,
             keys.v,
             k_cmp,
@@ -202,7 +202,10 @@ class NativeSparseAttention(nn.Module):
             o, branches = o
             gates, inside = gate_logits.detach().sigmoid(), Inside(q.detach(), k_cmp.detach(), branches)
             self.recorder(Record(self.layer_idx, branches.block_indices, gates, layout, inside))
-        return _put_back(self.o_proj(o.flatten(1)), rows, hidden_states)
+        output = _put_back(self.o_proj(o.flatten(1).to(q.dtype)), rows, hidden_states)
+        if cache is not None:
+            cache.commit(needed_by_backward=o.requires_grad)
+        return output
 
     def _pack(
         self,
@@ -236,6 +239,8 @@ class NativeSparseAttention(nn.Module):
             max_seqlen = length if max_seqlen is None else max_seqlen
             validation.check_layout(hidden_states.device, cu_seqlens, max_seqlen, None, None)
             return None, Layout(cu_seqlens, max_seqlen)
+        if cache is not None:
+            cache.check_room(batch_size, length)
         if attention_mask is None:
             return None, uniform_layout(batch_size, length, hidden_states.device)
         past = 0 if cache is None else cache.num_tokens

@@ -7,7 +7,7 @@ import torch
 
 from nsa_fsa.cache import NSACache
 from tests.cache.test_cached_forward import CLOSE
-from tests.modules.layers import make_variant, randn, small_config
+from tests.modules.layers import make_layer, make_variant, randn, rms_ratio, small_config
 
 CLOSE = CLOSE[torch.float64]
 VARIANTS = ["default", "before-branches", "branches-gated", "own-modules"]
@@ -108,6 +108,24 @@ def test_a_reordered_cache_does_not_share_memory():
     assert_continues(layer, cache, x.expand(2, -1, -1))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("index", [torch.tensor([-1, 0]), torch.tensor([True, False, True])])
+def test_reorder_by_what_indexes_a_tensor(index):
+    layer, x = make_variant("default"), randn(3, 21, 24)
+    cache = fill(layer, x)
+    cache.reorder(index)
+    assert_continues(layer, cache, x[index])
+
+
+@torch.no_grad()
+def test_beams_of_an_empty_cache():
+    """As in transformers, there is nothing to reorder or repeat yet."""
+    layer, cache = make_variant("default"), NSACache(small_config())
+    cache.reorder(torch.tensor([1, 0]))
+    cache.repeat_interleave(3)
+    assert_continues(layer, cache, randn(2, 0, 24))
+
+
 # --- Taking tokens back ---------------------------------------------------------------------------------------------------
 
 
@@ -195,29 +213,67 @@ def test_crop_everything_is_reset():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_crop_too_deep_raises_and_changes_nothing(variant):
-    layer, x = make_variant(variant), randn(2, 40, 24)
-    cache = fill(layer, x, (1,) * 39, rollback=2)
-    with pytest.raises(RuntimeError, match=r"cannot remove 30 tokens.*last 2.*Fix: NSACache\(\.\.\., rollback=30\)"):
-        cache.crop(30)
-    assert cache.num_tokens == 40
-    assert cache.lengths.tolist() == [40, 40]
-    assert_continues(layer, cache, x)
+@pytest.mark.parametrize("rollback", [0, 9])
+@pytest.mark.parametrize("variant", ["default", "before-branches", "wide-values", "branches-gated"])
+def test_crop_beyond_the_rollback(variant, rollback):
+    """Twice, the second time beyond what the first left exact, then less than `rollback`."""
+    layer, x = make_variant(variant), randn(2, 60, 24)
+    cache = fill(layer, x, (1,) * 20, rollback=rollback)
+    for removed, kept in ((15, 45), (20, 25), (min(3, rollback), 25 - min(3, rollback))):
+        cache.crop(removed)
+        assert_continues(layer, copy.deepcopy(cache), x[:, :kept])
 
 
 @torch.no_grad()
-def test_crop_too_deep_for_one_row_only():
-    """Rows that could be cropped are not, when another cannot."""
-    layer, x = make_variant("default"), randn(2, 40, 24)
-    cache = NSACache(layer.config, rollback=2)
-    mask = torch.arange(40) >= torch.tensor([0, 33])[:, None]
-    for i in range(40):
-        layer(x[:, i : i + 1], cache=cache, attention_mask=mask[:, i : i + 1])
-    with pytest.raises(RuntimeError, match="cannot remove 30 tokens"):
-        cache.crop(30)
-    assert cache.lengths.tolist() == [40, 7]
-    assert_continues(layer, cache, [x[0], x[1, 33:]])
+@pytest.mark.parametrize("rope", ["default", "yarn", "dynamic"])
+def test_crop_beyond_the_rollback_turns_back_any_rotation(rope):
+    """YaRN scales what it rotates; "dynamic" rotates what comes after 16 tokens otherwise than what came before."""
+    layer = make_layer(
+        small_config(rope_parameters={"rope_type": rope, "factor": 4.0}, max_position_embeddings=16), dtype=torch.float64
+    )
+    x, new = randn(1, 40, 24), randn(1, 9, 24, seed=1)
+    cropped = fill(layer, x, [10], rollback=0)
+    cropped.crop(12)
+    exact = fill(layer, x, [10], rollback=12)
+    exact.crop(12)
+    torch.testing.assert_close(layer(new, cache=cropped), layer(new, cache=exact), **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["default", "mean-linear", "wide-values"])
+def test_crop_in_16_bits(variant):
+    """Within the rollback nothing is rounded. Beyond, the keys of the last window are, once, and the bound is that of
+    row 16; every block is selected there, because a choice between near-ties may fall otherwise."""
+    for removed, bound, changes in ((5, 0.0, {}), (30, 2e-3, dict(num_selected_blocks=8))):
+        layer, x = make_variant(variant, torch.bfloat16, **changes), randn(2, 60, 24, dtype=torch.bfloat16)
+        cropped = fill(layer, x, rollback=9)
+        cropped.crop(removed)
+        never_longer = fill(layer, x[:, : 60 - removed])
+        new = randn(2, 20, 24, dtype=torch.bfloat16, seed=1)
+        assert rms_ratio(layer(new, cache=cropped), layer(new, cache=never_longer)) <= bound, removed
+
+
+CONTINUATIONS = {  # the mask of five columns, fed after 30 without padding
+    "left": [[1, 1, 1, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1]],
+    "right": [[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]],
+    "anywhere": [[0, 1, 0, 1, 0], [1, 0, 0, 0, 1], [0, 0, 0, 0, 0]],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("whole_mask", [False, True])
+@pytest.mark.parametrize("removed", [1, 3, 5, 9])
+@pytest.mark.parametrize("padding", CONTINUATIONS)
+def test_crop_after_a_padded_continuation(padding, removed, whole_mask):
+    """Every row loses the real tokens among the last columns, and no other."""
+    layer, x = make_variant("default"), randn(3, 35, 24)
+    mask = torch.cat((torch.ones(3, 30, dtype=torch.int64), torch.tensor(CONTINUATIONS[padding])), dim=1)
+    cache = fill(layer, x[:, :30])
+    layer(x[:, 30:], cache=cache, attention_mask=mask if whole_mask else mask[:, 30:])
+    cache.crop(removed)
+    kept = [row[m[: 35 - removed] == 1] for row, m in zip(x[:, : 35 - removed], mask, strict=True)]
+    assert cache.lengths.tolist() == [len(row) for row in kept]
+    assert_continues(layer, cache, kept)
 
 
 @torch.no_grad()
@@ -228,20 +284,6 @@ def test_crop_of_an_impossible_number(removed):
     with pytest.raises(ValueError, match=f"cannot remove {removed} tokens from a cache of 30"):
         cache.crop(removed)
     assert_continues(layer, cache, x)
-
-
-@torch.no_grad()
-def test_keep_history_reaches_back_to_the_last_crop():
-    """What transformers turns on for assisted decoding: a crop of any depth, whatever rollback is."""
-    layer, x = make_variant("default"), randn(2, 40, 24)
-    cache = NSACache(layer.config, rollback=0)
-    cache.keep_history = True
-    for i in range(40):
-        layer(x[:, i : i + 1], cache=cache)
-    cache.crop(35)
-    assert_continues(layer, cache, x[:, :5])
-    cache.crop(9 + 2)
-    assert_continues(layer, cache, x[:, :3])
 
 
 # --- Fixed size, batch size, config ---------------------------------------------------------------------------------------
@@ -276,7 +318,7 @@ def test_a_fixed_cache_is_allocated_once():
 
 @torch.no_grad()
 def test_a_growing_cache_reallocates_rarely():
-    """Doubling: 300 single tokens cost a handful of copies, not 300; and the open window stays short."""
+    """Doubling: 300 single tokens cost a handful of copies, not 300; and what is kept of the latest stays short."""
     layer, x = make_variant("default", torch.float32), randn(1, 300, 24, dtype=torch.float32)
     cache, capacities = NSACache(layer.config, rollback=10), set()
     for i in range(300):
@@ -284,7 +326,7 @@ def test_a_growing_cache_reallocates_rarely():
         capacities.add(cache.capacity)
     assert len(capacities) <= 6
     assert cache.capacity < 2 * 300 + 32
-    assert max(tensor.shape[1] for tensor in cache._open.values()) <= 10 + 8 + 2 * 4
+    assert cache._buffers["recent"].shape[1] == 10 + 8 + 1
 
 
 @torch.no_grad()

@@ -26,8 +26,6 @@ CACHES = {
     "growing": dict(),
     "fixed": dict(max_length=50),
     "fixed, too long": dict(max_length=77),
-    "no rollback": dict(rollback=0),
-    "short rollback": dict(rollback=5, max_length=51),
 }
 
 
@@ -87,8 +85,7 @@ def test_random_settings_and_chunks(seed):
     while sum(chunks) < 60:
         chunks.append(min(60 - sum(chunks), pick(1, 1, 2, 5, 11, 17)))
     layer, x = make_layer(config, seed=seed), randn(1, 60, 24, seed=seed)
-    cache = NSACache(config, rollback=pick(0, 1, 9, 128))
-    torch.testing.assert_close(feed(layer, x, chunks, cache), layer(x), **CLOSE[torch.float64], msg=lambda m: f"{config}: {m}")
+    torch.testing.assert_close(feed(layer, x, chunks), layer(x), **CLOSE[torch.float64], msg=lambda m: f"{config}: {m}")
 
 
 @torch.no_grad()
@@ -112,6 +109,19 @@ def test_16_bit(variant, chunks, dtype):
     actual = feed(layer, x, CHUNKS[chunks])
     assert actual.dtype == dtype
     assert rms_ratio(actual, layer(x)) <= 2e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("variant", ["default", "before-branches"])
+def test_a_prompt_is_attended_to_as_without_a_cache(variant):
+    """In the plain layout, which the kernels that are fast for whole sequences take; bit for bit."""
+    layer, x, records = make_variant(variant, torch.float32), randn(2, LENGTH, 24, dtype=torch.float32), []
+    mask = torch.arange(LENGTH) >= torch.tensor([[0], [13]])
+    layer.recorder = records.append
+    for arguments in ({}, {"attention_mask": mask}):
+        cached = layer(x, cache=NSACache(layer.config), **arguments)
+        assert torch.equal(cached, layer(x, **arguments))
+    assert all(entry.layout.cu_seqlens_q is None and entry.layout.seqused_k is None for entry in records)
 
 
 # --- Padding --------------------------------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from nsa_fsa import ops
+from nsa_fsa import NativeSparseAttention, NSACache, NSAConfig, ops
 from tests.gpu.problems import BACKENDS, RESULTS, make_problem, starts
 
 pytestmark = pytest.mark.gpu
@@ -54,6 +54,29 @@ def test_forward_and_backward(backend, group_size, head_dim, workspace_bytes):
     with syncs_forbidden():
         warm.run(backend, workspace_bytes=workspace_bytes)
         other.run(backend, workspace_bytes=workspace_bytes)  # other lengths, another number of sequences
+
+
+@torch.no_grad()
+def test_a_layer_with_a_cache():
+    """Prefill, a chunk, single tokens with growing buffers, and what generation does to a cache."""
+    config = NSAConfig(hidden_size=256, num_heads=8, num_kv_heads=2, head_dim=64)
+    layer = NativeSparseAttention(config, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(2, 900, 256, device="cuda", dtype=torch.bfloat16)
+    index = torch.tensor([1, 1], device="cuda")
+
+    def generate():
+        cache = NSACache(config)
+        layer(x[:, :500], cache=cache)
+        layer(x[:, 500:850], cache=cache)
+        cache.crop(20)
+        cache.crop(300)
+        cache.reorder(index)
+        for i in range(850, 900):
+            layer(x[:, i : i + 1], cache=cache)
+
+    generate()
+    with syncs_forbidden():
+        generate()
 
 
 def test_decoding():

@@ -51,33 +51,23 @@ class NSACacheLayer(CacheLayerMixin):
         self.state.reorder(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        indices = torch.as_tensor(indices)
-        self.state.reorder(indices.nonzero().flatten() if indices.dtype == torch.bool else indices)
+        self.state.reorder(torch.as_tensor(indices))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         self.state.repeat_interleave(repeats)
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Removes `-tokens_to_remove` tokens; a positive number is the length to keep, as older transformers 5.x pass it."""
-        count = int(tokens_to_remove)
-        self.state.crop(-count if count <= 0 else max(0, self.state.num_tokens - count))
+        """Removes `-tokens_to_remove` tokens, at most all.
+
+        A positive number is the length to keep, as older transformers 5.x pass it.
+        """
+        count, length = int(tokens_to_remove), self.state.num_tokens
+        self.state.crop(min(-count, length) if count <= 0 else max(0, length - count))
 
     def offload(self) -> None:
         raise RuntimeError("NSA layers cannot be offloaded. Fix: a DynamicCache or StaticCache without offloading.")
 
     prefetch = offload
-
-    @property
-    def record_past(self) -> bool:
-        """Whether everything since the last crop can be taken back; transformers turns this on for assisted decoding."""
-        return self.state.keep_history
-
-    @record_past.setter
-    def record_past(self, value: bool) -> None:
-        self.state.keep_history = value
-
-    def activate_past_recording(self) -> None:
-        self.record_past = True
 
 
 def layer_state(cache: Cache, layer_idx: int, config: NSAConfig) -> NSACache:
