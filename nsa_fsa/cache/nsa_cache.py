@@ -13,7 +13,7 @@ keys would be 50%. Turning back every time would do without "recent", and cost l
 to 0.3% of their output's scale. With `kv_per_branch`, what compression reads is kept whole beside
 the keys and values of the other two branches.
 
-No method waits for the device.
+No method but `hide` waits for the device.
 """
 
 from collections.abc import Callable
@@ -248,6 +248,51 @@ class NSACache:
         if "recent" in self._buffers and self._furthest - self.num_tokens > self.rollback:
             self._buffers["recent"] = self._turned_back()
             self._furthest = self.num_tokens
+
+    def hide(self, mask: Tensor) -> None:
+        """Takes back the tokens that a mask hides, which must be the last ones of their rows.
+
+        Args:
+            mask: `[B, num_tokens]`, zero where a column is padding.
+
+        Raises:
+            ValueError: if a row goes on after hidden tokens, with tokens that were computed from
+                them, or if the mask shows a column that holds no token. Nothing is changed then.
+        """
+        fed, shown = self._buffers["real"][:, : self.num_tokens], mask.bool()
+        kept = fed & shown
+        goes_on = kept.sum(1, keepdim=True) > kept.cumsum(1)
+        wrong = ((fed & ~shown & goes_on) | (shown & ~fed)).nonzero()
+        if len(wrong):
+            row, column = wrong[0].tolist()
+            if fed[row, column]:
+                raise ValueError(
+                    f"attention_mask[{row}, {column}] is 0, but the cache holds a token there, and "
+                    "later tokens of its row that were computed from it. A mask can hide the last "
+                    "tokens of a row, in the first call after them. "
+                    f"Fix: crop the cache to {column} columns and feed the rest again."
+                )
+            raise ValueError(
+                f"attention_mask[{row}, {column}] is not 0, but the cache holds no token there: "
+                "the column was fed as padding, or was hidden since. "
+                "Fix: keep the mask of earlier columns as it was."
+            )
+        num_fed, self._lengths = self._lengths, kept.sum(1)
+        unused = self._buffers["real"].shape[1] - self.num_tokens
+        self._buffers["real"] = torch.nn.functional.pad(kept, (0, unused))
+        if "recent" in self._buffers:
+            changed = (num_fed != self._lengths)[:, None, None, None]
+            recent = torch.where(changed, self._turned_back(), self._buffers["recent"])
+            self._buffers["recent"] = recent
+
+    def by_column(self, name: str) -> Tensor | None:
+        """The buffer "k" or "v" in the order fed, 0 at padding: `[B, HKV, num_tokens, width]`."""
+        if self.is_empty:
+            return None
+        real = self._buffers["real"][:, : self.num_tokens]
+        position = (real.cumsum(1) - 1).clamp(min=0)
+        tokens = self._buffers[name][_rows(real), position]  # [B, num_tokens, HKV, width]
+        return (tokens * real[..., None, None]).transpose(1, 2)
 
     # -- buffers -----------------------------------------------------------------------------------
 

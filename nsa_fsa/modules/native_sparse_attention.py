@@ -252,6 +252,8 @@ class NativeSparseAttention(nn.Module):
                 + (f" or [B, past + S] = {(batch_size, past + length)}" if past else "")
                 + ". Fix: pass the 2D padding mask; this layer is causal by itself and takes no other mask."
             )
+        if cache is not None and attention_mask.shape[1] > length > 1:  # one token is not worth a look back
+            cache.hide(attention_mask[:, :past])
         rows, boundaries = pack_padded(attention_mask[:, attention_mask.shape[1] - length :])  # the new tokens' columns
         return rows, Layout(boundaries, length)
 

@@ -9,6 +9,7 @@ from transformers import DynamicCache, StaticCache
 
 from nsa_fsa.integrations.transformers import NSACacheLayer
 from tests.integrations.models import TINY_REACH, attentions, dense_model, greedy, sparse_model, tokens
+from tests.modules.layers import rms_ratio
 
 PROMPT, NEW = 150, 60  # 210 tokens are 14 blocks, of which a query reads 6
 FEW = 20  # where the comparison without cache is slow; two strides and a block boundary still
@@ -148,14 +149,31 @@ def test_a_sparse_assistant(model, expected):
     assert crops.count > 0
 
 
+def test_an_assistant_that_guesses_many_tokens():
+    """150 at once, nearly all of them wrong; transformers asks the cache for that before the first forward."""
+    model, prompt = sparse_model(), tokens(1, 40)
+    assistant = dense_model("llama", seed=7, num_hidden_layers=1)
+    assistant.generation_config.num_assistant_tokens = 150
+    assistant.generation_config.num_assistant_tokens_schedule = "constant"
+    assistant.generation_config.assistant_confidence_threshold = 0.0
+
+    def enough(input_ids, scores):
+        return torch.tensor([input_ids.shape[1] >= 43])
+
+    crops = CountCrops(lambda: generate(model, prompt, 160, assistant_model=assistant, stopping_criteria=[enough]))
+    assert torch.equal(crops.result[:, :43], greedy(model, prompt, 3))
+    assert crops.most > 128
+
+
 class CountCrops:
-    """Runs something, counting how often an NSA cache layer really took tokens back."""
+    """Runs something, counting how often an NSA cache layer really took tokens back, and at most how many."""
 
     def __init__(self, run):
-        self.count, original = 0, NSACacheLayer.crop
+        self.count, self.most, original = 0, 0, NSACacheLayer.crop
 
         def crop(layer, tokens_to_remove):
             self.count += tokens_to_remove != 0
+            self.most = max(self.most, -tokens_to_remove)
             original(layer, tokens_to_remove)
 
         NSACacheLayer.crop = crop
@@ -187,8 +205,11 @@ def test_contrast_with_batch_selection_and_repetition():
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
 
+CROPS = [(-5, 25), (0, 30), (-30, 0), (-40, 0), (22, 22), (30, 30), (40, 30), (torch.tensor(-5), 25)]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize(("argument", "kept"), [(-5, 25), (0, 30), (22, 22), (30, 30), (40, 30), (torch.tensor(-5), 25)])
+@pytest.mark.parametrize(("argument", "kept"), CROPS)
 def test_crop_arguments(argument, kept):
     """transformers removes a negative number; older versions of 5.x pass, as a positive one, the length to keep."""
     model, ids = sparse_model(), tokens(1, 30)
@@ -209,6 +230,102 @@ def test_reset_of_a_static_cache():
         prompt = tokens(2, PROMPT, seed=seed)
         assert torch.equal(generate(model, prompt, FEW, past_key_values=cache), generate(model, prompt, FEW))
         cache.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+def test_crop_back_to_the_prompt(static):
+    """One prompt, several answers of 200 tokens, each taken back."""
+    model, prompt = sparse_model(), tokens(2, 50)
+    cache = StaticCache(config=model.config, max_cache_len=260) if static else DynamicCache()
+    model(prompt, past_key_values=cache)
+    for seed in (1, 2):
+        answer = tokens(2, 200, seed=seed)
+        logits = model(answer, past_key_values=cache).logits
+        expected = model(torch.cat((prompt, answer), dim=1), use_cache=False).logits[:, -200:]
+        torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
+        cache.crop(-200)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_crop_after_a_padded_continuation(side):
+    model, ids, new = sparse_model(), tokens(2, 60), tokens(2, 9, seed=1)
+    mask = torch.ones(2, 69, dtype=torch.int64)
+    mask[1, slice(50, 56) if side == "left" else slice(54, 60)] = 0
+    cache = DynamicCache()
+    model(ids[:, :50], past_key_values=cache)
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    model(ids[:, 50:], attention_mask=mask[:, :60], position_ids=positions[:, 50:60], past_key_values=cache)
+    cache.crop(-7)
+    mask = torch.cat((mask[:, :53], mask[:, 60:]), dim=1)
+    ids, positions = torch.cat((ids[:, :53], new), dim=1), (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(new, attention_mask=mask, position_ids=positions[:, 53:], past_key_values=cache).logits
+    for b in range(2):
+        alone = model(ids[b : b + 1, mask[b] == 1], use_cache=False).logits[0, -9:]
+        torch.testing.assert_close(logits[b], alone, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_batched_chat_whose_first_row_ended_early(model, cache):
+    """generate feeds padding after an answer that ended; the next turn's mask hides it."""
+    cache = DynamicCache() if cache == "dynamic" else StaticCache(config=model.config, max_cache_len=200)
+    prompt, mask = tokens(2, 100), torch.ones(2, 100, dtype=torch.int64)
+    prompt[1, :30], mask[1, :30] = 0, 0
+    free = generate(model, prompt, FEW, attention_mask=mask)[0, 100:]
+    end = free[4].item()
+    answers = generate(model, prompt, FEW, attention_mask=mask, past_key_values=cache, eos_token_id=end, pad_token_id=0)
+    length = (answers[0, 100:] == end).nonzero()[0].item() + 1
+    assert length < FEW - 5  # so that padding was fed
+    assert (answers[0, 100 + length :] == 0).all()
+    assert (answers[1, 100:] != 0).all()
+    turn = torch.cat((answers, tokens(2, 15, seed=5)), dim=1)
+    mask = (turn != 0).long()
+    actual = generate(model, turn, FEW, attention_mask=mask, past_key_values=cache)[:, turn.shape[1] :]
+    for b in range(2):
+        alone = turn[b : b + 1, mask[b] == 1]
+        assert torch.equal(actual[b], greedy(model, alone, FEW)[0, alone.shape[1] :]), b
+
+
+@torch.no_grad()
+def test_a_prompt_cached_in_inference_mode(model, expected):
+    """And continued from a copy, as transformers' guide to caches does, and itself."""
+    prompt, cache = expected[:, :PROMPT], DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(prompt[:, :-1], past_key_values=cache)
+    for continued in (copy.deepcopy(cache), cache):
+        assert torch.equal(generate(model, prompt, FEW, past_key_values=continued), expected[:, : PROMPT + FEW])
+
+
+@torch.no_grad()
+def test_autocast_for_the_prompt_only(model, expected):
+    cache = DynamicCache()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(expected[:, :PROMPT], past_key_values=cache)
+    actual = model(expected[:, PROMPT:], past_key_values=cache).logits
+    assert actual.dtype == torch.float32
+    full = model(expected, use_cache=False).logits[:, PROMPT:]
+    assert rms_ratio(actual, full) < 0.1  # the prompt's keys have 8 bits
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("static", [False, True])
+def test_keys_and_values_as_transformers_lays_them_out(static):
+    """Those of the first layer, which do not depend on attention, are the dense model's."""
+    mask = torch.ones(2, 40, dtype=torch.int64)
+    mask[0, :7] = 0
+    caches = []
+    for model in (dense_model(), sparse_model()):
+        cache = StaticCache(config=model.config, max_cache_len=50) if static else DynamicCache(config=model.config)
+        for chunk in (slice(0, 30), slice(30, 33), slice(33, 34)):
+            model(tokens(2, 40)[:, chunk], attention_mask=mask[:, : chunk.stop], past_key_values=cache)
+        cache.crop(-1)
+        caches.append(cache.layers[0])
+    for name in ("keys", "values"):
+        dense, sparse = (getattr(layer, name)[:, :, :33] for layer in caches)
+        real = mask[:, None, :33, None]
+        torch.testing.assert_close(sparse, dense * real, rtol=1e-5, atol=1e-5)
+        assert getattr(NSACacheLayer(attentions(sparse_model())[0].config), name) is None
 
 
 # --- Refused --------------------------------------------------------------------------------------------------------------

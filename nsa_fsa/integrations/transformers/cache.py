@@ -24,9 +24,22 @@ class NSACacheLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, config: NSAConfig, max_length: int | None = None) -> None:
-        super().__init__()
+        # Without super().__init__(), which assigns the attributes that are properties here.
         self.state = NSACache(config, max_length=max_length)
         self.is_initialized = True
+
+    @property
+    def keys(self) -> Tensor | None:  # type: ignore[override]
+        """A copy of the selected branch's rotated keys, 0 at padding: `[B, HKV, tokens so far, D]`.
+
+        None before the first token.
+        """
+        return self.state.by_column("k")
+
+    @property
+    def values(self) -> Tensor | None:  # type: ignore[override]
+        """As `keys`, `[B, HKV, tokens so far, DV]`."""
+        return self.state.by_column("v")
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the state allocates its buffers at its first update."""
