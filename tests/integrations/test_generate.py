@@ -341,6 +341,30 @@ def test_a_full_static_cache():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("history", [0, 30])
+@pytest.mark.parametrize("static", [False, True])
+def test_a_forward_that_raised_half_way(monkeypatch, static, history):
+    """The layers before the one that ran out of memory have gone on; a repeated call would feed them twice."""
+    model, ids = sparse_model(), tokens(2, 40)
+    cache = StaticCache(config=model.config, max_cache_len=90) if static else DynamicCache()
+    if history:
+        model(ids[:, :history], past_key_values=cache)
+
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attentions(model)[1].compress_v, "forward", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(ids[:, history:], past_key_values=cache)
+    with pytest.raises(RuntimeError, match=f"layer 1 of the cache holds {history} tokens where .* 40.*Fix"):
+        model(ids[:, history:], past_key_values=cache)
+    cache.reset()
+    logits = model(ids, past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(ids, use_cache=False).logits, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
 def test_a_cache_filled_by_a_dense_model():
     dense, cache = dense_model(), DynamicCache()
     dense(tokens(1, 15), past_key_values=cache)

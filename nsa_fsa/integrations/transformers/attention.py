@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache
 from transformers.masking_utils import flash_attention_mask
 
 from nsa_fsa.config import NSAConfig
-from nsa_fsa.integrations.transformers.cache import layer_state
+from nsa_fsa.integrations.transformers.cache import check_in_step, layer_state
 from nsa_fsa.modules import NativeSparseAttention
 from nsa_fsa.ops.varlen import cu_seqlens_from_position_ids, sequence_ids
 
@@ -63,6 +63,8 @@ class NSAAttention(NativeSparseAttention):
             )
         model_cache = past_key_values if cache is None else cache
         state = None if model_cache is None else layer_state(model_cache, self.layer_idx or 0, self.config)
+        if model_cache is not None:
+            check_in_step(model_cache, self.layer_idx or 0, hidden_states.shape[1])
         batch_size, length, _ = hidden_states.shape
 
         cu_seqlens, max_seqlen = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")

@@ -110,3 +110,20 @@ def layer_state(cache: Cache, layer_idx: int, config: NSAConfig) -> NSACache:
     replacement = NSACacheLayer(config, layer.max_cache_len if isinstance(layer, StaticLayer) else None)
     cache.layers[layer_idx] = replacement
     return replacement.state
+
+
+def check_in_step(cache: Cache, layer_idx: int, num_columns: int) -> None:
+    """Raises RuntimeError if an earlier forward stopped between this NSA layer and the one before.
+
+    num_columns: what the present forward feeds; the layer before has them already.
+    """
+    before, layer = cache.layers[layer_idx - 1 : layer_idx + 1] if layer_idx else (None, None)
+    if not isinstance(before, NSACacheLayer) or not isinstance(layer, NSACacheLayer):
+        return
+    held, held_before = layer.state.num_tokens, before.state.num_tokens - num_columns
+    if held != held_before:
+        raise RuntimeError(
+            f"layer {layer_idx} of the cache holds {held} tokens where the layer before it held "
+            f"{held_before}: an earlier forward raised between them. "
+            "Fix: reset() the cache and feed everything again."
+        )
