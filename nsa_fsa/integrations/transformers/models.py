@@ -45,10 +45,9 @@ class _SparseConfig:
                 f"nsa={self.nsa!r} is not allowed: it must be a dict of NSAConfig's fields, or None. "  # type: ignore[attr-defined]
                 'Fix: nsa={"preset": "fsa-64x16"}, for example.'
             )
-        if kwargs.get("layer_types") == _FOR_NSA_ONLY:  # not a field of Llama's
-            del kwargs["layer_types"]
-        elif getattr(self, "layer_types", None) == _FOR_NSA_ONLY:
-            setattr(self, "layer_types", None)  # noqa: B010  # a field of Qwen's, which fills it in again
+        given: Any = kwargs if "layer_types" in kwargs else self.__dict__  # it is a field of Qwen's, and not of Llama's
+        if str(given.get("layer_types")).startswith("['sparse"):
+            del given["layer_types"]  # Qwen fills it in again
         kwargs["attn_implementation"] = kwargs.get("attn_implementation") or ATTENTION_NAME
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
