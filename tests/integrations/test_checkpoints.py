@@ -196,6 +196,8 @@ def test_a_sparse_language_model_inside_a_llava(tmp_path):
     patch_model(model.model.language_model, "tiny", verbose=False)
     scramble(model).save_pretrained(tmp_path)
     assert config.text_config.model_type == "llama"  # the other's is as it was
+    assert model.config is model.model.config
+    assert model.config.text_config is model.model.language_model.config
     loaded = transformers.AutoModelForImageTextToText.from_pretrained(tmp_path)
     assert type(loaded.model.language_model) is integration.NSALlamaModel
     assert torch.equal(output(loaded), output(model))
