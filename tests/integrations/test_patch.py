@@ -668,21 +668,25 @@ def test_a_base_model_patched_inside_its_causal_model(tmp_path):
 
 
 class Int8Linear(torch.nn.Module):
-    """Weights that are packed, as bitsandbytes and others keep them: the parameter `weight` has no float dtype."""
+    """Weights that are packed: as bitsandbytes keeps them, in `weight`, or as GPTQ does, in a buffer of another name."""
 
-    def __init__(self, linear):
+    def __init__(self, linear, name):
         super().__init__()
-        self.scale = linear.weight.detach().abs().max() / 127
-        self.weight = torch.nn.Parameter((linear.weight.detach() / self.scale).round().to(torch.int8), requires_grad=False)
+        self.name, self.scale = name, linear.weight.detach().abs().max() / 127
+        packed = (linear.weight.detach() / self.scale).round().to(torch.int8)
+        if name == "weight":
+            self.weight = torch.nn.Parameter(packed, requires_grad=False)
+        else:
+            self.register_buffer(name, packed)
 
     def forward(self, x):
-        return torch.nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype))
+        return torch.nn.functional.linear(x, getattr(self, self.name).to(x.dtype) * self.scale.to(x.dtype))
 
 
-def pack(model):
+def pack(model, name="weight"):
     for attention in attentions(model):
-        for name in PROJECTIONS:
-            setattr(attention, name, Int8Linear(getattr(attention, name)))
+        for projection in PROJECTIONS:
+            setattr(attention, projection, Int8Linear(getattr(attention, projection), name))
     return model
 
 
@@ -690,6 +694,7 @@ CHANGED = {
     "torch.ao": lambda model: torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}),
     "packed": pack,
     "packed bfloat16": lambda model: pack(model).to(torch.bfloat16),
+    "packed elsewhere": lambda model: pack(model, "qweight").to(torch.bfloat16),
     "offloaded": lambda model: accelerate.cpu_offload(model),
 }
 

@@ -337,9 +337,10 @@ def _build(
 
 def _factory(model: PreTrainedModel, projection: nn.Module) -> dict[str, Any]:
     """Where and in what precision a layer's new parameters are made: as its query projection."""
-    weight: Any = projection.weight
-    if not isinstance(weight, Tensor):  # torch.ao's dynamically quantized Linear has a method of that name; it is for CPUs
-        return dict(device="cpu", dtype=model.dtype)
+    weight: Any = getattr(projection, "weight", None)
+    if not isinstance(weight, Tensor):  # torch.ao has a method of that name, and GPTQ buffers of other names
+        device = next((x.device for x in (*projection.parameters(), *projection.buffers())), model.device)
+        return dict(device=device, dtype=model.dtype)
     hook = getattr(projection, "_hf_hook", None)  # accelerate brings offloaded weights there when they are needed
     device = hook.execution_device if weight.device.type == "meta" and hook is not None else weight.device
     packed = not weight.is_floating_point() or weight.element_size() == 1
