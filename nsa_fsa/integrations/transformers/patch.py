@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-import torch
 import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -17,7 +16,6 @@ from transformers import PreTrainedModel
 from nsa_fsa.config import PRESETS, ROPE_TYPES, NSAConfig
 from nsa_fsa.integrations.transformers.attention import ATTENTION_NAME, NSAAttention
 from nsa_fsa.integrations.transformers.models import DENSE_CLASS, SPARSE_CLASS, supported_models
-from nsa_fsa.modules.compression import Compressor
 
 Settings: TypeAlias = NSAConfig | Mapping[str, Any] | str | os.PathLike[str]
 COMPRESSORS = ("compressor_k", "compressor_v")
@@ -348,12 +346,9 @@ def _factory(model: PreTrainedModel, projection: nn.Module) -> dict[str, Any]:
 
 
 def _own_phi(attention: NSAAttention, name: str) -> nn.Module | None:
-    """A layer's phi for keys or values if it is not the one that its config describes."""
-    part = "compress" + name.removeprefix("compressor")
-    phi = getattr(getattr(attention, part), "phi", getattr(attention, part))
-    with torch.device("meta"):
-        described = Compressor(attention.config, getattr(attention.config, part), 1).phi
-    return None if type(phi) is type(described) else phi
+    """A layer's phi for keys or values, if it is not of those that a config can name."""
+    compressor: Any = getattr(attention, "compress" + name.removeprefix("compressor"))
+    return getattr(compressor, "phi", compressor) if getattr(compressor, "is_own", True) else None
 
 
 def _carry_over(before: NSAAttention, after: NSAAttention) -> list[str]:
