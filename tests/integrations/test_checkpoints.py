@@ -249,6 +249,17 @@ def test_checkpoints_of_older_versions(tmp_path, family):
     assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_layers_that_were_set_to_full_attention(tmp_path, family):
+    """By hand, against what the class would fill in."""
+    settings = dict(use_sliding_window=True, sliding_window=32, max_window_layers=1, layer_types=["full_attention"] * 2)
+    model = sparse_model(family, **settings)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same_model(loaded, model)
+    assert unpatch_model(loaded).config.layer_types == ["full_attention"] * 2
+
+
 # --- What runs is what is saved -------------------------------------------------------------------------------------------
 
 

@@ -45,9 +45,11 @@ class _SparseConfig:
                 f"nsa={self.nsa!r} is not allowed: it must be a dict of NSAConfig's fields, or None. "  # type: ignore[attr-defined]
                 'Fix: nsa={"preset": "fsa-64x16"}, for example.'
             )
-        given: Any = kwargs if "layer_types" in kwargs else self.__dict__  # it is a field of Qwen's, and not of Llama's
-        if str(given.get("layer_types")).startswith("['sparse"):
-            del given["layer_types"]  # Qwen fills it in again
+        if str(kwargs.get("layer_types")).startswith("['sparse"):
+            del kwargs["layer_types"]
+        fields: dict[str, Any] = self.__dict__
+        if str(fields.get("layer_types")).startswith("['sparse"):  # Qwen has such a field
+            fields["layer_types"] = ["full_attention"] * fields["num_hidden_layers"]  # patch_model takes no others
         kwargs["attn_implementation"] = kwargs.get("attn_implementation") or ATTENTION_NAME
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
