@@ -17,6 +17,7 @@ import yaml
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import DynamicCache
 from transformers.distributed import DistributedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 from nsa_fsa import NSAConfig
@@ -91,6 +92,21 @@ def test_models_with_scaled_rope(rope):
     patch_model(model, preset="tiny", verbose=False)
     open_only_the_selected_branch(model)
     torch.testing.assert_close(output(model, ids), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_rope_type_of_somebody_elses(monkeypatch, tmp_path):
+    """Only the model can compute it, and it hands cos and sin to its layers."""
+    halved = lambda config, device=None, **_: (0.5 ** torch.arange(config.head_dim // 2).float(), 0.9)  # noqa: E731
+    monkeypatch.setitem(ROPE_INIT_FUNCTIONS, "halved", halved)
+    model = dense_model(rope_parameters={"rope_type": "halved", "rope_theta": 1e4})
+    ids = tokens(1, TINY_REACH)
+    expected = output(model, ids)
+    patch_model(model, "tiny", verbose=False)
+    open_only_the_selected_branch(model)
+    torch.testing.assert_close(output(model, ids), expected, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(output(loaded, ids), output(model, ids))
 
 
 @torch.no_grad()
@@ -492,6 +508,11 @@ REFUSED = {
     "layers as text": (lambda model: dict(preset="tiny", layers="all"), r"layers='all' must be .*Fix: leave layers out"),
     "half a layer": (lambda model: dict(preset="tiny", layers=[0.5]), r"layers=\[0.5\] must be an index.*Fix"),
     "a fraction of them": (lambda model: dict(preset="tiny", layers=0.5), r"layers=0.5 must be an index.*Fix"),
+    "a mask": (lambda model: dict(preset="tiny", layers=[True, False]), r"layers=\[True, False\] must be an index.*Fix"),
+    "a mask tensor": (
+        lambda model: dict(preset="tiny", layers=torch.tensor([True, False])),
+        r"layers=tensor.*must be an index",
+    ),
     "misspelt preset": (lambda model: dict(config="tinny"), r"config='tinny' is neither a preset nor a file.*tiny.*Fix"),
     "a list of configs": (lambda model: dict(config=["tiny", "tiny"]), r"config=\['tiny', 'tiny'\] is not allowed.*Fix"),
     "misspelt override": (lambda model: dict(windw_size=64), "no field 'windw_size'; did you mean 'window_size'"),

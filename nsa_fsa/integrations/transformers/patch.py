@@ -243,11 +243,17 @@ def _indices(model: PreTrainedModel, layers: Any) -> list[int]:
     count = len(_decoder_layers(model))
     if layers is None:
         return list(range(count))
+
+    def index(i: Any) -> int:
+        if isinstance(i, bool) or "bool" in str(getattr(i, "dtype", "")):  # a mask would be read as 0 and 1
+            raise TypeError
+        return operator.index(i)
+
     try:
         try:
-            indices = [operator.index(layers)]
+            indices = [index(layers)]
         except TypeError:
-            indices = [operator.index(i) for i in layers]
+            indices = [index(i) for i in layers]
     except TypeError:
         indices = []
     if not indices or not all(-count <= i < count for i in indices):
