@@ -39,14 +39,18 @@ NUM_VALIDATION_WINDOWS = 8
 def main(
     steps: Annotated[int, typer.Option(help="Optimiser steps for each model.", min=1)] = 320,
     length: Annotated[int, typer.Option(help="Bytes per training sequence.", min=256)] = 1024,
-    batch_size: Annotated[int, typer.Option(help="Sequences per step.")] = 2,
-    seed: Annotated[int, typer.Option(help="For the weights and the batches.")] = 0,
-    output: Annotated[Path, typer.Option(help="Where pictures and the NSA checkpoint go.")] = Path("demo_output"),
+    batch_size: Annotated[int, typer.Option(help="Sequences per step.", min=1)] = 2,
+    seed: Annotated[int, typer.Option(help="For the weights and the batches.", min=0, max=2**63 - 1)] = 0,
+    output: Annotated[Path, typer.Option(help="Where pictures and the NSA checkpoint go.", file_okay=False)] = Path(
+        "demo_output"
+    ),
 ) -> None:
     """Trains a small dense Llama and its NSA twin side by side and compares them."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    output.mkdir(parents=True, exist_ok=True)
     train, validation = standard_library_bytes()
+    if length > len(validation) - 2:
+        raise typer.BadParameter(f"{length:,} is more than the {len(validation):,} bytes of text.", param_hint="--length")
+    output.mkdir(parents=True, exist_ok=True)
     console.print(f"Text: {len(train) + len(validation):,} bytes of Python's standard library; device: {device}")
 
     config = LlamaConfig(

@@ -156,6 +156,7 @@ def test_explain_what_an_old_or_wrongly_asked_gpu_would_run():
         (("selection", "--group", "0"), "Invalid value for '--group'"),
         (("core", "--group", "3"), "3 does not divide --heads 64"),
         (("core", "--head-dim", "-8"), "Invalid value for '--head-dim'"),
+        (("core", "--output", __file__), "Invalid value for '--output'"),
         (("core", "--heads", "0"), "Invalid value for '--heads'"),
         (("core", "--blocks", "0x16"), "'0x16' is not of the form 64x16"),
         (("core", "--blocks", "24x16"), "block_size=24 is not allowed: it must be a multiple of kernel_stride=16"),

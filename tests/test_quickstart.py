@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
+from typer.testing import CliRunner
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "quickstart.py"
 
@@ -27,6 +29,29 @@ def test_quickstart(tmp_path):
     assert re.search(r"step 2 of 2: loss dense \d\.\d+, NSA \d\.\d+ \(\d+ s", run.stdout)  # where there is no terminal
     for file in ("loss.png", "selection_and_gates.png", "nsa_llama/config.json", "nsa_llama/model.safetensors"):
         assert (tmp_path / file).stat().st_size > 500, file
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--steps", "0"], "--steps"),
+        (["--length", "255"], "--length"),
+        (["--length", str(10**12)], "1,000,000,000,000 is more than the"),
+        (["--batch-size", "0"], "--batch-size"),
+        (["--seed", str(2**63)], "--seed"),
+        (["--output", __file__], "--output"),
+    ],
+)
+def test_what_is_wrong_is_said_first(arguments, said, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(SCRIPT.parent)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # as the script would, and undone after the test
+    monkeypatch.chdir(tmp_path)
+    app = typer.Typer()
+    app.command()(importlib.import_module("quickstart").main)
+    result = CliRunner().invoke(app, arguments, env={"COLUMNS": "200", "NO_COLOR": "1"})
+    assert result.exit_code == 2, result.output
+    assert said in result.output
+    assert not list(tmp_path.iterdir())
 
 
 class Clock:

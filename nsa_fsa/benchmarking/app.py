@@ -68,7 +68,7 @@ Blocks = Annotated[list[str] | None, typer.Option(help=f"Block size x number; re
 Passes = Annotated[list[str] | None, typer.Option("--pass", help=f"Of {PASSES}; repeat. Default: all.")]
 Milliseconds = Annotated[float, typer.Option(min=0, help="How long to repeat each measurement; at least five runs.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of all random inputs.")]
-Output = Annotated[Path, typer.Option(help="Where JSON and pictures go.", show_default=str(RESULTS.name))]
+Output = Annotated[Path, typer.Option(file_okay=False, help="Where JSON and pictures go.", show_default=str(RESULTS.name))]
 Merge = Annotated[bool, typer.Option("--merge", help="Add to the file of an earlier run of the same code.")]
 Commit = Annotated[str | None, typer.Option(help="The commit, where git here does not know it.")]
 WindowTokens = Annotated[
