@@ -82,13 +82,12 @@ def _details(entry: Record, config: NSAConfig, max_queries: int) -> Details:
     """Those of evenly spaced rows."""
     assert entry.inside is not None
     q, k_cmp, branches = entry.inside
-    rows = torch.arange(q.shape[0], device=q.device)
-    if len(rows) > max_queries:
-        rows = torch.linspace(0, len(rows) - 1, max_queries, dtype=torch.float64, device=q.device).round().long()
     layout = entry.layout
     starts_q = layout.cu_seqlens if layout.cu_seqlens_q is None else layout.cu_seqlens_q
+    rows = torch.arange(int(starts_q[-1]), device=q.device)
+    if len(rows) > max_queries:
+        rows = torch.linspace(0, len(rows) - 1, max_queries, dtype=torch.float64, device=q.device).round().long()
     sequence = torch.searchsorted(starts_q[1:].contiguous(), rows, right=True)
-    sequence = sequence.clamp(max=len(starts_q) - 2)
     position = rows - starts_q[sequence]
     if layout.cu_seqlens_q is not None and layout.seqused_k is not None:  # the last positions of what a cache holds
         position = position + layout.seqused_k[sequence] - starts_q.diff()[sequence]
