@@ -115,9 +115,7 @@ class Compressor(nn.Module):
         super().__init__()
         self.kernel_size, self.kernel_stride = config.kernel_size, config.kernel_stride
         self.backend = backends.of_several("pool_windows", config.backend)  # gather_windows has the same
-        self.is_own = isinstance(kind, nn.Module)
         self.phi = kind if isinstance(kind, nn.Module) else _make_phi(config, kind, head_dim, **factory)
-        self.pools = isinstance(self.phi, PoolPhi)  # asked here, because phi may be wrapped later
         self.position_embedding = (
             nn.Parameter(torch.empty(config.num_kv_heads, config.kernel_size, head_dim, **factory))
             if config.compress_position_embedding
@@ -132,14 +130,23 @@ class Compressor(nn.Module):
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, kernel_stride={self.kernel_stride}"
 
+    @property
+    def is_own(self) -> bool:
+        """Whether phi is a module of the user's own rather than one of the kinds, which may be wrapped."""
+        return not self._phi_is(PoolPhi, LinearPhi, MLPPhi, GatedPhi)
+
+    def _phi_is(self, *kinds: type[nn.Module]) -> bool:
+        return any(isinstance(module, kinds) for module in self.phi.modules())
+
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         sizes: dict[str, Any] = dict(kernel_size=self.kernel_size, kernel_stride=self.kernel_stride, seqused_k=layout.seqused_k)
         how = dict(cu_seqlens=layout.cu_seqlens, max_seqlen=layout.max_seqlen, backend=self.backend, **sizes)
         embedding = self.position_embedding
-        if self.pools:
+        if self._phi_is(PoolPhi):
             return self.phi(x, embedding, functools.partial(ops.pool_windows, **how))
         windows = ops.gather_windows(x, **how)  # [N, H, l, D]
-        if self.is_own:
+        is_own = self.is_own
+        if is_own:
             # Where no sequence owns a window, windows are 0. A phi that divides by their norm would make NaN of it, and
             # 0 * NaN of its parameters' gradient: the first tokens of the batch stand there instead.
             rows, owned = reference.window_rows(x, layout.cu_seqlens, **sizes)
@@ -148,7 +155,7 @@ class Compressor(nn.Module):
         if embedding is not None:
             windows = windows + embedding
         compressed = self.phi(windows)  # [N, H, D]
-        if self.is_own:
+        if is_own:
             _check_compressed(self.phi, windows, compressed)
         return compressed
 

@@ -398,8 +398,19 @@ def test_own_compressors_that_divide_by_a_norm_and_a_cache():
 
 
 @torch.no_grad()
+def test_a_phi_put_in_place_by_hand():
+    layer, x = make_variant("own-modules", compress_k="weighted", compress_v="mlp"), randn(1, 45, 24)
+    expected = layer(x)
+    by_hand = NativeSparseAttention(layer.config).double()
+    by_hand.compress_k.phi, by_hand.compress_v.phi = FirstPlusTanhOfLast(), FirstPlusTanhOfLast()
+    by_hand.load_state_dict(layer.state_dict())
+    assert by_hand.compress_k.is_own
+    assert torch.equal(by_hand(x), expected)
+
+
+@torch.no_grad()
 def test_a_wrapped_phi_is_called_as_the_phi_is():
-    """What a phi does is settled when a layer is built: a wrapper around it changes nothing."""
+    """A wrapper around it changes nothing."""
 
     class Wrapper(torch.nn.Module):
         def __init__(self, inner):
@@ -414,6 +425,7 @@ def test_a_wrapped_phi_is_called_as_the_phi_is():
         expected = layer(x)
         layer.compress_k.phi, layer.compress_v.phi = Wrapper(layer.compress_k.phi), Wrapper(layer.compress_v.phi)
         assert torch.equal(layer(x), expected)
+        assert layer.compress_k.is_own == (variant == "own-modules")
 
 
 def test_repr_shows_what_is_read():
