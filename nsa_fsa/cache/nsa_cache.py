@@ -9,9 +9,9 @@ Compression, by default, reads keys as they were before RoPE. The latest ones ar
 in the buffer "recent": the key of position p in column `p % num_recent`. So that `crop` reaches as
 far back as one likes, the cos and sin of every token are kept as well, and a crop beyond the recent
 keys turns rotated ones back. That is 6% more memory for a Llama-3-8B, where a second copy of all
-keys would be 50%. Turning back every time would do without "recent", and cost layers in 16 bits up
-to 0.3% of their output's scale. With `kv_per_branch`, what compression reads is kept whole beside
-the keys and values of the other two branches.
+keys would be 50%. Turning back every time would do without "recent", but would cost a layer in 16
+bits 0.3% of its output's scale, and a choice of blocks here and there. With `kv_per_branch`, what
+compression reads is kept whole beside the keys and values of the other two branches.
 
 No method but `hide` waits for the device.
 """
