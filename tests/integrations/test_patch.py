@@ -618,7 +618,8 @@ WRAPPERS = {
 @torch.no_grad()
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_unpatching_a_wrapped_model(name):
-    model, ids = dense_model(), tokens(1, 130)
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # where DataParallel takes its inputs
+    model, ids = dense_model().to(device), tokens(1, 130).to(device)
     expected = output(model, ids)
     patch_model(model, "tiny", verbose=False)
     wrapped = WRAPPERS[name](scramble(model))
