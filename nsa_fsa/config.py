@@ -376,7 +376,8 @@ def _rope_of(hf_config: Any) -> dict[str, Any]:
         rope.pop("partial_rotary_factor", None)  # without scaling these models rotate whole heads
     elif rope["rope_type"] in ("llama3", "yarn", "longrope"):
         rope.setdefault("original_max_position_embeddings", hf_config.max_position_embeddings)
-    return {key: rope[key] for key in _ROPE_KEYS if rope.get(key) is not None}
+    # Numbers that are 0 or None count as not given there, too.
+    return {key: rope[key] for key in _ROPE_KEYS if rope.get(key) or rope.get(key) is False}
 
 
 def _is_positive_number(value: Any) -> bool:

@@ -484,6 +484,7 @@ HF_ROPES = [
     {"rope_theta": 5e5, "rope_scaling": YARN},
     {"rope_theta": 5e5, "rope_scaling": {**YARN, "attn_factor": 1.0, "finetuned": True}},  # both in public checkpoints
     {"rope_theta": 5e5, "rope_scaling": {**YARN, "attention_factor": None, "mscale": 0.7, "mscale_all_dim": 1.0}},
+    {"rope_theta": 5e5, "rope_scaling": {**YARN, "mscale": 0, "mscale_all_dim": 0.0, "beta_slow": 0, "truncate": False}},
     {"rope_scaling": {"type": "yarn", "factor": 4.0}},
     {"rope_scaling": {"type": "dynamic", "factor": 4.0}},
     {"rope_scaling": {**LONG, "factor": 2.0}, "original_max_position_embeddings": 64},
