@@ -18,7 +18,7 @@ from nsa_fsa.modules.norm import normalize
 from nsa_fsa.modules.rotary import RotaryEmbedding, apply_rotary
 from nsa_fsa.ops import Branches, Layout, backends, nsa_attention, validation, window_starts
 from nsa_fsa.ops.nsa_attention import OPERATORS
-from nsa_fsa.ops.varlen import pack_padded, positions, uniform_layout
+from nsa_fsa.ops.varlen import Packing, pack_batch, positions, uniform_layout
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
@@ -134,7 +134,7 @@ class NativeSparseAttention(nn.Module):
         hidden_states: Tensor,
         *,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Packing | None = None,
         cu_seqlens: Tensor | None = None,
         max_seqlen: int | None = None,
         position_ids: Tensor | None = None,
@@ -146,7 +146,8 @@ class NativeSparseAttention(nn.Module):
             hidden_states: `[B, S, E]`; with `cu_seqlens`, all sequences packed into one row, `[1, T, E]`.
             position_embeddings: cos and sin, each `[B or 1, S, rotary_dim]`; default: computed from positions.
             attention_mask: `[B, S]` or, with a cache, `[B, past + S]`; non-zero where a token is real. Padding may be on
-                either side; the output of a padded position is 0.
+                either side; the output of a padded position is 0. Or what `ops.varlen.pack_batch` found in such a mask,
+                which several layers can share: it reads the mask back from the device.
             cu_seqlens: int32 `[number of sequences + 1]`, boundaries in a packed batch.
             max_seqlen: an upper bound on the longest packed sequence; default T, because reading it from `cu_seqlens` would
                 wait for the device. Pass it on a GPU, where FlashAttention starts as many programs for every sequence as
@@ -156,8 +157,8 @@ class NativeSparseAttention(nn.Module):
             cache: decode state; new tokens are appended to it, and everything it holds is attended to.
 
         Raises:
-            ValueError: for a mask that is not 2D, packed input with a mask or a cache, arguments of another kind or on another
-            device, or shapes that do not fit.
+            ValueError: for a mask that is not 2D or has negative values, packed input with a mask or a cache, arguments of
+                another kind or on another device, or shapes that do not fit.
         """
         rows, layout = self._pack(hidden_states, attention_mask, cu_seqlens, max_seqlen, cache)
         x = _take(hidden_states, rows)  # [T, E]
@@ -210,7 +211,7 @@ class NativeSparseAttention(nn.Module):
     def _pack(
         self,
         hidden_states: Tensor,
-        attention_mask: Tensor | None,
+        attention_mask: Tensor | Packing | None,
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
         cache: NSACache | None,
@@ -243,6 +244,8 @@ class NativeSparseAttention(nn.Module):
             cache.check_room(batch_size, length)
         if attention_mask is None:
             return None, uniform_layout(batch_size, length, hidden_states.device)
+        if isinstance(attention_mask, Packing):
+            return _beside_cache(attention_mask, attention_mask.mask, length, cache)
         past = 0 if cache is None else cache.num_tokens
         validation.check_tensor("attention_mask", attention_mask, "[B, S]")
         validation.check_device("attention_mask", attention_mask, hidden_states.device)
@@ -252,10 +255,8 @@ class NativeSparseAttention(nn.Module):
                 + (f" or [B, past + S] = {(batch_size, past + length)}" if past else "")
                 + ". Fix: pass the 2D padding mask; this layer is causal by itself and takes no other mask."
             )
-        if cache is not None and attention_mask.shape[1] > length > 1:  # one token is not worth a look back
-            cache.hide(attention_mask[:, :past])
-        rows, boundaries = pack_padded(attention_mask[:, attention_mask.shape[1] - length :])  # the new tokens' columns
-        return rows, Layout(boundaries, length)
+        packing = pack_batch(batch_size, length, hidden_states.device, attention_mask)
+        return _beside_cache(packing, attention_mask, length, cache)
 
     def _project(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
         """x `[T, E]` -> q `[T, HQ, D]`, and for each branch k `[T, HKV, D]` and v `[T, HKV, DV]`: one tensor three times, or
@@ -387,6 +388,16 @@ def _make_projections(config: NSAConfig, factory: dict[str, Any]) -> dict[str, n
 
 def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     return x if cos is None or sin is None else apply_rotary(x, cos, sin).to(x.dtype)
+
+
+def _beside_cache(packing: Packing, mask: Tensor | None, length: int, cache: NSACache | None) -> tuple[Tensor | None, Layout]:
+    """Rows and layout of new tokens, after the cache has hidden what their mask `[B, past + S]` hides of it."""
+    if cache is None:
+        return packing.rows, packing.layout
+    if mask is not None and mask.shape[1] > length > 1:  # one token is not worth a look back
+        cache.hide(mask[:, : mask.shape[1] - length])
+    # A cache counts columns: as many as the batch is wide, however few of them hold real tokens.
+    return packing.rows, packing.layout._replace(max_seqlen=length)
 
 
 def _take(x: Tensor, rows: Tensor | None) -> Tensor:

@@ -1,6 +1,6 @@
-"""Packed sequences without device-to-host syncs: who a row belongs to, and packing of padded batches.
+"""Packed sequences without device-to-host syncs: who a row belongs to, and where a batch's sequences lie.
 
-Everything here is tensor arithmetic on the device except `pack_padded`, whose result size only the mask knows.
+Everything here is tensor arithmetic on the device except `pack_batch`: only a mask or positions know its sizes.
 """
 
 from typing import NamedTuple
@@ -21,6 +21,15 @@ class Layout(NamedTuple):
     max_seqlen: int  # an upper bound on the number of keys of one sequence
     cu_seqlens_q: Tensor | None = None  # int32 [B + 1]
     seqused_k: Tensor | None = None  # int32 [B]
+
+
+class Packing(NamedTuple):
+    """Where the real tokens of a batch `[B, S]` lie: found once, for every layer that the batch passes through."""
+
+    rows: Tensor | None  # int64 [T], their rows in the flattened batch; None: all tokens are real
+    layout: Layout  # where the sequences lie among them
+    mask: Tensor | None = None  # bool [B, past + S], which tokens are real; None: all
+    packed: bool = False  # whether the sequences are others than the batch's rows
 
 
 def cu_seqlens_from_lengths(lengths: Tensor) -> Tensor:
@@ -44,21 +53,83 @@ def uniform_layout(batch_size: int, length: int, device: torch.device) -> Layout
     return Layout(torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length, length)
 
 
-def cu_seqlens_from_position_ids(position_ids: Tensor) -> Tensor:
-    """Boundaries of the sequences in a packed `[B, S]` batch: a new one starts where positions do not go up by one.
+def pack_batch(
+    batch_size: int,
+    length: int,
+    device: torch.device,
+    mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+) -> Packing:
+    """Where the real tokens of a batch `[B, S]` lie, and which sequences they form.
 
-    Reads the number of sequences back from the device.
+    Reads back from the device once, and not at all without mask and positions. While torch traces it reads nothing:
+    the numbers of tokens and sequences are then symbols, and an additive mask is not noticed.
+
+    Args:
+        batch_size, length, device: B, S, and where the batch lies.
+        mask: `[B, S]` or `[B, past + S]`, non-zero where a token is real.
+        position_ids: `[B or 1, S]`, where the batch may be packed: a new sequence starts at a real token whose position
+            does not follow that of the real token before it. Hidden tokens in between may be counted or not.
+
+    Raises:
+        ValueError: for a mask with negative values, or of floating zeros alone: an additive one, which would be read the
+            other way round.
     """
-    starts = torch.ones_like(position_ids, dtype=torch.bool)
-    starts[:, 1:] = position_ids.diff(dim=1) != 1
-    rows = starts.flatten().nonzero().flatten()
-    return torch.nn.functional.pad(rows, (0, 1), value=position_ids.numel()).int()
+    if (mask is None and position_ids is None) or batch_size * length == 0:
+        return Packing(None, uniform_layout(batch_size, length, device))
+    mask = torch.ones(batch_size, length, dtype=torch.bool, device=device) if mask is None else mask.to(device)
+    seen = mask != 0
+    real = seen[:, seen.shape[1] - length :]
+    lengths = real.sum(1)
+    facts = [seen.all(), _is_additive(mask, seen), lengths.sum()]
+    if position_ids is None:
+        facts += [lengths.amax()]
+    else:
+        starts = _starts(real, position_ids.to(device))
+        rank = real.flatten().cumsum(0)  # of a real token among the real ones, from 1 on
+        longest = (rank - torch.where(starts, rank, 0).cummax(0).values).amax() + 1
+        facts += [longest, starts.sum(), (lengths > 0).sum()]
+
+    # What a trace has to go by, and what the host knows otherwise.
+    all_seen, num_real, max_seqlen, num_starts, packed = False, None, length, None, position_ids is not None
+    if not torch.compiler.is_compiling():
+        all_seen, additive, num_real, max_seqlen, *sequences = torch.stack(facts).tolist()
+        if additive:
+            raise ValueError(
+                "attention_mask has negative values, or is all 0.0, as masks that are added to scores are: it must be "
+                "non-zero where a token is real, and 0 or False where there is padding. "
+                "Fix: attention_mask == 0 makes one of an additive mask."
+            )
+        num_starts, num_filled_rows = sequences or (0, 0)
+        packed = num_starts > num_filled_rows
+
+    rows = _indices(real, num_real) if num_real is None or num_real < batch_size * length else None
+    cu_seqlens = cu_seqlens_from_lengths(lengths)
+    if packed:
+        cu_seqlens = torch.cat((rank[_indices(starts, num_starts)] - 1, rank[-1:])).int()
+    return Packing(rows, Layout(cu_seqlens, max_seqlen), None if all_seen else seen, packed)
 
 
-def pack_padded(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """A padding mask `[B, S]` (non-zero: a real token) -> rows of the real tokens in the flattened batch, and cu_seqlens.
+def _starts(real: Tensor, position_ids: Tensor) -> Tensor:
+    """Which tokens of the flattened batch begin a sequence, bool `[B * S]`, by their positions `[B or 1, S]`."""
+    column = torch.arange(real.shape[1], device=real.device)
+    previous = torch.where(real, column, -1).cummax(1).values
+    previous = torch.nn.functional.pad(previous[:, :-1], (1, 0), value=-1)  # the real token before; -1: there is none
+    position = position_ids.expand(real.shape)
+    step = position - position.gather(1, previous.clamp(min=0))
+    follows = (previous >= 0) & ((step == 1) | (step == column - previous))
+    return (real & ~follows).flatten()
 
-    Reads the number of real tokens back from the device.
-    """
-    mask = mask.bool()
-    return mask.flatten().nonzero().flatten(), cu_seqlens_from_lengths(mask.sum(1))
+
+def _indices(x: Tensor, count: int | None) -> Tensor:
+    """Where x is True in its flattened form. count: how often that is; None lets nonzero find out."""
+    x = x.flatten()
+    return (x.nonzero() if count is None else x.nonzero_static(size=count)).flatten()
+
+
+def _is_additive(mask: Tensor, seen: Tensor) -> Tensor:
+    """Whether a mask is one that is added to scores: 0 where a key is seen, negative (or NaN) where not."""
+    if mask.dtype == torch.bool:
+        return torch.zeros((), dtype=torch.bool, device=mask.device)
+    negative = ~(mask >= 0).all()
+    return negative | ~seen.any() if mask.is_floating_point() else negative

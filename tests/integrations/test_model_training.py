@@ -106,12 +106,16 @@ def test_several_packed_rows():
 
 
 @pytest.mark.parametrize("flash", [True, False])
-def test_packed_batch_with_a_cache(flash):
-    """use_cache is on by default: refused, because one cache row cannot hold several sequences."""
-    model = sparse_model()
+@pytest.mark.parametrize("layers", [None, [1]], ids=str)
+def test_packed_batch_with_a_cache(layers, flash):
+    """Asked for, it is refused, because one cache row cannot hold several sequences."""
+    model = sparse_model(layers=layers)
     _, batch = collate(LENGTHS, return_flash_attn_kwargs=flash)
-    with pytest.raises(ValueError, match=r"packed batch cannot fill a cache.*Fix: pass use_cache=False"):
-        model(**batch)
+    cache = transformers.DynamicCache()
+    for arguments in (dict(use_cache=True), dict(past_key_values=cache)):
+        with pytest.raises(ValueError, match=r"packed batch cannot fill a cache.*Fix: pass neither"):
+            model(**batch, **arguments)
+    assert cache.get_seq_length() == 0
 
 
 # --- Trainer --------------------------------------------------------------------------------------------------------------

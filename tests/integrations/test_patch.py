@@ -823,21 +823,6 @@ def test_4d_masks_are_refused():
         model(ids, attention_mask=torch.ones(1, 1, 20, 20).tril().bool())
 
 
-def test_another_attention_implementation_is_refused_or_harmless():
-    """eager and sdpa masks are 4D: refused, not misread. Without padding sdpa passes none, and nothing changes."""
-    model, ids = sparse_model(), tokens(2, 20)
-    expected = output(model, ids)
-    mask = torch.ones_like(ids)
-    mask[0, :5] = 0
-    model.set_attn_implementation("sdpa")
-    assert torch.equal(output(model, ids), expected)
-    with pytest.raises(ValueError, match="2D padding mask"):
-        model(ids, attention_mask=mask)
-    model.set_attn_implementation("eager")
-    with pytest.raises(ValueError, match="2D padding mask"):
-        model(ids)
-
-
 @pytest.mark.parametrize("layers", [None, [1]], ids=str)
 @pytest.mark.parametrize("base", [False, True])
 def test_output_attentions_is_refused(base, layers):

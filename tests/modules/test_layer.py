@@ -178,7 +178,7 @@ def test_nothing_in_nothing_out(variant, shape):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nothing_but_padding(variant):
     layer, x = make_variant(variant), randn(2, 9, 24).requires_grad_()
-    output = layer(x, attention_mask=torch.zeros(2, 9))
+    output = layer(x, attention_mask=torch.zeros(2, 9, dtype=torch.bool))
     output.sum().backward()
     assert torch.equal(output, torch.zeros_like(x))
     assert torch.equal(x.grad, torch.zeros_like(x))

@@ -1,20 +1,35 @@
-"""How transformers reaches a patched attention layer, and the layers left dense beside it."""
+"""How transformers reaches a patched attention layer, and the layers left dense beside it.
 
-from typing import Any
+A forward pre-hook on the decoder (`attach`) looks at the mask and the positions once, before the layers, and hands
+every layer a `Batch`. A layer that is called without one, by itself or past the hooks, finds it on its own.
+"""
+
+import functools
+import inspect
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
 
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.integrations.transformers.cache import check_in_step, layer_state
 from nsa_fsa.modules import NativeSparseAttention
-from nsa_fsa.ops.varlen import cu_seqlens_from_position_ids, sequence_ids
+from nsa_fsa.ops import Layout, flash_attention, sliding_window_attention
+from nsa_fsa.ops.varlen import Packing, pack_batch
 
 ATTENTION_NAME = "nsa_fsa"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
+
+
+class Batch(NamedTuple):
+    """What every layer of a forward needs to know about its batch `[B, S]`."""
+
+    packing: Packing
+    past: int  # columns that the cache held before, padding included
 
 
 class NSAAttention(NativeSparseAttention):
@@ -47,49 +62,120 @@ class NSAAttention(NativeSparseAttention):
         attention_mask: Tensor | None = None,
         past_key_values: Cache | None = None,
         cache: Cache | None = None,
+        nsa_batch: Batch | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """transformers' attention signature. Returns (output `[B, S, E]`, None): there are no attention weights to return.
 
-        What is `cache` since transformers 5.24 was `past_key_values` before. Packed batches are recognised by `cu_seq_lens_q`
-        among the kwargs or, at the cost of a device sync, by `position_ids` that start anew.
+        What is `cache` since transformers 5.24 was `past_key_values` before.
         """
         if kwargs.get("output_attentions"):
             raise ValueError("output_attentions=True is not available: sparse attention never has the weights as a matrix.")
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; NSA layers take the 2D padding mask and are causal "
-                f'by themselves. Fix: leave config._attn_implementation at "{ATTENTION_NAME}", and pass no 4D mask.'
-            )
         model_cache = past_key_values if cache is None else cache
         state = None if model_cache is None else layer_state(model_cache, self.layer_idx or 0, self.config)
         if model_cache is not None:
             check_in_step(model_cache, self.layer_idx or 0, hidden_states.shape[1])
-        batch_size, length, _ = hidden_states.shape
-
-        cu_seqlens, max_seqlen = kwargs.get("cu_seq_lens_q"), kwargs.get("max_length_q")
-        position_ids = kwargs.get("position_ids")
-        if cu_seqlens is None and position_ids is not None and attention_mask is None and (state is None or state.is_empty):
-            found = cu_seqlens_from_position_ids(position_ids.expand(batch_size, -1))
-            if found.shape[0] - 1 > batch_size:  # more sequences than rows: the batch is packed
-                cu_seqlens, max_seqlen = found, length
-        if cu_seqlens is None:
-            output = super().forward(
-                hidden_states, position_embeddings=position_embeddings, attention_mask=attention_mask, cache=state
-            )
-            return output, None
-        if state is not None:
-            raise ValueError("a packed batch cannot fill a cache. Fix: pass use_cache=False when training on packed sequences.")
-        if position_embeddings is not None:
-            cos, sin = (x.expand(batch_size, length, -1).reshape(1, batch_size * length, -1) for x in position_embeddings)
-            position_embeddings = cos, sin
+        if nsa_batch is None:
+            past = 0 if state is None else state.num_tokens
+            nsa_batch = find_batch(hidden_states, past, attention_mask, **kwargs)
+        if nsa_batch.packing.packed and state is not None:
+            raise ValueError(PACKED_CACHE)
         output = super().forward(
-            hidden_states.reshape(1, batch_size * length, -1),
-            position_embeddings=position_embeddings,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=None if max_seqlen is None else int(max_seqlen),
+            hidden_states, position_embeddings=position_embeddings, attention_mask=nsa_batch.packing, cache=state
         )
-        return output.reshape(hidden_states.shape), None
+        return output, None
+
+
+PACKED_CACHE = "a packed batch cannot fill a cache. Fix: pass neither a cache nor use_cache=True with packed sequences."
+
+
+def find_batch(
+    like: Tensor,
+    past: int,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int | Tensor | None = None,
+    **_: Any,
+) -> Batch:
+    """Where the real tokens and the sequences of a batch lie, from what transformers' models are called with.
+
+    Args:
+        like: any tensor `[B, S, ...]` on the batch's device.
+        past: columns that the cache holds.
+        attention_mask: `[B, past + S]`.
+        position_ids: `[B or 1, S]`; without a past, a sequence starts wherever they do not go on. None where the model
+            counts them itself.
+        cu_seq_lens_q, max_length_q: boundaries of the sequences in the flattened batch, if the caller knows them.
+
+    Raises:
+        ValueError: for a mask that is no padding mask of this batch, or that comes beside boundaries.
+    """
+    batch_size, length = like.shape[:2]
+    if cu_seq_lens_q is not None:
+        if attention_mask is not None:
+            raise ValueError("attention_mask and cu_seq_lens_q are both given. Fix: pass one of them.")
+        longest = batch_size * length if max_length_q is None else int(max_length_q)
+        return Batch(Packing(None, Layout(cu_seq_lens_q, longest), packed=True), past)
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; NSA layers take the 2D padding mask and are causal "
+            f'by themselves. Fix: leave config._attn_implementation at "{ATTENTION_NAME}", and pass no 4D mask.'
+        )
+    if attention_mask is not None and attention_mask.shape != (batch_size, past + length):
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be [B, past + S] = "
+            f"{(batch_size, past + length)}. Fix: a column for every token so far, those in the cache included."
+        )
+    if past or length == 1:
+        position_ids = None
+    return Batch(pack_batch(batch_size, length, like.device, attention_mask, position_ids), past)
+
+
+# --- Before the layers ----------------------------------------------------------------------------------------------------
+
+
+def attach(decoder: nn.Module) -> None:
+    """Makes every forward of a decoder find its `Batch` once, for all layers."""
+    names = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
+    decoder.register_forward_pre_hook(functools.partial(_before_layers, names), with_kwargs=True)
+
+
+def detach(decoder: nn.Module) -> None:
+    """Undoes `attach`."""
+    for key, hook in list(decoder._forward_pre_hooks.items()):
+        if isinstance(hook, functools.partial) and hook.func is _before_layers:
+            del decoder._forward_pre_hooks[key], decoder._forward_pre_hooks_with_kwargs[key]
+
+
+def _before_layers(
+    names: tuple[str, ...], decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[()], dict[str, Any]]:
+    kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
+    name = decoder.config._attn_implementation  # type: ignore[union-attr]
+    if name != ATTENTION_NAME:
+        raise ValueError(
+            f'the attention implementation of a model with NSA layers is {name!r}; it must be "{ATTENTION_NAME}": others '
+            "give the layers 4D masks or none, and let Trainer cut sequences for context parallelism. "
+            f'Fix: model.set_attn_implementation("{ATTENTION_NAME}").'
+        )
+    inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    if inputs is None:
+        return (), kwargs  # the model's own error names the arguments
+    cache = kwargs.get("cache") if kwargs.get("past_key_values") is None else kwargs["past_key_values"]
+    past = 0
+    if cache is not None:
+        first = next(x.self_attn for x in decoder.layers if isinstance(x.self_attn, NSAAttention))  # type: ignore[union-attr]
+        past = layer_state(cache, first.layer_idx or 0, first.config).num_tokens
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, dict):  # by layer type, as `generate` prepares it for a static cache
+        mask = mask["full_attention"]
+    batch = find_batch(inputs, past, **{**kwargs, "attention_mask": mask})
+    if batch.packing.packed:
+        if cache is not None or kwargs.get("use_cache"):
+            raise ValueError(PACKED_CACHE)
+        kwargs["use_cache"] = False  # on by default, and nobody could read it
+    return (), {**kwargs, "attention_mask": None, "nsa_batch": batch}
 
 
 def padding_mask(
@@ -109,6 +195,9 @@ def padding_mask(
     return mask
 
 
+# --- Layers left dense ----------------------------------------------------------------------------------------------------
+
+
 def dense_attention(
     module: nn.Module,
     query: Tensor,
@@ -117,11 +206,13 @@ def dense_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    nsa_batch: Batch | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Full attention for the layers that a partial patch left dense, from the same 2D mask and packing arguments.
+    """Full attention for the layers that a partial patch left dense, at the cost that they had before.
 
-    query `[B, HQ, Sq, D]`, key and value `[B, HKV, Sk, D]` -> (`[B, Sq, HQ, D]`, None).
+    query `[B, HQ, S, D]`, key and value `[B, HKV, past + S or more, D]` -> (`[B, S, HQ, D]`, None). Only queries after
+    a past need a mask of their number times that of the keys, as in transformers' own SDPA.
 
     Raises:
         RuntimeError: for a layer that its config wants sparse.
@@ -132,26 +223,45 @@ def dense_attention(
             f"layer {module.layer_idx} is dense, but its config, a {type(module.config).__name__}, has NSA there. Fix: build "
             "or load the model with AutoModelForCausalLM or AutoModel."
         )
-    if attention_mask is not None:
-        key, value = key[:, :, : attention_mask.shape[1]], value[:, :, : attention_mask.shape[1]]  # a static cache's unused end
-    num_queries, num_keys, device = query.shape[2], key.shape[2], query.device
-    q_position = torch.arange(num_keys - num_queries, num_keys, device=device)
-    visible = (torch.arange(num_keys, device=device) <= q_position[:, None])[None]  # [1, Sq, Sk]
-    if attention_mask is not None:
-        visible = visible & attention_mask[:, None, :].bool()
-    elif num_queries == num_keys:
-        cu_seqlens, position_ids = kwargs.get("cu_seq_lens_q"), kwargs.get("position_ids")
-        if cu_seqlens is None and position_ids is not None:
-            cu_seqlens = cu_seqlens_from_position_ids(position_ids.expand(query.shape[0], -1))
-        if cu_seqlens is not None:
-            sequence = sequence_ids(cu_seqlens, query.shape[0] * num_queries).view(query.shape[0], num_queries)
-            visible = visible & (sequence[:, :, None] == sequence[:, None, :])
-    # A padded query sees nothing, which softmax would turn into NaN; its own position is as good as anything.
-    visible = visible | (torch.arange(num_keys, device=device) == q_position[:, None])
-    output = nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=visible[:, None], dropout_p=dropout, scale=scaling, enable_gqa=True
-    )
-    return output.transpose(1, 2).contiguous(), None
+    length = query.shape[2]
+    if nsa_batch is None:
+        past = (key.shape[2] if attention_mask is None else attention_mask.shape[1]) - length
+        nsa_batch = find_batch(query.transpose(1, 2), past, attention_mask, **kwargs)
+    (rows, layout, mask, packed), past = nsa_batch
+    key, value = key[:, :, : past + length], value[:, :, : past + length]  # a static cache has an unused end
+    if past == 0 and (packed or rows is not None):
+        q, k, v = (_take(x.transpose(1, 2), rows) for x in (query, key, value))
+        o = _packed_attention(module, q, k, v, layout, scaling, dropout)
+        if rows is not None:
+            o = o.new_zeros(query.shape[0] * length, *o.shape[1:]).index_copy(0, rows, o)
+        return o.unflatten(0, (query.shape[0], length)), None
+    visible = None
+    if past > 0 and (length > 1 or mask is not None):
+        column = torch.arange(past + length, device=query.device)
+        visible = (column <= column[past:, None])[None, None]  # [1, 1, S, past + S]
+        if mask is not None:
+            # A padded query sees nothing, which softmax would turn into NaN; its own position is as good as anything.
+            visible = visible & mask[:, None, None] | (column == column[past:, None])
+    return sdpa_attention_forward(module, query, key, value, visible, dropout=dropout, scaling=scaling)
+
+
+def _packed_attention(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float | None, dropout: float
+) -> Tensor:
+    """q `[T, HQ, D]`, k and v `[T, HKV, D]` -> `[T, HQ, D]`: FlashAttention where it runs, else sequence by sequence."""
+    if torch.compiler.is_compiling() or (q.is_cuda and q.dtype in flash_attention.DTYPES and not dropout):
+        return sliding_window_attention(q, k, v, *layout[:2], window_size=max(1, layout.max_seqlen), scale=scaling)
+    parts = []
+    for sequence in zip(*(x.split(layout.cu_seqlens.diff().tolist()) for x in (q, k, v)), strict=True):
+        if len(sequence[0]) > 0:
+            q_, k_, v_ = (x.transpose(0, 1)[None] for x in sequence)
+            parts.append(sdpa_attention_forward(module, q_, k_, v_, None, dropout=dropout, scaling=scaling)[0][0])
+    return torch.cat(parts) if parts else q
+
+
+def _take(x: Tensor, rows: Tensor | None) -> Tensor:
+    """`[B, S, ...]` -> the packed rows `[T, ...]`."""
+    return x.flatten(0, 1) if rows is None else x.flatten(0, 1).index_select(0, rows)
 
 
 AttentionInterface.register(ATTENTION_NAME, dense_attention)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nsa_fsa.config import PRESETS, ROPE_TYPES, NSAConfig
-from nsa_fsa.integrations.transformers.attention import ATTENTION_NAME, NSAAttention
+from nsa_fsa.integrations.transformers.attention import ATTENTION_NAME, NSAAttention, attach, detach
 from nsa_fsa.integrations.transformers.models import DENSE_CLASS, SPARSE_CLASS, supported_models
 
 Settings: TypeAlias = NSAConfig | Mapping[str, Any] | str | os.PathLike[str]
@@ -186,6 +186,7 @@ def _unpatch(model: PreTrainedModel) -> None:
     for layer in _decoder_layers(model):
         if isinstance(layer.self_attn, NSAAttention):
             layer.self_attn = layer.self_attn.to_dense()
+    detach(model.base_model)
     changed = [name for name, value in _lasting_values(model.config).items() if state.sparse_values.get(name) != value]
     dense_config = copy.deepcopy(state.config) if changed else state.config  # the original may serve other models, too
     for name in changed:
@@ -446,6 +447,7 @@ def _swap(
             if dense_config._attn_implementation == ATTENTION_NAME:
                 dense_config._attn_implementation = "sdpa"  # transformers' default for these models
         model._nsa_dense = _DenseState(dense_config, _lasting_values(sparse_config))  # type: ignore[assignment]
+        attach(model.base_model)
     for i, replacement in replacements.items():
         _decoder_layers(model)[i].self_attn = replacement
     sparse_config._attn_implementation = ATTENTION_NAME

@@ -1,0 +1,373 @@
+"""What a forward of a patched model is given beside tokens: masks, positions, boundaries; and how often it looks at them."""
+
+import peft
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import DynamicCache, StaticCache
+
+from nsa_fsa.integrations.transformers import attention, unpatch_model
+from tests.integrations.models import FAMILIES, TINY_REACH, dense_model, sparse_model, tokens
+
+PARTIAL = [None, [1], [0]]
+LENGTHS = [60, 1, 50, 29]
+
+
+def documents(lengths, seed=0):
+    return [tokens(n, seed=seed + i) for i, n in enumerate(lengths)]
+
+
+def packed_row(parts):
+    """Token ids and positions of documents laid end to end, each `[1, T]`."""
+    return torch.cat(parts)[None], torch.cat([torch.arange(len(part)) for part in parts])[None]
+
+
+@torch.no_grad()
+def separately(model, parts):
+    return torch.cat([model(part[None], use_cache=False).logits[0] for part in parts])
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)  # float32 through two layers; logits of size 10
+
+
+# --- Masks ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32], ids=str)
+@torch.no_grad()
+def test_masks_of_every_dtype(dtype):
+    """Floating masks of 0 and 1 included: PEFT's prompt tuning makes them."""
+    model, ids = sparse_model(layers=[1]), tokens(2, 40)
+    mask = torch.ones(2, 40, dtype=torch.bool)
+    mask[0, :7] = False
+    expected = model(ids[:1, 7:], use_cache=False).logits
+    close(model(ids, attention_mask=mask.to(dtype), use_cache=False).logits[:1, 7:], expected)
+
+
+def additive(mask, kind):
+    if kind == "int":
+        return (mask - 1) * 10000
+    if kind == "no padding":
+        return torch.zeros(mask.shape)
+    return torch.where(mask == 0, -torch.inf if kind == "inf" else torch.finfo(torch.float32).min, 0.0)
+
+
+@pytest.mark.parametrize("kind", ["inf", "min", "int", "no padding"])
+@pytest.mark.parametrize("layers", [None, [1]], ids=str)
+def test_additive_masks_are_refused(layers, kind):
+    """Read as a padding mask, they would hide what is real and show the padding."""
+    model, ids = sparse_model(layers=layers), tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    for cache in (False, True):
+        with pytest.raises(ValueError, match=r"negative values.*Fix: attention_mask == 0"):
+            model(ids, attention_mask=additive(mask, kind), use_cache=cache)
+    with torch.no_grad():
+        fixed = model(ids, attention_mask=additive(mask, kind) == 0, use_cache=False).logits
+        shown = torch.ones_like(mask) if kind == "no padding" else mask
+        close(fixed, model(ids, attention_mask=shown, use_cache=False).logits)
+
+
+@pytest.mark.parametrize("width", [39, 41])
+def test_masks_of_another_width_are_refused(width):
+    with pytest.raises(ValueError, match=r"\(2, 40\).*Fix: a column for every token so far"):
+        sparse_model()(tokens(2, 40), attention_mask=torch.ones(2, width))
+
+
+@pytest.mark.parametrize("layers", PARTIAL, ids=str)
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@torch.no_grad()
+def test_a_padded_batch_in_chunks(layers, static):
+    """Masks `[B, past + S]` beside either cache: every chunk gives what a forward of all of it gives."""
+    model, ids = sparse_model(layers=layers), tokens(2, 90)
+    mask = torch.ones_like(ids)
+    mask[0, :37] = 0
+    cache = StaticCache(config=model.config, max_cache_len=120) if static else DynamicCache()
+    found, past = [], 0
+    for size in (50, 1, 1, 30, 8):
+        columns = slice(past, past + size)
+        found.append(model(ids[:, columns], attention_mask=mask[:, : past + size], cache=cache).logits)
+        past += size
+    for row, start in ((0, 37), (1, 0)):
+        expected = model(ids[row : row + 1, start:], use_cache=False).logits[0]
+        close(torch.cat(found, dim=1)[row, start:], expected)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+@pytest.mark.parametrize("padded", [False, True])
+def test_other_attention_implementations_are_refused(name, padded):
+    """Under "sdpa" Trainer would cut the sequence for context parallelism, and masks would be 4D or missing."""
+    model, ids = sparse_model(layers=[1]), tokens(2, 20)
+    model.set_attn_implementation(name)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    with pytest.raises(ValueError, match=rf'{name}.*Fix: model.set_attn_implementation\("nsa_fsa"\)'):
+        model(ids, attention_mask=mask if padded else None)
+    unpatch_model(model)(ids, attention_mask=mask)  # the dense model takes either
+
+
+# --- Packed batches -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layers", PARTIAL, ids=str)
+@pytest.mark.parametrize("side", ["right", "left", "both", "none"])
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_packed_positions_beside_a_mask(family, layers, side):
+    """Documents are told apart by the positions of real tokens, wherever there is padding."""
+    model, parts = sparse_model(family, layers=layers), documents(LENGTHS)
+    ids, position_ids = packed_row(parts)
+    pads = {"right": (0, 11), "left": (11, 0), "both": (5, 9), "none": (0, 0)}[side]
+    pad = lambda x: torch.nn.functional.pad(x, pads)  # noqa: E731
+    logits = model(pad(ids), attention_mask=pad(torch.ones_like(ids)), position_ids=pad(position_ids), use_cache=False).logits
+    close(logits[0, pads[0] : pads[0] + ids.shape[1]], separately(model, parts))
+
+
+@pytest.mark.parametrize("counted", [True, False], ids=["hidden tokens counted", "not counted"])
+@torch.no_grad()
+def test_hidden_tokens_do_not_end_a_sequence(counted):
+    """Positions that go on after a hole in the mask, whether they count the tokens in it or not: one sequence."""
+    model, ids = sparse_model(), tokens(1, 50)
+    mask = torch.ones_like(ids)
+    mask[0, 20:26] = 0
+    position_ids = torch.arange(50)[None] if counted else mask.cumsum(1) - 1
+    logits = model(ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+    expected = model(ids[mask.bool()][None], position_ids=position_ids[mask.bool()][None], use_cache=False)
+    assert torch.equal(logits[mask.bool()], model(ids, attention_mask=mask, position_ids=position_ids[:1]).logits[mask.bool()])
+    if not counted:
+        close(logits[mask.bool()], expected.logits[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layers", [None, [1]], ids=str)
+def test_rows_of_different_documents_and_padding(layers):
+    model = sparse_model(layers=layers)
+    rows = [documents([60, 30]), documents([40], seed=3), documents([20, 20, 37], seed=5)]
+    ids, mask, position_ids = torch.zeros(3, 3, 100, dtype=torch.long).unbind(0)
+    for b, parts in enumerate(rows):
+        row, positions = packed_row(parts)
+        ids[b, : row.shape[1]], mask[b, : row.shape[1]], position_ids[b, : row.shape[1]] = row, 1, positions
+    logits = model(ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
+    for b, parts in enumerate(rows):
+        close(logits[b, : int(mask[b].sum())], separately(model, parts))
+
+
+@torch.no_grad()
+def test_one_row_of_positions_for_the_batch():
+    """`[1, S]` beside two rows of tokens: plain positions change nothing, packed ones pack both."""
+    model, ids = sparse_model(), tokens(2, 60)
+    plain = model(ids, use_cache=False).logits
+    assert torch.equal(model(ids, position_ids=torch.arange(60)[None], use_cache=False).logits, plain)
+    packed = model(ids, position_ids=torch.cat((torch.arange(25), torch.arange(35)))[None], use_cache=False).logits
+    for b in range(2):
+        close(packed[b], separately(model, [ids[b, :25], ids[b, 25:]]))
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_cache_that_nobody_asked_for(train):
+    """use_cache is on by default: a packed batch leaves the cache out, as it cannot be read."""
+    model = sparse_model().train(train)
+    ids, position_ids = packed_row(documents(LENGTHS))
+    output = model(ids, position_ids=position_ids, labels=ids)
+    expected = model(ids, position_ids=position_ids, labels=ids, use_cache=False)
+    assert torch.equal(output.loss, expected.loss)
+    output.loss.backward()
+    assert output.get("cache") is None
+    assert output.get("past_key_values") is None
+
+
+# --- How often a forward looks --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Counts the calls of the function that reads masks and positions back from the device, which still does its work."""
+    calls = []
+
+    def wrapped(*args, **kwargs):
+        mask, position_ids = args[3:]
+        if mask is not None or position_ids is not None:
+            calls.append(1)
+        return original(*args, **kwargs)
+
+    original = attention.pack_batch
+    monkeypatch.setattr(attention, "pack_batch", wrapped)
+    return calls
+
+
+@pytest.mark.parametrize("layers", [None, [1]], ids=str)
+@pytest.mark.parametrize("base", [False, True], ids=["causal lm", "base"])
+def test_one_look_a_forward(looks, layers, base):
+    """However many layers: none for a plain batch, one for a mask or positions, and none where boundaries are given."""
+    model = sparse_model(layers=layers, base=base, num_hidden_layers=4 if layers is None else 2)
+    ids, mask = tokens(2, 40), torch.ones(2, 40)
+    row, position_ids = packed_row(documents([25, 15]))
+    boundaries = dict(cu_seq_lens_q=torch.tensor([0, 25, 40], dtype=torch.int32), max_length_q=25)
+    embeds = model.get_input_embeddings()(ids)
+    for expected, arguments in (
+        (0, dict(input_ids=ids, use_cache=False)),
+        (0, dict(input_ids=ids)),
+        (0, dict(inputs_embeds=embeds)),
+        (1, dict(input_ids=ids, attention_mask=mask)),
+        (1, dict(input_ids=ids, position_ids=torch.arange(40)[None])),
+        (1, dict(input_ids=row, position_ids=position_ids)),
+        (1, dict(input_ids=row, position_ids=position_ids, attention_mask=mask[:1])),
+        (0, dict(input_ids=row, position_ids=position_ids, **boundaries)),
+    ):
+        looks.clear()
+        model(**arguments)
+        assert len(looks) == expected, arguments
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_layers_do_not_look_again(looks, use_reentrant):
+    model, ids = sparse_model(layers=[1]).train(), tokens(2, 40)
+    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model(ids, attention_mask=torch.ones_like(ids), labels=ids).loss.backward()
+    assert len(looks) == 1
+
+
+def test_one_look_a_step_of_generation(looks):
+    model, ids = sparse_model(), tokens(2, 40)
+    model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    assert len(looks) <= 5  # the prompt, and four of the five tokens are fed back
+
+
+def test_a_layer_past_the_hook_looks_for_itself(looks):
+    """PEFT calls the forward of a base model directly, which runs no hooks: padding must not be lost there."""
+    model, ids = sparse_model(base=True), tokens(2, 40)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    expected = model(ids, attention_mask=mask, use_cache=False)[0]
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="FEATURE_EXTRACTION"))
+    assert torch.equal(adapted(input_ids=ids, attention_mask=mask, use_cache=False)[0], expected)
+    row, position_ids = packed_row(documents(LENGTHS))
+    expected = sparse_model(base=True)(row, position_ids=position_ids, use_cache=False)[0]
+    torch.testing.assert_close(adapted(input_ids=row, position_ids=position_ids, use_cache=False)[0], expected)
+
+
+def test_unpatching_leaves_no_hook(looks):
+    model = unpatch_model(sparse_model())
+    model(tokens(1, 20), attention_mask=torch.ones(1, 20))
+    assert not looks
+    assert not model.base_model._forward_pre_hooks
+    assert not model.base_model._forward_pre_hooks_with_kwargs
+
+
+# --- Tracing --------------------------------------------------------------------------------------------------------------
+
+
+def arguments_of(kind):
+    parts = documents(LENGTHS)
+    ids, position_ids = packed_row(parts)
+    if kind == "packed, boundaries given":
+        ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+        return dict(input_ids=ids, position_ids=position_ids, cu_seq_lens_q=ends, max_length_q=max(LENGTHS))
+    if kind == "packed by positions":
+        return dict(input_ids=ids, position_ids=position_ids)
+    ids = tokens(2, 140)
+    if kind == "padded":
+        mask = torch.ones_like(ids)
+        mask[0, :37] = mask[1, 120:] = 0
+        return dict(input_ids=ids, attention_mask=mask)
+    return dict(input_ids=ids)
+
+
+KINDS = ["plain", "padded", "packed, boundaries given", "packed by positions"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_patched_model_compiles_to_one_graph(kind):
+    torch._dynamo.reset()
+    model, arguments = sparse_model(layers=[1]).train(), arguments_of(kind)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = []
+    for run in (model, compiled):
+        model.zero_grad()
+        output = run(**arguments, use_cache=False)
+        real = arguments.get("attention_mask", torch.ones_like(arguments["input_ids"])).bool()
+        output.logits[real].square().mean().backward()
+        results.append([output.logits[real], *(p.grad for p in model.parameters())])
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max()))
+
+
+@pytest.mark.parametrize("layers", [None, [1]], ids=str)
+@torch.no_grad()
+def test_a_patched_model_exports_with_a_dynamic_length(layers):
+    model = sparse_model(layers=layers)
+    length = torch.export.Dim("length", min=8, max=400)  # 8: a compression window of this model
+    shapes = {"input_ids": {1: length}, "use_cache": None}
+    program = torch.export.export(
+        model, (), dict(input_ids=tokens(2, 40), use_cache=False), dynamic_shapes=shapes, strict=False
+    )
+    for size in (40, TINY_REACH + 30):
+        ids = tokens(2, size, seed=size)
+        close(program.module()(input_ids=ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+
+
+# --- Layers left dense ----------------------------------------------------------------------------------------------------
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.size = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        for x in output if isinstance(output, (tuple, list)) else (output,):
+            if isinstance(x, torch.Tensor):
+                self.size = max(self.size, x.numel())
+        return output
+
+
+def largest(model, **arguments):
+    with LargestTensor() as mode:
+        model(**arguments, logits_to_keep=1)
+    return mode.size
+
+
+LONG = 2048
+
+
+def long_batch(kind):
+    ids, mask = tokens(1, LONG), torch.ones(1, LONG)
+    if kind == "packed by positions":
+        return dict(input_ids=ids, position_ids=torch.arange(LONG // 2).repeat(2)[None])
+    if kind == "packed, boundaries given":
+        return dict(input_ids=ids, cu_seq_lens_q=torch.tensor([0, 1000, LONG], dtype=torch.int32), max_length_q=1048)
+    if kind == "plain":
+        return dict(input_ids=ids)
+    mask[:, -100:] = 0
+    return dict(input_ids=ids, attention_mask=mask)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@torch.no_grad()
+def test_dense_layers_make_no_square_mask(kind, cached):
+    """One of two layers is dense, and the other's blocks and windows are small: nothing is near S x S."""
+    if cached and "packed" in kind:
+        pytest.skip("packed batches fill no cache")
+    model = sparse_model(layers=[1])
+    dense_attention = attention.AttentionInterface()["nsa_fsa"]
+    sizes = []
+
+    def measured(*args, **kwargs):
+        with LargestTensor() as mode:
+            output = dense_attention(*args, **kwargs)
+        sizes.append(mode.size)
+        return output
+
+    attention.AttentionInterface.register("nsa_fsa", measured)
+    try:
+        model(**long_batch(kind), use_cache=cached, logits_to_keep=1)
+    finally:
+        attention.AttentionInterface.register("nsa_fsa", dense_attention)
+    assert len(sizes) == 1
+    assert sizes[0] <= LONG * 64 * 2  # q is S x 64
+    assert largest(dense_model(), **long_batch("plain"), use_cache=cached) < LONG * LONG  # as before patching
