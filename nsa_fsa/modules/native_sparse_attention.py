@@ -262,7 +262,13 @@ class NativeSparseAttention(nn.Module):
         """x `[T, E]` -> q `[T, HQ, D]`, and for each branch k `[T, HKV, D]` and v `[T, HKV, DV]`: one tensor three times, or
         three tensors with `kv_per_branch`."""
         c = self.config
-        q = normalize(self.q_norm, self.q_proj(x).unflatten(-1, (c.num_heads, c.head_dim)))
+        q = self.q_proj(x)
+        if q.shape[-1] != c.num_heads * c.head_dim:
+            raise ValueError(
+                f"q_proj returns {q.shape[-1]} features; {c.num_heads} heads of {c.head_dim} need {c.num_heads * c.head_dim}. "
+                "An NSA layer cannot be split over ranks by tensor parallelism. Fix: replicate it, or shard it with FSDP."
+            )
+        q = normalize(self.q_norm, q.unflatten(-1, (c.num_heads, c.head_dim)))
         k = normalize(self.k_norm, self.k_proj(x).unflatten(-1, (c.num_kv_heads, -1, c.head_dim)))  # [T, HKV, 1 or 3, D]
         v = self.v_proj(x).unflatten(-1, (c.num_kv_heads, -1, c.v_head_dim))
         # Under autocast a norm returns float32 where the projections return 16 bits.

@@ -3,11 +3,12 @@
 import peft
 import pytest
 import torch
+import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from nsa_fsa.integrations.transformers import attention, unpatch_model
-from tests.integrations.models import FAMILIES, TINY_REACH, dense_model, sparse_model, tokens
+from tests.integrations.models import FAMILIES, TINY_REACH, dense_model, sparse_layers, sparse_model, tokens
 
 PARTIAL = [None, [1], [0]]
 LENGTHS = [60, 1, 50, 29]
@@ -371,3 +372,52 @@ def test_dense_layers_make_no_square_mask(kind, cached):
     assert len(sizes) == 1
     assert sizes[0] <= LONG * 64 * 2  # q is S x 64
     assert largest(dense_model(), **long_batch("plain"), use_cache=cached) < LONG * LONG  # as before patching
+
+
+# --- Other tools ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_prompt_tuning():
+    """Virtual tokens are embeddings before the prompt: what a forward of all of them gives."""
+    model, ids = sparse_model(layers=[1]), tokens(2, 60)
+    adapted = peft.get_peft_model(model, peft.PromptTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM"))
+    virtual = adapted.get_prompt(batch_size=2)
+    embeds = torch.cat((virtual, model.get_input_embeddings()(ids)), dim=1)
+    expected = model(inputs_embeds=embeds, use_cache=False).logits
+    mask = torch.ones_like(ids)
+    close(adapted(input_ids=ids, attention_mask=mask, use_cache=False).logits, expected)
+    generated = adapted.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    assert torch.equal(generated[:, 60], expected[:, -1].argmax(-1))
+
+
+@pytest.mark.parametrize("layers", PARTIAL, ids=str)
+def test_prefix_tuning_is_refused(layers):
+    settings = peft.PrefixTuningConfig(
+        num_virtual_tokens=12, task_type="CAUSAL_LM", num_layers=2, token_dim=16, num_attention_heads=2
+    )
+    adapted = peft.get_peft_model(sparse_model(layers=layers), settings)
+    ids = tokens(2, 40)
+    for arguments in (dict(), dict(attention_mask=torch.ones_like(ids))):
+        with pytest.raises(ValueError, match=r"prefix tuning.*Fix:.*PromptTuningConfig"):
+            adapted(input_ids=ids, labels=ids, **arguments)
+
+
+@pytest.mark.parametrize("name", ["nsa_fsa", "sdpa", "eager"])
+def test_continuous_batching_is_refused_in_the_callers_thread(name):
+    model = sparse_model()
+    model.set_attn_implementation(name)
+    settings = transformers.GenerationConfig(max_new_tokens=3, do_sample=False)
+    with pytest.raises(NotImplementedError, match=r"generate_batch.*Fix: model.generate"):
+        model.generate_batch([[5, 6, 7]], generation_config=settings)
+    assert model.config._attn_implementation == name
+
+
+def test_a_rank_of_tensor_parallelism_is_refused():
+    """Where a rank's projections return its heads alone."""
+    model = sparse_model()
+    layer = model.model.layers[0].self_attn
+    layer.q_proj = torch.nn.Linear(64, 32, bias=False)
+    with pytest.raises(ValueError, match=r"q_proj returns 32 features.*tensor parallelism.*Fix"):
+        model(tokens(1, 20))
+    assert sparse_layers(model) == [0, 1]

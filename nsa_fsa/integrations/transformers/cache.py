@@ -104,8 +104,9 @@ def layer_state(cache: Cache, layer_idx: int, config: NSAConfig) -> NSACache:
         )
     if layer.is_initialized and layer.get_seq_length() > 0:
         raise ValueError(
-            f"layer {layer_idx} of the cache already holds a dense layer's keys and values. Fix: start with a new cache "
-            "after patching a model."
+            f"layer {layer_idx} of the cache already holds a dense layer's keys and values: those of a model before it "
+            "was patched, or the virtual tokens of prefix tuning, which NSA layers cannot compress. "
+            "Fix: start with a new cache after patching; tune prompts (PromptTuningConfig) or LoRA instead of prefixes."
         )
     replacement = NSACacheLayer(config, layer.max_cache_len if isinstance(layer, StaticLayer) else None)
     cache.layers[layer_idx] = replacement
