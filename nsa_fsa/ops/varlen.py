@@ -110,6 +110,16 @@ def pack_batch(
     return Packing(rows, Layout(cu_seqlens, max_seqlen), None if all_seen else seen, packed)
 
 
+def keep_padding(mask: Tensor) -> Packing:
+    """A Packing of sizes that do not depend on the mask `[B, S]`, so that torch can trace it whole: all B * S tokens, the
+    real ones first, and behind them every row's padding as a sequence of its own. What comes out for padding is to be
+    dropped."""
+    real = mask != 0
+    lengths = real.sum(1)
+    cu_seqlens = cu_seqlens_from_lengths(torch.cat((lengths, mask.shape[1] - lengths)))
+    return Packing((~real).flatten().argsort(stable=True), Layout(cu_seqlens, mask.shape[1]), real)
+
+
 def _starts(real: Tensor, position_ids: Tensor) -> Tensor:
     """Which tokens of the flattened batch begin a sequence, bool `[B * S]`, by their positions `[B or 1, S]`."""
     column = torch.arange(real.shape[1], device=real.device)

@@ -135,17 +135,18 @@ class Sentences(torch.utils.data.Dataset):
         return {"input_ids": self.items[index].tolist(), "labels": self.items[index].tolist()}
 
 
+def pad(items):
+    width = max(len(item["input_ids"]) for item in items)
+    rows = [[0] * (width - len(item["input_ids"])) + item["input_ids"] for item in items]
+    ids = torch.tensor(rows)
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": ids.masked_fill(ids == 0, -100)}
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_trainer(tmp_path, packed):
     model = dense_model(initializer_range=0.05)
     patch_model(model, preset="tiny", verbose=False)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-
-    def pad(items):
-        width = max(len(item["input_ids"]) for item in items)
-        rows = [[0] * (width - len(item["input_ids"])) + item["input_ids"] for item in items]
-        ids = torch.tensor(rows)
-        return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": ids.masked_fill(ids == 0, -100)}
 
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
@@ -175,6 +176,27 @@ def test_trainer(tmp_path, packed):
     loaded = transformers.AutoModelForCausalLM.from_pretrained(checkpoint)
     for name, parameter in loaded.named_parameters():
         assert torch.equal(parameter, model.get_parameter(name)), name
+
+
+def test_trainer_compiles_few_graphs(tmp_path):
+    """One, and one more when lengths turn out to vary; no break, so that none is added by a layer or a step."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+        torch_compile=True,
+        torch_compile_backend="eager",
+    )
+    Trainer(sparse_model(layers=[1]), arguments, train_dataset=Sentences(16, 40), data_collator=pad).train()
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3
 
 
 # --- PEFT -----------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from nsa_fsa.config import NSAConfig
 from nsa_fsa.integrations.transformers.cache import check_in_step, layer_state
 from nsa_fsa.modules import NativeSparseAttention
 from nsa_fsa.ops import Layout, flash_attention, sliding_window_attention
-from nsa_fsa.ops.varlen import Packing, pack_batch
+from nsa_fsa.ops.varlen import Packing, keep_padding, pack_batch
 
 ATTENTION_NAME = "nsa_fsa"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
@@ -76,13 +76,14 @@ class NSAAttention(NativeSparseAttention):
         if model_cache is not None:
             check_in_step(model_cache, self.layer_idx or 0, hidden_states.shape[1])
         if nsa_batch is None:
-            past = 0 if state is None else state.num_tokens
+            past = None if state is None else state.num_tokens
             nsa_batch = find_batch(hidden_states, past, attention_mask, **kwargs)
-        if nsa_batch.packing.packed and state is not None:
+        packing = nsa_batch.packing
+        if packing.packed and state is not None:
             raise ValueError(PACKED_CACHE)
-        output = super().forward(
-            hidden_states, position_embeddings=position_embeddings, attention_mask=nsa_batch.packing, cache=state
-        )
+        output = super().forward(hidden_states, position_embeddings=position_embeddings, attention_mask=packing, cache=state)
+        if packing.mask is not None and torch.compiler.is_compiling():  # padding may have been kept
+            output = output * packing.mask[:, -output.shape[1] :, None]
         return output, None
 
 
@@ -91,7 +92,7 @@ PACKED_CACHE = "a packed batch cannot fill a cache. Fix: pass neither a cache no
 
 def find_batch(
     like: Tensor,
-    past: int,
+    past: int | None,
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
@@ -102,7 +103,7 @@ def find_batch(
 
     Args:
         like: any tensor `[B, S, ...]` on the batch's device.
-        past: columns that the cache holds.
+        past: columns that the cache holds; None: there is no cache.
         attention_mask: `[B, past + S]`.
         position_ids: `[B or 1, S]`; without a past, a sequence starts wherever they do not go on. None where the model
             counts them itself.
@@ -111,7 +112,7 @@ def find_batch(
     Raises:
         ValueError: for a mask that is no padding mask of this batch, or that comes beside boundaries.
     """
-    batch_size, length = like.shape[:2]
+    (batch_size, length), cached, past = like.shape[:2], past is not None, past or 0
     if cu_seq_lens_q is not None:
         if attention_mask is not None:
             raise ValueError("attention_mask and cu_seq_lens_q are both given. Fix: pass one of them.")
@@ -129,6 +130,8 @@ def find_batch(
         )
     if past or length == 1:
         position_ids = None
+    if torch.compiler.is_compiling() and attention_mask is not None and position_ids is None and not cached:
+        return Batch(keep_padding(attention_mask), past)
     return Batch(pack_batch(batch_size, length, like.device, attention_mask, position_ids), past)
 
 
@@ -136,7 +139,8 @@ def find_batch(
 
 
 def attach(decoder: nn.Module) -> None:
-    """Makes every forward of a decoder find its `Batch` once, for all layers."""
+    """Makes every forward of a decoder find its `Batch` once, for all layers; doing so again changes nothing."""
+    detach(decoder)
     names = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
     decoder.register_forward_pre_hook(functools.partial(_before_layers, names), with_kwargs=True)
 
@@ -163,7 +167,8 @@ def _before_layers(
     if inputs is None:
         return (), kwargs  # the model's own error names the arguments
     cache = kwargs.get("cache") if kwargs.get("past_key_values") is None else kwargs["past_key_values"]
-    past = 0
+    use_cache = kwargs.get("use_cache")
+    past = 0 if (decoder.config.use_cache if use_cache is None else use_cache) else None  # type: ignore[union-attr]
     if cache is not None:
         first = next(x.self_attn for x in decoder.layers if isinstance(x.self_attn, NSAAttention))  # type: ignore[union-attr]
         past = layer_state(cache, first.layer_idx or 0, first.config).num_tokens
@@ -172,10 +177,12 @@ def _before_layers(
         mask = mask["full_attention"]
     batch = find_batch(inputs, past, **{**kwargs, "attention_mask": mask})
     if batch.packing.packed:
-        if cache is not None or kwargs.get("use_cache"):
+        if cache is not None or use_cache:
             raise ValueError(PACKED_CACHE)
         kwargs["use_cache"] = False  # on by default, and nobody could read it
-    return (), {**kwargs, "attention_mask": None, "nsa_batch": batch}
+    # Nobody reads this mask: at one of four dimensions transformers stops before it looks at positions and waits for the GPU.
+    done = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=inputs.device)
+    return (), {**kwargs, "attention_mask": done, "nsa_batch": batch}
 
 
 def padding_mask(
