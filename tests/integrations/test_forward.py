@@ -88,7 +88,7 @@ def test_a_padded_batch_in_chunks(layers, static):
     found, past = [], 0
     for size in (50, 1, 1, 30, 8):
         columns = slice(past, past + size)
-        found.append(model(ids[:, columns], attention_mask=mask[:, : past + size], cache=cache).logits)
+        found.append(model(ids[:, columns], attention_mask=mask[:, : past + size], past_key_values=cache).logits)
         past += size
     for row, start in ((0, 37), (1, 0)):
         expected = model(ids[row : row + 1, start:], use_cache=False).logits[0]
