@@ -2,7 +2,8 @@
 
 The package's own host functions run on tensors that have a shape and no memory, and what they launch is compiled instead of
 launched. So the tile sizes, warps and stages checked are the ones that the package ships. A kernel fails the check if it does
-not compile, takes too long to, keeps values in local memory (spills), or wants more shared memory than the architecture has.
+not compile, takes too long to, keeps values in local memory (spills), wants more shared memory than the architecture has, or
+multiplies a stride in 32 bits.
 
     python scripts/check_resources.py                                # the default configurations, as `make test` does
     python scripts/check_resources.py --all --jobs 8                 # every shape, dtype and candidate: an hour of one core
@@ -251,6 +252,25 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def narrow_products(source: str) -> list[str]:
+    """The strides that a kernel multiplies in 32 bits, from its Triton IR as it is before any pass.
+
+    Such a product overflows in tensors of more than 2^31 elements: of 64 heads of 128, laid out head by head, from 262,144
+    tokens on. The other factor has to be cast first, since that is what makes the product one of 64 bits.
+    """
+    found: set[str] = set()
+    names: dict[str, str] = {}  # of values in the present function that are a stride, also one repeated to a tensor
+    for line in source.splitlines():
+        if "tt.func" in line:
+            names = {name: name for name in re.findall(r"%(stride\w*): i32", line)}
+        elif spread := re.search(r"%(\S+) = (?:tt\.splat|tt\.broadcast|tt\.expand_dims|ttg\.convert_layout) %(\w+)", line):
+            if spread[2] in names:
+                names[spread[1]] = names[spread[2]]
+        elif product := re.search(r"= arith\.muli %(\w+), %(\w+) : (?:i32|tensor<[0-9x]*xi32)", line):
+            found |= {names[factor] for factor in product.groups() if factor in names}
+    return sorted(found)
+
+
 def check_case(case: Case, skip: set[int], connection: Connection) -> None:
     """Runs in a process of its own: sends ("begin", number, kernel, call), and then ("row", Row), for every kernel."""
     os.setsid()  # so that whoever gives up on this process also ends the assembler that it waits for
@@ -281,7 +301,9 @@ def check_case(case: Case, skip: set[int], connection: Connection) -> None:
             metadata = kernel.metadata
             tensor_memory = getattr(metadata, "tmem_size", None) or 0
             needs = (metadata.num_warps, registers, stack, metadata.shared, tensor_memory)
-            row = Row(name, case, call, *needs, seconds, hash=kernel.hash)
+            narrow = ", ".join(narrow_products(kernel.asm["source"]))
+            error = f"multiplies in 32 bits: {narrow}" if narrow else ""
+            row = Row(name, case, call, *needs, seconds, error, kernel.hash)
         except Exception as error:
             reason = str(error).strip().splitlines()[-1][:300] if str(error).strip() else ""
             row = Row(name, case, call, error=f"does not compile: {type(error).__name__}: {reason}")

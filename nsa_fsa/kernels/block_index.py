@@ -51,7 +51,7 @@ def mark_kernel(
     NUM_INDICES: tl.constexpr, PADDED_INDICES: tl.constexpr, NUM_SLOTS: tl.constexpr,
     BLOCK_SIZE: tl.constexpr, HAS_COUNTS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    head = first_head + tl.program_id(1)
+    head = (first_head + tl.program_id(1)).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
     column = tl.arange(0, PADDED_INDICES)
@@ -78,9 +78,9 @@ def mark_kernel(
     sparse = sparse & (rank < NUM_SLOTS)  # more only where the caller's promise about forced blocks does not hold
     has_own = tl.max((chosen & (block == own[:, None])).to(tl.int32), 1)
     num_sparse = tl.sum(sparse.to(tl.int32), 1)
-    tl.store(num_sparse_ptr + head.to(tl.int64) * num_rows + row, num_sparse | (has_own << 31), mask=inside)
+    tl.store(num_sparse_ptr + head * num_rows + row, num_sparse | (has_own << 31), mask=inside)
 
-    at = (head.to(tl.int64) * num_rows + row)[:, None] * PADDED_INDICES + column[None, :]
+    at = (head * num_rows + row)[:, None] * PADDED_INDICES + column[None, :]
     tl.store(sparse_ptr + at, tl.where(sparse, block, -1).to(sparse_ptr.dtype.element_ty), mask=inside[:, None])
     number = first_block[:, None] + block
     word = (tl.program_id(1).to(tl.int64) * (high_block - low_block) + number - low_block) * num_words + (row // 32)[:, None]

@@ -337,7 +337,7 @@ def select_blocks_kernel(
 ):  # fmt: skip
     QUERIES: tl.constexpr = BLOCK_M // HEADS
     FREE: tl.constexpr = NUM_SELECTED - INIT - LOCAL
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     index, first_query, num_queries, offset, first_key, num_keys = load_tile(
         tiles_ptr, num_tiles, tl.program_id(0), num_rows, False, SINGLE
     )

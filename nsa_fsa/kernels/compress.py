@@ -42,7 +42,7 @@ def point_at(ptr, offsets, stride_d, PADDED_DIM: tl.constexpr):
 
     Triton makes a constant of a stride of 1, and 16-byte loads of such rows. Gradients expanded from one number have 0.
     """
-    return ptr + offsets[:, None] + tl.arange(0, PADDED_DIM)[None, :] * stride_d
+    return ptr + offsets[:, None] + tl.arange(0, PADDED_DIM).to(tl.int64)[None, :] * stride_d
 
 
 @triton.jit
@@ -206,7 +206,7 @@ def pool_windows_bwd_kernel_dweight(
     stride_x_t, stride_dpooled_n = tl.cast(stride_x_t, tl.int64), tl.cast(stride_dpooled_n, tl.int64)
     x_ptr += head.to(tl.int64) * stride_x_h
     x_ptrs = point_at(x_ptr, position * stride_x_t, stride_x_d, PADDED_DIM)
-    dpooled_ptrs = dpooled_ptr + head.to(tl.int64) * stride_dpooled_h + column * stride_dpooled_d
+    dpooled_ptrs = dpooled_ptr + head.to(tl.int64) * stride_dpooled_h + column.to(tl.int64) * stride_dpooled_d
     in_window = mask_of(position < L, DIM, PADDED_DIM)
     acc = tl.zeros([POSITIONS, PADDED_DIM], tl.float32)  # summed over D at the end only: a step has no shuffles
     row = part * windows_per_program

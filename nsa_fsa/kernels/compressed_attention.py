@@ -66,7 +66,7 @@ def compressed_fwd_kernel(
     )
     if queries <= 0:
         return
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     row = tl.arange(0, BLOCK_M)
     inside = row < queries * G
     visible = visible_windows(position + row // G, num_keys, num_windows, KERNEL_SIZE, KERNEL_STRIDE)

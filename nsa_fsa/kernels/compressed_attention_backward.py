@@ -78,14 +78,14 @@ def compressed_bwd_dq_kernel(
     )
     if queries <= 0:
         return
-    head = tl.program_id(1)
+    head = tl.program_id(1).to(tl.int64)
     row = tl.arange(0, BLOCK_M)
     inside = row < queries * G
     visible = visible_windows(position + row // G, num_keys, num_windows, KERNEL_SIZE, KERNEL_STRIDE)
     query, query_head = (first_row + row // G).to(tl.int64), head * G + row % G
     q = load_rows(q_ptr, query * stride_q_t + query_head * stride_q_h, inside, D, PADDED_D, True)
     do = load_rows(do_ptr, query * stride_do_t + query_head * stride_do_h, inside, DV, PADDED_DV, True)
-    statistic = (head.to(tl.int64) * num_rows + first_row) * G + row
+    statistic = (head * num_rows + first_row) * G + row
     shift = tl.load(shift_ptr + statistic, mask=inside, other=float("-inf"))
     delta = tl.load(delta_ptr + statistic, mask=inside, other=0.0)
     k_ptr += first_window.to(tl.int64) * stride_k_t + head * stride_k_h
@@ -120,7 +120,7 @@ def compressed_bwd_dkdv_kernel(
 ):  # fmt: skip
     # Some heads at a time, the longest tiles of all of them first: few long ones run at the end, and what these read is shared.
     at = tl.program_id(0) % (num_tiles * HEADS)
-    head = tl.program_id(0) // (num_tiles * HEADS) * HEADS + at % HEADS
+    head = (tl.program_id(0) // (num_tiles * HEADS) * HEADS + at % HEADS).to(tl.int64)
     part = tl.num_programs(1) - 1 - tl.program_id(1)  # every tile's keys are seen by the last rows
     index, first_query, num_queries, offset, first_key, num_keys = load_tile(
         tiles_ptr, num_tiles, at // HEADS, num_rows, True, SINGLE
@@ -137,7 +137,7 @@ def compressed_bwd_dkdv_kernel(
     compressed_row = (first_key // KERNEL_STRIDE + first_window + key).to(tl.int64)
     k = load_rows(k_ptr + head * stride_k_h, compressed_row * stride_k_t, key < keys, D, PADDED_D, True)
     v = load_rows(v_ptr + head * stride_v_h, compressed_row * stride_v_t, key < keys, DV, PADDED_DV, True)
-    statistic = (head.to(tl.int64) * num_rows + first_query) * G
+    statistic = (head * num_rows + first_query) * G
     dk = tl.zeros([BLOCK_N, PADDED_D], tl.float32)
     dv = tl.zeros([BLOCK_N, PADDED_DV], tl.float32)
     for start in tl.range(begin, end, BLOCK_M, num_stages=NUM_STAGES):
@@ -170,7 +170,8 @@ def sum_parts_kernel(
     KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, SINGLE: tl.constexpr, TILE_KEYS: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    tile, piece, head = tl.program_id(0) // (TILE_KEYS // KEYS), tl.program_id(0) % (TILE_KEYS // KEYS), tl.program_id(1)
+    tile, piece = tl.program_id(0) // (TILE_KEYS // KEYS), tl.program_id(0) % (TILE_KEYS // KEYS)
+    head = tl.program_id(1).to(tl.int64)
     index, _, num_queries, _, first_key, num_keys = load_tile(tiles_ptr, num_tiles, tile, num_rows, True, SINGLE)
     key = index * TILE_KEYS + piece * KEYS + tl.arange(0, KEYS)
     exists = (key < count_windows(num_keys, KERNEL_SIZE, KERNEL_STRIDE)) & (num_queries > 0)

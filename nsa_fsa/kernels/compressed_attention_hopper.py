@@ -100,7 +100,7 @@ def copy_query_rows(
     for i in gl.static_range(ROWS // CHUNK):
         row = gl.minimum(start + i * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, layout)), last)
         part = buffer.slice(i * CHUNK, CHUNK)
-        copy_rows(part, ptr, (row // G).to(gl.int64) * stride_t + row % G * stride_h, DIM, layout)
+        copy_rows(part, ptr, (row // G).to(gl.int64) * stride_t + (row % G).to(gl.int64) * stride_h, DIM, layout)
 
 
 @gluon.jit
@@ -151,7 +151,7 @@ def load_queries_then_windows(
         mbarrier.wait(q_free.index(slot), turn // SLOTS & 1 ^ 1)
         if queries > 0:
             at = first_row.to(gl.int64)
-            q_at = q_ptr + at * stride_q_t + head * G * stride_q_h
+            q_at = q_ptr + at * stride_q_t + head.to(gl.int64) * G * stride_q_h
             last = queries * G - 1
             for group in gl.static_range(2):
                 q_tile = q_s.index(2 * slot + group)
@@ -159,15 +159,15 @@ def load_queries_then_windows(
                     q_tile, q_at, stride_q_t, stride_q_h, group * GROUP_ROWS, last, GROUP_ROWS, GROUP_ROWS, G, D, rows
                 )
             if HAS_DO:
-                do_at = do_ptr + at * stride_do_t + head * G * stride_do_h
+                do_at = do_ptr + at * stride_do_t + head.to(gl.int64) * G * stride_do_h
                 for group in gl.static_range(2):
                     do_tile = do_s.index(2 * slot + group)
                     copy_query_rows(
                         do_tile, do_at, stride_do_t, stride_do_h, group * GROUP_ROWS, last, GROUP_ROWS, GROUP_ROWS, G, D, rows
                     )
         async_copy.mbarrier_arrive(q_ready.index(slot), increment_count=False)
-        k_at = k_ptr + first_window.to(gl.int64) * stride_k_t + head * stride_k_h
-        v_at = v_ptr + first_window.to(gl.int64) * stride_v_t + head * stride_v_h
+        k_at = k_ptr + first_window.to(gl.int64) * stride_k_t + head.to(gl.int64) * stride_k_h
+        v_at = v_ptr + first_window.to(gl.int64) * stride_v_t + head.to(gl.int64) * stride_v_h
         # A step's keys are freed together with the values of VALUES_LATER steps before it.
         whole_steps = gl.minimum(steps, num_windows // BLOCK_N)
         for step in range(0, whole_steps):

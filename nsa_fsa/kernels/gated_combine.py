@@ -26,7 +26,7 @@ ELEMENTS = 2048
 @triton.jit
 def load_gates(logits_ptr, token, gate_head, stride_t, stride_h, stride_b, inside):
     """The sigmoids of the three branches, float32 `[ROWS]` each."""
-    at = logits_ptr + token * stride_t + gate_head * stride_h
+    at, stride_b = logits_ptr + token * stride_t + gate_head * stride_h, tl.cast(stride_b, tl.int64)
     gate_cmp = tl.sigmoid(tl.load(at, mask=inside, other=0.0).to(tl.float32))
     gate_slc = tl.sigmoid(tl.load(at + stride_b, mask=inside, other=0.0).to(tl.float32))
     gate_swa = tl.sigmoid(tl.load(at + 2 * stride_b, mask=inside, other=0.0).to(tl.float32))
@@ -114,6 +114,7 @@ def branch_gradients_kernel(
     token, head = row // num_heads, row % num_heads
     do = load_rows(do_ptr, token * stride_do_t + head * stride_do_h, inside, DV, PADDED_DV, True).to(tl.float32)
     logits_ptr += token * stride_logits_t + head * stride_logits_h
+    stride_logits_b, every = tl.cast(stride_logits_b, tl.int64), tl.cast(total, tl.int64)
     at_cmp, at_slc = token * stride_cmp_t + head * stride_cmp_h, token * stride_slc_t + head * stride_slc_h
     at_swa = token * stride_swa_t + head * stride_swa_h
     branch_gradient(
@@ -121,11 +122,11 @@ def branch_gradients_kernel(
     )
     branch_gradient(
         do, o_slc_ptr, at_slc, lse_slc_ptr, logits_ptr + stride_logits_b,
-        dlogits_ptr + total, gated_lse_ptr + total, delta_ptr + total, row, inside, DV, PADDED_DV,
+        dlogits_ptr + every, gated_lse_ptr + every, delta_ptr + every, row, inside, DV, PADDED_DV,
     )  # fmt: skip
     branch_gradient(
         do, o_swa_ptr, at_swa, lse_swa_ptr, logits_ptr + 2 * stride_logits_b,
-        dlogits_ptr + 2 * total, gated_lse_ptr + 2 * total, delta_ptr + 2 * total, row, inside, DV, PADDED_DV,
+        dlogits_ptr + 2 * every, gated_lse_ptr + 2 * every, delta_ptr + 2 * every, row, inside, DV, PADDED_DV,
     )  # fmt: skip
 
 

@@ -46,20 +46,20 @@ def gather_fwd_kernel(
     low = part * item_queries
     num_rows = tl.minimum(tl.load(num_queries_ptr + segment) - low, item_queries) * G
     entries_ptr += head.to(tl.int64) * capacity + tl.load(first_entry_ptr + segment) + low
-    q_ptr += head * G * stride_q_h
+    q_ptr += head.to(tl.int64) * G * stride_q_h
     partial = tl.program_id(1).to(tl.int64) * partial_rows + piece * G
 
     # Whoever chose this block lies beyond it, so all of its keys exist and are seen.
     key = (tl.load(first_row_ptr + block) + piece * KEYS + tl.arange(0, KEYS)).to(tl.int64)
-    k = load_rows(k_ptr + head * stride_k_h, key * stride_k_t, key >= 0, D, PADDED_D, False)
-    v = load_rows(v_ptr + head * stride_v_h, key * stride_v_t, key >= 0, DV, PADDED_DV, False)
+    k = load_rows(k_ptr + head.to(tl.int64) * stride_k_h, key * stride_k_t, key >= 0, D, PADDED_D, False)
+    v = load_rows(v_ptr + head.to(tl.int64) * stride_v_h, key * stride_v_t, key >= 0, DV, PADDED_DV, False)
     k = tl.trans(k)
     for start in tl.range(0, num_rows if STOP_EARLY else item_queries * G, BLOCK_M, num_stages=NUM_STAGES):
         row = start + tl.arange(0, BLOCK_M)
         inside = row < num_rows
         entry = tl.load(entries_ptr + row // G, mask=inside, other=0)
         member = row % G
-        q_offset = (entry // NUM_SLOTS).to(tl.int64) * stride_q_t + member * stride_q_h
+        q_offset = (entry // NUM_SLOTS).to(tl.int64) * stride_q_t + member.to(tl.int64) * stride_q_h
         q = load_rows(q_ptr, q_offset, inside, D, PADDED_D, True)
         scores = tl.dot(q, k, input_precision=PRECISION)  # [BLOCK_M, KEYS]
         maximum = tl.max(scores, 1) * scale
@@ -98,12 +98,12 @@ def merge_fwd_kernel(
     inside = row // G < rows_of_block
     query = first_row + row // G
     inside = inside & (query >= low_row) & (query < high_row)
-    query_head = head * G + row % G
+    query_head = (head * G + row % G).to(tl.int64)
     num_sparse = tl.load(num_sparse_ptr + head.to(tl.int64) * num_tokens + query, mask=inside, other=0)
     q_offset = query.to(tl.int64) * stride_q_t + query_head * stride_q_h
     q = load_rows(q_ptr, q_offset, inside, D, PADDED_D, True)
-    k_ptr += head * stride_k_h
-    v_ptr += head * stride_v_h
+    k_ptr += head.to(tl.int64) * stride_k_h
+    v_ptr += head.to(tl.int64) * stride_v_h
 
     acc = tl.zeros([BLOCK_M, PADDED_DV], tl.float32)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)

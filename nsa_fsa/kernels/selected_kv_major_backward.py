@@ -58,8 +58,8 @@ def gather_bwd_kernel(
     entries_ptr += head.to(tl.int64) * capacity + tl.load(first_entry_ptr + segment)
     SLOTS: tl.constexpr = NUM_SLOTS + INIT_BLOCKS + LOCAL_BLOCKS
     partial = tl.program_id(1).to(tl.int64) * partial_rows + piece * G
-    q_ptr += head * G * stride_q_h
-    do_ptr += head * G * stride_do_h
+    q_ptr += head.to(tl.int64) * G * stride_q_h
+    do_ptr += head.to(tl.int64) * G * stride_do_h
     shift_ptr += head * G
     delta_ptr += head * G
 
@@ -68,15 +68,15 @@ def gather_bwd_kernel(
     column = piece * KEYS + tl.arange(0, KEYS)
     exists = column < tl.load(num_rows_ptr + block)
     key = (first_row + column).to(tl.int64)
-    k = load_rows(k_ptr + head * stride_k_h, key * stride_k_t, exists, D, PADDED_D, True)
-    v = load_rows(v_ptr + head * stride_v_h, key * stride_v_t, exists, DV, PADDED_DV, True)
+    k = load_rows(k_ptr + head.to(tl.int64) * stride_k_h, key * stride_k_t, exists, D, PADDED_D, True)
+    v = load_rows(v_ptr + head.to(tl.int64) * stride_v_h, key * stride_v_t, exists, DV, PADDED_DV, True)
     dk = tl.zeros([KEYS, PADDED_D], tl.float32)
     dv = tl.zeros([KEYS, PADDED_DV], tl.float32)
     for start in tl.range(0, num_rows if STOP_EARLY else item_queries * G, BLOCK_M, num_stages=NUM_STAGES):
         row = start + tl.arange(0, BLOCK_M)
         inside = row < num_rows
         number = row // G
-        member = row % G
+        member = (row % G).to(tl.int64)
         dense = number < num_dense
         entry = tl.load(entries_ptr + (number - num_dense), mask=inside & ~dense, other=0)
         query = tl.where(dense, first_dense + number, entry // NUM_SLOTS)
@@ -120,8 +120,8 @@ def gather_bwd_kernel(
         store_rows(items_buffer_ptr, target, dk, everywhere, D, PADDED_D)
         store_rows(items_buffer_ptr + D, target, dv, everywhere, DV, PADDED_DV)
     else:
-        dk_ptr += head * stride_dk_h
-        dv_ptr += head * stride_dv_h
+        dk_ptr += head.to(tl.int64) * stride_dk_h
+        dv_ptr += head.to(tl.int64) * stride_dv_h
         if ACCUMULATE:
             dk += load_rows(dk_ptr, key * stride_dk_t, exists, D, PADDED_D, True)
             dv += load_rows(dv_ptr, key * stride_dv_t, exists, DV, PADDED_DV, True)
@@ -146,8 +146,9 @@ def sum_dkdv_kernel(
     column = tl.program_id(0) % PARTS * ROWS + tl.arange(0, ROWS)
     exists = column < tl.load(num_rows_ptr + block)
     key = (tl.load(first_row_ptr + block) + column).to(tl.int64)
-    dk_ptr += unit // num_ranges * stride_dk_h
-    dv_ptr += unit // num_ranges * stride_dv_h
+    head = (unit // num_ranges).to(tl.int64)
+    dk_ptr += head * stride_dk_h
+    dv_ptr += head * stride_dv_h
     dk = tl.zeros([ROWS, PADDED_D], tl.float32)
     dv = tl.zeros([ROWS, PADDED_DV], tl.float32)
     if ACCUMULATE:

@@ -43,7 +43,7 @@ def resolve_rows(
     dense_slot = gl.where(block_index < INIT_BLOCKS, block_index, INIT_BLOCKS + (query - first_row) // BLOCK_SIZE)
     slot = gl.where(dense, NUM_SLOTS + dense_slot, entry % max(NUM_SLOTS, 1))
     target = first_target + (query * (NUM_SLOTS + INIT_BLOCKS + LOCAL_BLOCKS) + slot) * G + member
-    return query.to(gl.int64), member, target
+    return query, member, target
 
 
 @gluon.jit
@@ -79,14 +79,14 @@ def gather_fwd_hopper_kernel(
     num_rows = gl.minimum(gl.load(num_queries_ptr + segment) - low, item_queries) * G
     last = num_rows - 1
     entries_ptr += head.to(gl.int64) * capacity + gl.load(first_entry_ptr + segment) + low
-    q_ptr += head * G * stride_q_h
+    q_ptr += head.to(gl.int64) * G * stride_q_h
     partial = gl.program_id(1).to(gl.int64) * partial_rows
     partial_o_ptr += partial * D
     partial_lse_ptr += partial
 
     key = (gl.load(first_row_ptr + block) + gl.arange(0, BLOCK_SIZE, row_of)).to(gl.int64)
-    copy_rows(k_s, k_ptr + head * stride_k_h, key * stride_k_t, D, rows)
-    copy_rows(v_s, v_ptr + head * stride_v_h, key * stride_v_t, D, rows)
+    copy_rows(k_s, k_ptr + head.to(gl.int64) * stride_k_h, key * stride_k_t, D, rows)
+    copy_rows(v_s, v_ptr + head.to(gl.int64) * stride_v_h, key * stride_v_t, D, rows)
     lane = gl.arange(0, BLOCK_M, line)
     row = gl.arange(0, BLOCK_M, row_of)
     s_row = gl.arange(0, BLOCK_M, gl.SliceLayout(1, s_layout))
@@ -95,7 +95,7 @@ def gather_fwd_hopper_kernel(
         entry_s.index(i).store(gl.load(entries_ptr + gl.minimum(i * BLOCK_M + lane, last) // G))
     thread_barrier()
     query = (entry_s.index(0).load(row_of) // NUM_SLOTS).to(gl.int64)
-    copy_rows(q_s.index(0), q_ptr, query * stride_q_t + row % G * stride_q_h, D, rows)
+    copy_rows(q_s.index(0), q_ptr, query * stride_q_t + (row % G).to(gl.int64) * stride_q_h, D, rows)
     async_copy.commit_group()
 
     tile = 0
@@ -107,7 +107,7 @@ def gather_fwd_hopper_kernel(
         none = gl.zeros([BLOCK_M, BLOCK_SIZE], gl.float32, s_layout)
         scores = warpgroup_mma(q_tile, k_s.permute((1, 0)), none, use_acc=False, is_async=True)
         query = (entry_s.index((tile + 1) % RING).load(row_of) // NUM_SLOTS).to(gl.int64)
-        member = (start + BLOCK_M + row) % G
+        member = ((start + BLOCK_M + row) % G).to(gl.int64)
         copy_rows(q_s.index((tile + 1) % 2), q_ptr, query * stride_q_t + member * stride_q_h, D, rows)
         copy_entries(entry_s.index((tile + 2) % RING), entries_ptr, start + 2 * BLOCK_M + lane, last, 0, G)
         async_copy.commit_group()
@@ -186,20 +186,23 @@ def gather_bwd_hopper_kernel(
     entries_ptr += head.to(gl.int64) * capacity + gl.load(first_entry_ptr + segment) - num_dense
     # Of query 0; it wraps around with the products that are added to it.
     first_target = gl.program_id(1) * partial_rows - low_row * ((NUM_SLOTS + INIT_BLOCKS + LOCAL_BLOCKS) * G)
-    q_ptr += head * G * stride_q_h
-    do_ptr += head * G * stride_do_h
+    q_ptr += head.to(gl.int64) * G * stride_q_h
+    do_ptr += head.to(gl.int64) * G * stride_do_h
     first_row = gl.load(first_row_ptr + block)
     block_index = gl.load(block_index_ptr + block)
     rows_of_block = gl.load(num_rows_ptr + block)
 
     # Keys past the end of a sequence are never seen: any row that exists will do.
     key = (first_row + gl.minimum(gl.arange(0, BLOCK_SIZE, row_of), rows_of_block - 1)).to(gl.int64)
-    copy_rows(k_s, k_ptr + head * stride_k_h, key * stride_k_t, D, rows)
-    copy_rows(v_s, v_ptr + head * stride_v_h, key * stride_v_t, D, rows)
+    copy_rows(k_s, k_ptr + head.to(gl.int64) * stride_k_h, key * stride_k_t, D, rows)
+    copy_rows(v_s, v_ptr + head.to(gl.int64) * stride_v_h, key * stride_v_t, D, rows)
     lane = gl.arange(0, BLOCK_M, line)
     row = gl.arange(0, BLOCK_M, row_of)
     column = gl.arange(0, D, gl.SliceLayout(0, rows))
     masked_rows = (first_row + BLOCK_SIZE - first_dense) * G  # of queries inside this very block
+    # Rows begin at multiples of VECTOR elements.
+    q_step_t, q_step_h = gl.cast(stride_q_t // VECTOR, gl.int32), gl.cast(stride_q_h // VECTOR, gl.int32)
+    do_step_t, do_step_h = gl.cast(stride_do_t // VECTOR, gl.int32), gl.cast(stride_do_h // VECTOR, gl.int32)
     for i in gl.static_range(2):
         number = gl.minimum(i * BLOCK_M + lane, last) // G
         entry = gl.load(entries_ptr + number, mask=number >= num_dense, other=0)
@@ -207,10 +210,10 @@ def gather_bwd_hopper_kernel(
             entry, i * BLOCK_M + lane, last, num_dense, first_dense, first_row, first_target, block_index,
             NUM_SLOTS, INIT_BLOCKS, LOCAL_BLOCKS, BLOCK_SIZE, G,
         )  # fmt: skip
-        q_offset_s.index(i).store(((query * stride_q_t + member * stride_q_h) // VECTOR).to(gl.int32))
-        do_offset_s.index(i).store(((query * stride_do_t + member * stride_do_h) // VECTOR).to(gl.int32))
+        q_offset_s.index(i).store(query * q_step_t + member * q_step_h)
+        do_offset_s.index(i).store(query * do_step_t + member * do_step_h)
         target_s.index(i).store(target)
-        statistic = query * num_heads + (head * G + member)
+        statistic = query.to(gl.int64) * num_heads + (head * G + member)
         async_copy.async_copy_global_to_shared(shift_s.index(i), shift_ptr + statistic)
         async_copy.async_copy_global_to_shared(delta_s.index(i), delta_ptr + statistic)
     copy_entries(entry_s.index(0), entries_ptr, 2 * BLOCK_M + lane, last, num_dense, G)
@@ -255,9 +258,9 @@ def gather_bwd_hopper_kernel(
             first_target, block_index, NUM_SLOTS, INIT_BLOCKS, LOCAL_BLOCKS, BLOCK_SIZE, G,
         )  # fmt: skip
         target_s.index((tile + 2) % RING).store(target)
-        q_offset_s.index(tile % 2).store(((query * stride_q_t + member * stride_q_h) // VECTOR).to(gl.int32))
-        do_offset_s.index(tile % 2).store(((query * stride_do_t + member * stride_do_h) // VECTOR).to(gl.int32))
-        statistic = query * num_heads + (head * G + member)
+        q_offset_s.index(tile % 2).store(query * q_step_t + member * q_step_h)
+        do_offset_s.index(tile % 2).store(query * do_step_t + member * do_step_h)
+        statistic = query.to(gl.int64) * num_heads + (head * G + member)
         async_copy.async_copy_global_to_shared(shift_s.index((tile + 2) % RING), shift_ptr + statistic)
         async_copy.async_copy_global_to_shared(delta_s.index((tile + 2) % RING), delta_ptr + statistic)
         copy_entries(entry_s.index((tile + 1) % 2), entries_ptr, start + 3 * BLOCK_M + lane, last, num_dense, G)
@@ -312,11 +315,11 @@ def gather_bwd_hopper_kernel(
         gl.store(items_buffer_ptr + at, dk)
         gl.store(items_buffer_ptr + at + D, dv)
     else:
-        head = unit // num_ranges
+        out_head = (unit // num_ranges).to(gl.int64)
         out_at = (gl.load(first_row_ptr + block) + out_key).to(gl.int64)
         exists = (out_key < gl.load(num_rows_ptr + block))[:, None]
-        dk_at = dk_ptr + head * stride_dk_h + (out_at * stride_dk_t)[:, None] + out_column[None, :]
-        dv_at = dv_ptr + head * stride_dv_h + (out_at * stride_dv_t)[:, None] + out_column[None, :]
+        dk_at = dk_ptr + out_head * stride_dk_h + (out_at * stride_dk_t)[:, None] + out_column[None, :]
+        dv_at = dv_ptr + out_head * stride_dv_h + (out_at * stride_dv_t)[:, None] + out_column[None, :]
         if ACCUMULATE:
             dk += gl.load(dk_at, mask=exists, other=0.0).to(gl.float32)
             dv += gl.load(dv_at, mask=exists, other=0.0).to(gl.float32)

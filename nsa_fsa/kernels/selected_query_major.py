@@ -63,7 +63,7 @@ def query_fwd_kernel(
     BLOCK_SIZE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
     KEYS: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    query, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    query, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     position, first_key = tl.load(position_ptr + query), tl.load(first_key_ptr + query)
     blocks = chosen_blocks(
         indices_ptr, counts_ptr, position // BLOCK_SIZE, query, head,
@@ -104,7 +104,7 @@ def query_bwd_dq_kernel(
     BLOCK_SIZE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
     KEYS: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr, ACCUMULATE: tl.constexpr,
 ):  # fmt: skip
-    query, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    query, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     position, first_key = tl.load(position_ptr + query), tl.load(first_key_ptr + query)
     blocks = chosen_blocks(
         indices_ptr, counts_ptr, position // BLOCK_SIZE, query, head,

@@ -1,8 +1,11 @@
 """Row 10 of reliability.md: more than 2^31 elements, and a million tokens. Samples are judged in float64."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from nsa_fsa import ops
 from tests.gpu.problems import BACKENDS, check_samples, make_problem, random_selection, starts
 
 pytestmark = pytest.mark.gpu
@@ -44,6 +47,53 @@ def test_offsets_past_2_31(backend, workspace_bytes, num_kv_heads, group_size):
     assert p.q.numel() > 2**31
     rows = sampled_rows(lengths, 24)
     check_samples(p, p.run(backend, workspace_bytes=workspace_bytes), rows, sampled_keys(rows, num_kv_heads))
+
+
+def head_major(x):
+    """The same numbers, laid out head by head: `[heads, T, D]` in memory."""
+    return x.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_(x.requires_grad)
+
+
+HEAD_MAJOR = (150_000, 0, 120_000)  # x 64 heads x 128: the offset of the last head is past 2^31
+
+
+@needs(70)
+@pytest.mark.parametrize(("num_kv_heads", "group_size"), [(64, 1), (4, 16)], ids=["G1", "G16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offsets_of_heads_past_2_31(backend, num_kv_heads, group_size):
+    p = make_problem(HEAD_MAJOR, num_kv_heads, group_size)
+    p = dataclasses.replace(p, **{name: head_major(getattr(p, name)) for name in ("q", "k", "v", "do")})
+    assert p.q.stride(1) * 63 > 2**31
+    rows = sampled_rows(HEAD_MAJOR, 24)
+    check_samples(p, p.run(backend), rows, sampled_keys(rows, num_kv_heads))
+
+
+@needs(70)
+@pytest.mark.parametrize(("num_kv_heads", "group_size"), [(64, 1), (4, 16)], ids=["G1", "G16"])
+def test_heads_past_2_31_are_no_other_heads(num_kv_heads, group_size, deterministic_only):
+    """Compressed attention, selection and gates get bit by bit what they get of tensors laid out token by token."""
+    layout, windows = (starts(HEAD_MAJOR), max(HEAD_MAJOR)), dict(kernel_size=32, kernel_stride=16)
+    generator = torch.Generator("cuda").manual_seed(0)
+    total, heads = sum(HEAD_MAJOR), num_kv_heads * group_size
+
+    def randn(*shape):
+        return torch.randn(*shape, dtype=torch.bfloat16, device="cuda", generator=generator)
+
+    q, do = randn(total, heads, 128).requires_grad_(), randn(total, heads, 128)
+    k, v = (randn(total // 16, num_kv_heads, 128).requires_grad_() for _ in range(2))
+    found = []
+    for place in (lambda x: x, head_major):
+        leaves = [place(x) for x in (q, k, v)]
+        o, lse = ops.compressed_attention(*leaves, *layout, **windows, return_lse=True, backend="triton")
+        grads = torch.autograd.grad(o, leaves, place(do))
+        indices = ops.select_blocks(
+            leaves[0].detach(), leaves[1].detach(), lse, *layout, **windows, block_size=64, num_selected_blocks=8,
+            backend="triton",
+        )  # fmt: skip
+        found.append([x.sum(0, dtype=torch.float64) for x in (o.detach(), lse, *grads)] + [indices])
+        del o, lse, grads, leaves
+    for a, b in zip(*found, strict=True):
+        assert torch.equal(a, b)
 
 
 @needs(90)

@@ -72,6 +72,37 @@ assert failure(error="does not compile", stack=100) == "does not compile; spills
     assert checked.returncode == 0, checked.stderr
 
 
+def test_products_of_strides_in_32_bits_are_seen(tmp_path):
+    """A kernel that multiplies three strides, one of them by an index of 64 bits."""
+    (tmp_path / "strided.py").write_text("""
+import triton
+import triton.language as tl
+
+@triton.jit
+def at_row(ptr, stride_row):
+    return ptr + tl.arange(0, 32) * stride_row
+
+@triton.jit
+def strided(ptr, stride_head, stride_token, stride_batch):
+    ptr += tl.program_id(0).to(tl.int64) * stride_batch + tl.program_id(1) * stride_head
+    tl.store(at_row(ptr, stride_token), 0.0)
+""")
+    checked = run(
+        str(tmp_path),
+        code="""
+import sys
+sys.path.insert(0, sys.argv[1])
+import check_resources as check, strided, triton
+from triton.compiler import ASTSource
+signature = {"ptr": "*fp32", "stride_head": "i32", "stride_token": "i32", "stride_batch": "i32"}
+kernel = triton.compile(ASTSource(strided.strided, signature), target=check.GPUTarget("cuda", 90, 32))
+found = check.narrow_products(kernel.asm["source"])
+assert found == ["stride_head", "stride_row"], found
+""",
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
 def test_spills_are_seen(tmp_path):
     """A kernel that keeps 64 values a thread, with enough registers and with too few."""
     (tmp_path / "hoard.py").write_text("""
