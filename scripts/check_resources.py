@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Annotated, Any
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: an interpreted kernel cannot be compiled
@@ -46,8 +47,8 @@ HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 BLOCK_SIZES = (16, 32, 64, 128)
 GROUP_SIZES = (1, 4, 16)
 # Shared memory that one block of threads can have, in KiB (CUDA C++ programming guide, compute capabilities).
-SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227}
-MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
+MULTIPROCESSORS = {"sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170}
 TENSOR_MEMORY_COLUMNS = 512  # of Blackwell's tensor memory; other architectures report 0
 # Bytes of stack a thread that are not yet a spill worth the name: four registers. 8 bytes were one store and one load in the
 # SASS of the kernels where ptxas left them; kernels that run out of registers need 24 bytes and usually hundreds.
@@ -228,10 +229,12 @@ class OfflineDriver:
 def pretend_gpu(arch: str) -> None:
     """Makes this process believe that tensors are on a GPU of that architecture. There is no way back."""
     capability = int(arch.removeprefix("sm_"))
-    properties = type("Properties", (), dict(multi_processor_count=MULTIPROCESSORS[arch], name=arch))
+    properties = SimpleNamespace(
+        multi_processor_count=MULTIPROCESSORS[arch], shared_memory_per_block_optin=SHARED_KIB[arch] * 1024, name=arch
+    )
     triton.runtime.driver.set_active(OfflineDriver(GPUTarget("cuda", capability, 32)))
     torch.cuda.get_device_capability = lambda device=None: (capability // 10, capability % 10)
-    torch.cuda.get_device_properties = lambda device=None: properties()
+    torch.cuda.get_device_properties = lambda device=None: properties
     torch.Tensor.is_cuda = property(lambda self: True)  # type: ignore[assignment]
 
 
@@ -412,7 +415,7 @@ def chosen(values: list[Any] | None, everything: tuple[Any, ...], option: str) -
 
 def main(
     everything: Annotated[bool, typer.Option("--all", help="Every supported shape and dtype.")] = False,
-    arch: Annotated[list[str] | None, typer.Option(help="sm_80, sm_90, sm_100; repeat for several.")] = None,
+    arch: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SHARED_KIB)}; repeat for several.")] = None,
     head_dim: Annotated[list[int] | None, typer.Option(help=f"Of {HEAD_DIMS}; repeat for several.")] = None,
     value_dim: Annotated[int | None, typer.Option(help="Default: the head width.")] = None,
     dtype: Annotated[list[str] | None, typer.Option(help="fp16, bf16, fp32; repeat for several.")] = None,

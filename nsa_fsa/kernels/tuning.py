@@ -17,6 +17,9 @@ GLUON_VERSIONS = ("3.6.", "3.7.")
 
 # Tiles: (rows, warps, stages).
 LARGE, WIDE = (64, 4, 3), (64, 8, 2)
+# Bytes of shared memory that the plain tiles for heads of 129 to 256 in 16 bits take. GPUs of compute capability 8.6, 8.9 and
+# 12.0 have 99 KiB for a program, and get smaller ones; those of 8.0, 9.0 and 10.0 have 163 or 227.
+WIDE_SHARED = 112 * 1024
 # Of the plain gather backward in 16 bits, by padded head width, for blocks of 16, 32, 64 and 128 keys; chosen from large to
 # small as the first that compiles for sm_80, sm_90 and sm_100 without spilling. Never one stage: on an H200 with Triton 3.6 dq
 # is then wrong for blocks of 64 and more, whatever the rows and warps.
@@ -94,6 +97,11 @@ class CompressedConfig:
     one_pass_parts: int = 16  # at most, for the sake of memory
 
 
+def is_cramped(x: Tensor) -> bool:
+    """Whether the GPU that x is on has too little shared memory for the tiles of wide heads."""
+    return x.is_cuda and torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin < WIDE_SHARED
+
+
 def runs_gluon(q: Tensor, v: Tensor) -> bool:
     """Whether Gluon kernels can take these tensors, once their rows begin at multiples of 16 bytes."""
     return (
@@ -122,7 +130,7 @@ def remembered(choose: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(choose)
     def recall(q: Tensor, v: Tensor, block_size: int, *rest: Any) -> Any:
-        key = (q.dtype, q.shape[2], v.shape[2], block_size, *rest, runs_hopper(q, v, block_size))
+        key = (q.dtype, q.shape[2], v.shape[2], block_size, *rest, runs_hopper(q, v, block_size), is_cramped(q))
         if key not in found:
             found[key] = choose(q, v, block_size, *rest)
         return found[key]
@@ -137,18 +145,21 @@ def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
     A program of the gather forward holds at most 32 KiB of keys, one of the others 16 KiB or less; larger blocks are cut.
     """
     width = padded_width(q, v)
+    cramped = width > 128 and is_cramped(q)
     keys = bwd_keys = merge_keys = 16384 // (width * q.element_size())
     if q.element_size() == 4:  # without the matrix unit a thread holds whole rows of both factors of a product
-        fwd, bwd, merge = (32, 8, 2), (16, 8, 2), (16, 8, 3)
+        fwd, bwd, merge = (16 if cramped else 32, 8, 2), (16, 8, 2), (16, 8, 3)
         if min(keys, block_size) * width <= 1024:  # with 8 warps ptxas prefers 24 bytes of stack to one register more
             bwd = (16, 4, 2)
     else:
-        fwd = LARGE if width <= 128 else WIDE
+        fwd = LARGE if width <= 128 else (32, 8, 2) if cramped else WIDE
         bwd = PLAIN_BWD[width][block_size.bit_length() - 5]
         bwd_keys = 32 if width >= 128 else keys  # 64 keys of 128 leave 16 to 250 bytes on the stack on sm_80
         merge = LARGE if width <= 128 else WIDE
         if width == 128 and block_size == 128:  # 64 keys of 128 leave 72 to 160 bytes on the stack on sm_100
             merge_keys = 32
+        if cramped:  # 32 rows instead leave 40 bytes on the stack
+            merge_keys = 16
     return Config(
         fwd_m=fwd[0], fwd_keys=2 * keys, fwd_warps=fwd[1], fwd_stages=fwd[2],
         bwd_m=bwd[0], bwd_keys=bwd_keys, bwd_warps=bwd[1], bwd_stages=bwd[2],
@@ -158,11 +169,13 @@ def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
 
 def compressed_config(q: Tensor, v: Tensor, group_size: int) -> CompressedConfig:
     """The tiles of compressed attention for q `[T, HQ, D]` and v `[T // kernel_stride, HKV, DV]`."""
-    return _compressed_config(q.dtype, q.shape[2], v.shape[2], group_size, runs_gluon(q, v))
+    return _compressed_config(q.dtype, q.shape[2], v.shape[2], group_size, runs_gluon(q, v), is_cramped(q))
 
 
 @functools.cache
-def _compressed_config(dtype: torch.dtype, head_dim: int, v_dim: int, group_size: int, gluon: bool) -> CompressedConfig:
+def _compressed_config(
+    dtype: torch.dtype, head_dim: int, v_dim: int, group_size: int, gluon: bool, cramped: bool
+) -> CompressedConfig:
     if gluon:
         return CompressedConfig(
             hopper=True, fwd_m=128, fwd_n=128, fwd_stages=2, dq_m=128, dq_n=64, dq_stages=3,
@@ -178,10 +191,11 @@ def _compressed_config(dtype: torch.dtype, head_dim: int, v_dim: int, group_size
     # With 64 keys a step, and 4 warps for dq or, at a width of 128, for dk and dv, 24 to 80 bytes are left on the stack on
     # sm_80 or sm_100. 48 to 64 still are on sm_80 where values are 128 wide and keys at most 64, for dk and dv.
     # The forward's third stage spares 8 of 24 bytes on sm_100 (G = 16, packed sequences, Triton 3.6).
+    dq_n = 64 if width <= 32 else 16 if width > 128 and cramped else 32
     m, half = max(128 if width <= 128 else 64, next_power_of_2(group_size)), max(64, next_power_of_2(group_size))
     return CompressedConfig(
         fwd_m=m, fwd_n=64 if width <= 64 else 32, fwd_warps=8, fwd_stages=3 if width <= 128 else 2,
-        dq_m=half, dq_n=64 if width <= 32 else 32, dq_warps=4 if width <= 32 else 8, dq_stages=2,
+        dq_m=half, dq_n=dq_n, dq_warps=4 if width <= 32 else 8, dq_stages=2,
         dkdv_m=32 if width > 64 else 64, dkdv_n=64 if width <= 128 else 32, dkdv_warps=4 if width <= 64 else 8, dkdv_stages=2,
     )  # fmt: skip
 
@@ -194,7 +208,7 @@ def query_major_tile(q: Tensor, v: Tensor) -> tuple[int, int, int]:
     """
     width = padded_width(q, v)
     if q.element_size() == 2:
-        return 8192 // width, 2 if width <= 128 else 4, 2
+        return 16 if width > 128 and is_cramped(q) else 8192 // width, 2 if width <= 128 else 4, 2
     return (2048 // width, 4, 2) if width <= 128 else (32, 8, 2)
 
 
@@ -220,7 +234,7 @@ def candidates(q: Tensor, v: Tensor, block_size: int, direction: str) -> dict[st
         changes = [dict(fwd_item_rows=rows) for rows in (1024, 4096)]
         if half and block_size <= 64 and block_size * width <= 8192:
             changes += [dict(fwd_hopper=False, fwd_m=128, fwd_stages=2, fwd_item_rows=8192)]
-        if half:
+        if half and (width <= 128 or not is_cramped(q)):
             changes += [dict(fwd_hopper=False, fwd_m=64, fwd_stages=stages) for stages in (2, 3)]
     else:
         changes = [dict(bwd_item_rows=rows) for rows in (2048, 8192, 16384)] if half else []

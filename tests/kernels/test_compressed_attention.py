@@ -135,9 +135,9 @@ def test_every_group_has_a_row_of_its_own(head_dim, dtype):
     """A tile holds whole groups of query heads, for every group size that the operator allows."""
     from nsa_fsa.ops.compressed_attention import MAX_GROUP_SIZE
 
-    for gluon in (False, True):
+    for gluon, cramped in ((False, False), (False, True), (True, False)):
         for group_size in range(1, MAX_GROUP_SIZE + 1):
-            config = tuning._compressed_config(dtype, head_dim, head_dim, group_size, gluon and dtype.itemsize == 2)
+            config = tuning._compressed_config(dtype, head_dim, head_dim, group_size, gluon and dtype.itemsize == 2, cramped)
             assert min(config.fwd_m, config.dq_m) >= group_size
             assert config.dkdv_n % 16 == 0  # sum_parts adds 16 windows at a time
 
