@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_fsa.kernels.primitives import kernel
 from nsa_fsa.kernels.sequences import Blocks, Rows
 from nsa_fsa.kernels.sizes import cdiv, next_power_of_2
 
@@ -43,7 +44,7 @@ def popcount(x):
     return ((x * 0x01010101) >> 24).to(tl.int32)
 
 
-@triton.jit
+@kernel
 def mark_kernel(
     indices_ptr, counts_ptr, position_ptr, first_block_ptr, sparse_ptr, num_sparse_ptr, bitmap_ptr,
     stride_indices_t, stride_indices_h, stride_counts_t, stride_counts_h,
@@ -88,7 +89,7 @@ def mark_kernel(
     tl.atomic_or(bitmap_ptr + word, bit, mask=sparse & (number >= low_block) & (number < high_block), sem="relaxed")
 
 
-@triton.jit
+@kernel
 def collect_kernel(
     bitmap_ptr, sparse_ptr, first_row_ptr, num_block_rows_ptr, block_index_ptr, end_row_ptr,
     entries_ptr, first_entry_ptr, num_entries_ptr, cursor_ptr,

@@ -17,6 +17,7 @@ Scores are compared exactly in float32. Those of 16-bit inputs give up as many b
 tokens in blocks of 64.
 """
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_fsa.kernels.primitives import LOG2_E, dot_keys, load_rows
+from nsa_fsa.kernels.primitives import LOG2_E, dot_keys, kernel, load_rows
 from nsa_fsa.kernels.selected_kv_major import rows_contiguous
 from nsa_fsa.kernels.sequences import load_tile, locate_tiles
 from nsa_fsa.kernels.sizes import cdiv, next_power_of_2, padded_dim
@@ -325,7 +326,7 @@ def store_blocks(indices_ptr, chosen, own, NUM_SELECTED: tl.constexpr, INIT: tl.
     tl.store(indices_ptr + slot, stack_columns(slots), mask=inside[:, None] & (slot < NUM_SELECTED))
 
 
-@triton.jit
+@kernel
 def select_blocks_kernel(
     q_ptr, k_ptr, lse_ptr, tiles_ptr, indices_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_lse_t, stride_lse_h, scale, num_tiles, num_rows,
@@ -501,6 +502,8 @@ def select_blocks(
     if heads == 1 and listed > MAX_LISTED:
         heads = 2  # one is missing, and with it half of what a thread lists
     tile = tile or choose_tile(q, heads, listed)
+    if group_size > MAX_HEADS and head_dim > 128:  # two tiles of queries at a time: 192 KiB of shared memory
+        tile = dataclasses.replace(tile, rows=64, products=1)
     queries = tile.rows // heads
     tiles = locate_tiles(num_rows, cu_seqlens, queries, cu_seqlens_q, seqused_k)
     num_tiles = cdiv(num_rows, queries) if tiles is None else tiles.shape[1]

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_fsa.kernels.primitives import store_rows
+from nsa_fsa.kernels.primitives import kernel, store_rows
 from nsa_fsa.kernels.sequences import find_sequence, max_num_blocks
 from nsa_fsa.kernels.sizes import cdiv, next_power_of_2, padded_dim
 
@@ -75,7 +75,7 @@ def position_at(step, L: tl.constexpr, S: tl.constexpr):
     return step % (L // S) * S + step // (L // S)
 
 
-@triton.jit
+@kernel
 def pool_windows_fwd_kernel(
     x_ptr, weight_ptr, pooled_ptr, cu_seqlens_ptr, seqused_k_ptr,
     stride_x_t, stride_x_h, stride_x_d, stride_weight_h, stride_weight_l,
@@ -117,7 +117,7 @@ def pool_windows_fwd_kernel(
     store_rows(pooled_ptr, at, acc, inside, DIM, PADDED_DIM)
 
 
-@triton.jit
+@kernel
 def gather_windows_fwd_kernel(
     x_ptr, windows_ptr, cu_seqlens_ptr, seqused_k_ptr,
     stride_x_t, stride_x_h, stride_x_d,
@@ -144,7 +144,7 @@ def gather_windows_fwd_kernel(
         tl.store(to_ptrs + position * DIM, x, mask=inside)
 
 
-@triton.jit
+@kernel
 def windows_bwd_kernel_dx(
     dwindows_ptr, weight_ptr, dx_ptr, cu_seqlens_ptr, seqused_k_ptr,
     stride_dwindows_n, stride_dwindows_h, stride_dwindows_l, stride_dwindows_d, stride_weight_h, stride_weight_l, scale,
@@ -187,7 +187,7 @@ def windows_bwd_kernel_dx(
         tl.store(dx_ptrs + step * tl.cast(num_heads, tl.int64) * DIM, acc.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def pool_windows_bwd_kernel_dweight(
     dpooled_ptr, x_ptr, partial_ptr, cu_seqlens_ptr, seqused_k_ptr,
     stride_dpooled_n, stride_dpooled_h, stride_dpooled_d, stride_x_t, stride_x_h, stride_x_d,

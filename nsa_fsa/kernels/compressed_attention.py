@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.kernels import tuning
-from nsa_fsa.kernels.primitives import LN_2, LOG2_E, dot_keys, load_rows, online_softmax, store_rows
+from nsa_fsa.kernels.primitives import LN_2, LOG2_E, dot_keys, kernel, load_rows, online_softmax, store_rows
 from nsa_fsa.kernels.selected_kv_major import rows_contiguous
 from nsa_fsa.kernels.sequences import load_tile, locate_tiles
 from nsa_fsa.kernels.sizes import cdiv, padded_dim
@@ -53,7 +53,7 @@ def query_tile(
     return first_query + first, position, queries, first_key // KERNEL_STRIDE, num_keys, num_windows, most, least
 
 
-@triton.jit
+@kernel
 def compressed_fwd_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, tiles_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, scale, num_heads, num_tiles, num_rows,

@@ -15,14 +15,13 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.kernels import tuning
 from nsa_fsa.kernels.compressed_attention import count_windows, hopper, num_multiprocessors, query_tile, visible_windows
 from nsa_fsa.kernels.gradients import NOTHING, AddTo, sums_of
-from nsa_fsa.kernels.primitives import LOG2_E, add_product, dot_keys, load_rows, store_rows
+from nsa_fsa.kernels.primitives import LOG2_E, add_product, dot_keys, kernel, load_rows, store_rows
 from nsa_fsa.kernels.selected_kv_major import rows_contiguous
 from nsa_fsa.kernels.sequences import load_tile, locate_tiles
 from nsa_fsa.kernels.sizes import cdiv, head_chunks, padded_dim
@@ -64,7 +63,7 @@ class Problem(NamedTuple):
     config: tuning.CompressedConfig
 
 
-@triton.jit
+@kernel
 def compressed_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, shift_ptr, delta_ptr, dq_ptr, tiles_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
@@ -108,7 +107,7 @@ def compressed_bwd_dq_kernel(
     store_rows(dq_ptr, target, dq, inside, D, PADDED_D)
 
 
-@triton.jit
+@kernel
 def compressed_bwd_dkdv_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, shift_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
@@ -163,7 +162,7 @@ def compressed_bwd_dkdv_kernel(
     store_rows(dv_ptr + target * stride_dv_p + head * stride_dv_h, compressed_row * stride_dv_t, dv, key < keys, DV, PADDED_DV)
 
 
-@triton.jit
+@kernel
 def sum_parts_kernel(
     parts_ptr, dk_ptr, dv_ptr, tiles_ptr, stride_p, stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h,
     num_tiles, num_rows, num_heads, num_parts,
@@ -188,7 +187,7 @@ def sum_parts_kernel(
     tl.store(dv_ptr + at, total.to(dv_ptr.dtype.element_ty), mask=exists[:, None] & (column >= D) & (column < D + DV))
 
 
-@triton.jit
+@kernel
 def scale_rows_kernel(
     dq_ptr, sums_ptr, scale, stride_t, stride_h, num_heads, total,
     ACCUMULATE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr,

@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa_fsa.kernels.hopper_primitives import copy_rows, copy_rows_or_zeros, thread_barrier
+from nsa_fsa.kernels.hopper_primitives import copy_rows, copy_rows_or_zeros, gluon_kernel, thread_barrier
 
 LN_2 = gl.constexpr(0.6931471805599453)
 GROUP_ROWS = gl.constexpr(64)  # of a computing warpgroup
@@ -304,7 +304,7 @@ def attend(
         turn += 1  # noqa: SIM113
 
 
-@gluon.jit(do_not_specialize=["num_rows"])
+@gluon_kernel
 def compressed_fwd_hopper_kernel(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, o_ptr, lse_ptr, tiles_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, scale, num_heads, num_tiles, num_rows, num_work,

@@ -33,7 +33,7 @@ from nsa_fsa.kernels.compressed_attention_hopper import (
     store_tile,
     visible_windows,
 )
-from nsa_fsa.kernels.hopper_primitives import bulk_add, thread_barrier
+from nsa_fsa.kernels.hopper_primitives import bulk_add, gluon_kernel, thread_barrier
 
 
 @gluon.jit
@@ -96,7 +96,7 @@ def gather_dq(
         turn += 1  # noqa: SIM113
 
 
-@gluon.jit(do_not_specialize=["num_rows"])
+@gluon_kernel
 def compressed_bwd_dq_hopper_kernel(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, do_ptr, shift_ptr, delta_ptr, dq_ptr, tiles_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
@@ -299,7 +299,7 @@ def gather_dkdv(
         tma.store_wait(0)  # shared memory may be another program's once this one has ended
 
 
-@gluon.jit(do_not_specialize=["num_rows"])
+@gluon_kernel
 def compressed_bwd_dkdv_hopper_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, q_desc, do_desc, dq_desc, shift_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,

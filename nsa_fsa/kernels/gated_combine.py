@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_fsa.kernels.primitives import load_rows, store_rows
+from nsa_fsa.kernels.primitives import kernel, load_rows, store_rows
 from nsa_fsa.kernels.selected_kv_major import rows_contiguous
 from nsa_fsa.kernels.sizes import cdiv, padded_dim
 
@@ -33,7 +33,7 @@ def load_gates(logits_ptr, token, gate_head, stride_t, stride_h, stride_b, insid
     return gate_cmp, gate_slc, gate_swa
 
 
-@triton.jit
+@kernel
 def gated_combine_fwd_kernel(
     logits_ptr, o_cmp_ptr, o_slc_ptr, o_swa_ptr, o_ptr,
     stride_logits_t, stride_logits_h, stride_logits_b, stride_cmp_t, stride_cmp_h, stride_slc_t, stride_slc_h,
@@ -59,7 +59,7 @@ def gate_gradient(do, branch_ptr, dbranch_ptr, at, row, gate, inside, DV: tl.con
     return tl.sum(do * branch, 1) * gate * (1.0 - gate)
 
 
-@triton.jit
+@kernel
 def gated_combine_bwd_kernel(
     do_ptr, logits_ptr, o_cmp_ptr, o_slc_ptr, o_swa_ptr, dlogits_ptr, do_cmp_ptr, do_slc_ptr, do_swa_ptr,
     stride_do_t, stride_do_h, stride_logits_t, stride_logits_h, stride_logits_b, stride_cmp_t, stride_cmp_h, stride_slc_t,
@@ -101,7 +101,7 @@ def branch_gradient(
         tl.store(delta_ptr + row, delta, mask=inside)
 
 
-@triton.jit
+@kernel
 def branch_gradients_kernel(
     do_ptr, logits_ptr, o_cmp_ptr, o_slc_ptr, o_swa_ptr, lse_cmp_ptr, lse_slc_ptr, lse_swa_ptr,
     dlogits_ptr, gated_lse_ptr, delta_ptr,

@@ -1,13 +1,23 @@
 """Pieces that the Gluon kernels share. They are written for one version of a moving interface: see tuning.GLUON_VERSIONS."""
 
+from collections.abc import Callable
+from typing import Any
+
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from nsa_fsa.kernels.primitives import specialisation
+
 # Triton 3.7 calls it barrier. Of the threads of a partition where warps are specialised, else of the whole program.
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+
+
+def gluon_kernel(function: Callable[..., Any]) -> Any:
+    """gluon.jit for what the host launches, as `primitives.kernel`."""
+    return gluon.jit(function, **specialisation(function))
 
 
 @gluon.jit

@@ -1,10 +1,36 @@
 """Pieces that several kernels share. Softmax statistics are kept in base 2: exp2 is what the hardware has."""
 
+import inspect
+from collections.abc import Callable
+from typing import Any
+
 import triton
 import triton.language as tl
 
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
+
+
+def specialisation(function: Callable[..., Any]) -> dict[str, list[str]]:
+    """Which integers of a kernel Triton is not to specialise, as its decorators take it.
+
+    Triton compiles a kernel anew for every integer that is 1, or a multiple of 16, where that of an earlier launch was not:
+    67 to 80 kernels in 40 training steps of varying lengths, instead of 23, and a minute of stalls. So it may know strides,
+    which say how rows are aligned, what is the same at every length, and whether there is but one sequence. What else a kernel
+    wants to know of a count it takes as a constant.
+    """
+    names = [name for name, x in inspect.signature(function).parameters.items() if "constexpr" not in str(x.annotation)]
+    counts = [name for name in names if not name.startswith("stride_") and not name.endswith(("_ptr", "_desc"))]
+    alike, one_or_more = ("num_heads", "part_rows"), ("num_sequences", "num_steps")
+    return dict(
+        do_not_specialize=[name for name in counts if name not in (*alike, *one_or_more)],
+        do_not_specialize_on_alignment=[name for name in counts if name in one_or_more],
+    )
+
+
+def kernel(function: Callable[..., Any]) -> Any:
+    """triton.jit for what the host launches, whatever its sizes."""
+    return triton.jit(function, **specialisation(function))
 
 
 @triton.jit

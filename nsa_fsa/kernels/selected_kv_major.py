@@ -13,25 +13,24 @@ Partials take `workspace_bytes` at most: KV heads, and where one head is too muc
 from typing import Any
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.kernels import tuning
 from nsa_fsa.kernels.block_index import BlockIndex, num_slots
-from nsa_fsa.kernels.primitives import LN_2, LOG2_E, dot_keys, load_rows, online_softmax, store_rows
+from nsa_fsa.kernels.primitives import LN_2, LOG2_E, dot_keys, kernel, load_rows, online_softmax, store_rows
 from nsa_fsa.kernels.selected_plan import cut_units, make_plan
 from nsa_fsa.kernels.sequences import Blocks
 from nsa_fsa.kernels.sizes import cdiv, next_power_of_2, padded_dim
 
 
-@triton.jit(do_not_specialize=["first_unit"])
+@kernel
 def gather_fwd_kernel(
     q_ptr, k_ptr, v_ptr, entries_ptr, partial_o_ptr, partial_lse_ptr,
     items_ptr, num_items_ptr, first_item_ptr, first_entry_ptr, num_queries_ptr, first_row_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
     scale, num_blocks, capacity, max_items, partial_rows, first_unit, num_ranges, range_rows, item_queries,
-    NUM_SLOTS: tl.constexpr, G: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    NUM_SLOTS: tl.constexpr, RANGED: tl.constexpr, G: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, KEYS: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr, STOP_EARLY: tl.constexpr,
 ):  # fmt: skip
@@ -39,7 +38,9 @@ def gather_fwd_kernel(
     item, piece, unit = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES, first_unit + tl.program_id(1)
     if item >= tl.load(num_items_ptr + unit):
         return
-    head, low_row = unit // num_ranges, unit % num_ranges * range_rows
+    head, low_row = unit, unit * 0
+    if RANGED:
+        head, low_row = unit // num_ranges, unit % num_ranges * range_rows
     block = tl.load(items_ptr + unit * max_items + item)
     segment = unit * num_blocks + block
     part = item - tl.load(first_item_ptr + segment)
@@ -73,20 +74,22 @@ def gather_fwd_kernel(
         tl.store(partial_lse_ptr + target, maximum + tl.log2(total), mask=inside)
 
 
-@triton.jit(do_not_specialize=["first_unit"])
+@kernel
 def merge_fwd_kernel(
     q_ptr, k_ptr, v_ptr, num_sparse_ptr, partial_o_ptr, partial_lse_ptr, o_ptr, lse_ptr,
     first_row_ptr, num_rows_ptr, block_index_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
     scale, num_heads, num_tokens, partial_rows, first_unit, num_ranges, range_rows,
     NUM_SLOTS: tl.constexpr, INIT_BLOCKS: tl.constexpr, LOCAL_BLOCKS: tl.constexpr, OWN_IS_OPTIONAL: tl.constexpr,
-    G: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    RANGED: tl.constexpr, G: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, KEYS: tl.constexpr, PIECES: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     TILES: tl.constexpr = (BLOCK_SIZE * G + BLOCK_M - 1) // BLOCK_M
     block, tile, unit = tl.program_id(0) // TILES, tl.program_id(0) % TILES, first_unit + tl.program_id(1)
-    head, low_row = unit // num_ranges, unit % num_ranges * range_rows
+    head, low_row = unit, unit * 0
+    if RANGED:
+        head, low_row = unit // num_ranges, unit % num_ranges * range_rows
     high_row = tl.minimum(low_row + range_rows, num_tokens)
     first_row = tl.load(first_row_ptr + block)
     rows_of_block = tl.load(num_rows_ptr + block)
@@ -215,8 +218,8 @@ def selected_attention_fwd(
                 *strides, scale * LOG2_E, num_blocks, index.entries.shape[1], plan.items.shape[1], *where, item_queries,
             )  # fmt: skip
             constants = dict(
-                NUM_SLOTS=slots, G=group_size, BLOCK_SIZE=block_size, BLOCK_M=config.fwd_m, STOP_EARLY=config.stop_early,
-                num_warps=config.fwd_warps,
+                NUM_SLOTS=slots, RANGED=units.num_ranges > 1, G=group_size, BLOCK_SIZE=block_size, BLOCK_M=config.fwd_m,
+                STOP_EARLY=config.stop_early, num_warps=config.fwd_warps,
             )  # fmt: skip
             grid = (plan.items.shape[1] * pieces, count)
             if config.fwd_hopper:
@@ -229,7 +232,8 @@ def selected_attention_fwd(
             q, k, v, index.num_sparse, partial_o, partial_lse, o, lse, *blocks[:3],
             *strides, scale * LOG2_E, num_heads, num_tokens, *where,
             NUM_SLOTS=slots, INIT_BLOCKS=init_blocks, LOCAL_BLOCKS=max(local_blocks, 1), OWN_IS_OPTIONAL=local_blocks == 0,
-            G=group_size, BLOCK_SIZE=block_size, BLOCK_M=merge_m, KEYS=min(config.merge_keys, block_size), PIECES=pieces,
-            PRECISION=precision, NUM_STAGES=config.merge_stages, num_warps=config.merge_warps, **widths,
+            RANGED=units.num_ranges > 1, G=group_size, BLOCK_SIZE=block_size, BLOCK_M=merge_m,
+            KEYS=min(config.merge_keys, block_size), PIECES=pieces, PRECISION=precision, NUM_STAGES=config.merge_stages,
+            num_warps=config.merge_warps, **widths,
         )  # fmt: skip
     return o, lse

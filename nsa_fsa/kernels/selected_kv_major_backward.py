@@ -12,21 +12,20 @@ Nothing is added atomically, so the result is the same in every run.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.kernels import tuning
 from nsa_fsa.kernels.block_index import BlockIndex, num_slots
 from nsa_fsa.kernels.gradients import NOTHING, AddTo, sums_of
-from nsa_fsa.kernels.primitives import LOG2_E, add_product, load_rows, store_rows
+from nsa_fsa.kernels.primitives import LOG2_E, add_product, kernel, load_rows, store_rows
 from nsa_fsa.kernels.selected_kv_major import hopper, rows_contiguous
 from nsa_fsa.kernels.selected_plan import cut_units, make_plan
 from nsa_fsa.kernels.sequences import Blocks, Rows
 from nsa_fsa.kernels.sizes import cdiv, padded_dim
 
 
-@triton.jit(do_not_specialize=["first_unit"])
+@kernel
 def gather_bwd_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, shift_ptr, delta_ptr, num_sparse_ptr, entries_ptr, partial_dq_ptr, items_buffer_ptr,
     dk_ptr, dv_ptr,
@@ -37,7 +36,7 @@ def gather_bwd_kernel(
     scale2, scale, num_heads, num_tokens, num_blocks, capacity, max_items, max_buffers, partial_rows, first_unit,
     num_ranges, range_rows, item_queries,
     NUM_SLOTS: tl.constexpr, INIT_BLOCKS: tl.constexpr, LOCAL_BLOCKS: tl.constexpr, OWN_IS_OPTIONAL: tl.constexpr,
-    ACCUMULATE: tl.constexpr, G: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, RANGED: tl.constexpr, G: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, KEYS: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr, STORE_DQ: tl.constexpr,
     STOP_EARLY: tl.constexpr,
@@ -46,7 +45,9 @@ def gather_bwd_kernel(
     item, piece, unit = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES, first_unit + tl.program_id(1)
     if item >= tl.load(num_items_ptr + unit):
         return
-    head, low_row = unit // num_ranges, unit % num_ranges * range_rows
+    head, low_row = unit, unit * 0
+    if RANGED:
+        head, low_row = unit // num_ranges, unit % num_ranges * range_rows
     block = tl.load(items_ptr + unit * max_items + item)
     segment = unit * num_blocks + block
     part = item - tl.load(first_item_ptr + segment)
@@ -129,11 +130,11 @@ def gather_bwd_kernel(
         store_rows(dv_ptr, key * stride_dv_t, dv, exists, DV, PADDED_DV)
 
 
-@triton.jit(do_not_specialize=["first_unit"])
+@kernel
 def sum_dkdv_kernel(
     items_buffer_ptr, dk_ptr, dv_ptr, first_buffer_ptr, num_queries_ptr, first_row_ptr, num_rows_ptr,
     stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h, num_blocks, max_buffers, first_unit, num_ranges, item_queries,
-    ACCUMULATE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    ACCUMULATE: tl.constexpr, RANGED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of the blocks whose queries were cut into several items."""
@@ -146,7 +147,7 @@ def sum_dkdv_kernel(
     column = tl.program_id(0) % PARTS * ROWS + tl.arange(0, ROWS)
     exists = column < tl.load(num_rows_ptr + block)
     key = (tl.load(first_row_ptr + block) + column).to(tl.int64)
-    head = (unit // num_ranges).to(tl.int64)
+    head = (unit // num_ranges if RANGED else unit).to(tl.int64)
     dk_ptr += head * stride_dk_h
     dv_ptr += head * stride_dv_h
     dk = tl.zeros([ROWS, PADDED_D], tl.float32)
@@ -163,16 +164,18 @@ def sum_dkdv_kernel(
     store_rows(dv_ptr, key * stride_dv_t, dv, exists, DV, PADDED_DV)
 
 
-@triton.jit(do_not_specialize=["first_unit"])
+@kernel
 def sum_dq_kernel(
     partial_dq_ptr, num_sparse_ptr, position_ptr, dq_ptr,
     num_heads, num_tokens, partial_rows, first_unit, num_ranges, range_rows,
     NUM_SLOTS: tl.constexpr, INIT_BLOCKS: tl.constexpr, LOCAL_BLOCKS: tl.constexpr, G: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-    ACCUMULATE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_M: tl.constexpr, PIECES: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
+    ACCUMULATE: tl.constexpr, RANGED: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    PIECES: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     unit = first_unit + tl.program_id(1)
-    head, low_row = unit // num_ranges, unit % num_ranges * range_rows
+    head, low_row = unit, unit * 0
+    if RANGED:
+        head, low_row = unit // num_ranges, unit % num_ranges * range_rows
     high_row = tl.minimum(low_row + range_rows, num_tokens)
     SLOTS: tl.constexpr = NUM_SLOTS + INIT_BLOCKS + LOCAL_BLOCKS
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -274,9 +277,9 @@ def selected_attention_bwd(
             partial_rows, first, units.num_ranges, units.range_rows, item_queries,
         )  # fmt: skip
         constants = dict(
-            OWN_IS_OPTIONAL=local_blocks == 0, ACCUMULATE=ranged or add_dkdv, G=group_size, BLOCK_SIZE=block_size,
-            BLOCK_M=config.bwd_m, NUM_STAGES=config.bwd_stages, STOP_EARLY=config.stop_early, num_warps=config.bwd_warps,
-            **forced,
+            OWN_IS_OPTIONAL=local_blocks == 0, ACCUMULATE=ranged or add_dkdv, RANGED=ranged, G=group_size,
+            BLOCK_SIZE=block_size, BLOCK_M=config.bwd_m, NUM_STAGES=config.bwd_stages, STOP_EARLY=config.stop_early,
+            num_warps=config.bwd_warps, **forced,
         )  # fmt: skip
         grid = (plan.items.shape[1] * pieces, count)
         if gluon:
@@ -290,13 +293,13 @@ def selected_attention_bwd(
             sum_dkdv_kernel[(num_blocks * (block_size // sum_rows), count)](
                 buffer, dk_sum, dv_sum, plan.first_buffer, plan.num_queries, *blocks[:2],
                 *out_strides, num_blocks, max_buffers, first, units.num_ranges, item_queries,
-                ACCUMULATE=ranged or add_dkdv, BLOCK_SIZE=block_size, ROWS=sum_rows, **dims, **v_dims,
+                ACCUMULATE=ranged or add_dkdv, RANGED=ranged, BLOCK_SIZE=block_size, ROWS=sum_rows, **dims, **v_dims,
             )  # fmt: skip
         if store_dq:
             sum_dq_kernel[(cdiv(units.range_rows * group_size, config.dq_m), count)](
                 partial_dq, index.num_sparse, position, dq,
                 num_heads, num_tokens, partial_rows, first, units.num_ranges, units.range_rows,
-                ACCUMULATE=add_dq, G=group_size, BLOCK_SIZE=block_size, BLOCK_M=config.dq_m, PIECES=pieces,
+                ACCUMULATE=add_dq, RANGED=ranged, G=group_size, BLOCK_SIZE=block_size, BLOCK_M=config.dq_m, PIECES=pieces,
                 NUM_STAGES=config.dq_stages, num_warps=config.dq_warps, **forced, **dims,
             )  # fmt: skip
         if ranged and (first + 1) % units.num_ranges == 0:

@@ -17,7 +17,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 
-from nsa_fsa.kernels.hopper_primitives import copy_rows, thread_barrier
+from nsa_fsa.kernels.hopper_primitives import copy_rows, gluon_kernel, thread_barrier
 
 VECTOR = gl.constexpr(8)  # elements of a 16-byte copy; offsets are multiples, and kept divided by it, in 32 bits
 RING = gl.constexpr(4)  # tiles whose entries and statistics are kept
@@ -46,13 +46,14 @@ def resolve_rows(
     return query, member, target
 
 
-@gluon.jit
+@gluon_kernel
 def gather_fwd_hopper_kernel(
     q_ptr, k_ptr, v_ptr, entries_ptr, partial_o_ptr, partial_lse_ptr,
     items_ptr, num_items_ptr, first_item_ptr, first_entry_ptr, num_queries_ptr, first_row_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
     scale, num_blocks, capacity, max_items, partial_rows, first_unit, num_ranges, range_rows, item_queries,
-    NUM_SLOTS: gl.constexpr, G: gl.constexpr, BLOCK_SIZE: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
+    NUM_SLOTS: gl.constexpr, RANGED: gl.constexpr, G: gl.constexpr, BLOCK_SIZE: gl.constexpr, D: gl.constexpr,
+    BLOCK_M: gl.constexpr,
     WARPS: gl.constexpr, STOP_EARLY: gl.constexpr,
 ):  # fmt: skip
     item, unit = gl.program_id(0), first_unit + gl.program_id(1)
@@ -73,7 +74,9 @@ def gather_fwd_hopper_kernel(
     q_s = gl.allocate_shared_memory(dtype, [2, BLOCK_M, D], tile_shared)
     entry_s = gl.allocate_shared_memory(gl.int32, [RING, BLOCK_M], flat)
 
-    head, low_row = unit // num_ranges, unit % num_ranges * range_rows
+    head, low_row = unit, unit * 0
+    if RANGED:
+        head, low_row = unit // num_ranges, unit % num_ranges * range_rows
     segment = unit * num_blocks + block
     low = (item - gl.load(first_item_ptr + segment)) * item_queries
     num_rows = gl.minimum(gl.load(num_queries_ptr + segment) - low, item_queries) * G
@@ -132,7 +135,7 @@ def gather_fwd_hopper_kernel(
     async_copy.wait_group(0)
 
 
-@gluon.jit
+@gluon_kernel
 def gather_bwd_hopper_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, shift_ptr, delta_ptr, num_sparse_ptr, entries_ptr, partial_dq_ptr, items_buffer_ptr,
     dk_ptr, dv_ptr,
@@ -143,7 +146,7 @@ def gather_bwd_hopper_kernel(
     scale2, scale, num_heads, num_tokens, num_blocks, capacity, max_items, max_buffers, partial_rows, first_unit,
     num_ranges, range_rows, item_queries,
     NUM_SLOTS: gl.constexpr, INIT_BLOCKS: gl.constexpr, LOCAL_BLOCKS: gl.constexpr, OWN_IS_OPTIONAL: gl.constexpr,
-    ACCUMULATE: gl.constexpr, G: gl.constexpr, BLOCK_SIZE: gl.constexpr, D: gl.constexpr,
+    ACCUMULATE: gl.constexpr, RANGED: gl.constexpr, G: gl.constexpr, BLOCK_SIZE: gl.constexpr, D: gl.constexpr,
     BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr, WARPS: gl.constexpr, STOP_EARLY: gl.constexpr,
 ):  # fmt: skip
     item, unit = gl.program_id(0), first_unit + gl.program_id(1)
@@ -176,7 +179,9 @@ def gather_bwd_hopper_kernel(
     shift_s = gl.allocate_shared_memory(gl.float32, [RING, BLOCK_M], flat)
     delta_s = gl.allocate_shared_memory(gl.float32, [RING, BLOCK_M], flat)
 
-    head, low_row = unit // num_ranges, unit % num_ranges * range_rows
+    head, low_row = unit, unit * 0
+    if RANGED:
+        head, low_row = unit // num_ranges, unit % num_ranges * range_rows
     segment = unit * num_blocks + block
     low = (item - gl.load(first_item_ptr + segment)) * item_queries
     num_rows = gl.minimum(gl.load(num_queries_ptr + segment) - low, item_queries) * G
@@ -257,9 +262,9 @@ def gather_bwd_hopper_kernel(
             entry_s.index(tile % 2).load(line), start + 2 * BLOCK_M + lane, last, num_dense, first_dense, first_row,
             first_target, block_index, NUM_SLOTS, INIT_BLOCKS, LOCAL_BLOCKS, BLOCK_SIZE, G,
         )  # fmt: skip
-        target_s.index((tile + 2) % RING).store(target)
         q_offset_s.index(tile % 2).store(query * q_step_t + member * q_step_h)
         do_offset_s.index(tile % 2).store(query * do_step_t + member * do_step_h)
+        target_s.index((tile + 2) % RING).store(target)
         statistic = query.to(gl.int64) * num_heads + (head * G + member)
         async_copy.async_copy_global_to_shared(shift_s.index((tile + 2) % RING), shift_ptr + statistic)
         async_copy.async_copy_global_to_shared(delta_s.index((tile + 2) % RING), delta_ptr + statistic)
@@ -315,7 +320,7 @@ def gather_bwd_hopper_kernel(
         gl.store(items_buffer_ptr + at, dk)
         gl.store(items_buffer_ptr + at + D, dv)
     else:
-        out_head = (unit // num_ranges).to(gl.int64)
+        out_head = (unit // num_ranges if RANGED else unit).to(gl.int64)
         out_at = (gl.load(first_row_ptr + block) + out_key).to(gl.int64)
         exists = (out_key < gl.load(num_rows_ptr + block))[:, None]
         dk_at = dk_ptr + out_head * stride_dk_h + (out_at * stride_dk_t)[:, None] + out_column[None, :]

@@ -13,7 +13,8 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.kernels.block_index import BlockIndex
-from nsa_fsa.kernels.sizes import cdiv
+from nsa_fsa.kernels.primitives import kernel
+from nsa_fsa.kernels.sizes import aligned_rows, cdiv
 
 
 class Units(NamedTuple):
@@ -68,7 +69,7 @@ def first_entry_from(entries_ptr, low, count, row, num_steps, NUM_SLOTS: tl.cons
     return below
 
 
-@triton.jit
+@kernel
 def plan_kernel(
     entries_ptr, index_first_ptr, index_count_ptr, first_row_ptr, num_block_rows_ptr, block_index_ptr,
     end_row_ptr,
@@ -78,8 +79,9 @@ def plan_kernel(
     NUM_SLOTS: tl.constexpr, DENSE: tl.constexpr, RANGED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
     unit = tl.program_id(0)
-    head = unit // num_ranges
-    low_row = unit % num_ranges * range_rows
+    head, low_row = unit, unit * 0
+    if RANGED:
+        head, low_row = unit // num_ranges, unit % num_ranges * range_rows
     high_row = tl.minimum(low_row + range_rows, num_rows)
     entries_ptr += head.to(tl.int64) * capacity
     index_first_ptr += head * num_blocks
@@ -145,7 +147,7 @@ def make_plan(
     plan = Plan(
         torch.empty(units.num_units, max_items, **new),
         torch.empty(units.num_units, **new),
-        *torch.empty(6, units.num_units, num_blocks, **new),
+        *aligned_rows(6, units.num_units, num_blocks, **new),
     )
     plan_kernel[(units.num_units,)](
         *index[:3], *index.blocks, *plan,

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.kernels import tuning
-from nsa_fsa.kernels.primitives import LN_2, LOG2_E, add_product, dot_keys, load_rows, online_softmax, store_rows
+from nsa_fsa.kernels.primitives import LN_2, LOG2_E, add_product, dot_keys, kernel, load_rows, online_softmax, store_rows
 from nsa_fsa.kernels.selected_kv_major import rows_contiguous
 from nsa_fsa.kernels.sequences import Rows
 from nsa_fsa.kernels.sizes import next_power_of_2, padded_dim
@@ -54,7 +54,7 @@ def load_step(
     return k, load_rows(v_ptr, row * stride_v_t, seen, DV, PADDED_DV, True), seen
 
 
-@triton.jit
+@kernel
 def query_fwd_kernel(
     q_ptr, k_ptr, v_ptr, indices_ptr, counts_ptr, position_ptr, first_key_ptr, o_ptr, lse_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
@@ -95,7 +95,7 @@ def query_fwd_kernel(
     tl.store(lse_ptr + target, tl.where(seen_any, (maximum + tl.log2(total)) * LN_2, float("-inf")), mask=real)
 
 
-@triton.jit
+@kernel
 def query_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, shift_ptr, delta_ptr, indices_ptr, counts_ptr, position_ptr, first_key_ptr, dq_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_fsa.kernels.sizes import cdiv
+from nsa_fsa.kernels.primitives import kernel
+from nsa_fsa.kernels.sizes import aligned_rows, cdiv
 
 
 class Rows(NamedTuple):
@@ -56,7 +57,7 @@ def find_sequence(starts_ptr, value, num_sequences, num_steps, divisor, step: tl
     return low
 
 
-@triton.jit
+@kernel
 def locate_rows_kernel(
     cu_seqlens_ptr, cu_seqlens_q_ptr, seqused_k_ptr, position_ptr, first_key_ptr, first_block_ptr,
     num_rows, num_sequences, num_steps, block_size, CACHED: tl.constexpr, HAS_USED: tl.constexpr, ROWS: tl.constexpr,
@@ -78,7 +79,7 @@ def locate_rows_kernel(
     tl.store(first_block_ptr + row, first_key // block_size + sequence, mask=inside)
 
 
-@triton.jit
+@kernel
 def locate_blocks_kernel(
     cu_seqlens_ptr, first_row_ptr, num_rows_ptr, index_ptr, end_row_ptr,
     num_blocks, num_sequences, num_steps, block_size, BLOCKS: tl.constexpr,
@@ -95,7 +96,7 @@ def locate_blocks_kernel(
     tl.store(end_row_ptr + block, end, mask=inside)
 
 
-@triton.jit
+@kernel
 def locate_tiles_kernel(
     cu_seqlens_ptr, cu_seqlens_q_ptr, seqused_k_ptr, tiles_ptr, work_ptr,
     num_tiles, num_sequences, num_steps, tile_rows,
@@ -147,7 +148,7 @@ def locate_rows(
 ) -> Tensor:
     """`[3, num_rows]`, read as `Rows(*found)`; cu_seqlens_q and seqused_k as in `ops.Layout`."""
     num_sequences = cu_seqlens.shape[0] - 1
-    found = torch.empty(3, num_rows, dtype=torch.int32, device=cu_seqlens.device)
+    found = aligned_rows(3, num_rows, dtype=torch.int32, device=cu_seqlens.device)
     if num_rows:
         cached = cu_seqlens_q is not None
         if cached and seqused_k is None:
@@ -163,7 +164,7 @@ def locate_blocks(num_rows: int, cu_seqlens: Tensor, block_size: int) -> Tensor:
     """`[4, num_blocks]`, read as `Blocks(*found)`, for a packed batch of `num_rows` keys."""
     num_sequences = cu_seqlens.shape[0] - 1
     num_blocks = max_num_blocks(num_rows, num_sequences, block_size)
-    found = torch.empty(4, num_blocks, dtype=torch.int32, device=cu_seqlens.device)
+    found = aligned_rows(4, num_blocks, dtype=torch.int32, device=cu_seqlens.device)
     if num_blocks:
         locate_blocks_kernel[(cdiv(num_blocks, 256),)](
             cu_seqlens, *found, num_blocks, num_sequences, num_sequences.bit_length(), block_size, BLOCKS=256

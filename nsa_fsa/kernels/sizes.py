@@ -1,6 +1,11 @@
 """Arithmetic of sizes on the host. Triton's own functions, made for kernels too, take 7 microseconds a call."""
 
+import math
 from collections.abc import Iterator
+from itertools import accumulate
+
+import torch
+from torch import Tensor
 
 
 def cdiv(a: int, b: int) -> int:
@@ -16,6 +21,14 @@ def next_power_of_2(n: int) -> int:
 def padded_dim(dim: int) -> int:
     """The head width that a kernel computes with: a power of two, and at least what a matrix unit takes."""
     return max(next_power_of_2(dim), 16)
+
+
+def aligned_rows(number: int, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`[number, *shape]`, uninitialised, of which every row begins at a multiple of 16 bytes: a kernel that is given rows
+    apart would otherwise be compiled for each of the alignments that they have at one length or another."""
+    strides = [*accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1)][::-1]
+    row = cdiv(math.prod(shape), 16) * 16
+    return torch.empty_strided((number, *shape), (row, *strides), dtype=dtype, device=device)
 
 
 def head_chunks(

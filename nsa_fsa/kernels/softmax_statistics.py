@@ -1,15 +1,14 @@
 """What every backward needs of the forward's softmax, per query and head."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_fsa.kernels.primitives import load_rows
-from nsa_fsa.kernels.sizes import cdiv, padded_dim
+from nsa_fsa.kernels.primitives import kernel, load_rows
+from nsa_fsa.kernels.sizes import aligned_rows, cdiv, padded_dim
 
 
-@triton.jit
+@kernel
 def statistics_kernel(
     o_ptr, do_ptr, lse_ptr, known_ptr, shift_ptr, delta_ptr, stride_do_t, stride_do_h, scale, num_heads, num_tokens, total,
     GROUP_HEADS: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr,
@@ -43,7 +42,7 @@ def statistics(
     """
     num_tokens, num_heads, v_dim = do.shape
     shape = (num_heads // group_size, num_tokens, group_size) if group_size else (num_tokens, num_heads)
-    shift, minus_delta = torch.empty(2, *shape, dtype=torch.float32, device=do.device)
+    shift, minus_delta = aligned_rows(2, *shape, dtype=torch.float32, device=do.device)
     rows = 64
     if do.numel():
         statistics_kernel[(cdiv(num_tokens * num_heads, rows),)](

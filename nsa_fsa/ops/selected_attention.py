@@ -142,6 +142,8 @@ def block_index_run(
 
 
 def block_index_fake(block_indices, block_counts, cu_seqlens, max_seqlen, block_size, init_blocks, local_blocks):
+    from nsa_fsa.kernels.sizes import aligned_rows
+
     num_rows, num_heads, num_indices = block_indices.shape
     num_blocks = num_rows // block_size + cu_seqlens.shape[0] - 1
     num_slots = max(num_indices - init_blocks - local_blocks, 0)
@@ -150,8 +152,8 @@ def block_index_fake(block_indices, block_counts, cu_seqlens, max_seqlen, block_
         block_indices.new_empty(num_heads, num_blocks),
         block_indices.new_empty(num_heads, num_blocks),
         block_indices.new_empty(num_heads, num_rows),
-        block_indices.new_empty(3, num_rows),
-        block_indices.new_empty(4, num_blocks),
+        aligned_rows(3, num_rows, dtype=torch.int32, device=block_indices.device),
+        aligned_rows(4, num_blocks, dtype=torch.int32, device=block_indices.device),
     )
 
 
