@@ -212,7 +212,7 @@ def pool_windows_bwd_kernel_dweight(
     row = part * windows_per_program
     stop = tl.minimum(row + windows_per_program, num_windows)
     sequence = find_sequence(cu_seqlens_ptr, row, num_sequences, num_steps, S, 0)
-    while row < stop:  # a sequence's share of the rows of dpooled
+    while (row < stop) & (sequence < num_sequences):  # a sequence's share of the rows of dpooled
         start, end = tl.load(cu_seqlens_ptr + sequence), tl.load(cu_seqlens_ptr + sequence + 1)
         length = tl.load(seqused_k_ptr + sequence) if HAS_USED else end - start
         first = start // S

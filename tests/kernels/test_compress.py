@@ -130,3 +130,13 @@ def test_what_it_cannot_run(operator, shape, dtype, reason):
         getattr(ops, operator)(*arguments, **rest, backend="triton")
     getattr(ops, operator)(*arguments, **rest).sum().backward()  # "auto" takes the reference
     assert (x.grad[-1] == 0).all()
+
+
+def test_sequences_end_where_cu_seqlens_does():
+    """What lies behind cu_seqlens, here one more boundary, does not become a sequence: rows past its end are in no window."""
+    sizes = dict(kernel_size=8, kernel_stride=4)
+    x, weight = torch.randn(24, 1, 16, device=DEVICE), torch.randn(1, 8, device=DEVICE)
+    cu_seqlens, dpooled = starts((13, 11))[:2], torch.randn(6, 1, 16, device=DEVICE)
+    _, found = compress.pool_windows_backward(dpooled, x, weight, cu_seqlens, **sizes)
+    _, expected = compress.pool_windows_backward(dpooled[:3], x[:13], weight, cu_seqlens, **sizes)
+    assert torch.equal(found, expected)
