@@ -106,6 +106,7 @@ def runs_gluon(q: Tensor, v: Tensor) -> bool:
     """Whether Gluon kernels can take these tensors, once their rows begin at multiples of 16 bytes."""
     return (
         q.is_cuda
+        and torch.version.hip is None  # AMD's MI200 says (9, 0) as well
         and triton.__version__.startswith(GLUON_VERSIONS)
         and torch.cuda.get_device_capability(q.device) == (9, 0)
         and q.dtype in (torch.float16, torch.bfloat16)

@@ -394,6 +394,19 @@ def test_cuda_graph_of_decoding(shape):
             assert_same_bits(recorded, other.forward(), f"{used}", RESULTS[:2])
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_gradient_that_is_one_row_many_times(dim):
+    """o.sum(0) and o.sum(1) have such: strides of 0, which the bulk copies of the kernels for Hopper must not get."""
+    p = make(LENGTHS, 2, 4, 128, 128)
+    row = p.do.narrow(dim, 0, 1).clone()
+    found = []
+    for do in (row.expand(p.do.shape), row.expand(p.do.shape).contiguous()):
+        o, _ = p.forward()
+        found.append(torch.autograd.grad(o, p.leaves(), do))
+    for name, a, b in zip(RESULTS[2:], *found, strict=True):
+        assert torch.equal(a, b), name
+
+
 # Row 13: nothing piles up, and the workspace is bounded.
 
 

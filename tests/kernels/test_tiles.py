@@ -1,6 +1,7 @@
 """Tiles and items so small that shapes an interpreter can run are cut as only long sequences and wide heads otherwise are."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from nsa_fsa.kernels import tuning
+from nsa_fsa.kernels.selected_kv_major import rows_contiguous
 from tests.cases import F32, Case, backends_of
 from tests.promised import assert_results_close, output_gradient, run, selection
 
@@ -60,6 +62,26 @@ def test_plain_backward_has_two_stages(head_dim, block_size, dtype):
     q = torch.empty(1, 4, head_dim, dtype=dtype)
     configs = tuning.candidates(q, q, block_size, "backward")
     assert all(config.bwd_stages > 1 for config in configs.values()), configs
+
+
+def test_gluon_kernels_run_on_hopper_alone(monkeypatch):
+    """AMD's MI200 calls its capability (9, 0) too."""
+    x = SimpleNamespace(is_cuda=True, device="cuda", dtype=torch.bfloat16, shape=(1, 4, 128))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(tuning.triton, "__version__", "3.7.1")
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert tuning.runs_gluon(x, x)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert not tuning.runs_gluon(x, x)
+
+
+def test_bulk_copies_get_rows_that_lie_in_memory_once():
+    row = torch.randn(2, 16)
+    for x in (row.expand(3, 2, 16), row[:1].expand(2, 16).expand(3, 2, 16), torch.randn(3, 1, 16).expand(3, 2, 16)):
+        found = rows_contiguous(x, aligned=True)
+        assert 0 not in found.stride()
+        assert torch.equal(found, x)
+        assert rows_contiguous(x) is x
 
 
 def test_a_remembered_choice_is_the_choice_for_these_arguments():

@@ -1,4 +1,4 @@
-"""How many times the kernels of 40 steps are compiled: run by test_variants.py, with kernels that are compiled, not interpreted.
+"""How many times the kernels of 40 steps are compiled: run by test_variants.py, with Triton that compiles, not interprets.
 
     python variants.py packed 40 32 8
 
@@ -14,8 +14,6 @@ from collections import defaultdict
 import check_resources
 import torch
 from triton.runtime.jit import JITFunction
-
-check_resources.pretend_gpu("sm_90")
 
 from nsa_fsa.kernels import (
     block_selection,
@@ -87,6 +85,7 @@ def decode(tokens, num_heads, num_kv_heads, head_dim=128, batch=4):
 
 
 def main(kind, steps, *heads):
+    check_resources.pretend_gpu("sm_90")
     JITFunction.run = record
     random.seed(1)
     history, tokens = [], 4000
