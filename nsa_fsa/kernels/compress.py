@@ -42,7 +42,7 @@ def point_at(ptr, offsets, stride_d, PADDED_DIM: tl.constexpr):
 
     Triton makes a constant of a stride of 1, and 16-byte loads of such rows. Gradients expanded from one number have 0.
     """
-    return ptr + offsets[:, None] + tl.arange(0, PADDED_DIM).to(tl.int64)[None, :] * stride_d
+    return ptr + (offsets[:, None] + tl.arange(0, PADDED_DIM).to(tl.int64)[None, :] * stride_d)
 
 
 @triton.jit
@@ -206,13 +206,14 @@ def pool_windows_bwd_kernel_dweight(
     stride_x_t, stride_dpooled_n = tl.cast(stride_x_t, tl.int64), tl.cast(stride_dpooled_n, tl.int64)
     x_ptr += head.to(tl.int64) * stride_x_h
     x_ptrs = point_at(x_ptr, position * stride_x_t, stride_x_d, PADDED_DIM)
-    dpooled_ptrs = dpooled_ptr + head.to(tl.int64) * stride_dpooled_h + column.to(tl.int64) * stride_dpooled_d
+    dpooled_ptrs = dpooled_ptr + (head.to(tl.int64) * stride_dpooled_h + column.to(tl.int64) * stride_dpooled_d)
     in_window = mask_of(position < L, DIM, PADDED_DIM)
     acc = tl.zeros([POSITIONS, PADDED_DIM], tl.float32)  # summed over D at the end only: a step has no shuffles
     row = part * windows_per_program
-    stop = tl.minimum(row + windows_per_program, num_windows)
+    last = tl.load(cu_seqlens_ptr + num_sequences) // S  # where cu_seqlens ends too early, what lies behind it is no sequence
+    stop = tl.minimum(row + windows_per_program, tl.minimum(num_windows, last))
     sequence = find_sequence(cu_seqlens_ptr, row, num_sequences, num_steps, S, 0)
-    while (row < stop) & (sequence < num_sequences):  # a sequence's share of the rows of dpooled
+    while row < stop:  # a sequence's share of the rows of dpooled
         start, end = tl.load(cu_seqlens_ptr + sequence), tl.load(cu_seqlens_ptr + sequence + 1)
         length = tl.load(seqused_k_ptr + sequence) if HAS_USED else end - start
         first = start // S
