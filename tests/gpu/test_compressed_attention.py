@@ -394,6 +394,19 @@ def test_cuda_graph_of_decoding(shape):
             assert_same_bits(recorded, other.forward(), f"{used}", RESULTS[:2])
 
 
+@pytest.mark.parametrize("cramped", [False, True], ids=["", "99_kib"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("group_size", [1, 4, 64])
+@pytest.mark.parametrize("head_dim", [32, 64, 128, 256])
+def test_plain_tiles(head_dim, group_size, dtype, cramped, monkeypatch):
+    """Those that tuning chooses on other GPUs, on this one; as in test_candidates."""
+    if cramped and head_dim <= 128:
+        pytest.skip("these tiles do not depend on the shared memory")
+    config = tuning._compressed_config(dtype, head_dim, head_dim, group_size, False, cramped)
+    monkeypatch.setattr(tuning, "compressed_config", lambda *_: config)
+    check(make(LENGTHS, 2, group_size, head_dim, dtype=dtype))
+
+
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_gradient_that_is_one_row_many_times(dim):
     """o.sum(0) and o.sum(1) have such: strides of 0, which the bulk copies of the kernels for Hopper must not get."""
