@@ -409,7 +409,7 @@ def test_plain_tiles(head_dim, group_size, dtype, cramped, monkeypatch):
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_gradient_that_is_one_row_many_times(dim):
-    """o.sum(0) and o.sum(1) have such: strides of 0, which the bulk copies of the kernels for Hopper must not get."""
+    """o.sum(0) and o.sum(1) have such. Bulk copies of the kernels for Hopper take strides of 0, although no manual says so."""
     p = make(LENGTHS, 2, 4, 128, 128)
     row = p.do.narrow(dim, 0, 1).clone()
     found = []

@@ -9,7 +9,6 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from nsa_fsa.kernels import tuning
-from nsa_fsa.kernels.selected_kv_major import rows_contiguous
 from tests.cases import F32, Case, backends_of
 from tests.promised import assert_results_close, output_gradient, run, selection
 
@@ -73,15 +72,6 @@ def test_gluon_kernels_run_on_hopper_alone(monkeypatch):
     assert tuning.runs_gluon(x, x)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     assert not tuning.runs_gluon(x, x)
-
-
-def test_bulk_copies_get_rows_that_lie_in_memory_once():
-    row = torch.randn(2, 16)
-    for x in (row.expand(3, 2, 16), row[:1].expand(2, 16).expand(3, 2, 16), torch.randn(3, 1, 16).expand(3, 2, 16)):
-        found = rows_contiguous(x, aligned=True)
-        assert 0 not in found.stride()
-        assert torch.equal(found, x)
-        assert rows_contiguous(x) is x
 
 
 def test_a_remembered_choice_is_the_choice_for_these_arguments():
