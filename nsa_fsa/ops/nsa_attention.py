@@ -70,10 +70,7 @@ def nsa_attention(
         return_branches: also return the branches' outputs and log-sum-exps, and the block indices.
         recompute: of "compressed", "selected" and "sliding", the branches whose output is not kept for backward but computed
             again there: `[T, HQ, DV]` less memory each, for the time of the branch's forward.
-        workspace_bytes: how much memory the kernels may take for partial results of a branch, at any length: heads are done in
-            turn where all of them would take more. Beside it stands what the branches hand to each other and to backward,
-            which grows with the tokens: outputs and statistics of the branches, block indices, and their inverse, int32
-            `[HKV, T * (T_sel - init_blocks - local_blocks)]`, which takes up to 512 MiB more while it is made.
+        workspace_bytes: how much memory the kernels may take beside inputs, outputs and gradients, at any length.
         backend: which implementation runs: a name goes to every operator that has a backend of this name, and the others
             choose as with "auto"; `nsa_fsa.explain` says what runs. A sequence's output has the same bits in any company with
             a name, and may differ in the last ones with "auto", which chooses by the whole batch; so may gradients with both.
