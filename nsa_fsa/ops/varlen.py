@@ -28,7 +28,9 @@ class Packing(NamedTuple):
 
     rows: Tensor | None  # int64 [T], their rows in the flattened batch; None: all tokens are real
     layout: Layout  # where the sequences lie among them
-    mask: Tensor | None = None  # bool [B, past + S], which tokens are real; None: all
+    # bool [B, past + S], which tokens are real. None: all, unless a cache is to be asked whether it agrees, as it is about
+    # the past of several tokens.
+    mask: Tensor | None = None
     packed: bool = False  # whether the sequences are others than the batch's rows
 
 
@@ -107,7 +109,8 @@ def pack_batch(
     cu_seqlens = cu_seqlens_from_lengths(lengths)
     if packed:
         cu_seqlens = torch.cat((rank[_indices(starts, num_starts)] - 1, rank[-1:])).int()
-    return Packing(rows, Layout(cu_seqlens, max_seqlen), None if all_seen else seen, packed)
+    asked = seen.shape[1] > length > 1
+    return Packing(rows, Layout(cu_seqlens, max_seqlen), seen if asked or not all_seen else None, packed)
 
 
 def keep_padding(mask: Tensor) -> Packing:

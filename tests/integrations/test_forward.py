@@ -95,6 +95,18 @@ def test_a_padded_batch_in_chunks(layers, static):
         close(torch.cat(found, dim=1)[row, start:], expected)
 
 
+@pytest.mark.parametrize("layers", PARTIAL, ids=str)
+@torch.no_grad()
+def test_a_mask_that_shows_padding_of_the_past_is_refused(layers):
+    """A chunk's mask is compared with what the cache was fed, though all of it is real to the layers."""
+    model, ids, cache = sparse_model(layers=layers), tokens(2, 40), DynamicCache()
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    model(ids[:, :30], attention_mask=mask[:, :30], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"attention_mask\[0, 0\] is not 0, but the cache holds no token there.*Fix"):
+        model(ids[:, 30:], attention_mask=torch.ones_like(ids), past_key_values=cache)
+
+
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_other_attention_implementations_are_refused(name, padded):
