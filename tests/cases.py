@@ -257,6 +257,7 @@ INTERPRETED_BLOCKS = {"triton_kv_major": 10_000, "triton_query_major": 500}
 # How many rows, (query, head) pairs, a "triton" backend of another operator may have in one test: about 6 s of compressed
 # attention, the slowest of them. One in float32 counts four times, because its tiles have as few rows.
 INTERPRETED_ROWS = 8_000
+INTERPRETED_WINDOW_ROWS = 600  # "triton_window": the kernels of compressed attention, which are tested under their own name
 
 
 def suited(case, backend, calls=1, dtype=None, operator=None):
@@ -281,7 +282,8 @@ def suited(case, backend, calls=1, dtype=None, operator=None):
         too_long = calls * rows * (1 + visited) > INTERPRETED_BLOCKS[backend]
     else:
         calls *= 3 if whole else 1
-        too_long = calls * rows * (4 if (dtype or case.dtype) == F32 else 1) > INTERPRETED_ROWS
+        most = INTERPRETED_WINDOW_ROWS if backend == "triton_window" else INTERPRETED_ROWS
+        too_long = calls * rows * (4 if (dtype or case.dtype) == F32 else 1) > most
     if too_long:
         pytest.skip(f"{case.name} takes Triton's interpreter too long: on a GPU only")
     return dataclasses.replace(case, dtype=F16 if case.dtype == BF16 else case.dtype)

@@ -3,6 +3,9 @@
 A program owns a tile of (query, head of the group) rows of one KV head, so that no group size pads anything, and walks the
 compressed tokens that some of them see. All but the last one or two steps are seen by every row and need no mask. Tiles with
 the most work come first, and all tiles of a KV head before those of the next, whose keys and values then stay in the cache.
+
+Windows of one token every token are the tokens themselves, and with a lower bound, WINDOW, the sliding window's: the plain
+kernels run it where FlashAttention cannot, in float32 for one.
 """
 
 import functools
@@ -25,6 +28,15 @@ def visible_windows(position, num_keys, num_windows, KERNEL_SIZE: tl.constexpr, 
     """How many compressed tokens a position sees."""
     seen = (position + 1 - KERNEL_SIZE + KERNEL_STRIDE) // KERNEL_STRIDE  # the windows of a sequence that ends here
     return tl.where(position < num_keys, tl.minimum(tl.maximum(seen, 0), num_windows), 0)
+
+
+@triton.jit
+def is_seen(window, visible, WINDOW: tl.constexpr):
+    """Which compressed tokens rows see that see `visible` of them, or with a WINDOW the last so many: `[rows, windows]`."""
+    seen = window[None, :] < visible[:, None]
+    if WINDOW > 0:
+        seen = seen & (window[None, :] >= (visible - WINDOW)[:, None])
+    return seen
 
 
 @triton.jit
@@ -57,8 +69,8 @@ def query_tile(
 def compressed_fwd_kernel(
     q_ptr, k_ptr, v_ptr, o_ptr, lse_ptr, tiles_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, scale, num_heads, num_tiles, num_rows,
-    TILE_QUERIES: tl.constexpr, KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, SINGLE: tl.constexpr,
-    G: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
+    TILE_QUERIES: tl.constexpr, KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, WINDOW: tl.constexpr,
+    SINGLE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first_row, position, queries, first_window, num_keys, num_windows, most, least = query_tile(
@@ -79,8 +91,12 @@ def compressed_fwd_kernel(
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     column = tl.arange(0, BLOCK_N)
+    first = 0
     full = least // BLOCK_N * BLOCK_N  # up to here every row sees every window
-    for start in tl.range(0, full, BLOCK_N, num_stages=NUM_STAGES):
+    if WINDOW > 0:
+        first = tl.maximum(position + 1 - WINDOW, 0) // BLOCK_N * BLOCK_N
+        full = first
+    for start in tl.range(first, full, BLOCK_N, num_stages=NUM_STAGES):
         window = (start + column).to(tl.int64)
         k = load_rows(k_ptr, window * stride_k_t, window >= 0, D, PADDED_D, False)
         v = load_rows(v_ptr, window * stride_v_t, window >= 0, DV, PADDED_DV, False)
@@ -92,7 +108,7 @@ def compressed_fwd_kernel(
         k = load_rows(k_ptr, window.to(tl.int64) * stride_k_t, exists, D, PADDED_D, True)
         v = load_rows(v_ptr, window.to(tl.int64) * stride_v_t, exists, DV, PADDED_DV, True)
         scores = dot_keys(q, k, PRECISION) * scale
-        scores = tl.where(window[None, :] < visible[:, None], scores, float("-inf"))
+        scores = tl.where(is_seen(window, visible, WINDOW), scores, float("-inf"))
         acc, maximum, total = online_softmax(acc, maximum, total, scores, v, PRECISION)
 
     seen_any = total > 0
@@ -100,6 +116,11 @@ def compressed_fwd_kernel(
     target = query * num_heads + query_head
     store_rows(o_ptr, target * DV, acc, inside, DV, PADDED_DV)
     tl.store(lse_ptr + target, tl.where(seen_any, (maximum + tl.log2(total)) * LN_2, float("-inf")), mask=inside)
+
+
+def window_constant(window_size: int | None, group_size: int) -> int:
+    """What kernels take as WINDOW: 0 for none, and no number that overflows when it is counted in rows."""
+    return min(window_size or 0, (1 << 30) // group_size)
 
 
 def num_multiprocessors(x: Tensor) -> int:
@@ -125,13 +146,17 @@ def compressed_attention_fwd(
     scale: float,
     cu_seqlens_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    window_size: int | None = None,
     config: tuning.CompressedConfig | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q `[T, HQ, D]`, k_cmp, v_cmp `[T // s, HKV, D or DV]` -> o `[T, HQ, DV]`, natural-log lse float32 `[T, HQ]`."""
+    """q `[T, HQ, D]`, k_cmp, v_cmp `[T // s, HKV, D or DV]` -> o `[T, HQ, DV]`, natural-log lse float32 `[T, HQ]`.
+
+    window_size: see only the last so many of the tokens, of which each is a window: kernel_size and kernel_stride are 1.
+    """
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads, v_dim = v_cmp.shape[1:]
     group_size = num_heads // num_kv_heads
-    config = config or tuning.compressed_config(q, v_cmp, group_size)
+    config = config or tuning.compressed_config(q, v_cmp, group_size, window_size is not None)
     q, k, v = (rows_contiguous(x, config.hopper) for x in (q, k_cmp, v_cmp))
     if config.hopper:
         k, v = (x if x.stride(1) == x.shape[2] else x.contiguous() for x in (k, v))
@@ -157,7 +182,7 @@ def compressed_attention_fwd(
         )  # fmt: skip
     else:
         compressed_fwd_kernel[num_tiles, num_kv_heads](
-            q, k, v, o, lse, tiles, *strides, *sizes, **constants,
+            q, k, v, o, lse, tiles, *strides, *sizes, **constants, WINDOW=window_constant(window_size, group_size),
             PADDED_D=padded_dim(head_dim), DV=v_dim, PADDED_DV=padded_dim(v_dim), BLOCK_M=config.fwd_m,
             NUM_STAGES=config.fwd_stages, PRECISION=tuning.dot_precision(q.dtype), num_warps=config.fwd_warps,
         )  # fmt: skip

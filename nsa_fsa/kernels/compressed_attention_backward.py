@@ -10,6 +10,7 @@ adds up dq as well, in float32 and by bulk steps: five products instead of seven
 algorithms keep to two passes.
 """
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -19,7 +20,15 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.kernels import tuning
-from nsa_fsa.kernels.compressed_attention import count_windows, hopper, num_multiprocessors, query_tile, visible_windows
+from nsa_fsa.kernels.compressed_attention import (
+    count_windows,
+    hopper,
+    is_seen,
+    num_multiprocessors,
+    query_tile,
+    visible_windows,
+    window_constant,
+)
 from nsa_fsa.kernels.gradients import NOTHING, AddTo, sums_of
 from nsa_fsa.kernels.primitives import LOG2_E, add_product, dot_keys, kernel, load_rows, store_rows
 from nsa_fsa.kernels.selected_kv_major import rows_contiguous
@@ -60,6 +69,7 @@ class Problem(NamedTuple):
     max_seqlen: int
     scale: float
     windows: dict[str, int]
+    window_size: int | None
     config: tuning.CompressedConfig
 
 
@@ -68,8 +78,8 @@ def compressed_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, do_ptr, shift_ptr, delta_ptr, dq_ptr, tiles_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
     scale2, scale, num_heads, num_tiles, num_rows,
-    TILE_QUERIES: tl.constexpr, KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, SINGLE: tl.constexpr,
-    ACCUMULATE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr,
+    TILE_QUERIES: tl.constexpr, KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, WINDOW: tl.constexpr,
+    SINGLE: tl.constexpr, ACCUMULATE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr,
     PADDED_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     first_row, position, queries, first_window, num_keys, num_windows, most, _ = query_tile(
@@ -90,13 +100,16 @@ def compressed_bwd_dq_kernel(
     k_ptr += first_window.to(tl.int64) * stride_k_t + head * stride_k_h
     v_ptr += first_window.to(tl.int64) * stride_v_t + head * stride_v_h
     dq = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
-    for start in tl.range(0, most, BLOCK_N, num_stages=NUM_STAGES):
+    first = 0
+    if WINDOW > 0:
+        first = tl.maximum(position + 1 - WINDOW, 0) // BLOCK_N * BLOCK_N
+    for start in tl.range(first, most, BLOCK_N, num_stages=NUM_STAGES):
         window = start + tl.arange(0, BLOCK_N)
         exists = window < num_windows
         k = load_rows(k_ptr, window.to(tl.int64) * stride_k_t, exists, D, PADDED_D, True)
         v = load_rows(v_ptr, window.to(tl.int64) * stride_v_t, exists, DV, PADDED_DV, True)
         scores = dot_keys(q, k, PRECISION)
-        p = tl.where(window[None, :] < visible[:, None], tl.exp2((scores + shift[:, None]) * scale2), 0.0)
+        p = tl.where(is_seen(window, visible, WINDOW), tl.exp2((scores + shift[:, None]) * scale2), 0.0)
         dp = dot_keys(do, v, PRECISION)
         ds = (p * (dp + delta[:, None])).to(k.dtype)
         dq = add_product(dq, ds, k, PRECISION)
@@ -113,7 +126,7 @@ def compressed_bwd_dkdv_kernel(
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
     stride_dk_p, stride_dk_t, stride_dk_h, stride_dv_p, stride_dv_t, stride_dv_h,
     scale2, scale, num_tiles, num_rows, part_rows,
-    KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, SINGLE: tl.constexpr, HEADS: tl.constexpr,
+    KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, WINDOW: tl.constexpr, SINGLE: tl.constexpr, HEADS: tl.constexpr,
     G: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -132,6 +145,8 @@ def compressed_bwd_dkdv_kernel(
     first_seen = (first_window * KERNEL_STRIDE + KERNEL_SIZE - 1 - offset) * G
     begin = tl.maximum(tl.maximum(first_seen, 0), part * part_rows)
     end = tl.minimum(tl.minimum(num_queries, num_keys - offset) * G, (part + 1) * part_rows)
+    if WINDOW > 0:
+        end = tl.minimum(end, first_seen + (BLOCK_N - 1 + WINDOW) * G)
     key = tl.arange(0, BLOCK_N)
     compressed_row = (first_key // KERNEL_STRIDE + first_window + key).to(tl.int64)
     k = load_rows(k_ptr + head * stride_k_h, compressed_row * stride_k_t, key < keys, D, PADDED_D, True)
@@ -151,6 +166,8 @@ def compressed_bwd_dkdv_kernel(
         scores = dot_keys(k, q, PRECISION)
         p = tl.exp2((scores + shift[None, :]) * scale2)
         p = tl.where(row[None, :] >= (first_seen + key * (KERNEL_STRIDE * G))[:, None], p, 0.0)
+        if WINDOW > 0:
+            p = tl.where(row[None, :] < (first_seen + (key + WINDOW) * G)[:, None], p, 0.0)
         dv = add_product(dv, p.to(do.dtype), do, PRECISION)
         dp = dot_keys(v, do, PRECISION)
         ds = (p * (dp + delta[None, :])).to(q.dtype)
@@ -253,16 +270,18 @@ def compressed_attention_bwd(
     workspace_bytes: int,
     cu_seqlens_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    window_size: int | None = None,
     config: tuning.CompressedConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k_cmp and v_cmp, each in its own shape and dtype; rows that no compressed token owns get 0.
 
     delta: as in `statistics`. add_to: a contiguous gradient of q to add this one to in place, and neither of k_cmp nor v_cmp.
     workspace_bytes: of float32 sums, where one pass computes all gradients.
+    window_size: as in the forward.
     """
     num_windows, num_kv_heads = v_cmp.shape[:2]
     group_size = q.shape[1] // num_kv_heads
-    config = config or tuning.compressed_config(q, v_cmp, group_size)
+    config = config or tuning.compressed_config(q, v_cmp, group_size, window_size is not None)
     do, q, k, v = (rows_contiguous(x, config.hopper) for x in (do, q, k_cmp, v_cmp))
     if config.hopper:
         k, v = (x if x.stride(1) == x.shape[2] else x.contiguous() for x in (k, v))
@@ -273,7 +292,7 @@ def compressed_attention_bwd(
         return dq if accumulate else dq.zero_(), dk, dv
     inputs = Inputs(q, k, v, do, *statistics(do, o, lse, scale, group_size, delta))
     windows = dict(KERNEL_SIZE=kernel_size, KERNEL_STRIDE=kernel_stride)
-    problem = Problem((cu_seqlens, cu_seqlens_q, seqused_k), max_seqlen, scale, windows, config)
+    problem = Problem((cu_seqlens, cu_seqlens_q, seqused_k), max_seqlen, scale, windows, window_size, config)
     if num_windows and in_one_pass(config, group_size, max_seqlen):
         for heads, kv_heads in head_chunks(num_kv_heads, group_size, bytes_of_kv_head(inputs, problem), workspace_bytes):
             of_heads = (dq[:, heads], dk[:, kv_heads], dv[:, kv_heads])
@@ -329,7 +348,8 @@ def _run_dq(inputs: Inputs, problem: Problem, dq: Tensor, accumulate: bool) -> N
     else:
         compressed_bwd_dq_kernel[num_tiles, num_kv_heads](
             q, k, v, do, shift, delta, dq, tiles, *inputs.strides(), *sizes, **constants, **inputs.widths(),
-            BLOCK_M=config.dq_m, NUM_STAGES=config.dq_stages, num_warps=config.dq_warps,
+            WINDOW=window_constant(problem.window_size, group_size), BLOCK_M=config.dq_m, NUM_STAGES=config.dq_stages,
+            num_warps=config.dq_warps,
         )  # fmt: skip
 
 
@@ -342,6 +362,8 @@ def _run_dkdv(inputs: Inputs, problem: Problem, dk: Tensor, dv: Tensor, dq_sums:
     tiles = locate_tiles(num_windows * kernel_stride, where, tile_keys * kernel_stride, *others, of_keys=True)
     num_tiles = cdiv(num_windows, tile_keys) if tiles is None else tiles.shape[1]
     one_pass = dq_sums is not None
+    if problem.window_size is not None:  # few rows see a tile: they are one part
+        config = dataclasses.replace(config, dkdv_programs=1)
     parts, part_rows = cut_rows(problem.max_seqlen, group_size, None if one_pass else num_tiles * num_kv_heads, config)
     q, k, v, do, shift, delta = inputs
     targets = (dk, dv)
@@ -366,7 +388,8 @@ def _run_dkdv(inputs: Inputs, problem: Problem, dk: Tensor, dv: Tensor, dq_sums:
     else:
         compressed_bwd_dkdv_kernel[grid](
             q, k, v, do, shift, delta, *targets, tiles, *inputs.strides(), *target_strides, *sizes, **constants,
-            **inputs.widths(), BLOCK_N=tile_keys, NUM_STAGES=config.dkdv_stages, num_warps=config.dkdv_warps,
+            **inputs.widths(), WINDOW=window_constant(problem.window_size, group_size), BLOCK_N=tile_keys,
+            NUM_STAGES=config.dkdv_stages, num_warps=config.dkdv_warps,
         )  # fmt: skip
     if parts > 1:
         keys = 16

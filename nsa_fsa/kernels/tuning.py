@@ -168,9 +168,10 @@ def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
     )  # fmt: skip
 
 
-def compressed_config(q: Tensor, v: Tensor, group_size: int) -> CompressedConfig:
-    """The tiles of compressed attention for q `[T, HQ, D]` and v `[T // kernel_stride, HKV, DV]`."""
-    return _compressed_config(q.dtype, q.shape[2], v.shape[2], group_size, runs_gluon(q, v), is_cramped(q))
+def compressed_config(q: Tensor, v: Tensor, group_size: int, plain: bool = False) -> CompressedConfig:
+    """The tiles of compressed attention for q `[T, HQ, D]` and v `[T // kernel_stride, HKV, DV]`; plain: not the Gluon ones."""
+    gluon = not plain and runs_gluon(q, v)
+    return _compressed_config(q.dtype, q.shape[2], v.shape[2], group_size, gluon, is_cramped(q))
 
 
 @functools.cache

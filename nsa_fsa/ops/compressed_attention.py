@@ -81,7 +81,7 @@ _operator = define_attention(
 )
 
 
-def _unsupported(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *, scale: float, backward: bool = False, **_: Any) -> str | None:
+def unsupported(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *, scale: float, backward: bool = False, **_: Any) -> str | None:
     """Why the Triton kernels cannot run these arguments, or None."""
     group_size = q.shape[1] // k_cmp.shape[1]
     if group_size > MAX_GROUP_SIZE:
@@ -104,7 +104,7 @@ def _backward(do, q, k_cmp, v_cmp, o, lse, *, cu_seqlens, max_seqlen, **argument
 
 
 for backend in (
-    backends.Backend("triton", _forward, _backward, triton_backends.unavailable, _unsupported, triton_backends.on_gpu),
+    backends.Backend("triton", _forward, _backward, triton_backends.unavailable, unsupported, triton_backends.on_gpu),
     reference_backend(reference.compressed_attention, reference.compressed_attention_backward, "workspace_bytes"),
 ):
     backends.register("compressed_attention", backend)

@@ -5,8 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from nsa_fsa import reference
-from nsa_fsa.ops import backends, flash_attention, validation
-from nsa_fsa.ops.attention_operator import check_token_rows, define_attention, reference_backend
+from nsa_fsa.ops import backends, flash_attention, triton_backends, validation
+from nsa_fsa.ops.attention_operator import adding, check_token_rows, define_attention, reference_backend
+from nsa_fsa.ops.compressed_attention import unsupported
 from nsa_fsa.ops.selected_attention import WORKSPACE_BYTES
 
 
@@ -39,8 +40,9 @@ def sliding_window_attention(
         workspace_bytes: how much memory FlashAttention may take for sums, at any length: heads are differentiated in turn
             where all of them would take more.
         backend: which implementation runs: "flash_attn_4", "torch_flash" (the FlashAttention in PyTorch), "flash_attention"
-            (whichever of these the profiler finds faster on this GPU), "reference", or "auto": "flash_attention" on a GPU
-            that can, and the reference elsewhere. flash-attn 4 reads past a sequence's end, and weighs with 0 what is there: a
+            (whichever of these the profiler finds faster on this GPU), "triton_window" (slower, for what FlashAttention does
+            not take, such as float32), "reference", or "auto": on a GPU "flash_attention" or else "triton_window" where they
+            can, and the reference elsewhere. flash-attn 4 reads past a sequence's end, and weighs with 0 what is there: a
             NaN or an infinity in the next sequence of the batch reaches the last queries of this one.
 
     Returns:
@@ -63,8 +65,30 @@ def sliding_window_attention(
 _operator = define_attention("sliding_window_attention", "int window_size, int workspace_bytes", check_token_rows)
 
 
+# Each token is a window of its own to the kernels of compressed attention.
+_TOKENS = dict(kernel_size=1, kernel_stride=1)
+
+
+def _forward(q, k, v, *, cu_seqlens, max_seqlen, workspace_bytes, **arguments):
+    from nsa_fsa.kernels import compressed_attention as kernels
+
+    return kernels.compressed_attention_fwd(q, k, v, cu_seqlens, **_TOKENS, **arguments)
+
+
+def _backward(do, q, k, v, o, lse, *, cu_seqlens, max_seqlen, **arguments):
+    from nsa_fsa.kernels import compressed_attention_backward as kernels
+
+    return kernels.compressed_attention_bwd(do, q, k, v, o, lse, cu_seqlens, max_seqlen, **_TOKENS, **arguments)
+
+
+_triton_window = backends.Backend(
+    "triton_window", _forward, adding(_backward), triton_backends.unavailable, unsupported, triton_backends.on_gpu
+)
+
+
 for backend in (
     *flash_attention.BACKENDS,
+    _triton_window,
     reference_backend(reference.sliding_window_attention, reference.sliding_window_attention_backward, "workspace_bytes"),
 ):
     backends.register("sliding_window_attention", backend)

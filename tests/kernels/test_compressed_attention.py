@@ -183,7 +183,7 @@ def test_bytes_of_one_pass(num_kv_heads, parts):
     q = torch.empty(rows, num_kv_heads * group_size, width, device="meta")
     k = torch.empty(windows, num_kv_heads, width, device="meta")
     inputs = compressed_attention_backward.Inputs(q, k, k, q, q[..., 0], q[..., 0])
-    problem = compressed_attention_backward.Problem((q, None, None), rows, 1.0, {}, config)
+    problem = compressed_attention_backward.Problem((q, None, None), rows, 1.0, {}, None, config)
     expected = 4 * rows * group_size * width + (4 * parts * windows * 2 * width if parts > 1 else 0)
     assert compressed_attention_backward.bytes_of_kv_head(inputs, problem) == expected
 
