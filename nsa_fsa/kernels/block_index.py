@@ -162,11 +162,12 @@ def build_block_index(
     block_size: int,
     init_blocks: int,
     local_blocks: int,
-    bitmap_bytes: int = BITMAP_BYTES,
+    workspace_bytes: int = BITMAP_BYTES,
 ) -> BlockIndex:
     """block_indices int32 `[T, HKV, T_sel]` -> for every KV head and block number the queries that chose it.
 
-    row_table, block_table: from `locate_rows` and `locate_blocks`.
+    row_table, block_table: from `locate_rows` and `locate_blocks`. workspace_bytes: of the bitmap, which takes no more than
+    BITMAP_BYTES of them.
 
     Dense, and so in no list, are the first `init_blocks` and the last `local_blocks` blocks up to the query's own, and the
     query's own block whatever local_blocks is.
@@ -192,7 +193,7 @@ def build_block_index(
     # The sparse blocks of every query, -1 elsewhere. 16 bits where they do: a row of 16 is then one sector of memory.
     dtype = torch.int16 if cdiv(max_seqlen, block_size) < 2**15 else torch.int32
     sparse = torch.empty(num_heads, num_rows, padded_indices, dtype=dtype, device=device)
-    num_words = cdiv(num_rows, 32)
+    num_words, bitmap_bytes = cdiv(num_rows, 32), min(BITMAP_BYTES, workspace_bytes)
     block_step = min(max(bitmap_bytes // (4 * num_words), 1), num_blocks)
     head_step = min(max(bitmap_bytes // (4 * num_words * num_blocks), 1), num_heads)
     bitmap = torch.empty(head_step * block_step * num_words, **new)

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 
 from nsa_fsa.kernels import tuning
-from nsa_fsa.kernels.block_index import BlockIndex, build_block_index
+from nsa_fsa.kernels.block_index import BITMAP_BYTES, BlockIndex, build_block_index
 from nsa_fsa.kernels.gradients import NOTHING, AddTo
 from nsa_fsa.kernels.selected_kv_major import rows_contiguous, selected_attention_fwd
 from nsa_fsa.kernels.selected_kv_major_backward import selected_attention_bwd
@@ -34,6 +34,7 @@ def block_index(
     block_size: int,
     init_blocks: int,
     local_blocks: int,
+    workspace_bytes: int = BITMAP_BYTES,
 ) -> BlockIndex:
     """For every KV head and block the queries that chose it; queries and keys share their rows."""
     num_rows = block_indices.shape[0]
@@ -41,6 +42,7 @@ def block_index(
         block_indices, block_counts,
         locate_rows(num_rows, cu_seqlens, block_size), locate_blocks(num_rows, cu_seqlens, block_size),
         max_seqlen=max_seqlen, block_size=block_size, init_blocks=init_blocks, local_blocks=local_blocks,
+        workspace_bytes=workspace_bytes,
     )  # fmt: skip
 
 

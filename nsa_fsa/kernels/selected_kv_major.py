@@ -35,14 +35,15 @@ def gather_fwd_kernel(
     BLOCK_M: tl.constexpr, KEYS: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr, STOP_EARLY: tl.constexpr,
 ):  # fmt: skip
     PIECES: tl.constexpr = BLOCK_SIZE // KEYS  # programs that share an item, each with so many of its block's keys
-    item, piece, unit = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES, first_unit + tl.program_id(1)
-    if item >= tl.load(num_items_ptr + unit):
+    item, piece, planned = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES, tl.program_id(1)
+    if item >= tl.load(num_items_ptr + planned):
         return
+    unit = first_unit + planned
     head, low_row = unit, unit * 0
     if RANGED:
         head, low_row = unit // num_ranges, unit % num_ranges * range_rows
-    block = tl.load(items_ptr + unit * max_items + item)
-    segment = unit * num_blocks + block
+    block = tl.load(items_ptr + planned * max_items + item)
+    segment = planned * num_blocks + block
     part = item - tl.load(first_item_ptr + segment)
     low = part * item_queries
     num_rows = tl.minimum(tl.load(num_queries_ptr + segment) - low, item_queries) * G
@@ -207,11 +208,10 @@ def selected_attention_fwd(
     merge_m = min(config.merge_m, max(16, next_power_of_2(block_size * group_size)))
     tiles = cdiv(block_size * group_size, merge_m)
     item_queries = max(config.fwd_item_rows // group_size, 1)
-    if slots:
-        plan = make_plan(index, units, num_slots=slots, item_queries=item_queries)
     for first, count in units.launches():
         where = (partial_rows, first, units.num_ranges, units.range_rows)
         if slots:
+            plan = make_plan(index, units, first, count, num_slots=slots, item_queries=item_queries)
             arguments = (
                 q, k, v, index.entries, partial_o, partial_lse,
                 plan.items, plan.num_items, plan.first_item, plan.first_entry, plan.num_queries, blocks.first_row,

@@ -42,14 +42,15 @@ def gather_bwd_kernel(
     STOP_EARLY: tl.constexpr,
 ):  # fmt: skip
     PIECES: tl.constexpr = BLOCK_SIZE // KEYS  # programs that share an item, each with so many of its block's keys
-    item, piece, unit = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES, first_unit + tl.program_id(1)
-    if item >= tl.load(num_items_ptr + unit):
+    item, piece, planned = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES, tl.program_id(1)
+    if item >= tl.load(num_items_ptr + planned):
         return
+    unit = first_unit + planned
     head, low_row = unit, unit * 0
     if RANGED:
         head, low_row = unit // num_ranges, unit % num_ranges * range_rows
-    block = tl.load(items_ptr + unit * max_items + item)
-    segment = unit * num_blocks + block
+    block = tl.load(items_ptr + planned * max_items + item)
+    segment = planned * num_blocks + block
     part = item - tl.load(first_item_ptr + segment)
     low = part * item_queries
     num_queries = tl.load(num_queries_ptr + segment)
@@ -140,7 +141,7 @@ def sum_dkdv_kernel(
     """dk and dv of the blocks whose queries were cut into several items."""
     PARTS: tl.constexpr = BLOCK_SIZE // ROWS
     block, unit = tl.program_id(0) // PARTS, first_unit + tl.program_id(1)
-    segment = unit * num_blocks + block
+    segment = tl.program_id(1) * num_blocks + block
     num_queries = tl.load(num_queries_ptr + segment)
     if num_queries <= item_queries:
         return
@@ -249,7 +250,8 @@ def selected_attention_bwd(
     ranged = units.num_ranges > 1
     dk_sum, dv_sum = dk, dv
     if ranged:  # the ranges of a head add up in float32, one head at a time
-        left = max(workspace_bytes - num_tokens * (head_dim + v_dim) * 4, 1)
+        # Half of the workspace is for partial results all the same: with less, a million tokens would take 16,384 launches.
+        left = max(workspace_bytes - num_tokens * (head_dim + v_dim) * 4, workspace_bytes // 2)
         units = cut_units(num_kv_heads, num_tokens, row_bytes, left, block_size)
         dk_sum = torch.empty(num_tokens, 1, head_dim, dtype=torch.float32, device=q.device)
         dv_sum = torch.empty(num_tokens, 1, v_dim, dtype=torch.float32, device=q.device)
@@ -259,10 +261,6 @@ def selected_attention_bwd(
     partial_dq = q.new_empty(units.step * partial_rows if store_dq else 0, head_dim)
     max_buffers = 2 * (units.range_rows * all_slots // item_queries)
     buffer = torch.empty(units.step * max_buffers * dkdv_bytes // 4, dtype=torch.float32, device=q.device)
-    plan = make_plan(
-        index, units, num_slots=slots, item_queries=item_queries, dense=True,
-        init_blocks=init_blocks, local_blocks=local_blocks, block_size=block_size,
-    )  # fmt: skip
     dims = dict(D=head_dim, PADDED_D=padded_dim(head_dim))
     v_dims = dict(DV=v_dim, PADDED_DV=padded_dim(v_dim))
     forced = dict(NUM_SLOTS=slots, INIT_BLOCKS=init_blocks, LOCAL_BLOCKS=max(local_blocks, 1))
@@ -270,6 +268,10 @@ def selected_attention_bwd(
         if ranged and first % units.num_ranges == 0:
             dk_sum.zero_()
             dv_sum.zero_()
+        plan = make_plan(
+            index, units, first, count, num_slots=slots, item_queries=item_queries, dense=True,
+            init_blocks=init_blocks, local_blocks=local_blocks, block_size=block_size,
+        )  # fmt: skip
         arguments = (
             q, k, v, do, shift, delta, index.num_sparse, index.entries, partial_dq, buffer, dk_sum, dv_sum,
             *plan, *blocks[:3], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *do.stride()[:2], *out_strides,

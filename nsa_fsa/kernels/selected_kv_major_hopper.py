@@ -56,10 +56,11 @@ def gather_fwd_hopper_kernel(
     BLOCK_M: gl.constexpr,
     WARPS: gl.constexpr, STOP_EARLY: gl.constexpr,
 ):  # fmt: skip
-    item, unit = gl.program_id(0), first_unit + gl.program_id(1)
-    block = gl.load(items_ptr + unit * max_items + item)  # before it is known to be one, so that the two loads overlap
-    if item >= gl.load(num_items_ptr + unit):
+    item, planned = gl.program_id(0), gl.program_id(1)
+    block = gl.load(items_ptr + planned * max_items + item)  # before it is known to be one, so that the two loads overlap
+    if item >= gl.load(num_items_ptr + planned):
         return
+    unit = first_unit + planned
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
     row_of: gl.constexpr = gl.SliceLayout(1, rows)
@@ -77,7 +78,7 @@ def gather_fwd_hopper_kernel(
     head, low_row = unit, unit * 0
     if RANGED:
         head, low_row = unit // num_ranges, unit % num_ranges * range_rows
-    segment = unit * num_blocks + block
+    segment = planned * num_blocks + block
     low = (item - gl.load(first_item_ptr + segment)) * item_queries
     num_rows = gl.minimum(gl.load(num_queries_ptr + segment) - low, item_queries) * G
     last = num_rows - 1
@@ -149,10 +150,11 @@ def gather_bwd_hopper_kernel(
     ACCUMULATE: gl.constexpr, RANGED: gl.constexpr, G: gl.constexpr, BLOCK_SIZE: gl.constexpr, D: gl.constexpr,
     BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr, WARPS: gl.constexpr, STOP_EARLY: gl.constexpr,
 ):  # fmt: skip
-    item, unit = gl.program_id(0), first_unit + gl.program_id(1)
-    block = gl.load(items_ptr + unit * max_items + item)  # before it is known to be one, so that the two loads overlap
-    if item >= gl.load(num_items_ptr + unit):
+    item, planned = gl.program_id(0), gl.program_id(1)
+    block = gl.load(items_ptr + planned * max_items + item)  # before it is known to be one, so that the two loads overlap
+    if item >= gl.load(num_items_ptr + planned):
         return
+    unit = first_unit + planned
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
     row_of: gl.constexpr = gl.SliceLayout(1, rows)
@@ -182,7 +184,7 @@ def gather_bwd_hopper_kernel(
     head, low_row = unit, unit * 0
     if RANGED:
         head, low_row = unit // num_ranges, unit % num_ranges * range_rows
-    segment = unit * num_blocks + block
+    segment = planned * num_blocks + block
     low = (item - gl.load(first_item_ptr + segment)) * item_queries
     num_rows = gl.minimum(gl.load(num_queries_ptr + segment) - low, item_queries) * G
     last = num_rows - 1
@@ -309,8 +311,8 @@ def gather_bwd_hopper_kernel(
     async_copy.wait_group(0)
 
     # Looked up again, because what the loop does not need would spill if it lived through it.
-    block = gl.load(items_ptr + unit * max_items + item)
-    segment = unit * num_blocks + block
+    block = gl.load(items_ptr + planned * max_items + item)
+    segment = planned * num_blocks + block
     out_key = gl.arange(0, BLOCK_SIZE, gl.SliceLayout(1, d_layout))
     out_column = gl.arange(0, D, gl.SliceLayout(0, d_layout))
     if gl.load(num_queries_ptr + segment) > item_queries:  # one item of several

@@ -43,7 +43,7 @@ def cut_units(num_heads: int, num_rows: int, row_bytes: int, workspace_bytes: in
 
 
 class Plan(NamedTuple):
-    """The items of every unit, int32; those of a unit are numbered in order of blocks."""
+    """The items of the units of a launch, int32; those of a unit are numbered in order of blocks."""
 
     items: Tensor  # [units, max_items]: the block of each item
     num_items: Tensor  # [units]
@@ -75,10 +75,12 @@ def plan_kernel(
     end_row_ptr,
     items_ptr, num_items_ptr, first_item_ptr, first_buffer_ptr, first_dense_ptr, num_dense_ptr, first_entry_ptr,
     num_queries_ptr,
-    num_blocks, num_rows, capacity, max_items, num_ranges, range_rows, num_steps, init_blocks, local_rows, item_queries,
+    num_blocks, num_rows, capacity, max_items, first_unit,
+    num_ranges, range_rows, num_steps, init_blocks, local_rows, item_queries,
     NUM_SLOTS: tl.constexpr, DENSE: tl.constexpr, RANGED: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    unit = tl.program_id(0)
+    planned = tl.program_id(0)
+    unit = first_unit + planned
     head, low_row = unit, unit * 0
     if RANGED:
         head, low_row = unit // num_ranges, unit % num_ranges * range_rows
@@ -111,7 +113,7 @@ def plan_kernel(
         num_items = (total + item_queries - 1) // item_queries
         num_buffers = tl.where(num_items > 1, num_items, 0)
         first_item = item_total + tl.cumsum(num_items, 0) - num_items
-        at = unit * num_blocks + block
+        at = planned * num_blocks + block
         tl.store(first_item_ptr + at, first_item, mask=inside)
         tl.store(first_buffer_ptr + at, buffer_total + tl.cumsum(num_buffers, 0) - num_buffers, mask=inside)
         tl.store(first_dense_ptr + at, dense_first, mask=inside)
@@ -120,15 +122,17 @@ def plan_kernel(
         tl.store(num_queries_ptr + at, total, mask=inside)
         most = tl.max(num_items)
         for part in range(0, most):
-            tl.store(items_ptr + unit * max_items + first_item + part, block, mask=inside & (part < num_items))
+            tl.store(items_ptr + planned * max_items + first_item + part, block, mask=inside & (part < num_items))
         item_total += tl.sum(num_items)
         buffer_total += tl.sum(num_buffers)
-    tl.store(num_items_ptr + unit, item_total)
+    tl.store(num_items_ptr + planned, item_total)
 
 
 def make_plan(
     index: BlockIndex,
     units: Units,
+    first: int,
+    count: int,
     *,
     num_slots: int,
     item_queries: int,
@@ -137,7 +141,8 @@ def make_plan(
     local_blocks: int = 0,
     block_size: int = 0,
 ) -> Plan:
-    """Cuts every unit into items of at most `item_queries` queries, one program per unit."""
+    """Cuts units first .. first + count - 1, those of one launch, into items of at most `item_queries` queries each. All units
+    at once would take 20 GB where a small workspace cuts a million tokens of 64 heads into ranges."""
     num_blocks, num_rows = index.blocks.shape[1], index.num_sparse.shape[1]
     local_blocks = max(local_blocks, 1)
     # Every row has num_slots entries at most, and sees so many blocks densely.
@@ -145,13 +150,13 @@ def make_plan(
     max_items = num_blocks + queries // item_queries
     new: dict[str, Any] = dict(dtype=torch.int32, device=index.entries.device)
     plan = Plan(
-        torch.empty(units.num_units, max_items, **new),
-        torch.empty(units.num_units, **new),
-        *aligned_rows(6, units.num_units, num_blocks, **new),
+        torch.empty(count, max_items, **new),
+        torch.empty(count, **new),
+        *aligned_rows(6, count, num_blocks, **new),
     )
-    plan_kernel[(units.num_units,)](
+    plan_kernel[(count,)](
         *index[:3], *index.blocks, *plan,
-        num_blocks, num_rows, index.entries.shape[1], max_items, units.num_ranges, units.range_rows,
+        num_blocks, num_rows, index.entries.shape[1], max_items, first, units.num_ranges, units.range_rows,
         num_rows.bit_length() + 1, init_blocks, local_blocks * block_size, item_queries,
         NUM_SLOTS=max(num_slots, 1), DENSE=dense, RANGED=units.num_ranges > 1, BLOCKS=1024, num_warps=8,
     )  # fmt: skip

@@ -70,7 +70,8 @@ def nsa_attention(
         return_branches: also return the branches' outputs and log-sum-exps, and the block indices.
         recompute: of "compressed", "selected" and "sliding", the branches whose output is not kept for backward but computed
             again there: `[T, HQ, DV]` less memory each, for the time of the branch's forward.
-        workspace_bytes: how much memory the kernels may take beside inputs, outputs and gradients, at any length.
+        workspace_bytes: how much memory the kernels may take beside inputs, outputs and gradients, at any length; what is not
+            counted says `selected_attention`.
         backend: which implementation runs: a name goes to every operator that has a backend of this name, and the others
             choose as with "auto"; `nsa_fsa.explain` says what runs. A sequence's output has the same bits in any company with
             a name, and may differ in the last ones with "auto", which chooses by the whole batch; so may gradients with both.
@@ -245,7 +246,9 @@ def _run_forward(*arguments: Any) -> tuple[Tensor, ...]:
     block_indices = call.select(lse_cmp)
     index: tuple[Tensor | None, ...] = (None,) * len(triton_backends.INDEX)
     if call.wants_index(block_indices):
-        index = block_index_run(block_indices, None, call.cu_seqlens, call.max_seqlen, *call.forced.values())
+        index = block_index_run(
+            block_indices, None, call.cu_seqlens, call.max_seqlen, **call.forced, workspace_bytes=call.workspace_bytes
+        )
     o_slc, lse_slc = call.selected(block_indices, index).forward()
     o_swa, lse_swa = call.sliding().forward()
     o = call.gates("gated_combine", call.gate_logits, o_cmp, o_slc, o_swa)

@@ -53,7 +53,10 @@ def selected_attention(
         scale: softmax scale; default `D ** -0.5`.
         cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences; see `Layout`.
         return_lse: also return the log-sum-exp.
-        workspace_bytes: how much memory the KV-major kernels may take for partial results, at any length.
+        workspace_bytes: how much memory the KV-major kernels may take for partial results and, to make the block index, for
+            a bitmap, at any length. Not counted are the index, which the backward needs again, and what grows with the number
+            of rows or blocks alone: 8 bytes a query and query head, 36 a block and KV head, and, of the sums of one head's dk
+            and dv that a workspace needs in which its partial results do not fit, what is more than half of it.
         backend: which implementation runs: "triton_kv_major" (the loop order of FSA), "triton_query_major" (that of NSA),
             "triton" (whichever of their variants the profiler finds fastest on this GPU), "reference", or "auto": "triton"
             on a GPU that can, and the reference elsewhere.
@@ -98,7 +101,7 @@ def selected_attention(
     scale = validation.default_scale(q, scale)
     index: tuple[Tensor | None, ...] = (None,) * len(triton_backends.INDEX)
     if wants_index(q, k, v, block_indices, block_size, scale, cu_seqlens_q, seqused_k, backend):
-        index = _block_index(block_indices, block_counts, cu_seqlens, max_seqlen, *blocks)
+        index = _block_index(block_indices, block_counts, cu_seqlens, max_seqlen, *blocks, workspace_bytes)
     o, lse = _operator(
         q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, scale,
         block_indices, block_counts, *index, *blocks, workspace_bytes, backend,
@@ -129,6 +132,7 @@ def block_index_run(
     block_size: int,
     init_blocks: int,
     local_blocks: int,
+    workspace_bytes: int = WORKSPACE_BYTES,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     num_rows = block_indices.shape[0]
     validation.check_layout_values(num_rows, num_rows, cu_seqlens, max_seqlen, None, None)
@@ -136,12 +140,14 @@ def block_index_run(
 
     index = kernels.block_index(
         block_indices, block_counts, cu_seqlens, max_seqlen,
-        block_size=block_size, init_blocks=init_blocks, local_blocks=local_blocks,
+        block_size=block_size, init_blocks=init_blocks, local_blocks=local_blocks, workspace_bytes=workspace_bytes,
     )  # fmt: skip
     return tuple(index)  # type: ignore[return-value]
 
 
-def block_index_fake(block_indices, block_counts, cu_seqlens, max_seqlen, block_size, init_blocks, local_blocks):
+def block_index_fake(
+    block_indices, block_counts, cu_seqlens, max_seqlen, block_size, init_blocks, local_blocks, workspace_bytes=None
+):
     from nsa_fsa.kernels.sizes import aligned_rows
 
     num_rows, num_heads, num_indices = block_indices.shape

@@ -65,20 +65,18 @@ def sliding_window_attention(
 _operator = define_attention("sliding_window_attention", "int window_size, int workspace_bytes", check_token_rows)
 
 
-# Each token is a window of its own to the kernels of compressed attention.
-_TOKENS = dict(kernel_size=1, kernel_stride=1)
-
-
+# To the kernels of compressed attention each token is a window of its own.
 def _forward(q, k, v, *, cu_seqlens, max_seqlen, workspace_bytes, **arguments):
     from nsa_fsa.kernels import compressed_attention as kernels
 
-    return kernels.compressed_attention_fwd(q, k, v, cu_seqlens, **_TOKENS, **arguments)
+    return kernels.compressed_attention_fwd(q, k, v, cu_seqlens, kernel_size=1, kernel_stride=1, **arguments)
 
 
 def _backward(do, q, k, v, o, lse, *, cu_seqlens, max_seqlen, **arguments):
     from nsa_fsa.kernels import compressed_attention_backward as kernels
 
-    return kernels.compressed_attention_bwd(do, q, k, v, o, lse, cu_seqlens, max_seqlen, **_TOKENS, **arguments)
+    tensors = (do, q, k, v, o, lse, cu_seqlens)
+    return kernels.compressed_attention_bwd(*tensors, max_seqlen, kernel_size=1, kernel_stride=1, **arguments)
 
 
 _triton_window = backends.Backend(

@@ -147,7 +147,7 @@ def _index(arguments: dict[str, Any]) -> Any:
         return kernels.BlockIndex(*(arguments[name] for name in INDEX))
     return kernels.block_index(
         *(arguments[name] for name in ("block_indices", "block_counts", "cu_seqlens", "max_seqlen")),
-        **{name: arguments[name] for name in ("block_size", "init_blocks", "local_blocks")},
+        **{name: arguments[name] for name in ("block_size", "init_blocks", "local_blocks", "workspace_bytes")},
     )
 
 

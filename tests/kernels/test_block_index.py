@@ -109,11 +109,11 @@ def test_the_same_blocks_in_any_order():
     assert index[2].tolist() == [[44, 28, 0, 0]]  # the queries beyond blocks 0 and 1
 
 
-@pytest.mark.parametrize("bitmap_bytes", [1, 100, 1000], ids=str)
-def test_passes_do_not_show(bitmap_bytes):
+@pytest.mark.parametrize("workspace_bytes", [1, 100, 1000], ids=str)
+def test_passes_do_not_show(workspace_bytes):
     """A bitmap for one block of one head at a time, for some blocks of a head, and for some heads."""
     indices = random_indices(LENGTHS, 3, 4)
-    found = build(indices, None, LENGTHS, 16, (1, 1), bitmap_bytes=bitmap_bytes)
+    found = build(indices, None, LENGTHS, 16, (1, 1), workspace_bytes=workspace_bytes)
     check(found, indices, None, LENGTHS, 16, (1, 1))
 
 

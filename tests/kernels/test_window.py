@@ -1,4 +1,4 @@
-"""The sliding window by the kernels of compressed attention, in tiles so small that windows begin and end in all parts of them."""
+"""The sliding window by the kernels of compressed attention, in tiles so small that windows begin and end in all parts."""
 
 from itertools import accumulate
 

@@ -1,0 +1,92 @@
+"""workspace_bytes is what the kernels' host functions allocate at most, at sizes that only a large GPU could run.
+
+On tensors that have a shape and no memory, with kernels that are not launched.
+"""
+
+import weakref
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from nsa_fsa.kernels import (
+    block_index,
+    selected_attention,
+    selected_kv_major,
+    selected_kv_major_backward,
+    selected_plan,
+    softmax_statistics,
+    tuning,
+)
+from nsa_fsa.kernels import sequences as tables
+
+MIB = 2**20
+FORCED = dict(block_size=64, init_blocks=1, local_blocks=2)
+
+
+class Allocated(TorchDispatchMode):
+    """The most bytes that tensors made meanwhile had in use at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.empty_strided, torch.ops.aten.new_empty):
+            storage = result.untyped_storage()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.free, storage.nbytes())
+        return result
+
+    def free(self, number):
+        self.now -= number
+
+
+@pytest.fixture
+def no_launches(monkeypatch):
+    class Nothing:
+        def __getitem__(self, grid):
+            return lambda *args, **keywords: None
+
+    for module in (block_index, selected_kv_major, selected_kv_major_backward, selected_plan, softmax_statistics, tables):
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Nothing())
+    monkeypatch.setattr(tuning, "is_cramped", lambda x: False)
+
+
+def new(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def num_bytes(tensors):
+    return sum(x.numel() * x.element_size() for x in tensors)
+
+
+@pytest.mark.usefixtures("no_launches")
+@pytest.mark.parametrize(
+    ("tokens", "sequences", "num_kv_heads"), [(2**20, 1, 2), (1_600_000, 100_000, 2)], ids=["million", "short"]
+)
+def test_selected_attention_keeps_to_its_workspace(tokens, sequences, num_kv_heads):
+    workspace_bytes = 256 * MIB
+    q, k, lse = new(tokens, num_kv_heads, 128), new(tokens, num_kv_heads, 128), new(tokens, num_kv_heads, dtype=torch.float32)
+    indices, cu_seqlens = new(tokens, num_kv_heads, 16, dtype=torch.int32), new(sequences + 1, dtype=torch.int32)
+    longest, num_blocks = tokens // sequences, tokens // 64 + sequences
+    # Grows with rows, or with blocks, alone.
+    linear = 8 * tokens * num_kv_heads + 36 * num_blocks * num_kv_heads + 12 * tokens + 16 * MIB
+    options = dict(num_indices=16, scale=0.1, workspace_bytes=workspace_bytes, **FORCED)
+    with Allocated() as of_index:
+        index = selected_attention.block_index(indices, None, cu_seqlens, longest, workspace_bytes=workspace_bytes, **FORCED)
+    table = 2 * tokens * num_kv_heads * 16  # the sparse blocks of every query
+    assert of_index.peak <= num_bytes(index) + table + workspace_bytes + linear
+    with Allocated() as forward:
+        o = selected_attention.kv_major_forward(q, k, k, index, **options)
+    assert forward.peak <= num_bytes(o) + workspace_bytes + linear, forward.peak / MIB
+    with Allocated() as backward:
+        grads = selected_attention.kv_major_backward(q, q, k, k, o[0], lse, index, **options)
+    sums = 4 * tokens * (128 + 128)  # of one head's dk and dv, where its partial results do not fit
+    allowed = num_bytes(grads) + max(workspace_bytes, sums + workspace_bytes // 2) + linear
+    assert backward.peak <= allowed, backward.peak / MIB
