@@ -99,8 +99,11 @@ class CompressedConfig:
 
 def is_cramped(x: Tensor) -> bool:
     """Whether the GPU that x is on has too little shared memory for the tiles of wide heads."""
-    properties: Any = torch.cuda.get_device_properties(x.device) if x.is_cuda else None  # more than its type knows
-    return x.is_cuda and properties.shared_memory_per_block_optin < WIDE_SHARED
+    if not x.is_cuda:
+        return False
+    # AMD's properties have no such number.
+    available = getattr(torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", WIDE_SHARED)
+    return available < WIDE_SHARED
 
 
 def runs_gluon(q: Tensor, v: Tensor) -> bool:
