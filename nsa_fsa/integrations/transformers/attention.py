@@ -18,11 +18,11 @@ from transformers.masking_utils import flash_attention_mask
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.integrations.transformers.cache import check_in_step, layer_state
 from nsa_fsa.modules import NativeSparseAttention
+from nsa_fsa.modules.native_sparse_attention import PROJECTIONS
 from nsa_fsa.ops import Layout, flash_attention, sliding_window_attention, validation
 from nsa_fsa.ops.varlen import Packing, keep_padding, pack_batch
 
 ATTENTION_NAME = "nsa_fsa"
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
 
 class Batch(NamedTuple):
