@@ -25,9 +25,10 @@ def padded_dim(dim: int) -> int:
 
 def aligned_rows(number: int, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`[number, *shape]`, uninitialised, of which every row begins at a multiple of 16 bytes: a kernel that is given rows
-    apart would otherwise be compiled for each of the alignments that they have at one length or another."""
+    apart would otherwise be compiled for each of the alignments that they have at one length or another. Rows never touch:
+    torch.compile would otherwise make another graph for lengths at which the tensor is contiguous."""
     strides = [*accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1)][::-1]
-    row = cdiv(math.prod(shape), 16) * 16
+    row = (math.prod(shape) // 16 + 1) * 16
     return torch.empty_strided((number, *shape), (row, *strides), dtype=dtype, device=device)
 
 
