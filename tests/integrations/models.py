@@ -51,7 +51,7 @@ def scramble(model, seed=1):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(part in name for part in (".gate.", ".compress_k.", ".compress_v.")):
-                parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
+                parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator).to(parameter))
     return model
 
 

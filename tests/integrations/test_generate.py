@@ -319,7 +319,8 @@ def test_keys_and_values_as_transformers_lays_them_out(static):
         cache = StaticCache(config=model.config, max_cache_len=50) if static else DynamicCache(config=model.config)
         for chunk in (slice(0, 30), slice(30, 33), slice(33, 34)):
             model(tokens(2, 40)[:, chunk], attention_mask=mask[:, : chunk.stop], past_key_values=cache)
-        cache.crop(-1)
+        if hasattr(cache.layers[0], "crop"):  # transformers 5.17's StaticLayer has none
+            cache.layers[0].crop(-1)
         caches.append(cache.layers[0])
     for name in ("keys", "values"):
         dense, sparse = (getattr(layer, name)[:, :, :33] for layer in caches)
