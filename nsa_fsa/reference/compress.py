@@ -67,6 +67,8 @@ def pool_windows(
     seqused_k: Tensor | None = None,
 ) -> Tensor:
     """x `[T, HKV, D]`, weight `[HKV, l]` (None: the mean) -> weighted sums of the windows `[T // s, HKV, D]`."""
+    if kernel_size > x.shape[0]:  # no window exists: memory follows the tokens, not the window
+        return x.new_zeros(x.shape[0] // kernel_stride, *x.shape[1:])
     weight = _pool_weight(weight, x, kernel_size)
     windows = gather_windows(x, cu_seqlens, kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
     return torch.einsum("nhld,hl->nhd", windows.to(weight.dtype), weight).to(x.dtype).contiguous()
@@ -83,6 +85,8 @@ def pool_windows_backward(
     seqused_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `pool_windows` with respect to x and weight (None for the mean)."""
+    if kernel_size > x.shape[0]:
+        return x.new_zeros(x.shape), None if weight is None else weight.new_zeros(weight.shape)
     sizes: dict[str, Any] = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
     wide = _pool_weight(weight, x, kernel_size)
     _, owned = window_rows(x, cu_seqlens, kernel_size, kernel_stride, seqused_k)

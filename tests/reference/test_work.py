@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
-from nsa_fsa import reference
+from nsa_fsa import ops, reference
 from nsa_fsa.reference import selected_attention
 from tests.cases import by_name, gradients, make_inputs
 from tests.reference.test_against_oracle import CLOSE, run_backward, run_oracle, run_reference
@@ -89,6 +89,16 @@ def test_a_block_larger_than_memory_is_one_that_holds_all(block_size):
 
     for a, b in zip(run(block_size), run(128), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_a_window_larger_than_memory_is_none():
+    """The mean over 2^40 tokens, of which there are 50: no window, forward and backward."""
+    x = torch.randn(50, 2, 4, requires_grad=True)
+    sizes = dict(kernel_size=2**40, kernel_stride=2**4)
+    packed = (torch.tensor([0, 20, 50], dtype=torch.int32), 30)
+    pooled = ops.pool_windows(x, None, *packed, **sizes, backend="reference")
+    assert pooled.shape == (3, 2, 4)
+    assert (torch.autograd.grad(pooled.sum(), x)[0] == 0).all()
 
 
 ONE_QUERY = """
