@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from nsa_fsa.config import NSAConfig
-from nsa_fsa.ops import Layout
+from nsa_fsa.ops import Layout, validation
 from nsa_fsa.ops.varlen import sequence_ids
 
 
@@ -61,7 +61,8 @@ class NSACache:
 
     What was fed in inference mode, under autocast or with gradients may be continued in any other
     mode: buffers become as wide as the widest dtype fed, and nothing is written into a tensor that
-    a pending backward needs. A forward that raises leaves the cache as it was.
+    a pending backward needs. A forward that raises leaves the cache as it was, but for tokens that
+    its mask hid, which stay hidden.
 
     Args:
         config: the layer's configuration.
@@ -76,9 +77,11 @@ class NSACache:
     """
 
     def __init__(self, config: NSAConfig, *, max_length: int | None = None, rollback: int = 128) -> None:
-        for name, value, minimum in (("max_length", max_length, 1), ("rollback", rollback, 0)):
-            if value is not None and (not isinstance(value, int) or value < minimum):
-                raise ValueError(f"{name}={value!r} must be an int >= {minimum}.")
+        if not isinstance(config, NSAConfig):
+            raise ValueError(f"config={config!r:.100} must be an NSAConfig. Fix: NSACache(attn.config).")
+        if max_length is not None:
+            validation.check_positive(max_length=max_length)
+        validation.check_ints(0, rollback=rollback)
         self.config = config
         self.max_length = max_length
         self.rollback = rollback
@@ -224,7 +227,11 @@ class NSACache:
         """Row b becomes what row `index[b]` was; also selects a part of the batch.
 
         index: int64 `[new B]`, or bool `[B]`.
+
+        Raises:
+            ValueError: if it is no tensor.
         """
+        validation.check_tensor("index", index, "int64 [new B] or bool [B]")
         self._map(lambda x: x[index.to(x.device)])
 
     def repeat_interleave(self, repeats: int) -> None:
@@ -237,9 +244,11 @@ class NSACache:
         Raises:
             ValueError: if there are not that many.
         """
-        if not 0 <= num_removed <= self.num_tokens:
-            held = self.num_tokens
-            raise ValueError(f"cannot remove {num_removed} tokens from a cache of {held}.")
+        held = self.num_tokens
+        validation.require(
+            validation.is_int(num_removed) and 0 <= num_removed <= held,
+            lambda: f"num_removed={num_removed!r:.100} must be an int from 0 to the {held} tokens held.",
+        )
         if num_removed == self.num_tokens:
             self.reset()
             return

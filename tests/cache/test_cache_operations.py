@@ -281,7 +281,7 @@ def test_crop_after_a_padded_continuation(padding, removed, whole_mask):
 def test_crop_of_an_impossible_number(removed):
     layer, x = make_variant("default"), randn(1, 30, 24)
     cache = fill(layer, x)
-    with pytest.raises(ValueError, match=f"cannot remove {removed} tokens from a cache of 30"):
+    with pytest.raises(ValueError, match=f"num_removed={removed} must be an int from 0 to the 30 tokens held"):
         cache.crop(removed)
     assert_continues(layer, cache, x)
 
@@ -371,10 +371,23 @@ def test_reset(max_length):
     assert_continues(layer, cache, randn(5, 0, 24))
 
 
-@pytest.mark.parametrize(("name", "value"), [("max_length", 0), ("max_length", 2.5), ("rollback", -1), ("rollback", "all")])
+@pytest.mark.parametrize(
+    ("name", "value"), [("max_length", 0), ("max_length", 2.5), ("max_length", True), ("rollback", -1), ("rollback", "all")]
+)
 def test_bad_sizes(name, value):
     with pytest.raises(ValueError, match=f"{name}={value!r} must be an int >= "):
         NSACache(small_config(), **{name: value})
+
+
+def test_what_is_no_cache_argument_is_refused():
+    with pytest.raises(ValueError, match=r"config='tiny' must be an NSAConfig\. Fix: NSACache\(attn\.config\)"):
+        NSACache("tiny")
+    cache = NSACache(small_config())
+    with pytest.raises(ValueError, match=r"index=\[1, 0\] must be a tensor, int64 \[new B\] or bool \[B\]\. Fix"):
+        cache.reorder([1, 0])
+    for removed in (0.5, "1", None, True, torch.tensor(0)):
+        with pytest.raises(ValueError, match=r"num_removed=.* must be an int from 0 to"):
+            cache.crop(removed)
 
 
 def test_an_empty_cache():
@@ -383,5 +396,5 @@ def test_an_empty_cache():
     assert cache.num_tokens == 0
     cache.crop(0)
     cache.reset()
-    with pytest.raises(ValueError, match="cannot remove 1 tokens from a cache of 0"):
+    with pytest.raises(ValueError, match="num_removed=1 must be an int from 0 to the 0 tokens held"):
         cache.crop(1)
