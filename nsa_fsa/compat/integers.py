@@ -1,7 +1,5 @@
 """Integer tensors of other conventions as the int32 that the operators take."""
 
-import reprlib
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,7 @@ def to_int32(name: str, x: Tensor) -> Tensor:
     require(
         isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64),
         lambda: (
-            f"{name} is {x.dtype if isinstance(x, Tensor) else reprlib.repr(x)}; it must be an int32 or int64 tensor. "
+            f"{name} is {x.dtype if isinstance(x, Tensor) else repr(x)[:100]}; it must be an int32 or int64 tensor. "
             f"Fix: torch.as_tensor(..., dtype=torch.int32) on the others' device."
         ),
     )

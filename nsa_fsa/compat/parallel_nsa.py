@@ -4,7 +4,6 @@ Shapes: B sequences of TQ queries and TK keys (TQ = TK but for decoding), HQ que
 widths, S block indices a query.
 """
 
-import reprlib
 from typing import Any
 
 import torch
@@ -206,7 +205,7 @@ def _layout(q: Tensor, k: Tensor, cu_seqlens: Tensor | tuple[Tensor, Tensor] | N
     require(
         isinstance(cu_seqlens, (tuple, list)) and len(cu_seqlens) == 2,
         lambda: (
-            f"cu_seqlens={reprlib.repr(cu_seqlens)} must be an int32 or int64 tensor [N + 1], or two of them in a tuple. "
+            f"cu_seqlens={cu_seqlens!r:.100} must be an int32 or int64 tensor [N + 1], or two of them in a tuple. "
             "Fix: torch.as_tensor(..., dtype=torch.int32), or (cu_seqlens_q, cu_seqlens_k)."
         ),
     )

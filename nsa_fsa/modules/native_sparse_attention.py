@@ -3,7 +3,6 @@
 Shapes: B sequences of up to S tokens, T tokens packed end to end, E hidden width, HQ and HKV heads, D and DV head widths.
 """
 
-import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -315,7 +314,7 @@ class NativeSparseAttention(nn.Module):
         pair = position_embeddings
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ValueError(
-                f"position_embeddings={reprlib.repr(pair)} must be a pair (cos, sin). Fix: leave it out to compute them here."
+                f"position_embeddings={pair!r:.100} must be a pair (cos, sin). Fix: leave it out to compute them here."
             )
         for name, x in zip(("cos", "sin"), pair, strict=True):
             name = f"{name} of position_embeddings"

@@ -1,7 +1,6 @@
 """Checks on operator arguments: bad input is refused, with the value and the fix, before anything is launched."""
 
 import math
-import reprlib
 from collections.abc import Callable
 from numbers import Real
 from typing import Any
@@ -22,7 +21,7 @@ def check_ints(minimum: int, **values: Any) -> None:
     for name, value in values.items():
         require(
             is_int(value) and value >= minimum,
-            lambda: f"{name}={reprlib.repr(value)} must be an int >= {minimum}. Fix: pass a whole number.",
+            lambda: f"{name}={value!r:.100} must be an int >= {minimum}. Fix: pass a whole number.",
         )
 
 
@@ -39,7 +38,7 @@ def check_tensor(name: str, x: Any, what: str) -> None:
     """what: dtype and shape, for the error."""
     require(
         isinstance(x, Tensor),
-        lambda: f"{name}={reprlib.repr(x)} must be a tensor, {what}. Fix: torch.as_tensor(...) on the others' device.",
+        lambda: f"{name}={x!r:.100} must be a tensor, {what}. Fix: torch.as_tensor(...) on the others' device.",
     )
 
 
@@ -64,7 +63,7 @@ def check_layout(
     require(
         is_int(max_seqlen) and max_seqlen >= 0,
         lambda: (
-            f"max_seqlen={reprlib.repr(max_seqlen)} must be a Python int >= 0, so that nothing is read back from the device. "
+            f"max_seqlen={max_seqlen!r:.100} must be a Python int >= 0, so that nothing is read back from the device. "
             "Fix: pass the length you pack to, or int(lengths.max())."
         ),
     )
@@ -197,7 +196,7 @@ def default_scale(q: Tensor, scale: float | None) -> float:
         return q.shape[-1] ** -0.5
     require(
         is_finite_number(scale),
-        lambda: f"scale={reprlib.repr(scale)} must be a finite number. Fix: leave it out for D ** -0.5.",
+        lambda: f"scale={scale!r} must be a finite number. Fix: leave it out for D ** -0.5.",
     )
     return float(scale)
 
