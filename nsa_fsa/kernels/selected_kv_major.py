@@ -19,7 +19,7 @@ from torch import Tensor
 from nsa_fsa.kernels import tuning
 from nsa_fsa.kernels.block_index import BlockIndex, num_slots
 from nsa_fsa.kernels.primitives import LN_2, LOG2_E, dot_keys, kernel, load_rows, online_softmax, store_rows
-from nsa_fsa.kernels.selected_plan import cut_units, make_plan
+from nsa_fsa.kernels.selected_plan import cut_units, planned_launches
 from nsa_fsa.kernels.sequences import Blocks
 from nsa_fsa.kernels.sizes import cdiv, next_power_of_2, padded_dim
 
@@ -29,16 +29,16 @@ def gather_fwd_kernel(
     q_ptr, k_ptr, v_ptr, entries_ptr, partial_o_ptr, partial_lse_ptr,
     items_ptr, num_items_ptr, first_item_ptr, first_entry_ptr, num_queries_ptr, first_row_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
-    scale, num_blocks, capacity, max_items, partial_rows, first_unit, num_ranges, range_rows, item_queries,
+    scale, num_blocks, capacity, max_items, place, partial_rows, first_unit, num_ranges, range_rows, item_queries,
     NUM_SLOTS: tl.constexpr, RANGED: tl.constexpr, G: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
     BLOCK_M: tl.constexpr, KEYS: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr, STOP_EARLY: tl.constexpr,
 ):  # fmt: skip
     PIECES: tl.constexpr = BLOCK_SIZE // KEYS  # programs that share an item, each with so many of its block's keys
-    item, piece, planned = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES, tl.program_id(1)
+    item, piece = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES
+    planned, unit = place + tl.program_id(1), first_unit + tl.program_id(1)
     if item >= tl.load(num_items_ptr + planned):
         return
-    unit = first_unit + planned
     head, low_row = unit, unit * 0
     if RANGED:
         head, low_row = unit // num_ranges, unit % num_ranges * range_rows
@@ -200,7 +200,7 @@ def selected_attention_fwd(
     num_blocks = index.blocks.shape[1]
     keys = block_size if config.fwd_hopper else min(config.fwd_keys, block_size)
     pieces = block_size // keys
-    row_bytes = max(slots, 1) * pieces * group_size * (v_dim * q.element_size() + 4)
+    row_bytes = max(slots, 1) * (pieces * group_size * (v_dim * q.element_size() + 4) + 1)
     units = cut_units(num_kv_heads, num_tokens, row_bytes, workspace_bytes, block_size)
     partial_rows = units.range_rows * slots * pieces * group_size
     partial_o = q.new_empty(units.step * partial_rows, v_dim)
@@ -208,14 +208,13 @@ def selected_attention_fwd(
     merge_m = min(config.merge_m, max(16, next_power_of_2(block_size * group_size)))
     tiles = cdiv(block_size * group_size, merge_m)
     item_queries = max(config.fwd_item_rows // group_size, 1)
-    for first, count in units.launches():
+    for plan, place, first, count in planned_launches(index, units, num_slots=slots, item_queries=item_queries):
         where = (partial_rows, first, units.num_ranges, units.range_rows)
         if slots:
-            plan = make_plan(index, units, first, count, num_slots=slots, item_queries=item_queries)
             arguments = (
                 q, k, v, index.entries, partial_o, partial_lse,
                 plan.items, plan.num_items, plan.first_item, plan.first_entry, plan.num_queries, blocks.first_row,
-                *strides, scale * LOG2_E, num_blocks, index.entries.shape[1], plan.items.shape[1], *where, item_queries,
+                *strides, scale * LOG2_E, num_blocks, index.entries.shape[1], plan.items.shape[1], place, *where, item_queries,
             )  # fmt: skip
             constants = dict(
                 NUM_SLOTS=slots, RANGED=units.num_ranges > 1, G=group_size, BLOCK_SIZE=block_size, BLOCK_M=config.fwd_m,

@@ -20,7 +20,7 @@ from nsa_fsa.kernels.block_index import BlockIndex, num_slots
 from nsa_fsa.kernels.gradients import NOTHING, AddTo, sums_of
 from nsa_fsa.kernels.primitives import LOG2_E, add_product, kernel, load_rows, store_rows
 from nsa_fsa.kernels.selected_kv_major import hopper, rows_contiguous
-from nsa_fsa.kernels.selected_plan import cut_units, make_plan
+from nsa_fsa.kernels.selected_plan import cut_units, planned_launches
 from nsa_fsa.kernels.sequences import Blocks, Rows
 from nsa_fsa.kernels.sizes import cdiv, padded_dim
 
@@ -33,7 +33,7 @@ def gather_bwd_kernel(
     num_queries_ptr, first_row_ptr, num_rows_ptr, block_index_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
     stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h,
-    scale2, scale, num_heads, num_tokens, num_blocks, capacity, max_items, max_buffers, partial_rows, first_unit,
+    scale2, scale, num_heads, num_tokens, num_blocks, capacity, max_items, max_buffers, place, partial_rows, first_unit,
     num_ranges, range_rows, item_queries,
     NUM_SLOTS: tl.constexpr, INIT_BLOCKS: tl.constexpr, LOCAL_BLOCKS: tl.constexpr, OWN_IS_OPTIONAL: tl.constexpr,
     ACCUMULATE: tl.constexpr, RANGED: tl.constexpr, G: tl.constexpr, BLOCK_SIZE: tl.constexpr,
@@ -42,10 +42,10 @@ def gather_bwd_kernel(
     STOP_EARLY: tl.constexpr,
 ):  # fmt: skip
     PIECES: tl.constexpr = BLOCK_SIZE // KEYS  # programs that share an item, each with so many of its block's keys
-    item, piece, planned = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES, tl.program_id(1)
+    item, piece = tl.program_id(0) // PIECES, tl.program_id(0) % PIECES
+    planned, unit = place + tl.program_id(1), first_unit + tl.program_id(1)
     if item >= tl.load(num_items_ptr + planned):
         return
-    unit = first_unit + planned
     head, low_row = unit, unit * 0
     if RANGED:
         head, low_row = unit // num_ranges, unit % num_ranges * range_rows
@@ -134,14 +134,14 @@ def gather_bwd_kernel(
 @kernel
 def sum_dkdv_kernel(
     items_buffer_ptr, dk_ptr, dv_ptr, first_buffer_ptr, num_queries_ptr, first_row_ptr, num_rows_ptr,
-    stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h, num_blocks, max_buffers, first_unit, num_ranges, item_queries,
-    ACCUMULATE: tl.constexpr, RANGED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h, num_blocks, max_buffers, place, first_unit, num_ranges,
+    item_queries, ACCUMULATE: tl.constexpr, RANGED: tl.constexpr, BLOCK_SIZE: tl.constexpr,
     D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of the blocks whose queries were cut into several items."""
     PARTS: tl.constexpr = BLOCK_SIZE // ROWS
     block, unit = tl.program_id(0) // PARTS, first_unit + tl.program_id(1)
-    segment = tl.program_id(1) * num_blocks + block
+    segment = (place + tl.program_id(1)) * num_blocks + block
     num_queries = tl.load(num_queries_ptr + segment)
     if num_queries <= item_queries:
         return
@@ -264,19 +264,19 @@ def selected_attention_bwd(
     dims = dict(D=head_dim, PADDED_D=padded_dim(head_dim))
     v_dims = dict(DV=v_dim, PADDED_DV=padded_dim(v_dim))
     forced = dict(NUM_SLOTS=slots, INIT_BLOCKS=init_blocks, LOCAL_BLOCKS=max(local_blocks, 1))
-    for first, count in units.launches():
+    launches = planned_launches(
+        index, units, num_slots=slots, item_queries=item_queries, dense=True,
+        init_blocks=init_blocks, local_blocks=local_blocks, block_size=block_size,
+    )  # fmt: skip
+    for plan, place, first, count in launches:
         if ranged and first % units.num_ranges == 0:
             dk_sum.zero_()
             dv_sum.zero_()
-        plan = make_plan(
-            index, units, first, count, num_slots=slots, item_queries=item_queries, dense=True,
-            init_blocks=init_blocks, local_blocks=local_blocks, block_size=block_size,
-        )  # fmt: skip
         arguments = (
             q, k, v, do, shift, delta, index.num_sparse, index.entries, partial_dq, buffer, dk_sum, dv_sum,
             *plan, *blocks[:3], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *do.stride()[:2], *out_strides,
             scale * LOG2_E, scale, num_heads, num_tokens, num_blocks, index.entries.shape[1], plan.items.shape[1], max_buffers,
-            partial_rows, first, units.num_ranges, units.range_rows, item_queries,
+            place, partial_rows, first, units.num_ranges, units.range_rows, item_queries,
         )  # fmt: skip
         constants = dict(
             OWN_IS_OPTIONAL=local_blocks == 0, ACCUMULATE=ranged or add_dkdv, RANGED=ranged, G=group_size,
@@ -294,7 +294,7 @@ def selected_attention_bwd(
             sum_rows = min(block_size, 16)
             sum_dkdv_kernel[(num_blocks * (block_size // sum_rows), count)](
                 buffer, dk_sum, dv_sum, plan.first_buffer, plan.num_queries, *blocks[:2],
-                *out_strides, num_blocks, max_buffers, first, units.num_ranges, item_queries,
+                *out_strides, num_blocks, max_buffers, place, first, units.num_ranges, item_queries,
                 ACCUMULATE=ranged or add_dkdv, RANGED=ranged, BLOCK_SIZE=block_size, ROWS=sum_rows, **dims, **v_dims,
             )  # fmt: skip
         if store_dq:

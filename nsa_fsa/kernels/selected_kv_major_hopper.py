@@ -51,16 +51,15 @@ def gather_fwd_hopper_kernel(
     q_ptr, k_ptr, v_ptr, entries_ptr, partial_o_ptr, partial_lse_ptr,
     items_ptr, num_items_ptr, first_item_ptr, first_entry_ptr, num_queries_ptr, first_row_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
-    scale, num_blocks, capacity, max_items, partial_rows, first_unit, num_ranges, range_rows, item_queries,
+    scale, num_blocks, capacity, max_items, place, partial_rows, first_unit, num_ranges, range_rows, item_queries,
     NUM_SLOTS: gl.constexpr, RANGED: gl.constexpr, G: gl.constexpr, BLOCK_SIZE: gl.constexpr, D: gl.constexpr,
     BLOCK_M: gl.constexpr,
     WARPS: gl.constexpr, STOP_EARLY: gl.constexpr,
 ):  # fmt: skip
-    item, planned = gl.program_id(0), gl.program_id(1)
+    item, planned, unit = gl.program_id(0), place + gl.program_id(1), first_unit + gl.program_id(1)
     block = gl.load(items_ptr + planned * max_items + item)  # before it is known to be one, so that the two loads overlap
     if item >= gl.load(num_items_ptr + planned):
         return
-    unit = first_unit + planned
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
     row_of: gl.constexpr = gl.SliceLayout(1, rows)
@@ -144,17 +143,16 @@ def gather_bwd_hopper_kernel(
     num_queries_ptr, first_row_ptr, num_rows_ptr, block_index_ptr,
     stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
     stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h,
-    scale2, scale, num_heads, num_tokens, num_blocks, capacity, max_items, max_buffers, partial_rows, first_unit,
+    scale2, scale, num_heads, num_tokens, num_blocks, capacity, max_items, max_buffers, place, partial_rows, first_unit,
     num_ranges, range_rows, item_queries,
     NUM_SLOTS: gl.constexpr, INIT_BLOCKS: gl.constexpr, LOCAL_BLOCKS: gl.constexpr, OWN_IS_OPTIONAL: gl.constexpr,
     ACCUMULATE: gl.constexpr, RANGED: gl.constexpr, G: gl.constexpr, BLOCK_SIZE: gl.constexpr, D: gl.constexpr,
     BLOCK_M: gl.constexpr, NUM_STAGES: gl.constexpr, WARPS: gl.constexpr, STOP_EARLY: gl.constexpr,
 ):  # fmt: skip
-    item, planned = gl.program_id(0), gl.program_id(1)
+    item, planned, unit = gl.program_id(0), place + gl.program_id(1), first_unit + gl.program_id(1)
     block = gl.load(items_ptr + planned * max_items + item)  # before it is known to be one, so that the two loads overlap
     if item >= gl.load(num_items_ptr + planned):
         return
-    unit = first_unit + planned
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
     row_of: gl.constexpr = gl.SliceLayout(1, rows)

@@ -5,6 +5,7 @@ block's queries in a unit are, first, those that see it densely (a run of rows, 
 the block index, both cut to the range. The kernels walk them G rows at a time, one per query head of the group.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ def cut_units(num_heads: int, num_rows: int, row_bytes: int, workspace_bytes: in
 
 
 class Plan(NamedTuple):
-    """The items of the units of a launch, int32; those of a unit are numbered in order of blocks."""
+    """The items of the units of some launches, int32; those of a unit are numbered in order of blocks."""
 
     items: Tensor  # [units, max_items]: the block of each item
     num_items: Tensor  # [units]
@@ -128,11 +129,9 @@ def plan_kernel(
     tl.store(num_items_ptr + planned, item_total)
 
 
-def make_plan(
+def planned_launches(
     index: BlockIndex,
     units: Units,
-    first: int,
-    count: int,
     *,
     num_slots: int,
     item_queries: int,
@@ -140,24 +139,36 @@ def make_plan(
     init_blocks: int = 0,
     local_blocks: int = 0,
     block_size: int = 0,
-) -> Plan:
-    """Cuts units first .. first + count - 1, those of one launch, into items of at most `item_queries` queries each. All units
-    at once would take 20 GB where a small workspace cuts a million tokens of 64 heads into ranges."""
-    num_blocks, num_rows = index.blocks.shape[1], index.num_sparse.shape[1]
+) -> Iterator[tuple[Plan, int, int, int]]:
+    """Plan, place in it of the launch's first unit, first unit and number of units of every launch, whose units are cut into
+    items of at most `item_queries` queries each.
+
+    A plan is made for as many launches as its memory allows, and the next one in its place: one kernel a launch took 0.4 ms
+    more at 65,536 tokens and G = 16, and all units at once would take 20 GB where a small workspace cuts a million tokens of
+    64 heads into ranges.
+    """
+    num_blocks, (num_heads, num_rows) = index.blocks.shape[1], index.num_sparse.shape
     local_blocks = max(local_blocks, 1)
-    # Every row has num_slots entries at most, and sees so many blocks densely.
-    queries = units.range_rows * (num_slots + (init_blocks + local_blocks if dense else 0))
-    max_items = num_blocks + queries // item_queries
+    # Every row has so many entries at most, and sees so many blocks densely.
+    all_slots = num_slots + (init_blocks + local_blocks if dense else 0)
+    max_items = num_blocks + units.range_rows * all_slots // item_queries
+    # What `workspace_bytes` leaves to the plan: a byte for every row and slot of a launch, and 28 for every block and KV head.
+    room = units.step * units.range_rows * all_slots + 28 * num_blocks * num_heads
+    unit_bytes = 4 * (max_items + 1 + 6 * num_blocks)
+    planned_units = min(max(room // unit_bytes // units.step, 1) * units.step, units.num_units)
     new: dict[str, Any] = dict(dtype=torch.int32, device=index.entries.device)
     plan = Plan(
-        torch.empty(count, max_items, **new),
-        torch.empty(count, **new),
-        *aligned_rows(6, count, num_blocks, **new),
+        torch.empty(planned_units, max_items, **new),
+        torch.empty(planned_units, **new),
+        *aligned_rows(6, planned_units, num_blocks, **new),
     )
-    plan_kernel[(count,)](
-        *index[:3], *index.blocks, *plan,
-        num_blocks, num_rows, index.entries.shape[1], max_items, first, units.num_ranges, units.range_rows,
-        num_rows.bit_length() + 1, init_blocks, local_blocks * block_size, item_queries,
-        NUM_SLOTS=max(num_slots, 1), DENSE=dense, RANGED=units.num_ranges > 1, BLOCKS=1024, num_warps=8,
-    )  # fmt: skip
-    return plan
+    for first, count in units.launches():
+        place = first % planned_units
+        if place == 0 and all_slots:
+            plan_kernel[(min(planned_units, units.num_units - first),)](
+                *index[:3], *index.blocks, *plan,
+                num_blocks, num_rows, index.entries.shape[1], max_items, first, units.num_ranges, units.range_rows,
+                num_rows.bit_length() + 1, init_blocks, local_blocks * block_size, item_queries,
+                NUM_SLOTS=max(num_slots, 1), DENSE=dense, RANGED=units.num_ranges > 1, BLOCKS=1024, num_warps=8,
+            )  # fmt: skip
+        yield plan, place, first, count

@@ -24,6 +24,7 @@ from nsa_fsa.kernels import sequences as tables
 
 MIB = 2**20
 FORCED = dict(block_size=64, init_blocks=1, local_blocks=2)
+AS_ON_HOPPER = tuning.Config(bwd_keys=64)  # whole blocks
 
 
 class Allocated(TorchDispatchMode):
@@ -90,3 +91,41 @@ def test_selected_attention_keeps_to_its_workspace(tokens, sequences, num_kv_hea
     sums = 4 * tokens * (128 + 128)  # of one head's dk and dv, where its partial results do not fit
     allowed = num_bytes(grads) + max(workspace_bytes, sums + workspace_bytes // 2) + linear
     assert backward.peak <= allowed, backward.peak / MIB
+
+
+def units_of_launches(monkeypatch, tokens, num_kv_heads, workspace_bytes):
+    """Of every launch of the plan's kernel, and of the backward's gather kernel."""
+    found = {"plan_kernel": [], "gather_bwd_kernel": []}
+
+    class Counting:
+        def __init__(self, name):
+            self.name = name
+
+        def __getitem__(self, grid):
+            return lambda *args, **keywords: found[self.name].append(grid[-1])
+
+    monkeypatch.setattr(selected_plan, "plan_kernel", Counting("plan_kernel"))
+    monkeypatch.setattr(selected_kv_major_backward, "gather_bwd_kernel", Counting("gather_bwd_kernel"))
+    q, k, lse = new(tokens, 64, 128), new(tokens, num_kv_heads, 128), new(tokens, 64, dtype=torch.float32)
+    indices, cu_seqlens = new(tokens, num_kv_heads, 16, dtype=torch.int32), new(2, dtype=torch.int32)
+    index = selected_attention.block_index(indices, None, cu_seqlens, tokens, **FORCED)
+    selected_attention.kv_major_backward(
+        q, q, k, k, q, lse, index,
+        num_indices=16, scale=0.1, workspace_bytes=workspace_bytes, config=AS_ON_HOPPER, **FORCED,
+    )  # fmt: skip
+    return found.values()
+
+
+@pytest.mark.usefixtures("no_launches")
+@pytest.mark.parametrize("num_kv_heads", [4, 16, 64])
+def test_one_plan_serves_all_launches(monkeypatch, num_kv_heads):
+    plans, gathers = units_of_launches(monkeypatch, 65_536, num_kv_heads, 2048 * MIB)
+    assert len(gathers) > 4
+    assert plans == [sum(gathers)]
+
+
+@pytest.mark.usefixtures("no_launches")
+def test_plans_are_cut_where_one_does_not_fit(monkeypatch):
+    plans, gathers = units_of_launches(monkeypatch, 2**20, 64, 256 * MIB)
+    assert sum(plans) == sum(gathers)
+    assert 1 < len(plans) < len(gathers) / 8
