@@ -30,7 +30,7 @@ from nsa_fsa.kernels.compressed_attention import (
     window_constant,
 )
 from nsa_fsa.kernels.gradients import NOTHING, AddTo, sums_of
-from nsa_fsa.kernels.primitives import LOG2_E, add_product, dot_keys, kernel, load_rows, store_rows
+from nsa_fsa.kernels.primitives import LOG2_E, add_product, dot_keys, kernel, load_rows, softmax_of, store_rows
 from nsa_fsa.kernels.selected_kv_major import rows_contiguous
 from nsa_fsa.kernels.sequences import load_tile, locate_tiles
 from nsa_fsa.kernels.sizes import cdiv, head_chunks, padded_dim
@@ -109,7 +109,7 @@ def compressed_bwd_dq_kernel(
         k = load_rows(k_ptr, window.to(tl.int64) * stride_k_t, exists, D, PADDED_D, True)
         v = load_rows(v_ptr, window.to(tl.int64) * stride_v_t, exists, DV, PADDED_DV, True)
         scores = dot_keys(q, k, PRECISION)
-        p = tl.where(is_seen(window, visible, WINDOW), tl.exp2((scores + shift[:, None]) * scale2), 0.0)
+        p = tl.where(is_seen(window, visible, WINDOW), softmax_of(scores, shift[:, None], scale2, PRECISION), 0.0)
         dp = dot_keys(do, v, PRECISION)
         ds = (p * (dp + delta[:, None])).to(k.dtype)
         dq = add_product(dq, ds, k, PRECISION)
@@ -164,7 +164,7 @@ def compressed_bwd_dkdv_kernel(
         delta = tl.load(delta_ptr + statistic + row, mask=inside, other=0.0)
         # Transposed, [keys, rows], so that p and ds feed the matrix unit from registers.
         scores = dot_keys(k, q, PRECISION)
-        p = tl.exp2((scores + shift[None, :]) * scale2)
+        p = softmax_of(scores, shift[None, :], scale2, PRECISION)
         p = tl.where(row[None, :] >= (first_seen + key * (KERNEL_STRIDE * G))[:, None], p, 0.0)
         if WINDOW > 0:
             p = tl.where(row[None, :] < (first_seen + (key + WINDOW) * G)[:, None], p, 0.0)
