@@ -117,6 +117,15 @@ def test_passes_do_not_show(workspace_bytes):
     check(found, indices, None, LENGTHS, 16, (1, 1))
 
 
+@pytest.mark.parametrize("workspace_bytes", [1000, 2**20], ids=str)
+def test_many_sequences(workspace_bytes):
+    """They begin at any bit of a word, and are as long as max_seqlen or shorter."""
+    lengths = (*torch.randint(70, (40,)).tolist(), 96, 31, 1, 64, 96)
+    indices = random_indices(lengths, 2, 3, values=(-1, 0, 1, 2, 3, 4, 5))
+    found = build(indices, None, lengths, 16, (0, 1), workspace_bytes=workspace_bytes)
+    check(found, indices, None, lengths, 16, (0, 1))
+
+
 @pytest.mark.parametrize("max_seqlen", [40, 2**15 * 16 - 16, 2**15 * 16, 2**30])
 def test_tables_of_either_width(max_seqlen):
     """max_seqlen is an upper bound, and decides whether block numbers are kept in 16 or 32 bits."""
