@@ -55,8 +55,9 @@ def selected_attention(
         return_lse: also return the log-sum-exp.
         workspace_bytes: how much memory the KV-major kernels may take for partial results and, to make the block index, for
             a bitmap, at any length. Not counted are the index, which the backward needs again, and what grows with the number
-            of rows or blocks alone: 8 bytes a query and query head, 36 a block and KV head, and, of the sums of one head's dk
-            and dv that a workspace needs in which its partial results do not fit, what is more than half of it.
+            of rows or blocks alone: 8 bytes a query and query head, 36 a block and KV head, 2 to 4 a chosen block of every
+            query and KV head while the index is made, and, of the sums of one head's dk and dv that a workspace needs in
+            which its partial results do not fit, what is more than half of it.
         backend: which implementation runs: "triton_kv_major" (the loop order of FSA), "triton_query_major" (that of NSA),
             "triton" (whichever of their variants the profiler finds fastest on this GPU), "reference", or "auto": "triton"
             on a GPU that can, and the reference elsewhere.

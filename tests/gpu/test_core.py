@@ -170,6 +170,35 @@ def test_peak_at_131072_tokens(recompute):
     assert peak <= (1.5 if recompute else 2.0) * full, f"{peak / MIB:.0f} MiB, full attention's tensors {full / MIB:.0f}"
 
 
+@needs(70)
+@pytest.mark.parametrize("workspace_bytes", [256 * MIB, 2048 * MIB], ids=["small", "default"])
+@pytest.mark.parametrize("lengths", [(2**20,), (16,) * 100_000], ids=["million", "short"])
+def test_peak_keeps_to_the_budget_at_any_size(lengths, workspace_bytes):
+    """Of 16 query and 4 key heads: with 64 the branches alone would fill an 80 GB card.
+
+    On top come what the forward keeps, what `selected_attention` says is not counted, of every branch, and 64 MiB; in the
+    backward the sums of one KV head of compressed attention, which it does at least, and FlashAttention's own float32 sums
+    of dq beside the window's gradients.
+    """
+    core = make_core(lengths, 4, 4)
+    core.do = core.leaves[0].detach()
+    (q, k), tokens = core.leaves[:2], sum(lengths)
+    num_heads, num_kv_heads = q.shape[1], k.shape[1]
+    blocks = tokens // 64 + len(lengths)
+    uncounted = tokens * (12 + 3 * 8 * num_heads) + blocks * (16 + 36 * num_kv_heads) + 64 * MIB
+    before = torch.cuda.memory_allocated()
+    o, peak = extra(lambda: core.call(workspace_bytes=workspace_bytes))
+    kept = torch.cuda.memory_allocated() - before
+    allowed = workspace_bytes + kept + 2 * tokens * num_kv_heads * 16 + uncounted
+    assert peak <= allowed, f"forward: {peak / MIB:.0f} MiB, allowed are {allowed / MIB:.0f}"
+    grads, peak = extra(lambda: torch.autograd.grad(o, core.leaves, core.do))
+    one_head = 4 * tokens * 128 * num_heads // num_kv_heads + 4 * 16 * (tokens // 16) * 2 * 128
+    flash = 4 * q.numel() + num_bytes(q, k, k)
+    allowed = max(workspace_bytes, one_head, flash) + num_bytes(*grads) + uncounted
+    allowed += max(0, 4 * tokens * 2 * 128 - workspace_bytes // 2)  # of selected attention, as documented
+    assert peak <= allowed, f"backward: {peak / MIB:.0f} MiB, allowed are {allowed / MIB:.0f}"
+
+
 @torch.no_grad()
 def expected_of_query(core, row, block_indices):
     """o `[HQ, DV]` of one query of a single sequence, in float64, with blocks that are given `[HKV, T_sel]`."""
