@@ -310,6 +310,32 @@ def test_a_patched_model_compiles_to_one_graph(kind):
 
 
 @torch.no_grad()
+def test_a_compiled_model_generates():
+    """`generate` passes positions beside the cache that the prompt fills: they bound no documents there."""
+    torch._dynamo.reset()
+    model, ids = sparse_model(num_hidden_layers=1), tokens(2, 60)
+    mask = torch.ones_like(ids)
+    mask[0, :17] = 0
+    settings = dict(attention_mask=mask, max_new_tokens=2, do_sample=False)
+    expected = model.generate(ids, **settings)
+    model.compile(backend="eager")
+    assert torch.equal(model.generate(ids, **settings), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("hooked", [True, False])
+def test_a_compiled_prompt_beside_positions_fills_a_cache(hooked):
+    """Positions of the caller's, or past the hook those that the model counts for its layers."""
+    torch._dynamo.reset()
+    model, ids = sparse_model(base=True), tokens(1, 41)
+    expected = model(ids, use_cache=False)[0]
+    compiled = torch.compile(model if hooked else model.forward, fullgraph=True, backend="eager")
+    output = compiled(ids[:, :40], position_ids=torch.arange(40)[None] if hooked else None, use_cache=True)
+    close(output[0], expected[:, :40])
+    close(model(ids[:, 40:], past_key_values=output.past_key_values)[0], expected[:, 40:])
+
+
+@torch.no_grad()
 def test_a_patched_model_exports_with_a_dynamic_length():
     model = sparse_model(layers=[1])
     length = torch.export.Dim("length", min=8, max=400)  # 8: a compression window of this model

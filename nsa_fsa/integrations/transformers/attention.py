@@ -77,7 +77,7 @@ class NSAAttention(NativeSparseAttention):
             check_in_step(model_cache, self.layer_idx or 0, hidden_states.shape[1])
         if nsa_batch is None:
             past = None if state is None else state.num_tokens
-            nsa_batch = find_batch(hidden_states, past, attention_mask, **kwargs)
+            nsa_batch = find_batch(hidden_states, past, attention_mask, asked=past is not None, **kwargs)
         packing = nsa_batch.packing
         if packing.packed and state is not None:
             raise ValueError(PACKED_CACHE)
@@ -97,6 +97,7 @@ def find_batch(
     position_ids: Tensor | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | Tensor | None = None,
+    asked: bool = False,
     **_: Any,
 ) -> Batch:
     """Where the real tokens and the sequences of a batch lie, from what transformers' models are called with.
@@ -108,6 +109,7 @@ def find_batch(
         position_ids: `[B or 1, S]`; without a past, a sequence starts wherever they do not go on. None where the model
             counts them itself.
         cu_seq_lens_q, max_length_q: boundaries of the sequences in the flattened batch, if the caller knows them.
+        asked: whether the cache was asked for, which a packed batch cannot fill; one that is there by default is left out.
 
     Raises:
         ValueError: for a mask that is no padding mask of this batch, or that comes beside boundaries.
@@ -129,7 +131,9 @@ def find_batch(
             f"attention_mask has shape {tuple(attention_mask.shape)}; it must be [B, past + S] = "
             f"{(batch_size, past + length)}. Fix: a column for every token so far, those in the cache included."
         )
-    if past or length == 1:
+    # Whether positions pack a batch is in their values, which a trace cannot see. `generate` passes them with every prompt:
+    # beside a cache they bound no sequences then, as in transformers' dense models.
+    if past or length == 1 or (asked and torch.compiler.is_compiling()):
         position_ids = None
     if torch.compiler.is_compiling() and attention_mask is not None and position_ids is None and not cached:
         return Batch(keep_padding(attention_mask), past)
@@ -176,9 +180,10 @@ def _before_layers(
     mask = kwargs.get("attention_mask")
     if isinstance(mask, dict):  # by layer type, as `generate` prepares it for a static cache
         mask = mask["full_attention"]
-    batch = find_batch(inputs, past, **{**kwargs, "attention_mask": mask})
+    asked = cache is not None or bool(use_cache)
+    batch = find_batch(inputs, past, asked=asked, **{**kwargs, "attention_mask": mask})
     if batch.packing.packed:
-        if cache is not None or use_cache:
+        if asked:
             raise ValueError(PACKED_CACHE)
         kwargs["use_cache"] = False  # on by default, and nobody could read it
     # Nobody reads this mask: at one of four dimensions transformers stops before it looks at positions and waits for the GPU.
