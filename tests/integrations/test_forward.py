@@ -7,7 +7,7 @@ import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
-from nsa_fsa.integrations.transformers import attention, unpatch_model
+from nsa_fsa.integrations.transformers import attention, patch_model, unpatch_model
 from tests.integrations.models import FAMILIES, TINY_REACH, dense_model, sparse_layers, sparse_model, tokens
 
 PARTIAL = [None, [1], [0]]
@@ -444,12 +444,24 @@ def test_prefix_tuning_is_refused(layers):
 
 
 @pytest.mark.parametrize("name", ["nsa_fsa", "sdpa", "eager"])
-def test_continuous_batching_is_refused_in_the_callers_thread(name):
-    model = sparse_model()
+@pytest.mark.parametrize("place", ["itself", "patched inside", "put inside"])
+def test_continuous_batching_is_refused_in_the_callers_thread(name, place):
+    """Whichever model holds the NSA layers, and however its manager comes about: in a thread an error is only logged."""
+    model = sparse_model() if place == "itself" else dense_model()
+    if place == "patched inside":
+        patch_model(model.model, "tiny", verbose=False)
+    elif place == "put inside":
+        model.model = sparse_model(base=True)
     model.set_attn_implementation(name)
     settings = transformers.GenerationConfig(max_new_tokens=3, do_sample=False)
-    with pytest.raises(NotImplementedError, match=r"generate_batch.*Fix: model.generate"):
-        model.generate_batch([[5, 6, 7]], generation_config=settings)
+    batching = transformers.ContinuousBatchingConfig()
+    for start in (
+        lambda: model.generate_batch([[5, 6, 7]], generation_config=settings),
+        lambda: model.init_continuous_batching(generation_config=settings),
+        lambda: transformers.ContinuousBatchingManager(model, settings, batching),
+    ):
+        with pytest.raises(NotImplementedError, match=r"continuous batching.*Fix: model.generate"):
+            start()
     assert model.config._attn_implementation == name
 
 

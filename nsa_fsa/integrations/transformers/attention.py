@@ -6,11 +6,12 @@ every layer a `Batch`. A layer that is called without one, by itself or past the
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, ContinuousBatchingManager
 from transformers.cache_utils import Cache
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import flash_attention_mask
@@ -191,6 +192,25 @@ def _before_layers(
     return (), {**kwargs, "attention_mask": done, "nsa_batch": batch}
 
 
+def _refuse_continuous_batching(make_manager: Callable[..., None]) -> Callable[..., None]:
+    """The constructor of transformers' manager, through which every way to continuous batching leads, for other models.
+
+    It is the last that happens in the caller's thread: in the manager's own an error is only logged, and every output
+    empty. The model in the manager may be a stock one with a patched model inside.
+    """
+
+    @functools.wraps(make_manager)
+    def init(self: ContinuousBatchingManager, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if any(isinstance(module, NSAAttention) for module in model.modules()):
+            raise NotImplementedError(
+                "continuous batching (generate_batch) is not available with NSA layers: their cache has no pages. "
+                "Fix: model.generate(input_ids, attention_mask=mask), with the prompts padded on the left."
+            )
+        make_manager(self, model, *args, **kwargs)
+
+    return init
+
+
 def padding_mask(
     batch_size: int,
     q_length: int,
@@ -277,5 +297,6 @@ def _take(x: Tensor, rows: Tensor | None) -> Tensor:
     return x.flatten(0, 1) if rows is None else x.flatten(0, 1).index_select(0, rows)
 
 
+ContinuousBatchingManager.__init__ = _refuse_continuous_batching(ContinuousBatchingManager.__init__)  # type: ignore[method-assign]
 AttentionInterface.register(ATTENTION_NAME, dense_attention)
 AttentionMaskInterface.register(ATTENTION_NAME, padding_mask)

@@ -97,13 +97,6 @@ class _NSAModel:
         """Whether `generate` compiles decoding by itself: not here, where the cache counts its tokens on the host."""
         return False
 
-    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refused here, in the caller's thread: in that of its manager an error would only be logged."""
-        raise NotImplementedError(
-            "continuous batching (generate_batch) is not available with NSA layers: their cache has no pages. "
-            "Fix: model.generate(input_ids, attention_mask=mask), with the prompts padded on the left."
-        )
-
     def __init__(
         self,
         config: Any,
