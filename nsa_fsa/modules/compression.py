@@ -18,6 +18,15 @@ from nsa_fsa.config import COMPRESSION_KINDS, NSAConfig
 from nsa_fsa.modules.start import assign
 from nsa_fsa.ops import Layout, backends
 
+POOLED = ("mean", "weighted")  # kinds that need no gathered windows
+
+
+def _pool_gathered(windows: Tensor, weight: Tensor | None) -> Tensor:
+    """Windows `[N, H, l, D]` and weights `[H, l]`, None for equal ones -> `[N, H, D]`."""
+    if weight is None:
+        return windows.mean(2)
+    return torch.einsum("nhld,hl->nhd", windows.to(weight.dtype), weight).to(windows.dtype)
+
 
 class PoolPhi(nn.Module):
     """A weighted mean over the window: learned softmax weights `[H, l]` per head, or equal ones."""
@@ -35,8 +44,16 @@ class PoolPhi(nn.Module):
     def extra_repr(self) -> str:
         return f"learned={self.logits is not None}"
 
-    def forward(self, x: Tensor, embedding: Tensor | None, pool: Callable[[Tensor, Tensor | None], Tensor]) -> Tensor:
-        """x `[T, H, D]`, embedding `[H, l, D]` -> `[N, H, D]`. pool: the operator, of x and the weights `[H, l]`."""
+    def forward(
+        self,
+        x: Tensor,
+        embedding: Tensor | None = None,
+        pool: Callable[[Tensor, Tensor | None], Tensor] = _pool_gathered,
+    ) -> Tensor:
+        """x `[T, H, D]`, embedding `[H, l, D]` -> `[N, H, D]`. pool: the operator, of x and the weights `[H, l]`.
+
+        Without an operator x is windows `[N, H, l, D]`, as other phis take them: so a phi around this one calls it.
+        """
         weight = None
         if self.logits is not None:
             weight = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32)).softmax(-1)
@@ -115,7 +132,10 @@ class Compressor(nn.Module):
         super().__init__()
         self.kernel_size, self.kernel_stride = config.kernel_size, config.kernel_stride
         self.backend = backends.of_several("pool_windows", config.backend)  # gather_windows has the same
-        self.phi = kind if isinstance(kind, nn.Module) else _make_phi(config, kind, head_dim, **factory)
+        self.kind = None if isinstance(kind, nn.Module) else kind  # None: phi is the user's own
+        self.phi: Any = kind if self.kind is None else _make_phi(config, self.kind, head_dim, **factory)
+        if self.kind is not None:
+            self.phi.made_as = self.kind
         self.position_embedding = (
             nn.Parameter(torch.empty(config.num_kv_heads, config.kernel_size, head_dim, **factory))
             if config.compress_position_embedding
@@ -132,17 +152,21 @@ class Compressor(nn.Module):
 
     @property
     def is_own(self) -> bool:
-        """Whether phi is a module of the user's own rather than one of the kinds, which may be wrapped."""
-        return not self._phi_is(PoolPhi, LinearPhi, MLPPhi, GatedPhi)
+        """Whether phi is a module of the user's own rather than the kind that was asked for. So is one around that kind."""
+        return self.kind is None or self._kind_now != self.kind
 
-    def _phi_is(self, *kinds: type[nn.Module]) -> bool:
-        return any(isinstance(module, kinds) for module in self.phi.modules())
+    @property
+    def _kind_now(self) -> str | None:
+        """What phi was made as, if a Compressor made it. A tool's wrapper shows the attributes of what it wraps, or has PEFT's
+        `get_base_layer`; a module that merely has a phi inside does neither."""
+        find = getattr(self.phi, "get_base_layer", None)
+        return getattr(self.phi if find is None else find(), "made_as", None)
 
     def forward(self, x: Tensor, layout: Layout) -> Tensor:
         sizes: dict[str, Any] = dict(kernel_size=self.kernel_size, kernel_stride=self.kernel_stride, seqused_k=layout.seqused_k)
         how = dict(cu_seqlens=layout.cu_seqlens, max_seqlen=layout.max_seqlen, backend=self.backend, **sizes)
         embedding = self.position_embedding
-        if self._phi_is(PoolPhi):
+        if self._kind_now in POOLED:
             return self.phi(x, embedding, functools.partial(ops.pool_windows, **how))
         windows = ops.gather_windows(x, **how)  # [N, H, l, D]
         is_own = self.is_own
@@ -178,7 +202,7 @@ def _make_phi(config: NSAConfig, kind: str, head_dim: int, **factory) -> nn.Modu
             "Fix: pass a module that is built already, not its class."
         )
     heads, size = config.num_kv_heads, config.kernel_size
-    if kind in ("mean", "weighted"):
+    if kind in POOLED:
         return PoolPhi(heads, size, learned=kind == "weighted", **factory)
     if kind == "linear":
         return LinearPhi(heads, size, head_dim, **factory)

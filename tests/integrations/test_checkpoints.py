@@ -14,6 +14,7 @@ import nsa_fsa.integrations.transformers as integration
 from nsa_fsa import NSAConfig
 from nsa_fsa.integrations.transformers import patch_model, unpatch_model
 from nsa_fsa.modules import Compressor
+from nsa_fsa.modules.compression import LinearPhi
 from tests.integrations.models import (
     FAMILIES,
     VOCAB,
@@ -314,6 +315,27 @@ def test_a_compressor_of_ones_own(tmp_path, how):
     assert_same_model(loaded, model)
     patch_model(loaded, window_size=8, verbose=False)  # and it stays where other settings change
     assert type(attentions(loaded)[0].compress_k.phi) is LastToken
+
+
+class OnTopOfLast(torch.nn.Module):
+    """A compressor of one's own with a built-in one inside."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.inside = LinearPhi(config.num_kv_heads, config.kernel_size, config.head_dim)
+
+    def forward(self, windows):
+        return windows[:, :, -1] + self.inside(windows)
+
+
+def test_a_compressor_with_a_built_in_inside(tmp_path):
+    """It is not what the config names: refused like every other, and never loaded as the plain kind."""
+    model = dense_model()
+    patch_model(model, "tiny", gate_init="balanced", compressor_v=OnTopOfLast, verbose=False)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"compressor_v of its own, tests.*OnTopOfLast.*Fix: from_pretrained\("):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path, compressor_v=OnTopOfLast), model)
 
 
 # --- Built directly -------------------------------------------------------------------------------------------------------

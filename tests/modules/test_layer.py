@@ -1,14 +1,17 @@
 """What NativeSparseAttention computes: against spec.md read plainly, padded against alone, packed against separate."""
 
+import copy
 import inspect
 
 import pytest
 import torch
 import transformers
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from nsa_fsa.cache import NSACache
-from nsa_fsa.config import NSAConfig
+from nsa_fsa.config import COMPRESSION_KINDS, NSAConfig
 from nsa_fsa.modules import Compressor, NativeSparseAttention
+from nsa_fsa.modules.compression import MLPPhi
 from nsa_fsa.modules.native_sparse_attention import PROJECTIONS
 from nsa_fsa.modules.rotary import RotaryEmbedding
 from nsa_fsa.ops import backends
@@ -408,24 +411,84 @@ def test_a_phi_put_in_place_by_hand():
     assert torch.equal(by_hand(x), expected)
 
 
+class PlusMean(torch.nn.Module):
+    """A phi of the user's own around another."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, windows):
+        return self.inner(windows) + windows.mean(2)
+
+
+class MinusMean(MLPPhi):
+    """A phi of the user's own that extends a built-in one."""
+
+    def forward(self, windows):
+        return super().forward(windows) - windows.mean(2)
+
+
 @torch.no_grad()
-def test_a_wrapped_phi_is_called_as_the_phi_is():
-    """A wrapper around it changes nothing."""
+@pytest.mark.parametrize("kind", COMPRESSION_KINDS)
+def test_a_phi_with_a_built_in_inside_is_own(kind):
+    """No config can describe it, so that a checkpoint must ask for it; and it gets windows, as every own phi does."""
+    assert not Compressor(small_config(), kind, 8).is_own
+    config = small_config(compress_k=kind)
+    layer, x = make_layer(config), randn(40, 2, 8)
+    inside = layer.compress_k.phi
+    windows = torch.stack([x[i : i + 8] for i in range(0, 33, 4)]).transpose(1, 2)  # [9, H, l, D]
+    expected = layer.compress_k(x, uniform_layout(1, 40, x.device))[:9] + windows.mean(2)
+    layer.compress_k.phi = PlusMean(inside)
+    for compressor in (layer.compress_k, Compressor(config, PlusMean(inside), 8)):
+        assert compressor.is_own
+        torch.testing.assert_close(compressor(x, uniform_layout(1, 40, x.device))[:9], expected, **CLOSE)
 
-    class Wrapper(torch.nn.Module):
-        def __init__(self, inner):
-            super().__init__()
-            self.inner = inner
 
-        def forward(self, *arguments):
-            return self.inner(*arguments)
+@torch.no_grad()
+@pytest.mark.parametrize("kind", COMPRESSION_KINDS)
+def test_a_phi_of_another_compressor(kind):
+    """Handed over as a module, or put in place by hand: own, where it is not what the kind asked for would make."""
+    layout, x = uniform_layout(1, 40, torch.device("cpu")), randn(40, 2, 8)
+    made, by_hand = (Compressor(small_config(), name, 8, dtype=torch.float64) for name in (kind, "weighted"))
+    by_hand.phi = made.phi
+    given = Compressor(small_config(), made.phi, 8)
+    assert given.is_own
+    assert by_hand.is_own == (kind != "weighted")
+    for compressor in (given, by_hand):
+        torch.testing.assert_close(compressor(x, layout)[:9], made(x, layout)[:9], **CLOSE)
 
-    for variant in VARIANTS:
+
+@torch.no_grad()
+def test_a_phi_that_extends_a_built_in_is_own():
+    phi, x = MinusMean(2, 8, 8, 16, dtype=torch.float64), randn(40, 2, 8)
+    compressor = Compressor(small_config(), phi, 8)
+    assert compressor.is_own
+    window = x[None, 12:20].transpose(1, 2)
+    torch.testing.assert_close(compressor(x, uniform_layout(1, 40, x.device))[3:4], phi(window), **CLOSE)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrap", ["torch.compile", "checkpoint_wrapper", "parametrize"])
+def test_a_wrapped_phi_stays_what_it_was(wrap):
+    """Tools wrap a built-in phi, or give it a class of their own: it is called as before, and not the user's own."""
+
+    def wrapped(phi):
+        if wrap == "torch.compile":
+            return torch.compile(phi, backend="eager")
+        if wrap == "checkpoint_wrapper":
+            return checkpoint_wrapper(phi)
+        for name, _ in [*phi.named_parameters(recurse=False)]:
+            torch.nn.utils.parametrize.register_parametrization(phi, name, torch.nn.Identity())
+        return phi
+
+    for variant in ["default"] if wrap == "torch.compile" else VARIANTS:
         layer, x = make_variant(variant), randn(1, 45, 24)
         expected = layer(x)
-        layer.compress_k.phi, layer.compress_v.phi = Wrapper(layer.compress_k.phi), Wrapper(layer.compress_v.phi)
+        layer.compress_k.phi, layer.compress_v.phi = wrapped(layer.compress_k.phi), wrapped(layer.compress_v.phi)
         assert torch.equal(layer(x), expected)
-        assert layer.compress_k.is_own == (variant == "own-modules")
+        assert torch.equal(copy.deepcopy(layer)(x), expected)
+        assert layer.compress_k.is_own == copy.deepcopy(layer).compress_k.is_own == (variant == "own-modules")
 
 
 def test_repr_shows_what_is_read():

@@ -98,10 +98,25 @@ def test_what_is_new_is_trained_beside_adapters(variant, names):
     adapted = peft.get_peft_model(Block(layer), config)
     output = adapted.base_model.model.attn(x)
     torch.testing.assert_close(output, expected)
+    assert adapted.base_model.model.attn.compress_k.is_own == (variant == "own-modules")
     output.sum().backward()
     learning = {name for name, p in adapted.named_parameters() if p.grad is not None and "lora" not in name}
     assert learning
     assert all(any(f"{part}.modules_to_save" in name for name in learning) for part in names)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("variant", "names"), [("default", ["logits"]), ("no-rope", ["down", "up"])], ids=str)
+def test_lora_on_the_parameters_of_a_phi(variant, names):
+    """PEFT wraps the phi, once for every parameter; merged, it is the phi again."""
+    peft = pytest.importorskip("peft")
+    layer, x = make_variant(variant), randn(1, 45, 24)
+    expected = layer(x)
+    targets = [f"compress_v.phi.{name}" for name in names]
+    adapted = peft.get_peft_model(Block(layer), peft.LoraConfig(r=2, target_modules=[], target_parameters=targets))
+    for attn in (adapted.base_model.model.attn, adapted.merge_and_unload().attn):
+        torch.testing.assert_close(attn(x), expected, **CLOSE)
+        assert not attn.compress_v.is_own
 
 
 @torch.no_grad()
@@ -216,6 +231,7 @@ def test_every_module_sharded_by_itself(variant, mesh):
     for _ in range(2):
         output, expected = sharded(x), reference(x)
         torch.testing.assert_close(output, expected, **CLOSE)
+        assert sharded.attn.compress_k.is_own == (variant == "own-modules")
         output.sum().backward()
         expected.sum().backward()
         for (name, p), q in zip(sharded.named_parameters(), reference.parameters(), strict=True):
