@@ -135,7 +135,7 @@ class Compressor(nn.Module):
         self.kind = None if isinstance(kind, nn.Module) else kind  # None: phi is the user's own
         self.phi: Any = kind if self.kind is None else _make_phi(config, self.kind, head_dim, **factory)
         if self.kind is not None:
-            self.phi.made_as = self.kind
+            self.phi.made_as = self.kind  # type: ignore[union-attr]
         self.position_embedding = (
             nn.Parameter(torch.empty(config.num_kv_heads, config.kernel_size, head_dim, **factory))
             if config.compress_position_embedding
