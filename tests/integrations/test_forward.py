@@ -1,5 +1,8 @@
 """What a forward of a patched model is given beside tokens: masks, positions, boundaries; and how often it looks at them."""
 
+import copy
+import warnings
+
 import peft
 import pytest
 import torch
@@ -441,6 +444,31 @@ def test_prefix_tuning_is_refused(layers):
     for arguments in (dict(), dict(attention_mask=torch.ones_like(ids))):
         with pytest.raises(ValueError, match=r"prefix tuning.*Fix:.*PromptTuningConfig"):
             adapted(input_ids=ids, labels=ids, **arguments)
+
+
+def warnings_of(call):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(x.message) for x in caught if "gates of the NSA layers are frozen" in str(x.message)]
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("base", [False, True], ids=["causal lm", "base"])
+def test_adapters_beside_frozen_gates_are_said_once(base, train):
+    """In train() or else in the first forward with gradients: not every loop calls train()."""
+    ids, settings = tokens(1, 20), dict(target_modules=["q_proj"])
+    model = sparse_model(base=base)
+    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(modules_to_save=["gate"], **settings))
+    for learns in (model, adapted, sparse_model(base=base).requires_grad_(False)):  # whole; gates, too; nothing at all
+        assert warnings_of(learns.train) == warnings_of(lambda: learns(input_ids=ids)) == []  # noqa: B023
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
+    with torch.no_grad():
+        assert warnings_of(lambda: model(input_ids=ids)) == []
+    steps = [warnings_of(adapted.train)] if train else []
+    steps += [warnings_of(lambda: model(input_ids=ids)) for _ in range(2)]
+    assert [len(found) for found in steps] == [1, 0, 0][: len(steps)]
+    assert "Fix: with LoRA, modules_to_save" in steps[0][0]
 
 
 @pytest.mark.parametrize("place", ["itself", "patched inside", "put inside"])

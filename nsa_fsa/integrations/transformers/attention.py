@@ -6,6 +6,8 @@ every layer a `Batch`. A layer that is called without one, by itself or past the
 
 import functools
 import inspect
+import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -169,6 +171,8 @@ def _before_layers(
             "give the layers 4D masks or none, and let Trainer cut sequences for context parallelism. "
             f'Fix: model.set_attn_implementation("{ATTENTION_NAME}").'
         )
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        warn_of_frozen_gates(decoder)
     inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
     if inputs is None:
         return (), kwargs  # the model's own error names the arguments
@@ -190,6 +194,26 @@ def _before_layers(
     # Nobody reads this mask: at one of four dimensions transformers stops before it looks at positions and waits for the GPU.
     done = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=inputs.device)
     return (), {**kwargs, "attention_mask": done, "nsa_batch": batch}
+
+
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+
+def warn_of_frozen_gates(decoder: nn.Module) -> None:
+    """Says once for a decoder that its gates are frozen while other parameters of it, such as adapters, are to be trained."""
+    attentions = (module for module in decoder.modules() if isinstance(module, NSAAttention))
+    if (
+        decoder in _warned
+        or any(p.requires_grad for attention in attentions for p in attention.gate.parameters())
+        or not any(p.requires_grad for p in decoder.parameters())
+    ):
+        return
+    _warned.add(decoder)
+    warnings.warn(
+        "the gates of the NSA layers are frozen while other parameters train: after patch_model they keep the compressed and "
+        'sliding branches nearly closed. Fix: with LoRA, modules_to_save=["gate", "compress_k", "compress_v"].',
+        stacklevel=3,
+    )
 
 
 def _refuse_continuous_batching(make_manager: Callable[..., None]) -> Callable[..., None]:

@@ -6,7 +6,6 @@ the checkpoint instead of loading it dense. What a class reads that was named ou
 refused by its config: see `_SparseConfig`.
 """
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,7 +26,7 @@ from transformers import (
 )
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from nsa_fsa.integrations.transformers.attention import ATTENTION_NAME
+from nsa_fsa.integrations.transformers.attention import ATTENTION_NAME, warn_of_frozen_gates
 from nsa_fsa.modules.compression import Compressor, LinearPhi, MLPPhi, PoolPhi
 from nsa_fsa.modules.gating import BranchGate
 
@@ -126,15 +125,7 @@ class _NSAModel:
     def train(self, mode: bool = True) -> Any:
         """As PyTorch's own; warns where gates are frozen while other parameters, such as adapters, are to be trained."""
         if mode:
-            parameters = dict(self.named_parameters())  # type: ignore[attr-defined]
-            gates = [p for name, p in parameters.items() if ".self_attn.gate." in name]
-            if not any(p.requires_grad for p in gates) and any(p.requires_grad for p in parameters.values()):
-                warnings.warn(
-                    "the gates of the NSA layers are frozen while other parameters train: after patch_model they keep the "
-                    "compressed and sliding branches nearly closed. Fix: with LoRA, "
-                    'modules_to_save=["gate", "compress_k", "compress_v"].',
-                    stacklevel=2,
-                )
+            warn_of_frozen_gates(self.base_model)  # type: ignore[attr-defined]
         return super().train(mode)  # type: ignore[misc]
 
     def initialize_weights(self) -> None:
