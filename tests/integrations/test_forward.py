@@ -492,6 +492,17 @@ def test_continuous_batching_is_refused_in_the_callers_thread(place):
     assert model.config._attn_implementation == name
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_model_whose_nsa_layers_were_taken_out_by_hand(cached):
+    """The model around them still prepares its forward for NSA layers."""
+    model, ids = sparse_model(), tokens(1, 20)
+    for layer in model.model.layers:
+        layer.self_attn = layer.self_attn.to_dense()
+    with pytest.raises(RuntimeError, match=r"LlamaModel has no NSA layer.*Fix: unpatch_model"):
+        model(ids, past_key_values=DynamicCache() if cached else None)
+    torch.testing.assert_close(unpatch_model(model)(ids).logits, dense_model()(ids).logits)
+
+
 def test_a_rank_of_tensor_parallelism_is_refused():
     """Where a rank's projections return its heads alone."""
     model = sparse_model()

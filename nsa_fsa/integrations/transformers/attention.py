@@ -171,6 +171,12 @@ def _before_layers(
             "give the layers 4D masks or none, and let Trainer cut sequences for context parallelism. "
             f'Fix: model.set_attn_implementation("{ATTENTION_NAME}").'
         )
+    first = next((module for module in decoder.modules() if isinstance(module, NSAAttention)), None)  # wrapped, perhaps
+    if first is None:
+        raise RuntimeError(
+            f"{type(decoder).__name__} has no NSA layer: its attention was replaced after patching. "
+            "Fix: unpatch_model(model), which makes it dense."
+        )
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         warn_of_frozen_gates(decoder)
     inputs = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
@@ -180,7 +186,6 @@ def _before_layers(
     use_cache = kwargs.get("use_cache")
     past = 0 if (decoder.config.use_cache if use_cache is None else use_cache) else None  # type: ignore[union-attr]
     if cache is not None:
-        first = next(x.self_attn for x in decoder.layers if isinstance(x.self_attn, NSAAttention))  # type: ignore[union-attr]
         past = layer_state(cache, first.layer_idx or 0, first.config).num_tokens
     mask = kwargs.get("attention_mask")
     if isinstance(mask, dict):  # by layer type, as `generate` prepares it for a static cache
