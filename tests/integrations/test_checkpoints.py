@@ -1,7 +1,9 @@
 """nsa_llama, nsa_qwen2, nsa_qwen3: checkpoints that load exactly, or not at all."""
 
+import copy
 import dataclasses
 import json
+import pickle
 import subprocess
 import sys
 
@@ -181,13 +183,49 @@ def test_an_auto_class_without_a_sparse_model_refuses(tmp_path):
         transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
 
 
-def test_a_stock_class_given_the_sparse_config_refuses_to_run(tmp_path):
+@pytest.mark.parametrize("name", [None, "sdpa", "eager"])
+def test_a_stock_class_given_the_sparse_config_refuses_to_run(tmp_path, name):
+    """In whatever way it is given, and whatever attention it is told to use."""
     model = sparse_model(layers=[1])
     model.save_pretrained(tmp_path)
-    for config in (AutoConfig.from_pretrained(tmp_path), integration.NSALlamaConfig(**dense_config().to_dict())):
-        dense = transformers.LlamaForCausalLM(config)
+    stock, arguments = transformers.LlamaForCausalLM, {} if name is None else dict(attn_implementation=name)
+    config = AutoConfig.from_pretrained(tmp_path, **arguments)
+    assigned = copy.deepcopy(model.config)
+    assigned._attn_implementation = name
+    for dense in (
+        stock(config),
+        stock(assigned),
+        stock(integration.NSALlamaConfig(**dense_config().to_dict(), **arguments)),
+        stock._from_config(config, **arguments),
+        stock.from_pretrained(tmp_path, config=config, **arguments),
+        stock.from_pretrained(tmp_path, config=model.config, **arguments),
+    ):
         with pytest.raises(RuntimeError, match=r"layer [01] is dense, but its config, a NSALlamaConfig.*Fix: build"):
             dense(IDS)
+        if name is not None:
+            with pytest.raises(ValueError, match=f"{name}.*Fix"):
+                dense.set_attn_implementation(name)
+        with pytest.raises(RuntimeError, match=r"layer [01] is dense, but its config, a NSALlamaConfig.*Fix: build"):
+            dense(IDS)
+
+
+@pytest.mark.parametrize("name", ["sdpa", "eager"])
+def test_another_attention_implementation_is_no_matter_for_sparse_layers(tmp_path, name):
+    """What users pass to every model, and what a larger model is told for its other parts."""
+    model = sparse_model(layers=[1])
+    model.save_pretrained(tmp_path / "llama")
+    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path / "llama", attn_implementation=name), model)
+    model = llava_around_a_patched_base()
+    model.save_pretrained(tmp_path / "llava")
+    kind = transformers.AutoModelForImageTextToText
+    loaded = kind.from_pretrained(tmp_path / "llava", attn_implementation=name).eval()
+    assert loaded.config.vision_config._attn_implementation == name
+    assert torch.equal(output(loaded), output(model))
+    with pytest.raises(ValueError, match=r"cannot become 'sdpa'.*Fix: leave it; of a larger model"):
+        model.set_attn_implementation("sdpa")
+    model.set_attn_implementation({"vision_config": name})
+    assert model.config.vision_config._attn_implementation == name
+    assert torch.equal(output(loaded), output(model))
 
 
 def test_a_sparse_language_model_inside_a_llava(tmp_path):
@@ -272,6 +310,52 @@ def test_settings_changed_while_training(tmp_path):
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert [attention.config for attention in attentions(loaded)] == [first.config, second.config]
     assert_same_model(loaded, model)
+
+
+def llama_around_a_patched_base():
+    model = dense_model()
+    patch_model(model.model, "tiny", gate_init="balanced", verbose=False)
+    return scramble(model)
+
+
+def llava_around_a_patched_base():
+    model = llava()
+    patch_model(model.model.language_model, "tiny", gate_init="balanced", verbose=False)
+    return scramble(model)
+
+
+def pickled(model):
+    return pickle.loads(pickle.dumps(model))
+
+
+@pytest.mark.parametrize("how", [lambda model: model, copy.deepcopy, pickled], ids=["itself", "deepcopy", "pickle"])
+@pytest.mark.parametrize("make", [sparse_model, llama_around_a_patched_base, llava_around_a_patched_base])
+def test_settings_changed_while_training_whoever_saves(tmp_path, make, how):
+    """A larger model knows nothing of its sparse part, and a copy must not follow its original."""
+    original = make()
+    model = how(original)
+    sparse = [module for module in model.modules() if isinstance(module, integration.NSAAttention)]
+    sparse[0].config = dataclasses.replace(sparse[0].config, num_selected_blocks=3)
+    for saved, count in [(model, 3), (original, 3 if model is original else 6)]:
+        saved.save_pretrained(tmp_path)
+        kind = transformers.AutoModelForImageTextToText if hasattr(saved.model, "language_model") else AutoModelForCausalLM
+        loaded = kind.from_pretrained(tmp_path).eval()
+        configs = [module.config for module in loaded.modules() if isinstance(module, integration.NSAAttention)]
+        assert [config.num_selected_blocks for config in configs] == [count, 6]
+        assert torch.equal(output(loaded), output(saved))
+
+
+def test_models_made_from_the_config_of_another(tmp_path):
+    """Each has its own settings from then on, and starts with those that the other has now."""
+    first = sparse_model()
+    attentions(first)[1].config = dataclasses.replace(attentions(first)[1].config, window_size=7)
+    second = integration.NSALlamaForCausalLM(first.config)
+    assert [attention.config.window_size for attention in attentions(second)] == [32, 7]
+    attentions(second)[0].config = dataclasses.replace(attentions(second)[0].config, window_size=9)
+    for model, windows in ((first, [32, 7]), (second, [9, 7])):
+        model.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        assert [attention.config.window_size for attention in attentions(loaded)] == windows
 
 
 def test_settings_by_layer_round_trip(tmp_path):

@@ -115,12 +115,14 @@ def test_a_mask_that_shows_padding_of_the_past_is_refused(layers):
 def test_other_attention_implementations_are_refused(name, padded):
     """Under "sdpa" Trainer would cut the sequence for context parallelism, and masks would be 4D or missing."""
     model, ids = sparse_model(layers=[1]), tokens(2, 20)
-    model.set_attn_implementation(name)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
-    with pytest.raises(ValueError, match=rf'{name}.*Fix: model.set_attn_implementation\("nsa_fsa"\)'):
-        model(ids, attention_mask=mask if padded else None)
-    unpatch_model(model)(ids, attention_mask=mask)  # the dense model takes either
+    expected = model(ids, attention_mask=mask if padded else None).logits
+    with pytest.raises(ValueError, match=rf"cannot become '{name}'.*\"nsa_fsa\".*Fix"):
+        model.set_attn_implementation(name)
+    assert torch.equal(model(ids, attention_mask=mask if padded else None).logits, expected)
+    unpatch_model(model).set_attn_implementation(name)  # the dense model takes either
+    model(ids, attention_mask=mask)
 
 
 # --- Packed batches -------------------------------------------------------------------------------------------------------

@@ -6,6 +6,8 @@ the checkpoint instead of loading it dense. What a class reads that was named ou
 refused by its config: see `_SparseConfig`.
 """
 
+import copy
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -36,7 +38,59 @@ _FOR_NSA_ONLY = ["sparse: import nsa_fsa.integrations.transformers, then load wi
 
 
 class _SparseConfig:
-    """Mixed in before a transformers config class: a file that no other class reads, and a field `nsa` that is a dict."""
+    """Mixed in before a transformers config class: a file that no other class reads, and a field `nsa` that is a dict.
+
+    While a model has this config, `nsa` says what the layers of the model are whenever the config is written or copied,
+    whoever does that, such as a larger model. A copy belongs to no model.
+    """
+
+    __slots__ = ("_model",)  # not in __dict__, which is compared, copied and written
+
+    def belong_to(self, model: PreTrainedModel) -> None:
+        """Makes `model` the one that `nsa` describes."""
+        self._model = weakref.ref(model)
+
+    def model(self) -> PreTrainedModel | None:
+        """The model whose config this is, if there is one."""
+        model = getattr(self, "_model", lambda: None)()
+        return model if model is not None and model.config is self else None
+
+    def _describe(self) -> None:
+        from nsa_fsa.integrations.transformers.patch import describe
+
+        if (model := self.model()) is not None:
+            self.nsa = describe(model)
+
+    def to_dict(self) -> dict[str, Any]:
+        self._describe()
+        return super().to_dict()  # type: ignore[misc]
+
+    def __getstate__(self) -> dict[str, Any]:
+        self._describe()
+        return dict(self.__dict__)
+
+    # Every model class gives its layers the attention of this name, and a stock one's refuse to run (`dense_attention`): with
+    # another name they would run dense. Loading ignores another name, because a larger model passes its own to all its parts.
+    @property
+    def _attn_implementation(self) -> str:
+        return ATTENTION_NAME
+
+    @_attn_implementation.setter
+    def _attn_implementation(self, value: Any) -> None:
+        pass
+
+    @property
+    def _attn_implementation_internal(self) -> str:
+        return ATTENTION_NAME
+
+    @_attn_implementation_internal.setter
+    def _attn_implementation_internal(self, value: Any) -> None:
+        if value != ATTENTION_NAME:
+            raise ValueError(
+                f"the attention implementation of a model with NSA layers cannot become {value!r}: it must be "
+                f'"{ATTENTION_NAME}", for its dense layers, too. Fix: leave it; of a larger model, name the parts that shall '
+                'change: model.set_attn_implementation({"vision_config": "sdpa"}).'
+            )
 
     def __post_init__(self, **kwargs: Any) -> None:
         if not isinstance(self.nsa, (Mapping, type(None))):  # type: ignore[attr-defined]
@@ -49,7 +103,6 @@ class _SparseConfig:
         fields: dict[str, Any] = self.__dict__
         if str(fields.get("layer_types")).startswith("['sparse"):  # Qwen has such a field
             fields["layer_types"] = ["full_attention"] * fields["num_hidden_layers"]  # patch_model takes no others
-        kwargs["attn_implementation"] = kwargs.get("attn_implementation") or ATTENTION_NAME
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
     def to_diff_dict(self) -> dict[str, Any]:
@@ -110,17 +163,17 @@ class _NSAModel:
                 f"{type(self).__name__} needs an {needed}, but got a {type(config).__name__}. Fix: {needed}(..., nsa=...), "
                 "or patch_model(model) with the dense model."
             )
+        if config.model() is not None:  # and goes on saying what that one's layers are
+            config = copy.deepcopy(config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         from nsa_fsa.integrations.transformers.patch import install
 
         install(self, {"compressor_k": compressor_k, "compressor_v": compressor_v})  # type: ignore[arg-type]
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers' own; the settings that are saved are those of the layers as they are now."""
-        from nsa_fsa.integrations.transformers.patch import describe
-
-        self.config.nsa = describe(self)  # type: ignore[attr-defined, arg-type]
-        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+    def __setstate__(self, state: Any) -> None:
+        """A copy of the model has a copy of the config."""
+        super().__setstate__(state)  # type: ignore[misc]
+        self.config.belong_to(self)  # type: ignore[attr-defined, has-type]
 
     def train(self, mode: bool = True) -> Any:
         """As PyTorch's own; warns where gates are frozen while other parameters, such as adapters, are to be trained."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from nsa_fsa.config import PRESETS, ROPE_TYPES, NSAConfig
-from nsa_fsa.integrations.transformers.attention import ATTENTION_NAME, NSAAttention, attach, detach
+from nsa_fsa.integrations.transformers.attention import NSAAttention, attach, detach
 from nsa_fsa.integrations.transformers.models import DENSE_CLASS, SPARSE_CLASS, supported_models
 
 Settings: TypeAlias = NSAConfig | Mapping[str, Any] | str | os.PathLike[str]
@@ -183,11 +183,11 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 
 def _unpatch(model: PreTrainedModel) -> None:
     state: _DenseState = model._nsa_dense  # type: ignore[assignment]
+    changed = [name for name, value in _lasting_values(model.config).items() if state.sparse_values.get(name) != value]
     for layer in _decoder_layers(model):
         if isinstance(layer.self_attn, NSAAttention):
             layer.self_attn = layer.self_attn.to_dense()
     detach(model.base_model)
-    changed = [name for name, value in _lasting_values(model.config).items() if state.sparse_values.get(name) != value]
     dense_config = copy.deepcopy(state.config) if changed else state.config  # the original may serve other models, too
     for name in changed:
         setattr(dense_config, name, copy.deepcopy(getattr(model.config, name)))
@@ -424,9 +424,11 @@ def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
 
 def _convert_config(config: Any, config_class: Any) -> Any:
     """A copy of a model config as another class of the same family."""
-    converted = copy.deepcopy(config)
-    converted.__class__ = config_class
-    converted.__dict__.pop("model_type", None)  # a config read from a file has it as an attribute of its own
+    converted = config_class.__new__(config_class)
+    values = copy.deepcopy(config).__dict__
+    values.pop("model_type", None)  # a config read from a file has it as an attribute of its own
+    values.pop("_attn_implementation_internal", None)
+    converted.__dict__.update(values)
     return converted
 
 
@@ -444,15 +446,14 @@ def _swap(
         if sparse_class is type(model):  # built sparse: the dense config exists only as what unpatching would give
             dense_config = _convert_config(model.config, DENSE_CLASS[sparse_class].config_class)
             del dense_config.nsa
-            if dense_config._attn_implementation == ATTENTION_NAME:
-                dense_config._attn_implementation = "sdpa"  # transformers' default for these models
+            dense_config._attn_implementation = "sdpa"  # transformers' default for these models
         model._nsa_dense = _DenseState(dense_config, _lasting_values(sparse_config))  # type: ignore[assignment]
         attach(model.base_model)
     for i, replacement in replacements.items():
         _decoder_layers(model)[i].self_attn = replacement
-    sparse_config._attn_implementation = ATTENTION_NAME
     _rebind_config(model, model.config, sparse_config)
     model.__class__ = sparse_class
+    sparse_config.belong_to(model)
     sparse_config.nsa = describe(model)
 
 
