@@ -736,6 +736,47 @@ def test_quantized_and_offloaded_models(change):
     assert torch.equal(output(unpatch_model(model), ids), expected)
 
 
+WRAPPED = {
+    "modules_to_save": lambda model: lora(model, modules_to_save=["gate", "compress_k", "compress_v"]),
+    "LoRA on the gate": lambda model: peft.get_peft_model(model, peft.LoraConfig(target_modules=["gate", "k_proj"])),
+    "offloaded": lambda model: accelerate.cpu_offload(model),
+}
+
+
+@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
+def test_patching_again_keeps_what_is_around_the_layers(wrap):
+    """Adapters and offloaded weights go on with the new settings, as a model without them would."""
+    model, ids = sparse_model(), tokens(1, 200)
+    plain, settings = copy.deepcopy(model), dict(window_size=7, kernel_stride=4, gate_init="dense", backend="reference")
+    wrapped = wrap(model)
+    if isinstance(wrapped, peft.PeftModel):
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                torch.nn.init.normal_(parameter, std=0.3)
+        plain = copy.deepcopy(wrapped).merge_and_unload()
+    modules = dict(wrapped.named_modules())
+    learned = {name: p for name, p in wrapped.named_parameters() if p.device.type != "meta"}
+    report = patch_model(model, **settings, verbose=False)
+    patch_model(plain, **settings, verbose=False)
+    assert report.started_anew == ()
+    found = dict(wrapped.named_modules())
+    assert [name for name in modules if found[name] is not modules[name] and "rotary" not in name] == []
+    assert all(dict(wrapped.named_parameters())[name] is p for name, p in learned.items())
+    torch.testing.assert_close(output(wrapped, ids), output(plain, ids), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(output(unpatch_model(wrapped), ids), output(unpatch_model(plain), ids), rtol=1e-4, atol=1e-4)
+
+
+def test_a_wrapped_part_that_would_start_anew_is_refused():
+    model = sparse_model()
+    wrapped = lora(model, modules_to_save=["gate"])
+    before = snapshot(wrapped)
+    for settings in (dict(gate="per_token"), dict(kernel_size=8, gate="per_token")):
+        with pytest.raises(ValueError, match=r"gate of layer 0 has to start anew.*ModulesToSaveWrapper.*Fix: merge or unload"):
+            patch_model(model, **settings, verbose=False)
+    assert_same(before, snapshot(wrapped))
+    assert patch_model(model, kernel_size=8, verbose=False).started_anew[:2] == ("0.compress_k", "0.compress_v")
+
+
 # --- Training -------------------------------------------------------------------------------------------------------------
 
 

@@ -16,9 +16,13 @@ from transformers import PreTrainedModel
 from nsa_fsa.config import PRESETS, ROPE_TYPES, NSAConfig
 from nsa_fsa.integrations.transformers.attention import NSAAttention, attach, detach
 from nsa_fsa.integrations.transformers.models import DENSE_CLASS, SPARSE_CLASS, supported_models
+from nsa_fsa.modules.compression import Compressor
+from nsa_fsa.modules.gating import BranchGate
+from nsa_fsa.ops import backends
 
 Settings: TypeAlias = NSAConfig | Mapping[str, Any] | str | os.PathLike[str]
 COMPRESSORS = ("compressor_k", "compressor_v")
+PARTS = ("gate", "compress_k", "compress_v")  # what a layer adds, and learns
 # Wrappers that keep a list of the parameters they found, and would miss those that unpatching drops.
 KEEPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 
@@ -335,7 +339,7 @@ def _build(
             config, before.to_dense() if before else attention, **new, **_factory(model, attention.q_proj)
         )
         if before is not None:
-            anew += [f"{i}.{part}" for part in _carry_over(before, replacement)]
+            anew += _carry_over(i, before, replacement, own[i])
         replacements[i] = replacement
     return replacements, tuple(anew)
 
@@ -358,16 +362,43 @@ def _own_phi(attention: NSAAttention, name: str) -> nn.Module | None:
     return getattr(compressor, "phi", compressor) if getattr(compressor, "is_own", True) else None
 
 
-def _carry_over(before: NSAAttention, after: NSAAttention) -> list[str]:
-    """Gives a layer the learned parameters of its predecessor, part by part; returns the parts that do not fit."""
+def _carry_over(i: int, before: NSAAttention, after: NSAAttention, own: Mapping[str, Any]) -> list[str]:
+    """Gives layer i what its predecessor learned, part by part; returns the parts that do not fit.
+
+    Parts go over as whole modules, with what others put around or on them: adapters, hooks that bring offloaded weights.
+    """
     anew = []
-    for name in ("gate", "compress_k", "compress_v"):
-        learned, wanted = (dict(getattr(x, name).state_dict(keep_vars=True)) for x in (before, after))
-        if {key: x.shape for key, x in learned.items()} == {key: x.shape for key, x in wanted.items()}:
-            getattr(after, name).load_state_dict(learned, assign=True)
+    phis: dict[str, Any] = {name: _own_phi(before, name) for name in COMPRESSORS}
+    unlearned = NSAAttention(before.config, before.to_dense(), device="meta", **phis)  # shapes without what is around them
+    for part in PARTS:
+        given = own.get(part.replace("compress_", "compressor_")) is not None
+        old, new = getattr(before, part), getattr(after, part)
+        learned, wanted = (old if given else getattr(unlearned, part)).state_dict(keep_vars=True), new.state_dict()
+        if {key: x.shape for key, x in learned.items()} != {key: x.shape for key, x in wanted.items()}:
+            if type(old) is not type(new):
+                raise ValueError(
+                    f"{part} of layer {i} has to start anew with these settings, but a {type(old).__name__} has taken its "
+                    "place. Fix: merge or unload the adapter first, or keep the settings that decide the shape."
+                )
+            anew.append(f"{i}.{part}")
+        elif given:
+            new.load_state_dict(learned, assign=True)
         else:
-            anew.append(name)
+            setattr(after, part, old)
     return anew
+
+
+def _update(attention: NSAAttention, new: NSAAttention) -> None:
+    """Gives a layer the settings and parts of one that was built for it."""
+    for name in ("config", "rotary", *PARTS):
+        setattr(attention, name, getattr(new, name))
+    c = new.config
+    for module in attention.modules():  # parts have copies of some settings
+        if isinstance(module, BranchGate):
+            module.init = c.gate_init
+        elif isinstance(module, Compressor):
+            module.kernel_size, module.kernel_stride = c.kernel_size, c.kernel_stride
+            module.backend = backends.of_several("pool_windows", c.backend)
 
 
 def _check_fit(model: PreTrainedModel, config: NSAConfig) -> None:
@@ -450,7 +481,11 @@ def _swap(
         model._nsa_dense = _DenseState(dense_config, _lasting_values(sparse_config))  # type: ignore[assignment]
         attach(model.base_model)
     for i, replacement in replacements.items():
-        _decoder_layers(model)[i].self_attn = replacement
+        layer = _decoder_layers(model)[i]
+        if isinstance(layer.self_attn, NSAAttention):
+            _update(layer.self_attn, replacement)  # the module stays, with any hooks on it
+        else:
+            layer.self_attn = replacement
     _rebind_config(model, model.config, sparse_config)
     model.__class__ = sparse_class
     sparse_config.belong_to(model)
@@ -482,8 +517,7 @@ def _replace_config(model: nn.Module, old: Any, new: Any) -> None:
 
 
 def _count_new(attentions: Iterable[NSAAttention]) -> int:
-    parts = (part for a in attentions for part in (a.gate, a.compress_k, a.compress_v))
-    return sum(p.numel() for part in parts for p in part.parameters())
+    return sum(p.numel() for a in attentions for part in PARTS for p in getattr(a, part).parameters())
 
 
 def _ranges(indices: tuple[int, ...]) -> str:
