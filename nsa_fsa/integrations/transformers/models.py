@@ -44,13 +44,14 @@ class _SparseConfig:
     whoever does that, such as a larger model. A copy belongs to no model.
     """
 
-    __slots__ = ("_model",)  # not in __dict__, which is compared, copied and written
+    __slots__ = ("__dict__", "_model")  # beside __dict__, which is compared, copied and written
+    nsa: dict[str, Any] | None
 
     def belong_to(self, model: PreTrainedModel) -> None:
         """Makes `model` the one that `nsa` describes."""
         self._model = weakref.ref(model)
 
-    def model(self) -> PreTrainedModel | None:
+    def nsa_model(self) -> PreTrainedModel | None:
         """The model whose config this is, if there is one."""
         model = getattr(self, "_model", lambda: None)()
         return model if model is not None and model.config is self else None
@@ -58,7 +59,7 @@ class _SparseConfig:
     def _describe(self) -> None:
         from nsa_fsa.integrations.transformers.patch import describe
 
-        if (model := self.model()) is not None:
+        if (model := self.nsa_model()) is not None:
             self.nsa = describe(model)
 
     def to_dict(self) -> dict[str, Any]:
@@ -93,9 +94,9 @@ class _SparseConfig:
             )
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if not isinstance(self.nsa, (Mapping, type(None))):  # type: ignore[attr-defined]
+        if not isinstance(self.nsa, (Mapping, type(None))):
             raise ValueError(
-                f"nsa={self.nsa!r} is not allowed: it must be a dict of NSAConfig's fields, or None. "  # type: ignore[attr-defined]
+                f"nsa={self.nsa!r} is not allowed: it must be a dict of NSAConfig's fields, or None. "
                 'Fix: nsa={"preset": "fsa-64x16"}, for example.'
             )
         if str(kwargs.get("layer_types")).startswith("['sparse"):
@@ -110,21 +111,21 @@ class _SparseConfig:
         return {**super().to_diff_dict(), "layer_types": _FOR_NSA_ONLY}  # type: ignore[misc]
 
 
-class NSALlamaConfig(_SparseConfig, LlamaConfig):
+class NSALlamaConfig(_SparseConfig, LlamaConfig):  # type: ignore[misc]
     """A Llama config with a field `nsa`: `NSAConfig`'s fields, `layers` (None: all) and `per_layer`, what differs there."""
 
     model_type = "nsa_llama"
     nsa: dict[str, Any] | None = None
 
 
-class NSAQwen2Config(_SparseConfig, Qwen2Config):
+class NSAQwen2Config(_SparseConfig, Qwen2Config):  # type: ignore[misc]
     """A Qwen2 config with a field `nsa`: `NSAConfig`'s fields, `layers` (None: all) and `per_layer`, what differs there."""
 
     model_type = "nsa_qwen2"
     nsa: dict[str, Any] | None = None
 
 
-class NSAQwen3Config(_SparseConfig, Qwen3Config):
+class NSAQwen3Config(_SparseConfig, Qwen3Config):  # type: ignore[misc]
     """A Qwen3 config with a field `nsa`: `NSAConfig`'s fields, `layers` (None: all) and `per_layer`, what differs there."""
 
     model_type = "nsa_qwen3"
@@ -163,7 +164,7 @@ class _NSAModel:
                 f"{type(self).__name__} needs an {needed}, but got a {type(config).__name__}. Fix: {needed}(..., nsa=...), "
                 "or patch_model(model) with the dense model."
             )
-        if config.model() is not None:  # and goes on saying what that one's layers are
+        if config.nsa_model() is not None:  # and goes on saying what that one's layers are
             config = copy.deepcopy(config)
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         from nsa_fsa.integrations.transformers.patch import install
@@ -173,7 +174,7 @@ class _NSAModel:
     def __setstate__(self, state: Any) -> None:
         """A copy of the model has a copy of the config."""
         super().__setstate__(state)  # type: ignore[misc]
-        self.config.belong_to(self)  # type: ignore[attr-defined, has-type]
+        self.config.belong_to(self)  # type: ignore[attr-defined]
 
     def train(self, mode: bool = True) -> Any:
         """As PyTorch's own; warns where gates are frozen while other parameters, such as adapters, are to be trained."""
