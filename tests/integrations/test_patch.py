@@ -14,11 +14,12 @@ import pytest
 import torch
 import transformers
 import yaml
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
 from torch.distributed.device_mesh import init_device_mesh
 from transformers import DynamicCache
 from transformers.distributed import DistributedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
 
 from nsa_fsa import NSAConfig
 from nsa_fsa.integrations.transformers import (
@@ -432,12 +433,14 @@ def test_settings_by_layer():
 
 def test_patching_again_keeps_what_was_learned():
     model, ids = sparse_model(layers=[1]), tokens(1, 200)
+    attentions(model)[1].gate.requires_grad_(False)
     learned, before = dict(model.named_parameters()), output(model, ids)
     report = patch_model(model, window_size=64, num_selected_blocks=3, verbose=False)
     assert (report.layers, report.started_anew, report.already_patched) == ((1,), (), False)
     assert report.config == tiny_nsa(model, window_size=64, num_selected_blocks=3, gate_init="balanced")
     for name, parameter in model.named_parameters():
         assert parameter is learned[name], name  # an optimizer goes on with them
+        assert parameter.requires_grad == (".gate." not in name)
     assert (output(model, ids) - before).abs().max() > 1e-3
     patch_model(model, window_size=32, num_selected_blocks=6, verbose=False)
     assert torch.equal(output(model, ids), before)
@@ -764,6 +767,51 @@ def test_patching_again_keeps_what_is_around_the_layers(wrap):
     assert all(dict(wrapped.named_parameters())[name] is p for name, p in learned.items())
     torch.testing.assert_close(output(wrapped, ids), output(plain, ids), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(output(unpatch_model(wrapped), ids), output(unpatch_model(plain), ids), rtol=1e-4, atol=1e-4)
+
+
+def wrap_layers(model):
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
+
+
+def wrap_attention(model):
+    for layer in model.model.layers:
+        layer.self_attn = checkpoint_wrapper(layer.self_attn)
+
+
+@pytest.mark.parametrize("wrap", [wrap_layers, wrap_attention])
+@pytest.mark.parametrize("first", [True, False], ids=["wrapped first", "patched first"])
+def test_wrappers_around_layers_or_attention(wrap, first):
+    """Their attributes are the wrapped module's to read, but not to set."""
+    model, plain, ids = dense_model(), dense_model(), tokens(1, 200)
+    expected = output(plain, ids)
+    if first:
+        wrap(model)
+    for either in (plain, model):
+        patch_model(either, "tiny", gate_init="balanced", verbose=False)
+    if not first:
+        wrap(model)
+    scramble(plain)
+    model.load_state_dict(plain.state_dict())  # transparent in names
+    assert torch.equal(output(model, ids), output(plain, ids))
+    for either in (plain, model):
+        patch_model(either, window_size=9, verbose=False)
+    assert torch.equal(output(model, ids), output(plain, ids))
+    assert torch.equal(model.generate(ids, max_new_tokens=3), plain.generate(ids, max_new_tokens=3))
+    assert model.config.nsa == plain.config.nsa
+    assert type(unpatch_model(model)) is transformers.LlamaForCausalLM
+    assert torch.equal(output(model, ids), expected)
+
+
+def test_a_compiled_attention_module_is_refused():
+    """What torch.compile returned for it would go on calling the one that was replaced."""
+    for patched in (False, True):
+        model = sparse_model() if patched else dense_model()
+        layer, change = model.model.layers[1], unpatch_model if patched else patch_model
+        layer.self_attn = torch.compile(layer.self_attn, backend="eager")
+        before = snapshot(model)
+        with pytest.raises(TypeError, match=r"attention of layers \[1\] is inside an OptimizedModule.*Fix: torch.compile"):
+            change(model)
+        assert_same(before, snapshot(model))
 
 
 def test_a_wrapped_part_that_would_start_anew_is_refused():

@@ -115,7 +115,7 @@ def patch_model(
         The report.
 
     Raises:
-        TypeError: for a model class that is not supported, or a wrapper around one.
+        TypeError: for a model class that is not supported, a wrapper around one, or a compiled attention module.
         ValueError: for settings that do not fit the model. The model is untouched then.
         RuntimeError: for a transformers version whose attention has another signature.
     """
@@ -169,7 +169,8 @@ def unpatch_model(model: nn.Module) -> nn.Module:
         The model.
 
     Raises:
-        TypeError: for a patched model in a wrapper that keeps account of its parameters (DDP, FSDP), or in a subclass.
+        TypeError: for a patched model in a wrapper that keeps account of its parameters (DDP, FSDP), or in a subclass, or with
+            a compiled attention module.
     """
     modules = list(model.modules())
     patched = [m for m in modules if type(m) in DENSE_CLASS]
@@ -181,6 +182,8 @@ def unpatch_model(model: nn.Module) -> nn.Module:
             "list of the parameters that would go. Fix: call unpatch_model with the whole patched model, before wrapping it."
         )
     for inner in patched:
+        _check_slots(inner, _attentions(inner))  # type: ignore[arg-type]
+    for inner in patched:
         _unpatch(inner)  # type: ignore[arg-type]
     return model
 
@@ -188,9 +191,8 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 def _unpatch(model: PreTrainedModel) -> None:
     state: _DenseState = model._nsa_dense  # type: ignore[assignment]
     changed = [name for name, value in _lasting_values(model.config).items() if state.sparse_values.get(name) != value]
-    for layer in _decoder_layers(model):
-        if isinstance(layer.self_attn, NSAAttention):
-            layer.self_attn = layer.self_attn.to_dense()
+    for i, attention in _attentions(model).items():
+        _put(model, i, attention.to_dense())
     detach(model.base_model)
     dense_config = copy.deepcopy(state.config) if changed else state.config  # the original may serve other models, too
     for name in changed:
@@ -240,7 +242,8 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def _attentions(model: PreTrainedModel) -> dict[int, NSAAttention]:
-    return {i: x.self_attn for i, x in enumerate(_decoder_layers(model)) if isinstance(x.self_attn, NSAAttention)}
+    found = {i: getattr(*slot) for i, slot in enumerate(_slots(model))}
+    return {i: attention for i, attention in found.items() if isinstance(attention, NSAAttention)}
 
 
 def _indices(model: PreTrainedModel, layers: Any) -> list[int]:
@@ -320,11 +323,12 @@ def _build(
     model: PreTrainedModel, settings: Mapping[int, NSAConfig], own: Mapping[int, Mapping[str, Any]]
 ) -> tuple[dict[int, NSAAttention], tuple[str, ...]]:
     """New attention modules for the layers that change, and which learned parts start anew. The model is untouched."""
-    replacements, anew = {}, []
+    replacements, anew, slots = {}, [], _slots(model)
     for i, config in sorted(settings.items()):
-        attention: Any = _decoder_layers(model)[i].self_attn
+        attention: Any = getattr(*slots[i])
         before = attention if isinstance(attention, NSAAttention) else None
         if before is None:
+            _check_slots(model, [i])
             _check_signature(attention)
         elif type(model) in SPARSE_CLASS:
             raise ValueError(
@@ -382,6 +386,8 @@ def _carry_over(i: int, before: NSAAttention, after: NSAAttention, own: Mapping[
                 )
             anew.append(f"{i}.{part}")
         elif given:
+            for key, parameter in new.named_parameters():
+                parameter.requires_grad_(learned[key].requires_grad)  # which the module gives to what it loads
             new.load_state_dict(learned, assign=True)
         else:
             setattr(after, part, old)
@@ -453,6 +459,31 @@ def _decoder_layers(model: PreTrainedModel) -> nn.ModuleList:
     return model.base_model.layers  # type: ignore[return-value]
 
 
+def _slots(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
+    """Each layer's attention, as the module that holds it and its name there: wrappers may be around the layer or around it."""
+
+    def slot(layer: nn.Module) -> tuple[nn.Module, str]:
+        held = ((m, name) for m in layer.modules() for name, x in m.named_children() if "q_proj" in x._modules)
+        return next(held, (layer, "self_attn"))
+
+    return [slot(layer) for layer in _decoder_layers(model)]
+
+
+def _put(model: PreTrainedModel, i: int, attention: nn.Module) -> None:
+    setattr(*_slots(model)[i], attention)
+
+
+def _check_slots(model: PreTrainedModel, layers: Iterable[int]) -> None:
+    """That these layers' attention can be replaced: what torch.compile returns for a module goes on calling that one."""
+    slots = _slots(model)
+    compiled = [i for i in layers if type(slots[i][0]).__name__ == "OptimizedModule"]
+    if compiled:
+        raise TypeError(
+            f"the attention of layers {compiled} is inside an OptimizedModule and cannot be replaced there. Fix: torch.compile "
+            "the model or its layers rather than self_attn, or do so after patching."
+        )
+
+
 def _convert_config(config: Any, config_class: Any) -> Any:
     """A copy of a model config as another class of the same family."""
     converted = config_class.__new__(config_class)
@@ -480,12 +511,12 @@ def _swap(
             dense_config._attn_implementation = "sdpa"  # transformers' default for these models
         model._nsa_dense = _DenseState(dense_config, _lasting_values(sparse_config))  # type: ignore[assignment]
         attach(model.base_model)
+    now = _attentions(model)
     for i, replacement in replacements.items():
-        layer = _decoder_layers(model)[i]
-        if isinstance(layer.self_attn, NSAAttention):
-            _update(layer.self_attn, replacement)  # the module stays, with any hooks on it
+        if i in now:
+            _update(now[i], replacement)  # the module stays, with any hooks on it
         else:
-            layer.self_attn = replacement
+            _put(model, i, replacement)
     _rebind_config(model, model.config, sparse_config)
     model.__class__ = sparse_class
     sparse_config.belong_to(model)
