@@ -324,12 +324,20 @@ def llava_around_a_patched_base():
     return scramble(model)
 
 
+def of_another_config_object():
+    model = sparse_model()
+    model.config = copy.deepcopy(model.config)
+    return model
+
+
 def pickled(model):
     return pickle.loads(pickle.dumps(model))
 
 
 @pytest.mark.parametrize("how", [lambda model: model, copy.deepcopy, pickled], ids=["itself", "deepcopy", "pickle"])
-@pytest.mark.parametrize("make", [sparse_model, llama_around_a_patched_base, llava_around_a_patched_base])
+@pytest.mark.parametrize(
+    "make", [sparse_model, of_another_config_object, llama_around_a_patched_base, llava_around_a_patched_base]
+)
 def test_settings_changed_while_training_whoever_saves(tmp_path, make, how):
     """A larger model knows nothing of its sparse part, and a copy must not follow its original."""
     original = make()

@@ -816,13 +816,50 @@ def test_a_compiled_attention_module_is_refused():
 
 def test_a_wrapped_part_that_would_start_anew_is_refused():
     model = sparse_model()
-    wrapped = lora(model, modules_to_save=["gate"])
-    before = snapshot(wrapped)
-    for settings in (dict(gate="per_token"), dict(kernel_size=8, gate="per_token")):
-        with pytest.raises(ValueError, match=r"gate of layer 0 has to start anew.*ModulesToSaveWrapper.*Fix: merge or unload"):
+    wrapped = lora(model, modules_to_save=["gate", "compress_v"])
+    before, own = snapshot(wrapped), lambda config: torch.nn.Identity()
+    for part, settings in (
+        ("gate", dict(gate="per_token")),
+        ("gate", dict(compress_k="linear", gate="per_token")),
+        ("compress_v", dict(compress_v="linear")),
+        ("compress_v", dict(compressor_v=own)),
+    ):
+        message = rf"{part} of layer 0 has to be made anew.*ModulesToSaveWrapper.*Fix: merge or unload"
+        with pytest.raises(ValueError, match=message):
             patch_model(model, **settings, verbose=False)
     assert_same(before, snapshot(wrapped))
-    assert patch_model(model, kernel_size=8, verbose=False).started_anew[:2] == ("0.compress_k", "0.compress_v")
+    assert patch_model(model, compress_k="linear", verbose=False).started_anew == ("0.compress_k", "1.compress_k")
+
+
+class Scaled(torch.nn.Module):
+    """A compressor of one's own."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(()))
+
+    def forward(self, windows):
+        return windows.mean(2) * self.scale
+
+
+def test_a_compressor_given_again():
+    """Takes over what its predecessor learned, and whether it still learns; of an offloaded one it cannot."""
+    model = dense_model()
+    patch_model(model, "tiny", compressor_k=Scaled, verbose=False)
+    parameters = [attention.compress_k.phi.scale for attention in attentions(scramble(model))]
+    parameters[0].requires_grad_(False)
+    before = [p.item() for p in parameters]
+    patch_model(model, compressor_k=Scaled, verbose=False, dry_run=True)
+    assert [p.requires_grad for p in parameters] == [False, True]
+    patch_model(model, window_size=7, compressor_k=Scaled, verbose=False)
+    parameters = [attention.compress_k.phi.scale for attention in attentions(model)]
+    assert [p.item() for p in parameters] == before
+    assert [p.requires_grad for p in parameters] == [False, True]
+    accelerate.cpu_offload(model)
+    with pytest.raises(ValueError, match=r"compress_k of layer 0 is offloaded.*Fix: leave out compressor_k"):
+        patch_model(model, window_size=9, compressor_k=Scaled, verbose=False)
+    patch_model(model, window_size=9, verbose=False)
+    assert output(model, tokens(1, 130)).isfinite().all()
 
 
 # --- Training -------------------------------------------------------------------------------------------------------------

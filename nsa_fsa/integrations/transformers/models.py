@@ -171,6 +171,11 @@ class _NSAModel:
 
         install(self, {"compressor_k": compressor_k, "compressor_v": compressor_v})  # type: ignore[arg-type]
 
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers' own, also where somebody has given the model another config object."""
+        self.config.belong_to(self)  # type: ignore[attr-defined]
+        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+
     def __setstate__(self, state: Any) -> None:
         """A copy of the model has a copy of the config."""
         super().__setstate__(state)  # type: ignore[misc]

@@ -191,8 +191,9 @@ def unpatch_model(model: nn.Module) -> nn.Module:
 def _unpatch(model: PreTrainedModel) -> None:
     state: _DenseState = model._nsa_dense  # type: ignore[assignment]
     changed = [name for name, value in _lasting_values(model.config).items() if state.sparse_values.get(name) != value]
+    slots = _slots(model)
     for i, attention in _attentions(model).items():
-        _put(model, i, attention.to_dense())
+        setattr(*slots[i], attention.to_dense())
     detach(model.base_model)
     dense_config = copy.deepcopy(state.config) if changed else state.config  # the original may serve other models, too
     for name in changed:
@@ -378,12 +379,18 @@ def _carry_over(i: int, before: NSAAttention, after: NSAAttention, own: Mapping[
         given = own.get(part.replace("compress_", "compressor_")) is not None
         old, new = getattr(before, part), getattr(after, part)
         learned, wanted = (old if given else getattr(unlearned, part)).state_dict(keep_vars=True), new.state_dict()
-        if {key: x.shape for key, x in learned.items()} != {key: x.shape for key, x in wanted.items()}:
-            if type(old) is not type(new):
-                raise ValueError(
-                    f"{part} of layer {i} has to start anew with these settings, but a {type(old).__name__} has taken its "
-                    "place. Fix: merge or unload the adapter first, or keep the settings that decide the shape."
-                )
+        fits = {key: x.shape for key, x in learned.items()} == {key: x.shape for key, x in wanted.items()}
+        if type(old) is not type(new) and (given or not fits):
+            raise ValueError(
+                f"{part} of layer {i} has to be made anew with these settings, but a {type(old).__name__} has taken its "
+                "place. Fix: merge or unload the adapter first, or keep the settings that decide the shape."
+            )
+        if given and {x.device.type for x in learned.values()} - {x.device.type for x in wanted.values()} == {"meta"}:
+            raise ValueError(
+                f"{part} of layer {i} is offloaded, and cannot be moved into another compressor. Fix: leave out "
+                f"{part.replace('compress_', 'compressor_')}, which keeps the one that is there, or patch before offloading."
+            )
+        if not fits:
             anew.append(f"{i}.{part}")
         elif given:
             for key, parameter in new.named_parameters():
@@ -469,10 +476,6 @@ def _slots(model: PreTrainedModel) -> list[tuple[nn.Module, str]]:
     return [slot(layer) for layer in _decoder_layers(model)]
 
 
-def _put(model: PreTrainedModel, i: int, attention: nn.Module) -> None:
-    setattr(*_slots(model)[i], attention)
-
-
 def _check_slots(model: PreTrainedModel, layers: Iterable[int]) -> None:
     """That these layers' attention can be replaced: what torch.compile returns for a module goes on calling that one."""
     slots = _slots(model)
@@ -511,12 +514,13 @@ def _swap(
             dense_config._attn_implementation = "sdpa"  # transformers' default for these models
         model._nsa_dense = _DenseState(dense_config, _lasting_values(sparse_config))  # type: ignore[assignment]
         attach(model.base_model)
-    now = _attentions(model)
+    slots = _slots(model)
     for i, replacement in replacements.items():
-        if i in now:
-            _update(now[i], replacement)  # the module stays, with any hooks on it
+        now = getattr(*slots[i])
+        if isinstance(now, NSAAttention):
+            _update(now, replacement)  # the module stays, with any hooks on it
         else:
-            _put(model, i, replacement)
+            setattr(*slots[i], replacement)
     _rebind_config(model, model.config, sparse_config)
     model.__class__ = sparse_class
     sparse_config.belong_to(model)
