@@ -381,6 +381,43 @@ def test_settings_by_layer_round_trip(tmp_path):
     assert torch.equal(loaded.generate(prompt, max_new_tokens=5, do_sample=False), greedy(model, prompt, 5))
 
 
+@pytest.mark.parametrize("key", [1, "1", -1, "-1"])
+def test_settings_by_layer_of_a_config(tmp_path, key):
+    nsa = dict(preset="tiny", per_layer={key: dict(window_size=3)})
+    model = integration.NSALlamaForCausalLM(integration.NSALlamaConfig(**dense_config().to_dict(), nsa=nsa)).eval()
+    assert [attention.config.window_size for attention in attentions(model)] == [32, 3]
+    model.save_pretrained(tmp_path)
+    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path), model)
+
+
+@pytest.mark.parametrize(
+    ("nsa", "message"),
+    [
+        (dict(per_layer={9: dict(window_size=3)}), "layers=9 must be an index.*0 .. 1"),
+        (dict(per_layer={"first": dict(window_size=3)}), "layers='first' must be an index.*0 .. 1"),
+        (dict(per_layer={0: dict(window_size=3)}, layers=[1]), r"per_layer names layers \[0\].*layers=\[1\].*Fix"),
+        (dict(per_layer={1: dict(window_size=3), "-1": dict(window_size=5)}), r"layer 1 is named twice.*Fix"),
+        (dict(per_layer=[dict(window_size=3)]), r"per_layer=\[.* is not allowed.*Fix: per_layer="),
+        (dict(per_layer={0: 3}), r"per_layer=\{0: 3\} is not allowed.*Fix: per_layer="),
+    ],
+    ids=str,
+)
+def test_settings_of_no_layer_are_refused(nsa, message):
+    config = integration.NSALlamaConfig(**dense_config().to_dict(), nsa=dict(preset="tiny", **nsa))
+    with pytest.raises(ValueError, match=message):
+        integration.NSALlamaForCausalLM(config)
+
+
+def test_a_model_that_lost_its_sparse_layers(tmp_path):
+    """Its file says so when it is loaded, and the model can be unpatched."""
+    model = sparse_model(layers=[0])
+    model.model.layers[0].self_attn = copy.deepcopy(model.model.layers[1].self_attn)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layers=\[\] must be.*at least one"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(unpatch_model(model)) is transformers.LlamaForCausalLM
+
+
 class LastToken(torch.nn.Module):
     """A compressor of one's own: the window's last token, scaled."""
 

@@ -1,6 +1,7 @@
 """patch_model and unpatch_model: what changes, what does not, and what is refused."""
 
 import copy
+import dataclasses
 import gc
 import json
 import pickle
@@ -431,6 +432,34 @@ def test_settings_by_layer():
     assert sparse_layers(model) == []
 
 
+@pytest.mark.parametrize("key", [(0, 2), range(0, 3, 2), (0, -1)], ids=str)
+def test_settings_for_several_layers_at_once(key):
+    model = dense_model(num_hidden_layers=4 if key == (0, 2) else 3)
+    report = patch_model(model, {key: "tiny"}, verbose=False)
+    assert report.layers == (0, 2)
+    assert sparse_layers(model) == [0, 2]
+
+
+CHANGES = [
+    dict(kernel_size=8, kernel_stride=4), dict(kernel_stride=4), dict(compress_k="linear"), dict(compress_v="mean"),
+    dict(gate="per_token"), dict(num_kv_heads=4), dict(compress_position_embedding=True), dict(backend="reference"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", CHANGES, ids=str)
+def test_a_config_that_does_not_fit_the_modules_is_refused(changes):
+    """Assigned to a layer, half of it would run: compressors and gates are made for what they were built with."""
+    model, ids = sparse_model(), tokens(1, 130)
+    attention, before, expected = attentions(model)[0], attentions(model)[0].config, output(model, ids)
+    names = ", ".join(f"{name}={value!r}" for name, value in changes.items())
+    with pytest.raises(ValueError, match=rf"config of layer 0 cannot be.*{names}.*Fix: patch_model"):
+        attention.config = dataclasses.replace(before, window_size=7, **changes)
+    assert attention.config is before
+    assert torch.equal(output(model, ids), expected)
+    attention.config = dataclasses.replace(before, window_size=7, num_selected_blocks=3, block_size=32)
+    assert (output(model, ids) - expected).abs().max() > 1e-3
+
+
 def test_patching_again_keeps_what_was_learned():
     model, ids = sparse_model(layers=[1]), tokens(1, 200)
     attentions(model)[1].gate.requires_grad_(False)
@@ -521,6 +550,15 @@ REFUSED = {
     "misspelt override": (lambda model: dict(windw_size=64), "no field 'windw_size'; did you mean 'window_size'"),
     "misspelt field": (lambda model: dict(config=dict(windw_size=64)), "no field 'windw_size'; did you mean 'window_size'"),
     "two presets": (lambda model: dict(config="tiny", preset="tiny"), "preset='tiny' and config.*Fix"),
+    "a layer twice": (
+        lambda model: dict(config={0: "tiny", (-2, 1): "tiny"}),
+        r"layer 0 is named twice in \[0, \(-2, 1\)\].*Fix",
+    ),
+    "layers and names": (
+        lambda model: dict(config={0: "tiny", "window_size": 3}),
+        r"has the keys \[0\] where names.*Fix: config=\{0: ..., 1: ...\}",
+    ),
+    "layers in a layer": (lambda model: dict(config={0: {1: "tiny"}}), r"has the keys \[1\] where names of settings.*Fix"),
     "layers twice": (lambda model: dict(config={0: "tiny"}, layers=[0]), r"layers=\[0\] and a config for each.*Fix"),
     "one layer does not fit": (lambda model: dict(config={0: "tiny", 1: dict(num_kv_heads=4)}), "num_kv_heads=4 does not fit"),
 }

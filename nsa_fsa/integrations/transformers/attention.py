@@ -26,6 +26,7 @@ from nsa_fsa.ops import Layout, flash_attention, sliding_window_attention, valid
 from nsa_fsa.ops.varlen import Packing, keep_padding, pack_batch
 
 ATTENTION_NAME = "nsa_fsa"
+READ_IN_FORWARD = ("block_size", "num_selected_blocks", "init_blocks", "local_blocks", "window_size", "recompute")
 
 
 class Batch(NamedTuple):
@@ -49,6 +50,23 @@ class NSAAttention(NativeSparseAttention):
         super().__init__(config, dense.layer_idx, projections=projections, **new)  # type: ignore[arg-type]
         self.train(dense.training)
         self._dense = (dense,)  # in a tuple, so that it is not a submodule
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As PyTorch's own; a new `config` may change what every forward reads from it, not what the modules are made for.
+
+        Raises:
+            ValueError: for a config that other modules would be needed for.
+        """
+        if name == "config" and (old := self.__dict__.get("config")) is not None:
+            new, kept = value.to_dict(), old.to_dict()
+            wrong = [key for key in kept if new[key] != kept[key] and key not in READ_IN_FORWARD]
+            if wrong:
+                raise ValueError(
+                    f"the config of layer {self.layer_idx} cannot be replaced by one with "
+                    f"{', '.join(f'{key}={new[key]!r}' for key in wrong)}: its modules are made for other values. A new config "
+                    f"may differ in {READ_IN_FORWARD}. Fix: patch_model(model, ...) with these settings."
+                )
+        super().__setattr__(name, value)
 
     def to_dense(self) -> nn.Module:
         """The dense module this one replaced, with the projections as they are now."""

@@ -208,8 +208,16 @@ def install(model: PreTrainedModel, own: Mapping[str, Any]) -> None:
     """Gives a newly constructed `nsa_*` model the attention that its config's `nsa` field asks for."""
     start = "dense" if getattr(model.config, "architectures", None) else "balanced"  # named by checkpoints alone
     common = {"gate_init": start, **(model.config.nsa or {})}
-    layers, per_layer = common.pop("layers", None), common.pop("per_layer", {})
-    settings = {i: {**common, **per_layer.get(str(i), {})} for i in _indices(model, layers)}
+    layers, per_layer = _indices(model, common.pop("layers", None)), common.pop("per_layer", None) or {}
+    if not isinstance(per_layer, Mapping) or not all(isinstance(values, Mapping) for values in per_layer.values()):
+        raise ValueError(
+            f"per_layer={per_layer!r} is not allowed in the config's nsa: it must be a dict by layer of what differs there. "
+            "Fix: per_layer={0: {'window_size': 64}}, for example."
+        )
+    differ = _of_layers(model, per_layer)
+    if dense := sorted(differ.keys() - set(layers)):
+        raise ValueError(f"per_layer names layers {dense}, which are not among nsa's layers={layers}. Fix: add or drop them.")
+    settings = {i: {**common, **differ.get(i, {})} for i in layers}
     own_of: dict[int, dict[str, Any]] = {i: {} for i in settings}
     for name in COMPRESSORS:
         saved = {i: phi for i, values in settings.items() if (phi := values.pop(name, None)) is not None}
@@ -232,7 +240,7 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
         for name in COMPRESSORS:
             if (phi := _own_phi(attention, name)) is not None:
                 layers[i][name] = f"{type(phi).__module__}.{type(phi).__qualname__}"
-    common = layers[min(layers)]
+    common = layers[min(layers)] if layers else {}
     per_layer = {
         str(i): {key: values.get(key) for key in {**common, **values} if values.get(key) != common.get(key)}
         for i, values in layers.items()
@@ -273,6 +281,18 @@ def _indices(model: PreTrainedModel, layers: Any) -> list[int]:
     return sorted({i % count for i in indices})
 
 
+def _of_layers(model: PreTrainedModel, values: Any) -> dict[int, Any]:
+    """`{0: ..., -1: ..., (1, 2): ...}`, or with "0" as JSON has it, as a dict with an index from 0 for every layer."""
+    found: dict[int, Any] = {}
+    for key, value in values.items():
+        is_text = isinstance(key, str) and key.removeprefix("-").isdecimal()
+        for i in _indices(model, int(key) if is_text else key):
+            if i in found:
+                raise ValueError(f"layer {i} is named twice in {list(values)}. Fix: name every layer once.")
+            found[i] = value
+    return found
+
+
 def _by_layer(
     model: PreTrainedModel, config: Any, preset: str | None, layers: Any, overrides: Mapping[str, Any], patched: bool
 ) -> dict[int, NSAConfig]:
@@ -281,7 +301,7 @@ def _by_layer(
     if isinstance(config, Mapping) and config and not any(isinstance(key, str) for key in config):
         if layers is not None:
             raise ValueError(f"layers={layers!r} and a config for each layer are both given. Fix: pass one of them.")
-        given = {_indices(model, key)[0]: value for key, value in config.items()}
+        given = _of_layers(model, config)
     else:
         given = dict.fromkeys(now if layers is None and now else _indices(model, layers), config)
     return {i: _resolve(model, value, preset, overrides, now.get(i)) for i, value in given.items()}
@@ -309,6 +329,11 @@ def _resolve(
         raise ValueError(
             f"config={given!r} is not allowed: it must be an NSAConfig, a preset's name, the path of a YAML file, a dict, or "
             'a dict of these by layer. Fix: config="tiny", for example.'
+        )
+    if unknown := [key for key in given or {} if not isinstance(key, str)]:
+        raise ValueError(
+            f"config={given!r} has the keys {unknown} where names of settings must be. Fix: config={{0: ..., 1: ...}} for "
+            "settings by layer, with nothing else beside them."
         )
     values = {"preset": preset, **(given or {}), **(overrides or {})}
     if now is not None and values["preset"] is None:
@@ -403,6 +428,7 @@ def _carry_over(i: int, before: NSAAttention, after: NSAAttention, own: Mapping[
 
 def _update(attention: NSAAttention, new: NSAAttention) -> None:
     """Gives a layer the settings and parts of one that was built for it."""
+    del attention.config  # assigned, it could not differ in what parts are made for
     for name in ("config", "rotary", *PARTS):
         setattr(attention, name, getattr(new, name))
     c = new.config
