@@ -361,8 +361,8 @@ def test_models_made_from_the_config_of_another(tmp_path):
     assert [attention.config.window_size for attention in attentions(second)] == [32, 7]
     attentions(second)[0].config = dataclasses.replace(attentions(second)[0].config, window_size=9)
     for model, windows in ((first, [32, 7]), (second, [9, 7])):
-        model.save_pretrained(tmp_path)
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+        model.config.save_pretrained(tmp_path)
+        loaded = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
         assert [attention.config.window_size for attention in attentions(loaded)] == windows
 
 

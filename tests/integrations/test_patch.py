@@ -30,6 +30,8 @@ from nsa_fsa.integrations.transformers import (
     supported_models,
     unpatch_model,
 )
+from nsa_fsa.modules import Compressor
+from nsa_fsa.modules.gating import BranchGate
 from tests.integrations.models import (
     FAMILIES,
     TINY_REACH,
@@ -800,6 +802,9 @@ def test_patching_again_keeps_what_is_around_the_layers(wrap):
     report = patch_model(model, **settings, verbose=False)
     patch_model(plain, **settings, verbose=False)
     assert report.started_anew == ()
+    parts = [module for module in wrapped.modules() if isinstance(module, (BranchGate, Compressor))]
+    assert {getattr(part, "backend", "reference") for part in parts} == {"reference"}
+    assert {getattr(part, "init", "dense") for part in parts} == {"dense"}  # where a reset would start
     found = dict(wrapped.named_modules())
     assert [name for name in modules if found[name] is not modules[name] and "rotary" not in name] == []
     assert all(dict(wrapped.named_parameters())[name] is p for name, p in learned.items())
