@@ -7,6 +7,7 @@ refused by its config: see `_SparseConfig`.
 """
 
 import copy
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -71,26 +72,18 @@ class _SparseConfig:
         return dict(self.__dict__)
 
     # Every model class gives its layers the attention of this name, and a stock one's refuse to run (`dense_attention`): with
-    # another name they would run dense. Loading ignores another name, because a larger model passes its own to all its parts.
-    @property
-    def _attn_implementation(self) -> str:
-        return ATTENTION_NAME
-
-    @_attn_implementation.setter
-    def _attn_implementation(self, value: Any) -> None:
-        pass
-
+    # another name they would run dense. Another is not refused here: a larger model passes what it is told to all its parts.
     @property
     def _attn_implementation_internal(self) -> str:
         return ATTENTION_NAME
 
     @_attn_implementation_internal.setter
     def _attn_implementation_internal(self, value: Any) -> None:
-        if value != ATTENTION_NAME:
-            raise ValueError(
-                f"the attention implementation of a model with NSA layers cannot become {value!r}: it must be "
-                f'"{ATTENTION_NAME}", for its dense layers, too. Fix: leave it; of a larger model, name the parts that shall '
-                'change: model.set_attn_implementation({"vision_config": "sdpa"}).'
+        if value not in (None, ATTENTION_NAME):
+            warnings.warn(
+                f'attn_implementation={value!r} changes nothing in a model with NSA layers: theirs is "{ATTENTION_NAME}", for '
+                "dense layers beside them, too.",
+                stacklevel=4,
             )
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -170,6 +163,14 @@ class _NSAModel:
         from nsa_fsa.integrations.transformers.patch import install
 
         install(self, {"compressor_k": compressor_k, "compressor_v": compressor_v})  # type: ignore[arg-type]
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        """Refused: every layer has the attention that its config's `nsa` says."""
+        if attn_implementation != ATTENTION_NAME:
+            raise ValueError(
+                f"the attention implementation of a model with NSA layers cannot become {attn_implementation!r}: it must be "
+                f'"{ATTENTION_NAME}", for its dense layers, too. Fix: leave it, or unpatch_model(model) first.'
+            )
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own, also where somebody has given the model another config object."""
