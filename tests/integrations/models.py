@@ -13,6 +13,7 @@ FAMILIES = {
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, transformers.Qwen3Model),
 }
 TINY_REACH = 96  # keys that a query of the preset "tiny" selects: longer sequences are really sparse
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def dense_config(family="llama", **changes):
@@ -110,3 +111,21 @@ def greedy(model, input_ids, steps, attention_mask=None):
         if attention_mask is not None:
             attention_mask = torch.cat((attention_mask, attention_mask.new_ones(len(attention_mask), 1)), dim=1)
     return input_ids
+
+
+def output(model, ids, **arguments):
+    """The first output without a cache: logits, or a base model's hidden states."""
+    with torch.no_grad():
+        return model(ids, use_cache=False, **arguments)[0]
+
+
+def open_only_the_selected_branch(model):
+    """Gates of exactly 0, 1, 0: sigmoid(40) is 1 in float32."""
+    for attention in attentions(model):
+        torch.nn.init.zeros_(attention.gate.weight)
+        with torch.no_grad():
+            attention.gate.bias.view(-1, 3).copy_(torch.tensor([-120.0, 40.0, -120.0]))
+
+
+def tiny_nsa(model, **changes):
+    return NSAConfig.from_pretrained_config(model.config, "tiny", **changes)

@@ -1,66 +1,42 @@
 """patch_model and unpatch_model: what changes, what does not, and what is refused."""
 
 import copy
-import dataclasses
 import gc
-import json
 import pickle
-import warnings
-from pathlib import Path
 
-import accelerate
-import numpy as np
-import peft
 import pytest
 import torch
 import transformers
-import yaml
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
-from torch.distributed.device_mesh import init_device_mesh
 from transformers import DynamicCache
 from transformers.distributed import DistributedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer
+from transformers.models.llama.modeling_llama import LlamaAttention
 
-from nsa_fsa import NSAConfig
 from nsa_fsa.integrations.transformers import (
     NSALlamaConfig,
     NSALlamaForCausalLM,
     patch_model,
-    supported_models,
     unpatch_model,
 )
-from nsa_fsa.modules import Compressor
-from nsa_fsa.modules.gating import BranchGate
 from tests.integrations.models import (
     FAMILIES,
+    PROJECTIONS,
     TINY_REACH,
     assert_same,
     attentions,
     dense_config,
     dense_model,
+    open_only_the_selected_branch,
+    output,
     scramble,
     snapshot,
     sparse_layers,
     sparse_model,
+    tiny_nsa,
     tokens,
 )
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ALL_MODELS = [(family, base) for family in FAMILIES for base in (False, True)]
-
-
-def output(model, ids, **arguments):
-    with torch.no_grad():
-        return model(ids, use_cache=False, **arguments)[0]
-
-
-def open_only_the_selected_branch(model):
-    """Gates of exactly 0, 1, 0: sigmoid(40) is 1 in float32."""
-    for attention in attentions(model):
-        torch.nn.init.zeros_(attention.gate.weight)
-        with torch.no_grad():
-            attention.gate.bias.view(-1, 3).copy_(torch.tensor([-120.0, 40.0, -120.0]))
 
 
 # --- What a patched model computes ----------------------------------------------------------------------------------------
@@ -361,162 +337,7 @@ def test_patching_twice_does_nothing():
         assert_same(before, snapshot(model))
 
 
-# --- Ways to say it ---------------------------------------------------------------------------------------------------------
-
-
-def settings_of(model):
-    return [attention.config for attention in attentions(model)]
-
-
-def yaml_of(config, folder):
-    path = folder / f"window_{config.window_size}.yaml"
-    path.write_text(yaml.safe_dump(config.to_dict()))
-    return path
-
-
-@pytest.mark.parametrize("form", ["name", "path", "text path", "dict", "keywords", "config and keyword", "preset and dict"])
-def test_every_form_of_the_settings(tmp_path, form):
-    model = dense_model()
-    wanted = tiny_nsa(model, window_size=64)
-    arguments = {
-        "name": dict(config="tiny", window_size=64),
-        "path": dict(config=yaml_of(wanted, tmp_path)),
-        "text path": dict(config=str(yaml_of(tiny_nsa(model), tmp_path)), window_size=64),
-        "dict": dict(config=dict(preset="tiny", window_size=64)),
-        "keywords": dict(preset="tiny", window_size=64),
-        "config and keyword": dict(config=tiny_nsa(model), window_size=64),
-        "preset and dict": dict(config=dict(window_size=64), preset="tiny"),
-    }[form]
-    patch_model(model, **arguments, verbose=False)
-    assert settings_of(model) == [wanted, wanted]
-
-
-def test_the_yaml_file_of_a_known_model():
-    """What configs/ has for Llama 3 8B patches a model of that shape; no memory is needed for one on the meta device."""
-    sizes = dict(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=1, vocab_size=100)
-    rope = {"rope_type": "default", "rope_theta": 500000.0}
-    with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, head_dim=128, rope_parameters=rope))
-        patch_model(model, Path(__file__).parents[2] / "configs" / "llama3-8b.yaml", verbose=False)
-    assert settings_of(model) == [NSAConfig.from_yaml(Path(__file__).parents[2] / "configs" / "llama3-8b.yaml")]
-
-
-LAYERS = [1, -1, [-1], (1,), {1}, range(1, 2), np.array([1]), np.int64(1), torch.tensor([1]), torch.tensor(1), iter([1])]
-
-
-@pytest.mark.parametrize("layers", LAYERS, ids=lambda x: f"{type(x).__name__} {x}" if isinstance(x, int) else type(x).__name__)
-def test_every_form_of_layers(tmp_path, layers):
-    model = dense_model()
-    report = patch_model(model, "tiny", layers=layers, verbose=False)
-    assert sparse_layers(model) == [1]
-    assert report.layers == (1,)
-    model.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "config.json").read_text())["nsa"]["layers"] == [1]
-
-
-def test_settings_by_layer():
-    """In one call, and in a second one for a layer that is still dense."""
-    model, ids = dense_model(num_hidden_layers=3), tokens(1, 200)
-    wide = tiny_nsa(model, window_size=64)
-    report = patch_model(model, {0: "tiny", -1: dict(preset="tiny", window_size=64)}, verbose=False)
-    assert sparse_layers(model) == [0, 2]
-    assert report.configs == {0: tiny_nsa(model), 2: wide}
-    assert "layers with other settings than these, which are of layer 0: 2" in str(report)
-    before = [attentions(model)[i] for i in (0, 2)]
-    report = patch_model(model, layers=1, preset="tiny", num_selected_blocks=3, verbose=False)
-    assert (report.layers, report.dense_layers, report.started_anew) == ((0, 1, 2), (), ())
-    assert [attentions(model)[i] for i in (0, 2)] == before
-    assert settings_of(model) == [tiny_nsa(model), tiny_nsa(model, num_selected_blocks=3), wide]
-    together = dense_model(num_hidden_layers=3)
-    patch_model(together, dict(enumerate(settings_of(model))), verbose=False)
-    assert torch.equal(output(model, ids), output(together, ids))
-    assert type(unpatch_model(model)) is transformers.LlamaForCausalLM
-    assert sparse_layers(model) == []
-
-
-@pytest.mark.parametrize("key", [(0, 2), range(0, 3, 2), (0, -1)], ids=str)
-def test_settings_for_several_layers_at_once(key):
-    model = dense_model(num_hidden_layers=4 if key == (0, 2) else 3)
-    report = patch_model(model, {key: "tiny"}, verbose=False)
-    assert report.layers == (0, 2)
-    assert sparse_layers(model) == [0, 2]
-
-
-CHANGES = [
-    dict(kernel_size=8, kernel_stride=4), dict(kernel_stride=4), dict(compress_k="linear"), dict(compress_v="mean"),
-    dict(gate="per_token"), dict(num_kv_heads=4), dict(compress_position_embedding=True), dict(backend="reference"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("changes", CHANGES, ids=str)
-def test_a_config_that_does_not_fit_the_modules_is_refused(changes):
-    """Assigned to a layer, half of it would run: compressors and gates are made for what they were built with."""
-    model, ids = sparse_model(), tokens(1, 130)
-    attention, before, expected = attentions(model)[0], attentions(model)[0].config, output(model, ids)
-    names = ", ".join(f"{name}={value!r}" for name, value in changes.items())
-    with pytest.raises(ValueError, match=rf"config of layer 0 cannot be.*{names}.*Fix: patch_model"):
-        attention.config = dataclasses.replace(before, window_size=7, **changes)
-    assert attention.config is before
-    assert torch.equal(output(model, ids), expected)
-    attention.config = dataclasses.replace(before, window_size=7, num_selected_blocks=3, block_size=32)
-    assert (output(model, ids) - expected).abs().max() > 1e-3
-
-
-def test_patching_again_keeps_what_was_learned():
-    model, ids = sparse_model(layers=[1]), tokens(1, 200)
-    attentions(model)[1].gate.requires_grad_(False)
-    learned, before = dict(model.named_parameters()), output(model, ids)
-    report = patch_model(model, window_size=64, num_selected_blocks=3, verbose=False)
-    assert (report.layers, report.started_anew, report.already_patched) == ((1,), (), False)
-    assert report.config == tiny_nsa(model, window_size=64, num_selected_blocks=3, gate_init="balanced")
-    for name, parameter in model.named_parameters():
-        assert parameter is learned[name], name  # an optimizer goes on with them
-        assert parameter.requires_grad == (".gate." not in name)
-    assert (output(model, ids) - before).abs().max() > 1e-3
-    patch_model(model, window_size=32, num_selected_blocks=6, verbose=False)
-    assert torch.equal(output(model, ids), before)
-
-
-def test_patching_again_says_what_starts_anew():
-    model = sparse_model()
-    gates = [attention.gate.weight for attention in attentions(model)]
-    report = patch_model(model, {1: dict(preset="tiny", kernel_size=8, compress_v="linear")}, verbose=False)
-    assert report.started_anew == ("1.compress_k", "1.compress_v")
-    assert "started anew because the shape changed: 1.compress_k, 1.compress_v" in str(report)
-    assert [attention.gate.weight for attention in attentions(model)] == gates
-    assert (attentions(model)[1].compress_k.phi.logits == 0).all()
-    assert not (attentions(model)[0].compress_k.phi.logits == 0).all()
-    assert report.total_parameters == model.num_parameters()
-    assert unpatch_model(model).config.model_type == "llama"
-
-
-def test_patching_again_with_what_does_not_fit_changes_nothing():
-    model = sparse_model()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match="num_kv_heads=4 does not fit"):
-        patch_model(model, {0: dict(window_size=64), 1: dict(num_kv_heads=4)}, verbose=False)
-    patch_model(model, window_size=64, dry_run=True, verbose=False)
-    assert_same(before, snapshot(model))
-
-
-def test_a_part_of_a_patched_model_is_refused():
-    model = sparse_model()
-    before = snapshot(model)
-    with pytest.raises(ValueError, match=r"layer 0 is patched already.*Fix"):
-        patch_model(model.model, preset="tiny", verbose=False)
-    assert_same(before, snapshot(model))
-
-
-def test_supported_models():
-    names = supported_models()
-    assert sorted(names) == sorted(cls.__name__ for _, *classes in FAMILIES.values() for cls in classes)
-
-
 # --- Errors leave the model untouched -------------------------------------------------------------------------------------
-
-
-def tiny_nsa(model, **changes):
-    return NSAConfig.from_pretrained_config(model.config, "tiny", **changes)
 
 
 def with_config(**changes):
@@ -643,268 +464,6 @@ def test_tensor_parallel_models_are_refused():
         NSALlamaForCausalLM(config)
 
 
-# --- Wrapped models -------------------------------------------------------------------------------------------------------
-
-
-def lora(model, **settings):
-    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], **settings))
-
-
-WRAPPERS = {
-    "peft": lora,
-    "compile": lambda model: torch.compile(model, backend="eager"),
-    "DataParallel": torch.nn.DataParallel,
-    "Sequential": lambda model: torch.nn.Sequential(model),
-}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_unpatching_a_wrapped_model(name):
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # where DataParallel takes its inputs
-    model, ids = dense_model().to(device), tokens(1, 130).to(device)
-    expected = output(model, ids)
-    patch_model(model, "tiny", verbose=False)
-    wrapped = WRAPPERS[name](scramble(model))
-    if name != "compile":  # which takes 20 seconds for the sparse model
-        assert (wrapped(ids)[0] - expected).abs().max() > 1e-3
-    assert unpatch_model(wrapped) is wrapped
-    assert type(model) is transformers.LlamaForCausalLM
-    torch.testing.assert_close(wrapped(ids)[0], expected, rtol=1e-5, atol=1e-5)  # compiled or not
-
-
-@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_patching_a_wrapped_model_is_refused(wrap):
-    model = dense_model()
-    wrapped = wrap(model)
-    before = snapshot(model)
-    with pytest.raises(TypeError, match=r"cannot be patched.*LlamaForCausalLM inside it before wrapping.*get_peft_model"):
-        patch_model(wrapped, "tiny", verbose=False)
-    assert_same(before, snapshot(model))
-
-
-def test_what_cannot_be_unpatched_is_refused_by_name(tmp_path):
-    """A wrapper that keeps a list of the parameters, a part of a patched model, and a class of somebody else's."""
-
-    class MyNSA(NSALlamaForCausalLM):
-        pass
-
-    model, other = sparse_model(), sparse_model()
-    other.__class__ = MyNSA
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        for whole, name in ((wrapped, "DistributedDataParallel"), (model.model, "LlamaModel"), (other, "MyNSA")):
-            before = snapshot(model)
-            with pytest.raises(TypeError, match=f"{name} cannot be unpatched.*Fix: call unpatch_model with the whole"):
-                unpatch_model(whole)
-            assert_same(before, snapshot(model))
-        sharded = dense_model()
-        torch.distributed.fsdp.fully_shard(sharded.model.layers[0], mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(ValueError, match="sharded already"):
-            patch_model(sharded, "tiny", verbose=False)
-        patch_model(sharded := dense_model(), "tiny", verbose=False)
-        torch.distributed.fsdp.fully_shard(sharded.model.layers[0], mesh=init_device_mesh("cpu", (1,)))
-        with pytest.raises(TypeError, match="FSDPLlamaDecoderLayer cannot be unpatched"):
-            unpatch_model(sharded)
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def test_a_base_model_patched_inside_its_causal_model(tmp_path):
-    """The causal model's config says so, and the checkpoint loads sparse; other models of that config stay as they are."""
-    config = dense_config()
-    torch.manual_seed(0)
-    model, other = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
-    ids, before = tokens(1, 130), snapshot(other)
-    expected = output(model, ids)
-    patch_model(model.model, "tiny", verbose=False)
-    assert model.config is model.model.config
-    assert_same(before, snapshot(other))
-    scramble(model).save_pretrained(tmp_path)
-    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(loaded) is NSALlamaForCausalLM
-    assert torch.equal(output(loaded, ids), output(model, ids))
-    assert unpatch_model(model).config is config
-    assert torch.equal(output(model, ids), expected)
-
-
-# --- Quantized and offloaded weights --------------------------------------------------------------------------------------
-
-
-class Int8Linear(torch.nn.Module):
-    """Weights that are packed: as bitsandbytes keeps them, in `weight`, or as GPTQ does, in a buffer of another name."""
-
-    def __init__(self, linear, name):
-        super().__init__()
-        self.name, self.scale = name, linear.weight.detach().abs().max() / 127
-        packed = (linear.weight.detach() / self.scale).round().to(torch.int8)
-        if name == "weight":
-            self.weight = torch.nn.Parameter(packed, requires_grad=False)
-        else:
-            self.register_buffer(name, packed)
-
-    def forward(self, x):
-        return torch.nn.functional.linear(x, getattr(self, self.name).to(x.dtype) * self.scale.to(x.dtype))
-
-
-def pack(model, name="weight"):
-    for attention in attentions(model):
-        for projection in PROJECTIONS:
-            setattr(attention, projection, Int8Linear(getattr(attention, projection), name))
-    return model
-
-
-CHANGED = {
-    "torch.ao": lambda model: torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}),
-    "packed": pack,
-    "packed bfloat16": lambda model: pack(model).to(torch.bfloat16),
-    "packed elsewhere": lambda model: pack(model, "qweight").to(torch.bfloat16),
-    "offloaded": lambda model: accelerate.cpu_offload(model),
-}
-
-
-@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:.*quantize_dynamic")
-@pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
-def test_quantized_and_offloaded_models(change):
-    """New parameters are real, in the precision of the rest; with the selected branch alone it is the same model."""
-    model, ids = change(dense_model()), tokens(1, TINY_REACH)
-    expected = output(model, ids)
-    patch_model(model, "tiny", verbose=False)
-    gate = attentions(model)[0].gate
-    assert (gate.weight.dtype, gate.weight.device.type) == (expected.dtype, "cpu")
-    open_only_the_selected_branch(model)
-    tolerance = 1e-1 if expected.dtype == torch.bfloat16 else 1e-3
-    torch.testing.assert_close(output(model, ids), expected, rtol=tolerance, atol=tolerance)
-    assert torch.equal(output(unpatch_model(model), ids), expected)
-
-
-WRAPPED = {
-    "modules_to_save": lambda model: lora(model, modules_to_save=["gate", "compress_k", "compress_v"]),
-    "LoRA on the gate": lambda model: peft.get_peft_model(model, peft.LoraConfig(target_modules=["gate", "k_proj"])),
-    "offloaded": lambda model: accelerate.cpu_offload(model),
-}
-
-
-@pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
-def test_patching_again_keeps_what_is_around_the_layers(wrap):
-    """Adapters and offloaded weights go on with the new settings, as a model without them would."""
-    model, ids = sparse_model(), tokens(1, 200)
-    plain, settings = copy.deepcopy(model), dict(window_size=7, kernel_stride=4, gate_init="dense", backend="reference")
-    wrapped = wrap(model)
-    if isinstance(wrapped, peft.PeftModel):
-        for parameter in wrapped.parameters():
-            if parameter.requires_grad:
-                torch.nn.init.normal_(parameter, std=0.3)
-        plain = copy.deepcopy(wrapped).merge_and_unload()
-    modules = dict(wrapped.named_modules())
-    learned = {name: p for name, p in wrapped.named_parameters() if p.device.type != "meta"}
-    report = patch_model(model, **settings, verbose=False)
-    patch_model(plain, **settings, verbose=False)
-    assert report.started_anew == ()
-    parts = [module for module in wrapped.modules() if isinstance(module, (BranchGate, Compressor))]
-    assert {getattr(part, "backend", "reference") for part in parts} == {"reference"}
-    assert {getattr(part, "init", "dense") for part in parts} == {"dense"}  # where a reset would start
-    found = dict(wrapped.named_modules())
-    assert [name for name in modules if found[name] is not modules[name] and "rotary" not in name] == []
-    assert all(dict(wrapped.named_parameters())[name] is p for name, p in learned.items())
-    torch.testing.assert_close(output(wrapped, ids), output(plain, ids), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(output(unpatch_model(wrapped), ids), output(unpatch_model(plain), ids), rtol=1e-4, atol=1e-4)
-
-
-def wrap_layers(model):
-    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
-
-
-def wrap_attention(model):
-    for layer in model.model.layers:
-        layer.self_attn = checkpoint_wrapper(layer.self_attn)
-
-
-@pytest.mark.parametrize("wrap", [wrap_layers, wrap_attention])
-@pytest.mark.parametrize("first", [True, False], ids=["wrapped first", "patched first"])
-def test_wrappers_around_layers_or_attention(wrap, first):
-    """Their attributes are the wrapped module's to read, but not to set."""
-    model, plain, ids = dense_model(), dense_model(), tokens(1, 200)
-    expected = output(plain, ids)
-    if first:
-        wrap(model)
-    for either in (plain, model):
-        patch_model(either, "tiny", gate_init="balanced", verbose=False)
-    if not first:
-        wrap(model)
-    scramble(plain)
-    model.load_state_dict(plain.state_dict())  # transparent in names
-    assert torch.equal(output(model, ids), output(plain, ids))
-    for either in (plain, model):
-        patch_model(either, window_size=9, verbose=False)
-    assert torch.equal(output(model, ids), output(plain, ids))
-    assert torch.equal(model.generate(ids, max_new_tokens=3), plain.generate(ids, max_new_tokens=3))
-    assert model.config.nsa == plain.config.nsa
-    assert type(unpatch_model(model)) is transformers.LlamaForCausalLM
-    assert torch.equal(output(model, ids), expected)
-
-
-def test_a_compiled_attention_module_is_refused():
-    """What torch.compile returned for it would go on calling the one that was replaced."""
-    for patched in (False, True):
-        model = sparse_model() if patched else dense_model()
-        layer, change = model.model.layers[1], unpatch_model if patched else patch_model
-        layer.self_attn = torch.compile(layer.self_attn, backend="eager")
-        before = snapshot(model)
-        with pytest.raises(TypeError, match=r"attention of layers \[1\] is inside an OptimizedModule.*Fix: torch.compile"):
-            change(model)
-        assert_same(before, snapshot(model))
-
-
-def test_a_wrapped_part_that_would_start_anew_is_refused():
-    model = sparse_model()
-    wrapped = lora(model, modules_to_save=["gate", "compress_v"])
-    before, own = snapshot(wrapped), lambda config: torch.nn.Identity()
-    for part, settings in (
-        ("gate", dict(gate="per_token")),
-        ("gate", dict(compress_k="linear", gate="per_token")),
-        ("compress_v", dict(compress_v="linear")),
-        ("compress_v", dict(compressor_v=own)),
-    ):
-        message = rf"{part} of layer 0 has to be made anew.*ModulesToSaveWrapper.*Fix: merge or unload"
-        with pytest.raises(ValueError, match=message):
-            patch_model(model, **settings, verbose=False)
-    assert_same(before, snapshot(wrapped))
-    assert patch_model(model, compress_k="linear", verbose=False).started_anew == ("0.compress_k", "1.compress_k")
-
-
-class Scaled(torch.nn.Module):
-    """A compressor of one's own."""
-
-    def __init__(self, config):
-        super().__init__()
-        self.scale = torch.nn.Parameter(torch.ones(()))
-
-    def forward(self, windows):
-        return windows.mean(2) * self.scale
-
-
-def test_a_compressor_given_again():
-    """Takes over what its predecessor learned, and whether it still learns; of an offloaded one it cannot."""
-    model = dense_model()
-    patch_model(model, "tiny", compressor_k=Scaled, verbose=False)
-    parameters = [attention.compress_k.phi.scale for attention in attentions(scramble(model))]
-    parameters[0].requires_grad_(False)
-    before = [p.item() for p in parameters]
-    patch_model(model, compressor_k=Scaled, verbose=False, dry_run=True)
-    assert [p.requires_grad for p in parameters] == [False, True]
-    patch_model(model, window_size=7, compressor_k=Scaled, verbose=False)
-    parameters = [attention.compress_k.phi.scale for attention in attentions(model)]
-    assert [p.item() for p in parameters] == before
-    assert [p.requires_grad for p in parameters] == [False, True]
-    accelerate.cpu_offload(model)
-    with pytest.raises(ValueError, match=r"compress_k of layer 0 is offloaded.*Fix: leave out compressor_k"):
-        patch_model(model, window_size=9, compressor_k=Scaled, verbose=False)
-    patch_model(model, window_size=9, verbose=False)
-    assert output(model, tokens(1, 130)).isfinite().all()
-
-
 # --- Training -------------------------------------------------------------------------------------------------------------
 
 
@@ -922,19 +481,6 @@ def test_patching_after_gradient_checkpointing():
         gradients.append([p.grad for p in model.parameters()])
     for a, b in zip(*gradients, strict=True):
         assert torch.equal(a, b)
-
-
-def test_adapters_beside_frozen_gates_are_said():
-    model = dense_model()
-    assert 'With LoRA: modules_to_save=["gate", "compress_k", "compress_v"]' in str(patch_model(model, "tiny", verbose=False))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        model.train()
-        lora(copy.deepcopy(model), modules_to_save=["gate"]).train()
-        adapted = lora(model)
-        adapted.eval()
-    with pytest.warns(UserWarning, match=r"gates of the NSA layers are frozen.*Fix: with LoRA, modules_to_save"):
-        adapted.train()
 
 
 def test_a_signature_that_no_longer_fits(monkeypatch):
