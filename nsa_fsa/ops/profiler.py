@@ -52,7 +52,7 @@ def cache_file(key: str, device: torch.device) -> Path:
 
 @functools.cache
 def folder_name(model: str) -> str:
-    """Of a GPU model with the installed packages that kernels come from."""
+    """The folder name for a GPU model and the versions of the packages that its kernels come from."""
     parts = [model, "nsa_fsa", nsa_fsa.__version__, "torch", torch.__version__]
     for package in ("triton", "flash-attn-4"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -63,12 +63,12 @@ def folder_name(model: str) -> str:
 def _read(path: Path, key: str) -> Entry | None:
     try:
         entry = json.loads(path.read_text())
-        if entry["key"] == key and isinstance(entry["choice"], str):
+        if entry["key"] == key and isinstance(entry["ms"].get(entry["choice"]), (int, float)):
             return entry
         error: Exception = ValueError("it is about something else")
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError, KeyError) as found:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as found:
         error = found
     logger.warning("%s cannot be read (%s): profiling again.", path, error)
     return None
@@ -86,6 +86,8 @@ def _publish(path: Path, entry: Entry, candidates: Mapping[str, Any]) -> Entry:
             first = _read(path, entry["key"])
             if first is not None and first["choice"] in candidates:
                 return first
+            os.replace(temporary, path)
+        except OSError:  # a file system without hard links: the last one wins
             os.replace(temporary, path)
     except OSError as error:
         logger.warning("%s cannot be written (%s): the choice lasts as long as this process.", path, error)
@@ -136,9 +138,11 @@ def choose(
         recoverable: what a candidate that this GPU cannot run may raise.
     """
     default = next(iter(candidates))
+    if (device, key) in _TOO_LARGE:
+        return default
     if (entry := known(key, device)) is not None and entry["choice"] in candidates:
         return entry["choice"]
-    if not enabled() or (device, key) in _TOO_LARGE or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if not enabled() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return default
     path = cache_file(key, device)
     logger.warning(

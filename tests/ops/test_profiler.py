@@ -82,7 +82,18 @@ def kept(key="key"):
 
 
 @pytest.mark.parametrize(
-    "value", ["not json", "[1, 2]", '{"key": "key", "ms": {}}', '{"key": "another", "choice": "default"}', "\x00\xff", ""]
+    "value",
+    [
+        "not json",
+        "[1, 2]",
+        '{"key": "key", "ms": {}}',
+        '{"key": "another", "choice": "default"}',
+        "\x00\xff",
+        "",
+        '{"key": "key", "choice": "fast"}',
+        '{"key": "key", "choice": "fast", "ms": {}}',
+        '{"key": "key", "choice": "fast", "ms": 1}',
+    ],
 )
 def test_a_file_that_cannot_be_read_is_profiled_anew(value, caplog):
     path = profiler.cache_file("key", CPU)
@@ -159,7 +170,7 @@ def test_a_folder_that_cannot_be_written_does_no_harm(folder, monkeypatch, caplo
     assert ways.runs == dict(default=1, fast=1)
 
 
-def test_a_default_that_is_too_large_to_be_timed_runs(caplog):
+def test_a_default_that_is_too_large_to_be_timed_runs(monkeypatch, caplog):
     """Timed, it needs more memory than in its place in the call. It is not tried again and again, nor kept for others."""
     ways = Ways(default=torch.OutOfMemoryError("CUDA out of memory"), other=1)
     assert ways.choose() == "default"
@@ -168,6 +179,18 @@ def test_a_default_that_is_too_large_to_be_timed_runs(caplog):
     assert ways.runs["default"] == 1
     assert profiler.known("key", CPU) is None
     assert not profiler.cache_file("key", CPU).exists()
+    monkeypatch.setattr(profiler, "cache_file", None)  # nor is it looked for, once an operator and step
+    assert ways.choose() == "default"
+
+
+def test_a_file_system_without_hard_links(monkeypatch, caplog):
+    def link(*_):
+        raise PermissionError("hard links are not supported")
+
+    monkeypatch.setattr(os, "link", link)
+    assert Ways(default=20, fast=1).choose() == "fast"
+    assert kept()["choice"] == "fast"
+    assert "cannot be written" not in caplog.text
 
 
 def test_while_a_graph_is_captured_what_is_known_runs(monkeypatch):
