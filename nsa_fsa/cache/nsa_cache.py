@@ -13,7 +13,7 @@ keys would be 50%. Turning back every time would do without "recent", but would 
 bits 0.3% of its output's scale, and a choice of blocks here and there. With `kv_per_branch`, what
 compression reads is kept whole beside the keys and values of the other two branches.
 
-No method but `hide` waits for the device.
+Only `hide`, and `reorder` with a bool index, wait for the device.
 """
 
 from collections.abc import Callable
@@ -54,6 +54,7 @@ class _Update(NamedTuple):
     sequence: Tensor  # int64 [T]
     position: Tensor  # int64 [T]
     k_src: Tensor  # [T, HKV, D]
+    padded: bool  # whether any of the new columns may hold no token
 
 
 class NSACache:
@@ -91,6 +92,7 @@ class NSACache:
         """Forgets everything."""
         # Columns fed so far, padding included: an upper bound on every length that the host knows.
         self.num_tokens = 0
+        self.has_padding = False  # whether any column may hold no token; what the host knows
         # [B, capacity, ...] or [B, capacity // kernel_stride, ...], meaningless in an empty cache.
         # "real", bool [B, capacity]: which of the columns fed hold real tokens.
         # "recent", [B, num_recent + 1, HKV, D]: see above; the last column takes the other keys.
@@ -194,7 +196,7 @@ class NSACache:
         _put(buffers["k_cmp"], place, k_cmp[row])
         _put(buffers["v_cmp"], place, v_cmp[row])
 
-        self._pending = _Update(buffers, lengths, num_tokens, sequence, position, new.k_src)
+        self._pending = _Update(buffers, lengths, num_tokens, sequence, position, new.k_src, rows is not None)
         if self.is_empty:
             return new, k_cmp, v_cmp, layout
         flat = {name: x.flatten(0, 1) for name, x in buffers.items()}
@@ -212,7 +214,8 @@ class NSACache:
             next update leaves them as they are and writes into copies.
         """
         assert self._pending is not None, "there is no update to commit"
-        buffers, lengths, num_tokens, sequence, position, k_src = self._pending
+        buffers, lengths, num_tokens, sequence, position, k_src, padded = self._pending
+        self.has_padding = self.has_padding or padded
         if "recent" in buffers:
             is_recent = position >= (lengths - self._num_recent)[sequence]
             column = torch.where(is_recent, position % self._num_recent, self._num_recent)
@@ -232,7 +235,9 @@ class NSACache:
             ValueError: if it is no tensor.
         """
         validation.check_tensor("index", index, "int64 [new B] or bool [B]")
-        self._map(lambda x: x[index.to(x.device)])
+        index = index.to(self._lengths.device)
+        rows = index.nonzero().flatten() if index.dtype == torch.bool else index
+        self._map(lambda x: x[rows])
 
     def repeat_interleave(self, repeats: int) -> None:
         """Every row becomes `repeats` adjacent rows."""
@@ -271,9 +276,12 @@ class NSACache:
         fed, shown = self._buffers["real"][:, : self.num_tokens], mask.bool()
         kept = fed & shown
         goes_on = kept.sum(1, keepdim=True) > kept.cumsum(1)
-        wrong = ((fed & ~shown & goes_on) | (shown & ~fed)).nonzero()
-        if len(wrong):
-            row, column = wrong[0].tolist()
+        wrong = (fed & ~shown & goes_on) | (shown & ~fed)
+        changed, refused = torch.stack(((fed != shown).any(), wrong.any())).tolist()
+        if not changed:
+            return
+        if refused:
+            row, column = wrong.nonzero()[0].tolist()
             if fed[row, column]:
                 raise ValueError(
                     f"attention_mask[{row}, {column}] is 0, but the cache holds a token there, and "
@@ -286,12 +294,13 @@ class NSACache:
                 "the column was fed as padding, or was hidden since. "
                 "Fix: keep the mask of earlier columns as it was."
             )
+        self.has_padding = True
         num_fed, self._lengths = self._lengths, kept.sum(1)
         unused = self._buffers["real"].shape[1] - self.num_tokens
         self._buffers["real"] = torch.nn.functional.pad(kept, (0, unused))
         if "recent" in self._buffers:
-            changed = (num_fed != self._lengths)[:, None, None, None]
-            recent = torch.where(changed, self._turned_back(), self._buffers["recent"])
+            shorter = (num_fed != self._lengths)[:, None, None, None]
+            recent = torch.where(shorter, self._turned_back(), self._buffers["recent"])
             self._buffers["recent"] = recent
 
     def by_column(self, name: str) -> Tensor | None:

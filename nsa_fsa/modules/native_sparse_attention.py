@@ -399,7 +399,8 @@ def _beside_cache(packing: Packing, mask: Tensor | None, length: int, cache: NSA
     """Rows and layout of new tokens, after the cache has hidden what their mask `[B, past + S]` hides of it."""
     if cache is None:
         return packing.rows, packing.layout
-    if mask is not None and mask.shape[1] > length > 1:  # one token is not worth a look back
+    # One token is not worth a look back, and neither is a mask that hides nothing of a cache without padding.
+    if mask is not None and mask.shape[1] > length > 1 and (packing.padded or cache.has_padding):
         cache.hide(mask[:, : mask.shape[1] - length])
     # A cache counts columns: as many as the batch is wide, however few of them hold real tokens.
     return packing.rows, packing.layout._replace(max_seqlen=length)

@@ -28,10 +28,11 @@ class Packing(NamedTuple):
 
     rows: Tensor | None  # int64 [T], their rows in the flattened batch; None: all tokens are real
     layout: Layout  # where the sequences lie among them
-    # bool [B, past + S], which tokens are real. None: all, unless a cache is to be asked whether it agrees, as it is about
-    # the past of several tokens.
+    # bool [B, past + S]: which tokens are real. None if all are and no cache has to be compared with it; a chunk of several
+    # tokens beside a cache always has it.
     mask: Tensor | None = None
     packed: bool = False  # whether the sequences are others than the batch's rows
+    padded: bool = False  # whether the mask hides any token, those of the past included; True where torch traces
 
 
 def cu_seqlens_from_lengths(lengths: Tensor) -> Tensor:
@@ -110,7 +111,7 @@ def pack_batch(
     if packed:
         cu_seqlens = torch.cat((rank[_indices(starts, num_starts)] - 1, rank[-1:])).int()
     asked = seen.shape[1] > length > 1
-    return Packing(rows, Layout(cu_seqlens, max_seqlen), seen if asked or not all_seen else None, packed)
+    return Packing(rows, Layout(cu_seqlens, max_seqlen), seen if asked or not all_seen else None, packed, not all_seen)
 
 
 def keep_padding(mask: Tensor) -> Packing:

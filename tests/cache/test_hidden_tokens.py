@@ -106,3 +106,22 @@ def test_a_full_cache_is_refused_before_anything_is_hidden():
     with pytest.raises(ValueError, match="2 more tokens do not fit"):
         layer(x[:, 29:31], cache=cache, attention_mask=mask)
     assert cache.lengths.tolist() == [29]
+
+
+@torch.no_grad()
+def test_a_mask_that_hides_nothing_is_not_compared(monkeypatch):
+    """`generate` passes a mask of ones in every call: only where it or the cache has padding is there something to compare."""
+    layer, x, looks = make_variant("default"), randn(2, 40, 24), []
+    hide = NSACache.hide
+    monkeypatch.setattr(NSACache, "hide", lambda cache, mask: (looks.append(mask), hide(cache, mask)))
+    plain, mask = NSACache(layer.config), torch.ones(2, 40, dtype=torch.int64)
+    feed_all(layer, x, plain, mask, [20, 5, 15])
+    assert not looks
+    padded = mask.clone()
+    padded[0, :3] = 0
+    cache = NSACache(layer.config)
+    feed_all(layer, x, cache, padded, [20, 5, 15])
+    assert len(looks) == 2
+    cache.reset()
+    feed_all(layer, x, cache, mask, [20, 20])
+    assert len(looks) == 2
