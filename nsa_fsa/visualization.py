@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from nsa_fsa.config import BRANCHES, NSAConfig
 from nsa_fsa.modules.native_sparse_attention import Details, NativeSparseAttention, Record
+from nsa_fsa.ops import validation
 from nsa_fsa.reference import block_scores
 
 # Colour-blind safe (Okabe and Ito): orange, blue, green.
@@ -53,8 +54,7 @@ def record(model: nn.Module, *, details: bool = False, max_queries: int = 512) -
     layers = [module for module in model.modules() if isinstance(module, NativeSparseAttention)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no NativeSparseAttention layer. Fix: patch_model(model) first.")
-    if max_queries < 1:
-        raise ValueError(f"max_queries={max_queries} must be an int >= 1. Fix: details=False keeps no details.")
+    validation.check_positive(max_queries=max_queries)
     records: list[Record] = []
 
     def keeper(number: int, layer: NativeSparseAttention) -> Callable[[Record], None]:
@@ -68,18 +68,19 @@ def record(model: nn.Module, *, details: bool = False, max_queries: int = 512) -
 
         return keep
 
+    before = [layer.recorder for layer in layers]
     for number, layer in enumerate(layers):
         layer.recorder = keeper(number, layer)
     try:
         yield records
     finally:
-        for layer in layers:
-            layer.recorder = None
+        for layer, recorder in zip(layers, before, strict=True):
+            layer.recorder = recorder
 
 
 @torch.no_grad()
 def _details(entry: Record, config: NSAConfig, max_queries: int) -> Details:
-    """Those of evenly spaced rows."""
+    """The `Details` of at most `max_queries` evenly spaced rows of one forward."""
     assert entry.inside is not None
     q, k_cmp, branches = entry.inside
     layout = entry.layout

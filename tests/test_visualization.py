@@ -142,6 +142,17 @@ def test_of_several_texts_the_last_counts_and_gaps_are_refused(model):
         queries_of(first, 1)
 
 
+def test_a_record_inside_another(layer):
+    x = torch.randn(1, 20, 32)
+    with record(layer) as outer:
+        layer(x)
+        with record(layer) as inner:
+            layer(x)
+        layer(x)
+    assert (len(outer), len(inner)) == (2, 1)
+    assert layer.recorder is None
+
+
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_records_a_layer_once(model, use_reentrant):
     model.train()
