@@ -22,6 +22,7 @@ from tests.integrations.models import (
     FAMILIES,
     PROJECTIONS,
     TINY_REACH,
+    VOCAB,
     assert_same,
     attentions,
     dense_config,
@@ -245,6 +246,23 @@ def test_unpatching_frees_gates_and_compressors():
     assert not new & {id(o) for o in gc.get_objects() if isinstance(o, torch.nn.Parameter)}
 
 
+def test_other_models_in_the_process_do_not_matter():
+    """One whose constructor raised, kept alive by its traceback, and one that the garbage collector does not look at."""
+    half_built = NSALlamaForCausalLM.__new__(NSALlamaForCausalLM)
+    assert not hasattr(half_built, "_modules")
+    model = dense_model()
+    gc.freeze()
+    try:
+        patch_model(model, "tiny", verbose=False)
+    finally:
+        gc.unfreeze()
+    assert type(model.config) is type(model.model.config) is NSALlamaConfig
+    ids = tokens(1, 20)
+    assert output(model, ids).shape == (1, 20, VOCAB)
+    unpatch_model(model)
+    assert torch.equal(output(model, ids), output(dense_model(), ids))
+
+
 def test_only_this_instance_is_patched():
     """Not the class, not its attention class, not another model, not even one made from the same config object."""
     config = dense_config()
@@ -322,6 +340,24 @@ def test_dry_run_changes_nothing():
         report.new_parameters,
         report.total_parameters,
     )
+
+
+def test_a_projection_that_is_not_trained_stays_so():
+    """A layer shares its projections with the dense module, whatever mode each of them is in."""
+    model = dense_model().train()
+    model.model.layers[0].self_attn.q_proj.eval()
+
+    def modes():
+        return {name: module.training for name, module in model.named_modules()}
+
+    before = modes()
+    patch_model(model, "tiny", dry_run=True, verbose=False)
+    assert modes() == before
+    patch_model(model, "tiny", verbose=False)
+    assert before.items() <= modes().items()
+    assert attentions(model)[0].gate.training
+    unpatch_model(model)
+    assert modes() == before
 
 
 def test_patching_twice_does_nothing():

@@ -143,6 +143,14 @@ def test_patching_again_keeps_what_was_learned():
     assert torch.equal(output(model, ids), before)
 
 
+def test_the_report_says_that_gates_are_kept():
+    model = dense_model()
+    assert "gates: balanced" in str(patch_model(model, "tiny", gate_init="balanced", verbose=False))
+    report = str(patch_model(model, gate_init="dense", verbose=False))
+    assert "gates: those that fit are kept as they are; new ones start dense" in report
+    assert (attentions(model)[0].gate.bias == 0).all()
+
+
 def test_patching_again_says_what_starts_anew():
     model = sparse_model()
     gates = [attention.gate.weight for attention in attentions(model)]

@@ -46,9 +46,11 @@ class NSAAttention(NativeSparseAttention):
     """
 
     def __init__(self, config: NSAConfig, dense: nn.Module, **new: Any) -> None:
-        projections = {name: getattr(dense, name, nn.Identity()) for name in PROJECTIONS}
+        projections = {name: getattr(dense, name, nn.Identity().train(dense.training)) for name in PROJECTIONS}
         super().__init__(config, dense.layer_idx, projections=projections, **new)  # type: ignore[arg-type]
-        self.train(dense.training)
+        self.training = dense.training
+        for part in (self.gate, self.compress_k, self.compress_v):  # not the projections, which are the dense module's
+            part.train(dense.training)
         self._dense = (dense,)  # in a tuple, so that it is not a submodule
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -74,7 +76,8 @@ class NSAAttention(NativeSparseAttention):
         for name in PROJECTIONS:
             if hasattr(dense, name):
                 setattr(dense, name, getattr(self, name))
-        return dense.train(self.training)
+        dense.training = self.training
+        return dense
 
     def forward(  # type: ignore[override]
         self,
@@ -91,7 +94,10 @@ class NSAAttention(NativeSparseAttention):
         What is `cache` since transformers 5.24 was `past_key_values` before.
         """
         if kwargs.get("output_attentions"):
-            raise ValueError("output_attentions=True is not available: sparse attention never has the weights as a matrix.")
+            raise ValueError(
+                "output_attentions=True is not available: sparse attention never has the weights as a matrix. "
+                "Fix: output_attentions=False; nsa_fsa.visualization.record shows which blocks are read."
+            )
         model_cache = past_key_values if cache is None else cache
         state = None if model_cache is None else layer_state(model_cache, self.layer_idx or 0, self.config)
         if model_cache is not None:
@@ -185,9 +191,9 @@ def _before_layers(
     name = decoder.config._attn_implementation  # type: ignore[union-attr]
     if name != ATTENTION_NAME:
         raise ValueError(
-            f'the attention implementation of a model with NSA layers is {name!r}; it must be "{ATTENTION_NAME}": others '
-            "give the layers 4D masks or none, and let Trainer cut sequences for context parallelism. "
-            f'Fix: model.set_attn_implementation("{ATTENTION_NAME}").'
+            f"the config of {type(decoder).__name__} is a {type(decoder.config).__name__} with the attention implementation "
+            f"{name!r}; a model with NSA layers needs the config that it was patched or built with, whose implementation is "
+            f'"{ATTENTION_NAME}". Fix: assign that config to the model and to its decoder again.'
         )
     first = next((module for module in decoder.modules() if isinstance(module, NSAAttention)), None)  # wrapped, perhaps
     if first is None:
@@ -233,8 +239,8 @@ def warn_of_frozen_gates(decoder: nn.Module) -> None:
         return
     _warned.add(decoder)
     warnings.warn(
-        "the gates of the NSA layers are frozen while other parameters train: after patch_model they keep the compressed and "
-        'sliding branches nearly closed. Fix: with LoRA, modules_to_save=["gate", "compress_k", "compress_v"].',
+        "the gates of the NSA layers are frozen while other parameters train: they stay as they are, which after patch_model "
+        'may be nearly closed. Fix: with LoRA, modules_to_save=["gate", "compress_k", "compress_v"].',
         stacklevel=3,
     )
 
@@ -307,7 +313,7 @@ def dense_attention(
     if nsa_batch is None:
         past = (key.shape[2] if attention_mask is None else attention_mask.shape[1]) - length
         nsa_batch = find_batch(query.transpose(1, 2), past, attention_mask, **kwargs)
-    (rows, layout, mask, packed), past = nsa_batch
+    (rows, layout, mask, packed, _), past = nsa_batch
     key, value = key[:, :, : past + length], value[:, :, : past + length]  # a static cache has an unused end
     if past == 0 and (packed or rows is not None):
         q, k, v = (_take(x.transpose(1, 2), rows) for x in (query, key, value))

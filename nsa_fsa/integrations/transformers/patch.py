@@ -49,6 +49,9 @@ class PatchReport:
         reach = c.num_selected_blocks * c.block_size
         dense = f"; dense: {_ranges(self.dense_layers)}" if self.dense_layers else ""
         others = tuple(i for i in self.layers if self.configs[i] != c)
+        gates = c.gate_init + (f", so outputs stay close up to {reach} tokens" if c.gate_init == "dense" else "")
+        if self.model_class == self.patched_class:
+            gates = f"those that fit are kept as they are; new ones start {c.gate_init}"
         lines = [
             f"{self.model_class} {verb} {self.patched_class} (transformers {transformers.__version__})",
             f"  NSA layers: {_ranges(self.layers)}{dense}",
@@ -58,7 +61,7 @@ class PatchReport:
             f"  new parameters: {self.new_parameters:,} of {self.total_parameters:,} "
             f"({self.new_parameters / max(1, self.total_parameters):.2%}); all others are kept. "
             'With LoRA: modules_to_save=["gate", "compress_k", "compress_v"], or they stay as they are',
-            f"  gates: {c.gate_init}" + (f", so outputs stay close up to {reach} tokens" if c.gate_init == "dense" else ""),
+            f"  gates: {gates}",
         ]
         if others:
             lines.append(f"  layers with other settings than these, which are of layer {self.layers[0]}: {_ranges(others)}")
@@ -561,14 +564,24 @@ def _rebind_config(model: PreTrainedModel, old: Any, new: Any) -> None:
     """
     if old is new:
         return
-    found = [x for x in gc.get_objects() if issubclass(type(x), PreTrainedModel) and any(m is model for m in x.modules())]
-    for whole in sorted(found, key=lambda x: -len(list(x.modules()))):  # the largest first: its parts share its config
+    for whole in _models_around(model):  # the largest first: its parts share its config
         for key in whole.config.sub_configs:
             if getattr(whole.config, key, None) is old:
                 outer = copy.copy(whole.config)
                 setattr(outer, key, new)
                 _replace_config(whole, whole.config, outer)
         _replace_config(whole, old, new)
+
+
+def _models_around(model: PreTrainedModel) -> list[PreTrainedModel]:
+    """The models that contain this one, the largest first, and itself.
+
+    Nothing in PyTorch leads from a module to what contains it, so the garbage collector is asked, which does not know of
+    objects that were frozen. A model whose constructor raised has no `_modules`.
+    """
+    others = [x for x in gc.get_objects() if issubclass(type(x), PreTrainedModel) and "_modules" in x.__dict__]
+    found = [x for x in others if x is not model and any(module is model for module in x.modules())]
+    return [*sorted(found, key=lambda x: -len(list(x.modules()))), model]
 
 
 def _replace_config(model: nn.Module, old: Any, new: Any) -> None:
