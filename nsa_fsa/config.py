@@ -314,7 +314,7 @@ class NSAConfig:
                 raise ValueError(f"NSAConfig has no field {key!r}; {hint}")
         missing = [key for key in ("hidden_size", "num_heads") if key not in values]
         if missing:
-            raise ValueError(f"NSAConfig needs {missing}; add them, or start from a model with from_pretrained_config().")
+            raise ValueError(f"NSAConfig needs {missing}. Fix: add them, or NSAConfig.from_pretrained_config(model.config).")
         return cls(**values)
 
     @classmethod
@@ -327,7 +327,9 @@ class NSAConfig:
         except yaml.YAMLError as error:
             raise ValueError(f"{path} is no valid YAML: {error}. Fix: see configs/ for what one looks like.") from error
         if not isinstance(values, dict):
-            raise ValueError(f"{path} holds {type(values).__name__}; it must be a mapping of NSAConfig fields to values.")
+            raise ValueError(
+                f"{path} holds {type(values).__name__}; it must be a mapping of NSAConfig fields to values. Fix: see configs/."
+            )
         return cls.from_dict(values)
 
     @classmethod

@@ -344,7 +344,7 @@ def test_from_dict_of_something_else(value):
 @pytest.mark.parametrize("missing", [["hidden_size"], ["num_heads"], ["hidden_size", "num_heads"]], ids=str)
 def test_missing_keys_are_named(missing):
     values = {k: v for k, v in LLAMA_LIKE.items() if k not in missing}
-    with pytest.raises(ValueError, match=re.escape(f"NSAConfig needs {missing}; add them")):
+    with pytest.raises(ValueError, match=re.escape(f"NSAConfig needs {missing}. Fix: add them")):
         NSAConfig.from_dict(values)
 
 

@@ -72,7 +72,9 @@ class CompressedConfig:
     fwd_warps: int = 8
     fwd_stages: int = 3
     fwd_slots: int = 2  # tiles whose rows are kept by the Gluon kernels: the next one's arrive meanwhile
-    fwd_registers: int = 224  # of the Gluon kernels: for each of the two computing warpgroups, 504 less these for the other
+    # Registers per thread of each computing warpgroup of the Gluon kernels; the loader gets the remaining
+    # 504 - 2 * fwd_registers.
+    fwd_registers: int = 224
     dq_m: int = 64
     dq_n: int = 64
     dq_warps: int = 4

@@ -90,7 +90,7 @@ _WARNED: set[tuple[str, str]] = set()
 
 
 def check_known(name: str, whole: str, *operators: str) -> None:
-    """That at least one of the operators that a whole consists of (default: itself) has a backend of this name."""
+    """Raises ValueError unless `name` is "auto" or a backend of any of `operators` (default: of `whole` itself)."""
     known = dict.fromkeys(backend for operator in operators or (whole,) for backend in _BACKENDS[operator])
     if not isinstance(name, str) or (name != "auto" and name not in known):
         raise ValueError(

@@ -161,7 +161,7 @@ def check_attention(
 
 
 def check_compressed_rows(k_cmp: Tensor, num_tokens: int, kernel_stride: int) -> None:
-    """Without them kernels would read past the end."""
+    """Raises ValueError unless k_cmp has a row for every `kernel_stride` tokens: kernels read so many."""
     require(
         k_cmp.shape[0] >= num_tokens // kernel_stride,
         lambda: (

@@ -45,7 +45,10 @@ class NSACacheLayer(CacheLayerMixin):
         """Nothing to do: the state allocates its buffers at its first update."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        raise RuntimeError("an NSA layer updates its cache itself; this cache cannot be shared with a dense layer.")
+        raise RuntimeError(
+            "a dense layer was given the cache of an NSA layer, which only that layer can fill. "
+            "Fix: a new cache, filled by the model as it is now."
+        )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         length = self.state.num_tokens + query_length if self.state.max_length is None else self.state.max_length
