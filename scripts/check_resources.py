@@ -153,6 +153,7 @@ def call_operators(case: Case, enter: Callable[[str], None]) -> None:
     kernels.query_major_forward(q, k, v, indices, counts, cu_seqlens, None, None, **one_query)
     call_compression(case, k, cu_seqlens, enter)
     call_compressed_attention(case, q, do, enter)
+    call_sliding_window(case, q, do, enter)
     for num_gates in (NUM_HEADS, 1):
         logits = new(NUM_TOKENS, num_gates, 3)
         enter(f"gated_combine with {num_gates} gates")
@@ -208,6 +209,21 @@ def call_compressed_attention(case: Case, q: torch.Tensor, do: torch.Tensor, ent
                 compressed_attention_backward.compressed_attention_bwd(
                     do, q, k, v, o, lse, cu_seqlens, max_seqlen, workspace_bytes=1 << 30, **as_part, **sizes
                 )
+
+
+def call_sliding_window(case: Case, q: torch.Tensor, do: torch.Tensor, enter: Callable[[str], None]) -> None:
+    """The kernels of compressed attention, to which each token is a window of its own, of one sequence and of several."""
+    sizes: dict[str, Any] = dict(kernel_size=1, kernel_stride=1, window_size=512, scale=case.head_dim**-0.5)
+    num_kv_heads = q.shape[1] // case.group_size
+    k, v = (q.new_empty(NUM_TOKENS, num_kv_heads, width) for width in (case.head_dim, case.value_dim))
+    for num_sequences in (1, 3):
+        cu_seqlens = q.new_empty(num_sequences + 1, dtype=torch.int32)
+        enter(f"sliding_window_fwd of {num_sequences}")
+        o, lse = compressed_attention.compressed_attention_fwd(q, k, v, cu_seqlens, **sizes)
+        enter(f"sliding_window_bwd of {num_sequences}")
+        compressed_attention_backward.compressed_attention_bwd(
+            do, q, k, v, o, lse, cu_seqlens, NUM_TOKENS, workspace_bytes=1 << 30, **sizes
+        )
 
 
 class OfflineDriver:
