@@ -31,7 +31,9 @@ def chunks(
     num_kv_heads, num_indices = block_indices.shape[1:]
     slot = torch.arange(num_indices, device=q.device)
     for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
-        by_block = QUERIES_PER_KEY * num_indices * block_size <= sequence.q.stop - sequence.q.start
+        # On a CPU alone: which queries chose a block is read back for every block, which a GPU would wait for.
+        many_queries = QUERIES_PER_KEY * num_indices * block_size <= sequence.q.stop - sequence.q.start
+        by_block = many_queries and q.device.type == "cpu"
         if by_block:
             size = chunk_size(q[:, : q.shape[1] // num_kv_heads], block_size)
             size = min(size, most_queries(num_kv_heads * -(-sequence.length // block_size)))
