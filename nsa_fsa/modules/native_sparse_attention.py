@@ -361,7 +361,10 @@ class NativeSparseAttention(nn.Module):
 def _check_modules(config: Any, compressors: dict[str, Any], projections: Any) -> None:
     """The constructor's arguments, before anything is built."""
     if not isinstance(config, NSAConfig):
-        raise ValueError(f"config is {type(config).__name__}; it must be an NSAConfig. Fix: NSAConfig.from_dict(config).")
+        raise ValueError(
+            f"config is {type(config).__name__}; it must be an NSAConfig. Fix: NSAConfig.from_dict of a dict, or "
+            "the config of a layer, such as model.model.layers[0].self_attn.config."
+        )
     for name, module in compressors.items():
         if module is not None and not isinstance(module, nn.Module):
             raise ValueError(

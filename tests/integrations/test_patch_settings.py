@@ -181,6 +181,21 @@ def test_a_part_of_a_patched_model_is_refused():
     assert_same(before, snapshot(model))
 
 
+def test_what_is_no_model_is_refused():
+    with pytest.raises(TypeError, match=r"str cannot be patched: supported are .*Fix: patch one of those"):
+        patch_model("a/name", "tiny")
+
+
+@pytest.mark.parametrize("wrong", [torch.nn.Identity(), "mean"], ids=["module", "text"])
+@pytest.mark.parametrize("name", ["compressor_k", "compressor_v"])
+def test_a_compressor_that_makes_none_is_refused(name, wrong):
+    """Every layer has its own, so patch_model wants what makes it, where the layer wants the module."""
+    model = dense_model()
+    with pytest.raises(ValueError, match=rf"{name} is a {type(wrong).__name__}; it must be a class or a function.*Fix"):
+        patch_model(model, "tiny", **{name: wrong})
+    assert type(model) is transformers.LlamaForCausalLM
+
+
 def test_supported_models():
     names = supported_models()
     assert sorted(names) == sorted(cls.__name__ for _, *classes in FAMILIES.values() for cls in classes)

@@ -123,7 +123,8 @@ def patch_model(
         RuntimeError: for a transformers version whose attention has another signature.
     """
     if type(model) not in SPARSE_CLASS and type(model) not in DENSE_CLASS:
-        inside = next((type(m).__name__ for m in model.modules() if type(m) in {**SPARSE_CLASS, **DENSE_CLASS}), None)
+        modules = model.modules() if isinstance(model, nn.Module) else ()
+        inside = next((type(m).__name__ for m in modules if type(m) in {**SPARSE_CLASS, **DENSE_CLASS}), None)
         hint = f"patch the {inside} inside it before wrapping, as in patch_model before get_peft_model" if inside else ""
         raise TypeError(
             f"{type(model).__name__} cannot be patched: supported are {', '.join(supported_models())}. "
@@ -132,6 +133,12 @@ def patch_model(
     before = type(model)
     sparse_class = SPARSE_CLASS.get(before, before)
     own = {"compressor_k": compressor_k, "compressor_v": compressor_v}
+    for name, make in own.items():
+        if make is not None and (not callable(make) or isinstance(make, nn.Module)):
+            raise ValueError(
+                f"{name} is a {type(make).__name__}; it must be a class or a function that makes a layer's own nn.Module from "
+                f"its NSAConfig. Fix: {name}=lambda config: ..."
+            )
     settings = _by_layer(model, config, preset, layers, overrides, patched=before in DENSE_CLASS)
     replacements, anew = _build(model, settings, dict.fromkeys(settings, own))
 
