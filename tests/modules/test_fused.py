@@ -21,6 +21,19 @@ def test_a_quack_that_cannot_be_imported_is_named(tmp_path, monkeypatch):
         assert fused.quack_kernels.__wrapped__() is None
 
 
+def test_the_norm_is_called_as_quack_takes_it(tmp_path, monkeypatch):
+    """With a stand-in of quack, whose kernels need a GPU: the weight by position, epsilon by name."""
+    for name in ("quack", "quack.rotary"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    (tmp_path / "quack").mkdir()
+    (tmp_path / "quack" / "__init__.py").write_text("def rmsnorm(x, weight=None, bias=None, *, eps): return x * weight + eps")
+    (tmp_path / "quack" / "rotary.py").write_text("apply_rotary_emb = None")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("nsa_fsa.modules.norm.kernels_for", lambda x: fused.quack_kernels.__wrapped__())
+    norm, x = nn.RMSNorm(8, eps=0.5), torch.randn(5, 2, 8)
+    assert torch.equal(normalize(norm, x), x * norm.weight + 0.5)
+
+
 @pytest.mark.parametrize("rotary_dim", [8, 16])
 @pytest.mark.parametrize("num_tokens", [0, 7, 8, 20])
 def test_rotary_in_launches_that_fit(num_tokens, rotary_dim, monkeypatch):
