@@ -25,6 +25,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
 INSTALL = 'pip install "flash-attn-4>=4.0.0b36"'  # a version with a "b" in it lets pip take such versions
 WIDTH_STEP = 8  # widths are whole multiples: 16 bytes
+PADDING = 128  # rows that every sequence of a packed batch has more in the sums of a backward pass
 
 
 @dataclass(frozen=True)
@@ -161,11 +162,35 @@ def unsupported(
     return None
 
 
-def none_supports(*tensors: Tensor, **arguments: Any) -> str | None:
-    """Why none of the libraries on this machine can run these arguments, or None."""
-    here = [library for library in LIBRARIES if unavailable(library, tensors[0].device) is None]
-    reasons = [unsupported(library, *tensors, **arguments) for library in here]
-    return None if not reasons or None in reasons else reasons[-1]
+def none_supports(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> str | None:
+    """Why none of the libraries on this machine can run these arguments in the memory they may take, or None."""
+    here = [library for library in LIBRARIES if unavailable(library, q.device) is None]
+    reasons = [unsupported(library, q, k, v, **arguments) for library in here]
+    return too_much_padding(q, k, v, **arguments) if not reasons or None in reasons else reasons[-1]
+
+
+def too_much_padding(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    workspace_bytes: int | None = None,
+    backward: bool = False,
+    **_: Any,
+) -> str | None:
+    """Where the padding alone is more than a backward pass may take, for a KV head; or None. Tokens are as long as q itself,
+    but 100,000 sequences of 16 tokens have nine times the sums of what the tokens need."""
+    if not backward or cu_seqlens is None or workspace_bytes is None:
+        return None
+    num_sequences = cu_seqlens.shape[0] - 1
+    num_bytes = bytes_of_kv_head(0, 0, q.shape[1] // k.shape[1], num_sequences, _width(q, v))
+    if num_bytes <= workspace_bytes:
+        return None
+    return (
+        f"FlashAttention pads the sums of {num_sequences} sequences, which takes {num_bytes} bytes for a KV head; "
+        f"workspace_bytes allows {workspace_bytes}"
+    )
 
 
 def _padded(x: Tensor, width: int) -> Tensor:
@@ -195,11 +220,12 @@ def _forward(
     return o[..., :v_dim].contiguous(), lse.T.contiguous()
 
 
-def bytes_of_kv_head(q: Tensor, k: Tensor, width: int) -> int:
+def bytes_of_kv_head(num_queries: int, num_keys: int, group_size: int, num_sequences: int, width: int) -> int:
     """What the libraries take at most in backward for a KV head: float32 sums of dq, and of dk and dv or copies of these for
-    every query head."""
-    num_rows = q.shape[0] * q.shape[1] // k.shape[1]
-    return 4 * width * (num_rows + 2 * max(k.shape[0], num_rows // 2))
+    every query head, all of them padded."""
+    padding = PADDING * num_sequences
+    num_rows = (num_queries + padding) * group_size
+    return 4 * width * (num_rows + 2 * max(num_keys + padding, num_rows // 2))
 
 
 def _backward(
@@ -216,7 +242,9 @@ def _backward(
     do, q, k, v, o = (_padded(x, width) for x in (do, q, k, v, o))
     lse, delta = lse.T.contiguous(), None if delta is None else delta.T.contiguous()
     where = (starts, cu_seqlens, max_seqlen, scale, window_size)
-    chunks = list(head_chunks(k.shape[1], q.shape[1] // k.shape[1], bytes_of_kv_head(q, k, width), workspace_bytes))
+    group_size = q.shape[1] // k.shape[1]
+    one_head = bytes_of_kv_head(q.shape[0], k.shape[0], group_size, cu_seqlens.shape[0] - 1, width)
+    chunks = list(head_chunks(k.shape[1], group_size, one_head, workspace_bytes))
     if len(chunks) == 1:
         grads = library.backward(do, q, k, v, o, lse, delta, *where, None)
     else:

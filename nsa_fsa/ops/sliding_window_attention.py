@@ -38,7 +38,7 @@ def sliding_window_attention(
         cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences; see `Layout`.
         return_lse: also return the log-sum-exp.
         workspace_bytes: how much memory FlashAttention may take for sums, at any length: heads are differentiated in turn
-            where all of them would take more.
+            where all of them would take more; where the padding of many short sequences would, "auto" takes "triton_window".
         backend: which implementation runs: "flash_attn_4", "torch_flash" (the FlashAttention in PyTorch), "flash_attention"
             (whichever of these the profiler finds faster on this GPU), "triton_window" (slower, for what FlashAttention does
             not take, such as float32), "reference", or "auto": on a GPU "flash_attention" or else "triton_window" where they

@@ -74,13 +74,30 @@ def test_any_library_that_can_will_do(monkeypatch):
     assert "reads past the keys in use" in none_supports(*tensors(), **decoding)
 
 
+def test_padding_beyond_the_budget_is_left_to_others(monkeypatch):
+    """Of a backward alone, and whatever library is here; one that is named runs all the same."""
+    monkeypatch.setattr(flash_attention, "unavailable", lambda *_: None)
+    # 128 rows of eight float32 sums, each 16 wide: dq of four query heads, and dk and dv for every other of them.
+    x, allowed = tensors(head_dim=16, v_head_dim=16), 1000 * 128 * 8 * 16 * 4
+    arguments = dict(scale=0.1, cu_seqlens=torch.zeros(1001, dtype=torch.int32))
+    assert none_supports(*x, **arguments, backward=True, workspace_bytes=allowed) is None
+    assert none_supports(*x, **arguments, workspace_bytes=1) is None
+    reason = none_supports(*x, **arguments, backward=True, workspace_bytes=allowed - 1)
+    assert reason == (
+        f"FlashAttention pads the sums of 1000 sequences, which takes {allowed} bytes for a KV head; "
+        f"workspace_bytes allows {allowed - 1}"
+    )
+    for library in LIBRARIES:
+        assert unsupported(library, *x, **arguments, backward=True, workspace_bytes=1) is None
+
+
 @pytest.mark.parametrize("num_kv_heads", [1, 3, 8])
 @pytest.mark.parametrize("group_size", [1, 4])
 @pytest.mark.parametrize("heads_that_fit", [0, 1, 2, 5, 100])
 def test_heads_are_cut_to_the_budget(num_kv_heads, group_size, heads_that_fit):
-    q, k = torch.empty(100, num_kv_heads * group_size, 16), torch.empty(100, num_kv_heads, 16)
-    one_head = 4 * 16 * 100 * (group_size + max(2, group_size))  # float32 sums of dq, and of dk and dv for every other head
-    assert bytes_of_kv_head(q, k, 16) == one_head
+    # float32 sums of dq, and of dk and dv for every other head, with 128 rows more for each of three sequences
+    one_head = 4 * 16 * (100 + 3 * 128) * (group_size + max(2, group_size))
+    assert bytes_of_kv_head(100, 100, group_size, 3, 16) == one_head
     chunks = list(head_chunks(num_kv_heads, group_size, one_head, max(heads_that_fit * one_head, 1)))
     assert [head for _, heads in chunks for head in range(num_kv_heads)[heads]] == list(range(num_kv_heads))
     for of_queries, of_keys in chunks:
