@@ -61,8 +61,11 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 def too_old(device: torch.device | None, oldest: tuple[int, int], elsewhere: str = "") -> str | None:
     """Why this GPU, by default the current one, cannot run what needs compute capability `oldest` or newer, or None.
 
-    elsewhere: what to add for machines without a GPU.
+    Where the device is no GPU, none is asked: that would start CUDA, which takes memory of a GPU and keeps the process from
+    forking. elsewhere: what to add for machines without a GPU.
     """
+    if device is not None and device.type != "cuda" and torch.cuda.is_available():
+        return f"the tensors are on {device}"
     if device is None or device.type != "cuda":
         device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
     found = capability(device)

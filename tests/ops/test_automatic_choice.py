@@ -105,3 +105,20 @@ def test_a_backend_of_ones_own_needs_no_reason(monkeypatch):
     monkeypatch.setitem(backends._BACKENDS, "gated_combine", {"own": own, **backends._BACKENDS["gated_combine"]})
     assert backends.available("gated_combine")["own"] is None
     assert backends.resolve("gated_combine", "auto", torch.empty(1), torch.empty(1)).name == "own"
+
+
+def test_tensors_on_a_cpu_ask_no_gpu(monkeypatch):
+    """Asking would start CUDA."""
+
+    def asked(*_):
+        raise AssertionError("a GPU was asked")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("current_device", "get_device_capability"):
+        monkeypatch.setattr(torch.cuda, name, asked)
+    monkeypatch.setattr(triton_backends, "_missing", lambda: None)
+    monkeypatch.setattr(triton_backends, "interpreted", lambda: False)
+    for operator, (tensors, arguments) in calls(torch.device("cpu")).items():
+        assert backends.resolve(operator, "auto", *tensors, **arguments).name == "reference"
+        *_, of_triton = backends.passed_over(operator, *tensors, **arguments).values()
+        assert of_triton == "the tensors are on cpu"
