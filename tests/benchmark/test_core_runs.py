@@ -374,6 +374,7 @@ def test_every_part_has_a_color():
 def asked_for(monkeypatch, tmp_path, *arguments):
     """(run, what it is given, the benchmark of its file), on a machine that seems to have a GPU."""
     calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # files are named after the GPU
     monkeypatch.setattr(benchmark, "need_a_gpu", lambda: None)
     monkeypatch.setattr(benchmark, "CudaMeter", lambda milliseconds: FakeMeter())
     for name in ("run_times", "run_parts", "run_memory", "run_table_7"):

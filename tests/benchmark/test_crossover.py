@@ -229,7 +229,8 @@ def test_without_a_gpu_it_says_so(monkeypatch, tmp_path):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine that seems to have one."""
+    """A machine that seems to have one, and whose files are named as if it had none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(benchmark, "need_a_gpu", lambda: None)
     monkeypatch.setattr(benchmark, "CudaMeter", lambda milliseconds: FakeMeter())
     monkeypatch.setattr(torch, "device", lambda name: CPU)
