@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import nsa_fsa.integrations.transformers as integration
@@ -565,6 +566,38 @@ def test_every_compressor_starts_as_its_own_module_does(tmp_path, kind):
             assert value.std().item() == pytest.approx(value.shape[1] ** -0.5, rel=0.2), name
         else:
             assert torch.equal(value, expected[name]), name
+
+
+@pytest.mark.parametrize("kind", ["linear", "mlp", "gated", "weighted"])
+@pytest.mark.parametrize("start", ["balanced", "dense"])
+def test_a_missing_parameter_starts_and_the_others_are_loaded(tmp_path, kind, start):
+    """Whichever one of NSA's parameters a checkpoint lacks: also those beside it in the same module."""
+    nsa = dict(compress_k=kind, compress_v=kind, compress_position_embedding=True, gate_init=start)
+    model = sparse_model(num_hidden_layers=1, nsa=nsa)
+    model.save_pretrained(tmp_path)
+    fresh = integration.NSALlamaForCausalLM(model.config).state_dict()
+    tensors = load_file(tmp_path / "model.safetensors")
+    added = [name for name in tensors if any(part in name for part in (".gate.", ".compress_k.", ".compress_v."))]
+    assert len(added) == (2 + 2 * 3 if kind in ("mlp", "gated") else 2 + 2 * 2)
+    for missing in added:
+        kept = {name: value for name, value in tensors.items() if name != missing}
+        save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+        if missing.endswith((".up", ".down")):  # random
+            assert loaded[missing].std().item() == pytest.approx(loaded[missing].shape[1] ** -0.5, rel=0.2), missing
+        else:
+            assert torch.equal(loaded[missing], fresh[missing]), missing
+        for name, value in kept.items():
+            assert torch.equal(loaded[name], value), f"{name}, beside {missing}"
+
+
+def test_weights_that_were_loaded_are_not_initialised_again(tmp_path):
+    """As in a dense model: also in a copy, whose parameters nothing marks."""
+    model = sparse_model()
+    model.save_pretrained(tmp_path)
+    loaded = copy.deepcopy(AutoModelForCausalLM.from_pretrained(tmp_path))
+    loaded.init_weights()
+    assert_same_model(loaded, model)
 
 
 def test_unknown_setting_in_a_checkpoint(tmp_path):

@@ -12,6 +12,8 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -188,14 +190,24 @@ class _NSAModel:
             warn_of_frozen_gates(self.base_model)  # type: ignore[attr-defined]
         return super().train(mode)  # type: ignore[misc]
 
+    @torch.no_grad()
     def initialize_weights(self) -> None:
         """Initialises what NSA adds and no checkpoint brought, before transformers would do it as for any Linear."""
         for module in self.modules():  # type: ignore[attr-defined]
-            if isinstance(module, (BranchGate, Compressor, LinearPhi, MLPPhi, PoolPhi)):
-                if not all(getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False)):
+            if isinstance(module, (BranchGate, Compressor, LinearPhi, MLPPhi, PoolPhi)) and not _is_initialized(module):
+                loaded = [p for p in module.parameters(recurse=False) if _is_initialized(p)]
+                if len(loaded) < len(list(module.parameters(recurse=False))):
+                    values = [p.clone() for p in loaded]  # a reset writes every parameter of the module
                     module.reset_parameters()
+                    for parameter, value in zip(loaded, values, strict=True):
+                        parameter.copy_(value)
                 module._is_hf_initialized = True  # type: ignore[assignment]
         super().initialize_weights()  # type: ignore[misc]
+
+
+def _is_initialized(x: nn.Module | nn.Parameter) -> bool:
+    """Whether transformers marked it as loaded or initialised."""
+    return getattr(x, "_is_hf_initialized", False)
 
 
 class NSALlamaModel(_NSAModel, LlamaModel):
