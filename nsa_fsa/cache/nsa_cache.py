@@ -116,6 +116,11 @@ class NSACache:
         """Real tokens of each sequence, int64 `[B]`; `[0]` before the first batch."""
         return self._lengths
 
+    def differences(self, config: NSAConfig) -> str:
+        """The settings in which a layer's config differs from the cache's, with both values; "" where none does."""
+        kept, found = self.config.to_dict(), config.to_dict()
+        return ", ".join(f"{name}={kept[name]!r} (layer: {found[name]!r})" for name in kept if kept[name] != found[name])
+
     def check_room(self, num_sequences: int, num_columns: int) -> None:
         """Raises ValueError unless that many sequences can go on by that many columns."""
         if not self.is_empty and num_sequences != self._lengths.shape[0]:

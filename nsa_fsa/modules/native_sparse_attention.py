@@ -227,7 +227,10 @@ class NativeSparseAttention(nn.Module):
         if cache is not None and not isinstance(cache, NSACache):
             raise ValueError(f"cache is {type(cache).__name__}; it must be an NSACache. Fix: NSACache(attn.config).")
         if cache is not None and cache.config != self.config:
-            raise ValueError("the cache was made for another config. Fix: NSACache(attn.config).")
+            raise ValueError(
+                f"the cache was made for a layer with other settings: {cache.differences(self.config)}. "
+                "Fix: start with a new cache, NSACache(attn.config), and feed all tokens again."
+            )
         batch_size, length = hidden_states.shape[:2]
         if cu_seqlens is not None:
             if batch_size != 1 or attention_mask is not None or cache is not None:

@@ -344,7 +344,7 @@ def test_another_config_is_refused():
     layer, x = make_variant("default"), randn(2, 20, 24)
     cache = fill(layer, x)
     other = make_variant("default", window_size=9)
-    with pytest.raises(ValueError, match=r"another config.*Fix: NSACache\(attn.config\)"):
+    with pytest.raises(ValueError, match=r"other settings: window_size=6 \(layer: 9\)\. Fix: .*NSACache\(attn.config\)"):
         other(x, cache=cache)
     assert_continues(layer, cache, x)
     layer(x, cache=NSACache(small_config()))  # an equal config is as good as the same one

@@ -1,13 +1,14 @@
 """model.generate on sequences long enough to be sparse: every way of decoding gives the tokens of forwards without cache."""
 
 import copy
+import re
 
 import pytest
 import torch
 import transformers
 from transformers import DynamicCache, StaticCache
 
-from nsa_fsa.integrations.transformers import NSACacheLayer
+from nsa_fsa.integrations.transformers import NSACacheLayer, patch_model
 from tests.integrations.models import TINY_REACH, attentions, dense_model, greedy, sparse_model, tokens
 from tests.modules.layers import rms_ratio
 
@@ -342,9 +343,10 @@ def test_a_full_static_cache():
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("way_out", ["reset", "crop"])
 @pytest.mark.parametrize("history", [0, 30])
 @pytest.mark.parametrize("static", [False, True])
-def test_a_forward_that_raised_half_way(monkeypatch, static, history):
+def test_a_forward_that_raised_half_way(monkeypatch, static, history, way_out):
     """The layers before the one that ran out of memory have gone on; a repeated call would feed them twice."""
     model, ids = sparse_model(), tokens(2, 40)
     cache = StaticCache(config=model.config, max_cache_len=90) if static else DynamicCache()
@@ -358,11 +360,27 @@ def test_a_forward_that_raised_half_way(monkeypatch, static, history):
         patch.setattr(attentions(model)[1].compress_v, "forward", out_of_memory)
         with pytest.raises(torch.OutOfMemoryError):
             model(ids[:, history:], past_key_values=cache)
-    with pytest.raises(RuntimeError, match=f"layer 1 of the cache holds {history} tokens where .* 40.*Fix"):
+    with pytest.raises(RuntimeError, match=rf"layer 1 .* holds {history} tokens where .* 40.*Fix: cache.reset\(\)") as error:
         model(ids[:, history:], past_key_values=cache)
-    cache.reset()
-    logits = model(ids, past_key_values=cache).logits
-    torch.testing.assert_close(logits, model(ids, use_cache=False).logits, rtol=1e-3, atol=1e-3)
+    if way_out == "reset":
+        cache.reset()
+    else:
+        exec(re.search(r"for layer in .*: layer.crop\(-\d+\)", str(error.value)).group(), {"cache": cache})
+    start = cache.get_seq_length()
+    assert start == (0 if way_out == "reset" else history)
+    logits = model(ids[:, start:], past_key_values=cache).logits
+    torch.testing.assert_close(logits, model(ids, use_cache=False).logits[:, start:], rtol=1e-3, atol=1e-3)
+
+
+def test_a_cache_of_other_settings():
+    """What `generate` returned, continued after the model was patched again."""
+    model, ids = sparse_model(), tokens(1, 20)
+    result = generate(model, ids, return_dict_in_generate=True)
+    patch_model(model, window_size=8, num_selected_blocks=5, verbose=False)
+    found = r"layer 0 of the cache .*num_selected_blocks=6 \(layer: 5\), window_size=32 \(layer: 8\)\. Fix: leave out past_key"
+    with pytest.raises(ValueError, match=found):
+        generate(model, result.sequences, past_key_values=result.past_key_values)
+    generate(model, result.sequences, past_key_values=DynamicCache())
 
 
 @torch.no_grad()

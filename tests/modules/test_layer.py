@@ -617,7 +617,7 @@ ERRORS = {
     ),
     "cache of another config": (
         lambda: dict(hidden_states=randn(1, 9, 24), cache=NSACache(small_config(window_size=7))),
-        r"another config.*Fix: NSACache\(attn.config\)",
+        r"other settings: window_size=7 \(layer: 6\)\. Fix: .*NSACache\(attn.config\)",
     ),
 }
 

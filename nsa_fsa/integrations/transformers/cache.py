@@ -91,7 +91,8 @@ def layer_state(cache: Cache, layer_idx: int, config: NSAConfig) -> NSACache:
 
     Raises:
         TypeError: for a kind of layer that NSA cannot stand in for, such as a quantized or sliding one.
-        ValueError: for an offloaded cache, or one that a dense layer has already filled.
+        ValueError: for an offloaded cache, one that a dense layer has already filled, or one of an NSA layer with other
+            settings.
     """
     if getattr(cache, "offloading", False):
         raise ValueError("NSA layers do not support offloaded caches. Fix: cache_implementation='dynamic' or 'static'.")
@@ -99,6 +100,12 @@ def layer_state(cache: Cache, layer_idx: int, config: NSAConfig) -> NSACache:
         cache.layers.append(cache.layer_class_to_replicate())
     layer: Any = cache.layers[layer_idx]
     if isinstance(layer, NSACacheLayer):
+        if layer.state.config != config:
+            raise ValueError(
+                f"layer {layer_idx} of the cache was made for other settings than the model has now: "
+                f"{layer.state.differences(config)}. Fix: leave out past_key_values, or pass a new DynamicCache, and feed "
+                "all tokens again."
+            )
         return layer.state
     if type(layer) not in (DynamicLayer, StaticLayer):
         raise TypeError(
@@ -128,6 +135,7 @@ def check_in_step(cache: Cache, layer_idx: int, num_columns: int) -> None:
     if held != held_before:
         raise RuntimeError(
             f"layer {layer_idx} of the cache holds {held} tokens where the layer before it held "
-            f"{held_before}: an earlier forward raised between them. "
-            "Fix: reset() the cache and feed everything again."
+            f"{held_before}: an earlier forward raised between them. Fix: cache.reset(), and feed all tokens again. Or keep "
+            f"the {held} tokens that all layers hold, and feed those after them again: "
+            f"for layer in cache.layers[:{layer_idx}]: layer.crop({held - before.state.num_tokens})."
         )
