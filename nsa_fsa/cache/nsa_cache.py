@@ -257,7 +257,10 @@ class NSACache:
         held = self.num_tokens
         validation.require(
             validation.is_int(num_removed) and 0 <= num_removed <= held,
-            lambda: f"num_removed={num_removed!r:.100} must be an int from 0 to the {held} tokens held.",
+            lambda: (
+                f"num_removed={num_removed!r:.100} must be an int from 0 to the {held} tokens held. "
+                "Fix: crop(min(n, cache.num_tokens)), or reset() to take back all of them."
+            ),
         )
         if num_removed == self.num_tokens:
             self.reset()

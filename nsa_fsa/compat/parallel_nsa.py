@@ -129,7 +129,7 @@ def _check(
     q: Tensor, k: Tensor, v: Tensor, gates: dict[str, Tensor | None], block_indices: Tensor | None,
     block_counts: int | Tensor, block_size: int, window_size: int, head_first: bool,
 ) -> None:  # fmt: skip
-    """What flattening would hide, and what only this convention has; the operators check the rest."""
+    """Raises ValueError for what flattening would hide, and what only this convention has; the operators check the rest."""
     require(
         not head_first,
         lambda: (
@@ -142,7 +142,7 @@ def _check(
         q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3],
         lambda: (
             f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; they must be [B, TQ, HQ, D], "
-            "[B, TK, HKV, D] and [B, TK, HKV, DV]."
+            "[B, TK, HKV, D] and [B, TK, HKV, DV]. Fix: give all three one B, and make k and v from the same tokens and heads."
         ),
     )
     check_positive(block_size=block_size)
@@ -185,7 +185,10 @@ def _layout(q: Tensor, k: Tensor, cu_seqlens: Tensor | tuple[Tensor, Tensor] | N
     if cu_seqlens is None:
         require(
             num_queries <= num_keys,
-            lambda: f"q has {num_queries} positions and k has {num_keys}: queries are the last positions of their sequence.",
+            lambda: (
+                f"q has {num_queries} positions and k has {num_keys}, but queries are the last positions of their sequence. "
+                "Fix: give keys and values of the whole sequence."
+            ),
         )
         last = None if num_queries == num_keys else uniform_layout(batch_size, num_queries, q.device).cu_seqlens
         return uniform_layout(batch_size, num_keys, k.device)._replace(cu_seqlens_q=last)

@@ -185,7 +185,7 @@ class Compressor(nn.Module):
 
 
 def _check_compressed(phi: nn.Module, windows: Tensor, compressed: Any) -> None:
-    """That a module of the user's own makes one token of every window."""
+    """Raises ValueError unless a module of the user's own makes one token of every window."""
     expected = windows.shape[:2] + windows.shape[3:]
     if not isinstance(compressed, Tensor) or compressed.shape != expected:
         found = tuple(compressed.shape) if isinstance(compressed, Tensor) else type(compressed).__name__

@@ -362,7 +362,7 @@ class NativeSparseAttention(nn.Module):
 
 
 def _check_modules(config: Any, compressors: dict[str, Any], projections: Any) -> None:
-    """The constructor's arguments, before anything is built."""
+    """Raises ValueError for wrong arguments of the constructor, before anything is built."""
     if not isinstance(config, NSAConfig):
         raise ValueError(
             f"config is {type(config).__name__}; it must be an NSAConfig. Fix: NSAConfig.from_dict of a dict, or "

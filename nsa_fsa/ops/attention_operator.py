@@ -105,5 +105,5 @@ def reference_backend(forward: Callable[..., Any], backward: Callable[..., Any],
 
 
 def check_token_rows(q: Tensor, k: Tensor, *, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, **_) -> None:
-    """The sequence descriptors' values for a branch whose keys are tokens."""
+    """Raises ValueError for sequence descriptors whose values do not fit a branch with tokens as keys."""
     validation.check_layout_values(q.shape[0], k.shape[0], cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)

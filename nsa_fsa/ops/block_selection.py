@@ -63,7 +63,7 @@ def select_blocks(
         lse.shape == q.shape[:2] and lse.dtype in (torch.float32, torch.float64) and lse.device == q.device,
         lambda: (
             f"lse is {lse.dtype} {tuple(lse.shape)} on {lse.device}; it must be float32 or float64 [T, HQ] = "
-            f"{tuple(q.shape[:2])} on {q.device}."
+            f"{tuple(q.shape[:2])} on {q.device}. Fix: pass what compressed_attention(..., return_lse=True) returns for this q."
         ),
     )
     layout = (cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, validation.default_scale(q, scale))
@@ -76,6 +76,7 @@ def select_blocks(
 def check_blocks(
     kernel_size: int, kernel_stride: int, block_size: int, num_selected_blocks: int, init_blocks: int, local_blocks: int
 ) -> None:
+    """Raises ValueError for window sizes that do not fit together, or more forced blocks than selected ones."""
     validation.check_positive(block_size=block_size, num_selected_blocks=num_selected_blocks)
     validation.check_windows(kernel_size, kernel_stride, block_size)
     validation.check_ints(0, init_blocks=init_blocks, local_blocks=local_blocks)
@@ -83,7 +84,7 @@ def check_blocks(
         init_blocks + local_blocks <= num_selected_blocks,
         lambda: (
             f"init_blocks={init_blocks} and local_blocks={local_blocks} must together be at most "
-            f"num_selected_blocks={num_selected_blocks}."
+            f"num_selected_blocks={num_selected_blocks}. Fix: select more, or force fewer."
         ),
     )
 

@@ -68,7 +68,7 @@ def compressed_attention(
 def check_compressed_rows(
     q: Tensor, k_cmp: Tensor, *, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, kernel_stride, **_
 ) -> None:
-    """The sequence descriptors' values for a branch whose keys are compressed tokens."""
+    """Raises ValueError for sequence descriptors whose values do not fit a branch with compressed tokens as keys."""
     if cu_seqlens.device.type != "cpu":
         return
     num_tokens = q.shape[0] if cu_seqlens_q is None else int(cu_seqlens[-1])

@@ -30,7 +30,7 @@ def gated_combine(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tens
             o.shape == o_cmp.shape and o.dtype == o_cmp.dtype and o.device == o_cmp.device,
             lambda: (
                 f"{name} is {o.dtype} {tuple(o.shape)} on {o.device} but o_cmp is {o_cmp.dtype} {tuple(o_cmp.shape)} on "
-                f"{o_cmp.device}: the branches must agree."
+                f"{o_cmp.device}: the branches must agree. Fix: compute all three with the same q and the same width of values."
             ),
         )
     check_gates(gate_logits, o_cmp, "the branches")
@@ -39,7 +39,7 @@ def gated_combine(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tens
 
 
 def check_gates(gate_logits: Tensor, rows: Tensor, whose: str) -> None:
-    """A gate for every head of `rows`, `[T, HQ, ...]`, or one for all."""
+    """Raises ValueError unless there is a gate for every head of `rows`, `[T, HQ, ...]`, or one for all."""
     num_tokens, num_heads = rows.shape[:2]
     validation.check_rows("gate_logits", gate_logits, 3, "[T, HQ or 1, 3]")
     validation.require(

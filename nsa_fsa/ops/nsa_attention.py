@@ -95,18 +95,27 @@ def nsa_attention(
     validation.check_compressed_rows(k_cmp, k.shape[0], kernel_stride)
     validation.require(
         k_cmp.shape[1] == k.shape[1],
-        lambda: f"k_cmp has {k_cmp.shape[1]} heads but k {k.shape[1]}: what is chosen by one is read from the other.",
+        lambda: (
+            f"k_cmp has {k_cmp.shape[1]} heads but k {k.shape[1]}; they must agree, because what is chosen by a head of k_cmp "
+            "is read from that head of k. Fix: compress every KV head."
+        ),
     )
     if k_own is not None and v_own is not None:
         validation.check_attention(q, k_own, v_own, *layout)
         validation.require(
             k_own.shape[0] == k.shape[0],
-            lambda: f"k_swa has {k_own.shape[0]} rows but k {k.shape[0]}: cu_seqlens is about both.",
+            lambda: (
+                f"k_swa has {k_own.shape[0]} rows but k {k.shape[0]}; they must agree, because cu_seqlens is about both. "
+                "Fix: make both from the same tokens."
+            ),
         )
     for name, values in (("v_cmp", v_cmp), ("v_swa", v if v_own is None else v_own)):
         validation.require(
             values.shape[2] == v.shape[2],
-            lambda: f"{name} has width {values.shape[2]} but v {v.shape[2]}: the branches' outputs are added.",
+            lambda: (
+                f"{name} has width {values.shape[2]} but v {v.shape[2]}; they must agree, because the branches' outputs are "
+                "added. Fix: project the values of all branches to one width."
+            ),
         )
     check_gates(gate_logits, q, "q")
     validation.require(

@@ -80,7 +80,8 @@ def selected_attention(
         and block_indices.device == q.device,
         lambda: (
             f"block_indices is {block_indices.dtype} {tuple(block_indices.shape)} on {block_indices.device}; it must be int32 "
-            f"[T, HKV, T_sel] = [{q.shape[0]}, {k.shape[1]}, T_sel] on {q.device}."
+            f"[T, HKV, T_sel] = [{q.shape[0]}, {k.shape[1]}, T_sel] on {q.device}. "
+            "Fix: pass what select_blocks returns for this q."
         ),
     )
     if isinstance(block_counts, int):

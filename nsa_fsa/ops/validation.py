@@ -18,6 +18,7 @@ def require(ok: bool, message: Callable[[], str]) -> None:
 
 
 def check_ints(minimum: int, **values: Any) -> None:
+    """Raises ValueError unless each of the values, given by their names, is an int of at least `minimum`."""
     for name, value in values.items():
         require(
             is_int(value) and value >= minimum,
@@ -26,6 +27,7 @@ def check_ints(minimum: int, **values: Any) -> None:
 
 
 def check_positive(**values: Any) -> None:
+    """Raises ValueError unless each of the values, given by their names, is an int of at least 1."""
     check_ints(1, **values)
 
 
@@ -35,7 +37,7 @@ def is_int(value: Any) -> bool:
 
 
 def check_tensor(name: str, x: Any, what: str) -> None:
-    """what: dtype and shape, for the error."""
+    """Raises ValueError unless x is a tensor. what: its dtype and shape, for the error."""
     require(
         isinstance(x, Tensor),
         lambda: f"{name}={x!r:.100} must be a tensor, {what}. Fix: torch.as_tensor(...) on the others' device.",
@@ -43,23 +45,27 @@ def check_tensor(name: str, x: Any, what: str) -> None:
 
 
 def check_device(name: str, x: Tensor, device: torch.device) -> None:
+    """Raises ValueError unless x is on the device of the other tensors."""
     require(x.device == device, lambda: f"{name} is on {x.device}, the other tensors on {device}. Fix: move it there.")
 
 
 def check_rows(name: str, x: Tensor, ndim: int, shape: str) -> None:
-    """A floating-point tensor of `ndim` axes, the last one not empty."""
+    """Raises ValueError unless x is a floating-point tensor of `ndim` axes, the last one not empty."""
     check_tensor(name, x, shape)
     require(
         x.ndim == ndim and x.shape[-1] > 0,
         lambda: f"{name} has shape {tuple(x.shape)}; it must be {shape}, the last of at least 1.",
     )
-    require(x.dtype in FLOAT_DTYPES, lambda: f"{name} has dtype {x.dtype}; it must be one of {FLOAT_DTYPES}.")
+    require(
+        x.dtype in FLOAT_DTYPES,
+        lambda: f"{name} has dtype {x.dtype}; it must be one of {FLOAT_DTYPES}. Fix: cast it, as in x.float().",
+    )
 
 
 def check_layout(
     device: torch.device, cu_seqlens: Tensor, max_seqlen: int, cu_seqlens_q: Tensor | None, seqused_k: Tensor | None
 ) -> None:
-    """Types and shapes of the sequence descriptors (their values: `check_layout_values`)."""
+    """Raises ValueError for wrong types or shapes of the sequence descriptors (their values: `check_layout_values`)."""
     require(
         is_int(max_seqlen) and max_seqlen >= 0,
         lambda: (
@@ -90,24 +96,33 @@ def check_layout(
 def check_layout_values(
     num_queries: int, num_keys: int, cu_seqlens: Tensor, max_seqlen: int, cu_seqlens_q: Tensor | None, seqused_k: Tensor | None
 ) -> None:
-    """The values of the sequence descriptors, looked at only where that is cheap: on the CPU."""
+    """Raises ValueError for wrong values of the sequence descriptors; looks only where that is cheap, on the CPU."""
     if cu_seqlens.device.type != "cpu":
         return
     starts = cu_seqlens.long()
     lengths = starts.diff()
     require(
         bool((lengths >= 0).all()) and int(starts[0]) == 0 and int(starts[-1]) == num_keys,
-        lambda: f"cu_seqlens={cu_seqlens.tolist()} must rise from 0 to the number of key rows, {num_keys}.",
+        lambda: (
+            f"cu_seqlens={cu_seqlens.tolist()} must rise from 0 to the number of key rows, {num_keys}. "
+            "Fix: 0, and after it the cumulative sum of the sequences' lengths."
+        ),
     )
     if cu_seqlens_q is not None:
         require(
             bool((cu_seqlens_q.diff() >= 0).all()) and int(cu_seqlens_q[0]) == 0 and int(cu_seqlens_q[-1]) == num_queries,
-            lambda: f"cu_seqlens_q={cu_seqlens_q.tolist()} must rise from 0 to the number of query rows, {num_queries}.",
+            lambda: (
+                f"cu_seqlens_q={cu_seqlens_q.tolist()} must rise from 0 to the number of query rows, {num_queries}. "
+                "Fix: 0, and after it the cumulative sum of each sequence's number of queries."
+            ),
         )
     if seqused_k is not None:
         require(
             bool(((seqused_k >= 0) & (seqused_k <= lengths)).all()),
-            lambda: f"seqused_k={seqused_k.tolist()} must lie between 0 and the rows of each sequence, {lengths.tolist()}.",
+            lambda: (
+                f"seqused_k={seqused_k.tolist()} must lie between 0 and the rows of each sequence, {lengths.tolist()}. "
+                "Fix: leave it out where every row holds a key, or give the sequences more rows."
+            ),
         )
         lengths = seqused_k
     longest = int(lengths.max()) if len(lengths) else 0
@@ -126,7 +141,8 @@ def check_attention(
     seqused_k: Tensor | None,
     kernel_stride: int | None = None,
 ) -> None:
-    """Shapes, dtypes and devices of q, k, v, and that queries and keys share their rows unless cu_seqlens_q is given.
+    """Raises ValueError for shapes, dtypes or devices of q, k and v that do not fit together, or sequence descriptors that do
+    not fit them; queries and keys share their rows unless cu_seqlens_q is given.
 
     kernel_stride: of compressed k and v, which then have a row for every so many.
     """
@@ -139,14 +155,24 @@ def check_attention(
         require(x.device == q.device, lambda: f"{name} is on {x.device} but q is on {q.device}. Fix: move them together.")
         require(
             x.shape[:2] == k.shape[:2],
-            lambda: f"{name} has shape {tuple(x.shape)} but {names[0]} has {tuple(k.shape)}: rows and heads must agree.",
+            lambda: (
+                f"{name} has shape {tuple(x.shape)} but {names[0]} has {tuple(k.shape)}: rows and heads must agree. "
+                "Fix: make keys and values from the same tokens, with the same number of KV heads."
+            ),
         )
     require(
-        k.shape[2] == q.shape[2], lambda: f"q has head width {q.shape[2]} but {names[0]} has {k.shape[2]}: they must agree."
+        k.shape[2] == q.shape[2],
+        lambda: (
+            f"q has head width {q.shape[2]} but {names[0]} has {k.shape[2]}: they must agree. "
+            "Fix: project queries and keys to one width; only values may have another."
+        ),
     )
     require(
         0 < k.shape[1] <= q.shape[1] and q.shape[1] % k.shape[1] == 0,
-        lambda: f"q has {q.shape[1]} heads and {names[0]} has {k.shape[1]}: query heads must be a multiple of KV heads.",
+        lambda: (
+            f"q has {q.shape[1]} heads and {names[0]} has {k.shape[1]}: query heads must be a multiple of KV heads. "
+            "Fix: choose them so that each KV head serves a whole group of query heads."
+        ),
     )
     if kernel_stride is not None and cu_seqlens_q is None:
         check_compressed_rows(k, q.shape[0], kernel_stride)
@@ -172,11 +198,14 @@ def check_compressed_rows(k_cmp: Tensor, num_tokens: int, kernel_stride: int) ->
 
 
 def check_windows(kernel_size: int, kernel_stride: int, block_size: int | None = None) -> None:
-    """What the operators ask of the compression window, its stride and the selection block."""
+    """Raises ValueError for sizes of the compression window, its stride and the selection block that do not fit together."""
     check_positive(kernel_size=kernel_size, kernel_stride=kernel_stride)
     require(
         kernel_size % kernel_stride == 0,
-        lambda: f"kernel_size={kernel_size} must be a multiple of kernel_stride={kernel_stride}.",
+        lambda: (
+            f"kernel_size={kernel_size} must be a multiple of kernel_stride={kernel_stride}. "
+            "Fix: for example kernel_size = 2 * kernel_stride."
+        ),
     )
     if block_size is None:
         return
@@ -185,13 +214,13 @@ def check_windows(kernel_size: int, kernel_stride: int, block_size: int | None =
         block_size % kernel_stride == 0 and kernel_size <= block_size,
         lambda: (
             f"block_size={block_size} must be a multiple of kernel_stride={kernel_stride} and at least "
-            f"kernel_size={kernel_size}."
+            f"kernel_size={kernel_size}. Fix: for example block_size = 2 * kernel_size."
         ),
     )
 
 
 def default_scale(q: Tensor, scale: float | None) -> float:
-    """The softmax scale as a float, `D ** -0.5` for None."""
+    """The softmax scale as a float, `D ** -0.5` for None. Raises ValueError unless it is a finite number."""
     if scale is None:
         return q.shape[-1] ** -0.5
     require(

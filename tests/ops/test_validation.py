@@ -202,8 +202,9 @@ def table():
 
 @pytest.mark.parametrize(("operator", "changes", "message"), table())
 def test_bad_arguments_are_refused(operator, changes, message):
-    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)):
+    with pytest.raises(ValueError, match=re.compile(message, re.DOTALL)) as error:
         operator(**changes)
+    assert "Fix: " in str(error.value) or "it must be" in str(error.value)  # a dtype or shape that it must have is the fix
 
 
 @pytest.mark.parametrize("operator", [*WITH_SEQUENCES, gated])
