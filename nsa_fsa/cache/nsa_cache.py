@@ -137,9 +137,7 @@ class NSACache:
 
     def next_positions(self, layout: Layout, num_rows: int) -> Tensor:
         """The positions that `num_rows` new packed tokens will take, int64 `[num_rows]`."""
-        sequence = sequence_ids(layout.cu_seqlens, num_rows)
-        position = torch.arange(num_rows, device=sequence.device) - layout.cu_seqlens[sequence]
-        return position if self.is_empty else position + self._lengths[sequence]
+        return self._places(layout, num_rows)[1]
 
     def update(
         self, new: KeyValues, layout: Layout, compress: Compress, rows: Tensor | None = None
@@ -165,8 +163,7 @@ class NSACache:
         self.check_room(num_sequences, num_columns)
         self._pending = None  # what a forward that raised has left takes memory
         stride, device = self.config.kernel_stride, new.k.device
-        sequence = sequence_ids(layout.cu_seqlens, new.k.shape[0])
-        position = self.next_positions(layout, new.k.shape[0])
+        sequence, position = self._places(layout, new.k.shape[0])
         no_tokens = torch.zeros(num_sequences, dtype=torch.int64, device=device)
         old_lengths = no_tokens if self.is_empty else self._lengths
         lengths = old_lengths + layout.cu_seqlens.diff()
@@ -321,6 +318,12 @@ class NSACache:
         return (tokens * real[..., None, None]).transpose(1, 2)
 
     # -- buffers -----------------------------------------------------------------------------------
+
+    def _places(self, layout: Layout, num_rows: int) -> tuple[Tensor, Tensor]:
+        """Sequence and position that `num_rows` new packed tokens will take, both int64 `[num_rows]`."""
+        sequence = sequence_ids(layout.cu_seqlens, num_rows)
+        position = torch.arange(num_rows, device=sequence.device) - layout.cu_seqlens[sequence]
+        return sequence, position if self.is_empty else position + self._lengths[sequence]
 
     def _tokens(self, new: KeyValues) -> dict[str, Tensor]:
         """What is kept of every token, by the name of its buffer."""
