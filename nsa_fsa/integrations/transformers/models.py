@@ -40,6 +40,11 @@ from nsa_fsa.modules.gating import BranchGate
 _FOR_NSA_ONLY = ["sparse: import nsa_fsa.integrations.transformers, then load with AutoModelForCausalLM or AutoModel"]
 
 
+def _is_for_nsa_only(layer_types: Any) -> bool:
+    """Whether a config's `layer_types` is that mark."""
+    return str(layer_types).startswith("['sparse")
+
+
 class _SparseConfig:
     """Mixed in before a transformers config class: a file that no other class reads, and a field `nsa` that is a dict.
 
@@ -94,10 +99,10 @@ class _SparseConfig:
                 f"nsa={self.nsa!r} is not allowed: it must be a dict of NSAConfig's fields, or None. "
                 'Fix: nsa={"preset": "fsa-64x16"}, for example.'
             )
-        if str(kwargs.get("layer_types")).startswith("['sparse"):
+        if _is_for_nsa_only(kwargs.get("layer_types")):
             del kwargs["layer_types"]
         fields: dict[str, Any] = self.__dict__
-        if str(fields.get("layer_types")).startswith("['sparse"):  # Qwen has such a field
+        if _is_for_nsa_only(fields.get("layer_types")):  # Qwen has such a field
             fields["layer_types"] = ["full_attention"] * fields["num_hidden_layers"]  # patch_model takes no others
         super().__post_init__(**kwargs)  # type: ignore[misc]
 
@@ -250,6 +255,7 @@ for _dense, _sparse in SPARSE_CLASS.items():
     _auto = AutoModelForCausalLM if _dense.__name__.endswith("ForCausalLM") else AutoModel
     _auto.register(_config, _sparse, exist_ok=True)
     # transformers notes in a constructor which outputs a class can record; patched instances never ran that of their class.
+    # The registry's own `__setitem__` takes an instance.
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(_sparse), _sparse._can_record_outputs)
 
 

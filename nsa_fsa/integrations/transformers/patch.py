@@ -360,11 +360,11 @@ def _build(
 ) -> tuple[dict[int, NSAAttention], tuple[str, ...]]:
     """New attention modules for the layers that change, and which learned parts start anew. The model is untouched."""
     replacements, anew, slots = {}, [], _slots(model)
+    _check_slots(model, [i for i in sorted(settings) if not isinstance(getattr(*slots[i]), NSAAttention)])
     for i, config in sorted(settings.items()):
         attention: Any = getattr(*slots[i])
         before = attention if isinstance(attention, NSAAttention) else None
         if before is None:
-            _check_slots(model, [i])
             _check_signature(attention)
         elif type(model) in SPARSE_CLASS:
             raise ValueError(
