@@ -23,6 +23,10 @@ from nsa_fsa.ops import backends
 Settings: TypeAlias = NSAConfig | Mapping[str, Any] | str | os.PathLike[str]
 COMPRESSORS = ("compressor_k", "compressor_v")
 PARTS = ("gate", "compress_k", "compress_v")  # what a layer adds, and learns
+# What follows the `name_or_path` of a model that is no longer what is there. PEFT writes it into adapters as their base model:
+# whatever loads a base model by it raises an error with this text, instead of giving the adapter another one.
+CHANGED = ", changed by "
+HOW_TO_LOAD = ": load and change it alike, then PeftModel.from_pretrained(model, adapter)"
 # Wrappers that keep a list of the parameters they found, and would miss those that unpatching drops.
 KEEPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 
@@ -76,6 +80,7 @@ class _DenseState:
 
     config: Any  # the model's config before patching
     sparse_values: dict[str, Any]  # what the patched model's config held then, to see whether it was changed since
+    of_sparse_checkpoint: bool = False  # whether the model's checkpoint has the NSA layers
 
 
 def patch_model(
@@ -96,6 +101,12 @@ def patch_model(
     `NSALlamaForCausalLM` (and so on), so that `save_pretrained` writes a checkpoint that loads sparse or not at all.
     Nothing else changes: not the transformers class, no other model, not even one made from the same config object. (A
     larger model that contains this one gets a config that says so.)
+
+    An adapter that PEFT saves names its base model by `name_or_path`, which says from now on that the checkpoint there was
+    changed: `AutoPeftModelForCausalLM` refuses it. `PeftModel.from_pretrained(model, adapter)` takes whatever model it is
+    given, so give it one that was patched alike. PEFT cannot compare vocabularies then, and warns: where it was resized,
+    `save_pretrained(adapter, save_embedding_layers=True)`. To have an adapter that loads by itself, save the patched model,
+    and train the adapter on what `AutoModelForCausalLM.from_pretrained` gives of that.
 
     A patched model may be patched again: layers that are still dense become sparse, and layers with other settings
     change to them, keeping the gates and compressors that still fit. With the same settings nothing happens.
@@ -163,6 +174,7 @@ def patch_model(
         first = before in SPARSE_CLASS
         sparse_config = _convert_config(model.config, sparse_class.config_class) if first else model.config
         _swap(model, sparse_class, sparse_config, replacements)
+        _rename(model, changed_by="patch_model")
     if verbose:
         print(report)
     return report
@@ -211,6 +223,7 @@ def _unpatch(model: PreTrainedModel) -> None:
     _rebind_config(model, model.config, dense_config)
     _replace_config(model, state.config, dense_config)  # the dense attention modules still have the original
     model.__class__ = DENSE_CLASS[type(model)]
+    _rename(model, changed_by="unpatch_model" if state.of_sparse_checkpoint else None)
     del model._nsa_dense
 
 
@@ -239,7 +252,12 @@ def install(model: PreTrainedModel, own: Mapping[str, Any]) -> None:
         for i in saved or settings:
             own_of[i][name] = own[name]
     replacements, _ = _build(model, {i: _resolve(model, values) for i, values in settings.items()}, own_of)
+    saved_as = getattr(model.config, "architectures", None) or ()
     _swap(model, type(model), model.config, replacements)
+    if any(name.startswith("NSA") for name in saved_as):
+        model._nsa_dense.of_sparse_checkpoint = True  # type: ignore[union-attr]
+    else:
+        _rename(model, changed_by=type(model).__name__)
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
@@ -589,6 +607,14 @@ def _models_around(model: PreTrainedModel) -> list[PreTrainedModel]:
     others = [x for x in gc.get_objects() if issubclass(type(x), PreTrainedModel) and "_modules" in x.__dict__]
     found = [x for x in others if x is not model and any(module is model for module in x.modules())]
     return [*sorted(found, key=lambda x: -len(list(x.modules()))), model]
+
+
+def _rename(model: PreTrainedModel, changed_by: str | None) -> None:
+    """Says in `name_or_path` of the model, its parts and the models around it that they are not what is there, or are again."""
+    parts = (module for module in model.modules() if isinstance(module, PreTrainedModel))
+    for module in (*parts, *_models_around(model)):
+        name = (module.name_or_path or "").partition(CHANGED)[0]
+        module.name_or_path = f"{name}{CHANGED}{changed_by}{HOW_TO_LOAD}" if name and changed_by else name
 
 
 def _replace_config(model: nn.Module, old: Any, new: Any) -> None:

@@ -1,0 +1,109 @@
+"""Saved PEFT adapters: which base model they are loaded onto."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nsa_fsa.integrations.transformers import NSALlamaForCausalLM, patch_model, unpatch_model
+from tests.integrations.models import dense_model, output, sparse_model, tokens
+
+peft = pytest.importorskip("peft", reason="PEFT is not installed, and these tests are of its adapters")
+
+LORA = dict(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["gate"], task_type="CAUSAL_LM")
+
+
+def save_adapter(model, folder):
+    """A LoRA adapter that changes the model's output, saved; returns that output."""
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**LORA, init_lora_weights=False)).eval()
+    for name, parameter in adapted.named_parameters():
+        if "modules_to_save" in name:
+            torch.nn.init.normal_(parameter)
+    adapted.save_pretrained(folder)
+    return output(adapted, ADAPTED)
+
+
+def checkpoint(folder, model):
+    """The model as from_pretrained gives it."""
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+ADAPTED = tokens(1, 130)
+LOADERS = {
+    "peft": peft.AutoPeftModelForCausalLM.from_pretrained,
+    "transformers": AutoModelForCausalLM.from_pretrained,
+}
+
+
+@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
+def test_an_adapter_of_a_saved_sparse_model_loads_by_itself(tmp_path, load):
+    expected = save_adapter(checkpoint(tmp_path / "sparse", sparse_model(layers=[1])), tmp_path / "adapter")
+    assert torch.equal(output(load(tmp_path / "adapter").eval(), ADAPTED), expected)
+
+
+def patched(folder):
+    model = checkpoint(folder, dense_model())
+    patch_model(model, "tiny", gate_init="balanced", verbose=False)
+    return model
+
+
+def patched_within(folder):
+    model = checkpoint(folder, dense_model())
+    patch_model(model.model, "tiny", verbose=False)
+    return model
+
+
+def patched_again(folder):
+    model = checkpoint(folder, sparse_model())
+    patch_model(model, window_size=8, verbose=False)
+    return model
+
+
+def read_sparse(folder):
+    dense_model().save_pretrained(folder)
+    return NSALlamaForCausalLM.from_pretrained(folder, nsa=dict(preset="tiny"))
+
+
+def unpatched(folder):
+    return unpatch_model(checkpoint(folder, sparse_model()))
+
+
+CHANGED = {
+    patched: "patch_model",
+    patched_within: "patch_model",
+    patched_again: "patch_model",
+    read_sparse: "NSALlamaForCausalLM",
+    unpatched: "unpatch_model",
+}
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")  # PEFT, to see whether the vocabulary was resized
+@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
+@pytest.mark.parametrize("make", CHANGED, ids=lambda make: make.__name__)
+def test_an_adapter_does_not_load_onto_a_checkpoint_that_is_another_model(tmp_path, make, load):
+    """Its base model is not what the checkpoint of that name holds, and dense instead of sparse it would run as well."""
+    model = make(tmp_path / "base")
+    if make is unpatched:
+        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        adapted.save_pretrained(tmp_path / "adapter")
+    else:
+        save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(OSError, match=rf"base, changed by {CHANGED[make]}: load and change it alike, then PeftModel"):
+        load(tmp_path / "adapter")
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+def test_an_adapter_of_a_patched_model_loads_onto_one_patched_alike(tmp_path):
+    expected = save_adapter(patched(tmp_path / "dense"), tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(patched(tmp_path / "dense"), tmp_path / "adapter").eval()
+    assert torch.equal(output(loaded, ADAPTED), expected)
+
+
+def test_an_unpatched_model_is_what_its_checkpoint_holds(tmp_path):
+    model = patched(tmp_path / "dense")
+    model = unpatch_model(model)
+    assert {m.name_or_path for m in model.modules() if hasattr(m, "name_or_path")} == {str(tmp_path / "dense")}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(output(loaded, ADAPTED), output(adapted.eval(), ADAPTED))
