@@ -333,38 +333,64 @@ class NSAConfig:
         return cls.from_dict(values)
 
     @classmethod
-    def from_pretrained_config(cls, hf_config: Any, preset: str | None = None, **overrides: Any) -> NSAConfig:
-        """The NSA layer that fits a Hugging Face Llama, Qwen2 or Qwen3 config.
+    def from_pretrained_config(
+        cls, hf_config: Any, preset: str | None = None, *, layer: int | None = None, **overrides: Any
+    ) -> NSAConfig:
+        """The NSA layer of a patched model's config, or the one that fits a dense Llama, Qwen2 or Qwen3 config.
 
-        Takes head counts, biases, norms and RoPE from `hf_config`, in the form of transformers 5 or 4 (`rope_theta` and
-        `rope_scaling`), the sparsity settings from `preset` (default "fsa-64x16"), and sets `gate_init="dense"`, so that
-        the pretrained projections keep working. `overrides` win.
+        Of the config of a patched model, or of an `NSALlamaConfig` (and so on), it is what the layers of that model have.
+        Of a dense one it has head counts, biases, norms and RoPE, in the form of transformers 5 or 4 (`rope_theta` and
+        `rope_scaling`), and `gate_init="dense"`, so that the pretrained projections keep working.
+
+        Args:
+            hf_config: a transformers config, such as `model.config`; of a larger model, its `text_config`.
+            preset: "fsa-64x16" (default for a dense config), "fsa-128x8" or "tiny"; its fields win over `hf_config`.
+            layer: index of the layer, where a patched model's have different settings; negative ones count from the end.
+            overrides: fields of NSAConfig, which win over all others.
 
         Raises:
-            ValueError: for a model type whose attention this layer cannot stand in for.
+            ValueError: for a model type whose attention this layer cannot stand in for, for layers with different settings
+                where none is named, or for a layer without NSA.
         """
-        model_type = getattr(hf_config, "model_type", None)
-        family = str(model_type).removeprefix("nsa_")
-        if family not in ("llama", "qwen2", "qwen3"):
+        values = attention_fields(hf_config)
+        if hasattr(hf_config, "nsa_of_layer"):
+            values.update(hf_config.nsa_of_layer(layer))
+        elif layer is not None:
             raise ValueError(
-                f"model_type={model_type!r} is not supported: allowed are 'llama', 'qwen2' and 'qwen3'. "
-                "Fix: build NSAConfig yourself and use NativeSparseAttention inside your own model."
+                f"layer={layer!r} is not allowed with a {type(hf_config).__name__}, which is dense: it must be None. "
+                "Fix: leave layer out, or pass the config of a patched model."
             )
-        attention_bias = bool(getattr(hf_config, "attention_bias", False))
-        values: dict[str, Any] = dict(
-            hidden_size=hf_config.hidden_size,
-            num_heads=hf_config.num_attention_heads,
-            num_kv_heads=getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads,
-            head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads,
-            qkv_bias=True if family == "qwen2" else attention_bias,
-            o_bias=False if family == "qwen2" else attention_bias,
-            qk_norm=family == "qwen3",
-            qk_norm_eps=float(hf_config.rms_norm_eps),
-            rope_parameters=_rope_of(hf_config),
-            max_position_embeddings=hf_config.max_position_embeddings,
-            gate_init="dense",
-        )
-        return cls.from_dict({"preset": preset or "fsa-64x16", **values, **overrides})
+        changes = overrides if preset is None else {"preset": preset, **overrides}
+        return cls.from_dict(with_changes({"preset": "fsa-64x16", **values}, changes))
+
+
+def attention_fields(hf_config: Any) -> dict[str, Any]:
+    """The fields of NSAConfig that a Llama, Qwen2 or Qwen3 config decides, and a dense start.
+
+    Raises:
+        ValueError: for another model type.
+    """
+    model_type = getattr(hf_config, "model_type", None)
+    family = str(model_type).removeprefix("nsa_")
+    if family not in ("llama", "qwen2", "qwen3"):
+        fix = "build NSAConfig yourself and use NativeSparseAttention inside your own model"
+        if hasattr(hf_config, "text_config"):
+            fix = "pass its text_config, that of the language model inside"
+        raise ValueError(f"model_type={model_type!r} is not supported: allowed are 'llama', 'qwen2' and 'qwen3'. Fix: {fix}.")
+    attention_bias = bool(getattr(hf_config, "attention_bias", False))
+    return dict(
+        hidden_size=hf_config.hidden_size,
+        num_heads=hf_config.num_attention_heads,
+        num_kv_heads=getattr(hf_config, "num_key_value_heads", None) or hf_config.num_attention_heads,
+        head_dim=getattr(hf_config, "head_dim", None) or hf_config.hidden_size // hf_config.num_attention_heads,
+        qkv_bias=True if family == "qwen2" else attention_bias,
+        o_bias=False if family == "qwen2" else attention_bias,
+        qk_norm=family == "qwen3",
+        qk_norm_eps=float(hf_config.rms_norm_eps),
+        rope_parameters=_rope_of(hf_config),
+        max_position_embeddings=hf_config.max_position_embeddings,
+        gate_init="dense",
+    )
 
 
 def _rope_of(hf_config: Any) -> dict[str, Any]:
@@ -388,6 +414,16 @@ def _is_positive_number(value: Any) -> bool:
 
 def _is_one_of(value: Any, allowed: tuple[str, ...]) -> bool:
     return isinstance(value, str) and value in allowed
+
+
+def with_changes(settings: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with others in their place; a `preset` among these stands for its fields.
+
+    Raises:
+        ValueError: for an unknown preset.
+    """
+    name = changes.get("preset")
+    return {**settings, **({} if name is None else preset(name)), **changes}
 
 
 def preset(name: str) -> dict[str, Any]:

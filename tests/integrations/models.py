@@ -4,6 +4,7 @@ import torch
 import transformers
 
 from nsa_fsa import NSAConfig
+from nsa_fsa.config import attention_fields
 from nsa_fsa.integrations.transformers import NSAAttention, patch_model
 
 VOCAB = 97
@@ -128,4 +129,4 @@ def open_only_the_selected_branch(model):
 
 
 def tiny_nsa(model, **changes):
-    return NSAConfig.from_pretrained_config(model.config, "tiny", **changes)
+    return NSAConfig.from_dict({"preset": "tiny", **attention_fields(model.config), **changes})

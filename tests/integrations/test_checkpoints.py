@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 import nsa_fsa.integrations.transformers as integration
 from nsa_fsa import NSAConfig
+from nsa_fsa.config import PRESETS
 from nsa_fsa.integrations.transformers import patch_model, unpatch_model
 from nsa_fsa.modules import Compressor
 from nsa_fsa.modules.compression import LinearPhi
@@ -391,6 +392,14 @@ def test_settings_by_layer_of_a_config(tmp_path, key):
     assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
 
+def test_a_preset_of_one_layer_stands_for_its_fields():
+    nsa = dict(window_size=64, gate="per_token", per_layer={1: dict(preset="tiny", init_blocks=0)})
+    model = integration.NSALlamaForCausalLM(integration.NSALlamaConfig(**dense_config().to_dict(), nsa=nsa))
+    first, second = configs(model)
+    assert (first.window_size, first.block_size, first.gate) == (64, 64, "per_token")
+    assert second == dataclasses.replace(first, **{**PRESETS["tiny"], "init_blocks": 0})
+
+
 @pytest.mark.parametrize(
     ("nsa", "message"),
     [
@@ -479,7 +488,7 @@ def test_constructed_with_defaults(family, base):
     model = (base_class if base else causal)(config_class(**values))
     assert sparse_layers(model) == [0, 1]
     config = attentions(model)[0].config
-    assert config == NSAConfig.from_pretrained_config(model.config, gate_init="balanced")
+    assert config == NSAConfig.from_pretrained_config(dense_config(family), gate_init="balanced")
     assert (config.block_size, config.num_selected_blocks, config.gate_init) == (64, 16, "balanced")
     assert output(model).shape == (2, 150, 64 if base else VOCAB)
     assert_new_parts_are_at_their_start(model, 0.0)
@@ -505,6 +514,102 @@ def test_from_scratch():
     assert type(AutoModelForCausalLM.from_config(config)) is integration.NSALlamaForCausalLM
 
 
+# --- From a config to its NSAConfig ---------------------------------------------------------------------------------------
+
+
+def test_the_config_of_a_patched_model_gives_the_settings_of_its_layers(tmp_path):
+    model = sparse_model(nsa=dict(window_size=7, compress_k="linear", gate="per_token"), layers=[1])
+    (config,) = (attentions(model)[i].config for i in sparse_layers(model))
+    model.save_pretrained(tmp_path)
+    for hf_config in (model.config, AutoConfig.from_pretrained(tmp_path)):
+        assert NSAConfig.from_pretrained_config(hf_config) == config
+        assert NSAConfig.from_pretrained_config(hf_config, layer=-1) == config
+        changed = NSAConfig.from_pretrained_config(hf_config, "fsa-128x8", num_selected_blocks=9)
+        assert changed == dataclasses.replace(config, **{**PRESETS["fsa-128x8"], "num_selected_blocks": 9})
+    attentions(model)[1].config = dataclasses.replace(config, window_size=9)  # and it is what runs now
+    assert NSAConfig.from_pretrained_config(model.config).window_size == 9
+    for layer in (0, 2, -2, "1"):
+        with pytest.raises(ValueError, match=rf"layer={layer!r} is not allowed.*one of \[1\].*Fix: layer=1"):
+            NSAConfig.from_pretrained_config(model.config, layer=layer)
+
+
+def test_layers_with_different_settings_have_to_be_named():
+    model = dense_model(num_hidden_layers=4)
+    patch_model(model, {0: "tiny", 2: dict(preset="tiny", window_size=8), 3: "tiny"}, verbose=False)
+    for i in (0, 2, 3):
+        assert NSAConfig.from_pretrained_config(model.config, layer=i) == attentions(model)[i].config
+    with pytest.raises(ValueError, match=r"the layers \[2\] have other settings.*one of \[0, 2, 3\]. Fix: layer=0"):
+        NSAConfig.from_pretrained_config(model.config)
+    with pytest.raises(ValueError, match=r"layer=0 is not allowed with a LlamaConfig, which is dense.*Fix"):
+        NSAConfig.from_pretrained_config(unpatch_model(model).config, layer=0)
+
+
+@pytest.mark.parametrize("nsa", [None, dict(preset="tiny"), dict(preset="tiny", window_size=64, gate_init="dense")], ids=str)
+def test_a_config_gives_the_settings_of_the_model_that_it_makes(nsa):
+    config = integration.NSALlamaConfig(**dense_config().to_dict(), nsa=nsa)
+    before = NSAConfig.from_pretrained_config(config)
+    assert before == attentions(integration.NSALlamaForCausalLM(config))[0].config
+
+
+def test_the_config_of_a_sparse_model_inside_a_llava():
+    model = llava_around_a_patched_base()
+    language_model = model.model.language_model
+    assert NSAConfig.from_pretrained_config(model.config.text_config) == attentions(language_model)[0].config
+    with pytest.raises(ValueError, match=r"model_type='llava' is not supported.*Fix: pass its text_config"):
+        NSAConfig.from_pretrained_config(model.config)
+
+
+def test_a_compressor_of_ones_own_is_no_setting():
+    model = dense_model()
+    patch_model(model, "tiny", compressor_k=LastToken, verbose=False)
+    assert NSAConfig.from_pretrained_config(model.config) == attentions(model)[0].config
+
+
+# --- Settings given to from_pretrained ------------------------------------------------------------------------------------
+
+
+def configs(model):
+    return [attentions(model)[i].config for i in sparse_layers(model)]
+
+
+@pytest.mark.parametrize("of", ["model", "auto class", "config"])
+def test_settings_given_to_from_pretrained_change_only_themselves(tmp_path, of):
+    model = dense_model(num_hidden_layers=3)
+    own = dict(preset="tiny", compress_k="linear", gate_init="balanced")
+    patch_model(model, {0: own, 2: {**own, "window_size": 8, "num_selected_blocks": 4}}, verbose=False)
+    scramble(model).save_pretrained(tmp_path)
+    nsa = dict(window_size=64)
+    if of == "config":
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, config=AutoConfig.from_pretrained(tmp_path, nsa=nsa))
+    else:
+        cls = integration.NSALlamaForCausalLM if of == "model" else AutoModelForCausalLM
+        loaded = cls.from_pretrained(tmp_path, nsa=nsa)
+    assert sparse_layers(loaded) == [0, 2]
+    assert configs(loaded) == [dataclasses.replace(config, window_size=64) for config in configs(model)]
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert configs(AutoModelForCausalLM.from_pretrained(tmp_path, nsa={})) == configs(model)
+    assert configs(AutoModelForCausalLM.from_pretrained(tmp_path, nsa=None)) == configs(model)
+    one = AutoModelForCausalLM.from_pretrained(tmp_path, nsa=dict(per_layer={2: dict(window_size=16)}))
+    assert [config.window_size for config in configs(one)] == [32, 16]
+
+
+def test_a_preset_given_to_from_pretrained_stands_for_its_fields(tmp_path):
+    model = sparse_model(nsa=dict(kernel_size=32, kernel_stride=16, block_size=64, gate="per_token"))
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, nsa=dict(preset="fsa-64x16", window_size=100))
+    expected = dataclasses.replace(attentions(model)[0].config, **{**PRESETS["fsa-64x16"], "window_size": 100})
+    assert configs(loaded) == [expected, expected]
+
+
+def test_settings_that_are_none_are_refused_by_from_pretrained(tmp_path):
+    sparse_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"no field 'window'; did you mean 'window_size'"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, nsa=dict(window=64))
+    with pytest.raises(ValueError, match=r"nsa='tiny' is not allowed.*Fix: nsa=\{\"preset\": \"tiny\"\}"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, nsa="tiny")
+
+
 def test_a_dense_checkpoint_loaded_sparse_starts_dense(tmp_path):
     dense_model().save_pretrained(tmp_path)
     loaded = integration.NSALlamaForCausalLM.from_pretrained(tmp_path, nsa=dict(preset="tiny"))
@@ -517,6 +622,17 @@ def test_what_is_no_sparse_config_is_refused(tmp_path):
         integration.NSALlamaForCausalLM(dense_config())
     with pytest.raises(ValueError, match=r"nsa=\['tiny'\] is not allowed.*a dict.*Fix"):
         integration.NSALlamaConfig(nsa=["tiny"])
+    with pytest.raises(ValueError, match=r"nsa='tiny' is not allowed.*a dict.*Fix: nsa=\{\"preset\": \"tiny\"\}"):
+        integration.NSALlamaConfig(nsa="tiny")
+    with pytest.raises(ValueError, match=r"nsa=NSAConfig\(.*is not allowed.*a dict.*Fix: nsa=config.to_dict\(\)"):
+        integration.NSALlamaConfig(nsa=NSAConfig(hidden_size=64, num_heads=8))
+    for key in (0, "0"):
+        with pytest.raises(ValueError, match=r"nsa=\{'?0'?: .*is not allowed.*`per_layer`.*Fix: .*per_layer"):
+            integration.NSALlamaConfig(nsa={key: dict(preset="tiny")})
+    config = integration.NSALlamaConfig(**dense_config().to_dict())
+    config.nsa = "tiny"
+    with pytest.raises(ValueError, match=r"nsa='tiny' is not allowed.*Fix"):
+        integration.NSALlamaForCausalLM(config)
     sparse_model().save_pretrained(tmp_path)
     settings = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**settings, "nsa": [1, 2]}))

@@ -100,6 +100,33 @@ def test_settings_by_layer():
     assert sparse_layers(model) == []
 
 
+@pytest.mark.parametrize("settings", [{"0": "tiny", "-1": dict(preset="tiny", window_size=64)}, {0: "tiny", "2": "tiny"}])
+def test_settings_by_layer_with_the_keys_of_json(settings):
+    model = dense_model(num_hidden_layers=3)
+    patch_model(model, settings, verbose=False)
+    assert sparse_layers(model) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, r"config=\{\} is not allowed: it names no layer and no setting. Fix: leave it out"),
+        ({"0": "tiny", "window_size": 64}, r"has the keys \['0'\] where names of settings must be. Fix: config=\{0: "),
+        ({0: "tiny", "window_size": 64}, r"has the keys \[0\] where names of settings must be. Fix: config=\{0: "),
+        ({"2": "tiny"}, r"layers=2 must be an index.*0 .. 1"),
+        ({"0": "tiny", 0: "tiny"}, r"layer 0 is named twice"),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("make", [dense_model, sparse_model])
+def test_settings_of_neither_form_are_refused(make, settings, message):
+    model = make()
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=message):
+        patch_model(model, settings, verbose=False)
+    assert_same(before, snapshot(model))
+
+
 @pytest.mark.parametrize("key", [(0, 2), range(0, 3, 2), (0, -1)], ids=str)
 def test_settings_for_several_layers_at_once(key):
     model = dense_model(num_hidden_layers=4 if key == (0, 2) else 3)

@@ -31,6 +31,7 @@ from transformers import (
 )
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from nsa_fsa.config import PRESETS, NSAConfig, with_changes
 from nsa_fsa.integrations.transformers.attention import ATTENTION_NAME, warn_of_frozen_gates
 from nsa_fsa.modules.compression import Compressor, LinearPhi, MLPPhi, PoolPhi
 from nsa_fsa.modules.gating import BranchGate
@@ -45,8 +46,35 @@ def _is_for_nsa_only(layer_types: Any) -> bool:
     return str(layer_types).startswith("['sparse")
 
 
+def is_index(key: Any) -> bool:
+    """Whether a key is the text of a layer's index, as JSON has it."""
+    return isinstance(key, str) and key.removeprefix("-").isdecimal()
+
+
+def check_nsa(nsa: Any) -> None:
+    """Raises ValueError for what a config's field `nsa` cannot be."""
+    fix = '{"preset": "fsa-64x16"}, for example'
+    if isinstance(nsa, str) and nsa in PRESETS:
+        fix = f'{{"preset": "{nsa}"}}'
+    elif isinstance(nsa, NSAConfig):
+        fix = "config.to_dict()"
+    elif isinstance(nsa, Mapping):
+        unknown = [key for key in nsa if is_index(key) or not isinstance(key, str)]
+        if not unknown:
+            return
+        fix = '{"preset": "fsa-64x16", "layers": [0, 1], "per_layer": {1: {"window_size": 64}}}, for example'
+    elif nsa is None:
+        return
+    raise ValueError(
+        f"nsa={nsa!r} is not allowed: it must be a dict of NSAConfig's fields, with `layers` and `per_layer` for what is not "
+        f"the same in all layers, or None. Fix: nsa={fix}."
+    )
+
+
 class _SparseConfig:
     """Mixed in before a transformers config class: a file that no other class reads, and a field `nsa` that is a dict.
+
+    `nsa` holds `NSAConfig`'s fields or a `preset`, `layers` (None: all) and `per_layer`, a dict by layer of what differs there.
 
     While a model has this config, `nsa` says what the layers of the model are whenever the config is written or copied,
     whoever does that, such as a larger model. A copy belongs to no model.
@@ -69,6 +97,46 @@ class _SparseConfig:
 
         if (model := self.nsa_model()) is not None:
             self.nsa = describe(model)
+
+    def nsa_of_layer(self, layer: int | None = None) -> dict[str, Any]:
+        """What `nsa` says of one layer, or of all of them where they are alike: see `NSAConfig.from_pretrained_config`."""
+        from nsa_fsa.integrations.transformers.patch import COMPRESSORS, settings_of
+
+        self._describe()
+        settings = settings_of(self)
+        first, count = min(settings), self.num_hidden_layers  # type: ignore[attr-defined]
+        others = [i for i in settings if settings[i] != settings[first]]
+        if layer is None and others:
+            raise ValueError(
+                f"layer=None is not allowed, as the layers {others} have other settings than layer {first}: it must be one "
+                f"of {list(settings)}. Fix: layer={first}, for example."
+            )
+        if layer is not None and layer not in (*settings, *(i - count for i in settings)):
+            raise ValueError(
+                f"layer={layer!r} is not allowed: it must be the index of a layer with NSA, one of {list(settings)}. Fix: "
+                f"layer={first}, for example."
+            )
+        of_layer = settings[first if layer is None else layer % count]
+        return {name: value for name, value in of_layer.items() if name not in COMPRESSORS}
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """As transformers' own, where an argument takes the place of a field; `nsa` changes only the settings that it names.
+
+        It changes them in every layer, and a preset stands for its fields.
+        """
+        saved, given = config_dict.get("nsa"), kwargs.pop("nsa", None)
+        if given is not None:
+            check_nsa(given)
+            nsa = with_changes(saved or {}, given)
+            if saved and "per_layer" in saved and "per_layer" not in given:
+                named = with_changes({}, given)
+                nsa["per_layer"] = {
+                    i: {key: value for key, value in values.items() if key not in named}
+                    for i, values in saved["per_layer"].items()
+                }
+            config_dict = {**config_dict, "nsa": nsa}
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     def to_dict(self) -> dict[str, Any]:
         self._describe()
@@ -94,11 +162,7 @@ class _SparseConfig:
             )
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if not isinstance(self.nsa, (Mapping, type(None))):
-            raise ValueError(
-                f"nsa={self.nsa!r} is not allowed: it must be a dict of NSAConfig's fields, or None. "
-                'Fix: nsa={"preset": "fsa-64x16"}, for example.'
-            )
+        check_nsa(self.nsa)
         if _is_for_nsa_only(kwargs.get("layer_types")):
             del kwargs["layer_types"]
         fields: dict[str, Any] = self.__dict__
@@ -136,7 +200,8 @@ class _NSAModel:
     """Mixed in before a transformers model class: installs NSA attention, and initialises what it adds.
 
     The config's `nsa` may hold any of `NSAConfig`'s fields and a `preset`; sizes come from the config itself. Gates start
-    "balanced", or "dense" where the config names the architecture of a checkpoint.
+    "balanced", or "dense" where the config names the architecture of a checkpoint. `from_pretrained(..., nsa=dict(...))`
+    changes the settings that it names, in every layer, and keeps the others that the checkpoint has.
 
     Args:
         config: an `NSALlamaConfig` (and so on).

@@ -13,9 +13,9 @@ import transformers
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from nsa_fsa.config import PRESETS, ROPE_TYPES, NSAConfig
+from nsa_fsa.config import PRESETS, ROPE_TYPES, NSAConfig, attention_fields, with_changes
 from nsa_fsa.integrations.transformers.attention import NSAAttention, attach, detach
-from nsa_fsa.integrations.transformers.models import DENSE_CLASS, SPARSE_CLASS, supported_models
+from nsa_fsa.integrations.transformers.models import DENSE_CLASS, SPARSE_CLASS, check_nsa, is_index, supported_models
 from nsa_fsa.modules.compression import Compressor
 from nsa_fsa.modules.gating import BranchGate
 from nsa_fsa.ops import backends
@@ -229,18 +229,7 @@ def _unpatch(model: PreTrainedModel) -> None:
 
 def install(model: PreTrainedModel, own: Mapping[str, Any]) -> None:
     """Gives a newly constructed `nsa_*` model the attention that its config's `nsa` field asks for."""
-    start = "dense" if getattr(model.config, "architectures", None) else "balanced"  # named by checkpoints alone
-    common = {"gate_init": start, **(model.config.nsa or {})}
-    layers, per_layer = _indices(model, common.pop("layers", None)), common.pop("per_layer", None) or {}
-    if not isinstance(per_layer, Mapping) or not all(isinstance(values, Mapping) for values in per_layer.values()):
-        raise ValueError(
-            f"per_layer={per_layer!r} is not allowed in the config's nsa: it must be a dict by layer of what differs there. "
-            "Fix: per_layer={0: {'window_size': 64}}, for example."
-        )
-    differ = _of_layers(model, per_layer)
-    if dense := sorted(differ.keys() - set(layers)):
-        raise ValueError(f"per_layer names layers {dense}, which are not among nsa's layers={layers}. Fix: add or drop them.")
-    settings = {i: {**common, **differ.get(i, {})} for i in layers}
+    settings = settings_of(model.config)
     own_of: dict[int, dict[str, Any]] = {i: {} for i in settings}
     for name in COMPRESSORS:
         saved = {i: phi for i, values in settings.items() if (phi := values.pop(name, None)) is not None}
@@ -258,6 +247,29 @@ def install(model: PreTrainedModel, own: Mapping[str, Any]) -> None:
         model._nsa_dense.of_sparse_checkpoint = True  # type: ignore[union-attr]
     else:
         _rename(model, changed_by=type(model).__name__)
+
+
+def settings_of(config: Any) -> dict[int, dict[str, Any]]:
+    """What the `nsa` of an `nsa_*` config says of each NSA layer, by index from 0: fields of NSAConfig, a preset, and the names
+    of compressors of its own.
+
+    Raises:
+        ValueError: for an `nsa` of another form, or layers that there are not.
+    """
+    check_nsa(config.nsa)
+    start = "dense" if getattr(config, "architectures", None) else "balanced"  # named by checkpoints alone
+    common = {"gate_init": start, **(config.nsa or {})}
+    count, per_layer = config.num_hidden_layers, common.pop("per_layer", None) or {}
+    layers = indices_of(common.pop("layers", None), count)
+    if not isinstance(per_layer, Mapping) or not all(isinstance(values, Mapping) for values in per_layer.values()):
+        raise ValueError(
+            f"per_layer={per_layer!r} is not allowed in the config's nsa: it must be a dict by layer of what differs there. "
+            "Fix: per_layer={0: {'window_size': 64}}, for example."
+        )
+    differ = _of_layers(per_layer, count)
+    if dense := sorted(differ.keys() - set(layers)):
+        raise ValueError(f"per_layer names layers {dense}, which are not among nsa's layers={layers}. Fix: add or drop them.")
+    return {i: with_changes(common, differ.get(i, {})) for i in layers}
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
@@ -283,9 +295,8 @@ def _attentions(model: PreTrainedModel) -> dict[int, NSAAttention]:
     return {i: attention for i, attention in found.items() if isinstance(attention, NSAAttention)}
 
 
-def _indices(model: PreTrainedModel, layers: Any) -> list[int]:
+def indices_of(layers: Any, count: int) -> list[int]:
     """Layers as sorted indices from 0: of an int, or of anything that holds ints, arrays and tensors included."""
-    count = len(_decoder_layers(model))
     if layers is None:
         return list(range(count))
 
@@ -309,12 +320,11 @@ def _indices(model: PreTrainedModel, layers: Any) -> list[int]:
     return sorted({i % count for i in indices})
 
 
-def _of_layers(model: PreTrainedModel, values: Any) -> dict[int, Any]:
+def _of_layers(values: Any, count: int) -> dict[int, Any]:
     """`{0: ..., -1: ..., (1, 2): ...}`, or with "0" as JSON has it, as a dict with an index from 0 for every layer."""
     found: dict[int, Any] = {}
     for key, value in values.items():
-        is_text = isinstance(key, str) and key.removeprefix("-").isdecimal()
-        for i in _indices(model, int(key) if is_text else key):
+        for i in indices_of(int(key) if is_index(key) else key, count):
             if i in found:
                 raise ValueError(f"layer {i} is named twice in {list(values)}. Fix: name every layer once.")
             found[i] = value
@@ -326,12 +336,18 @@ def _by_layer(
 ) -> dict[int, NSAConfig]:
     """The arguments of `patch_model` as one NSAConfig for each layer to be patched."""
     now = {i: attention.config for i, attention in _attentions(model).items()} if patched else {}
-    if isinstance(config, Mapping) and config and not any(isinstance(key, str) for key in config):
+    count = len(_decoder_layers(model))
+    if isinstance(config, Mapping) and not config:
+        raise ValueError(
+            "config={} is not allowed: it names no layer and no setting. Fix: leave it out for the preset or for the settings "
+            'that the model has, or name some, as in config=dict(preset="tiny") or config={0: "tiny"}.'
+        )
+    if isinstance(config, Mapping) and all(is_index(key) or not isinstance(key, str) for key in config):
         if layers is not None:
             raise ValueError(f"layers={layers!r} and a config for each layer are both given. Fix: pass one of them.")
-        given = _of_layers(model, config)
+        given = _of_layers(config, count)
     else:
-        given = dict.fromkeys(now if layers is None and now else _indices(model, layers), config)
+        given = dict.fromkeys(now if layers is None and now else indices_of(layers, count), config)
     return {i: _resolve(model, value, preset, overrides, now.get(i)) for i, value in given.items()}
 
 
@@ -358,7 +374,7 @@ def _resolve(
             f"config={given!r} is not allowed: it must be an NSAConfig, a preset's name, the path of a YAML file, a dict, or "
             'a dict of these by layer. Fix: config="tiny", for example.'
         )
-    if unknown := [key for key in given or {} if not isinstance(key, str)]:
+    if unknown := [key for key in given or {} if is_index(key) or not isinstance(key, str)]:
         raise ValueError(
             f"config={given!r} has the keys {unknown} where names of settings must be. Fix: config={{0: ..., 1: ...}} for "
             "settings by layer, with nothing else beside them."
@@ -368,7 +384,8 @@ def _resolve(
         values = {**now.to_dict(), **values}
     if (getattr(model.config, "rope_parameters", None) or {}).get("rope_type", "default") not in ROPE_TYPES:
         values.setdefault("rope_parameters", None)  # cos and sin of a type that somebody registered come from the model
-    config = NSAConfig.from_pretrained_config(model.config, **values)
+    values["preset"] = values["preset"] or "fsa-64x16"
+    config = NSAConfig.from_dict({**attention_fields(model.config), **values})
     _check_fit(model, config)
     return config
 
@@ -477,7 +494,7 @@ def _check_fit(model: PreTrainedModel, config: NSAConfig) -> None:
             "the model is tensor-parallel (tp_plan, tp_size), which NSA layers do not support, or sharded already, and the "
             "new parameters would not be. Fix: load it without tp_plan; patch_model before fully_shard."
         )
-    expected = NSAConfig.from_pretrained_config(model.config, rope_parameters=None)
+    expected = NSAConfig.from_dict({**attention_fields(model.config), "rope_parameters": None})
     for name in (
         "hidden_size", "num_heads", "num_kv_heads", "head_dim", "v_head_dim", "scale", "qk_norm", "qkv_bias", "o_bias",
     ):  # fmt: skip
