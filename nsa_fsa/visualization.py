@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nsa_fsa.config import BRANCHES, NSAConfig
+from nsa_fsa.config import BRANCHES
 from nsa_fsa.modules.native_sparse_attention import Details, NativeSparseAttention, Record
 from nsa_fsa.ops import validation
 from nsa_fsa.reference import block_scores
@@ -62,7 +62,7 @@ def record(model: nn.Module, *, details: bool = False, max_queries: int = 512) -
             # Inside a backward, gradient checkpointing runs the forward again; a compiled one is not run by Python.
             if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
                 return
-            found = _details(entry, layer.config, max_queries) if details else None
+            found = _details(entry, max_queries) if details else None
             layer_idx = number if entry.layer_idx is None else entry.layer_idx
             records.append(entry._replace(layer_idx=layer_idx, inside=None, details=found))
 
@@ -79,11 +79,11 @@ def record(model: nn.Module, *, details: bool = False, max_queries: int = 512) -
 
 
 @torch.no_grad()
-def _details(entry: Record, config: NSAConfig, max_queries: int) -> Details:
+def _details(entry: Record, max_queries: int) -> Details:
     """The `Details` of at most `max_queries` evenly spaced rows of one forward."""
     assert entry.inside is not None
     q, k_cmp, branches = entry.inside
-    layout = entry.layout
+    layout, config = entry.layout, entry.config
     starts_q = layout.cu_seqlens if layout.cu_seqlens_q is None else layout.cu_seqlens_q
     rows = torch.arange(int(starts_q[-1]), device=q.device)
     if len(rows) > max_queries:
@@ -184,7 +184,7 @@ def selected_blocks(block_indices: Tensor, block_size: int, length: int | None =
     return selected.scatter_(2, index.where(index >= 0, num_blocks), True)[..., :num_blocks]
 
 
-def keys_attended(entries: Record | Sequence[Record], config: NSAConfig, sequence: int = 0) -> tuple[Tensor, Tensor]:
+def keys_attended(entries: Record | Sequence[Record], sequence: int = 0) -> tuple[Tensor, Tensor]:
     """How much each query of one sequence read; `entries` and `sequence` as in `queries_of`.
 
     Returns:
@@ -192,6 +192,7 @@ def keys_attended(entries: Record | Sequence[Record], config: NSAConfig, sequenc
         number of compressed tokens it saw, int64 `[N]`.
     """
     positions, block_indices = queries_of(entries, sequence)
+    config = _last(entries).config
     length = int(positions[-1]) + 1
     key = torch.arange(length, device=positions.device)
     counts = []
@@ -205,9 +206,14 @@ def keys_attended(entries: Record | Sequence[Record], config: NSAConfig, sequenc
     return torch.cat(counts), complete.clamp(min=0)
 
 
-def plot_block_selection(
-    ax: Any, entries: Record | Sequence[Record], config: NSAConfig, kv_head: int = 0, sequence: int = 0
-) -> None:
+def _check_matplotlib() -> None:
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError as error:
+        raise ImportError('the plots need matplotlib, which is not installed. Fix: pip install "nsa-fsa[plot]".') from error
+
+
+def plot_block_selection(ax: Any, entries: Record | Sequence[Record], kv_head: int = 0, sequence: int = 0) -> None:
     """Draws which keys each query of one sequence read with one KV head, and why, into a matplotlib axes.
 
     `entries` and `sequence` are as in `queries_of`: the steps after a prefill are rows below it. Beyond 2,048 queries or
@@ -215,13 +221,21 @@ def plot_block_selection(
     all there is of a key in neither a selected block nor the sliding window.
 
     Raises:
+        ImportError: without matplotlib.
         ValueError: as `queries_of` does, and for a KV head that there is not.
+
+    Example:
+        >>> figure, axes = matplotlib.pyplot.subplots(1, 2)
+        >>> plot_block_selection(axes[0], by_layer(records)[0])
+        >>> plot_gates(axes[1], records)
     """
+    _check_matplotlib()
     from matplotlib.colors import ListedColormap
     from matplotlib.patches import Patch
 
     positions, block_indices = (x.cpu() for x in queries_of(entries, sequence))
-    num_heads = block_indices.shape[1]
+    num_heads, last = block_indices.shape[1], _last(entries)
+    config = last.config
     if not 0 <= kv_head < num_heads:
         raise ValueError(f"kv_head={kv_head} must be among the layer's {num_heads}, counted from 0.")
     first, length = int(positions[0]), int(positions[-1]) + 1
@@ -237,8 +251,7 @@ def plot_block_selection(
         kind.numpy(), aspect="auto", interpolation="nearest", cmap=ListedColormap(list(KEY_KINDS.values())), vmin=0, vmax=5,
         extent=(0, length, length, first),
     )  # fmt: skip
-    layer = (entries if isinstance(entries, Record) else entries[0]).layer_idx
-    drawn = "" if layer is None else f"layer {layer}, "
+    drawn = "" if last.layer_idx is None else f"layer {last.layer_idx}, "
     ax.set(
         xlabel=f"key position (blocks of {config.block_size})",
         ylabel="query position",
@@ -248,6 +261,11 @@ def plot_block_selection(
     ax.legend(handles=patches, loc="upper right", fontsize="small")
 
 
+def _last(entries: Record | Sequence[Record]) -> Record:
+    """The forward whose config counts: a cache, and so one text, has only one."""
+    return entries if isinstance(entries, Record) else entries[-1]
+
+
 def _evenly(number: int) -> Tensor:
     """At most MAX_PIXELS of 0 .. number - 1, evenly spaced."""
     return torch.arange(min(number, MAX_PIXELS)) * number // min(number, MAX_PIXELS)
@@ -255,7 +273,8 @@ def _evenly(number: int) -> Tensor:
 
 def plot_gates(ax: Any, records: Sequence[Record]) -> None:
     """Draws the mean gate of each branch and layer as bars, and each head's mean as a dot, into a matplotlib axes; the mean is
-    over all tokens of a layer's forwards."""
+    over all tokens of a layer's forwards. Raises ImportError without matplotlib."""
+    _check_matplotlib()
     layers = by_layer(records)
     for row, entries in enumerate(layers.values()):
         gates = torch.cat([entry.gates.float() for entry in entries]).mean(0).cpu()  # [HQ or 1, 3]

@@ -65,7 +65,7 @@ def main(
     with record(models["NSA"]) as records, torch.no_grad():
         models["NSA"](windows(validation, torch.tensor([0]), length)[:, :-1].to(device))
 
-    keys, compressed = keys_attended(records[0], nsa_config)
+    keys, compressed = keys_attended(records[0])
     reads = {
         "dense": (f"{(length + 1) / 2:.0f}", f"{length}"),
         "NSA": (f"{keys.mean():.0f} + {compressed.float().mean():.0f}", f"{keys[-1]:.0f} + {compressed[-1]}"),
@@ -74,7 +74,7 @@ def main(
     continue_a_prompt(models["NSA"], validation, output / "nsa_llama", device)
 
     plot_losses(history, output / "loss.png")
-    plot_inside(records, nsa_config, output / "selection_and_gates.png")
+    plot_inside(records, output / "selection_and_gates.png")
     console.print(f"Pictures: {output / 'loss.png'}, {output / 'selection_and_gates.png'}")
     if steps >= 100:
         check_that_both_learned(history)
@@ -213,10 +213,10 @@ def plot_losses(history: dict[str, list[tuple[int, float]]], path: Path) -> None
     plt.close(figure)
 
 
-def plot_inside(records: list, config: NSAConfig, path: Path) -> None:
+def plot_inside(records: list, path: Path) -> None:
     figure, axes = plt.subplots(1, len(records) + 1, figsize=(5 * (len(records) + 1), 4.6), layout="constrained")
     for ax, entry in zip(axes, records, strict=False):
-        plot_block_selection(ax, entry, config)
+        plot_block_selection(ax, entry)
     plot_gates(axes[-1], records)
     axes[-1].set_title("Gates (bar: mean, dots: heads)")
     figure.savefig(path, dpi=130)

@@ -1,5 +1,8 @@
 """Looking inside a layer: what is recorded, counted and drawn is what the layer did."""
 
+import dataclasses
+import sys
+
 import matplotlib
 import matplotlib.colors
 import pytest
@@ -48,7 +51,7 @@ def test_keys_attended_counts_each_key_once(layer):
     length, c = 300, layer.config
     with record(layer) as records:
         layer(torch.randn(1, length, 32))
-    keys, compressed = keys_attended(records[0], c)
+    keys, compressed = keys_attended(records[0])
     for t in range(0, length, 7):
         per_head = []
         for indices in records[0].block_indices[t].tolist():
@@ -86,14 +89,11 @@ def test_a_prefill_into_an_empty_cache_is_a_forward_of_whole_sequences(model):
     with record(model) as plain:
         model(tokens, use_cache=False)
     assert len(cached) == len(plain) == 3
-    config = model.model.layers[0].self_attn.config
     for ours, expected in zip(cached, plain, strict=True):
         for sequence in (0, 1):
             for found, same in zip(queries_of(ours, sequence), queries_of(expected, sequence), strict=True):
                 assert torch.equal(found, same)
-            for found, same in zip(
-                keys_attended(ours, config, sequence), keys_attended(expected, config, sequence), strict=True
-            ):
+            for found, same in zip(keys_attended(ours, sequence), keys_attended(expected, sequence), strict=True):
                 assert torch.equal(found, same)
 
 
@@ -111,7 +111,6 @@ def test_steps_are_rows_below_the_prefill(model):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
             token = torch.stack([x[0, n + step : n + step + 1] for x, n in zip(text, lengths, strict=True)])
             cache = model(token, attention_mask=mask, past_key_values=cache).past_key_values
-    config = model.model.layers[0].self_attn.config
     for row, n in enumerate(lengths):
         with record(model) as whole:
             model(text[row], use_cache=False)
@@ -119,8 +118,8 @@ def test_steps_are_rows_below_the_prefill(model):
             positions, block_indices = queries_of(entries, row)
             assert positions.tolist() == list(range(n + new))
             assert torch.equal(block_indices, whole[layer].block_indices)
-            keys, compressed = keys_attended(entries[-3:], config, row)  # the last steps alone are pictured, too
-            expected, seen = keys_attended(whole[layer], config)
+            keys, compressed = keys_attended(entries[-3:], row)  # the last steps alone are pictured, too
+            expected, seen = keys_attended(whole[layer])
             assert torch.equal(keys, expected[-3:])
             assert torch.equal(compressed, seen[-3:])
 
@@ -211,8 +210,8 @@ def test_details_are_what_was_scored_and_what_each_branch_gave(layer, device, ma
     o = layer.o_proj((gates * whole.outputs).sum(1).flatten(1))
     assert torch.allclose(o, layer(x).flatten(0, 1)[whole.rows], atol=near)
     # The steps say what the whole says.
-    keys, _ = keys_attended(records[1:], c, sequence=1)
-    assert torch.equal(keys, keys_attended(records[0], c, sequence=1)[0])
+    keys, _ = keys_attended(records[1:], sequence=1)
+    assert torch.equal(keys, keys_attended(records[0], sequence=1)[0])
     last = whole.rows.tolist().index(199)
     for name in ("outputs", "lse", "scores"):
         assert torch.allclose(getattr(step, name)[1], getattr(whole, name)[last], atol=near), name
@@ -234,7 +233,7 @@ def test_pictures_show_what_was_read(layer):
     with record(layer) as records:
         layer(torch.randn(2, length, 32))
     figure, (left, right) = plt.subplots(1, 2)
-    plot_block_selection(left, records[0], c, kv_head=1, sequence=1)
+    plot_block_selection(left, records[0], kv_head=1, sequence=1)
     plot_gates(right, records)
     image = torch.as_tensor(left.images[0].get_array())
     kinds, block_indices = list(KEY_KINDS), records[0].block_indices[length:, 1].tolist()
@@ -262,10 +261,41 @@ def test_pictures_show_what_was_read(layer):
     assert bars["selected"] == legend["selected, by score"] == matplotlib.colors.to_rgba(BRANCH_COLORS[1])
     assert bars["sliding"] == legend["sliding window"]
     with pytest.raises(ValueError, match="kv_head=2 must be among the layer's 2"):
-        plot_block_selection(left, records[0], c, kv_head=2)
+        plot_block_selection(left, records[0], kv_head=2)
     # The dense start: the selected branch open, the others nearly closed.
     assert [bar.get_height() for bar in right.patches] == pytest.approx([0.0025, 0.9975, 0.0025], abs=1e-4)
     plt.close(figure)
+
+
+@torch.no_grad()
+def test_a_record_has_the_settings_that_its_forward_ran_with(layer):
+    """Whatever the layer has by the time that something is counted or drawn."""
+    before = layer.config
+    with record(layer) as records:
+        layer(torch.randn(1, 100, 32))
+        layer.config = dataclasses.replace(before, window_size=64, num_selected_blocks=3)
+        layer(torch.randn(1, 100, 32))
+    assert [entry.config for entry in records] == [before, layer.config]
+    assert torch.equal(keys_attended(records)[0], keys_attended(records[1])[0])  # of several texts the last counts
+    assert keys_attended(records[1])[0][63] == 64  # all are in the window
+    figure, axes = plt.subplots(1, 2)
+    for ax, entry in zip(axes, records, strict=True):
+        plot_block_selection(ax, entry)
+        kinds = [list(KEY_KINDS)[int(kind)] for kind in ax.images[0].get_array()[-1]]
+        in_window = [kind in ("sliding window", "selected and in the window") for kind in kinds]
+        assert in_window == [p > 99 - entry.config.window_size for p in range(100)]
+    plt.close(figure)
+
+
+def test_a_missing_matplotlib_names_the_extra(layer, monkeypatch):
+    with record(layer) as records, torch.no_grad():
+        layer(torch.randn(1, 40, 32))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)  # not importable
+    with pytest.raises(ImportError, match=r"plots need matplotlib, which is not.*Fix: pip install .nsa-fsa\[plot\]"):
+        plot_block_selection(None, records)
+    with pytest.raises(ImportError, match=r"plots need matplotlib, which is not.*Fix: pip install .nsa-fsa\[plot\]"):
+        plot_gates(None, records)
 
 
 @torch.no_grad()
@@ -276,14 +306,14 @@ def test_pictures_of_steps_and_of_long_texts(layer, monkeypatch):
         layer(x[:, 100:], cache=cache)
         layer(x)
     figure, axes = plt.subplots(1, 3)
-    plot_block_selection(axes[0], records[:2], layer.config)
-    plot_block_selection(axes[1], records[1], layer.config)
+    plot_block_selection(axes[0], records[:2])
+    plot_block_selection(axes[1], records[1])
     both, steps = (torch.as_tensor(ax.images[0].get_array()) for ax in axes[:2])
     assert both.shape == (130, 130)
     assert torch.equal(steps, both[100:])
     assert axes[1].images[0].get_extent() == [0, 130, 130, 100]
     monkeypatch.setattr("nsa_fsa.visualization.MAX_PIXELS", 65)
-    plot_block_selection(axes[2], records[2], layer.config)
+    plot_block_selection(axes[2], records[2])
     assert torch.equal(torch.as_tensor(axes[2].images[0].get_array()), both[::2, ::2])
     plt.close(figure)
 

@@ -46,6 +46,7 @@ class Record(NamedTuple):
     block_indices: Tensor  # int32 [T, HKV, T_sel]
     gates: Tensor  # [T, HQ or 1, 3], after the sigmoid
     layout: Layout
+    config: NSAConfig  # of the layer, in that forward
     inside: Inside | None = None  # for the recorder to look at; `nsa_fsa.visualization.record` does not keep it
     details: Details | None = None  # kept on request by `nsa_fsa.visualization.record`
 
@@ -201,7 +202,7 @@ class NativeSparseAttention(nn.Module):
         if self.recorder is not None:
             o, branches = o
             gates, inside = gate_logits.detach().sigmoid(), Inside(q.detach(), k_cmp.detach(), branches)
-            self.recorder(Record(self.layer_idx, branches.block_indices, gates, layout, inside))
+            self.recorder(Record(self.layer_idx, branches.block_indices, gates, layout, c, inside))
         output = _put_back(self.o_proj(o.flatten(1).to(q.dtype)), rows, hidden_states)
         if cache is not None:
             cache.commit(needed_by_backward=o.requires_grad)
