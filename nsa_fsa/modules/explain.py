@@ -1,6 +1,7 @@
 """What backend="auto" would run, and why."""
 
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.modules.native_sparse_attention import NativeSparseAttention
-from nsa_fsa.ops import backends, profiler, triton_backends
+from nsa_fsa.ops import backends, flash_attention, profiler, triton_backends
 
 # Compute capabilities (NVIDIA, "CUDA GPU Compute Capability").
 GPUS = {
@@ -21,7 +22,8 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Choice:
-    """One operator: what runs, what is known about it, and why each backend that comes before it cannot."""
+    """One operator: what runs, what is known about it, and why each backend that comes before it cannot. Of "flash_attention"
+    that is which library it runs, and why the others cannot."""
 
     operator: str
     backend: str
@@ -60,8 +62,8 @@ def explain(
         num_tokens: rows of q, k and v.
         dtype: of q, k and v.
         device: default the GPU where there is one.
-        gpu: what would run on another machine with such a GPU and Triton, such as "h100", "sm_90" or "9.0"; not together
-            with `device`.
+        gpu: what would run on another machine with such a GPU, such as "h100", "sm_90" or "9.0", and with Triton; which
+            FlashAttention it has is taken from this machine. Not together with `device`.
 
     Returns:
         An `Explanation`, to be printed or read.
@@ -167,19 +169,33 @@ def _calls(
 def _explain(operator: str, name: str, tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Choice:
     name = backends.of_several(operator, name)
     chosen = backends.resolve(operator, name, *tensors, **arguments).name
+    passed_over = backends.passed_over(operator, *tensors, **arguments) if name == "auto" else {}
+    why = []
     if name != "auto":
-        return Choice(operator, chosen, f"backend={name!r} was asked for", {})
-    passed_over = backends.passed_over(operator, *tensors, **arguments)
-    why = "the first that can run this"
+        why.append(f"backend={name!r} was asked for")
     if operator == "selected_attention" and chosen == "triton":
-        why = "; ".join(_measured(tensors, arguments, direction) for direction in ("forward", "backward"))
-    return Choice(operator, chosen, why, passed_over)
+        why.append(_measured(triton_backends.selected_key, tensors, arguments))
+    elif chosen == "flash_attention":
+        reasons = flash_attention.obstacles(*tensors, **arguments)
+        libraries = [library for library, reason in reasons.items() if reason is None]
+        passed_over.update({library: reason for library, reason in reasons.items() if reason is not None})
+        one = f"{libraries[0]}, the only one that can run this"
+        why.append(one if len(libraries) == 1 else _measured(flash_attention.window_key, tensors, arguments, libraries))
+    return Choice(operator, chosen, "; ".join(why) or "the first that can run this", passed_over)
 
 
-def _measured(tensors: tuple[Tensor, ...], arguments: dict[str, Any], direction: str) -> str:
-    q, k, v = tensors
-    key = triton_backends.selected_key(q, k, v, arguments, direction)
-    entry = None if triton_backends.ASSUMED.get() else profiler.known(key, q.device)
-    if entry is None:
-        return f"{direction}: the default tiles" + (", until it is first run and timed" if profiler.enabled() else "")
-    return f"{direction}: {entry['choice']}, {entry['ms'][entry['choice']]:.2f} ms when timed on {entry['date']}"
+def _measured(
+    key_of: Callable[..., str], tensors: tuple[Tensor, ...], arguments: dict[str, Any], among: Sequence[str] = ()
+) -> str:
+    """What runs in each pass: what the profiler has timed before, or else the default, which is the first of `among`."""
+    found = []
+    for direction in ("forward", "backward"):
+        key = key_of(*tensors, arguments, direction)
+        entry = None if triton_backends.ASSUMED.get() else profiler.known(key, tensors[0].device)
+        if entry is None or (among and entry["choice"] not in among):
+            default = among[0] if among else "the default tiles"
+            found.append(f"{direction}: {default}" + (", until it is first run and timed" if profiler.enabled() else ""))
+        else:
+            ms = entry["ms"][entry["choice"]]
+            found.append(f"{direction}: {entry['choice']}, {ms:.2f} ms when timed on {entry['date']}")
+    return "; ".join(found)

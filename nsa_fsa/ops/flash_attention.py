@@ -162,6 +162,11 @@ def unsupported(
     return None
 
 
+def obstacles(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> dict[str, str | None]:
+    """Why each library cannot run these arguments here, by its name (None: it can)."""
+    return {x.name: unavailable(x, q.device) or unsupported(x, q, k, v, **arguments) for x in LIBRARIES}
+
+
 def none_supports(q: Tensor, k: Tensor, v: Tensor, **arguments: Any) -> str | None:
     """Why none of the libraries on this machine can run these arguments in the memory they may take, or None."""
     here = [library for library in LIBRARIES if unavailable(library, q.device) is None]
@@ -265,9 +270,8 @@ def window_key(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any], direc
 def _fastest(run: Callable[..., Any], direction: str, *tensors: Tensor, **arguments: Any) -> Any:
     """Whichever library the profiler finds fastest; without it the first that is here."""
     q, k, v = tensors[:3] if direction == "forward" else tensors[1:4]
-    here = [x for x in LIBRARIES if unavailable(x, q.device) is None]
-    able = [x for x in here if unsupported(x, q, k, v, **arguments) is None]
-    ways = {x.name: functools.partial(run, x, *tensors, **arguments) for x in able}
+    reasons = obstacles(q, k, v, **arguments)
+    ways = {x.name: functools.partial(run, x, *tensors, **arguments) for x in LIBRARIES if reasons[x.name] is None}
     name = next(iter(ways))
     if len(ways) > 1 and q.numel() > 0:
         name = profiler.choose(window_key(q, k, v, arguments, direction), ways, q.device, recoverable=(Exception,))

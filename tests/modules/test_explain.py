@@ -7,7 +7,7 @@ import torch
 
 import nsa_fsa
 from nsa_fsa import NSAConfig
-from nsa_fsa.ops import backends, triton_backends
+from nsa_fsa.ops import backends, flash_attention, triton_backends
 
 CONFIG = NSAConfig(hidden_size=256, num_heads=4, num_kv_heads=2)
 OPERATORS = (
@@ -90,9 +90,38 @@ def test_what_the_kernels_refuse_is_said_by_the_operators_that_refuse_it(changes
 def test_on_a_gpu_triton_runs():
     found = nsa_fsa.explain(CONFIG, 1024)
     assert {c.operator for c in found.choices if c.backend == "triton"} == set(WITH_TRITON)
+    window = choice(found, "sliding_window_attention")
+    assert window.backend == "flash_attention"
+    assert any(library.name in window.why for library in flash_attention.LIBRARIES)
     for operator in set(WITH_TRITON) - {"selected_attention"}:
         assert choice(found, operator).why == "the first that can run this"
     assert choice(found).why.startswith("forward: ")
+
+
+@pytest.mark.parametrize("backend", ["auto", "flash_attention"])
+@pytest.mark.parametrize(("gpu", "library"), [("h100", "flash_attn_4"), ("a100", "torch_flash")])
+def test_which_flash_attention_runs_the_window(gpu, library, backend):
+    """On a GPU that flash-attn 4 runs on, that depends on whether it is installed."""
+    config = dataclasses.replace(CONFIG, backend=backend)
+    found = choice(nsa_fsa.explain(config, 1024, gpu=gpu), "sliding_window_attention")
+    assert found.backend == "flash_attention"
+    missing = flash_attention.FLASH_ATTN_4.missing()
+    if missing or library == "torch_flash":
+        assert "torch_flash, the only one that can run this" in found.why
+        reason = missing or "it needs compute capability 9.0 or newer, and this GPU has 8.0"
+        assert found.passed_over == {"flash_attn_4": reason}
+        assert f"not flash_attn_4: {reason}" in str(found)
+    else:
+        assert "forward: flash_attn_4" in found.why
+        assert "backward: flash_attn_4" in found.why
+        assert found.passed_over == {}
+    assert ("was asked for" in found.why) == (backend != "auto")
+
+
+def test_the_window_of_float32_is_for_a_triton_kernel():
+    found = choice(nsa_fsa.explain(CONFIG, 1024, gpu="h100", dtype=torch.float32), "sliding_window_attention")
+    assert found.backend == "triton_window"
+    assert "supported are float16 and bfloat16" in found.passed_over["flash_attention"]
 
 
 def test_a_backend_asked_for_by_name():
