@@ -107,3 +107,24 @@ def test_an_unpatched_model_is_what_its_checkpoint_holds(tmp_path):
     adapted.save_pretrained(tmp_path / "adapter")
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     assert torch.equal(output(loaded, ADAPTED), output(adapted.eval(), ADAPTED))
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
+def test_a_resized_vocabulary_is_saved_with_the_adapter_on_request(tmp_path):
+    """PEFT cannot see by itself that a patched model's was resized: its base model has no file to compare with."""
+    model = patched(tmp_path / "dense")
+    model.resize_token_embeddings(100)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**LORA, init_lora_weights=False)).eval()
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    fresh = patched(tmp_path / "dense")
+    torch.manual_seed(1)  # new rows are random
+    fresh.resize_token_embeddings(100)
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    assert torch.equal(output(loaded, ADAPTED), output(adapted, ADAPTED))
+
+
+def test_peft_loads_an_adapter_of_a_sparse_model_onto_a_dense_one(tmp_path):
+    """No file of an adapter can prevent it, so README warns of it; should PEFT come to refuse it, that line can go."""
+    save_adapter(checkpoint(tmp_path / "sparse", sparse_model()), tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(dense_model(), tmp_path / "adapter")
+    assert not any("gate" in name.split(".") for name, _ in loaded.named_parameters())
