@@ -58,7 +58,7 @@ def explain(
     What the layer would refuse is refused: it is made and called, on tensors that have a shape and no memory.
 
     Args:
-        config: the layer.
+        config: the layer; of a patched model, `NSAConfig.from_pretrained_config(model.config)`.
         num_tokens: rows of q, k and v.
         dtype: of q, k and v.
         device: default the GPU where there is one.
