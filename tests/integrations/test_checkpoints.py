@@ -456,6 +456,46 @@ def test_a_compressor_of_ones_own(tmp_path, how):
     assert type(attentions(loaded)[0].compress_k.phi) is LastToken
 
 
+class Blend(torch.nn.Module):
+    """A compressor of one's own whose parts start in four ways: a number, torch's own start, a buffer, and one not saved."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.share = torch.nn.Parameter(torch.tensor([0.25, 0.75]))
+        self.map = torch.nn.Linear(config.head_dim, config.head_dim)
+        self.register_buffer("scale", torch.tensor(1.5))
+        self.register_buffer("offset", torch.tensor(0.5), persistent=False)
+
+    def forward(self, windows):
+        mixed = self.share[0] * windows[:, :, 0] + self.share[1] * windows[:, :, -1]
+        return self.map(mixed) * self.scale + self.offset
+
+
+@pytest.mark.parametrize("missing", [None, "share", "map.weight", "map.bias", "scale"])
+def test_what_a_checkpoint_lacks_of_a_compressor_of_ones_own_starts_as_it_is_made(tmp_path, missing):
+    """Of a dense checkpoint that is all of it."""
+    path, dense = tmp_path / "model.safetensors", dense_model(num_hidden_layers=1)
+    torch.manual_seed(0)
+    expected = Blend(NSAConfig.from_pretrained_config(dense.config, "tiny")).state_dict()
+    dense.save_pretrained(tmp_path)
+    kept = {}
+    if missing is not None:
+        patch_model(dense, "tiny", gate_init="balanced", compressor_k=Blend, verbose=False)
+        scramble(dense).save_pretrained(tmp_path)
+        kept = {name: value for name, value in load_file(path).items() if not name.endswith(f"compress_k.phi.{missing}")}
+        assert len(kept) == len(load_file(path)) - 1
+        save_file(kept, path, metadata={"format": "pt"})
+    torch.manual_seed(0)
+    nsa = dict(preset="tiny") if missing is None else None
+    loaded = integration.NSALlamaForCausalLM.from_pretrained(tmp_path, nsa=nsa, compressor_k=Blend)
+    phi = attentions(loaded)[0].compress_k.phi
+    for name, value in expected.items():
+        was = kept.get(f"model.layers.0.self_attn.compress_k.phi.{name}", value)
+        assert torch.equal(phi.state_dict()[name], was), name
+    assert phi.offset == 0.5
+    pickle.dumps(loaded)  # nothing of how it was made stays
+
+
 class OnTopOfLast(torch.nn.Module):
     """A compressor of one's own with a built-in one inside."""
 

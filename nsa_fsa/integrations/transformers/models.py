@@ -7,6 +7,7 @@ refused by its config: see `_SparseConfig`.
 """
 
 import copy
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -264,6 +265,8 @@ class _NSAModel:
     def initialize_weights(self) -> None:
         """Initialises what NSA adds and no checkpoint brought, before transformers would do it as for any Linear."""
         for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, Compressor):
+                _start_again(module.phi)
             if isinstance(module, (BranchGate, Compressor, LinearPhi, MLPPhi, PoolPhi)) and not _is_initialized(module):
                 loaded = [p for p in module.parameters(recurse=False) if _is_initialized(p)]
                 if len(loaded) < len(list(module.parameters(recurse=False))):
@@ -275,7 +278,29 @@ class _NSAModel:
         super().initialize_weights()  # type: ignore[misc]
 
 
-def _is_initialized(x: nn.Module | nn.Parameter) -> bool:
+def make_phi(make: Callable[[NSAConfig], nn.Module], config: NSAConfig) -> nn.Module:
+    """A compressor of the user's own. One that is made without memory, as in `from_pretrained`, keeps how it was made."""
+    phi = make(config)
+    if any(x.is_meta for x in (*phi.parameters(), *phi.buffers())):
+        phi._nsa_make = functools.partial(make, config)  # type: ignore[assignment]
+    return phi
+
+
+def _start_again(phi: nn.Module) -> None:
+    """Makes such a compressor again, for the values of what no checkpoint brought: nothing else knows them."""
+    make = phi.__dict__.pop("_nsa_make", None)
+    if make is None:
+        return
+    made = make()
+    for found, of in ((made.named_parameters(), phi.get_parameter), (made.named_buffers(), phi.get_buffer)):
+        for name, value in found:
+            if not _is_initialized(of(name)):
+                of(name).copy_(value)
+    for module in phi.modules():
+        module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def _is_initialized(x: nn.Module | torch.Tensor) -> bool:
     """Whether transformers marked it as loaded or initialised."""
     return getattr(x, "_is_hf_initialized", False)
 

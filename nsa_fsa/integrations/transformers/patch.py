@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from nsa_fsa.config import PRESETS, ROPE_TYPES, NSAConfig, attention_fields, with_changes
 from nsa_fsa.integrations.transformers.attention import NSAAttention, attach, detach
-from nsa_fsa.integrations.transformers.models import DENSE_CLASS, SPARSE_CLASS, check_nsa, is_index, supported_models
+from nsa_fsa.integrations.transformers.models import DENSE_CLASS, SPARSE_CLASS, check_nsa, is_index, make_phi, supported_models
 from nsa_fsa.modules.compression import Compressor
 from nsa_fsa.modules.gating import BranchGate
 from nsa_fsa.ops import backends
@@ -407,7 +407,7 @@ def _build(
             )
         elif before.config == config and not any(own[i].values()):
             continue
-        new: dict[str, Any] = {name: make(config) for name, make in own[i].items() if make is not None}
+        new: dict[str, Any] = {name: make_phi(make, config) for name, make in own[i].items() if make is not None}
         if before is not None:
             new = {**{name: _own_phi(before, name) for name in COMPRESSORS}, **new}
         replacement = NSAAttention(
