@@ -64,7 +64,7 @@ def record(model: nn.Module, *, details: bool = False, max_queries: int = 512) -
                 return
             found = _details(entry, max_queries) if details else None
             layer_idx = number if entry.layer_idx is None else entry.layer_idx
-            records.append(entry._replace(layer_idx=layer_idx, inside=None, details=found))
+            records.append(Record(layer_idx, entry.block_indices, entry.gates, entry.layout, entry.config, details=found))
 
         return keep
 

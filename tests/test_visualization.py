@@ -164,7 +164,6 @@ def test_gradient_checkpointing_records_a_layer_once(model, use_reentrant):
     assert model.model.layers[0].self_attn.gate.weight.grad is not None
 
 
-@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 cannot trace objects that a graph makes and hands out")
 @torch.no_grad()
 def test_a_compiled_layer_is_recorded_in_one_graph(layer):
     compiled, x = torch.compile(layer, fullgraph=True, backend="eager"), torch.randn(1, 40, 32)

@@ -202,9 +202,8 @@ class NSACache:
         if self.is_empty:
             return new, k_cmp, v_cmp, layout
         flat = {name: x.flatten(0, 1) for name, x in buffers.items()}
-        keys = new._replace(k=flat["k"], v=flat["v"], k_swa=flat["k"], v_swa=flat["v"])
-        if self.config.kv_per_branch:
-            keys = keys._replace(k_swa=flat["k_swa"], v_swa=flat["v_swa"])
+        k_swa, v_swa = ("k_swa", "v_swa") if self.config.kv_per_branch else ("k", "v")
+        keys = KeyValues(flat["k"], flat["v"], flat[k_swa], flat[v_swa], new.k_src, new.v_src, new.cos, new.sin)
         starts = _starts(lengths, buffers["k"].shape[1])
         everything = Layout(starts, num_tokens, layout.cu_seqlens, lengths.int())
         return keys, flat["k_cmp"], flat["v_cmp"], everything

@@ -191,7 +191,7 @@ def _layout(q: Tensor, k: Tensor, cu_seqlens: Tensor | tuple[Tensor, Tensor] | N
             ),
         )
         last = None if num_queries == num_keys else uniform_layout(batch_size, num_queries, q.device).cu_seqlens
-        return uniform_layout(batch_size, num_keys, k.device)._replace(cu_seqlens_q=last)
+        return Layout(uniform_layout(batch_size, num_keys, k.device).cu_seqlens, num_keys, last)
     require(
         batch_size == 1,
         lambda: f"cu_seqlens needs B = 1, but q has B = {batch_size}. Fix: x.flatten(0, 1)[None] for each input.",

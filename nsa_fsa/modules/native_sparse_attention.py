@@ -409,8 +409,9 @@ def _beside_cache(packing: Packing, mask: Tensor | None, length: int, cache: NSA
     # One token is not worth a look back, and neither is a mask that hides nothing of a cache without padding.
     if mask is not None and mask.shape[1] > length > 1 and (packing.padded or cache.has_padding):
         cache.hide(mask[:, : mask.shape[1] - length])
-    # A cache counts columns: as many as the batch is wide, however few of them hold real tokens.
-    return packing.rows, packing.layout._replace(max_seqlen=length)
+    # A cache counts columns: as many as the batch is wide, however few of them hold real tokens. (Written out, because PyTorch
+    # 2.11's compiler hands an empty tuple across a graph break for what `_replace` returns.)
+    return packing.rows, Layout(packing.layout.cu_seqlens, length)
 
 
 def _take(x: Tensor, rows: Tensor | None) -> Tensor:
