@@ -7,6 +7,7 @@ import torch
 
 from nsa_fsa import ops
 from nsa_fsa.config import BRANCHES
+from nsa_fsa.ops.flash_attention import FLASH_ATTN_4
 from tests.gpu.problems import assert_rms_close, starts
 from tests.gpu.test_host_syncs import record, syncs_forbidden
 from tests.gpu.test_memory import MIB, assert_no_growth, extra, num_bytes
@@ -156,6 +157,7 @@ def test_no_growth_over_50_steps(recompute):
 
 
 @needs(90)
+@pytest.mark.skipif(FLASH_ATTN_4.missing() is not None, reason="the bounds hold with flash-attn 4 alone")
 @pytest.mark.parametrize("recompute", [(), BRANCHES], ids=["keep", "recompute"])
 def test_peak_at_131072_tokens(recompute):
     """64 query and 4 key heads of 128. Full attention's own tensors: q, k, v, o, their gradients, and lse."""
@@ -225,10 +227,10 @@ def expected_of_query(core, row, block_indices):
     return (branches * gates[row].double().sigmoid()[:, None]).sum(-1)
 
 
-@needs(130)
+@needs(120)
 def test_a_million_tokens():
-    """64 query and 4 key heads of 128: 2^33 numbers in q. Sampled queries against float64."""
-    core = make_core((2**20,), 4, 16)
+    """48 query and 3 key heads of 128: 6 * 2^30 numbers in q. Sampled queries against float64."""
+    core = make_core((2**20,), 3, 16)
     with torch.no_grad():
         o, branches = core.call(return_branches=True)
         rows = sampled_rows(core.lengths, 24)
