@@ -24,7 +24,7 @@ class Backend:
     `forward` and `backward` take what the operator passes and return what its functions in `nsa_fsa.reference` do.
     `unavailable(device)` gives the reason why the GPU `device`, or the current one where it is None or no GPU, cannot run it,
     or None; `unsupported(*tensors, backward=bool, **arguments)`, called with an operator's own arguments, the reason why it
-    cannot run them; `automatic(*tensors)` says whether "auto" considers it.
+    cannot run them; `avoided(*tensors, **arguments)` the reason why "auto" does not take it although it can, or None.
     """
 
     name: str
@@ -32,7 +32,7 @@ class Backend:
     backward: Callable[..., Any] = _not_differentiable
     unavailable: Callable[[torch.device | None], str | None] = lambda _: None
     unsupported: Callable[..., str | None] = lambda *_, **__: None
-    automatic: Callable[..., bool] = lambda *_: True
+    avoided: Callable[..., str | None] = lambda *_, **__: None
 
 
 _BACKENDS: dict[str, dict[str, Backend]] = {}
@@ -110,8 +110,8 @@ def passed_over(operator: str, *tensors: Tensor, backward: bool = False, **argum
         reason = backend.unavailable(tensors[0].device if tensors else None)
         if reason is None and tensors:
             reason = backend.unsupported(*tensors, backward=backward, **arguments)
-        if reason is None and not backend.automatic(*tensors):
-            reason = f"the tensors are on {tensors[0].device}" if tensors else "it is not automatic"
+        if reason is None:
+            reason = backend.avoided(*tensors, **arguments)
         if reason is None:
             return skipped
         skipped[backend.name] = reason

@@ -173,7 +173,7 @@ backends.register(
     "select_blocks",
     backends.Backend(
         "triton", _triton, unavailable=triton_backends.unavailable, unsupported=_triton_unsupported,
-        automatic=triton_backends.on_gpu,
+        avoided=triton_backends.elsewhere,
     ),
 )  # fmt: skip
 backends.register("select_blocks", backends.Backend("reference", reference.select_blocks))

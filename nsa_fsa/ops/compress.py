@@ -214,7 +214,7 @@ def _register(operator: str) -> None:
         lambda *tensors, **sizes: getattr(_kernels(), f"{operator}_backward")(*tensors, **sizes),
         triton_backends.unavailable,
         _unsupported,
-        triton_backends.on_gpu,
+        triton_backends.elsewhere,
     )
     backends.register(operator, triton)
     by_torch = (getattr(reference, operator), getattr(reference, f"{operator}_backward"))

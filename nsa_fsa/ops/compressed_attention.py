@@ -104,7 +104,7 @@ def _backward(do, q, k_cmp, v_cmp, o, lse, *, cu_seqlens, max_seqlen, **argument
 
 
 for backend in (
-    backends.Backend("triton", _forward, _backward, triton_backends.unavailable, unsupported, triton_backends.on_gpu),
+    backends.Backend("triton", _forward, _backward, triton_backends.unavailable, unsupported, triton_backends.elsewhere),
     reference_backend(reference.compressed_attention, reference.compressed_attention_backward, "workspace_bytes"),
 ):
     backends.register("compressed_attention", backend)

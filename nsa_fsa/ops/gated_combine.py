@@ -115,7 +115,7 @@ def _triton_branch_gradients(
 backends.register(
     "gated_combine",
     backends.Backend(
-        "triton", _triton_forward, _triton_backward, triton_backends.unavailable, _unsupported, triton_backends.on_gpu
+        "triton", _triton_forward, _triton_backward, triton_backends.unavailable, _unsupported, triton_backends.elsewhere
     ),
 )
 backends.register("gated_combine", backends.Backend("reference", reference.gated_combine, reference.gated_combine_backward))
@@ -125,7 +125,7 @@ backends.register(
     "branch_gradients",
     backends.Backend(
         "triton", _triton_branch_gradients, unavailable=triton_backends.unavailable, unsupported=_unsupported,
-        automatic=triton_backends.on_gpu,
+        avoided=triton_backends.elsewhere,
     ),
 )  # fmt: skip
 backends.register("branch_gradients", backends.Backend("reference", reference.branch_gradients))

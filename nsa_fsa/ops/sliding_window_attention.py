@@ -38,12 +38,13 @@ def sliding_window_attention(
         cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences; see `Layout`.
         return_lse: also return the log-sum-exp.
         workspace_bytes: how much memory FlashAttention may take for sums, at any length: heads are differentiated in turn
-            where all of them would take more; where the padding of many short sequences would, "auto" takes "triton_window".
+            where all of them would take more.
         backend: which implementation runs: "flash_attn_4", "torch_flash" (the FlashAttention in PyTorch), "flash_attention"
-            (whichever of these the profiler finds faster on this GPU), "triton_window" (slower, for what FlashAttention does
-            not take, such as float32), "reference", or "auto": on a GPU "flash_attention" or else "triton_window" where they
-            can, and the reference elsewhere. flash-attn 4 reads past a sequence's end, and weighs with 0 what is there: a
-            NaN or an infinity in the next sequence of the batch reaches the last queries of this one.
+            (whichever of these the profiler finds faster on this GPU), "triton_window" (slower, but for hundreds of sequences
+            of 128 tokens or fewer on average faster; also for what FlashAttention does not take, such as float32),
+            "reference", or "auto": on a GPU "flash_attention" or "triton_window" where they can, and the reference elsewhere.
+            flash-attn 4 reads past a sequence's end, and weighs with 0 what is there: a NaN or an infinity in the next
+            sequence of the batch reaches the last queries of this one.
 
     Returns:
         o `[T, HQ, DV]` in q's dtype, and on request the natural-log lse `[T, HQ]` in float32 (float64 for float64 inputs),
@@ -80,7 +81,7 @@ def _backward(do, q, k, v, o, lse, *, cu_seqlens, max_seqlen, **arguments):
 
 
 _triton_window = backends.Backend(
-    "triton_window", _forward, adding(_backward), triton_backends.unavailable, unsupported, triton_backends.on_gpu
+    "triton_window", _forward, adding(_backward), triton_backends.unavailable, unsupported, triton_backends.elsewhere
 )
 
 

@@ -88,9 +88,9 @@ def unavailable(device: torch.device | None = None) -> str | None:
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def on_gpu(*tensors: Tensor) -> bool:
-    """ "auto" takes Triton on a GPU only: on a CPU the interpreter is far slower than the reference."""
-    return all(x.is_cuda for x in tensors)
+def elsewhere(*tensors: Tensor, **_: Any) -> str | None:
+    """Why "auto" does not take Triton, or None. It does on a GPU only: the interpreter is far slower than the reference."""
+    return next((f"the tensors are on {x.device}" for x in tensors if not x.is_cuda), None)
 
 
 def unsupported_dtype(x: Tensor, name: str) -> str | None:
@@ -237,7 +237,7 @@ def _selected(name: str, run: Callable[..., Any], kv_major: bool) -> Backend:
         ),
         unavailable,
         functools.partial(selected_unsupported, kv_major=kv_major),
-        on_gpu,
+        elsewhere,
     )
 
 

@@ -3,13 +3,15 @@
 What they compute, the other files of this folder test on a GPU, under the names of their backends.
 """
 
+import functools
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nsa_fsa import ops
 from nsa_fsa.kernels.sizes import head_chunks
-from nsa_fsa.ops import backends, flash_attention
+from nsa_fsa.ops import backends, flash_attention, triton_backends
 from nsa_fsa.ops.flash_attention import (
     FLASH_ATTN_4,
     LIBRARIES,
@@ -74,21 +76,29 @@ def test_any_library_that_can_will_do(monkeypatch):
     assert "reads past the keys in use" in none_supports(*tensors(), **decoding)
 
 
-def test_padding_beyond_the_budget_is_left_to_others(monkeypatch):
-    """Of a backward alone, and whatever library is here; one that is named runs all the same."""
+@pytest.mark.parametrize(
+    ("num_tokens", "num_sequences", "decoding", "name"),
+    [
+        (1024 * 128, 1024, False, "triton_window"),
+        (1024 * 128 + 1, 1024, False, "flash_attention"),
+        (511, 511, False, "flash_attention"),  # too few to matter
+        (1024, 1024, True, "flash_attention"),  # few queries of long caches
+    ],
+)
+def test_many_short_sequences_are_left_to_triton(monkeypatch, num_tokens, num_sequences, decoding, name):
+    """In both passes, by "auto" alone: FlashAttention by name runs all the same."""
     monkeypatch.setattr(flash_attention, "unavailable", lambda *_: None)
-    # 128 rows of eight float32 sums, each 16 wide: dq of four query heads, and dk and dv for every other of them.
-    x, allowed = tensors(head_dim=16, v_head_dim=16), 1000 * 128 * 8 * 16 * 4
-    arguments = dict(scale=0.1, cu_seqlens=torch.zeros(1001, dtype=torch.int32))
-    assert none_supports(*x, **arguments, backward=True, workspace_bytes=allowed) is None
-    assert none_supports(*x, **arguments, workspace_bytes=1) is None
-    reason = none_supports(*x, **arguments, backward=True, workspace_bytes=allowed - 1)
-    assert reason == (
-        f"FlashAttention pads the sums of 1000 sequences, which takes {allowed} bytes for a KV head; "
-        f"workspace_bytes allows {allowed - 1}"
-    )
-    for library in LIBRARIES:
-        assert unsupported(library, *x, **arguments, backward=True, workspace_bytes=1) is None
+    monkeypatch.setattr(triton_backends, "_missing", lambda: None)
+    monkeypatch.setattr(triton_backends, "interpreted", lambda: False)
+    monkeypatch.setattr(triton_backends, "capability", lambda _: (9, 0))
+    with FakeTensorMode():
+        q, k = (torch.empty(num_tokens, heads, 64, dtype=torch.bfloat16, device="cuda") for heads in (4, 2))
+        starts = torch.empty(num_sequences + 1, dtype=torch.int32, device="cuda")
+    arguments = dict(cu_seqlens=starts, cu_seqlens_q=starts if decoding else None, seqused_k=None, scale=0.1)
+    for backward in (False, True):
+        of = functools.partial(backends.resolve, "sliding_window_attention", backward=backward, **arguments)
+        assert of("auto", q, k, k).name == name
+        assert of("flash_attention", q, k, k).name == "flash_attention"
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 3, 8])
