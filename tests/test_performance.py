@@ -57,6 +57,31 @@ def test_against_full_attention():
     assert tables("Against full attention") == expected
 
 
+def test_two_runs_against_full_attention():
+    """The rows that the core's and the crossover's run share: 12,288 tokens differ most, as flash-attn 4 does."""
+    core, crossover = (
+        {
+            (r["num_tokens"], r["group_size"], r["implementation"]): r["ms"]
+            for r in document(benchmark)["rows"]
+            if r["pass"] == "forward_backward"
+        }
+        for benchmark in ("core", "crossover")
+    )
+
+    def ratio(ms, tokens, group):
+        return ms[tokens, group, "flash_attn_4"] / ms[tokens, group, "nsa_fsa"]
+
+    full = [(ms(crossover[12288, g, "flash_attn_4"]), ms(core[12288, g, "flash_attn_4"])) for g in (1, 4)]
+    assert f"took {full[0][0]} instead of {full[0][1]} ms for both passes of 12,288 tokens at G = 1" in TEXT
+    assert f"{full[1][0]} instead of {full[1][1]} ms at G = 4" in TEXT
+    assert f"would be {ratio(crossover, 12288, 1):.2f} and {ratio(crossover, 12288, 4):.2f}" in TEXT
+    for group in (1, 4):
+        assert crossover[12288, group, "nsa_fsa"] == pytest.approx(core[12288, group, "nsa_fsa"], rel=0.005)
+    shared = {key[:2] for key in core} & {key[:2] for key in crossover}
+    off = {key: abs(ratio(crossover, *key) / ratio(core, *key) - 1) for key in shared}
+    assert sorted(off, key=off.get)[-2:] in ([(12288, 1), (12288, 4)], [(12288, 4), (12288, 1)])
+
+
 def test_crossover():
     found = {}
     for entry in document("crossover")["crossovers"]:
