@@ -137,12 +137,14 @@ def queries_of(entries: Record | Sequence[Record], sequence: int = 0) -> Queries
         sequence: its number in the batch.
 
     Raises:
-        ValueError: for records of several layers, a sequence that is not in every forward, or positions with gaps.
+        ValueError: for no records or those of several layers, a sequence that is not in every forward, or positions with gaps.
     """
     entries = [entries] if isinstance(entries, Record) else list(entries)
     layers = list(by_layer(entries))
+    if not layers:
+        raise ValueError("there are no records. Fix: call the model within `with record(model) as records:`, and pass those.")
     if len(layers) != 1:
-        raise ValueError(f"these are records of the layers {layers}; they must be of one. Fix: by_layer(records)[0].")
+        raise ValueError(f"these are records of the layers {layers}; they must be of one. Fix: by_layer(records)[{layers[0]}].")
     position: list[Tensor] = []
     block_indices: list[Tensor] = []
     for entry in entries:
@@ -169,7 +171,7 @@ def _rows_of(entry: Record, sequence: int) -> tuple[int, int, int]:
     layout = entry.layout
     starts = (layout.cu_seqlens if layout.cu_seqlens_q is None else layout.cu_seqlens_q).tolist()
     if not 0 <= sequence < len(starts) - 1:
-        raise ValueError(f"sequence={sequence} must be among the {len(starts) - 1} of this forward, counted from 0.")
+        raise ValueError(f"sequence={sequence} must be among the {len(starts) - 1} of this forward, counted from 0. Fix: sequence=0.")
     begin, stop = starts[sequence], starts[sequence + 1]
     if layout.cu_seqlens_q is None or layout.seqused_k is None:
         return begin, stop, 0
@@ -237,7 +239,7 @@ def plot_block_selection(ax: Any, entries: Record | Sequence[Record], kv_head: i
     num_heads, last = block_indices.shape[1], _last(entries)
     config = last.config
     if not 0 <= kv_head < num_heads:
-        raise ValueError(f"kv_head={kv_head} must be among the layer's {num_heads}, counted from 0.")
+        raise ValueError(f"kv_head={kv_head} must be among the layer's {num_heads}, counted from 0. Fix: kv_head=0.")
     first, length = int(positions[0]), int(positions[-1]) + 1
     rows = _evenly(len(positions))
     t, key = positions[rows, None], _evenly(length)

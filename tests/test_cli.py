@@ -84,6 +84,8 @@ def test_explain_a_preset():
         (("--head-dim", str(2**62)), "is not allowed: it must be an int >= 1, and one that 64 bits hold"),
         (("--device", "cuda:97"), "device='cuda:97' is not here"),
         (("--device", "abacus"), "device='abacus' is not here"),
+        (("--device", "vulkan"), "'Vulkan' backend. Fix: a device of this machine"),
+        (("--device", "hpu"), "device='hpu' is not here: No module named 'torch.hpu'. Fix: a device of this machine"),
         (("--for", "h101"), "gpu='h101' is not known: allowed are v100"),
         (("--for", "h100", "--device", "cpu"), "device='cpu' and gpu='h100' are both given"),
     ],

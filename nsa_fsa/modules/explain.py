@@ -108,9 +108,10 @@ def _present(device: torch.device | str | None) -> torch.device:
     try:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # AssertionError: CUDA in a CPU build of PyTorch
+    except (RuntimeError, AssertionError, ImportError) as error:  # the latter two where PyTorch was built without the device
+        reason = str(error).splitlines()[0].partition(". ")[0]  # its further sentences list PyTorch's internals
         raise ValueError(
-            f"device={str(device)!r} is not here: {str(error).splitlines()[0]}. Fix: a device of this machine, or for another "
+            f"device={str(device)!r} is not here: {reason}. Fix: a device of this machine, or for another "
             'machine\'s GPU gpu="h100" (on the command line: --for h100).'
         ) from error
     return found

@@ -318,7 +318,8 @@ class NativeSparseAttention(nn.Module):
         pair = position_embeddings
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ValueError(
-                f"position_embeddings={pair!r:.100} must be a pair (cos, sin). Fix: leave it out to compute them here."
+                f"position_embeddings is {type(pair).__name__}; it must be a pair (cos, sin) of tensors "
+                "[B or 1, S, rotary_dim]. Fix: pass (cos, sin), or leave it out to compute them here."
             )
         for name, x in zip(("cos", "sin"), pair, strict=True):
             name = f"{name} of position_embeddings"

@@ -382,7 +382,7 @@ def with_config(**changes):
 
 REFUSED = {
     "another head count": (with_config(num_kv_heads=4), "num_kv_heads=4 does not fit.*2.*Fix"),
-    "another width": (with_config(hidden_size=128), "hidden_size=128 does not fit.*64.*Fix"),
+    "another width": (with_config(hidden_size=128), "hidden_size=128 does not fit.*64.*Fix: leave hidden_size out"),
     "another head width": (with_config(head_dim=16), "head_dim=16 does not fit.*8.*Fix"),
     "wide values": (with_config(v_head_dim=16), "v_head_dim=16 does not fit.*8.*Fix"),
     "another scale": (with_config(scale=1.0), "scale=1.0 does not fit.*Fix"),
@@ -395,8 +395,9 @@ REFUSED = {
     "preset and config": (lambda model: dict(config=tiny_nsa(model), preset="tiny"), "preset='tiny' and config.*Fix"),
     "layer past the end": (lambda model: dict(preset="tiny", layers=[0, 2]), r"layers=\[0, 2\] must be .*among 0 .. 1.*Fix"),
     "layer before the first": (lambda model: dict(preset="tiny", layers=-3), r"layers=-3 must be .*among 0 .. 1.*Fix"),
+    "by layer, past the end": (lambda model: dict(config={7: "tiny"}), "layers=7 must be .*among 0 .. 1.*Fix: name layers that"),
     "no layer": (lambda model: dict(preset="tiny", layers=[]), r"layers=\[\].*at least one"),
-    "layers as text": (lambda model: dict(preset="tiny", layers="all"), r"layers='all' must be .*Fix: leave layers out"),
+    "layers as text": (lambda model: dict(preset="tiny", layers="all"), r"layers='all' must be .*Fix: name layers that"),
     "half a layer": (lambda model: dict(preset="tiny", layers=[0.5]), r"layers=\[0.5\] must be an index.*Fix"),
     "a fraction of them": (lambda model: dict(preset="tiny", layers=0.5), r"layers=0.5 must be an index.*Fix"),
     "a mask": (lambda model: dict(preset="tiny", layers=[True, False]), r"layers=\[True, False\] must be an index.*Fix"),

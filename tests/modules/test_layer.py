@@ -664,6 +664,11 @@ def test_no_argument_fails_from_inside(name):
     layer(**{"hidden_states": randn(2, 9, 24), **good})
 
 
+def test_a_tensor_in_place_of_a_pair_is_named_not_shown():
+    with pytest.raises(ValueError, match=r"position_embeddings is Tensor; it must be a pair \(cos, sin\).*Fix: pass \(cos, sin\)"):
+        make_variant("default")(randn(2, 9, 24), position_embeddings=randn(2, 9, 8))
+
+
 @pytest.mark.parametrize(
     ("name", "values"),
     {

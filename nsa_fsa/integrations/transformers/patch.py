@@ -315,7 +315,7 @@ def indices_of(layers: Any, count: int) -> list[int]:
     if not indices or not all(-count <= i < count for i in indices):
         raise ValueError(
             f"layers={layers!r} must be an index or indices among 0 .. {count - 1}, or negative ones that count from the "
-            "end, and at least one. Fix: leave layers out to patch all of them."
+            "end, and at least one. Fix: name layers that the model has, or none at all to patch all of them."
         )
     return sorted({i % count for i in indices})
 
@@ -500,8 +500,9 @@ def _check_fit(model: PreTrainedModel, config: NSAConfig) -> None:
     ):  # fmt: skip
         if getattr(config, name) != getattr(expected, name):
             raise ValueError(
-                f"NSAConfig.{name}={getattr(config, name)!r} does not fit this model, whose projections need "
-                f"{getattr(expected, name)!r}. Fix: NSAConfig.from_pretrained_config(model.config, ...)."
+                f"NSAConfig.{name}={getattr(config, name)!r} does not fit this model, whose projections were "
+                f"made for {getattr(expected, name)!r}. Fix: leave {name} out of a dict, a file or the keywords; for an NSAConfig, "
+                "NSAConfig.from_pretrained_config(model.config, ...)."
             )
     if config.kv_per_branch:
         raise ValueError(
