@@ -171,7 +171,9 @@ def _rows_of(entry: Record, sequence: int) -> tuple[int, int, int]:
     layout = entry.layout
     starts = (layout.cu_seqlens if layout.cu_seqlens_q is None else layout.cu_seqlens_q).tolist()
     if not 0 <= sequence < len(starts) - 1:
-        raise ValueError(f"sequence={sequence} must be among the {len(starts) - 1} of this forward, counted from 0. Fix: sequence=0.")
+        raise ValueError(
+            f"sequence={sequence} must be among the {len(starts) - 1} of this forward, counted from 0. Fix: sequence=0."
+        )
     begin, stop = starts[sequence], starts[sequence + 1]
     if layout.cu_seqlens_q is None or layout.seqused_k is None:
         return begin, stop, 0

@@ -137,9 +137,9 @@ def test_of_several_texts_the_last_counts_and_gaps_are_refused(model):
         queries_of([first, steps[-1]])
     with pytest.raises(ValueError, match=r"records of the layers \[0, 1, 2\]; they must be of one\. Fix: by_layer"):
         queries_of(records)
-    with pytest.raises(ValueError, match="there are no records. Fix: call the model within"):
+    with pytest.raises(ValueError, match=r"there are no records. Fix: call the model within"):
         queries_of([])
-    with pytest.raises(ValueError, match="sequence=1 must be among the 1 of this forward, counted from 0. Fix: sequence=0"):
+    with pytest.raises(ValueError, match=r"sequence=1 must be among the 1 of this forward, counted from 0. Fix: sequence=0"):
         queries_of(first, 1)
 
 
@@ -261,7 +261,7 @@ def test_pictures_show_what_was_read(layer):
             zip(right.containers, right.containers, strict=True)}  # fmt: skip
     assert bars["selected"] == legend["selected, by score"] == matplotlib.colors.to_rgba(BRANCH_COLORS[1])
     assert bars["sliding"] == legend["sliding window"]
-    with pytest.raises(ValueError, match="kv_head=2 must be among the layer's 2, counted from 0. Fix: kv_head=0"):
+    with pytest.raises(ValueError, match=r"kv_head=2 must be among the layer's 2, counted from 0. Fix: kv_head=0"):
         plot_block_selection(left, records[0], kv_head=2)
     # The dense start: the selected branch open, the others nearly closed.
     assert [bar.get_height() for bar in right.patches] == pytest.approx([0.0025, 0.9975, 0.0025], abs=1e-4)

@@ -395,7 +395,7 @@ REFUSED = {
     "preset and config": (lambda model: dict(config=tiny_nsa(model), preset="tiny"), "preset='tiny' and config.*Fix"),
     "layer past the end": (lambda model: dict(preset="tiny", layers=[0, 2]), r"layers=\[0, 2\] must be .*among 0 .. 1.*Fix"),
     "layer before the first": (lambda model: dict(preset="tiny", layers=-3), r"layers=-3 must be .*among 0 .. 1.*Fix"),
-    "by layer, past the end": (lambda model: dict(config={7: "tiny"}), "layers=7 must be .*among 0 .. 1.*Fix: name layers that"),
+    "layer 7 by name": (lambda model: dict(config={7: "tiny"}), "layers=7 must be .*among 0 .. 1.*Fix: name layers that"),
     "no layer": (lambda model: dict(preset="tiny", layers=[]), r"layers=\[\].*at least one"),
     "layers as text": (lambda model: dict(preset="tiny", layers="all"), r"layers='all' must be .*Fix: name layers that"),
     "half a layer": (lambda model: dict(preset="tiny", layers=[0.5]), r"layers=\[0.5\] must be an index.*Fix"),

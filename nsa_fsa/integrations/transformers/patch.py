@@ -501,8 +501,8 @@ def _check_fit(model: PreTrainedModel, config: NSAConfig) -> None:
         if getattr(config, name) != getattr(expected, name):
             raise ValueError(
                 f"NSAConfig.{name}={getattr(config, name)!r} does not fit this model, whose projections were "
-                f"made for {getattr(expected, name)!r}. Fix: leave {name} out of a dict, a file or the keywords; for an NSAConfig, "
-                "NSAConfig.from_pretrained_config(model.config, ...)."
+                f"made for {getattr(expected, name)!r}. Fix: leave {name} out of a dict, a file or the keywords; for an "
+                "NSAConfig, NSAConfig.from_pretrained_config(model.config, ...)."
             )
     if config.kv_per_branch:
         raise ValueError(
