@@ -237,6 +237,14 @@ class NSAConfig:
         self._require(not missing, "rope_parameters", f"the keys {needed} for {rope['rope_type']!r}", f"add {missing}")
         unknown = [key for key in rope if key not in _ROPE_KEYS]
         self._require(not unknown, "rope_parameters", f"made of the keys {_ROPE_KEYS}", f"check the spelling of {unknown}")
+        given = self.rope_parameters
+        scaling = [key for key in given if key not in ("rope_theta", "partial_rotary_factor")]
+        self._require(  # the default type would ignore them
+            "rope_type" in given or "type" in given or not scaling,
+            "rope_parameters",
+            f"a dict with a rope_type where it has {scaling}",
+            'for example {"rope_type": "linear", "factor": 2.0}',
+        )
         lists = ("short_factor", "long_factor")
         numbers = [key for key in rope if key not in ("rope_type", "truncate", *lists)]
         always = ("rope_theta", "factor", "partial_rotary_factor", *needed)  # the others may be None

@@ -121,6 +121,7 @@ REFUSED = [
         ({"rope_parameters": without(LLAMA3_ROPE, key)}, "rope_parameters", "'original_max_position_embeddings') for 'llama3'")
         for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     ],
+    ({"rope_parameters": {"factor": 2.0}}, "rope_parameters", "a dict with a rope_type where it has ['factor']"),
     ({"rope_parameters": {"rope_tehta": 500000.0}}, "rope_parameters", "made of the keys ('rope_type', 'rope_theta'"),
     *[
         ({"rope_parameters": {**ROPES["linear"], key: value}}, "rope_parameters", "positive finite numbers")
