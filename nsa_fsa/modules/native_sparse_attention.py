@@ -368,7 +368,7 @@ def _check_modules(config: Any, compressors: dict[str, Any], projections: Any) -
     if not isinstance(config, NSAConfig):
         raise ValueError(
             f"config is {type(config).__name__}; it must be an NSAConfig. Fix: NSAConfig.from_dict of a dict, or "
-            "the config of a layer, such as model.model.layers[0].self_attn.config."
+            "NSAConfig.from_pretrained_config(model.config) of a transformers model."
         )
     for name, module in compressors.items():
         if module is not None and not isinstance(module, nn.Module):

@@ -135,3 +135,15 @@ def test_nothing_is_allocated():
     """A million tokens of 64 heads would be 16 GiB."""
     config = NSAConfig(hidden_size=8192, num_heads=64, num_kv_heads=4)
     assert choice(nsa_fsa.explain(config, 1 << 20, device="cpu", dtype=torch.float16)).backend == "reference"
+
+
+def test_a_models_config_is_told_the_way_to_one():
+    """The fix that the message gives works as it stands, for a dense model and for a patched one."""
+    transformers = pytest.importorskip("transformers")
+    small = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, vocab_size=64))
+    with pytest.raises(ValueError, match=r"config is LlamaConfig; .*Fix: .*NSAConfig.from_pretrained_config\(model.config\)"):
+        nsa_fsa.explain(model.config, 1024)
+    assert nsa_fsa.explain(NSAConfig.from_pretrained_config(model.config), 1024)
+    nsa_fsa.patch_model(model, "tiny", verbose=False)
+    assert nsa_fsa.explain(NSAConfig.from_pretrained_config(model.config), 1024)
