@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import functools
 import json
 import pickle
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -494,6 +496,58 @@ def test_what_a_checkpoint_lacks_of_a_compressor_of_ones_own_starts_as_it_is_mad
         assert torch.equal(phi.state_dict()[name], was), name
     assert phi.offset == 0.5
     pickle.dumps(loaded)  # nothing of how it was made stays
+
+
+class Tied(torch.nn.Module):
+    """A compressor of one's own with one parameter under two names."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.first, self.second = (torch.nn.Linear(config.head_dim, config.head_dim, bias=False) for _ in range(2))
+        self.second.weight = self.first.weight
+
+    def forward(self, windows):
+        return self.second(self.first(windows[:, :, -1]))
+
+
+class FromNumpy(torch.nn.Module):
+    """A compressor of one's own whose tensors have memory even where others are made without."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.from_numpy(np.linspace(0, 1, config.kernel_size, dtype=np.float32)))
+        self.register_buffer("offset", torch.from_numpy(np.full(1, 0.5, dtype=np.float32)), persistent=False)
+
+    def forward(self, windows):
+        return torch.einsum("nhld,l->nhd", windows, self.weight) + self.offset
+
+
+def one_for_all_layers(kind):
+    """Makes the same module every time."""
+    return functools.lru_cache(maxsize=None)(lambda config: kind(config))
+
+
+def made_before(kind):
+    phi = kind(NSAConfig.from_pretrained_config(dense_config(), "tiny"))
+    return lambda config: phi
+
+
+@pytest.mark.parametrize("kind", [Tied, FromNumpy, Blend])
+@pytest.mark.parametrize("how", [None, one_for_all_layers, made_before], ids=["each", "one", "before"])
+def test_a_compressor_of_ones_own_starts_as_it_is_made_however_it_is_made(tmp_path, kind, how):
+    dense_model(num_hidden_layers=2 if how else 1).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    expected = kind(NSAConfig.from_pretrained_config(dense_config(), "tiny"))
+    torch.manual_seed(0)
+    make = kind if how is None else how(kind)
+    loaded = integration.NSALlamaForCausalLM.from_pretrained(tmp_path, nsa=dict(preset="tiny"), compressor_k=make)
+    phis = [attention.compress_k.phi for attention in attentions(loaded)]
+    assert all(phi is phis[0] for phi in phis)
+    for found in ("named_parameters", "named_buffers"):
+        of_phi, of_expected = (dict(getattr(phi, found)()) for phi in (phis[0], expected))
+        assert of_phi.keys() == of_expected.keys()  # what is tied has one name
+        for name, value in of_expected.items():
+            assert torch.equal(of_phi[name], value), name
 
 
 class OnTopOfLast(torch.nn.Module):

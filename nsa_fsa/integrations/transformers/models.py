@@ -7,7 +7,7 @@ refused by its config: see `_SparseConfig`.
 """
 
 import copy
-import functools
+import operator
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
@@ -266,7 +266,7 @@ class _NSAModel:
         """Initialises what NSA adds and no checkpoint brought, before transformers would do it as for any Linear."""
         for module in self.modules():  # type: ignore[attr-defined]
             if isinstance(module, Compressor):
-                _start_again(module.phi)
+                _start(module.phi)
             if isinstance(module, (BranchGate, Compressor, LinearPhi, MLPPhi, PoolPhi)) and not _is_initialized(module):
                 loaded = [p for p in module.parameters(recurse=False) if _is_initialized(p)]
                 if len(loaded) < len(list(module.parameters(recurse=False))):
@@ -279,23 +279,35 @@ class _NSAModel:
 
 
 def make_phi(make: Callable[[NSAConfig], nn.Module], config: NSAConfig) -> nn.Module:
-    """A compressor of the user's own. One that is made without memory, as in `from_pretrained`, keeps how it was made."""
-    phi = make(config)
-    if any(x.is_meta for x in (*phi.parameters(), *phi.buffers())):
-        phi._nsa_make = functools.partial(make, config)  # type: ignore[assignment]
+    """A compressor of the user's own. In a model that is made without memory, as in `from_pretrained`, it keeps the values that
+    it is made with, and which of its tensors are one: transformers puts unset memory in the place of what no checkpoint has."""
+    if not torch.empty(0).is_meta:
+        return make(config)
+    with torch.device("cpu"):
+        phi = make(config)
+    start: dict[int, tuple[list[str], torch.Tensor]] = {}
+    for found in (phi.named_parameters, phi.named_buffers):
+        for name, x in found(remove_duplicate=False):
+            start.setdefault(id(x), ([], x.detach().clone()))[0].append(name)
+    phi._nsa_start = list(start.values())  # type: ignore[assignment]
     return phi
 
 
-def _start_again(phi: nn.Module) -> None:
-    """Makes such a compressor again, for the values of what no checkpoint brought: nothing else knows them."""
-    make = phi.__dict__.pop("_nsa_make", None)
-    if make is None:
+def _start(phi: nn.Module) -> None:
+    """Gives such a compressor the values that it was made with, where no checkpoint brought others."""
+    start = phi.__dict__.pop("_nsa_start", None)
+    if start is None:
         return
-    made = make()
-    for found, of in ((made.named_parameters(), phi.get_parameter), (made.named_buffers(), phi.get_buffer)):
-        for name, value in found:
-            if not _is_initialized(of(name)):
-                of(name).copy_(value)
+    for names, value in start:
+        tensors = [operator.attrgetter(name)(phi) for name in names]
+        if all(_is_initialized(x) for x in tensors):
+            continue
+        kept = next((x for x in tensors if _is_initialized(x)), None)
+        if kept is None:
+            kept = tensors[0].copy_(value)
+        for name in names:
+            holder, _, own_name = name.rpartition(".")
+            setattr(phi.get_submodule(holder), own_name, kept)
     for module in phi.modules():
         module._is_hf_initialized = True  # type: ignore[assignment]
 
