@@ -178,6 +178,33 @@ def test_trainer(tmp_path, packed):
         assert torch.equal(parameter, model.get_parameter(name)), name
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_trainer_resumes(tmp_path, family):
+    """As if it had never stopped."""
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=3e-3,
+        report_to="none",
+        save_steps=2,
+        use_cpu=True,
+        disable_tqdm=True,
+        seed=0,
+    )
+
+    def trainer(seed):
+        return Trainer(
+            sparse_model(family, seed=seed, layers=[1]), arguments, train_dataset=Sentences(16, 40), data_collator=pad
+        )
+
+    first, second = trainer(seed=0), trainer(seed=1)
+    first.train()
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, parameter in second.model.named_parameters():
+        assert torch.equal(parameter, first.model.get_parameter(name)), name
+
+
 def test_trainer_compiles_few_graphs(tmp_path):
     """One, and one more when lengths turn out to vary; no break, so that none is added by a layer or a step."""
     torch._dynamo.reset()

@@ -7,6 +7,7 @@ refused by its config: see `_SparseConfig`.
 """
 
 import copy
+import functools
 import operator
 import warnings
 import weakref
@@ -22,6 +23,7 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaModel,
+    PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -359,6 +361,23 @@ for _dense, _sparse in SPARSE_CLASS.items():
     # transformers notes in a constructor which outputs a class can record; patched instances never ran that of their class.
     # The registry's own `__setitem__` takes an instance.
     dict.__setitem__(_CAN_RECORD_REGISTRY, str(_sparse), _sparse._can_record_outputs)
+
+
+def _read_by_any_class(from_json_file: Callable[..., Any]) -> Callable[..., Any]:
+    """`PreTrainedConfig.from_json_file`, for this class itself: the Trainer reads the config of what it resumes from so, of
+    whatever model, and the mark would be refused. It gets the config of the file's own class."""
+
+    @functools.wraps(from_json_file)
+    def read(cls: type[PreTrainedConfig], json_file: Any) -> Any:
+        values = cls._dict_from_json_file(json_file)
+        if cls is PreTrainedConfig and _is_for_nsa_only(values.get("layer_types")):
+            return AutoConfig.for_model(**values)
+        return from_json_file(cls, json_file)
+
+    return read
+
+
+PreTrainedConfig.from_json_file = classmethod(_read_by_any_class(PreTrainedConfig.from_json_file.__func__))  # type: ignore
 
 
 def supported_models() -> tuple[str, ...]:
