@@ -688,6 +688,29 @@ def test_settings_given_to_from_pretrained_change_only_themselves(tmp_path, of):
     assert [config.window_size for config in configs(one)] == [32, 16]
 
 
+def test_settings_given_for_one_layer_keep_what_that_layer_and_others_have(tmp_path):
+    model = dense_model(num_hidden_layers=3)
+    own = dict(preset="tiny", gate_init="balanced")
+    patch_model(model, {0: own, 1: {**own, "window_size": 8}, 2: {**own, "compress_k": "linear"}}, verbose=False)
+    patch_model(model, layers=[2], compressor_v=LastToken, verbose=False)
+    scramble(model).save_pretrained(tmp_path)
+    nsa = dict(num_selected_blocks=5, per_layer={-1: dict(window_size=16)})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, nsa=nsa, compressor_v=LastToken)
+    first, second, third = (dataclasses.replace(config, num_selected_blocks=5) for config in configs(model))
+    assert configs(loaded) == [first, second, dataclasses.replace(third, window_size=16)]
+    assert [type(x.compress_v.phi).__name__ for x in attentions(loaded)] == ["PoolPhi", "PoolPhi", "LastToken"]
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
+    assert sparse_layers(AutoModelForCausalLM.from_pretrained(tmp_path, nsa=dict(layers=[0, -2]))) == [0, 1]
+
+
+def test_settings_given_win_over_a_preset_of_one_layer():
+    values = dict(**dense_config().to_dict(), nsa=dict(preset="fsa-64x16", per_layer={0: dict(preset="tiny")}))
+    config = integration.NSALlamaConfig.from_dict(values, nsa=dict(window_size=64))
+    windows = [(c.window_size, c.block_size) for c in configs(integration.NSALlamaForCausalLM(config))]
+    assert windows == [(64, 16), (64, 64)]
+
+
 def test_a_preset_given_to_from_pretrained_stands_for_its_fields(tmp_path):
     model = sparse_model(nsa=dict(kernel_size=32, kernel_stride=16, block_size=64, gate="per_token"))
     model.save_pretrained(tmp_path)

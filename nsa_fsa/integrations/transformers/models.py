@@ -126,18 +126,27 @@ class _SparseConfig:
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers' own, where an argument takes the place of a field; `nsa` changes only the settings that it names.
 
-        It changes them in every layer, and a preset stands for its fields.
+        It changes them in every layer, or with `per_layer` in one, and a preset stands for its fields. `layers` says anew which
+        layers have NSA; what the file says of others is dropped.
         """
+        from nsa_fsa.integrations.transformers.patch import indices_of, of_layers
+
         saved, given = config_dict.get("nsa"), kwargs.pop("nsa", None)
         if given is not None:
             check_nsa(given)
             nsa = with_changes(saved or {}, given)
-            if saved and "per_layer" in saved and "per_layer" not in given:
-                named = with_changes({}, given)
-                nsa["per_layer"] = {
-                    i: {key: value for key, value in values.items() if key not in named}
-                    for i, values in saved["per_layer"].items()
+            of_file, per_layer = (saved or {}).get("per_layer") or {}, given.get("per_layer") or {}
+            if of_file and isinstance(per_layer, Mapping):
+                count = {"num_hidden_layers": cls.num_hidden_layers, **config_dict, **kwargs}["num_hidden_layers"]  # type: ignore[attr-defined]
+                named = {"preset", *with_changes({}, given)}
+                merged = {
+                    i: {key: value for key, value in with_changes({}, values).items() if key not in named}
+                    for i, values in of_layers(of_file, count).items()
+                    if i in indices_of(nsa.get("layers"), count)
                 }
+                for i, values in of_layers(per_layer, count).items():
+                    merged[i] = with_changes(merged.get(i, {}), values)
+                nsa["per_layer"] = merged
             config_dict = {**config_dict, "nsa": nsa}
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 

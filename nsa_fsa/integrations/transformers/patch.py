@@ -266,7 +266,7 @@ def settings_of(config: Any) -> dict[int, dict[str, Any]]:
             f"per_layer={per_layer!r} is not allowed in the config's nsa: it must be a dict by layer of what differs there. "
             "Fix: per_layer={0: {'window_size': 64}}, for example."
         )
-    differ = _of_layers(per_layer, count)
+    differ = of_layers(per_layer, count)
     if dense := sorted(differ.keys() - set(layers)):
         raise ValueError(f"per_layer names layers {dense}, which are not among nsa's layers={layers}. Fix: add or drop them.")
     return {i: with_changes(common, differ.get(i, {})) for i in layers}
@@ -320,7 +320,7 @@ def indices_of(layers: Any, count: int) -> list[int]:
     return sorted({i % count for i in indices})
 
 
-def _of_layers(values: Any, count: int) -> dict[int, Any]:
+def of_layers(values: Any, count: int) -> dict[int, Any]:
     """`{0: ..., -1: ..., (1, 2): ...}`, or with "0" as JSON has it, as a dict with an index from 0 for every layer."""
     found: dict[int, Any] = {}
     for key, value in values.items():
@@ -345,7 +345,7 @@ def _by_layer(
     if isinstance(config, Mapping) and all(is_index(key) or not isinstance(key, str) for key in config):
         if layers is not None:
             raise ValueError(f"layers={layers!r} and a config for each layer are both given. Fix: pass one of them.")
-        given = _of_layers(config, count)
+        given = of_layers(config, count)
     else:
         given = dict.fromkeys(now if layers is None and now else indices_of(layers, count), config)
     return {i: _resolve(model, value, preset, overrides, now.get(i)) for i, value in given.items()}
