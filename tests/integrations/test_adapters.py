@@ -1,8 +1,10 @@
 """Saved PEFT adapters: which base model they are loaded onto."""
 
+import copy
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from nsa_fsa.integrations.transformers import NSALlamaForCausalLM, patch_model, unpatch_model
 from tests.integrations.models import dense_model, output, sparse_model, tokens
@@ -41,6 +43,12 @@ def test_an_adapter_of_a_saved_sparse_model_loads_by_itself(tmp_path, load):
     assert torch.equal(output(load(tmp_path / "adapter").eval(), ADAPTED), expected)
 
 
+@pytest.mark.parametrize("nsa", [dict(window_size=32), dict(preset="tiny"), dict(per_layer={0: dict(window_size=32)})], ids=str)
+def test_settings_that_a_sparse_checkpoint_has_anyway_change_nothing(tmp_path, nsa):
+    sparse_model().save_pretrained(tmp_path)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path, nsa=nsa).name_or_path == str(tmp_path)
+
+
 def patched(folder):
     model = checkpoint(folder, dense_model())
     patch_model(model, "tiny", gate_init="balanced", verbose=False)
@@ -64,6 +72,30 @@ def read_sparse(folder):
     return NSALlamaForCausalLM.from_pretrained(folder, nsa=dict(preset="tiny"))
 
 
+def read_with_settings(folder):
+    sparse_model().save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, nsa=dict(window_size=8))
+
+
+def read_with_a_config(folder):
+    sparse_model().save_pretrained(folder)
+    config = copy.deepcopy(AutoConfig.from_pretrained(folder, nsa=dict(per_layer={1: dict(num_selected_blocks=3)})))
+    return AutoModelForCausalLM.from_pretrained(folder, config=config)
+
+
+class LastToken(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+
+    def forward(self, windows):
+        return windows[:, :, -1]
+
+
+def read_with_a_compressor(folder):
+    sparse_model().save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, compressor_k=LastToken)
+
+
 def unpatched(folder):
     return unpatch_model(checkpoint(folder, sparse_model()))
 
@@ -73,6 +105,9 @@ CHANGED = {
     patched_within: "patch_model",
     patched_again: "patch_model",
     read_sparse: "NSALlamaForCausalLM",
+    read_with_settings: "NSALlamaForCausalLM",
+    read_with_a_config: "NSALlamaForCausalLM",
+    read_with_a_compressor: "NSALlamaForCausalLM",
     unpatched: "unpatch_model",
 }
 

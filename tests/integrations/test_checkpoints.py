@@ -702,6 +702,8 @@ def test_settings_given_for_one_layer_keep_what_that_layer_and_others_have(tmp_p
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     assert sparse_layers(AutoModelForCausalLM.from_pretrained(tmp_path, nsa=dict(layers=[0, -2]))) == [0, 1]
+    fewer = AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2, nsa=dict(layers=[-1]))
+    assert configs(fewer) == configs(model)[1:2]
 
 
 def test_settings_given_win_over_a_preset_of_one_layer():

@@ -83,7 +83,9 @@ class _SparseConfig:
     whoever does that, such as a larger model. A copy belongs to no model.
     """
 
-    __slots__ = ("__dict__", "_model")  # beside __dict__, which is compared, copied and written
+    # Beside __dict__, which is compared, copied and written: the model, and whether `nsa` is not what the file says.
+    __slots__ = ("__dict__", "_model", "is_changed")
+    is_changed: bool
     nsa: dict[str, Any] | None
 
     def belong_to(self, model: PreTrainedModel) -> None:
@@ -129,34 +131,45 @@ class _SparseConfig:
         It changes them in every layer, or with `per_layer` in one, and a preset stands for its fields. `layers` says anew which
         layers have NSA; what the file says of others is dropped.
         """
-        from nsa_fsa.integrations.transformers.patch import indices_of, of_layers
+        from nsa_fsa.integrations.transformers.patch import indices_of, of_layers, settings_of
 
         saved, given = config_dict.get("nsa"), kwargs.pop("nsa", None)
         if given is not None:
             check_nsa(given)
             nsa = with_changes(saved or {}, given)
-            of_file, per_layer = (saved or {}).get("per_layer") or {}, given.get("per_layer") or {}
-            if of_file and isinstance(per_layer, Mapping):
-                count = {"num_hidden_layers": cls.num_hidden_layers, **config_dict, **kwargs}["num_hidden_layers"]  # type: ignore[attr-defined]
+            saved_per_layer, per_layer = (saved or {}).get("per_layer") or {}, given.get("per_layer") or {}
+            if saved_per_layer and isinstance(per_layer, Mapping):
+                saved_count: int = {"num_hidden_layers": cls.num_hidden_layers, **config_dict}["num_hidden_layers"]  # type: ignore[attr-defined]
+                count: int = kwargs.get("num_hidden_layers", saved_count)
                 named = {"preset", *with_changes({}, given)}
                 merged = {
                     i: {key: value for key, value in with_changes({}, values).items() if key not in named}
-                    for i, values in of_layers(of_file, count).items()
+                    for i, values in of_layers(saved_per_layer, saved_count).items()
                     if i in indices_of(nsa.get("layers"), count)
                 }
                 for i, values in of_layers(per_layer, count).items():
                     merged[i] = with_changes(merged.get(i, {}), values)
                 nsa["per_layer"] = merged
             config_dict = {**config_dict, "nsa": nsa}
-        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        made = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+        if saved and given:
+            config = made[0] if isinstance(made, tuple) else made  # return_unused_kwargs
+
+            def explicit(nsa: dict[str, Any]) -> dict[int, dict[str, Any]]:
+                config.nsa = nsa
+                return {i: {**with_changes({}, values), "preset": None} for i, values in settings_of(config).items()}
+
+            fewer = "num_hidden_layers" in kwargs  # the file may name layers that there are no longer
+            config.is_changed = fewer or explicit(saved) != explicit(nsa)
+        return made
 
     def to_dict(self) -> dict[str, Any]:
         self._describe()
         return super().to_dict()  # type: ignore[misc]
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> tuple[dict[str, Any], dict[str, Any]]:
         self._describe()
-        return dict(self.__dict__)
+        return dict(self.__dict__), {"is_changed": getattr(self, "is_changed", False)}
 
     # Every model class gives its layers the attention of this name, and a stock one's refuse to run (`dense_attention`): with
     # another name they would run dense. Another is not refused here: a larger model passes what it is told to all its parts.

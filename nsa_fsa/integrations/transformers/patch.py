@@ -231,6 +231,7 @@ def install(model: PreTrainedModel, own: Mapping[str, Any]) -> None:
     """Gives a newly constructed `nsa_*` model the attention that its config's `nsa` field asks for."""
     settings = settings_of(model.config)
     own_of: dict[int, dict[str, Any]] = {i: {} for i in settings}
+    changed = getattr(model.config, "is_changed", False)
     for name in COMPRESSORS:
         saved = {i: phi for i, values in settings.items() if (phi := values.pop(name, None)) is not None}
         if saved and own[name] is None:
@@ -238,14 +239,15 @@ def install(model: PreTrainedModel, own: Mapping[str, Any]) -> None:
                 f"the model was saved with a {name} of its own, {saved[min(saved)]}, which no file holds. "
                 f"Fix: from_pretrained(..., {name}=...), a function that makes it from an NSAConfig, as in patch_model."
             )
+        changed |= own[name] is not None and not saved
         for i in saved or settings:
             own_of[i][name] = own[name]
     replacements, _ = _build(model, {i: _resolve(model, values) for i, values in settings.items()}, own_of)
     saved_as = getattr(model.config, "architectures", None) or ()
     _swap(model, type(model), model.config, replacements)
-    if any(name.startswith("NSA") for name in saved_as):
-        model._nsa_dense.of_sparse_checkpoint = True  # type: ignore[union-attr]
-    else:
+    of_sparse_checkpoint = any(name.startswith("NSA") for name in saved_as)
+    model._nsa_dense.of_sparse_checkpoint = of_sparse_checkpoint  # type: ignore[union-attr]
+    if changed or not of_sparse_checkpoint:
         _rename(model, changed_by=type(model).__name__)
 
 
