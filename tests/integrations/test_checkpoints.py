@@ -498,6 +498,19 @@ def test_what_a_checkpoint_lacks_of_a_compressor_of_ones_own_starts_as_it_is_mad
     pickle.dumps(loaded)  # nothing of how it was made stays
 
 
+def test_a_compressor_of_ones_own_has_the_dtype_of_the_model(tmp_path):
+    """Its class learns nothing of the model but the NSAConfig."""
+    dense_model().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    patch_model(model, "tiny", compressor_k=Blend, verbose=False)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, compressor_k=Blend)
+    for found in (model, loaded):
+        phi = attentions(found)[0].compress_k.phi
+        assert {x.dtype for x in (*phi.parameters(), *phi.buffers())} == {torch.bfloat16}
+    assert_same_model(loaded, model)
+
+
 class Tied(torch.nn.Module):
     """A compressor of one's own with one parameter under two names."""
 

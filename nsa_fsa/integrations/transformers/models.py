@@ -302,11 +302,15 @@ class _NSAModel:
         super().initialize_weights()  # type: ignore[misc]
 
 
-def make_phi(make: Callable[[NSAConfig], nn.Module], config: NSAConfig) -> nn.Module:
-    """A compressor of the user's own. In a model that is made without memory, as in `from_pretrained`, it keeps the values that
-    it is made with, and which of its tensors are one: transformers puts unset memory in the place of what no checkpoint has."""
+def make_phi(make: Callable[[NSAConfig], nn.Module], config: NSAConfig, **factory: Any) -> nn.Module:
+    """A compressor of the user's own, on the device and in the dtype of what is added beside it.
+
+    In a model that is made without memory, as in `from_pretrained`, it keeps the values that it is made with, and which of its
+    tensors are one: transformers puts unset memory in the place of what no checkpoint has, and places and casts the rest.
+    """
     if not torch.empty(0).is_meta:
-        return make(config)
+        phi = make(config)
+        return phi.to(**factory) if isinstance(phi, nn.Module) else phi  # what is none is refused where it is used
     with torch.device("cpu"):
         phi = make(config)
     start: dict[int, tuple[list[str], torch.Tensor]] = {}

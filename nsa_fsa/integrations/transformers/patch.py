@@ -120,8 +120,8 @@ def patch_model(
         layers: index or indices of the layers to patch; negative ones count from the end. Default: all; of a patched
             model, those that are patched.
         dry_run: only report what would change.
-        compressor_k, compressor_v: makes a layer's own phi from its `NSAConfig`, see `NativeSparseAttention`. No file holds
-            such a class, so `from_pretrained` wants it again.
+        compressor_k, compressor_v: makes a layer's own phi from its `NSAConfig`, see `NativeSparseAttention`. It is moved to
+            the device and dtype of the layer's projections. No file holds such a class, so `from_pretrained` wants it again.
         verbose: print the report.
         overrides: fields of `NSAConfig`, which win over `config` and `preset`: `window_size=64`.
 
@@ -409,12 +409,11 @@ def _build(
             )
         elif before.config == config and not any(own[i].values()):
             continue
-        new: dict[str, Any] = {name: make_phi(make, config) for name, make in own[i].items() if make is not None}
+        factory = _factory(model, attention.q_proj)
+        new: dict[str, Any] = {name: make_phi(make, config, **factory) for name, make in own[i].items() if make is not None}
         if before is not None:
             new = {**{name: _own_phi(before, name) for name in COMPRESSORS}, **new}
-        replacement = NSAAttention(
-            config, before.to_dense() if before else attention, **new, **_factory(model, attention.q_proj)
-        )
+        replacement = NSAAttention(config, before.to_dense() if before else attention, **new, **factory)
         if before is not None:
             anew += _carry_over(i, before, replacement, own[i])
         replacements[i] = replacement
