@@ -16,7 +16,7 @@ class BranchGate(nn.Linear):
     The logits are ordered head by head, those of a head compressed, selected, sliding; the layer reshapes them. Only the
     start differs from a Linear's, so whatever a tool puts in a Linear's place (an adapter, a quantized Linear) may stand
     here, and tensor parallelism may split it column-wise. Its few numbers decide what a layer reads: quantizers that take
-    names to leave alone, such as transformers' `modules_to_not_convert`, know it as "gate".
+    names to leave alone, such as transformers' `modules_to_not_convert`, know it as ".*self_attn.gate".
 
     Args:
         hidden_size: E.

@@ -132,14 +132,15 @@ def test_dynamic_quantization_and_its_skip_list():
     torch.testing.assert_close(model(x), expected)
 
 
-def test_the_gates_name_is_what_transformers_quantizers_skip():
+def test_the_gates_pattern_is_what_transformers_quantizers_skip():
+    """Quantizers ask with the module's name, torchao's with the weight's."""
     quantizers_utils = pytest.importorskip("transformers.quantizers.quantizers_utils")
-    converted = [
-        name
-        for name in ("self_attn.gate", "mlp.gate_proj", "self_attn.q_proj")
-        if quantizers_utils.should_convert_module(f"model.layers.0.{name}", ["gate"])
-    ]
-    assert converted == ["mlp.gate_proj", "self_attn.q_proj"]
+    names = [f"model.layers.0.{name}" for name in ("self_attn.gate", "mlp.gate_proj", "self_attn.q_proj")]
+    for suffix in ("", ".weight"):
+        converted = [
+            name for name in names if quantizers_utils.should_convert_module(name + suffix, [".*self_attn.gate", "lm_head"])
+        ]
+        assert converted == names[1:]
 
 
 # --- Parameters that are elsewhere until their module runs ---------------------------------------------------------------
