@@ -32,10 +32,11 @@ from transformers import (
     Qwen3ForCausalLM,
     Qwen3Model,
 )
+from transformers.initialization import guard_torch_init_functions
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from nsa_fsa.config import PRESETS, NSAConfig, with_changes
-from nsa_fsa.integrations.transformers.attention import ATTENTION_NAME, warn_of_frozen_gates
+from nsa_fsa.integrations.transformers.attention import ATTENTION_NAME, NSAAttention, warn_of_frozen_gates
 from nsa_fsa.modules.compression import Compressor, LinearPhi, MLPPhi, PoolPhi
 from nsa_fsa.modules.gating import BranchGate
 
@@ -259,7 +260,11 @@ class _NSAModel:
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         from nsa_fsa.integrations.transformers.patch import install
 
-        install(self, {"compressor_k": compressor_k, "compressor_v": compressor_v})  # type: ignore[arg-type]
+        with guard_torch_init_functions():  # `from_config` turns torch.nn.init off where DeepSpeed's ZeRO-3 is on
+            install(self, {"compressor_k": compressor_k, "compressor_v": compressor_v})  # type: ignore[arg-type]
+        for module in self.modules():  # type: ignore[attr-defined]
+            if isinstance(module, NSAAttention):
+                _mark_as_initialized(module)
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         """Refused: every layer has the attention that its config's `nsa` says."""
@@ -300,6 +305,15 @@ class _NSAModel:
                         parameter.copy_(value)
                 module._is_hf_initialized = True  # type: ignore[assignment]
         super().initialize_weights()  # type: ignore[misc]
+
+
+def _mark_as_initialized(attention: NSAAttention) -> None:
+    """Keeps transformers from initialising what a layer adds as it does any Linear, unless it is made without memory."""
+    if torch.empty(0).is_meta:
+        return
+    for part in (attention.gate, attention.compress_k, attention.compress_v):
+        for module in part.modules():
+            module._is_hf_initialized = True  # type: ignore[assignment]
 
 
 def make_phi(make: Callable[[NSAConfig], nn.Module], config: NSAConfig, **factory: Any) -> nn.Module:
