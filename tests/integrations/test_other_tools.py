@@ -7,9 +7,9 @@ import transformers
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from nsa_fsa.integrations.transformers import NSALlamaForCausalLM
+from nsa_fsa.integrations.transformers import NSALlamaForCausalLM, patch_model
 from nsa_fsa.modules import BranchGate
-from tests.integrations.models import attentions, greedy, output, sparse_model, tokens
+from tests.integrations.models import attentions, dense_model, greedy, output, sparse_model, tokens
 
 # --- Quantizers -----------------------------------------------------------------------------------------------------------
 
@@ -169,3 +169,24 @@ def test_zero3_from_a_config(kind, deepspeed):
     assert all(p.numel() == 0 for p in model.parameters())
     with deepspeed.zero.GatheredParameters([*model.parameters()]):
         assert_started(model, expected)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_patching_what_zero3_has_partitioned(deepspeed):
+    """The report counts whole parameters, and a compressor's learned values are not lost without a word."""
+
+    def flat(config):
+        return nn.Sequential(nn.Flatten(2), nn.Linear(config.kernel_size * config.head_dim, config.head_dim))
+
+    expected = patch_model(dense_model(), "tiny", verbose=False)
+    model = dense_model()
+    partition(deepspeed, model)
+    report = patch_model(model, "tiny", verbose=False)
+    assert (report.new_parameters, report.total_parameters) == (expected.new_parameters, expected.total_parameters)
+
+    model = dense_model()
+    patch_model(model, "tiny", compressor_k=flat, verbose=False)
+    partition(deepspeed, model)
+    with pytest.raises(ValueError, match=r"compress_k of layer 0 is partitioned by ZeRO-3.*Fix: leave out compressor_k"):
+        patch_model(model, compressor_k=flat, window_size=7, verbose=False)
+    assert attentions(model)[0].config.window_size != 7

@@ -162,7 +162,7 @@ def patch_model(
         layers=tuple(sorted(attentions)),
         dense_layers=tuple(i for i in range(len(_decoder_layers(model))) if i not in attentions),
         new_parameters=_count_new(attentions.values()),
-        total_parameters=model.num_parameters()
+        total_parameters=_count(model)
         + _count_new(replacements.values())
         - _count_new(now[i] for i in replacements if i in now),
         dry_run=dry_run,
@@ -456,10 +456,13 @@ def _carry_over(i: int, before: NSAAttention, after: NSAAttention, own: Mapping[
                 f"{part} of layer {i} has to be made anew with these settings, but a {type(old).__name__} has taken its "
                 "place. Fix: merge or unload the adapter first, or keep the settings that decide the shape."
             )
-        if given and {x.device.type for x in learned.values()} - {x.device.type for x in wanted.values()} == {"meta"}:
+        offloaded = {x.device.type for x in learned.values()} - {x.device.type for x in wanted.values()} == {"meta"}
+        partitioned = any(getattr(x, "ds_shape", x.shape) != x.shape for x in learned.values())  # by DeepSpeed's ZeRO-3
+        if given and (offloaded or partitioned):
             raise ValueError(
-                f"{part} of layer {i} is offloaded, and cannot be moved into another compressor. Fix: leave out "
-                f"{part.replace('compress_', 'compressor_')}, which keeps the one that is there, or patch before offloading."
+                f"{part} of layer {i} is {'offloaded' if offloaded else 'partitioned by ZeRO-3'}, and cannot be moved into "
+                f"another compressor. Fix: leave out {part.replace('compress_', 'compressor_')}, which keeps the one that is "
+                f"there, or patch before {'offloading' if offloaded else 'deepspeed.initialize'}."
             )
         if not fits:
             anew.append(f"{i}.{part}")
@@ -643,7 +646,17 @@ def _replace_config(model: nn.Module, old: Any, new: Any) -> None:
 
 
 def _count_new(attentions: Iterable[NSAAttention]) -> int:
-    return sum(p.numel() for a in attentions for part in PARTS for p in getattr(a, part).parameters())
+    return sum(_numel(p) for a in attentions for part in PARTS for p in getattr(a, part).parameters())
+
+
+def _count(model: PreTrainedModel) -> int:
+    """`num_parameters()`, which knows of packed weights, and what ZeRO-3 holds elsewhere."""
+    return model.num_parameters() + sum(_numel(p) - p.numel() for p in model.parameters())
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """Of the whole parameter: DeepSpeed's ZeRO-3 leaves an empty tensor in its place until its module runs."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def _ranges(indices: tuple[int, ...]) -> str:
