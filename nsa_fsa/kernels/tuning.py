@@ -32,8 +32,12 @@ PLAIN_BWD = {
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """What tl.dot does with float32: torch's own setting decides. 16-bit inputs are exact either way."""
-    return "tf32" if dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """What tl.dot does with float32: torch's own setting decides. 16-bit inputs are exact either way.
+
+    `torch.set_float32_matmul_precision` and `allow_tf32` set what is read here, too. To read those instead raises an error once
+    anybody has used the newer setting, as the Trainer does with tf32=True.
+    """
+    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 @dataclass(frozen=True)

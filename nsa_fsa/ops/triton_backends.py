@@ -189,7 +189,7 @@ def problem_key(operator: str, q: Tensor, k: Tensor, v: Tensor, arguments: dict[
     sequences = 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
     dtype = str(q.dtype).removeprefix("torch.")
     if q.dtype == torch.float32:
-        dtype += f"({torch.get_float32_matmul_precision()})"
+        dtype += "(tf32)" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "(ieee)"
     return (
         f"{operator} {direction} G={num_heads // k.shape[1]} HKV<={_power_of_two(k.shape[1])} D={head_dim} DV={v.shape[2]} "
         f"{dtype} {own} T<={_power_of_two(num_tokens)} B<={_power_of_two(sequences)} "

@@ -278,7 +278,7 @@ def test_the_folder_names_the_versions():
         assert "triton" not in name
 
 
-def test_what_tells_kinds_of_problems_apart(monkeypatch):
+def test_what_tells_kinds_of_problems_apart():
     """Everything that other kernels, or other work for them, come with."""
     q, k = torch.empty(1000, 8, 64), torch.empty(1000, 2, 64)
     arguments = dict(
@@ -299,8 +299,5 @@ def test_what_tells_kinds_of_problems_apart(monkeypatch):
             of(cu_seqlens=torch.empty(10)),
             of(block_size=32) if key is selected_key else of(window_size=256),
         ]
-        with monkeypatch.context() as patch:
-            patch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-            others.append(of())
         assert len({of(), *others}) == 1 + len(others)
         assert of() == of(q[:700], k[:700]) == of(cu_seqlens=torch.empty(7))
