@@ -35,3 +35,12 @@ def seed(request):
     torch.manual_seed(value)
     print(f"torch.manual_seed({value})")  # pytest shows captured output only for failures
     return value
+
+
+@pytest.fixture(autouse=True)
+def float32_products():
+    """What torch was told of them comes back: the Trainer has them rounded to tf32, in the whole process, where it compiles."""
+    matmul = torch.backends.cuda.matmul
+    before = torch.backends.fp32_precision, matmul.fp32_precision
+    yield
+    torch.backends.fp32_precision, matmul.fp32_precision = before

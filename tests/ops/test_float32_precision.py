@@ -1,6 +1,4 @@
-"""How products of float32 numbers are rounded: as torch is told, by whichever of its settings."""
-
-from contextlib import contextmanager
+"""How products of float32 numbers are rounded: as torch is told, by whichever of its settings. `conftest.py` restores them."""
 
 import pytest
 import torch
@@ -13,18 +11,6 @@ from nsa_fsa.ops.triton_backends import selected_key
 from tests.cases import by_name, call, device_of, make_inputs, output
 
 MATMUL = torch.backends.cuda.matmul
-
-
-@contextmanager
-def restored():
-    """What torch was told comes back, for the tests that follow."""
-    before = torch.backends.fp32_precision, MATMUL.fp32_precision
-    try:
-        yield
-    finally:
-        torch.backends.fp32_precision, MATMUL.fp32_precision = before
-
-
 SETTINGS = {
     "fp32_precision": lambda fast: setattr(MATMUL, "fp32_precision", "tf32" if fast else "ieee"),
     "set_float32_matmul_precision": lambda fast: torch.set_float32_matmul_precision("high" if fast else "highest"),
@@ -36,31 +22,28 @@ SETTINGS = {
 def test_every_setting_of_torch_counts(setting):
     q, k = torch.empty(100, 8, 64), torch.empty(100, 2, 64)
     arguments = dict(block_size=64, block_indices=torch.empty(100, 2, 16), init_blocks=1, local_blocks=2, window_size=512)
-    with restored():
-        seen = []
-        for fast in (False, True):
-            setting(fast)
-            keys = [key(q, k, k, arguments, "forward") for key in (selected_key, window_key)]
-            seen.append((dot_precision(torch.float32), *keys))
-            assert dot_precision(torch.bfloat16) == "tf32"
+    seen = []
+    for fast in (False, True):
+        setting(fast)
+        keys = [key(q, k, k, arguments, "forward") for key in (selected_key, window_key)]
+        seen.append((dot_precision(torch.float32), *keys))
+        assert dot_precision(torch.bfloat16) == "tf32"
     assert [precision for precision, *_ in seen] == ["ieee", "tf32"]
     assert all(exact != fast for exact, fast in zip(*seen, strict=True))
 
 
 def test_one_setting_for_all_of_torch_counts():
-    with restored():
-        MATMUL.fp32_precision = "none"
-        torch.backends.fp32_precision = "tf32"
-        assert dot_precision(torch.float32) == "tf32"
+    MATMUL.fp32_precision = "none"
+    torch.backends.fp32_precision = "tf32"
+    assert dot_precision(torch.float32) == "tf32"
 
 
 def test_an_operator_runs_where_the_trainer_has_set_tf32():
     """The older of torch's settings cannot be read then."""
     case = by_name("five")
-    with restored():
-        torch.set_float32_matmul_precision("highest")  # as it is at the start of a process
-        MATMUL.fp32_precision = "tf32"
-        with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
-            torch.get_float32_matmul_precision()
-        x = make_inputs(case, device=device_of("triton"))
-        assert output(call("compressed_attention", case, x, "triton")).isfinite().all()
+    torch.set_float32_matmul_precision("highest")  # as it is at the start of a process
+    MATMUL.fp32_precision = "tf32"
+    with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+        torch.get_float32_matmul_precision()
+    x = make_inputs(case, device=device_of("triton"))
+    assert output(call("compressed_attention", case, x, "triton")).isfinite().all()
