@@ -17,7 +17,7 @@ from nsa_fsa.benchmarking import app as benchmark
 from nsa_fsa.config import PRESETS, NSAConfig
 from nsa_fsa.modules.explain import GPUS
 from nsa_fsa.modules.fused import quack_kernels
-from nsa_fsa.ops import backends
+from nsa_fsa.ops.common import backends
 
 PACKAGES = ("torch", "triton", "flash-attn-4", "quack-kernels", "transformers")
 # In the order in which a layer calls them.

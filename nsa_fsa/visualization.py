@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nsa_fsa.config import BRANCHES
 from nsa_fsa.modules.native_sparse_attention import Details, NativeSparseAttention, Record
-from nsa_fsa.ops import validation
+from nsa_fsa.ops.common import checks
 from nsa_fsa.reference import block_scores
 
 # Colour-blind safe (Okabe and Ito): orange, blue, green.
@@ -54,7 +54,7 @@ def record(model: nn.Module, *, details: bool = False, max_queries: int = 512) -
     layers = [module for module in model.modules() if isinstance(module, NativeSparseAttention)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no NativeSparseAttention layer. Fix: patch_model(model) first.")
-    validation.check_positive(max_queries=max_queries)
+    checks.check_positive(max_queries=max_queries)
     records: list[Record] = []
 
     def keeper(number: int, layer: NativeSparseAttention) -> Callable[[Record], None]:

@@ -37,8 +37,12 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from nsa_fsa.kernels import block_selection, compress, compressed_attention, compressed_attention_backward, gated_combine
-from nsa_fsa.kernels import selected_attention as kernels
+from nsa_fsa.ops.block_selection import triton as block_selection
+from nsa_fsa.ops.compressed_attention import triton_backward as compressed_attention_backward
+from nsa_fsa.ops.compressed_attention import triton_forward as compressed_attention
+from nsa_fsa.ops.compression import triton as compress
+from nsa_fsa.ops.gated_combine import triton as gated_combine
+from nsa_fsa.ops.selected_attention import launch as kernels
 
 console = Console()
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from nsa_fsa import ops
-from nsa_fsa.ops import backends
+from nsa_fsa.ops.common import backends
 from tests.oracle import windows
 
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 import nsa_fsa
 from nsa_fsa import NativeSparseAttention, NSAConfig, cli
 from nsa_fsa.benchmarking import app as benchmark
-from nsa_fsa.ops import backends
+from nsa_fsa.ops.common import backends
 
 ROOT = Path(__file__).parents[1]
 WIDE = {"COLUMNS": "300", "TERM": "dumb", "NO_COLOR": "1"}

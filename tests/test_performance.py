@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from nsa_fsa.benchmarking.core import NSA_FSA, PARTS
-from nsa_fsa.kernels.tuning import CompressedConfig
+from nsa_fsa.ops.common.tuning import CompressedConfig
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/performance.md").read_text()

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from nsa_fsa import cli
-from nsa_fsa.ops.flash_attention import INSTALL
+from nsa_fsa.ops.sliding_window_attention.flash_attention import INSTALL
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

@@ -41,7 +41,7 @@ from nsa_fsa.benchmarking.results import CannotMerge, Results
 from nsa_fsa.benchmarking.selection import SELECTION
 from nsa_fsa.benchmarking.settings import PASSES, CoreSetting, Setting, WindowSetting
 from nsa_fsa.config import NSAConfig
-from nsa_fsa.ops.flash_attention import INSTALL
+from nsa_fsa.ops.sliding_window_attention.flash_attention import INSTALL
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 console = Console(width=int(os.environ.get("COLUMNS", 160)))

@@ -99,7 +99,7 @@ def windows_of(setting: WindowSetting) -> dict[str, Any]:
 
 
 def no_such_backend(setting: WindowSetting, operator: str, backend: str) -> str | None:
-    from nsa_fsa.ops import backends
+    from nsa_fsa.ops.common import backends
 
     return backends.available(operator).get(backend, f"{operator} has no backend {backend!r}")
 
@@ -107,7 +107,7 @@ def no_such_backend(setting: WindowSetting, operator: str, backend: str) -> str 
 def attention(inputs: AttentionInputs, backend: str) -> Calls:
     """Forward with lse, as block selection wants it; backward by the registered operator."""
     from nsa_fsa.ops import compressed_attention
-    from nsa_fsa.ops.selected_attention import WORKSPACE_BYTES
+    from nsa_fsa.ops.selected_attention.operator import WORKSPACE_BYTES
 
     setting = inputs.setting
     assert isinstance(setting, WindowSetting)

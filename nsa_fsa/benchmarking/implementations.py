@@ -49,8 +49,8 @@ def ours(inputs: Inputs, backend: str, **options: Any) -> Calls:
 
 def backward_arguments(inputs: Inputs, attention: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:
     """What autograd would pass to the backward operator."""
-    from nsa_fsa.ops.selected_attention import WORKSPACE_BYTES, wants_index
-    from nsa_fsa.ops.triton_backends import INDEX
+    from nsa_fsa.ops.common.triton_backends import INDEX
+    from nsa_fsa.ops.selected_attention.operator import WORKSPACE_BYTES, wants_index
 
     setting, indices = inputs.setting, inputs.block_indices
     q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))
@@ -70,7 +70,7 @@ def backward_arguments(inputs: Inputs, attention: Callable[..., Any], arguments:
 
 def chosen_by_profiler(inputs: Inputs, name: str) -> dict[str, Any]:
     """What "auto" ran in this pass, where the profiler had a choice."""
-    from nsa_fsa.ops import profiler, triton_backends
+    from nsa_fsa.ops.common import profiler, triton_backends
 
     found = {}
     arguments = dict(**forced_blocks(inputs.setting), block_indices=inputs.block_indices)
@@ -86,7 +86,7 @@ def no_facts(inputs: Inputs, name: str) -> dict[str, Any]:
 
 
 def ours_unsupported(setting: Setting, backend: str) -> str | None:
-    from nsa_fsa.ops import backends
+    from nsa_fsa.ops.common import backends
 
     return None if backend == "auto" else backends.available("selected_attention")[backend]
 

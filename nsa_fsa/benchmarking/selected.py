@@ -118,7 +118,7 @@ def index_bytes(inputs: Inputs) -> int:
 
 def ablations(inputs: Inputs) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """{variant: (options of the operator that change, options of the kernels that change)}."""
-    from nsa_fsa.kernels import tuning
+    from nsa_fsa.ops.common import tuning
 
     base = tuning.default_config(inputs.q, inputs.v, inputs.setting.block_size)
     one_tile = dataclasses.replace(base, fwd_item_rows=base.fwd_m, bwd_item_rows=base.bwd_m)
@@ -134,8 +134,8 @@ def ablations(inputs: Inputs) -> dict[str, tuple[dict[str, Any], dict[str, Any]]
 
 def kv_major_calls(inputs: Inputs, options: dict[str, Any], kernel_options: dict[str, Any]) -> Calls:
     """The KV-major kernels called directly: forward with the block index, backward with the index given."""
-    from nsa_fsa.kernels import selected_attention as kernels
-    from nsa_fsa.ops.selected_attention import WORKSPACE_BYTES
+    from nsa_fsa.ops.selected_attention import launch as kernels
+    from nsa_fsa.ops.selected_attention.operator import WORKSPACE_BYTES
 
     setting = inputs.setting
     q, k, v = (x.detach() for x in (inputs.q, inputs.k, inputs.v))

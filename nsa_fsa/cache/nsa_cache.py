@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from nsa_fsa.config import NSAConfig
-from nsa_fsa.ops import Layout, validation
-from nsa_fsa.ops.varlen import sequence_ids
+from nsa_fsa.ops import Layout
+from nsa_fsa.ops.common import checks
+from nsa_fsa.sequences import sequence_ids
 
 
 class KeyValues(NamedTuple):
@@ -81,8 +82,8 @@ class NSACache:
         if not isinstance(config, NSAConfig):
             raise ValueError(f"config={config!r:.100} must be an NSAConfig. Fix: NSACache(attn.config).")
         if max_length is not None:
-            validation.check_positive(max_length=max_length)
-        validation.check_ints(0, rollback=rollback)
+            checks.check_positive(max_length=max_length)
+        checks.check_ints(0, rollback=rollback)
         self.config = config
         self.max_length = max_length
         self.rollback = rollback
@@ -235,7 +236,7 @@ class NSACache:
         Raises:
             ValueError: if it is no tensor.
         """
-        validation.check_tensor("index", index, "int64 [new B] or bool [B]")
+        checks.check_tensor("index", index, "int64 [new B] or bool [B]")
         index = index.to(self._lengths.device)
         rows = index.nonzero().flatten() if index.dtype == torch.bool else index
         self._map(lambda x: x[rows])
@@ -251,8 +252,8 @@ class NSACache:
             ValueError: if there are not that many.
         """
         held = self.num_tokens
-        validation.require(
-            validation.is_int(num_removed) and 0 <= num_removed <= held,
+        checks.require(
+            checks.is_int(num_removed) and 0 <= num_removed <= held,
             lambda: (
                 f"num_removed={num_removed!r:.100} must be an int from 0 to the {held} tokens held. "
                 "Fix: crop(min(n, cache.num_tokens)), or reset() to take back all of them."

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nsa_fsa.ops.validation import require
+from nsa_fsa.ops.common.checks import require
 
 
 def to_int32(name: str, x: Tensor) -> Tensor:

@@ -10,17 +10,9 @@ import torch
 from torch import Tensor
 
 from nsa_fsa.compat.integers import clamp_to_int32, to_int32
-from nsa_fsa.ops import (
-    Layout,
-    backends,
-    compressed_attention,
-    pool_windows,
-    select_blocks,
-    selected_attention,
-    sliding_window_attention,
-)
-from nsa_fsa.ops.nsa_attention import OPERATORS
-from nsa_fsa.ops.validation import (
+from nsa_fsa.ops import Layout, compressed_attention, pool_windows, select_blocks, selected_attention, sliding_window_attention
+from nsa_fsa.ops.common import backends
+from nsa_fsa.ops.common.checks import (
     check_attention,
     check_device,
     check_ints,
@@ -30,7 +22,8 @@ from nsa_fsa.ops.validation import (
     default_scale,
     require,
 )
-from nsa_fsa.ops.varlen import uniform_layout
+from nsa_fsa.ops.nsa_attention import OPERATORS
+from nsa_fsa.sequences import uniform_layout
 
 
 def parallel_nsa(

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from nsa_fsa.compat.integers import clamp_to_int32, to_int32
 from nsa_fsa.ops import selected_attention
-from nsa_fsa.ops.validation import check_rows, check_tensor, is_finite_number, require
+from nsa_fsa.ops.common.checks import check_rows, check_tensor, is_finite_number, require
 
 
 def topk_sparse_attention(

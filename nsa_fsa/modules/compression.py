@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from nsa_fsa import ops, reference
 from nsa_fsa.config import COMPRESSION_KINDS, NSAConfig
 from nsa_fsa.modules.start import assign
-from nsa_fsa.ops import Layout, backends
+from nsa_fsa.ops import Layout
+from nsa_fsa.ops.common import backends
 
 POOLED = ("mean", "weighted")  # kinds that need no gathered windows
 

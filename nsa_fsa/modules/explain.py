@@ -11,7 +11,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.modules.native_sparse_attention import NativeSparseAttention
-from nsa_fsa.ops import backends, flash_attention, profiler, triton_backends
+from nsa_fsa.ops.common import backends, profiler, triton_backends
+from nsa_fsa.ops.sliding_window_attention import flash_attention
 
 # Compute capabilities (NVIDIA, "CUDA GPU Compute Capability").
 GPUS = {

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_fsa.ops.registration import on_its_device
+from nsa_fsa.ops.common.registration import on_its_device
 
 
 class Kernels(NamedTuple):

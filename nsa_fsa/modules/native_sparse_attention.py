@@ -15,9 +15,10 @@ from nsa_fsa.modules.compression import Compressor
 from nsa_fsa.modules.gating import BranchGate
 from nsa_fsa.modules.norm import normalize
 from nsa_fsa.modules.rotary import RotaryEmbedding, apply_rotary
-from nsa_fsa.ops import Branches, Layout, backends, nsa_attention, validation, window_starts
+from nsa_fsa.ops import Branches, Layout, nsa_attention, window_starts
+from nsa_fsa.ops.common import backends, checks
 from nsa_fsa.ops.nsa_attention import OPERATORS
-from nsa_fsa.ops.varlen import Packing, pack_batch, positions, uniform_layout
+from nsa_fsa.sequences import Packing, pack_batch, positions, uniform_layout
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
@@ -146,7 +147,7 @@ class NativeSparseAttention(nn.Module):
             hidden_states: `[B, S, E]`; with `cu_seqlens`, all sequences packed into one row, `[1, T, E]`.
             position_embeddings: cos and sin, each `[B or 1, S, rotary_dim]`; default: computed from positions.
             attention_mask: `[B, S]` or, with a cache, `[B, past + S]`; non-zero where a token is real. Padding may be on
-                either side; the output of a padded position is 0. Or what `ops.varlen.pack_batch` found in such a mask,
+                either side; the output of a padded position is 0. Or what `sequences.pack_batch` found in such a mask,
                 which several layers can share: it reads the mask back from the device.
             cu_seqlens: int32 `[number of sequences + 1]`, boundaries in a packed batch.
             max_seqlen: an upper bound on the longest packed sequence; default T, because reading it from `cu_seqlens` would
@@ -218,13 +219,13 @@ class NativeSparseAttention(nn.Module):
     ) -> tuple[Tensor | None, Layout]:
         """Rows of the flattened batch that hold real tokens (None: all of them), and where the sequences lie among those."""
         width = self.config.hidden_size
-        validation.check_tensor("hidden_states", hidden_states, f"[B, S, {width}]")
+        checks.check_tensor("hidden_states", hidden_states, f"[B, S, {width}]")
         if hidden_states.ndim != 3 or hidden_states.shape[2] != width:
             raise ValueError(
                 f"hidden_states has shape {tuple(hidden_states.shape)}; it must be [B, S, {width}]. "
                 "Fix: add the batch axis, or check hidden_size in the config."
             )
-        validation.check_rows("hidden_states", hidden_states, 3, f"[B, S, {width}]")
+        checks.check_rows("hidden_states", hidden_states, 3, f"[B, S, {width}]")
         if cache is not None and not isinstance(cache, NSACache):
             raise ValueError(f"cache is {type(cache).__name__}; it must be an NSACache. Fix: NSACache(attn.config).")
         if cache is not None and cache.config != self.config:
@@ -241,7 +242,7 @@ class NativeSparseAttention(nn.Module):
                     f"is {'' if cache is None else 'not '}None. Fix: pass either cu_seqlens or a padded batch."
                 )
             max_seqlen = length if max_seqlen is None else max_seqlen
-            validation.check_layout(hidden_states.device, cu_seqlens, max_seqlen, None, None)
+            checks.check_layout(hidden_states.device, cu_seqlens, max_seqlen, None, None)
             return None, Layout(cu_seqlens, max_seqlen)
         if cache is not None:
             cache.check_room(batch_size, length)
@@ -250,8 +251,8 @@ class NativeSparseAttention(nn.Module):
         if isinstance(attention_mask, Packing):
             return _beside_cache(attention_mask, attention_mask.mask, length, cache)
         past = 0 if cache is None else cache.num_tokens
-        validation.check_tensor("attention_mask", attention_mask, "[B, S]")
-        validation.check_device("attention_mask", attention_mask, hidden_states.device)
+        checks.check_tensor("attention_mask", attention_mask, "[B, S]")
+        checks.check_device("attention_mask", attention_mask, hidden_states.device)
         if attention_mask.shape not in ((batch_size, length), (batch_size, past + length)):
             raise ValueError(
                 f"attention_mask has shape {tuple(attention_mask.shape)}; it must be [B, S] = {(batch_size, length)}"
@@ -299,8 +300,8 @@ class NativeSparseAttention(nn.Module):
             return None, None
         num_rows = batch[0] * batch[1] if rows is None else rows.shape[0]  # numel() would be one number for torch.export
         if position_ids is not None:
-            validation.check_tensor("position_ids", position_ids, "integers [B or 1, S]")
-            validation.check_device("position_ids", position_ids, hidden_states.device)
+            checks.check_tensor("position_ids", position_ids, "integers [B or 1, S]")
+            checks.check_device("position_ids", position_ids, hidden_states.device)
             if position_ids.shape not in (batch, (1, batch[1])) or position_ids.dtype not in (torch.int64, torch.int32):
                 raise ValueError(
                     f"position_ids has dtype {position_ids.dtype} and shape {tuple(position_ids.shape)}; it must be int64 or "
@@ -323,8 +324,8 @@ class NativeSparseAttention(nn.Module):
             )
         for name, x in zip(("cos", "sin"), pair, strict=True):
             name = f"{name} of position_embeddings"
-            validation.check_rows(name, x, 3, "[B or 1, S, rotary_dim]")
-            validation.check_device(name, x, hidden_states.device)
+            checks.check_rows(name, x, 3, "[B or 1, S, rotary_dim]")
+            checks.check_device(name, x, hidden_states.device)
             batch_size, length = hidden_states.shape[:2]
             rotary_dim = x.shape[2]
             if (

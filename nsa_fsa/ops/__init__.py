@@ -1,13 +1,13 @@
 """The operators of Native Sparse Attention, each usable alone: tensors first, then `cu_seqlens, max_seqlen`, then keywords."""
 
-from nsa_fsa.ops.block_selection import select_blocks
-from nsa_fsa.ops.compress import gather_windows, pool_windows, window_starts
-from nsa_fsa.ops.compressed_attention import compressed_attention
-from nsa_fsa.ops.gated_combine import gated_combine
+from nsa_fsa.ops.block_selection.operator import select_blocks
+from nsa_fsa.ops.compressed_attention.operator import compressed_attention
+from nsa_fsa.ops.compression.operator import gather_windows, pool_windows, window_starts
+from nsa_fsa.ops.gated_combine.operator import gated_combine
 from nsa_fsa.ops.nsa_attention import Branches, nsa_attention
-from nsa_fsa.ops.selected_attention import selected_attention
-from nsa_fsa.ops.sliding_window_attention import sliding_window_attention
-from nsa_fsa.ops.varlen import Layout
+from nsa_fsa.ops.selected_attention.operator import selected_attention
+from nsa_fsa.ops.sliding_window_attention.operator import sliding_window_attention
+from nsa_fsa.sequences import Layout
 
 __all__ = [
     "Branches",

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from nsa_fsa.config import BRANCHES
-from nsa_fsa.ops import backends, triton_backends, validation
-from nsa_fsa.ops.block_selection import check_blocks
-from nsa_fsa.ops.compressed_attention import check_compressed_rows
-from nsa_fsa.ops.gated_combine import check_gates
-from nsa_fsa.ops.registration import define_operator
-from nsa_fsa.ops.selected_attention import WORKSPACE_BYTES, block_index_fake, block_index_run, wants_index
+from nsa_fsa.ops.block_selection.operator import check_blocks
+from nsa_fsa.ops.common import backends, checks, triton_backends
+from nsa_fsa.ops.common.registration import define_operator
+from nsa_fsa.ops.compressed_attention.operator import check_compressed_rows
+from nsa_fsa.ops.gated_combine.operator import check_gates
+from nsa_fsa.ops.selected_attention.operator import WORKSPACE_BYTES, block_index_fake, block_index_run, wants_index
 
 
 class Branches(NamedTuple):
@@ -89,11 +89,11 @@ def nsa_attention(
     shared = (k_swa is None or k_swa is k) and (v_swa is None or v_swa is v)
     k_own, v_own = (None, None) if shared else (k if k_swa is None else k_swa, v if v_swa is None else v_swa)
     check_blocks(kernel_size, kernel_stride, block_size, num_selected_blocks, init_blocks, local_blocks)
-    validation.check_positive(window_size=window_size, workspace_bytes=workspace_bytes)
-    validation.check_attention(q, k, v, *layout)
-    validation.check_attention(q, k_cmp, v_cmp, *layout, kernel_stride)
-    validation.check_compressed_rows(k_cmp, k.shape[0], kernel_stride)
-    validation.require(
+    checks.check_positive(window_size=window_size, workspace_bytes=workspace_bytes)
+    checks.check_attention(q, k, v, *layout)
+    checks.check_attention(q, k_cmp, v_cmp, *layout, kernel_stride)
+    checks.check_compressed_rows(k_cmp, k.shape[0], kernel_stride)
+    checks.require(
         k_cmp.shape[1] == k.shape[1],
         lambda: (
             f"k_cmp has {k_cmp.shape[1]} heads but k {k.shape[1]}; they must agree, because what is chosen by a head of k_cmp "
@@ -101,8 +101,8 @@ def nsa_attention(
         ),
     )
     if k_own is not None and v_own is not None:
-        validation.check_attention(q, k_own, v_own, *layout)
-        validation.require(
+        checks.check_attention(q, k_own, v_own, *layout)
+        checks.require(
             k_own.shape[0] == k.shape[0],
             lambda: (
                 f"k_swa has {k_own.shape[0]} rows but k {k.shape[0]}; they must agree, because cu_seqlens is about both. "
@@ -110,7 +110,7 @@ def nsa_attention(
             ),
         )
     for name, values in (("v_cmp", v_cmp), ("v_swa", v if v_own is None else v_own)):
-        validation.require(
+        checks.require(
             values.shape[2] == v.shape[2],
             lambda: (
                 f"{name} has width {values.shape[2]} but v {v.shape[2]}; they must agree, because the branches' outputs are "
@@ -118,7 +118,7 @@ def nsa_attention(
             ),
         )
     check_gates(gate_logits, q, "q")
-    validation.require(
+    checks.require(
         isinstance(recompute, Collection)
         and not isinstance(recompute, str)
         and all(isinstance(name, str) and name in BRANCHES for name in recompute),
@@ -126,7 +126,7 @@ def nsa_attention(
     )
     backends.check_known(backend, "nsa_attention", *OPERATORS)
     o, *inside = _operator(
-        q, k, v, k_cmp, v_cmp, gate_logits, k_own, v_own, *layout, validation.default_scale(q, scale), kernel_size,
+        q, k, v, k_cmp, v_cmp, gate_logits, k_own, v_own, *layout, checks.default_scale(q, scale), kernel_size,
         kernel_stride, block_size, num_selected_blocks, init_blocks, local_blocks, window_size, workspace_bytes,
         [name in recompute for name in BRANCHES], backend,
     )  # fmt: skip
@@ -204,7 +204,7 @@ class _Call:
         return dict(block_size=self.block_size, init_blocks=self.init_blocks, local_blocks=self.local_blocks)
 
     def check_values(self) -> None:
-        validation.check_layout_values(self.q.shape[0], self.k.shape[0], **self.sequences)
+        checks.check_layout_values(self.q.shape[0], self.k.shape[0], **self.sequences)
         check_compressed_rows(self.q, self.k_cmp, kernel_stride=self.kernel_stride, **self.sequences)
 
     def compressed(self) -> _Branch:

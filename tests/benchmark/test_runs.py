@@ -289,7 +289,7 @@ def test_the_digest_covers_the_package(monkeypatch, tmp_path):
     assert source_digest() == before
     (tmp_path / "other.py").write_text("x = 1")
     assert source_digest() == before
-    for path in ("kernels/primitives.py", "benchmarking/measure.py"):
+    for path in ("ops/common/primitives.py", "benchmarking/measure.py"):
         with (copy / path).open("a") as file:
             file.write("# changed\n")
         assert source_digest() != before

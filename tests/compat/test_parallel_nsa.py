@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from nsa_fsa.compat import parallel_nsa
-from nsa_fsa.ops import backends
+from nsa_fsa.ops.common import backends
 from tests.compat.loops import EXACT, assert_same, attend, keys_of_blocks, leaves
 from tests.wrong_values import NO_BACKENDS, assert_refused, instead_of_int, instead_of_number, instead_of_tensor
 

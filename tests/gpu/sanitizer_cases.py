@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from nsa_fsa.kernels import tuning
+from nsa_fsa.ops.common import tuning
 from tests.cases import BF16, F16, Case, by_name, call, gradients, make_inputs, output, select, suited
 
 # name, lengths, HKV, G, D, DV, dtype, kernel_size, kernel_stride, block_size, T_sel, init, local, window, seed

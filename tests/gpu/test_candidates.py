@@ -33,7 +33,7 @@ def check(what, found, expected, dtype=torch.bfloat16):
 @pytest.mark.parametrize(("group_size", "head_dim", "block_size"), SHAPES)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_candidates(direction, group_size, head_dim, block_size, monkeypatch):
-    from nsa_fsa.kernels import tuning
+    from nsa_fsa.ops.common import tuning
 
     p = problem(group_size, head_dim, block_size)
     expected = exact(p)
@@ -53,7 +53,7 @@ def test_plain_tiles(head_dim, block_size, dtype, cramped, monkeypatch):
     With one stage dq was wrong on an H200 with Triton 3.6, of which no compiler said anything: whether a tile that nobody ran
     on a GPU of this kind and with this Triton computes what it should only a run can tell.
     """
-    from nsa_fsa.kernels import tuning
+    from nsa_fsa.ops.common import tuning
 
     if cramped and head_dim <= 128:
         pytest.skip("these tiles do not depend on the shared memory")
@@ -69,7 +69,7 @@ def test_plain_tiles(head_dim, block_size, dtype, cramped, monkeypatch):
 
 def test_the_profiler_chooses_once(monkeypatch, tmp_path):
     """Times the candidates, keeps the choice in its file, and does not ask again."""
-    from nsa_fsa.ops import profiler
+    from nsa_fsa.ops.common import profiler
 
     monkeypatch.setenv("NSA_FSA_PROFILE", "1")
     monkeypatch.setenv("NSA_FSA_CACHE_DIR", str(tmp_path))

@@ -7,7 +7,7 @@ import torch
 
 from nsa_fsa import ops
 from nsa_fsa.config import BRANCHES
-from nsa_fsa.ops.flash_attention import FLASH_ATTN_4
+from nsa_fsa.ops.sliding_window_attention.flash_attention import FLASH_ATTN_4
 from tests.gpu.problems import assert_rms_close, starts
 from tests.gpu.test_host_syncs import record, syncs_forbidden
 from tests.gpu.test_memory import MIB, assert_no_growth, extra, num_bytes

@@ -9,7 +9,7 @@ import torch
 
 from nsa_fsa import NativeSparseAttention, NSAConfig, patch_model
 from nsa_fsa.config import BRANCHES
-from nsa_fsa.ops import backends
+from nsa_fsa.ops.common import backends
 from tests.cases import DIFFERENTIABLE, Case, call, gradients, make_inputs, operators_and_backends, output, select
 
 pytestmark = pytest.mark.gpu

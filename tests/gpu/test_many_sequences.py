@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nsa_fsa import ops
-from nsa_fsa.ops.flash_attention import TORCH_FLASH
+from nsa_fsa.ops.sliding_window_attention.flash_attention import TORCH_FLASH
 from tests.gpu.problems import assert_rms_close
 
 pytestmark = pytest.mark.gpu

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from nsa_fsa.ops.triton_backends import WORKSPACE_BYTES
+from nsa_fsa.ops.common.triton_backends import WORKSPACE_BYTES
 from tests.gpu.problems import BACKENDS, RESULTS, assert_rms_close, make_problem
 from tests.gpu.test_size import needs
 

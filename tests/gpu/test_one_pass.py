@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from nsa_fsa.kernels import compressed_attention_backward, tuning
+from nsa_fsa.ops.common import tuning
+from nsa_fsa.ops.compressed_attention import triton_backward as compressed_attention_backward
 from tests.gpu.problems import assert_rms_close
 from tests.gpu.test_compressed_attention import CACHED, LENGTHS, assert_same_bits, check, check_nan_stays, make
 from tests.gpu.test_host_syncs import record, syncs_forbidden

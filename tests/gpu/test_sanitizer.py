@@ -12,7 +12,7 @@ import pytest
 from tests.gpu import sanitizer_cases
 
 ROOT = Path(__file__).parents[2]
-KERNELS = ROOT / "nsa_fsa" / "kernels"
+OPERATORS = ROOT / "nsa_fsa" / "ops"
 ACCESS = re.compile(r"(?:Read|Write) access at \S+ in (\S+):(\d+)")
 
 
@@ -33,7 +33,7 @@ def run(*command):
 def hand_over_lines():
     """(file, line) of what compiles to the start and the end of warp specialisation, in the kernels written in Gluon."""
     found = set()
-    for path in KERNELS.glob("*.py"):
+    for path in OPERATORS.rglob("*hopper*.py"):
         for number, line in enumerate(path.read_text().splitlines(), start=1):
             if line.startswith("def "):
                 name = (path.name, number)  # the instructions after a kernel's last statement carry this line
@@ -44,7 +44,7 @@ def hand_over_lines():
 
 def statistics_lines():
     """(file, line) of the copies of dk and dv's statistics, and of where they are read."""
-    path = KERNELS / "compressed_attention_hopper_backward.py"
+    path = OPERATORS / "compressed_attention" / "hopper_backward.py"
     accesses = re.compile(r"async_copy_global_to_shared\((shift|delta)_s, |(shift|delta)_s\.index\(stage\)\.load")
     return {(path.name, n) for n, line in enumerate(path.read_text().splitlines(), start=1) if accesses.search(line)}
 

@@ -8,8 +8,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from nsa_fsa.kernels.block_index import build_block_index, num_slots
-from nsa_fsa.kernels.sequences import locate_blocks, locate_rows
+from nsa_fsa.ops.common.locate import locate_blocks, locate_rows
+from nsa_fsa.ops.selected_attention.block_index import build_block_index, num_slots
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1

@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from nsa_fsa import ops, reference
-from nsa_fsa.kernels import block_selection
-from nsa_fsa.kernels.block_selection import SelectionTile
+from nsa_fsa.ops.block_selection import triton as block_selection
+from nsa_fsa.ops.block_selection.triton import SelectionTile
 from tests.cases import device_of
 from tests.oracle import windows
 

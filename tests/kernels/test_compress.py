@@ -8,8 +8,8 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from nsa_fsa import ops, reference
-from nsa_fsa.kernels import compress
-from nsa_fsa.kernels.compress import Tile
+from nsa_fsa.ops.compression import triton as compress
+from nsa_fsa.ops.compression.triton import Tile
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = (5, 0, 23, 18, 0, 11)

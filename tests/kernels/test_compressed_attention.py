@@ -9,8 +9,9 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from nsa_fsa import ops
-from nsa_fsa.kernels import compressed_attention_backward, tuning
-from nsa_fsa.kernels.tuning import CompressedConfig
+from nsa_fsa.ops.common import tuning
+from nsa_fsa.ops.common.tuning import CompressedConfig
+from nsa_fsa.ops.compressed_attention import triton_backward as compressed_attention_backward
 from tests.cases import backends_of, device_of
 from tests.guards import guarded_allocations
 from tests.oracle import windows as owned_rows
@@ -133,7 +134,7 @@ def test_the_cuts_really_cut():
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 192, 256])
 def test_every_group_has_a_row_of_its_own(head_dim, dtype):
     """A tile holds whole groups of query heads, for every group size that the operator allows."""
-    from nsa_fsa.ops.compressed_attention import MAX_GROUP_SIZE
+    from nsa_fsa.ops.compressed_attention.operator import MAX_GROUP_SIZE
 
     for gluon, cramped in ((False, False), (False, True), (True, False)):
         for group_size in range(1, MAX_GROUP_SIZE + 1):

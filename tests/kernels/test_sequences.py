@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton.language as tl
 
-from nsa_fsa.kernels.sequences import Tiles, load_tile, locate_blocks, locate_rows, locate_tiles
+from nsa_fsa.ops.common.locate import Tiles, load_tile, locate_blocks, locate_rows, locate_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from nsa_fsa.kernels import tuning
+from nsa_fsa.ops.common import tuning
 from tests.cases import F32, Case, backends_of
 from tests.promised import assert_results_close, output_gradient, run, selection
 

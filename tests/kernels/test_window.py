@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from nsa_fsa import ops
-from nsa_fsa.kernels import tuning
+from nsa_fsa.ops.common import tuning
 from tests.kernels.test_compressed_attention import SMALL
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

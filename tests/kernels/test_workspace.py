@@ -11,16 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from nsa_fsa.kernels import (
-    block_index,
-    selected_attention,
-    selected_kv_major,
-    selected_kv_major_backward,
-    selected_plan,
-    softmax_statistics,
-    tuning,
-)
-from nsa_fsa.kernels import sequences as tables
+from nsa_fsa.ops.common import locate as tables
+from nsa_fsa.ops.common import softmax_statistics, tuning
+from nsa_fsa.ops.selected_attention import block_index
+from nsa_fsa.ops.selected_attention import kv_major_backward as selected_kv_major_backward
+from nsa_fsa.ops.selected_attention import kv_major_forward as selected_kv_major
+from nsa_fsa.ops.selected_attention import launch as selected_attention
+from nsa_fsa.ops.selected_attention import work as selected_plan
 
 MIB = 2**20
 FORCED = dict(block_size=64, init_blocks=1, local_blocks=2)

@@ -15,14 +15,12 @@ import check_resources
 import torch
 from triton.runtime.jit import JITFunction
 
-from nsa_fsa.kernels import (
-    block_selection,
-    compress,
-    compressed_attention,
-    compressed_attention_backward,
-    gated_combine,
-    selected_attention,
-)
+from nsa_fsa.ops.block_selection import triton as block_selection
+from nsa_fsa.ops.compressed_attention import triton_backward as compressed_attention_backward
+from nsa_fsa.ops.compressed_attention import triton_forward as compressed_attention
+from nsa_fsa.ops.compression import triton as compress
+from nsa_fsa.ops.gated_combine import triton as gated_combine
+from nsa_fsa.ops.selected_attention import launch as selected_attention
 
 WINDOWS = dict(kernel_size=32, kernel_stride=16)
 FORCED = dict(block_size=64, init_blocks=1, local_blocks=2)

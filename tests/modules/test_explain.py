@@ -7,7 +7,8 @@ import torch
 
 import nsa_fsa
 from nsa_fsa import NSAConfig
-from nsa_fsa.ops import backends, flash_attention, triton_backends
+from nsa_fsa.ops.common import backends, triton_backends
+from nsa_fsa.ops.sliding_window_attention import flash_attention
 
 CONFIG = NSAConfig(hidden_size=256, num_heads=4, num_kv_heads=2)
 OPERATORS = (

@@ -14,9 +14,9 @@ from nsa_fsa.modules import Compressor, NativeSparseAttention
 from nsa_fsa.modules.compression import MLPPhi
 from nsa_fsa.modules.native_sparse_attention import PROJECTIONS
 from nsa_fsa.modules.rotary import RotaryEmbedding
-from nsa_fsa.ops import backends
+from nsa_fsa.ops.common import backends
 from nsa_fsa.ops.nsa_attention import OPERATORS
-from nsa_fsa.ops.varlen import uniform_layout
+from nsa_fsa.sequences import uniform_layout
 from tests.modules.layers import (
     VARIANTS,
     FirstPlusTanhOfLast,

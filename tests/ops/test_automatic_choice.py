@@ -5,8 +5,8 @@ import warnings
 import pytest
 import torch
 
-from nsa_fsa.ops import backends, triton_backends
-from nsa_fsa.ops.selected_attention import wants_index
+from nsa_fsa.ops.common import backends, triton_backends
+from nsa_fsa.ops.selected_attention.operator import wants_index
 
 LAYOUT = dict(cu_seqlens_q=None, seqused_k=None, scale=0.1)
 H100, T4 = torch.device("cuda:0"), torch.device("cuda:1")

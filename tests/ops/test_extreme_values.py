@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from nsa_fsa.ops import backends
+from nsa_fsa.ops.common import backends
 from tests.cases import (
     DIFFERENTIABLE,
     backends_of,

@@ -10,9 +10,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nsa_fsa import ops
-from nsa_fsa.kernels.sizes import head_chunks
-from nsa_fsa.ops import backends, flash_attention, triton_backends
-from nsa_fsa.ops.flash_attention import (
+from nsa_fsa.ops.common import backends, triton_backends
+from nsa_fsa.ops.common.sizes import head_chunks
+from nsa_fsa.ops.sliding_window_attention import flash_attention
+from nsa_fsa.ops.sliding_window_attention.flash_attention import (
     FLASH_ATTN_4,
     LIBRARIES,
     TORCH_FLASH,

@@ -5,9 +5,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from nsa_fsa.kernels.tuning import dot_precision
-from nsa_fsa.ops.flash_attention import window_key
-from nsa_fsa.ops.triton_backends import selected_key
+from nsa_fsa.ops.common.triton_backends import selected_key
+from nsa_fsa.ops.common.tuning import dot_precision
+from nsa_fsa.ops.sliding_window_attention.flash_attention import window_key
 from tests.cases import by_name, call, device_of, make_inputs, output
 
 MATMUL = torch.backends.cuda.matmul

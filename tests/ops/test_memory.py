@@ -73,7 +73,7 @@ print(base, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 def test_reference_at_16384_tokens_stays_under_a_gibibyte():
     """Dense scores alone would be 4 heads x 16384^2 x 4 bytes = 4 GiB; the reference works through them in chunks.
 
-    At most about five buffers of 2^24 float32 are alive at a time (nsa_fsa/reference/sequences.py), 320 MiB, beside the
+    At most about five buffers of 2^24 float32 are alive at a time (nsa_fsa/ops/common/reference_chunks.py), 320 MiB, beside the
     inputs, outputs and gradients, 60 MiB; PyTorch itself is in `base`.
     """
     result = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, timeout=120)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from nsa_fsa.ops.varlen import pack_batch
+from nsa_fsa.sequences import pack_batch
 
 CPU = torch.device("cpu")
 

@@ -10,9 +10,9 @@ import time
 import pytest
 import torch
 
-from nsa_fsa.ops import profiler
-from nsa_fsa.ops.flash_attention import window_key
-from nsa_fsa.ops.triton_backends import selected_key
+from nsa_fsa.ops.common import profiler
+from nsa_fsa.ops.common.triton_backends import selected_key
+from nsa_fsa.ops.sliding_window_attention.flash_attention import window_key
 
 CPU = torch.device("cpu")
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nsa_fsa import NativeSparseAttention, NSAConfig, explain
-from nsa_fsa.ops import backends
+from nsa_fsa.ops.common import backends
 from tests.cases import DIFFERENTIABLE, by_name, call, device_of, gradients, make_inputs, suited
 
 pytestmark = pytest.mark.skipif(

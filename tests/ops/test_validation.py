@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nsa_fsa import ops
-from nsa_fsa.ops import backends
+from nsa_fsa.ops.common import backends
 from tests.cases import device_of
 from tests.wrong_values import NO_BACKENDS, assert_refused, instead_of_int, instead_of_number, instead_of_tensor
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsa_fsa import reference
-from nsa_fsa.reference import sequences
+from nsa_fsa.ops.common import reference_chunks as sequences
 from tests import oracle
 from tests.cases import CASES, DIFFERENTIABLE, SMALL_CASES, Case, by_name, call, gradients, make_inputs, output
 from tests.naive import naive_call

@@ -9,7 +9,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from nsa_fsa import ops, reference
-from nsa_fsa.reference import selected_attention
+from nsa_fsa.ops.selected_attention import reference as selected_attention
 from tests.cases import by_name, gradients, make_inputs
 from tests.reference.test_against_oracle import CLOSE, run_backward, run_oracle, run_reference
 
@@ -19,7 +19,7 @@ MIB = 2**20
 @pytest.mark.parametrize("case", [by_name(name) for name in ("t31_stride1", "nine")], ids=str)
 def test_going_by_block_does_not_show(case, monkeypatch):
     """As long sequences do, here short ones for the oracle."""
-    monkeypatch.setattr(sys.modules[selected_attention.__module__], "QUERIES_PER_KEY", 0)
+    monkeypatch.setattr(selected_attention, "QUERIES_PER_KEY", 0)
     x = make_inputs(case, torch.float64, requires_grad=True)
     result, expected = (run("selected_attention", case, x) for run in (run_reference, run_oracle))
     do = torch.randn_like(result[0])

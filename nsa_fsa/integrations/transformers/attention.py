@@ -22,8 +22,10 @@ from nsa_fsa.config import NSAConfig
 from nsa_fsa.integrations.transformers.cache import check_in_step, layer_state
 from nsa_fsa.modules import NativeSparseAttention
 from nsa_fsa.modules.native_sparse_attention import PROJECTIONS
-from nsa_fsa.ops import Layout, flash_attention, sliding_window_attention, validation
-from nsa_fsa.ops.varlen import Packing, keep_padding, pack_batch
+from nsa_fsa.ops import Layout, sliding_window_attention
+from nsa_fsa.ops.common import checks
+from nsa_fsa.ops.sliding_window_attention import flash_attention
+from nsa_fsa.sequences import Packing, keep_padding, pack_batch
 
 ATTENTION_NAME = "nsa_fsa"
 READ_IN_FORWARD = ("block_size", "num_selected_blocks", "init_blocks", "local_blocks", "window_size", "recompute")
@@ -146,7 +148,7 @@ def find_batch(
         if attention_mask is not None:
             raise ValueError("attention_mask and cu_seq_lens_q are both given. Fix: pass one of them.")
         longest = batch_size * length if max_length_q is None else int(max_length_q)
-        validation.check_layout(like.device, cu_seq_lens_q, longest, None, None)
+        checks.check_layout(like.device, cu_seq_lens_q, longest, None, None)
         return Batch(Packing(None, Layout(cu_seq_lens_q, longest), packed=True), past)
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(

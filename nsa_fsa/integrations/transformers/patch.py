@@ -18,7 +18,7 @@ from nsa_fsa.integrations.transformers.attention import NSAAttention, attach, de
 from nsa_fsa.integrations.transformers.models import DENSE_CLASS, SPARSE_CLASS, check_nsa, is_index, make_phi, supported_models
 from nsa_fsa.modules.compression import Compressor
 from nsa_fsa.modules.gating import BranchGate
-from nsa_fsa.ops import backends
+from nsa_fsa.ops.common import backends
 
 Settings: TypeAlias = NSAConfig | Mapping[str, Any] | str | os.PathLike[str]
 COMPRESSORS = ("compressor_k", "compressor_v")

@@ -1,1 +1,0 @@
-"""Triton kernels. Only `nsa_fsa.ops` imports them, and only once a tensor needs them."""

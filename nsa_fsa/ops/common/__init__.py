@@ -1,0 +1,1 @@
+"""What two operators or more share."""

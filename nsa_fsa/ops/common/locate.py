@@ -1,0 +1,203 @@
+"""Where packed rows and blocks lie: the sequence descriptors, looked up once per call instead of in every kernel.
+
+Blocks of all sequences share one numbering that needs nothing read back from the device: block j of sequence b has number
+`cu_seqlens[b] // block_size + b + j`. There is always room, because `floor(x / n) + ceil(y / n) <= floor((x + y) / n) + 1`;
+numbers that no block owns have no rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nsa_fsa.ops.common.primitives import kernel
+from nsa_fsa.ops.common.sizes import aligned_rows, cdiv
+
+
+class Rows(NamedTuple):
+    """Of every query row, int32 `[T]`: the rows of what `locate_rows` returns."""
+
+    position: Tensor  # inside its sequence; of the last queries of a longer sequence where the keys lie in a cache
+    first_key: Tensor  # the row of its sequence's first key
+    first_block: Tensor  # the number of its sequence's first block
+
+
+class Blocks(NamedTuple):
+    """Of every block number, int32 `[num_blocks]`: the rows of what `locate_blocks` returns."""
+
+    first_row: Tensor  # row of its first key
+    num_rows: Tensor  # keys in it: block_size, fewer at the end of a sequence, 0 for a number that no block owns
+    number: Tensor  # inside its sequence
+    end_row: Tensor  # the row after its sequence's last
+
+
+class Tiles(NamedTuple):
+    """Of every tile, int32 `[num_tiles]`: the rows of what `locate_tiles` returns."""
+
+    number: Tensor  # of the tile inside its sequence
+    first_query: Tensor  # row of the sequence's first query
+    num_queries: Tensor  # of the sequence; 0 for a number that no tile owns
+    offset: Tensor  # position of the sequence's first query
+    first_key: Tensor  # row of the sequence's first key, in tokens
+    num_keys: Tensor  # of the sequence, in tokens
+
+
+@triton.jit
+def find_sequence(starts_ptr, value, num_sequences, num_steps, divisor, step: tl.constexpr):
+    """The last sequence b with `starts[b] // divisor + b * step <= value`, by bisection (empty sequences end up before it)."""
+    low = value * 0
+    high = low + num_sequences
+    for _ in range(num_steps):
+        middle = (low + high) // 2
+        ahead = tl.load(starts_ptr + middle) // divisor + middle * step > value
+        high = tl.where(ahead, middle, high)
+        low = tl.where(ahead, low, middle)
+    return low
+
+
+@kernel
+def locate_rows_kernel(
+    cu_seqlens_ptr, cu_seqlens_q_ptr, seqused_k_ptr, position_ptr, first_key_ptr, first_block_ptr,
+    num_rows, num_sequences, num_steps, block_size, CACHED: tl.constexpr, HAS_USED: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < num_rows
+    starts_ptr = cu_seqlens_q_ptr if CACHED else cu_seqlens_ptr
+    sequence = find_sequence(starts_ptr, tl.where(inside, row, 0), num_sequences, num_steps, 1, 0)
+    first_key = tl.load(cu_seqlens_ptr + sequence)
+    if CACHED:
+        end = tl.load(cu_seqlens_q_ptr + sequence + 1)
+        position = tl.load(seqused_k_ptr + sequence) - (end - row)
+    else:
+        position = row - first_key
+        if HAS_USED:  # a row past the used ones sees nothing
+            position = tl.where(position < tl.load(seqused_k_ptr + sequence), position, -1)
+    tl.store(position_ptr + row, position, mask=inside)
+    tl.store(first_key_ptr + row, first_key, mask=inside)
+    tl.store(first_block_ptr + row, first_key // block_size + sequence, mask=inside)
+
+
+@kernel
+def locate_blocks_kernel(
+    cu_seqlens_ptr, first_row_ptr, num_rows_ptr, index_ptr, end_row_ptr,
+    num_blocks, num_sequences, num_steps, block_size, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = block < num_blocks
+    sequence = find_sequence(cu_seqlens_ptr, tl.where(inside, block, 0), num_sequences, num_steps, block_size, 1)
+    start, end = tl.load(cu_seqlens_ptr + sequence), tl.load(cu_seqlens_ptr + sequence + 1)
+    index = block - (start // block_size + sequence)
+    first_row = start + index * block_size
+    tl.store(first_row_ptr + block, first_row, mask=inside)
+    tl.store(num_rows_ptr + block, tl.minimum(tl.maximum(end - first_row, 0), block_size), mask=inside)
+    tl.store(index_ptr + block, index, mask=inside)
+    tl.store(end_row_ptr + block, end, mask=inside)
+
+
+@kernel
+def locate_tiles_kernel(
+    cu_seqlens_ptr, cu_seqlens_q_ptr, seqused_k_ptr, tiles_ptr, work_ptr,
+    num_tiles, num_sequences, num_steps, tile_rows,
+    OF_KEYS: tl.constexpr, CACHED: tl.constexpr, HAS_USED: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0) * TILES + tl.arange(0, TILES)
+    inside = number < num_tiles
+    queries_ptr = cu_seqlens_q_ptr if CACHED else cu_seqlens_ptr
+    starts_ptr = cu_seqlens_ptr if OF_KEYS else queries_ptr
+    sequence = find_sequence(starts_ptr, tl.where(inside, number, 0), num_sequences, num_steps, tile_rows, 1)
+    index = number - (tl.load(starts_ptr + sequence) // tile_rows + sequence)
+    first_query, first_key = tl.load(queries_ptr + sequence), tl.load(cu_seqlens_ptr + sequence)
+    num_queries = tl.load(queries_ptr + sequence + 1) - first_query
+    num_keys = tl.load(cu_seqlens_ptr + sequence + 1) - first_key
+    if HAS_USED:
+        num_keys = tl.load(seqused_k_ptr + sequence)
+    offset = num_keys - num_queries if CACHED else num_keys * 0
+    owned = index * tile_rows < (num_keys if OF_KEYS else num_queries)
+    tl.store(tiles_ptr + number, index, mask=inside)
+    tl.store(tiles_ptr + num_tiles + number, first_query, mask=inside)
+    tl.store(tiles_ptr + 2 * num_tiles + number, tl.where(owned, num_queries, 0), mask=inside)
+    tl.store(tiles_ptr + 3 * num_tiles + number, offset, mask=inside)
+    tl.store(tiles_ptr + 4 * num_tiles + number, first_key, mask=inside)
+    tl.store(tiles_ptr + 5 * num_tiles + number, num_keys, mask=inside)
+    work = num_keys - index * tile_rows if OF_KEYS else offset + index * tile_rows
+    tl.store(work_ptr + number, tl.where(owned, work, -1), mask=inside)
+
+
+@triton.jit
+def load_tile(tiles_ptr, num_tiles, number, num_rows, OF_KEYS: tl.constexpr, SINGLE: tl.constexpr):
+    """The values of `Tiles` for the tile that the program `number` owns, the longest work first."""
+    index = number if OF_KEYS else num_tiles - 1 - number
+    none = number * 0
+    first_query, num_queries, offset, first_key, num_keys = none, num_rows, none, none, num_rows
+    if not SINGLE:  # and no early return: what follows one is compiled too, where there is no table
+        index, first_query = tl.load(tiles_ptr + number), tl.load(tiles_ptr + num_tiles + number)
+        num_queries, offset = tl.load(tiles_ptr + 2 * num_tiles + number), tl.load(tiles_ptr + 3 * num_tiles + number)
+        first_key, num_keys = tl.load(tiles_ptr + 4 * num_tiles + number), tl.load(tiles_ptr + 5 * num_tiles + number)
+    return index, first_query, num_queries, offset, first_key, num_keys
+
+
+def max_num_blocks(num_rows: int, num_sequences: int, block_size: int) -> int:
+    """How many block numbers a packed batch needs at most."""
+    return num_rows // block_size + num_sequences
+
+
+def locate_rows(
+    num_rows: int, cu_seqlens: Tensor, block_size: int, cu_seqlens_q: Tensor | None = None, seqused_k: Tensor | None = None
+) -> Tensor:
+    """`[3, num_rows]`, read as `Rows(*found)`; cu_seqlens_q and seqused_k as in `ops.Layout`."""
+    num_sequences = cu_seqlens.shape[0] - 1
+    found = aligned_rows(3, num_rows, dtype=torch.int32, device=cu_seqlens.device)
+    if num_rows:
+        cached = cu_seqlens_q is not None
+        if cached and seqused_k is None:
+            seqused_k = cu_seqlens.diff()
+        locate_rows_kernel[(cdiv(num_rows, 256),)](
+            cu_seqlens, cu_seqlens_q, seqused_k, *found, num_rows, num_sequences, num_sequences.bit_length(), block_size,
+            CACHED=cached, HAS_USED=seqused_k is not None, ROWS=256,
+        )  # fmt: skip
+    return found
+
+
+def locate_blocks(num_rows: int, cu_seqlens: Tensor, block_size: int) -> Tensor:
+    """`[4, num_blocks]`, read as `Blocks(*found)`, for a packed batch of `num_rows` keys."""
+    num_sequences = cu_seqlens.shape[0] - 1
+    num_blocks = max_num_blocks(num_rows, num_sequences, block_size)
+    found = aligned_rows(4, num_blocks, dtype=torch.int32, device=cu_seqlens.device)
+    if num_blocks:
+        locate_blocks_kernel[(cdiv(num_blocks, 256),)](
+            cu_seqlens, *found, num_blocks, num_sequences, num_sequences.bit_length(), block_size, BLOCKS=256
+        )
+    return found
+
+
+def locate_tiles(
+    num_rows: int, cu_seqlens: Tensor, tile_rows: int, cu_seqlens_q: Tensor | None = None, seqused_k: Tensor | None = None,
+    *, of_keys: bool = False,
+) -> Tensor | None:  # fmt: skip
+    """`[6, num_tiles]`, read as `Tiles(*found)`: the sequences cut into tiles of `tile_rows` queries, or of `tile_rows` keys.
+
+    Tiles with the most work come first: those of the last queries, which see the most keys, or of the first keys, which are
+    seen by the most queries. None for one whole sequence, whose tiles `load_tile` works out without a table: that saves
+    three launches where a kernel takes no longer than the host does to launch it.
+
+    Args:
+        num_rows: rows of the packed queries, or keys.
+        cu_seqlens, cu_seqlens_q, seqused_k: as in `ops.Layout`.
+        tile_rows: queries, or keys, of a tile.
+        of_keys: cut the keys.
+    """
+    num_sequences = cu_seqlens.shape[0] - 1
+    if num_sequences == 1 and cu_seqlens_q is None and seqused_k is None:
+        return None
+    num_tiles = max_num_blocks(num_rows, num_sequences, tile_rows)
+    tiles = torch.empty(6, num_tiles, dtype=torch.int32, device=cu_seqlens.device)
+    work = torch.empty(num_tiles, dtype=torch.int32, device=cu_seqlens.device)
+    if num_tiles and num_sequences:
+        locate_tiles_kernel[(cdiv(num_tiles, 128),)](
+            cu_seqlens, cu_seqlens_q, seqused_k, tiles, work, num_tiles, num_sequences, num_sequences.bit_length(), tile_rows,
+            OF_KEYS=of_keys, CACHED=cu_seqlens_q is not None, HAS_USED=seqused_k is not None, TILES=128,
+        )  # fmt: skip
+        tiles = tiles.index_select(1, work.sort(descending=True, stable=True).indices)
+    return tiles

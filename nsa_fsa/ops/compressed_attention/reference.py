@@ -1,0 +1,69 @@
+"""Compressed attention (docs/spec.md, section 2): query t sees compressed token i iff its window lies in the past."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nsa_fsa.ops.common.reference_attention import Chunk, attention, attention_backward
+from nsa_fsa.ops.common.reference_chunks import chunk_size, query_chunks, sequences
+from nsa_fsa.ops.compression.reference import num_windows
+
+
+def chunks(
+    q: Tensor,
+    cu_seqlens: Tensor,
+    kernel_size: int,
+    kernel_stride: int,
+    cu_seqlens_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+) -> Iterator[Chunk]:
+    """Which compressed tokens each chunk of queries sees: those with `i*s + l - 1 <= t`."""
+    for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
+        first_token = sequence.k.start // kernel_stride
+        n = num_windows(sequence.length, kernel_size, kernel_stride)
+        for rows, first, stop in query_chunks(sequence, chunk_size(q, n)):
+            n_seen = num_windows(stop, kernel_size, kernel_stride)
+            t = torch.arange(first, stop, device=q.device)
+            window_end = torch.arange(n_seen, device=q.device) * kernel_stride + kernel_size - 1
+            yield Chunk(rows, slice(first_token, first_token + n_seen), (window_end <= t[:, None])[:, None])
+
+
+def compressed_attention(
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    scale: float,
+    cu_seqlens_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """q `[Tq, HQ, D]`, k_cmp `[T // s, HKV, D]`, v_cmp `[T // s, HKV, DV]` -> o `[Tq, HQ, DV]`, lse `[Tq, HQ]`."""
+    plan = chunks(q, cu_seqlens, kernel_size, kernel_stride, cu_seqlens_q, seqused_k)
+    return attention(q, k_cmp, v_cmp, plan, scale)
+
+
+def compressed_attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    scale: float,
+    cu_seqlens_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    delta: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to q, k_cmp and v_cmp; rows that no compressed token owns get 0."""
+    plan = chunks(q, cu_seqlens, kernel_size, kernel_stride, cu_seqlens_q, seqused_k)
+    return attention_backward(do, q, k_cmp, v_cmp, o, lse, plan, scale, delta)

@@ -1,0 +1,1 @@
+"""Windows of keys and values to compressed tokens."""

@@ -1,0 +1,1 @@
+"""The three branches, mixed by gates."""

@@ -1,0 +1,112 @@
+"""Selected attention (docs/spec.md, section 5): query t sees position p iff p's block was selected and p <= t.
+
+In long sequences a block's keys meet the queries that selected it, as in Flash Sparse Attention: the work follows what was
+selected. Where that is much of the sequence, or the queries are few, all keys meet all queries under a mask.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nsa_fsa.ops.common.reference_attention import Chunk, attention, attention_backward
+from nsa_fsa.ops.common.reference_chunks import chunk_size, most_queries, query_chunks, sequences
+
+# How many times as many queries as selected keys it takes to go by block. Forward and backward on one core are 1.4 times as
+# fast by block from 2 times on (2,048 tokens, blocks of 64), 2.0 from 4 on (4,096), 3 from 8 on (8,192); where it is about
+# few and small blocks (1,024 tokens, blocks of 16), 0.9.
+QUERIES_PER_KEY = 4
+
+
+def chunks(
+    q: Tensor,
+    block_indices: Tensor,
+    cu_seqlens: Tensor,
+    block_size: int,
+    block_counts: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+) -> Iterator[Chunk]:
+    """Which keys each chunk of queries sees. Indices may repeat, be unsorted, negative or out of range."""
+    num_kv_heads, num_indices = block_indices.shape[1:]
+    slot = torch.arange(num_indices, device=q.device)
+    for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
+        # On a CPU alone: which queries chose a block is read back for every block, which a GPU would wait for.
+        many_queries = QUERIES_PER_KEY * num_indices * block_size <= sequence.q.stop - sequence.q.start
+        by_block = many_queries and q.device.type == "cpu"
+        if by_block:
+            size = chunk_size(q[:, : q.shape[1] // num_kv_heads], block_size)
+            size = min(size, most_queries(num_kv_heads * -(-sequence.length // block_size)))
+        else:
+            size = chunk_size(q, sequence.length)
+        for rows, first, stop in query_chunks(sequence, size):
+            t = torch.arange(first, stop, device=q.device)
+            num_blocks = -(-stop // block_size)
+            index = block_indices[rows].long()  # [M, HKV, T_sel]
+            valid = (index >= 0) & (index <= (t // block_size)[:, None, None])
+            if block_counts is not None:
+                valid &= slot < block_counts[rows][..., None]
+            # A set of blocks, so duplicates collapse; what is not valid lands in a spare column that is then dropped.
+            selected = torch.zeros(*index.shape[:2], num_blocks + 1, dtype=torch.bool, device=q.device)
+            selected.scatter_(2, torch.where(valid, index, num_blocks), True)
+            selected = selected[..., :num_blocks]
+            position = torch.arange(stop, device=q.device)
+            if not by_block:
+                visible = selected[..., position // block_size] & (position <= t[:, None])[:, None]
+                yield Chunk(rows, slice(sequence.k.start, sequence.k.start + stop), visible)
+                continue
+            for head, block in selected.any(0).nonzero().tolist():
+                queries = selected[:, head, block].nonzero().flatten()
+                begin, end = block * block_size, min((block + 1) * block_size, stop)
+                visible = position[begin:end] <= t[queries, None]
+                keys = slice(sequence.k.start + begin, sequence.k.start + end)
+                yield Chunk(rows.start + queries, keys, visible[:, None], slice(head, head + 1))
+
+
+def selected_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    block_indices: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    block_size: int,
+    block_counts: Tensor | None = None,
+    init_blocks: int = 0,
+    local_blocks: int = 0,
+    scale: float,
+    cu_seqlens_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """q `[Tq, HQ, D]`, k `[T, HKV, D]`, v `[T, HKV, DV]`, block_indices `[Tq, HKV, T_sel]` -> o `[Tq, HQ, DV]`, lse.
+
+    `init_blocks` and `local_blocks` are promises about the indices that only faster backends make use of.
+    """
+    plan = chunks(q, block_indices, cu_seqlens, block_size, block_counts, cu_seqlens_q, seqused_k)
+    return attention(q, k, v, plan, scale)
+
+
+def selected_attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    block_indices: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    block_size: int,
+    block_counts: Tensor | None = None,
+    init_blocks: int = 0,
+    local_blocks: int = 0,
+    scale: float,
+    cu_seqlens_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    delta: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to q, k and v."""
+    plan = chunks(q, block_indices, cu_seqlens, block_size, block_counts, cu_seqlens_q, seqused_k)
+    return attention_backward(do, q, k, v, o, lse, plan, scale, delta)

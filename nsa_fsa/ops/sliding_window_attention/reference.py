@@ -1,0 +1,65 @@
+"""Sliding window attention (docs/spec.md, section 6): query t sees positions `max(0, t - w + 1) .. t`."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from nsa_fsa.ops.common.reference_attention import Chunk, attention, attention_backward
+from nsa_fsa.ops.common.reference_chunks import chunk_size, query_chunks, sequences
+
+
+def chunks(
+    q: Tensor,
+    cu_seqlens: Tensor,
+    window_size: int,
+    cu_seqlens_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+) -> Iterator[Chunk]:
+    """Which keys each chunk of queries sees; keys before the window of the chunk's first query are not even read."""
+    for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
+        # M queries read M + w - 1 keys, so chunks as long as the window keep the band of visible keys half full.
+        size = min(max(window_size, 64), sequence.length)
+        size = min(size, chunk_size(q, min(size + window_size, sequence.length)))
+        for rows, first, stop in query_chunks(sequence, max(1, size)):
+            t = torch.arange(first, stop, device=q.device)[:, None]
+            begin = max(0, first - window_size + 1)
+            position = torch.arange(begin, stop, device=q.device)
+            visible = (position <= t) & (position > t - window_size)
+            yield Chunk(rows, slice(sequence.k.start + begin, sequence.k.start + stop), visible[:, None])
+
+
+def sliding_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    window_size: int,
+    scale: float,
+    cu_seqlens_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """q `[Tq, HQ, D]`, k `[T, HKV, D]`, v `[T, HKV, DV]` -> o `[Tq, HQ, DV]`, lse `[Tq, HQ]`."""
+    return attention(q, k, v, chunks(q, cu_seqlens, window_size, cu_seqlens_q, seqused_k), scale)
+
+
+def sliding_window_attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
+    window_size: int,
+    scale: float,
+    cu_seqlens_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    delta: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients with respect to q, k and v."""
+    return attention_backward(do, q, k, v, o, lse, chunks(q, cu_seqlens, window_size, cu_seqlens_q, seqused_k), scale, delta)
