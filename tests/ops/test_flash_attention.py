@@ -12,6 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from nsa_fsa import ops
 from nsa_fsa.ops.common import backends, triton_backends
 from nsa_fsa.ops.common.sizes import head_chunks
+from nsa_fsa.ops.common.triton_backends import WORKSPACE_BYTES
 from nsa_fsa.ops.sliding_window_attention import flash_attention
 from nsa_fsa.ops.sliding_window_attention.flash_attention import (
     FLASH_ATTN_4,
@@ -106,8 +107,8 @@ def test_many_short_sequences_are_left_to_triton(monkeypatch, num_tokens, num_se
 @pytest.mark.parametrize("group_size", [1, 4])
 @pytest.mark.parametrize("heads_that_fit", [0, 1, 2, 5, 100])
 def test_heads_are_cut_to_the_budget(num_kv_heads, group_size, heads_that_fit):
-    # float32 sums of dq, and of dk and dv for every other head, with 128 rows more for each of three sequences
-    one_head = 4 * 16 * (100 + 3 * 128) * (group_size + max(2, group_size))
+    # float32 sums of dq, and for a group of heads of dk and dv for every other one, with 128 rows more for each of 3 sequences
+    one_head = 4 * 16 * (100 + 3 * 128) * (2 * group_size if group_size > 1 else 1)
     assert bytes_of_kv_head(100, 100, group_size, 3, 16) == one_head
     chunks = list(head_chunks(num_kv_heads, group_size, one_head, max(heads_that_fit * one_head, 1)))
     assert [head for _, heads in chunks for head in range(num_kv_heads)[heads]] == list(range(num_kv_heads))
@@ -116,6 +117,13 @@ def test_heads_are_cut_to_the_budget(num_kv_heads, group_size, heads_that_fit):
         assert of_keys.stop - of_keys.start <= max(heads_that_fit, 1)
     assert len(chunks) == -(-num_kv_heads // max(heads_that_fit, 1))
     assert max(x.stop - x.start for _, x in chunks) == -(-num_kv_heads // len(chunks))  # no small one at the end
+
+
+@pytest.mark.parametrize("group_size", [1, 4, 16])
+def test_65536_tokens_of_32_heads_fit_the_default_budget(group_size):
+    """In two parts PyTorch's backward takes a third longer, and its peak is hardly lower or even higher."""
+    one_head = bytes_of_kv_head(2**16, 2**16, group_size, 1, 128)
+    assert len(list(head_chunks(32 // group_size, group_size, one_head, WORKSPACE_BYTES))) == 1
 
 
 def test_what_stands_for_an_output_that_is_not_read():

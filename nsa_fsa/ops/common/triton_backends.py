@@ -18,7 +18,9 @@ BLOCK_SIZES = (16, 32, 64, 128)
 NOTHING = (None, None, None)  # to add gradients to
 MAX_HEAD_DIM = 256
 MAX_INDICES = 128
-WORKSPACE_BYTES = 2 << 30
+# Not 2 GiB, which FlashAttention's padding would exceed by a thousandth at 65,536 tokens of 32 heads of 128: its backward,
+# in two parts then, takes 9.5 ms instead of 7.3, and saves 5% of the memory (one H200, G = 4, the one in PyTorch).
+WORKSPACE_BYTES = 9 << 28
 
 
 def interpreted() -> bool:

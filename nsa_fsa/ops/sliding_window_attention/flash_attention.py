@@ -218,11 +218,12 @@ def _forward(
 
 
 def bytes_of_kv_head(num_queries: int, num_keys: int, group_size: int, num_sequences: int, width: int) -> int:
-    """What the libraries take at most in backward for a KV head: float32 sums of dq, and of dk and dv or copies of these for
-    every query head, all of them padded."""
+    """What the libraries take at most in backward for a KV head: float32 sums of dq, and where it has several query heads sums
+    of dk and dv, or a copy of these for each of them; all are padded."""
     padding = PADDING * num_sequences
     num_rows = (num_queries + padding) * group_size
-    return 4 * width * (num_rows + 2 * max(num_keys + padding, num_rows // 2))
+    of_keys = 2 * max(num_keys + padding, num_rows // 2) if group_size > 1 else 0
+    return 4 * width * (num_rows + of_keys)
 
 
 def _backward(
