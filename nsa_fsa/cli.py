@@ -1,10 +1,12 @@
-"""The command line: `nsa-fsa info` (what is here, and what can run), `nsa-fsa explain` (what a layer would run, and why),
-`nsa-fsa bench` (how long it takes, beside others) and `nsa-fsa crossover` (from which length on it is faster)."""
+"""The command line: `nsa-fsa info` (what is here, and what can run), `nsa-fsa explain` (what a
+layer would run, and why), `nsa-fsa bench` (how long it takes, beside full attention) and
+`nsa-fsa crossover` (from which length on it is faster)."""
 
 import importlib.metadata
+import os
 import platform
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -13,7 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 import nsa_fsa
-from nsa_fsa.benchmarking import app as benchmark
+from nsa_fsa.benchmarking.cases import PASSES, Case
+from nsa_fsa.benchmarking.implementations import FULL_ATTENTION, NSA_CORE, NSA_LAYER
+from nsa_fsa.benchmarking.meter import CudaMeter
+from nsa_fsa.benchmarking.results import Results
+from nsa_fsa.benchmarking.runs import LENGTHS, Bench
 from nsa_fsa.config import PRESETS, NSAConfig
 from nsa_fsa.modules.explain import GPUS
 from nsa_fsa.modules.fused import quack_kernels
@@ -28,9 +34,25 @@ OPERATORS = (
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
-app.add_typer(benchmark.app, name="bench")
-app.command()(benchmark.crossover)
 console = Console()
+
+# Options that several commands have.
+Config = Annotated[
+    Path | None,
+    typer.Option(exists=True, dir_okay=False, help="YAML of an NSAConfig, as in configs/."),
+]
+Preset = Annotated[str | None, typer.Option(help=f"Of {', '.join(PRESETS)}. Default: fsa-64x16.")]
+Heads = Annotated[int | None, typer.Option(min=1, help="Query heads. Default: 32.")]
+HeadDim = Annotated[int | None, typer.Option(min=1, help="Head width. Default: 128.")]
+KvHeads = Annotated[list[int] | None, typer.Option(min=1, help="KV heads; repeat. Default: 8.")]
+HalfDtype = Annotated[str, typer.Option(help="Of bfloat16, float16.")]
+Milliseconds = Annotated[float, typer.Option(min=0, help="Of each measurement; at least 5 runs.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**62, help="Of all random inputs.")]
+Output = Annotated[Path, typer.Option(file_okay=False, help="Where the JSON goes.")]
+IMPLEMENTATIONS = {x.name: x for x in (NSA_CORE, NSA_LAYER)} | FULL_ATTENTION
+HALF = ("bfloat16", "float16")
+MAX_TOKENS = 2**31 - 1  # as far as the int32 of cu_seqlens counts
+RESULTS = Path("nsa_fsa_results")
 
 
 def version(package: str) -> str:
@@ -83,47 +105,229 @@ def info() -> None:
     console.print(table)
 
 
+def chosen(value: str, allowed: Any, option: str) -> str:
+    if value not in allowed:
+        message = f"{value!r} is not known: allowed are {', '.join(allowed)}."
+        raise typer.BadParameter(message, param_hint=option)
+    return value
+
+
+def layer_of(
+    config: Path | None,
+    preset: str | None,
+    heads: int | None,
+    kv_heads: int | None,
+    width: int | None,
+) -> NSAConfig:
+    """The layer that the options describe; a wrong one ends the program with its reason."""
+    given = {"--preset": preset, "--heads": heads, "--kv-heads": kv_heads, "--head-dim": width}
+    without_effect = [name for name, x in given.items() if x is not None and config is not None]
+    if without_effect:
+        options = f"{', '.join(without_effect)} would have no effect. Fix: leave either out."
+        message = f"{config} says all of the layer, so {options}"
+        raise typer.BadParameter(message, param_hint="--config")
+    heads, width = heads or 32, width or 128
+    sizes = dict(hidden_size=heads * width, num_heads=heads, num_kv_heads=kv_heads or 8)
+    try:
+        if config is not None:
+            return NSAConfig.from_yaml(config)
+        return NSAConfig.from_dict({"preset": preset or "fsa-64x16", **sizes, "head_dim": width})
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+
+
 @app.command()
 def explain(
-    tokens: Annotated[int, typer.Option(min=1, help="Packed tokens: the sum of all sequences.")] = 8192,
-    config: Annotated[
-        Path | None, typer.Option(exists=True, dir_okay=False, help="YAML of an NSAConfig, as in configs/.")
-    ] = None,
-    preset: Annotated[str | None, typer.Option(help=f"Of {', '.join(PRESETS)}. Default: fsa-64x16.")] = None,
-    heads: Annotated[int | None, typer.Option(min=1, help="Query heads. Default: 32.")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="Packed tokens of all sequences.")] = 8192,
+    config: Config = None,
+    preset: Preset = None,
+    heads: Heads = None,
     kv_heads: Annotated[int | None, typer.Option(min=1, help="KV heads. Default: 8.")] = None,
-    head_dim: Annotated[int | None, typer.Option(min=1, help="Head width. Default: 128.")] = None,
+    head_dim: HeadDim = None,
     dtype: Annotated[str, typer.Option(help=f"Of {', '.join(DTYPES)}.")] = "bfloat16",
-    device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: the GPU where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cuda or cpu. Default: a GPU if any.")] = None,
     gpu: Annotated[
-        str | None, typer.Option("--for", help=f"What would run on another machine's GPU: of {', '.join(GPUS)}, or sm_90, ...")
+        str | None,
+        typer.Option("--for", help=f"As on another GPU: of {', '.join(GPUS)}, or sm_90, ..."),
     ] = None,
 ) -> None:
     """What every operator of a layer would run, and why. Runs nothing and takes no memory.
 
     The layer is that of --config, or is made of --preset, --heads, --kv-heads and --head-dim.
     """
-    if dtype not in DTYPES:
-        raise typer.BadParameter(f"{dtype!r} is not known: allowed are {', '.join(DTYPES)}.", param_hint="--dtype")
-    given = {"--preset": preset, "--heads": heads, "--kv-heads": kv_heads, "--head-dim": head_dim}
-    without_effect = [option for option, value in given.items() if value is not None and config is not None]
-    if without_effect:
-        raise typer.BadParameter(
-            f"{config} says all of the layer, so {', '.join(without_effect)} would have no effect. Fix: leave either out.",
-            param_hint="--config",
-        )
-    heads, head_dim = heads or 32, head_dim or 128
-    sizes = dict(hidden_size=heads * head_dim, num_heads=heads, num_kv_heads=kv_heads or 8, head_dim=head_dim)
+    chosen(dtype, DTYPES, "--dtype")
+    layer = layer_of(config, preset, heads, kv_heads, head_dim)
     try:
-        layer = (
-            NSAConfig.from_dict({"preset": preset or "fsa-64x16", **sizes}) if config is None else NSAConfig.from_yaml(config)
-        )
         found = nsa_fsa.explain(layer, tokens, dtype=DTYPES[dtype], device=device, gpu=gpu)
     except (ValueError, RuntimeError) as error:
         raise typer.BadParameter(str(error)) from error
     shape = f"{layer.num_heads} query heads of {layer.head_dim}, {layer.num_kv_heads} KV heads"
     console.print(f"{tokens:,} tokens, {shape}, {dtype}:", highlight=False)
     console.print(escape(str(found)), highlight=False, soft_wrap=True)
+
+
+def need_a_gpu() -> None:
+    """Ends the program with the reason where there is nothing to time."""
+    reason = None
+    if not torch.cuda.is_available():
+        reason = f"PyTorch {torch.__version__} sees no CUDA GPU"
+    elif os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        reason = "TRITON_INTERPRET is set, so the kernels would run on the CPU"
+    if reason is not None:
+        text = f"The benchmark times kernels on a CUDA GPU, and cannot run here: {reason}."
+        console.print(text, style="red", highlight=False)
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=1, max=MAX_TOKENS, help="Repeat. Default: 8192, 32768, 65536."),
+    ] = None,
+    config: Config = None,
+    preset: Preset = None,
+    heads: Heads = None,
+    kv_heads: KvHeads = None,
+    head_dim: HeadDim = None,
+    dtype: HalfDtype = "bfloat16",
+    implementation: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Of {', '.join(IMPLEMENTATIONS)}; repeat. Default: all."),
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--pass", help=f"Of {', '.join(PASSES)}; repeat. Default: all."),
+    ] = None,
+    milliseconds: Milliseconds = 300.0,
+    seed: Seed = 0,
+    output: Output = RESULTS,
+) -> None:
+    """How long NSA takes here, beside full attention: its core, from q, k, v, compressed k and v
+    and gates to o, and the whole layer. Every result is checked first; one sequence.
+
+    The sizes are those of --config, or of --preset, --heads, --kv-heads and --head-dim.
+    """
+    names = implementation or list(IMPLEMENTATIONS)
+    timed = [IMPLEMENTATIONS[chosen(x, IMPLEMENTATIONS, "--implementation")] for x in names]
+    passes = [chosen(x, PASSES, "--pass") for x in only or PASSES]
+    shapes: list[Any] = kv_heads or [None]
+    layers = [layer_of(config, preset, heads, x, head_dim) for x in shapes]
+    kind = DTYPES[chosen(dtype, HALF, "--dtype")]
+    need_a_gpu()
+    meter = CudaMeter(milliseconds)
+    results = Results(output, "bench", meter.method)
+    for layer in layers:
+        for length in tokens or (8192, 32768, 65536):
+            case = Case(layer, length, kind, seed=seed)
+            for by in timed:
+                Bench(meter, results, console).measure(case, by, passes)
+    console.print(bench_table(results.document))
+    console.print(f"Results: {results.path}")
+
+
+@app.command()
+def crossover(
+    config: Config = None,
+    preset: Preset = None,
+    heads: Heads = None,
+    kv_heads: KvHeads = None,
+    head_dim: HeadDim = None,
+    dtype: HalfDtype = "bfloat16",
+    against: Annotated[
+        str | None,
+        typer.Option(help=f"Of {', '.join(FULL_ATTENTION)}. Default: the first that can run here."),
+    ] = None,
+    milliseconds: Milliseconds = 100.0,
+    seed: Seed = 0,
+    output: Output = RESULTS,
+) -> None:
+    """From which sequence length on NSA's core is faster than full attention, for the forward and
+    for both passes.
+
+    The sizes are those of --config, or of --preset, --heads, --kv-heads and --head-dim.
+    """
+    full = chosen(against or first_peer(), FULL_ATTENTION, "--against")
+    shapes: list[Any] = kv_heads or [None]
+    layers = [layer_of(config, preset, heads, x, head_dim) for x in shapes]
+    kind = DTYPES[chosen(dtype, HALF, "--dtype")]
+    need_a_gpu()
+    meter = CudaMeter(milliseconds)
+    results = Results(output, "crossover", meter.method)
+    for layer in layers:
+        case = Case(layer, LENGTHS[0], kind, seed=seed)
+        Bench(meter, results, console).crossover(case, FULL_ATTENTION[full])
+    console.print(crossover_table(results.document))
+    console.print(f"Results: {results.path}")
+
+
+def first_peer() -> str:
+    reason = backends.available("sliding_window_attention")["flash_attn_4"]
+    if reason is not None:
+        console.print(f"Against cuDNN, because {reason}.", style="yellow", markup=False)
+    return "cudnn" if reason else "flash_attn_4"
+
+
+def table_of(title: str, caption: str, left: tuple[str, ...], *right: str) -> Table:
+    table = Table(title=title, caption=caption)
+    for heading in left:
+        table.add_column(heading)
+    for heading in right:
+        table.add_column(heading, justify="right")
+    return table
+
+
+def bench_table(document: dict[str, Any]) -> Table:
+    """A line for each implementation and case."""
+    lines: dict[tuple[Any, ...], dict[str, dict[str, Any]]] = {}
+    for row in document["rows"]:
+        place = row["num_heads"], row["num_heads"] // row["group_size"], row["num_tokens"]
+        lines.setdefault((*place, row["label"]), {})[row["pass"]] = row
+    table = table_of(
+        f"One sequence, {document['gpu']}",
+        "ms: median. memory: GiB beyond the inputs at the peak of both passes. host: ms until the "
+        "call of the forward and of the backward returns.",
+        ("heads / KV", "tokens", "what"), "forward ms", "backward ms", "both ms", "memory", "host",
+    )  # fmt: skip
+    before = None
+    for (heads, kv_heads, tokens, label), passes in lines.items():
+        if before not in (None, (heads, kv_heads, tokens)):
+            table.add_section()
+        before = heads, kv_heads, tokens
+        times = (number(passes.get(name), "ms") for name in PASSES)
+        host = " / ".join(number(passes.get(name), "host_ms") for name in PASSES[:2])
+        memory = number(passes.get("forward_backward"), "extra_gib")
+        table.add_row(f"{heads} / {kv_heads}", f"{tokens:,}", label, *times, memory, host)
+    return table
+
+
+def number(row: dict[str, Any] | None, column: str) -> str:
+    """Three digits."""
+    if row is None:
+        return "-"
+    return f"{row[column]:,.0f}" if row[column] >= 100 else f"{row[column]:.3g}"
+
+
+def crossover_table(document: dict[str, Any]) -> Table:
+    table = table_of(
+        f"From which length on NSA's core is faster than full attention, {document['gpu']}",
+        "speed-up: time of full attention / time of the core.",
+        ("against", "heads / KV", "pass"), "faster from", "speed-up there", "at the longest length",
+    )  # fmt: skip
+    for entry in document.get("crossovers", []):
+        ratios, start = entry["ratios"], entry["tokens"]
+        shape = f"{entry['num_heads']} / {entry['num_heads'] // entry['group_size']}"
+        line = [entry["against"], shape, entry["pass"].replace("_", " + ")]
+        if not ratios:
+            table.add_row(*line, "not measured", "-", "-")
+            continue
+        longest = max(ratios)
+        first = f"{start or longest:,}"
+        first = f"never, up to {first}" if start is None else first
+        first += " or fewer" if start is not None and entry["slower_at"] is None else ""
+        there = "-" if start is None else f"{ratios[start]:.2f}x"
+        table.add_row(*line, first, there, f"{ratios[longest]:.2f}x at {longest:,}")
+    return table
 
 
 if __name__ == "__main__":

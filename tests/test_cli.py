@@ -1,7 +1,10 @@
 """The command line, as a user types it."""
 
+import dataclasses
+import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,8 +13,10 @@ from typer.testing import CliRunner
 
 import nsa_fsa
 from nsa_fsa import NativeSparseAttention, NSAConfig, cli
-from nsa_fsa.benchmarking import app as benchmark
+from nsa_fsa.benchmarking.cases import PASSES, Case
+from nsa_fsa.benchmarking.implementations import CUDNN, sdpa
 from nsa_fsa.ops.common import backends
+from tests.benchmarking.tools import FakeMeter
 
 ROOT = Path(__file__).parents[1]
 WIDE = {"COLUMNS": "300", "TERM": "dumb", "NO_COLOR": "1"}
@@ -44,12 +49,6 @@ def test_pictures_are_no_concern_of_info_and_explain(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # not importable
     assert "torch" in run("info")
     assert "gated_combine" in run("explain", "--device", "cpu", "--tokens", "64")
-
-
-def test_bench_has_every_subject():
-    printed = run("bench", "--help")
-    for subject in ("selected", "selection", "compressed", "core"):
-        assert f" {subject} " in printed
 
 
 def test_info_knows_every_operator():
@@ -150,34 +149,137 @@ def test_explain_what_an_old_or_wrongly_asked_gpu_would_run():
     assert "not triton: q has dtype torch.float64" in run("explain", "--for", "h100", "--dtype", "float64")
 
 
+# bench and crossover
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("core", "--tokens", "-1"), "Invalid value for '--tokens'"),
-        (("selected", "--tokens", "0"), "Invalid value for '--tokens'"),
-        (("compressed", "--tokens", str(2**31)), "Invalid value for '--tokens'"),
-        (("selection", "--group", "0"), "Invalid value for '--group'"),
-        (("core", "--group", "3"), "3 does not divide --heads 64"),
-        (("core", "--head-dim", "-8"), "Invalid value for '--head-dim'"),
-        (("core", "--output", __file__), "Invalid value for '--output'"),
-        (("core", "--heads", "0"), "Invalid value for '--heads'"),
-        (("core", "--blocks", "0x16"), "'0x16' is not of the form 64x16"),
-        (("core", "--blocks", "24x16"), "block_size=24 is not allowed: it must be a multiple of kernel_stride=16"),
-        (("selected", "--blocks", "64x2"), "num_selected_blocks=2 is not allowed"),
-        (("selected", "--memory", "--budget", "-1"), "Invalid value for '--budget'"),
-        (("core", "--milliseconds", "-1"), "Invalid value for '--milliseconds'"),
-        (("core", "--seed", str(2**63)), "Invalid value for '--seed'"),
+        (("bench", "--tokens", "-1"), "Invalid value for '--tokens'"),
+        (("bench", "--tokens", str(2**31)), "Invalid value for '--tokens'"),
+        (("bench", "--kv-heads", "3"), "num_kv_heads=3 is not allowed: it must be a divisor of num_heads=32"),
+        (("bench", "--kv-heads", "0"), "Invalid value for '--kv-heads'"),
+        (("bench", "--head-dim", "-8"), "Invalid value for '--head-dim'"),
+        (("bench", "--heads", "0"), "Invalid value for '--heads'"),
+        (("bench", "--preset", "magic"), "allowed are ('fsa-64x16'"),
+        (("bench", "--config", "nowhere.yaml"), "does not exist"),
+        (("bench", "--config", str(ROOT / "configs/llama3-8b.yaml"), "--kv-heads", "4"), "--kv-heads would have no effect"),
+        (("bench", "--dtype", "float32"), "'float32' is not known: allowed are bfloat16, float16"),
+        (("bench", "--implementation", "magic"), "'magic' is not known: allowed are nsa_fsa, nsa_layer, flash_attn_4, cudnn"),
+        (("bench", "--pass", "sideways"), "'sideways' is not known: allowed are forward, backward, forward_backward"),
+        (("bench", "--milliseconds", "-1"), "Invalid value for '--milliseconds'"),
+        (("bench", "--seed", str(2**63)), "Invalid value for '--seed'"),
+        (("bench", "--output", __file__), "Invalid value for '--output'"),
+        (("crossover", "--kv-heads", "5"), "it must be a divisor of num_heads=32"),
+        (("crossover", "--head-dim", "0"), "Invalid value for '--head-dim'"),
+        (("crossover", "--against", "magic"), "'magic' is not known: allowed are flash_attn_4, cudnn"),
+        (("crossover", "--dtype", "float64"), "'float64' is not known: allowed are bfloat16, float16"),
+    ],
+)  # fmt: skip
+def test_wrong_sizes_are_explained_before_a_gpu_is_looked_for(arguments, said, monkeypatch):
+    monkeypatch.setattr(cli, "need_a_gpu", lambda: pytest.fail("the arguments were taken"))
+    assert said in told(*arguments)
+
+
+@pytest.mark.parametrize("command", ["bench", "crossover"])
+def test_without_a_gpu_there_is_nothing_to_time(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    printed = " ".join(run(command, f"--output={tmp_path}", code=1).split())
+    assert "cannot run here: PyTorch" in printed
+    assert "sees no CUDA GPU" in printed
+    assert not list(tmp_path.iterdir())
+
+
+def test_interpreted_kernels_are_not_timed(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "TRITON_INTERPRET is set" in run("bench", code=1)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine that seems to have one, on which full attention is PyTorch's own."""
+    monkeypatch.setattr(cli, "need_a_gpu", lambda: None)
+    monkeypatch.setattr(cli, "CudaMeter", FakeMeter)
+    monkeypatch.setattr(cli, "Case", partial(Case, device="cpu"))
+    math = dataclasses.replace(CUDNN, function=partial(sdpa, backend="MATH"))
+    monkeypatch.setitem(cli.FULL_ATTENTION, "cudnn", math)
+    monkeypatch.setitem(cli.IMPLEMENTATIONS, "cudnn", math)
+    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the file is named after the GPU
+    monkeypatch.setattr(cli, "LENGTHS", (64,))
+    monkeypatch.setattr("nsa_fsa.benchmarking.runs.Bench.crossover.__defaults__", ((64, 128),))
+
+
+SIZES = ("--heads=4", "--head-dim=16", "--preset=tiny", "--seed=3")
+
+
+def test_bench(gpu, tmp_path):
+    """The whole command, in 16 bits: checked, timed, printed, written."""
+    options = (*SIZES, "--kv-heads=1", "--kv-heads=4", "--tokens=96", f"--output={tmp_path}")
+    printed = run("bench", *options)
+    document = json.loads((tmp_path / "bench_none.json").read_text())
+    rows = document["rows"]
+    assert {(r["implementation"], r["group_size"], r["pass"]) for r in rows} == {
+        (name, g, p) for name in ("nsa_fsa", "nsa_layer", "cudnn") for g in (1, 4) for p in PASSES
+    }
+    assert {(r["num_tokens"], r["dtype"], r["block_size"]) for r in rows} == {(96, "bfloat16", 16), (96, "bfloat16", 0)}
+    assert all(0 < max(r["errors"].values()) < 0.02 for r in rows if r["implementation"] != "nsa_layer")
+    assert {x["implementation"] for x in document["not_timed"]} == {"flash_attn_4"}
+    for said in ("4 / 1", "4 / 4", "nsa_fsa, whole core", "nsa_fsa, whole layer", "full: cuDNN", "not timed: flash_attn_4"):
+        assert said in printed
+    assert "0.25 / 0.25" in printed
+
+
+def test_bench_takes_a_part_of_it(gpu, tmp_path):
+    path = str(ROOT / "configs" / "tiny-demo.yaml")
+    options = ("--implementation=nsa_fsa", "--pass=forward", "--dtype=float16", "--tokens=64", "--tokens=96")
+    run("bench", "--config", path, *options, f"--output={tmp_path}")
+    rows = json.loads((tmp_path / "bench_none.json").read_text())["rows"]
+    config = NSAConfig.from_yaml(path)
+    assert [(r["num_tokens"], r["pass"], r["dtype"]) for r in rows] == [(t, "forward", "float16") for t in (64, 96)]
+    assert {(r["num_heads"], r["block_size"]) for r in rows} == {(config.num_heads, config.block_size)}
+
+
+def test_crossover(gpu, tmp_path):
+    printed = run("crossover", *SIZES, "--kv-heads=2", f"--output={tmp_path}")
+    assert "Against cuDNN, because" in printed
+    document = json.loads((tmp_path / "crossover_none.json").read_text())
+    assert {(x["against"], x["pass"], x["tokens"]) for x in document["crossovers"]} == {
+        ("cudnn", "forward", 64), ("cudnn", "forward_backward", 64),
+    }  # fmt: skip
+    assert "64 or fewer" in printed
+    assert "4 / 2" in printed
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        (dict(ratios={1024: 0.5, 2048: 0.9}, tokens=None, slower_at=2048), "never, up to 2,048"),
+        (dict(ratios={1024: 0.5, 2048: 1.5}, tokens=2048, slower_at=1024), "2,048"),
+        (dict(ratios={1024: 1.5}, tokens=1024, slower_at=None), "1,024 or fewer"),
+        (dict(ratios={}, tokens=None, slower_at=None), "not measured"),
     ],
 )
-def test_bench_checks_before_it_looks_for_a_gpu(arguments, said, monkeypatch):
-    monkeypatch.setattr(benchmark, "need_a_gpu", lambda: pytest.fail("the arguments were taken"))
-    assert said in told("bench", *arguments)
+def test_where_the_core_begins_to_be_faster_is_said(entry, said):
+    entry |= {"against": "cudnn", "num_heads": 4, "group_size": 2, "pass": "forward"}
+    table = cli.crossover_table(dict(gpu="none", crossovers=[entry]))
+    assert next(iter(table.columns[3].cells)) == said
 
 
-def test_crossover_checks_too(monkeypatch):
-    monkeypatch.setattr(benchmark, "need_a_gpu", lambda: pytest.fail("the arguments were taken"))
-    assert "5 does not divide --heads 64" in told("crossover", "--group", "5")
-    assert "Invalid value for '--head-dim'" in told("crossover", "--head-dim", "0")
+@pytest.mark.gpu
+@pytest.mark.parametrize("command", ["bench", "crossover"])
+def test_on_a_gpu(command, tmp_path):
+    sizes = ("--heads=8", "--kv-heads=2", "--milliseconds=1", f"--output={tmp_path}")
+    sizes += ("--tokens=2048",) if command == "bench" else ()
+    line = [sys.executable, "-m", "nsa_fsa.cli", command, *sizes]
+    result = subprocess.run(line, capture_output=True, text=True, timeout=600, cwd=ROOT)
+    assert result.returncode == 0, result.stdout + result.stderr
+    document = json.loads(next(tmp_path.glob("*.json")).read_text())
+    measured = {(r["implementation"], r["pass"]) for r in document["rows"]}
+    names = ("nsa_fsa", "nsa_layer") if command == "bench" else ("nsa_fsa",)
+    passes = PASSES if command == "bench" else ("forward", "forward_backward")
+    assert {(name, p) for name in names for p in passes} <= measured, document["not_timed"]
 
 
 def test_the_command_itself():

@@ -85,6 +85,7 @@ def test_import_is_light(tmp_path):
     added = imported_by("import nsa_fsa", tmp_path) - imported_by("import torch", tmp_path)
     assert "nsa_fsa" in added
     heavy = {"transformers", "flash_attn", "matplotlib", "peft", "typer", "yaml", "triton", "accelerate"}
+    heavy |= {"pandas", "seaborn"}
     assert not added & heavy, f"import nsa_fsa imports {sorted(added & heavy)}"
 
 
@@ -92,6 +93,13 @@ def test_import_leaves_the_command_line_and_the_benchmark_alone(tmp_path):
     code = "import nsa_fsa, nsa_fsa.ops\nprint(*sys.modules)"
     loaded = set(run_python(code, tmp_path).split())
     assert not {"nsa_fsa.benchmarking", "nsa_fsa.cli"} & loaded
+
+
+def test_the_command_line_needs_nothing_of_the_extras(tmp_path):
+    """pandas and seaborn are of benchmarks/ in a checkout alone."""
+    blocked = ("pandas", "seaborn", "matplotlib", "transformers")
+    code = "import nsa_fsa.cli\nprint('pandas' in sys.modules)"
+    assert run_python(code, tmp_path, blocked=blocked) == "False\n"
 
 
 def test_patch_model_without_transformers_names_the_extra(tmp_path):

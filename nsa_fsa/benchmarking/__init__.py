@@ -1,1 +1,2 @@
-"""What `nsa-fsa bench` is made of: settings, inputs, the implementations timed, the meter, results and pictures."""
+"""`nsa-fsa bench` and `nsa-fsa crossover`. What this package publishes is in benchmarks/ of its
+repository, which builds on these modules."""

@@ -1,165 +1,94 @@
-"""The result file: written after every measurement, so that an interrupted run keeps what it has.
+"""The result file: what was measured, with what, where and when."""
 
-schema, benchmark, gpu     what the file is about
-code                       commit, dirty, source_digest: the same for all of its rows
-runs                       one entry a run: date, command line, machine, ceilings, how it measured
-rows                       one measured pass of one implementation at one setting; `run` says which run
-selections                 mean overlap of neighbouring queries' selections, by setting; of selected attention
-not_timed                  what was left out, and why
-"""
-
+import functools
+import hashlib
+import importlib.metadata
 import json
 import os
+import platform
 import re
+import subprocess
 import sys
-from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from nsa_fsa.benchmarking.measure import Meter, code_version, machine
-from nsa_fsa.benchmarking.settings import Setting
+import torch
 
-SCHEMA = 1
-KEY = ("implementation", "variant", "pass", *Setting.__dataclass_fields__)
-WINDOWS = ("kernel_size", "kernel_stride", "window_size")  # also tell rows apart, where a benchmark has them
-REQUIRED = {
-    "document": {"schema", "benchmark", "gpu", "code", "runs", "rows", "selections", "not_timed"},
-    "code": {"commit", "commit_stated_by_hand", "dirty", "source_digest"},
-    "runs": {"date", "command", "machine", "peers", "ceilings", "method", "seed"},
-    "rows": {*KEY, "kind", "run"},
-    "selections": {*Setting.__dataclass_fields__, "overlap_all", "overlap_sparse", "visible_keys_mean"},
-    "not_timed": {"implementation", "reason"},
-}
+import nsa_fsa
+
+PACKAGE = Path(nsa_fsa.__file__).resolve().parent
 
 
-class CannotMerge(Exception):
-    """The file on disk does not belong together with this run."""
+def printed_by(command: str) -> str:
+    """What a command prints in the checkout; nothing where it cannot run."""
+    options: dict[str, Any] = dict(capture_output=True, text=True, timeout=30, cwd=PACKAGE.parent)
+    try:
+        return subprocess.run(command.split(), **options).stdout.strip()
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
 
 
-def slug(text: str) -> str:
-    """A file name from a GPU's name: "NVIDIA H200" becomes "nvidia_h200"."""
-    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
+def code_version() -> dict[str, Any]:
+    """The commit, whether the code differs from it, and a digest of the code. An installed package
+    may lie in someone else's repository, so that only a checkout asks git."""
+    digest, folders, commit, changes = hashlib.sha256(), [PACKAGE], "", ""
+    if (PACKAGE.parent / "pyproject.toml").exists():
+        folders.append(PACKAGE.parent / "benchmarks")
+        commit = printed_by("git rev-parse HEAD")
+        changes = printed_by("git status --porcelain -- nsa_fsa benchmarks :!benchmarks/results")
+    for path in sorted(path for folder in folders for path in folder.rglob("*.py")):
+        name = str(path.relative_to(PACKAGE.parent))
+        digest.update(name.encode() + b"\0" + path.read_bytes() + b"\0")
+    dirty = bool(changes) if commit else None
+    return dict(commit=commit or "unknown", dirty=dirty, source_digest=digest.hexdigest()[:16])
 
 
-def command_line(arguments: list[str]) -> str:
-    """The command, without where the results go, which nobody can repeat elsewhere."""
-    kept = [
-        x
-        for before, x in zip(["", *arguments], arguments, strict=False)
-        if not x.startswith("--output") and before != "--output"
-    ]
-    program = "nsa-fsa" if Path(kept[0]).stem in ("nsa-fsa", "cli") else f"python {kept[0]}"  # wherever it is installed
-    return " ".join([program, *kept[1:]])
+def command_line(program: str, *arguments: str) -> str:
+    """Without where the program is and where results go, which nobody can repeat elsewhere."""
+    kept = [y for x, y in zip(("", *arguments), arguments, strict=False) if x != "--output"]
+    module = Path(program).name == "__main__.py"
+    name = f"python -m {Path(program).parent.name}" if module else "nsa-fsa"
+    return " ".join([name, *(x for x in kept if not x.startswith("--output"))])
 
 
-def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
-    return *(row[name] for name in KEY), *(row.get(name) for name in WINDOWS)
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of every package; nsa_fsa itself may run from its source tree, not installed."""
+    installed = {x.name: x.version for x in importlib.metadata.distributions()}
+    return installed | {"nsa-fsa": nsa_fsa.__version__}
 
 
-def validate(document: dict[str, Any]) -> None:
-    """Raises ValueError for a document that lacks something, or has a row twice."""
-
-    def check(what: str, found: dict[str, Any]) -> None:
-        if missing := REQUIRED[what] - set(found):
-            raise ValueError(f"{what} lacks {sorted(missing)}: {found}")
-
-    check("document", document)
-    if document["schema"] != SCHEMA:
-        raise ValueError(f"schema {document['schema']}; this code reads {SCHEMA}.")
-    check("code", document["code"])
-    for part in ("runs", "rows", "selections", "not_timed"):
-        for entry in document[part]:
-            check(part, entry)
-    keys = [row_key(row) for row in document["rows"]]
-    if len(set(keys)) != len(keys):
-        raise ValueError("a row stands there twice.")
-    if any(not 0 <= row["run"] < len(document["runs"]) for row in document["rows"]):
-        raise ValueError("a row names a run that is not there.")
+def machine() -> dict[str, Any]:
+    gpu, packages = torch.cuda.is_available(), ("nsa-fsa", "torch", "triton", "flash-attn-4")
+    return dict(
+        gpu=torch.cuda.get_device_name() if gpu else "none",
+        driver=printed_by("nvidia-smi --query-gpu=driver_version --format=csv,noheader -i 0"),
+        cuda=torch.version.cuda,
+        cudnn=torch.backends.cudnn.version() if gpu else None,
+        python=platform.python_version(),
+        **{name: versions().get(name) for name in packages},
+        NSA_FSA_PROFILE=os.environ.get("NSA_FSA_PROFILE"),
+    )
 
 
 class Results:
-    """The rows of one benchmark on one GPU, on disk after every change."""
+    """The rows of one benchmark on one GPU, in a file that is written after every measurement."""
 
-    def __init__(
-        self, folder: Path, benchmark: str, meter: Meter, *, seed: int, peers: dict[str, str | None], merge: bool = False,
-        commit: str | None = None,
-    ) -> None:  # fmt: skip
+    def __init__(self, folder: Path, benchmark: str, method: dict[str, Any]) -> None:
         here = machine()
-        self.path = folder / f"{benchmark}_{slug(here['gpu'])}.json"
-        code = code_version(commit)
-        self.document: dict[str, Any] = dict(
-            schema=SCHEMA, benchmark=benchmark, gpu=here["gpu"], code=code, runs=[], rows=[], selections=[], not_timed=[]
-        )
-        if merge and self.path.exists():
-            self.document = self.joined(json.loads(self.path.read_text()), code)
-        self.ceilings = meter.ceilings()
-        self.document["runs"].append(
-            dict(
-                date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-                command=command_line(sys.argv),
-                machine=here,
-                peers=peers,
-                ceilings=self.ceilings,
-                method=meter.method,
-                seed=seed,
-            )
-        )
-        self.run = len(self.document["runs"]) - 1
+        gpu = re.sub(r"[^a-z0-9]+", "_", here["gpu"].lower()).strip("_")
+        self.path = folder / f"{benchmark}_{gpu}.json"
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        run = dict(date=date, command=command_line(*sys.argv), machine=here, method=method)
+        about = dict(schema=1, benchmark=benchmark, gpu=here["gpu"], code=code_version())
+        self.document: dict[str, Any] = dict(**about, runs=[run], rows=[], not_timed=[])
+
+    def add(self, part: str, **entry: Any) -> None:
+        """Adds to "rows", "not_timed" or another list, and says which run the entry is of."""
+        run = len(self.document["runs"]) - 1
+        self.document.setdefault(part, []).append(entry | dict(run=run))
         self.write()
-
-    def joined(self, document: dict[str, Any], code: dict[str, Any]) -> dict[str, Any]:
-        """The document on disk, if it was measured with the same code on the same GPU."""
-        validate(document)
-        for name, ours, theirs in (
-            ("GPU", self.document["gpu"], document["gpu"]),
-            ("commit", code["commit"], document["code"]["commit"]),
-            ("source digest", code["source_digest"], document["code"]["source_digest"]),
-        ):
-            if ours != theirs:
-                raise CannotMerge(
-                    f"{self.path} was measured with {name} {theirs}, and this run has {ours}: results of different code do "
-                    "not belong in one file. Fix: leave --merge out to replace the file, or choose another --output."
-                )
-        return document
-
-    def add_row(self, implementation: str, kind: str, name: str, setting: Setting, variant: str = "", **measured: Any) -> None:
-        """One measured pass; takes the place of an earlier measurement of the same."""
-        row = dict(implementation=implementation, kind=kind, variant=variant, **{"pass": name}, **asdict(setting), **measured)
-        row["run"] = self.run
-        self._replace("rows", row, (*KEY, *WINDOWS))
-        self._drop_reasons(row)
-        self.write()
-
-    def add_selection(self, setting: Setting, **facts: Any) -> None:
-        self._replace("selections", asdict(setting) | facts, tuple(Setting.__dataclass_fields__))
-        self.write()
-
-    def put(self, part: str, entries: list[dict[str, Any]]) -> None:
-        """What only this benchmark has, and follows from its rows."""
-        self.document[part] = entries
-        self.write()
-
-    def leave_out(self, implementation: str, reason: str, **where: Any) -> None:
-        entry = dict(implementation=implementation, reason=reason, **where)
-        if entry not in self.document["not_timed"]:
-            self.document["not_timed"].append(entry)
-            self.write()
-
-    def _drop_reasons(self, row: dict[str, Any]) -> None:
-        """What an earlier run left out is there now."""
-        about = [name for name in (*KEY, *WINDOWS, "kind") if name in row and name != "implementation"]
-        self.document["not_timed"] = [
-            entry
-            for entry in self.document["not_timed"]
-            if entry["implementation"] != row["implementation"]
-            or any(name in entry and entry[name] != row[name] for name in about)
-        ]
-
-    def _replace(self, part: str, entry: dict[str, Any], key: tuple[str, ...]) -> None:
-        entries = self.document[part]
-        entries[:] = [old for old in entries if any(old.get(name) != entry.get(name) for name in key)]
-        entries.append(entry)
 
     def write(self) -> None:
         """Through a second file, so that no interruption leaves half of one."""
