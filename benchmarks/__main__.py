@@ -1,0 +1,94 @@
+"""The command line: `python -m benchmarks run` and `python -m benchmarks pages`."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks import floors, pages, pictures, suites
+from benchmarks.published import FOLDER, GPU, SuiteResults, rows_of
+from nsa_fsa.benchmarking.meter import CudaMeter
+from nsa_fsa.benchmarking.runs import Bench
+from nsa_fsa.cli import need_a_gpu
+
+SUITES = suites.load()
+QUOTED = [name for name in SUITES if name != "ablations"]
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+console = Console(width=int(os.environ.get("COLUMNS", 160)))
+
+
+@app.command()
+def run(
+    suite: Annotated[
+        list[str] | None,
+        typer.Argument(help=f"Of {', '.join(SUITES)}. Default: all but ablations."),
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Only these lengths; repeat.")] = None,
+    group: Annotated[list[int] | None, typer.Option(help="Only these sizes; repeat.")] = None,
+    implementation: Annotated[list[str] | None, typer.Option(help="Only these; repeat.")] = None,
+    milliseconds: Annotated[float, typer.Option(min=0, help="Of each measurement.")] = 60.0,
+    seed: Annotated[int, typer.Option(min=0, max=2**62, help="Of all random inputs.")] = 0,
+    output: Annotated[Path, typer.Option(file_okay=False, help="Where the files go.")] = FOLDER,
+    merge: Annotated[bool, typer.Option("--merge", help="Add to files of the same code.")] = False,
+    commit: Annotated[str | None, typer.Option(help="Where git here does not know it.")] = None,
+) -> None:
+    """Measures suites on this machine's GPU, with the default of every choice (NSA_FSA_PROFILE=0),
+    and draws their pictures; then `pages`, if this is the GPU that the pages quote."""
+    only = dict(tokens=tokens, groups=group, implementations=implementation)
+    chosen = {name: narrowed(name, only) for name in suite or QUOTED}
+    need_a_gpu()
+    os.environ.setdefault("NSA_FSA_PROFILE", "0")
+    meter = CudaMeter(milliseconds)
+    ceilings = floors.ceilings(meter)
+    for name, grids in chosen.items():
+        rates = dict(ceilings=ceilings, seed=seed)
+        results = SuiteResults(output, name, meter, rates, merge=merge, commit=commit)
+        try:
+            suites.run(grids, Bench(meter, results, console), seed=seed)
+        finally:  # an interrupted run shows what it has
+            gpu = results.path.stem.removeprefix(f"{name}_")
+            if results.document["rows"]:
+                show(name, gpu, output)
+    if gpu == GPU and output == FOLDER:
+        pages.write()
+
+
+def narrowed(name: str, only: dict[str, list | None]) -> list[suites.Grid]:
+    """The grids of a suite with only what is asked for."""
+    if name not in SUITES:
+        raise typer.BadParameter(f"{name!r} is not known: allowed are {', '.join(SUITES)}.")
+    grids = []
+    for grid in SUITES[name]:
+        kept = {x: [y for y in grid[x] if y in wanted] for x, wanted in only.items() if wanted}
+        if all(kept.values()):
+            grids.append(grid | kept)
+    if not grids:
+        raise typer.BadParameter(f"nothing of {name} is left: suites.yaml says what it has.")
+    return grids
+
+
+def show(suite: str, gpu: str, folder: Path) -> None:
+    """Prints the medians of a file, and draws its pictures."""
+    rows = rows_of(suite, gpu, folder)
+    index = ["head_dim", "block_size", "selection", "num_tokens", "group_size", "implementation"]
+    wide = rows.pivot_table(index=index, columns="pass", values=["ms", "of_floor"])
+    console.print(wide.to_string(float_format="{:.3g}".format), markup=False, highlight=False)
+    for path in pictures.draw(suite, gpu, folder):
+        console.print(f"Picture: {path}")
+
+
+@app.command(name="pages")
+def write_pages() -> None:
+    """Writes the tables that README.md and docs/performance.md quote, and draws their pictures,
+    from what is in results/. Needs no GPU."""
+    for suite in SUITES:
+        if (FOLDER / f"{suite}_{GPU}.json").exists():
+            pictures.draw(suite)
+    for path in pages.write():
+        console.print(f"Written: {path}")
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,67 @@
+"""Runs what suites.yaml says."""
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from benchmarks.ablations import ABLATIONS
+from benchmarks.inputs import SuiteCase
+from benchmarks.operators import COMPRESSION, LOOP_ORDERS, PARTS, RECOMPUTING
+from benchmarks.peers import FLEX, FULL, PEERS
+from nsa_fsa.benchmarking.implementations import NSA_CORE
+from nsa_fsa.benchmarking.runs import Bench
+from nsa_fsa.config import NSAConfig
+
+IMPLEMENTATIONS = {
+    x.name: x
+    for x in (
+        NSA_CORE, RECOMPUTING, *PARTS, *COMPRESSION, *LOOP_ORDERS, *FULL, *PEERS, FLEX, *ABLATIONS
+    )
+}  # fmt: skip
+Grid = dict[str, Any]
+
+
+def load() -> dict[str, list[Grid]]:
+    """The suites by name, their grids complete."""
+    suites = yaml.safe_load(Path(__file__).with_name("suites.yaml").read_text())
+    defaults = suites.pop("defaults")
+    return {name: [defaults | grid for grid in grids] for name, grids in suites.items()}
+
+
+def cases(grid: Grid, device: str, seed: int = 0, **fields: Any) -> Iterator[SuiteCase]:
+    """fields: of NSAConfig, beside those that the grid has."""
+    axes = ("head_dim", "tokens", "blocks", "selection", "groups")
+    for width, tokens, blocks, selection, group in itertools.product(*(grid[x] for x in axes)):
+        block_size, number = map(int, blocks.split("x"))
+        heads = grid["heads"]
+        config = NSAConfig(
+            hidden_size=heads * width, num_heads=heads, num_kv_heads=heads // group, head_dim=width,
+            block_size=block_size, num_selected_blocks=number, **fields,
+        )  # fmt: skip
+        dtype = getattr(torch, grid["dtype"])
+        yield SuiteCase(config, tokens, dtype, device, seed, selection)
+
+
+def run(grids: list[Grid], bench: Bench, device: str = "cuda", **options: Any) -> None:
+    """Measures every case by every implementation; what reads no blocks once for all of them.
+
+    options: as for `cases`.
+    """
+    measured: list[dict[str, Any]] = []
+    for grid in grids:
+        implementations = [IMPLEMENTATIONS[name] for name in grid["implementations"]]
+        if grid.get("search"):
+            lengths = grid["tokens"]
+            for case in cases(grid | dict(tokens=lengths[:1]), device, **options):
+                for peer in implementations:
+                    bench.crossover(case, peer, lengths)
+            continue
+        for case in cases(grid, device, **options):
+            for by in implementations:
+                if (where := by.where(case)) not in measured:
+                    measured.append(where)
+                    bench.measure(case, by, grid["passes"])

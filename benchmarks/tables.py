@@ -1,0 +1,196 @@
+"""The tables that README.md and docs/performance.md quote, each from the files in results/."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from benchmarks import floors
+from benchmarks.published import read, rows_of
+
+GROUPS = (1, 4, 16)
+PARTS = {
+    "selected_attention": "selected attention",
+    "compressed_attention": "compressed attention",
+    "select_blocks": "block selection",
+    "sliding_window_attention": "sliding window",
+    "gated_combine": "gates",
+}
+PAPER = pd.read_csv(Path(__file__).with_name("fsa_paper_table7.csv"))
+
+
+def ms(value: float) -> str:
+    """Three digits."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:#.3g}"
+
+
+def both(forward: float, backward: float) -> str:
+    return f"{ms(forward)} / {ms(backward)}"
+
+
+def between(values: Iterable[float], form: str = ".0%", unit: str = "%") -> str:
+    """ "44 to 46%", or "45%": the range of some values, in one form."""
+    low, high = (f"{x:{form}}".removesuffix(unit) for x in (min(values), max(values)))
+    return f"{low}{unit}" if low == high else f"{low} to {high}{unit}"
+
+
+def times(rows: pd.DataFrame, *names: str) -> Any:
+    """Milliseconds by `names` and pass."""
+    return rows.set_index([*names, "pass"]).ms
+
+
+def speedups(suite: str) -> pd.DataFrame:
+    """The time of flash-attn 4 over that of NSA for both passes: a row a length, a column a G."""
+    rows = rows_of(suite)
+    rows = rows[rows["pass"] == "forward_backward"]
+    columns = ["implementation", "group_size"]
+    wide = rows.pivot_table(index="num_tokens", columns=columns, values="ms")
+    return wide["flash_attn_4"] / wide["nsa_fsa"]
+
+
+def against_full() -> pd.DataFrame:
+    """NSA beside flash-attn 4 at every length; the last column is the run of the crossover."""
+    rows = rows_of("core")
+    of = times(rows, "num_tokens", "group_size", "implementation")
+    here, again = speedups("core"), speedups("crossover")
+
+    def cell(tokens: int, group: int, name: str) -> str:
+        return both(*(of[tokens, group, name, x] for x in ("forward", "backward")))
+
+    def ratios(table: pd.DataFrame, tokens: int) -> str:
+        row = table.reindex(here.index).loc[tokens]
+        return ", ".join("-" if pd.isna(row[group]) else f"{row[group]:.2f}" for group in GROUPS)
+
+    return pd.DataFrame(
+        {
+            "tokens": f"{tokens:,}",
+            **{f"NSA, G = {group}": cell(tokens, group, "nsa_fsa") for group in GROUPS},
+            "flash-attn 4, G = 4": cell(tokens, 4, "flash_attn_4"),
+            "flash-attn 4 / NSA, both passes, G = 1, 4, 16": ratios(here, tokens),
+            "in another run": ratios(again, tokens),
+        }
+        for tokens in here.index
+    )
+
+
+def crossover() -> pd.DataFrame:
+    """From which length on NSA is faster than flash-attn 4."""
+    found = pd.DataFrame(read("crossover")["crossovers"])
+    names = {"forward_backward": "both passes", "forward": "forward alone"}
+    found["NSA is faster from"] = found["pass"].map(names)
+    found["tokens"] = found.tokens.map("{:,} tokens".format)
+    wide = found.pivot(index="NSA is faster from", columns="group_size", values="tokens")
+    return wide.rename(columns="G = {}".format).loc[[*names.values()]].reset_index()
+
+
+def shares() -> pd.DataFrame:
+    """Which part of the sum of all parts each part takes, and what that sum is of the whole."""
+    rows = rows_of("core_branches")
+    lines = []
+    for tokens, name in [(t, p) for t in (8192, 65536) for p in ("forward", "backward")]:
+        here = rows[(rows.num_tokens == tokens) & (rows["pass"] == name)]
+        wide = here.pivot(index="group_size", columns="implementation", values="ms")
+        parts = wide[[x for x in PARTS if x in wide]]
+        share = parts.div(parts.sum(axis=1), axis=0)
+        line = {"tokens": f"{tokens:,}", "pass": name}
+        line |= {y: between(share[x]) if x in share else "-" for x, y in PARTS.items()}
+        lines.append(line | {"all / whole": between(parts.sum(axis=1) / wide.nsa_fsa)})
+    return pd.DataFrame(lines)
+
+
+def of_floor() -> pd.DataFrame:
+    """Which part of its time each part's floor is."""
+    rows = rows_of("core_branches")
+    columns = [(t, p) for t in (65536, 8192) for p in ("forward", "backward")]
+    lines = []
+    for part, label in {**PARTS, "nsa_fsa": "the whole"}.items():
+        line = {"floor / time": label}
+        for tokens, name in columns:
+            here = rows[(rows.implementation == part) & (rows.num_tokens == tokens)]
+            values = here[here["pass"] == name].of_floor
+            line[f"{tokens:,}, {name}"] = between(values) if len(values) else "-"
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def rates() -> pd.DataFrame:
+    """The two rates that the floors are made of."""
+    found = read("core_branches")["runs"][0]["ceilings"]
+    product, copy = found["matmul_flop_per_s"] / 1e12, found["copy_bytes_per_s"] / 1e12
+    product, copy = f"{product:.0f} TFLOP/s", f"{copy:.2f} TB/s"
+    return pd.DataFrame([{"large bfloat16 product": product, "large copy": copy}])
+
+
+def table_7() -> pd.DataFrame:
+    """Seconds, beside those of the FSA paper."""
+    keys = ["block_size", "num_blocks", "group_size", "num_tokens"]
+    wide = rows_of("core_table7").pivot(index=keys, columns="pass", values="ms") / 1e3
+    lines = []
+    for cell in PAPER.merge(wide.reset_index(), on=keys).sort_values(keys).itertuples():
+        line: dict[str, Any] = {
+            "blocks": f"{cell.block_size} x {cell.num_blocks}",
+            "G": cell.group_size,
+            "tokens": f"{cell.num_tokens // 1024}K",
+        }
+        for name, label in (("forward", "forward"), ("forward_backward", "both passes")):
+            line[f"{label}: ours"] = f"{getattr(cell, name):.3f}"
+            for who in ("FSA", "NSA", "full"):
+                line[f"{label}: {who}"] = f"{getattr(cell, f'{who}_{name}'):.2f}"
+        gain = cell.FSA_forward_backward / cell.forward_backward
+        lines.append(line | {"FSA / ours": f"{gain:.1f}"})
+    return pd.DataFrame(lines)
+
+
+def memory() -> pd.DataFrame:
+    """The peak of both passes beside the tensors of full attention."""
+    rows = rows_of("core_memory")
+    rows = rows[rows["pass"] == "forward_backward"]
+    full = rows.apply(floors.full_attention_bytes, axis=1) / 2**30
+    names = rows.implementation + rows.get("variant", "")
+    recompute = names.str.contains("recompute|computes again")
+    return pd.DataFrame(
+        {
+            "tokens": rows.num_tokens.map("{:,}".format),
+            "kept": recompute.map({True: "`recompute` of all three branches", False: "everything"}),
+            "peak, GiB": rows.peak_gib.map("{:.1f}".format),
+            "full attention's tensors, GiB": full.map("{:.1f}".format),
+            "ratio": (rows.peak_gib / full).map("{:.2f}".format),
+            "both passes, ms": rows.ms.map("{:,.0f}".format),
+        }
+    )
+
+
+def how_fast() -> pd.DataFrame:
+    """README: the whole, its largest parts, and others, at 65,536 tokens."""
+    quoted = [
+        ("NSA, all of it", "core", "nsa_fsa"),
+        ("full attention, flash-attn 4", "core", "flash_attn_4"),
+        ("full attention, cuDNN", "core", "cudnn"),
+        ("compressed attention", "core_branches", "compressed_attention"),
+        ("the same by PyTorch's flex_attention", "compressed", "flex_attention"),
+        ("choosing 16 blocks of 64, no gradient", "selection", "select_blocks"),
+        ("selected attention, FSA's loop order: the default", "selected", "auto"),
+        ("selected attention, NSA's loop order", "selected", "triton_query_major"),
+    ]
+    lines = []
+    for label, suite, name in quoted:
+        rows = rows_of(suite)
+        inputs = rows.selection.isin(("independent", "random", "full")) & (rows.head_dim == 128)
+        rows = rows[inputs & rows.num_blocks.isin((0, 16)) & (rows.num_tokens == 65536)]
+        of = times(rows[rows.implementation == name], "group_size")
+        line = {"ms, forward / backward": label}
+        for group in GROUPS:
+            there = [ms(of[group, x]) for x in ("forward", "backward") if (group, x) in of]
+            line[f"G = {group}"] = " / ".join(there)
+        lines.append(line)
+    return pd.DataFrame(lines)
+
+
+def speed_up_ranges() -> pd.DataFrame:
+    """README: the speed-up of both passes, over all G and both runs."""
+    both_runs = pd.concat([speedups("core"), speedups("crossover")])
+    line = {"tokens": "flash-attn 4 / NSA, both passes"}
+    for tokens in (8192, 12288, 65536, 131072):
+        line[f"{tokens:,}"] = between(both_runs.loc[tokens].stack(), ".1f", "")
+    return pd.DataFrame([line])
