@@ -23,14 +23,14 @@ from nsa_fsa.benchmarking.runs import LENGTHS, Bench
 from nsa_fsa.config import PRESETS, NSAConfig
 from nsa_fsa.modules.explain import GPUS
 from nsa_fsa.modules.fused import quack_kernels
-from nsa_fsa.ops.common import backends
+from nsa_fsa.ops.common.backends import Backends
+from nsa_fsa.ops.compression.operator import GATHER_BACKENDS, POOL_BACKENDS
+from nsa_fsa.ops.nsa_attention import OPERATORS as CORE_OPERATORS
+from nsa_fsa.ops.sliding_window_attention.flash_attention import FLASH_ATTN_4
 
 PACKAGES = ("torch", "triton", "flash-attn-4", "quack-kernels", "transformers")
 # In the order in which a layer calls them.
-OPERATORS = (
-    "pool_windows", "gather_windows", "compressed_attention", "select_blocks", "selected_attention",
-    "sliding_window_attention", "gated_combine",
-)  # fmt: skip
+OPERATORS: tuple[Backends[Any], ...] = (POOL_BACKENDS, GATHER_BACKENDS, *CORE_OPERATORS)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
@@ -99,8 +99,8 @@ def info() -> None:
     for heading in ("operator", "backend", "can run here"):
         table.add_column(heading)
     for operator in OPERATORS:
-        for name, reason in backends.available(operator).items():
-            table.add_row(operator, name, "yes" if reason is None else f"no: {escape(reason)}")
+        for name, reason in operator.available().items():
+            table.add_row(operator.operator, name, "yes" if reason is None else f"no: {escape(reason)}")
         table.add_section()
     console.print(table)
 
@@ -262,7 +262,7 @@ def crossover(
 
 
 def first_peer() -> str:
-    reason = backends.available("sliding_window_attention")["flash_attn_4"]
+    reason = FLASH_ATTN_4.unavailable()
     if reason is not None:
         console.print(f"Against cuDNN, because {reason}.", style="yellow", markup=False)
     return "cudnn" if reason else "flash_attn_4"

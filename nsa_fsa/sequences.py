@@ -3,14 +3,18 @@
 Everything here is tensor arithmetic on the device except `pack_batch`: only a mask or positions know its sizes.
 """
 
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nsa_fsa.checks import check_device, check_tensor, is_int
 
-class Layout(NamedTuple):
-    """Where the sequences of a packed batch lie; the arguments that every operator takes.
+Length = Annotated[int, "SymInt"]  # torch.compile makes no other graph for another one
+
+
+class Sequences(NamedTuple):
+    """Where the sequences of a packed batch lie: the arguments that every operator takes.
 
     Without a cache only `cu_seqlens` and `max_seqlen` are set, and queries and keys share their rows. With one, keys lie in
     a buffer: sequence b begins at row `cu_seqlens[b]`, only its first `seqused_k[b]` rows count, and its queries, rows
@@ -18,16 +22,86 @@ class Layout(NamedTuple):
     """
 
     cu_seqlens: Tensor  # int32 [B + 1]
-    max_seqlen: int  # an upper bound on the number of keys of one sequence
+    max_seqlen: Length  # an upper bound on the number of keys of one sequence
     cu_seqlens_q: Tensor | None = None  # int32 [B + 1]
     seqused_k: Tensor | None = None  # int32 [B]
+
+    @property
+    def shares_rows(self) -> bool:
+        """Whether queries and keys lie in the same rows, of which all are in use."""
+        return self.cu_seqlens_q is None and self.seqused_k is None
+
+    @property
+    def of_queries(self) -> Tensor:
+        """Where the sequences' queries begin, int32 `[B + 1]`."""
+        return self.cu_seqlens if self.cu_seqlens_q is None else self.cu_seqlens_q
+
+    def check(self, device: torch.device) -> "Sequences":
+        """Raises ValueError for wrong types, shapes or devices; returns itself. `check_values` looks at the numbers."""
+        cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k = self
+        if not (is_int(max_seqlen) and max_seqlen >= 0):
+            raise ValueError(
+                f"max_seqlen={max_seqlen!r:.100} must be a Python int >= 0, so that nothing is read back from the device. "
+                "Fix: pass the length you pack to, or int(lengths.max())."
+            )
+        check_tensor("cu_seqlens", cu_seqlens, "int32 [batch + 1]")
+        num_sequences = cu_seqlens.shape[0] - 1 if cu_seqlens.ndim == 1 else -1
+        for name, x, size in (
+            ("cu_seqlens", cu_seqlens, num_sequences + 1),
+            ("cu_seqlens_q", cu_seqlens_q, num_sequences + 1),
+            ("seqused_k", seqused_k, num_sequences),
+        ):
+            if x is None:
+                continue
+            shape = "[batch]" if name == "seqused_k" else "[batch + 1]"
+            check_tensor(name, x, f"int32 {shape}")
+            if x.dtype != torch.int32 or x.ndim != 1 or x.shape[0] != size or num_sequences < 0:
+                raise ValueError(
+                    f"{name} has dtype {x.dtype} and shape {tuple(x.shape)}; it must be int32 {shape}. "
+                    f"Fix: {name}.int(), one entry per sequence."
+                )
+            check_device(name, x, device)
+        return self
+
+    def check_values(self, num_queries: int, num_keys: int) -> None:
+        """Raises ValueError for numbers that do not fit so many rows; looks only where that is cheap, on the CPU."""
+        cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k = self
+        if cu_seqlens.device.type != "cpu":
+            return
+        if not _rises(cu_seqlens, num_keys):
+            raise ValueError(
+                f"cu_seqlens={cu_seqlens.tolist()} must rise from 0 to the number of key rows, {num_keys}. "
+                "Fix: 0, and after it the cumulative sum of the sequences' lengths."
+            )
+        if cu_seqlens_q is not None and not _rises(cu_seqlens_q, num_queries):
+            raise ValueError(
+                f"cu_seqlens_q={cu_seqlens_q.tolist()} must rise from 0 to the number of query rows, {num_queries}. "
+                "Fix: 0, and after it the cumulative sum of each sequence's number of queries."
+            )
+        lengths = cu_seqlens.long().diff()
+        if seqused_k is not None:
+            if bool(((seqused_k < 0) | (seqused_k > lengths)).any()):
+                raise ValueError(
+                    f"seqused_k={seqused_k.tolist()} must lie between 0 and the rows of each sequence, {lengths.tolist()}. "
+                    "Fix: leave it out where every row holds a key, or give the sequences more rows."
+                )
+            lengths = seqused_k
+        longest = int(lengths.max()) if len(lengths) else 0
+        if longest > max_seqlen:
+            raise ValueError(f"max_seqlen={max_seqlen} is less than the longest sequence, {longest}. Fix: raise it.")
+
+
+def _rises(starts: Tensor, end: int) -> bool:
+    """Whether numbers `[B + 1]` rise from 0 to `end`."""
+    starts = starts.long()
+    return bool((starts.diff() >= 0).all()) and int(starts[0]) == 0 and int(starts[-1]) == end
 
 
 class Packing(NamedTuple):
     """Where the real tokens of a batch `[B, S]` lie: found once, for every layer that the batch passes through."""
 
     rows: Tensor | None  # int64 [T], their rows in the flattened batch; None: all tokens are real
-    layout: Layout  # where the sequences lie among them
+    layout: Sequences  # where the sequences lie among them
     # bool [B, past + S]: which tokens are real. None if all are and no cache has to be compared with it; a chunk of several
     # tokens beside a cache always has it.
     mask: Tensor | None = None
@@ -51,9 +125,9 @@ def positions(cu_seqlens: Tensor, num_rows: int) -> Tensor:
     return torch.arange(num_rows, device=cu_seqlens.device) - cu_seqlens[sequence_ids(cu_seqlens, num_rows)]
 
 
-def uniform_layout(batch_size: int, length: int, device: torch.device) -> Layout:
+def uniform_layout(batch_size: int, length: int, device: torch.device) -> Sequences:
     """The layout of a `[B, S]` batch without padding."""
-    return Layout(torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length, length)
+    return Sequences(torch.arange(batch_size + 1, dtype=torch.int32, device=device) * length, length)
 
 
 def pack_batch(
@@ -111,7 +185,7 @@ def pack_batch(
     if packed:
         cu_seqlens = torch.cat((rank[_indices(starts, num_starts)] - 1, rank[-1:])).int()
     asked = seen.shape[1] > length > 1
-    return Packing(rows, Layout(cu_seqlens, max_seqlen), seen if asked or not all_seen else None, packed, not all_seen)
+    return Packing(rows, Sequences(cu_seqlens, max_seqlen), seen if asked or not all_seen else None, packed, not all_seen)
 
 
 def keep_padding(mask: Tensor) -> Packing:
@@ -121,7 +195,7 @@ def keep_padding(mask: Tensor) -> Packing:
     real = mask != 0
     lengths = real.sum(1)
     cu_seqlens = cu_seqlens_from_lengths(torch.cat((lengths, mask.shape[1] - lengths)))
-    return Packing((~real).flatten().argsort(stable=True), Layout(cu_seqlens, mask.shape[1]), real)
+    return Packing((~real).flatten().argsort(stable=True), Sequences(cu_seqlens, mask.shape[1]), real)
 
 
 def _starts(real: Tensor, position_ids: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nsa_fsa import checks
 from nsa_fsa.config import BRANCHES
 from nsa_fsa.modules.native_sparse_attention import Details, NativeSparseAttention, Record
-from nsa_fsa.ops.common import checks
 from nsa_fsa.reference import block_scores
 
 # Colour-blind safe (Okabe and Ito): orange, blue, green.

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from nsa_fsa import ops
-from nsa_fsa.ops.common import backends
+from nsa_fsa.ops.common.backends import Backend
+from nsa_fsa.ops.compression.operator import GATHER_BACKENDS, POOL_BACKENDS
+from nsa_fsa.ops.nsa_attention import OPERATORS
 from tests.oracle import windows
 
 
@@ -200,6 +202,7 @@ DIFFERENTIABLE = {
     "gather_windows": ("k",),
     "nsa_attention": ("q", "k", "v", "k_cmp", "v_cmp", "gate_logits"),
 }
+BACKENDS = {found.operator: found for found in (POOL_BACKENDS, GATHER_BACKENDS, *OPERATORS)}
 ATTENTIONS = ("compressed_attention", "selected_attention", "sliding_window_attention")
 
 
@@ -324,12 +327,26 @@ CHOOSERS = [("selected_attention", "triton"), ("sliding_window_attention", "flas
 def backends_of(operator):
     """The operator's backends as pytest parameters; one that cannot run here is skipped with its reason."""
     # The whole takes the name of any of its operators'; compressed attention has those that several share.
-    available = backends.available("compressed_attention" if operator == "nsa_attention" else operator)
+    available = BACKENDS["compressed_attention" if operator == "nsa_attention" else operator].available()
     return [
         pytest.param(name, marks=pytest.mark.skip(reason=reason) if reason else ())
         for name, reason in available.items()
         if (operator, name) not in CHOOSERS
     ]
+
+
+def prefer(monkeypatch, operator, backend):
+    """Adds a backend to an operator, before all others."""
+    monkeypatch.setattr(BACKENDS[operator], "by_name", {backend.name: backend, **BACKENDS[operator].by_name})
+
+
+class Impossible(Backend):
+    """A backend that cannot run here, and says why."""
+
+    name = "impossible"
+
+    def unavailable(self, device=None):
+        return "it needs a machine [from] the future"
 
 
 def operators_and_backends(*operators):

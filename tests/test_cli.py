@@ -15,8 +15,8 @@ import nsa_fsa
 from nsa_fsa import NativeSparseAttention, NSAConfig, cli
 from nsa_fsa.benchmarking.cases import PASSES, Case
 from nsa_fsa.benchmarking.implementations import CUDNN, sdpa
-from nsa_fsa.ops.common import backends
 from tests.benchmarking.tools import FakeMeter
+from tests.cases import DIFFERENTIABLE, Impossible, prefer
 
 ROOT = Path(__file__).parents[1]
 WIDE = {"COLUMNS": "300", "TERM": "dumb", "NO_COLOR": "1"}
@@ -34,14 +34,13 @@ def wide_console(monkeypatch):
 
 
 def test_info_lists_versions_and_every_backend_with_its_reason(monkeypatch):
-    impossible = backends.Backend("impossible", lambda: None, unavailable=lambda _: "it needs a machine [from] the future")
-    monkeypatch.setitem(backends._BACKENDS, "gated_combine", {"impossible": impossible, **backends._BACKENDS["gated_combine"]})
+    prefer(monkeypatch, "gated_combine", Impossible())
     printed = run("info")
     assert nsa_fsa.__version__ in printed
     assert torch.__version__.split("+")[0] in printed
     for operator in cli.OPERATORS:
-        for name, reason in backends.available(operator).items():
-            (line,) = (x for x in printed.splitlines() if f" {operator} " in x and f" {name} " in x)
+        for name, reason in operator.available().items():
+            (line,) = (x for x in printed.splitlines() if f" {operator.operator} " in x and f" {name} " in x)
             assert (" yes " if reason is None else f" no: {reason} ") in line
 
 
@@ -52,8 +51,8 @@ def test_pictures_are_no_concern_of_info_and_explain(monkeypatch):
 
 
 def test_info_knows_every_operator():
-    parts = {"block_scores", "branch_gradients"}  # of an operator in the table, not operators that a layer calls
-    assert set(cli.OPERATORS) | parts == set(backends._BACKENDS)
+    named = {operator.operator for operator in cli.OPERATORS}
+    assert named == {*DIFFERENTIABLE, "select_blocks"} - {"nsa_attention"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)

@@ -22,10 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nsa_fsa import checks
 from nsa_fsa.config import NSAConfig
-from nsa_fsa.ops import Layout
-from nsa_fsa.ops.common import checks
-from nsa_fsa.sequences import sequence_ids
+from nsa_fsa.sequences import Sequences, sequence_ids
 
 
 class KeyValues(NamedTuple):
@@ -43,7 +42,7 @@ class KeyValues(NamedTuple):
 
 Sources = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # k_src, v_src, cos, sin
 # (*sources, layout) -> (k_cmp, v_cmp)
-Compress = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Layout], tuple[Tensor, Tensor]]
+Compress = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Sequences], tuple[Tensor, Tensor]]
 
 
 class _Update(NamedTuple):
@@ -136,13 +135,13 @@ class NSACache:
                 f"{self.max_length}. Fix: a larger max_length, or None for a cache that grows."
             )
 
-    def next_positions(self, layout: Layout, num_rows: int) -> Tensor:
+    def next_positions(self, layout: Sequences, num_rows: int) -> Tensor:
         """The positions that `num_rows` new packed tokens will take, int64 `[num_rows]`."""
         return self._places(layout, num_rows)[1]
 
     def update(
-        self, new: KeyValues, layout: Layout, compress: Compress, rows: Tensor | None = None
-    ) -> tuple[KeyValues, Tensor, Tensor, Layout]:
+        self, new: KeyValues, layout: Sequences, compress: Compress, rows: Tensor | None = None
+    ) -> tuple[KeyValues, Tensor, Tensor, Sequences]:
         """Prepares to append a packed batch of new tokens; `commit` makes it last.
 
         Args:
@@ -190,7 +189,7 @@ class NSACache:
             sources = self._sources(buffers, first, width)
             if "recent" in buffers:  # it gets the new keys at the commit
                 _put(sources[0], (sequence * width + position - first[sequence],), new.k_src)
-            windows = Layout(_starts(lengths, width), width, seqused_k=(lengths - first).int())
+            windows = Sequences(_starts(lengths, width), width, seqused_k=(lengths - first).int())
             k_cmp, v_cmp = compress(*sources, windows)
         # Incomplete windows are written as well: nobody reads them before they are overwritten.
         window = torch.arange(min(windows.max_seqlen // stride, k_cmp.shape[0]), device=device)
@@ -206,7 +205,7 @@ class NSACache:
         k_swa, v_swa = ("k_swa", "v_swa") if self.config.kv_per_branch else ("k", "v")
         keys = KeyValues(flat["k"], flat["v"], flat[k_swa], flat[v_swa], new.k_src, new.v_src, new.cos, new.sin)
         starts = _starts(lengths, buffers["k"].shape[1])
-        everything = Layout(starts, num_tokens, layout.cu_seqlens, lengths.int())
+        everything = Sequences(starts, num_tokens, layout.cu_seqlens, lengths.int())
         return keys, flat["k_cmp"], flat["v_cmp"], everything
 
     def commit(self, needed_by_backward: bool) -> None:
@@ -252,13 +251,11 @@ class NSACache:
             ValueError: if there are not that many.
         """
         held = self.num_tokens
-        checks.require(
-            checks.is_int(num_removed) and 0 <= num_removed <= held,
-            lambda: (
+        if not (checks.is_int(num_removed) and 0 <= num_removed <= held):
+            raise ValueError(
                 f"num_removed={num_removed!r:.100} must be an int from 0 to the {held} tokens held. "
                 "Fix: crop(min(n, cache.num_tokens)), or reset() to take back all of them."
-            ),
-        )
+            )
         if num_removed == self.num_tokens:
             self.reset()
             return
@@ -319,7 +316,7 @@ class NSACache:
 
     # -- buffers -----------------------------------------------------------------------------------
 
-    def _places(self, layout: Layout, num_rows: int) -> tuple[Tensor, Tensor]:
+    def _places(self, layout: Sequences, num_rows: int) -> tuple[Tensor, Tensor]:
         """Sequence and position that `num_rows` new packed tokens will take, both int64 `[num_rows]`."""
         sequence = sequence_ids(layout.cu_seqlens, num_rows)
         position = torch.arange(num_rows, device=sequence.device) - layout.cu_seqlens[sequence]

@@ -3,18 +3,14 @@
 import torch
 from torch import Tensor
 
-from nsa_fsa.ops.common.checks import require
-
 
 def to_int32(name: str, x: Tensor) -> Tensor:
     """x, int32 or int64 of any shape, as int32."""
-    require(
-        isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64),
-        lambda: (
+    if not (isinstance(x, Tensor) and x.dtype in (torch.int32, torch.int64)):
+        raise ValueError(
             f"{name} is {x.dtype if isinstance(x, Tensor) else repr(x)[:100]}; it must be an int32 or int64 tensor. "
             f"Fix: torch.as_tensor(..., dtype=torch.int32) on the others' device."
-        ),
-    )
+        )
     return x.int()
 
 

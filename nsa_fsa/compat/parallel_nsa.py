@@ -9,21 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nsa_fsa.checks import check_device, check_ints, check_positive, check_rows, check_tensor
 from nsa_fsa.compat.integers import clamp_to_int32, to_int32
-from nsa_fsa.ops import Layout, compressed_attention, pool_windows, select_blocks, selected_attention, sliding_window_attention
-from nsa_fsa.ops.common import backends
-from nsa_fsa.ops.common.checks import (
-    check_attention,
-    check_device,
-    check_ints,
-    check_positive,
-    check_rows,
-    check_tensor,
-    default_scale,
-    require,
-)
+from nsa_fsa.ops import compressed_attention, pool_windows, select_blocks, selected_attention, sliding_window_attention
+from nsa_fsa.ops.common.backends import check_known
+from nsa_fsa.ops.common.calls import check_attention, default_scale
 from nsa_fsa.ops.nsa_attention import OPERATORS
-from nsa_fsa.sequences import uniform_layout
+from nsa_fsa.sequences import Sequences, uniform_layout
 
 
 def parallel_nsa(
@@ -89,12 +81,14 @@ def parallel_nsa(
     gates = {"g_cmp": g_cmp, "g_slc": g_slc, "g_swa": g_swa}
     _check(q, k, v, gates, block_indices, block_counts, block_size, window_size, head_first)
     scale = default_scale(q, scale)
-    backends.check_known(backend, "parallel_nsa", *OPERATORS)
+    check_known(backend, "parallel_nsa", *OPERATORS)
     batch_shape = q.shape[:2]
-    starts, max_seqlen, cu_seqlens_q, _ = _layout(q, k, cu_seqlens)
+    sequences = _layout(q, k, cu_seqlens)
+    starts, max_seqlen, cu_seqlens_q, _ = sequences
     options: dict[str, Any] = dict(cu_seqlens_q=cu_seqlens_q, scale=scale, backend=backend)
     q, k, v = (x.flatten(0, 1) for x in (q, k, v))  # [B * TQ, HQ, D], [B * TK, HKV, D], [B * TK, HKV, DV]
-    check_attention(q, k, v, starts, max_seqlen, cu_seqlens_q, None)  # under these names, before k becomes k_cmp
+    check_attention(q, k, v, sequences)  # under these names, before k becomes k_cmp
+    sequences.check(q.device)
     if isinstance(block_counts, Tensor):
         block_counts = clamp_to_int32("block_counts", block_counts, k.shape[0]).flatten(0, 1)  # [B * TQ, HKV]
     blocks: dict[str, Any] = dict(block_counts=block_counts if isinstance(block_counts, Tensor) else None)
@@ -123,21 +117,17 @@ def _check(
     block_counts: int | Tensor, block_size: int, window_size: int, head_first: bool,
 ) -> None:  # fmt: skip
     """Raises ValueError for what flattening would hide, and what only this convention has; the operators check the rest."""
-    require(
-        not head_first,
-        lambda: (
+    if head_first:
+        raise ValueError(
             f"head_first={head_first} is not supported. Fix: q.transpose(1, 2), and likewise k, v, gates and block indices."
-        ),
-    )
+        )
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_rows(name, x, 4, "[B, T, heads, head width]")
-    require(
-        q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3],
-        lambda: (
+    if not (q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3]):
+        raise ValueError(
             f"q, k and v have shapes {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}; they must be [B, TQ, HQ, D], "
             "[B, TK, HKV, D] and [B, TK, HKV, DV]. Fix: give all three one B, and make k and v from the same tokens and heads."
-        ),
-    )
+        )
     check_positive(block_size=block_size)
     check_ints(0, window_size=window_size)
     for name, gate in gates.items():
@@ -146,17 +136,15 @@ def _check(
             _check_shape(name, gate, "[B, TQ, HQ]", q.shape[:3])
             check_rows(name, gate, 3, "[B, TQ, HQ]")
             check_device(name, gate, q.device)
-    require(
-        window_size == 0 or gates["g_swa"] is not None,
-        lambda: f"window_size={window_size} needs g_swa, which is None. Fix: pass g_swa (ones for no gate), or window_size=0.",
-    )
-    require(
-        block_indices is not None or gates["g_cmp"] is not None,
-        lambda: (
+    if not (window_size == 0 or gates["g_swa"] is not None):
+        raise ValueError(
+            f"window_size={window_size} needs g_swa, which is None. Fix: pass g_swa (ones for no gate), or window_size=0."
+        )
+    if not (block_indices is not None or gates["g_cmp"] is not None):
+        raise ValueError(
             "block_indices and g_cmp are both None, so nothing says which blocks to read. Fix: pass block_indices, or g_cmp to "
             "choose them by compressed attention (zeros for its choice without its output)."
-        ),
-    )
+        )
     if block_indices is not None:
         check_tensor("block_indices", block_indices, "int32 or int64 [B, TQ, HKV, S]")
         _check_shape("block_indices", block_indices, "[B, TQ, HKV, S]", (*q.shape[:2], k.shape[2], *block_indices.shape[-1:]))
@@ -169,44 +157,37 @@ def _check(
 
 
 def _check_shape(name: str, x: Tensor, axes: str, shape: tuple[int, ...]) -> None:
-    require(x.shape == shape, lambda: f"{name} has shape {tuple(x.shape)}; it must be {axes}, here {tuple(shape)}.")
+    if x.shape != shape:
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {axes}, here {tuple(shape)}.")
 
 
-def _layout(q: Tensor, k: Tensor, cu_seqlens: Tensor | tuple[Tensor, Tensor] | None) -> Layout:
+def _layout(q: Tensor, k: Tensor, cu_seqlens: Tensor | tuple[Tensor, Tensor] | None) -> Sequences:
     """Where the sequences lie once B and T are one axis. No sequence is longer than TK: that bound needs no host sync."""
     (batch_size, num_queries), num_keys = q.shape[:2], k.shape[1]
     if cu_seqlens is None:
-        require(
-            num_queries <= num_keys,
-            lambda: (
+        if num_queries > num_keys:
+            raise ValueError(
                 f"q has {num_queries} positions and k has {num_keys}, but queries are the last positions of their sequence. "
                 "Fix: give keys and values of the whole sequence."
-            ),
-        )
+            )
         last = None if num_queries == num_keys else uniform_layout(batch_size, num_queries, q.device).cu_seqlens
-        return Layout(uniform_layout(batch_size, num_keys, k.device).cu_seqlens, num_keys, last)
-    require(
-        batch_size == 1,
-        lambda: f"cu_seqlens needs B = 1, but q has B = {batch_size}. Fix: x.flatten(0, 1)[None] for each input.",
-    )
+        return Sequences(uniform_layout(batch_size, num_keys, k.device).cu_seqlens, num_keys, last)
+    if batch_size != 1:
+        raise ValueError(f"cu_seqlens needs B = 1, but q has B = {batch_size}. Fix: x.flatten(0, 1)[None] for each input.")
     if isinstance(cu_seqlens, Tensor):
-        require(
-            num_queries == num_keys,
-            lambda: (
+        if num_queries != num_keys:
+            raise ValueError(
                 f"q has {num_queries} positions and k has {num_keys}, which one cu_seqlens cannot both describe. "
                 "Fix: cu_seqlens=(cu_seqlens_q, cu_seqlens_k)."
-            ),
-        )
-        return Layout(to_int32("cu_seqlens", cu_seqlens), num_keys)
-    require(
-        isinstance(cu_seqlens, (tuple, list)) and len(cu_seqlens) == 2,
-        lambda: (
+            )
+        return Sequences(to_int32("cu_seqlens", cu_seqlens), num_keys)
+    if not (isinstance(cu_seqlens, (tuple, list)) and len(cu_seqlens) == 2):
+        raise ValueError(
             f"cu_seqlens={cu_seqlens!r:.100} must be an int32 or int64 tensor [N + 1], or two of them in a tuple. "
             "Fix: torch.as_tensor(..., dtype=torch.int32), or (cu_seqlens_q, cu_seqlens_k)."
-        ),
-    )
+        )
     cu_seqlens_q, cu_seqlens_k = (to_int32("cu_seqlens", x) for x in cu_seqlens)
-    return Layout(cu_seqlens_k, num_keys, cu_seqlens_q)
+    return Sequences(cu_seqlens_k, num_keys, cu_seqlens_q)
 
 
 def _choose_blocks(

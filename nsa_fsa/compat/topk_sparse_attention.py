@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
+from nsa_fsa.checks import check_rows, check_tensor, is_finite_number
 from nsa_fsa.compat.integers import clamp_to_int32, to_int32
 from nsa_fsa.ops import selected_attention
-from nsa_fsa.ops.common.checks import check_rows, check_tensor, is_finite_number, require
 
 
 def topk_sparse_attention(
@@ -46,17 +46,13 @@ def topk_sparse_attention(
     for name, x, shape in (("q", q, "[T, HQ, D]"), ("k", k, "[T, HKV, D]")):
         check_rows(name, x, 3, shape)
     check_tensor("topk_idx", topk_idx, "int32 or int64 [HKV, T, T_sel]")
-    require(
-        softmax_scale is None or is_finite_number(softmax_scale),
-        lambda: f"softmax_scale={softmax_scale!r} must be a finite number. Fix: leave it out for D ** -0.5.",
-    )
-    require(
-        topk_idx.ndim == 3 and topk_idx.shape[:2] == (k.shape[1], q.shape[0]),
-        lambda: (
+    if not (softmax_scale is None or is_finite_number(softmax_scale)):
+        raise ValueError(f"softmax_scale={softmax_scale!r} must be a finite number. Fix: leave it out for D ** -0.5.")
+    if not (topk_idx.ndim == 3 and topk_idx.shape[:2] == (k.shape[1], q.shape[0])):
+        raise ValueError(
             f"topk_idx has shape {tuple(topk_idx.shape)}; it must be [HKV, T, T_sel] = [{k.shape[1]}, {q.shape[0]}, T_sel]. "
             "Fix: for indices [T, HKV, T_sel], use nsa_fsa.ops.selected_attention."
-        ),
-    )
+        )
     num_keys = k.shape[0]
     block_indices = clamp_to_int32("topk_idx", topk_idx, num_keys).transpose(0, 1)  # [T, HKV, T_sel]
     return selected_attention(

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from nsa_fsa import ops, reference
 from nsa_fsa.config import COMPRESSION_KINDS, NSAConfig
 from nsa_fsa.modules.start import assign
-from nsa_fsa.ops import Layout
-from nsa_fsa.ops.common import backends
+from nsa_fsa.ops.compression.operator import POOL_BACKENDS
+from nsa_fsa.sequences import Sequences
 
 POOLED = ("mean", "weighted")  # kinds that need no gathered windows
 
@@ -132,7 +132,7 @@ class Compressor(nn.Module):
     def __init__(self, config: NSAConfig, kind: str | nn.Module, head_dim: int, **factory) -> None:
         super().__init__()
         self.kernel_size, self.kernel_stride = config.kernel_size, config.kernel_stride
-        self.backend = backends.of_several("pool_windows", config.backend)  # gather_windows has the same
+        self.backend = POOL_BACKENDS.or_auto(config.backend)  # gather_windows has the same
         self.kind = None if isinstance(kind, nn.Module) else kind  # None: phi is the user's own
         self.phi: Any = kind if self.kind is None else _make_phi(config, self.kind, head_dim, **factory)
         if self.kind is not None:
@@ -163,7 +163,7 @@ class Compressor(nn.Module):
         find = getattr(self.phi, "get_base_layer", None)
         return getattr(self.phi if find is None else find(), "made_as", None)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+    def forward(self, x: Tensor, layout: Sequences) -> Tensor:
         sizes: dict[str, Any] = dict(kernel_size=self.kernel_size, kernel_stride=self.kernel_stride, seqused_k=layout.seqused_k)
         how = dict(cu_seqlens=layout.cu_seqlens, max_seqlen=layout.max_seqlen, backend=self.backend, **sizes)
         embedding = self.position_embedding

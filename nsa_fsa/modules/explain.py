@@ -11,8 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.modules.native_sparse_attention import NativeSparseAttention
-from nsa_fsa.ops.common import backends, profiler, triton_backends
+from nsa_fsa.ops.common import profiler, triton_backends
+from nsa_fsa.ops.common.backends import Backends
+from nsa_fsa.ops.common.calls import WORKSPACE_BYTES, Blocks, Windows, default_scale
+from nsa_fsa.ops.compression.operator import GATHER_BACKENDS, POOL_BACKENDS, GatherCall, PoolCall
+from nsa_fsa.ops.nsa_attention import OPERATORS, CoreCall
+from nsa_fsa.ops.selected_attention.operator import selected_key
 from nsa_fsa.ops.sliding_window_attention import flash_attention
+from nsa_fsa.sequences import Sequences
 
 # Compute capabilities (NVIDIA, "CUDA GPU Compute Capability").
 GPUS = {
@@ -84,7 +90,7 @@ def explain(
         where = torch.device("cuda") if gpu is not None else _present(device)
         _check_layer(config, num_tokens, dtype)
         calls = _calls(config, num_tokens, dtype, where)
-        return Explanation(tuple(_explain(operator, config.backend, *call) for operator, call in calls.items()))
+        return Explanation(tuple(_explain(operator, call) for operator, call in calls))
 
 
 def capability_of(gpu: str) -> tuple[int, int]:
@@ -130,70 +136,65 @@ def _check_layer(config: NSAConfig, num_tokens: int, dtype: torch.dtype) -> None
         raise ValueError(f"the layer cannot run with this config: {type(error).__name__}: {error}") from error
 
 
-def _calls(
-    config: NSAConfig, num_tokens: int, dtype: torch.dtype, device: torch.device
-) -> dict[str, tuple[tuple[Tensor, ...], dict[str, Any]]]:
-    """What the layer gives to the backends of each of its operators, in the order in which these run: tensors, which take no
-    memory, and the arguments that decide who can run them."""
-    heads, kv_heads, stride = config.num_heads, config.num_kv_heads, config.kernel_stride
+def _calls(config: NSAConfig, num_tokens: int, dtype: torch.dtype, device: torch.device) -> list[tuple[Backends[Any], Any]]:
+    """What the layer calls its operators with, in the order in which these run, on tensors that take no memory."""
+    c, stride = config, config.kernel_stride
     with FakeTensorMode():
 
         def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device)
 
-        q, k = new(num_tokens, heads, config.head_dim), new(num_tokens, kv_heads, config.head_dim)
-        v = new(num_tokens, kv_heads, config.v_head_dim)
-        k_cmp, v_cmp = (new(num_tokens // stride, kv_heads, x.shape[2]) for x in (k, v))
-        lse = new(num_tokens, heads, dtype=torch.float32)
-        block_indices = new(num_tokens, kv_heads, config.num_selected_blocks, dtype=torch.int32)
-        branches = [new(num_tokens, heads, config.v_head_dim) for _ in range(3)]
-        gates = new(num_tokens, heads, 3)
-    layout = dict(cu_seqlens_q=None, seqused_k=None, scale=config.scale)
-    windows = dict(kernel_size=config.kernel_size, kernel_stride=stride)
-    blocks = dict(block_size=config.block_size, init_blocks=config.init_blocks, local_blocks=config.local_blocks)
-    compressed = ((config.compress_k, k), (config.compress_v, v))
-    return {
-        **{  # where both are compressed alike, the wider one counts
-            "pool_windows" if kind in ("mean", "weighted") else "gather_windows": ((x,), dict(windows, seqused_k=None))
-            for kind, x in sorted(compressed, key=lambda pair: pair[1].shape[2])
-        },
-        "compressed_attention": ((q, k_cmp, v_cmp), dict(**layout, **windows)),
-        "select_blocks": (
-            (q, k_cmp, lse),
-            dict(**layout, **windows, **blocks, num_selected_blocks=config.num_selected_blocks),
-        ),
-        "selected_attention": ((q, k, v), dict(**layout, **blocks, block_indices=block_indices)),
-        "sliding_window_attention": ((q, k, v), dict(**layout, window_size=config.window_size)),
-        "gated_combine": ((gates, *branches), {}),
-    }
+        q, k, v = (
+            new(num_tokens, c.num_heads, c.head_dim),
+            *(new(num_tokens, c.num_kv_heads, x) for x in (c.head_dim, c.v_head_dim)),
+        )
+        k_cmp, v_cmp = (new(num_tokens // stride, c.num_kv_heads, x.shape[2]) for x in (k, v))
+        lse = new(num_tokens, c.num_heads, dtype=torch.float32)
+        block_indices = new(num_tokens, c.num_kv_heads, c.num_selected_blocks, dtype=torch.int32)
+        o = new(num_tokens, c.num_heads, c.v_head_dim)
+        gates = new(num_tokens, c.num_heads, 3)
+        cu_seqlens = new(2, dtype=torch.int32)
+    layout = Sequences(cu_seqlens, num_tokens)
+    windows, blocks = Windows(c.kernel_size, stride), Blocks(c.block_size, c.init_blocks, c.local_blocks)
+    core = CoreCall(
+        q, k, v, k_cmp, v_cmp, gates, None, None, layout, default_scale(q, c.scale), windows, blocks, c.num_selected_blocks,
+        c.window_size, WORKSPACE_BYTES, (), c.backend,
+    )  # fmt: skip
+    found: dict[str, tuple[Backends[Any], Any]] = {}
+    # Where both are compressed alike, the wider one counts.
+    for kind, x in sorted(((c.compress_k, k), (c.compress_v, v)), key=lambda pair: pair[1].shape[2]):
+        if kind in ("mean", "weighted"):
+            found["pool"] = (POOL_BACKENDS, PoolCall(x, layout, windows, POOL_BACKENDS.or_auto(c.backend), None))
+        else:
+            found["gather"] = (GATHER_BACKENDS, GatherCall(x, layout, windows, GATHER_BACKENDS.or_auto(c.backend)))
+    calls = (
+        core.compressed(), core.selection(lse), core.selected(block_indices, None), core.sliding(), core.combination(o, o, o),
+    )  # fmt: skip
+    return [*found.values(), *zip(OPERATORS, calls, strict=True)]
 
 
-def _explain(operator: str, name: str, tensors: tuple[Tensor, ...], arguments: dict[str, Any]) -> Choice:
-    name = backends.of_several(operator, name)
-    chosen = backends.resolve(operator, name, *tensors, **arguments).name
-    passed_over = backends.passed_over(operator, *tensors, **arguments) if name == "auto" else {}
+def _explain(operator: Backends[Any], call: Any) -> Choice:
+    chosen = operator.choose(call, warn=False).name
+    passed_over = operator.passed_over(call) if call.backend == "auto" else {}
     why = []
-    if name != "auto":
-        why.append(f"backend={name!r} was asked for")
-    if operator == "selected_attention" and chosen == "triton":
-        why.append(_measured(triton_backends.selected_key, tensors, arguments))
+    if call.backend != "auto":
+        why.append(f"backend={call.backend!r} was asked for")
+    if operator.operator == "selected_attention" and chosen == "triton":
+        why.append(_measured(selected_key, call))
     elif chosen == "flash_attention":
-        reasons = flash_attention.obstacles(*tensors, **arguments)
+        reasons = flash_attention.obstacles(call)
         libraries = [library for library, reason in reasons.items() if reason is None]
         passed_over.update({library: reason for library, reason in reasons.items() if reason is not None})
         one = f"{libraries[0]}, the only one that can run this"
-        why.append(one if len(libraries) == 1 else _measured(flash_attention.window_key, tensors, arguments, libraries))
-    return Choice(operator, chosen, "; ".join(why) or "the first that can run this", passed_over)
+        why.append(one if len(libraries) == 1 else _measured(flash_attention.window_key, call, libraries))
+    return Choice(operator.operator, chosen, "; ".join(why) or "the first that can run this", passed_over)
 
 
-def _measured(
-    key_of: Callable[..., str], tensors: tuple[Tensor, ...], arguments: dict[str, Any], among: Sequence[str] = ()
-) -> str:
+def _measured(key_of: Callable[..., str], call: Any, among: Sequence[str] = ()) -> str:
     """What runs in each pass: what the profiler has timed before, or else the default, which is the first of `among`."""
     found = []
     for direction in ("forward", "backward"):
-        key = key_of(*tensors, arguments, direction)
-        entry = None if triton_backends.ASSUMED.get() else profiler.known(key, tensors[0].device)
+        entry = None if triton_backends.ASSUMED.get() else profiler.known(key_of(call, direction), call.device)
         if entry is None or (among and entry["choice"] not in among):
             default = among[0] if among else "the default tiles"
             found.append(f"{direction}: {default}" + (", until it is first run and timed" if profiler.enabled() else ""))

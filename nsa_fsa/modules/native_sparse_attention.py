@@ -9,16 +9,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from nsa_fsa import checks
 from nsa_fsa.cache import KeyValues, NSACache
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.modules.compression import Compressor
 from nsa_fsa.modules.gating import BranchGate
 from nsa_fsa.modules.norm import normalize
 from nsa_fsa.modules.rotary import RotaryEmbedding, apply_rotary
-from nsa_fsa.ops import Branches, Layout, nsa_attention, window_starts
-from nsa_fsa.ops.common import backends, checks
+from nsa_fsa.ops import Branches, nsa_attention, window_starts
+from nsa_fsa.ops.common.backends import check_known
 from nsa_fsa.ops.nsa_attention import OPERATORS
-from nsa_fsa.sequences import Packing, pack_batch, positions, uniform_layout
+from nsa_fsa.sequences import Packing, Sequences, pack_batch, positions, uniform_layout
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
@@ -46,7 +47,7 @@ class Record(NamedTuple):
     layer_idx: int | None
     block_indices: Tensor  # int32 [T, HKV, T_sel]
     gates: Tensor  # [T, HQ or 1, 3], after the sigmoid
-    layout: Layout
+    layout: Sequences
     config: NSAConfig  # of the layer, in that forward
     inside: Inside | None = None  # for the recorder to look at; `nsa_fsa.visualization.record` does not keep it
     details: Details | None = None  # kept on request by `nsa_fsa.visualization.record`
@@ -100,9 +101,10 @@ class NativeSparseAttention(nn.Module):
     ) -> None:
         super().__init__()
         _check_modules(config, {"compressor_k": compressor_k, "compressor_v": compressor_v}, projections)
-        backends.check_known(config.backend, "NativeSparseAttention", *OPERATORS)
-        for operator in OPERATORS:  # is what was asked for there?
-            backends.resolve(operator, backends.of_several(operator, config.backend))
+        check_known(config.backend, "NativeSparseAttention", *OPERATORS)
+        for operator in OPERATORS:
+            if config.backend in operator.by_name:
+                operator.named(config.backend)  # it can run here
         self.config = config
         self.layer_idx = layer_idx
         factory: dict[str, Any] = dict(device=device, dtype=dtype)
@@ -216,7 +218,7 @@ class NativeSparseAttention(nn.Module):
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
         cache: NSACache | None,
-    ) -> tuple[Tensor | None, Layout]:
+    ) -> tuple[Tensor | None, Sequences]:
         """Rows of the flattened batch that hold real tokens (None: all of them), and where the sequences lie among those."""
         width = self.config.hidden_size
         checks.check_tensor("hidden_states", hidden_states, f"[B, S, {width}]")
@@ -242,8 +244,7 @@ class NativeSparseAttention(nn.Module):
                     f"is {'' if cache is None else 'not '}None. Fix: pass either cu_seqlens or a padded batch."
                 )
             max_seqlen = length if max_seqlen is None else max_seqlen
-            checks.check_layout(hidden_states.device, cu_seqlens, max_seqlen, None, None)
-            return None, Layout(cu_seqlens, max_seqlen)
+            return None, Sequences(cu_seqlens, max_seqlen).check(hidden_states.device)
         if cache is not None:
             cache.check_room(batch_size, length)
         if attention_mask is None:
@@ -285,7 +286,7 @@ class NativeSparseAttention(nn.Module):
         self,
         hidden_states: Tensor,
         rows: Tensor | None,
-        layout: Layout,
+        layout: Sequences,
         position_embeddings: tuple[Tensor, Tensor] | None,
         position_ids: Tensor | None,
         cache: NSACache | None,
@@ -352,7 +353,7 @@ class NativeSparseAttention(nn.Module):
         return KeyValues(k_slc, v[1], k_swa, v[2], k[0], v[0], cos, sin)
 
     def _compress(
-        self, k_src: Tensor, v_src: Tensor, cos: Tensor | None, sin: Tensor | None, layout: Layout
+        self, k_src: Tensor, v_src: Tensor, cos: Tensor | None, sin: Tensor | None, layout: Sequences
     ) -> tuple[Tensor, Tensor]:
         """Compressed keys and values of a packed batch; keys are rotated as their window's first position."""
         k_cmp = self.compress_k(k_src, layout).to(k_src.dtype)
@@ -404,7 +405,9 @@ def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
     return x if cos is None or sin is None else apply_rotary(x, cos, sin).to(x.dtype)
 
 
-def _beside_cache(packing: Packing, mask: Tensor | None, length: int, cache: NSACache | None) -> tuple[Tensor | None, Layout]:
+def _beside_cache(
+    packing: Packing, mask: Tensor | None, length: int, cache: NSACache | None
+) -> tuple[Tensor | None, Sequences]:
     """Rows and layout of new tokens, after the cache has hidden what their mask `[B, past + S]` hides of it."""
     if cache is None:
         return packing.rows, packing.layout
@@ -413,7 +416,7 @@ def _beside_cache(packing: Packing, mask: Tensor | None, length: int, cache: NSA
         cache.hide(mask[:, : mask.shape[1] - length])
     # A cache counts columns: as many as the batch is wide, however few of them hold real tokens. (Written out, because PyTorch
     # 2.11's compiler hands an empty tuple across a graph break for what `_replace` returns.)
-    return packing.rows, Layout(packing.layout.cu_seqlens, length)
+    return packing.rows, Sequences(packing.layout.cu_seqlens, length)
 
 
 def _take(x: Tensor, rows: Tensor | None) -> Tensor:

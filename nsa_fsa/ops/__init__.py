@@ -7,11 +7,9 @@ from nsa_fsa.ops.gated_combine.operator import gated_combine
 from nsa_fsa.ops.nsa_attention import Branches, nsa_attention
 from nsa_fsa.ops.selected_attention.operator import selected_attention
 from nsa_fsa.ops.sliding_window_attention.operator import sliding_window_attention
-from nsa_fsa.sequences import Layout
 
 __all__ = [
     "Branches",
-    "Layout",
     "compressed_attention",
     "gated_combine",
     "gather_windows",

@@ -5,19 +5,50 @@ place. A branch's gradients never see a gated copy of the output's: see `nsa_fsa
 """
 
 from collections.abc import Collection
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from nsa_fsa.checks import check_positive, check_rows
 from nsa_fsa.config import BRANCHES
-from nsa_fsa.ops.block_selection.operator import check_blocks
-from nsa_fsa.ops.common import backends, checks, triton_backends
-from nsa_fsa.ops.common.registration import define_operator
-from nsa_fsa.ops.compressed_attention.operator import check_compressed_rows
-from nsa_fsa.ops.gated_combine.operator import check_gates
-from nsa_fsa.ops.selected_attention.operator import WORKSPACE_BYTES, block_index_fake, block_index_run, wants_index
+from nsa_fsa.ops.block_selection import operator as block_selection
+from nsa_fsa.ops.block_selection.call import SelectionCall
+from nsa_fsa.ops.common.attention_operator import fake_result
+from nsa_fsa.ops.common.backends import Backends, check_known
+from nsa_fsa.ops.common.calls import (
+    NOTHING,
+    WORKSPACE_BYTES,
+    AddTo,
+    AttentionGradients,
+    AttentionResult,
+    Blocks,
+    Softmax,
+    Windows,
+    check_attention,
+    check_compressed_rows,
+    check_compressed_values,
+    default_scale,
+)
+from nsa_fsa.ops.common.registration import Gradient, define_operator
+from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
+from nsa_fsa.ops.compressed_attention import operator as compressed_attention
+from nsa_fsa.ops.gated_combine import operator as gated_combine
+from nsa_fsa.ops.gated_combine.operator import BranchesCall, GatedCall, check_gates
+from nsa_fsa.ops.selected_attention import operator as selected_attention
+from nsa_fsa.ops.selected_attention.call import BlockIndex, IndexCall, SelectedCall
+from nsa_fsa.ops.sliding_window_attention import operator as sliding_window_attention
+from nsa_fsa.sequences import Sequences
+
+# In the order in which they run.
+OPERATORS: tuple[Backends[Any], ...] = (
+    compressed_attention.BACKENDS,
+    block_selection.BACKENDS,
+    selected_attention.BACKENDS,
+    sliding_window_attention.BACKENDS,
+    gated_combine.BACKENDS,
+)
 
 
 class Branches(NamedTuple):
@@ -85,84 +116,142 @@ def nsa_attention(
         ValueError: for inconsistent shapes, dtypes, devices, sequence descriptors or sizes, a branch that does not exist, or a
             backend that no operator has.
     """
-    layout = (cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
+    windows = Windows(kernel_size, kernel_stride).check()
+    blocks = Blocks(block_size, init_blocks, local_blocks).check()
+    blocks.check_selection(windows, num_selected_blocks)
+    check_positive(window_size=window_size, workspace_bytes=workspace_bytes)
+    check_known(backend, "nsa_attention", *OPERATORS)
+    check_rows("q", q, 3, "[T, HQ, D]")
     shared = (k_swa is None or k_swa is k) and (v_swa is None or v_swa is v)
     k_own, v_own = (None, None) if shared else (k if k_swa is None else k_swa, v if v_swa is None else v_swa)
-    check_blocks(kernel_size, kernel_stride, block_size, num_selected_blocks, init_blocks, local_blocks)
-    checks.check_positive(window_size=window_size, workspace_bytes=workspace_bytes)
-    checks.check_attention(q, k, v, *layout)
-    checks.check_attention(q, k_cmp, v_cmp, *layout, kernel_stride)
-    checks.check_compressed_rows(k_cmp, k.shape[0], kernel_stride)
-    checks.require(
-        k_cmp.shape[1] == k.shape[1],
-        lambda: (
-            f"k_cmp has {k_cmp.shape[1]} heads but k {k.shape[1]}; they must agree, because what is chosen by a head of k_cmp "
-            "is read from that head of k. Fix: compress every KV head."
-        ),
-    )
-    if k_own is not None and v_own is not None:
-        checks.check_attention(q, k_own, v_own, *layout)
-        checks.require(
-            k_own.shape[0] == k.shape[0],
-            lambda: (
-                f"k_swa has {k_own.shape[0]} rows but k {k.shape[0]}; they must agree, because cu_seqlens is about both. "
-                "Fix: make both from the same tokens."
-            ),
-        )
-    for name, values in (("v_cmp", v_cmp), ("v_swa", v if v_own is None else v_own)):
-        checks.require(
-            values.shape[2] == v.shape[2],
-            lambda: (
-                f"{name} has width {values.shape[2]} but v {v.shape[2]}; they must agree, because the branches' outputs are "
-                "added. Fix: project the values of all branches to one width."
-            ),
-        )
-    check_gates(gate_logits, q, "q")
-    checks.require(
-        isinstance(recompute, Collection)
-        and not isinstance(recompute, str)
-        and all(isinstance(name, str) and name in BRANCHES for name in recompute),
-        lambda: f'recompute={recompute!r} must be a tuple of {BRANCHES}. Fix: for example recompute=("compressed",).',
-    )
-    backends.check_known(backend, "nsa_attention", *OPERATORS)
-    o, *inside = _operator(
-        q, k, v, k_cmp, v_cmp, gate_logits, k_own, v_own, *layout, checks.default_scale(q, scale), kernel_size,
-        kernel_stride, block_size, num_selected_blocks, init_blocks, local_blocks, window_size, workspace_bytes,
-        [name in recompute for name in BRANCHES], backend,
+    call = CoreCall(
+        q, k, v, k_cmp, v_cmp, gate_logits, k_own, v_own,
+        Sequences(cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k), default_scale(q, scale),
+        windows, blocks, num_selected_blocks, window_size, workspace_bytes, _checked_branches(recompute), backend,
     )  # fmt: skip
-    return (o, Branches(*inside[:3], inside[6], *inside[3:6])) if return_branches else o  # type: ignore[call-arg]
+    call.check()
+    result = OPERATOR(call)
+    inside = (result.o_cmp, result.o_slc, result.o_swa, result.block_indices)
+    lses = (result.lse_cmp, result.lse_slc, result.lse_swa)
+    return (result.o, Branches(*inside, *lses)) if return_branches else result.o
 
 
-OPERATORS = ("compressed_attention", "select_blocks", "selected_attention", "sliding_window_attention", "gated_combine")
+def _checked_branches(recompute: Collection[str]) -> tuple[str, ...]:
+    names = isinstance(recompute, Collection) and not isinstance(recompute, str)
+    if not names or not all(isinstance(name, str) and name in BRANCHES for name in recompute):
+        raise ValueError(f'recompute={recompute!r} must be a tuple of {BRANCHES}. Fix: for example recompute=("compressed",).')
+    return tuple(recompute)
 
 
-@dataclass
-class _Branch:
-    """One branch of one call: its operator, the queries, keys and values it reads, and what else its backend wants."""
+@dataclass(frozen=True)
+class CoreCall:
+    """One call of the core, and the calls of the operators that it consists of."""
 
-    operator: str
-    tensors: tuple[Tensor, Tensor, Tensor]
-    arguments: dict[str, Any]
+    q: Tensor  # [T, HQ, D]
+    k: Tensor  # [T, HKV, D], of the selected branch
+    v: Tensor  # [T, HKV, DV]
+    k_cmp: Tensor  # [T // kernel_stride, HKV, D]
+    v_cmp: Tensor  # [T // kernel_stride, HKV, DV]
+    gate_logits: Tensor  # [T, HQ or 1, 3]
+    k_swa: Tensor | None  # [T, HKV, D], of the sliding branch; None: it shares those of the selected one
+    v_swa: Tensor | None  # [T, HKV, DV]
+    sequences: Sequences
+    scale: float
+    windows: Windows
+    blocks: Blocks
+    num_selected_blocks: int
+    window_size: int
+    workspace_bytes: int
+    recompute: tuple[str, ...]  # branches whose output is not kept for the backward
     backend: str
 
-    def _resolve(self, backward: bool) -> backends.Backend:
-        name = backends.of_several(self.operator, self.backend)
-        return backends.to_run(self.operator, name, *self.tensors, backward=backward, **self.arguments)
+    def check(self) -> None:
+        """Raises ValueError for tensors that do not fit together."""
+        q, k, v, k_cmp, v_cmp, sequences = self.q, self.k, self.v, self.k_cmp, self.v_cmp, self.sequences
+        kernel_stride = self.windows.kernel_stride
+        check_attention(q, k, v, sequences)
+        sequences.check(q.device)
+        check_attention(q, k_cmp, v_cmp, sequences, kernel_stride)
+        check_compressed_rows(k_cmp, k.shape[0], kernel_stride)
+        if k_cmp.shape[1] != k.shape[1]:
+            raise ValueError(
+                f"k_cmp has {k_cmp.shape[1]} heads but k {k.shape[1]}; they must agree, because what is chosen by a head of "
+                "k_cmp is read from that head of k. Fix: compress every KV head."
+            )
+        v_swa = v if self.v_swa is None else self.v_swa
+        if self.k_swa is not None:
+            check_attention(q, self.k_swa, v_swa, sequences)
+            if self.k_swa.shape[0] != k.shape[0]:
+                raise ValueError(
+                    f"k_swa has {self.k_swa.shape[0]} rows but k {k.shape[0]}; they must agree, because cu_seqlens is about "
+                    "both. Fix: make both from the same tokens."
+                )
+        for name, values in (("v_cmp", v_cmp), ("v_swa", v_swa)):
+            if values.shape[2] != v.shape[2]:
+                raise ValueError(
+                    f"{name} has width {values.shape[2]} but v {v.shape[2]}; they must agree, because the branches' outputs "
+                    "are added. Fix: project the values of all branches to one width."
+                )
+        check_gates(self.gate_logits, q, "q")
 
-    def forward(self) -> tuple[Tensor, Tensor]:
-        return self._resolve(backward=False).forward(*self.tensors, **self.arguments)
+    def check_values(self) -> None:
+        """Raises ValueError for sequences whose numbers do not fit the tensors."""
+        self.sequences.check_values(self.q.shape[0], self.k.shape[0])
+        check_compressed_values(self.q, self.k_cmp, self.sequences, self.windows.kernel_stride)
 
-    def backward(self, do: Tensor, o: Tensor | None, *statistics: Tensor, add_to: tuple[Tensor | None, ...] = (None,) * 3):
-        """Gradients of queries, keys and values. statistics: lse and delta of the gates' `branch_gradients`."""
-        lse, delta = statistics
-        run = self._resolve(backward=True).backward
-        return run(do, *self.tensors, o, lse, delta=delta, add_to=add_to, **self.arguments)
+    def _of(self, operator: Backends[Any]) -> tuple[Sequences, float, int, str]:
+        """What every branch's call has after its tensors."""
+        return self.sequences, self.scale, self.workspace_bytes, operator.or_auto(self.backend)
+
+    def compressed(self) -> WindowedCall:
+        shared = self._of(compressed_attention.BACKENDS)
+        return WindowedCall(self.q, self.k_cmp, self.v_cmp, *shared, self.windows, None)
+
+    def selection(self, lse: Tensor) -> SelectionCall:
+        backend = block_selection.BACKENDS.or_auto(self.backend)
+        sizes = (self.windows, self.blocks, self.num_selected_blocks)
+        return SelectionCall(self.q, self.k_cmp, lse, self.sequences, self.scale, *sizes, backend)
+
+    def selected(self, block_indices: Tensor, index: BlockIndex | None) -> SelectedCall:
+        shared = self._of(selected_attention.BACKENDS)
+        return SelectedCall(self.q, self.k, self.v, *shared, self.blocks, block_indices, None, index)
+
+    def sliding(self) -> WindowedCall:
+        k, v = (self.k if self.k_swa is None else self.k_swa), (self.v if self.v_swa is None else self.v_swa)
+        shared = self._of(sliding_window_attention.BACKENDS)
+        return WindowedCall(self.q, k, v, *shared, Windows(1, 1), self.window_size)
+
+    def combination(self, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor) -> GatedCall:
+        backend = gated_combine.BACKENDS.or_auto(self.backend)
+        return GatedCall(self.gate_logits, o_cmp, o_slc, o_swa, backend)
 
 
-@dataclass
-class _Call:
-    """One call of the core: the operator's arguments, in their order; and the branches they describe."""
+class CoreResult(NamedTuple):
+    o: Tensor
+    o_cmp: Tensor
+    o_slc: Tensor
+    o_swa: Tensor
+    lse_cmp: Tensor
+    lse_slc: Tensor
+    lse_swa: Tensor
+    block_indices: Tensor
+    block_index: BlockIndex | None
 
+
+class CoreSaved(NamedTuple):
+    """What the backward needs beside the call. A branch whose output is None computes it again."""
+
+    o_cmp: Tensor | None
+    o_slc: Tensor | None
+    o_swa: Tensor | None
+    lse_cmp: Tensor
+    lse_slc: Tensor
+    lse_swa: Tensor
+    block_indices: Tensor
+    block_index: BlockIndex | None
+
+
+class CoreGradients(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
@@ -171,197 +260,122 @@ class _Call:
     gate_logits: Tensor
     k_swa: Tensor | None
     v_swa: Tensor | None
-    cu_seqlens: Tensor
-    max_seqlen: int
-    cu_seqlens_q: Tensor | None
-    seqused_k: Tensor | None
-    scale: float
-    kernel_size: int
-    kernel_stride: int
-    block_size: int
-    num_selected_blocks: int
-    init_blocks: int
-    local_blocks: int
-    window_size: int
-    workspace_bytes: int
-    recompute: list[bool]  # for each of BRANCHES
-    backend: str
-
-    @property
-    def sequences(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("cu_seqlens", "max_seqlen", "cu_seqlens_q", "seqused_k")}
-
-    @property
-    def layout(self) -> dict[str, Any]:
-        return dict(**self.sequences, scale=self.scale)
-
-    @property
-    def windows(self) -> dict[str, int]:
-        return dict(kernel_size=self.kernel_size, kernel_stride=self.kernel_stride)
-
-    @property
-    def forced(self) -> dict[str, int]:
-        return dict(block_size=self.block_size, init_blocks=self.init_blocks, local_blocks=self.local_blocks)
-
-    def check_values(self) -> None:
-        checks.check_layout_values(self.q.shape[0], self.k.shape[0], **self.sequences)
-        check_compressed_rows(self.q, self.k_cmp, kernel_stride=self.kernel_stride, **self.sequences)
-
-    def compressed(self) -> _Branch:
-        tensors = (self.q, self.k_cmp, self.v_cmp)
-        arguments = dict(**self.layout, **self.windows, workspace_bytes=self.workspace_bytes)
-        return _Branch("compressed_attention", tensors, arguments, self.backend)
-
-    def select(self, lse: Tensor) -> Tensor:
-        tensors = (self.q, self.k_cmp, lse)
-        sizes = dict(**self.layout, **self.windows, **self.forced, num_selected_blocks=self.num_selected_blocks)
-        name = backends.of_several("select_blocks", self.backend)
-        return backends.to_run("select_blocks", name, *tensors, **sizes).forward(*tensors, **sizes)
-
-    def wants_index(self, block_indices: Tensor) -> bool:
-        name = backends.of_several("selected_attention", self.backend)
-        where = (self.block_size, self.scale, self.cu_seqlens_q, self.seqused_k, name)
-        return wants_index(self.q, self.k, self.v, block_indices, *where)
-
-    def selected(self, block_indices: Tensor, index: tuple[Tensor | None, ...]) -> _Branch:
-        arguments = dict(
-            **self.layout, **self.forced, block_indices=block_indices, block_counts=None, workspace_bytes=self.workspace_bytes,
-            **dict(zip(triton_backends.INDEX, index, strict=True)),
-        )  # fmt: skip
-        return _Branch("selected_attention", (self.q, self.k, self.v), arguments, self.backend)
-
-    def sliding(self) -> _Branch:
-        k, v = (self.k if self.k_swa is None else self.k_swa), (self.v if self.v_swa is None else self.v_swa)
-        sizes = dict(window_size=self.window_size, workspace_bytes=self.workspace_bytes)
-        return _Branch("sliding_window_attention", (self.q, k, v), dict(**self.layout, **sizes), self.backend)
-
-    def gates(self, operator: str, *tensors: Any) -> Any:
-        """Runs what `gated_combine` registers."""
-        name = backends.of_several(operator, self.backend)
-        return backends.to_run(operator, name, self.gate_logits, self.q).forward(*tensors)
 
 
-_INPUTS = [field.name for field in fields(_Call)]
-_NUM_GRADIENTS = _INPUTS.index("cu_seqlens")  # of the tensors before it
-# What forward leaves to backward, after its output: the branches' outputs (None where they are computed again), their
-# statistics, and who chose what.
-_SAVED = ("o_cmp", "o_slc", "o_swa", "lse_cmp", "lse_slc", "lse_swa", "block_indices", *triton_backends.INDEX)
-
-
-def _run_forward(*arguments: Any) -> tuple[Tensor, ...]:
-    call = _Call(*arguments)
+def _forward(call: CoreCall) -> CoreResult:
     call.check_values()
-    o_cmp, lse_cmp = call.compressed().forward()
-    block_indices = call.select(lse_cmp)
-    index: tuple[Tensor | None, ...] = (None,) * len(triton_backends.INDEX)
-    if call.wants_index(block_indices):
-        index = block_index_run(
-            block_indices, None, call.cu_seqlens, call.max_seqlen, **call.forced, workspace_bytes=call.workspace_bytes
-        )
-    o_slc, lse_slc = call.selected(block_indices, index).forward()
-    o_swa, lse_swa = call.sliding().forward()
-    o = call.gates("gated_combine", call.gate_logits, o_cmp, o_slc, o_swa)
-    no_index = [block_indices.new_empty(0) for part in index if part is None]  # an operator cannot return None
-    return o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, block_indices, *(no_index or index)
+    compressed = call.compressed()
+    o_cmp, lse_cmp = compressed_attention.BACKENDS.choose(compressed).forward(compressed)
+
+    selection = call.selection(lse_cmp)
+    block_indices = block_selection.BACKENDS.choose(selection).forward(selection)
+
+    selected = call.selected(block_indices, None)
+    if selected_attention.wants_index(selected):
+        selected = call.selected(block_indices, selected_attention.make_index(IndexCall.of(selected)))
+    o_slc, lse_slc = selected_attention.BACKENDS.choose(selected).forward(selected)
+
+    sliding = call.sliding()
+    o_swa, lse_swa = sliding_window_attention.BACKENDS.choose(sliding).forward(sliding)
+
+    combination = call.combination(o_cmp, o_slc, o_swa)
+    o = gated_combine.BACKENDS.choose(combination).forward(combination)
+    return CoreResult(o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, block_indices, selected.index)
 
 
-def _run_backward(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    call = _Call(*arguments[: len(_INPUTS)])
-    saved = arguments[len(_INPUTS) :]
-    outputs, statistics, (block_indices, *index) = list(saved[:3]), saved[3:6], saved[6:]
-    indexed = call.wants_index(block_indices)
-    branches = (
-        call.compressed(),
-        call.selected(block_indices, tuple(index) if indexed else (None,) * len(index)),
-        call.sliding(),
+def _keep(call: CoreCall, result: CoreResult) -> CoreSaved:
+    again = call.recompute
+    return CoreSaved(
+        None if "compressed" in again else result.o_cmp,
+        None if "selected" in again else result.o_slc,
+        None if "sliding" in again else result.o_swa,
+        result.lse_cmp,
+        result.lse_slc,
+        result.lse_swa,
+        result.block_indices,
+        result.block_index,
     )
-    do = do.contiguous()
-    dgates: list[Any] = [None] * 3
-    gated: list[Any] = [None] * 3
 
-    def through_gates(numbers: list[int]) -> None:
-        here = [outputs[number] if number in numbers else None for number in range(3)]
-        results = call.gates("branch_gradients", do, here, statistics, call.gate_logits)
-        for number in numbers:
-            dgates[number], *gated[number] = (result[number] for result in results)
+
+class _Gates:
+    """The gates, backward: the gradient of their logits, and of every branch the statistics with which its own backward may
+    be given the gradient of the whole output."""
+
+    def __init__(self, call: CoreCall, do: Tensor, saved: CoreSaved):
+        self.lses = (saved.lse_cmp, saved.lse_slc, saved.lse_swa)
+        self.gate_logits, self.do = call.gate_logits, do
+        self.backend = gated_combine.BRANCH_GRADIENTS.or_auto(call.backend)
+        self.dlogits: list[Tensor] = [do] * 3  # until they are known
+        self.softmax: list[Softmax] = [Softmax(None, lse) for lse in self.lses]
+
+    def see(self, *, o_cmp: Tensor | None = None, o_slc: Tensor | None = None, o_swa: Tensor | None = None) -> None:
+        """Learns of the branches whose outputs are given what there is to know."""
+        outputs = (o_cmp, o_slc, o_swa)
+        if all(o is None for o in outputs):
+            return
+        call = BranchesCall(self.do, outputs, self.lses, self.gate_logits, self.backend)
+        found = gated_combine.BRANCH_GRADIENTS.choose(call).forward(call)
+        for branch, (o, dlogits, lse, delta) in enumerate(zip(outputs, *found, strict=True)):
+            if o is not None:
+                self.dlogits[branch] = dlogits
+                self.softmax[branch] = Softmax(None, lse, delta)
+
+
+def _backward(call: CoreCall, do: Tensor, saved: CoreSaved) -> CoreGradients:
+    do = do.contiguous()
+    compressed, sliding = call.compressed(), call.sliding()
+    selected = call.selected(saved.block_indices, saved.block_index)
 
     # Outputs that are here all at once, which reads do once; others one by one, so that one at a time is here.
-    kept = [number for number in range(3) if outputs[number] is not None]
-    if kept:
-        through_gates(kept)
-    for number, branch in enumerate(branches):
-        if number not in kept:
-            outputs[number], _ = branch.forward()
-            through_gates([number])
-        if branch.operator != "sliding_window_attention":  # whose output FlashAttention reads again
-            outputs[number] = None
+    gates = _Gates(call, do, saved)
+    gates.see(o_cmp=saved.o_cmp, o_slc=saved.o_slc, o_swa=saved.o_swa)
+    if saved.o_cmp is None:
+        gates.see(o_cmp=_run(compressed_attention.BACKENDS, compressed).o)
+    if saved.o_slc is None:
+        gates.see(o_slc=_run(selected_attention.BACKENDS, selected).o)
+    o_swa = saved.o_swa
+    if o_swa is None:
+        o_swa = _run(sliding_window_attention.BACKENDS, sliding).o
+        gates.see(o_swa=o_swa)
+    of_compressed, of_selected, of_sliding = gates.softmax
+    of_sliding = Softmax(o_swa, of_sliding.lse, of_sliding.delta)  # FlashAttention reads the output again
+    del o_swa
+
     # The libraries of the sliding branch write their gradients; the others' kernels add to what they find.
-    (compressed, selected, sliding), (of_compressed, of_selected, of_sliding) = branches, gated
-    dq, dk_swa, dv_swa = sliding.backward(do, outputs.pop(), *of_sliding)
     shared = call.k_swa is None
-    dq, dk, dv = selected.backward(do, None, *of_selected, add_to=(dq, dk_swa, dv_swa) if shared else (dq, None, None))
-    dq, dk_cmp, dv_cmp = compressed.backward(do, None, *of_compressed, add_to=(dq, None, None))
-    dgate_logits = torch.stack(dgates, dim=-1)
-    own = [call.k.new_empty(0), call.v.new_empty(0)] if shared else [dk_swa, dv_swa]
-    return dq, dk, dv, dk_cmp, dv_cmp, dgate_logits, *own
+    dq, dk_swa, dv_swa = _differentiate(sliding_window_attention.BACKENDS, sliding, do, of_sliding)
+    del of_sliding
+    add_to = AddTo(dq, dk_swa, dv_swa) if shared else AddTo(dq)
+    dq, dk, dv = _differentiate(selected_attention.BACKENDS, selected, do, of_selected, add_to)
+    dq, dk_cmp, dv_cmp = _differentiate(compressed_attention.BACKENDS, compressed, do, of_compressed, AddTo(dq))
+    dgates = torch.stack(gates.dlogits, dim=-1)
+    own = (None, None) if shared else (dk_swa, dv_swa)
+    return CoreGradients(dq, dk, dv, dk_cmp, dv_cmp, dgates, *own)
 
 
-def _forward_fake(*arguments: Any) -> tuple[Tensor, ...]:
-    call = _Call(*arguments)
-    q, v = call.q, call.v
-    outputs = [q.new_empty(q.shape[0], q.shape[1], v.shape[2]) for _ in range(4)]
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    statistics = [q.new_empty(q.shape[:2], dtype=lse_dtype) for _ in range(3)]
-    block_indices = q.new_empty(q.shape[0], call.k.shape[1], call.num_selected_blocks, dtype=torch.int32)
-    if call.wants_index(block_indices):
-        index = block_index_fake(block_indices, None, call.cu_seqlens, call.max_seqlen, *call.forced.values())
-    else:
-        index = tuple(block_indices.new_empty(0) for _ in triton_backends.INDEX)
-    return *outputs, *statistics, block_indices, *index
+def _run(operator: Backends[Any], branch: Any) -> AttentionResult:
+    return operator.choose(branch).forward(branch)
 
 
-def _backward_fake(do: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    call = _Call(*arguments[: len(_INPUTS)])
-    grads = [x.new_empty(x.shape) for x in (call.q, call.k, call.v, call.k_cmp, call.v_cmp, call.gate_logits)]
-    own = [(call.k, call.k_swa), (call.v, call.v_swa)]
-    return *grads, *(shared.new_empty(0) if x is None else x.new_empty(x.shape) for shared, x in own)
+def _differentiate(
+    operator: Backends[Any], branch: Any, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
+) -> AttentionGradients:
+    return operator.choose(branch, backward=True).backward(branch, do, softmax, add_to)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.tensors = [isinstance(x, Tensor) for x in inputs]
-    ctx.others = [None if isinstance(x, Tensor) else x for x in inputs]
-    recompute = inputs[_INPUTS.index("recompute")]
-    outputs = [None if again else o for again, o in zip(recompute, output[1:4], strict=True)]
-    ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in inputs), *outputs, *output[4:])
-    ctx.mark_non_differentiable(*output[1:])
+def _fake(call: CoreCall) -> CoreResult:
+    o, lse = fake_result(call.compressed())
+    o_cmp, o_slc, o_swa = (torch.empty_like(o) for _ in BRANCHES)
+    lse_slc, lse_swa = torch.empty_like(lse), torch.empty_like(lse)
+    shape = (call.q.shape[0], call.k.shape[1], call.num_selected_blocks)
+    block_indices = call.q.new_empty(shape, dtype=torch.int32)
+    selected = call.selected(block_indices, None)
+    index = None
+    if selected_attention.wants_index(selected):
+        index = selected_attention.fake_index(IndexCall.of(selected))
+    return CoreResult(o, o_cmp, o_slc, o_swa, lse, lse_slc, lse_swa, block_indices, index)
 
 
-def _vjp(ctx: Any, do: Tensor, *_: Any) -> tuple[Any, ...]:
-    saved = ctx.saved_tensors
-    inputs = [x if is_tensor else other for x, is_tensor, other in zip(saved, ctx.tensors, ctx.others, strict=False)]
-    *grads, dk_swa, dv_swa = _backward(do, *inputs, *saved[len(_INPUTS) :])
-    own = (None, None) if inputs[_INPUTS.index("k_swa")] is None else (dk_swa, dv_swa)
-    return *grads, *own, *(None for _ in _INPUTS[_NUM_GRADIENTS:])
-
-
-_SCHEMA = (
-    "Tensor q, Tensor k, Tensor v, Tensor k_cmp, Tensor v_cmp, Tensor gate_logits, Tensor? k_swa, Tensor? v_swa, "
-    "Tensor cu_seqlens, SymInt max_seqlen, Tensor? cu_seqlens_q, Tensor? seqused_k, float scale, int kernel_size, "
-    "int kernel_stride, int block_size, int num_selected_blocks, int init_blocks, int local_blocks, int window_size, "
-    "int workspace_bytes, bool[] recompute, str backend"
+OPERATOR = define_operator(
+    "nsa_attention", CoreCall, CoreResult, _forward, _fake, Gradient(CoreSaved, _keep, CoreGradients, _backward)
 )
-_SCHEMA_SAVED = ", ".join(f"Tensor{'?' if name.startswith('o_') else ''} {name}" for name in _SAVED)
-
-
-def _results(number: int) -> str:
-    return f"({', '.join(['Tensor'] * number)})"
-
-
-_backward = define_operator(
-    "nsa_attention_backward", _run_backward, _backward_fake,
-    schema=f"(Tensor do, {_SCHEMA}, {_SCHEMA_SAVED}) -> {_results(_NUM_GRADIENTS)}",
-)  # fmt: skip
-_operator = define_operator(
-    "nsa_attention", _run_forward, _forward_fake, schema=f"({_SCHEMA}) -> {_results(1 + len(_SAVED))}",
-    setup_context=_setup_context, vjp=_vjp,
-)  # fmt: skip

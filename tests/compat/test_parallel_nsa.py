@@ -9,7 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from nsa_fsa.compat import parallel_nsa
-from nsa_fsa.ops.common import backends
+from nsa_fsa.ops.common.backends import Backend
+from tests.cases import BACKENDS, prefer
 from tests.compat.loops import EXACT, assert_same, attend, keys_of_blocks, leaves
 from tests.wrong_values import NO_BACKENDS, assert_refused, instead_of_int, instead_of_number, instead_of_tensor
 
@@ -286,34 +287,36 @@ def test_compiles_without_a_graph_break(layout):
         assert torch.equal(compiled(**arguments), parallel_nsa(**arguments))
 
 
+class Recorder(Backend):
+    """Keeps what its operator was called with, and runs the reference."""
+
+    name = "recorder"
+
+    def __init__(self, operator):
+        self.reference, self.call = BACKENDS[operator].by_name["reference"], None
+
+    def forward(self, call):
+        self.call = call
+        return self.reference.forward(call)
+
+
 def recorded(monkeypatch, arguments):
-    """What each operator's forward got as (tensors, arguments), from a call with a backend of that name."""
-    calls = {}
-
-    def recorder(operator):
-        reference = backends.resolve(operator, "reference")
-
-        def forward(*tensors, **arguments):
-            calls[operator] = (tensors, arguments)
-            return reference.forward(*tensors, **arguments)
-
-        return backends.Backend("recorder", forward)
-
-    for operator in OPERATORS:
-        monkeypatch.setitem(backends._BACKENDS[operator], "recorder", recorder(operator))
+    """What each operator was called with, for a backend that all of them have."""
+    recorders = {operator: Recorder(operator) for operator in OPERATORS}
+    for operator, recorder in recorders.items():
+        prefer(monkeypatch, operator, recorder)
     with torch.no_grad():
         parallel_nsa(**arguments, backend="recorder")
-    return calls
+    return {operator: recorder.call for operator, recorder in recorders.items()}
 
 
-OPERATORS = ("pool_windows", "compressed_attention", "select_blocks", "block_scores", "selected_attention")
-OPERATORS += ("sliding_window_attention",)
+OPERATORS = ("pool_windows", "compressed_attention", "select_blocks", "selected_attention", "sliding_window_attention")
 
 
 def test_the_backend_reaches_every_operator(monkeypatch):
     x = Problem()
     calls = recorded(monkeypatch, dict(block_counts=x.counts(), window_size=6, **x.qkv, **x.gates, **x.options))
-    assert calls.keys() == set(OPERATORS)
+    assert all(call is not None for call in calls.values())
 
 
 @pytest.mark.parametrize("count", [7, 2**40])
@@ -321,7 +324,7 @@ def test_counts_beyond_every_block_take_no_memory_of_their_own(count, monkeypatc
     """The number of indices a query is bounded by the blocks of T keys, which is known without asking the device."""
     x = Problem("packed")
     calls = recorded(monkeypatch, x.qkv | x.gates | x.options | dict(block_counts=torch.full((*x.shape, HKV), count)))
-    assert calls["select_blocks"][1]["num_selected_blocks"] == min(count, -(-x.shape[1] // BLOCK_SIZE))
+    assert calls["select_blocks"].num_selected_blocks == min(count, -(-x.shape[1] // BLOCK_SIZE))
 
 
 @pytest.mark.parametrize(
@@ -334,14 +337,14 @@ def test_what_selected_attention_is_promised_is_true(count, promise, monkeypatch
     if count == "given":
         arguments["block_indices"] = x.indices()
     calls = recorded(monkeypatch, arguments | x.qkv | x.gates | x.options)
-    selected = calls["selected_attention"][1]
-    assert (selected["init_blocks"], selected["local_blocks"]) == promise
+    selected = calls["selected_attention"]
+    assert (selected.blocks.init_blocks, selected.blocks.local_blocks) == promise
     for start, stop in pairwise(PACKED.tolist()):
         for t in range(stop - start):
             eligible = range(t // BLOCK_SIZE + 1)
             forced = {*eligible[: promise[0]], *eligible[max(0, len(eligible) - promise[1]) :]}
             for kv in range(HKV):
-                assert forced <= {*selected["block_indices"][start + t, kv].tolist()}
+                assert forced <= {*selected.block_indices[start + t, kv].tolist()}
 
 
 B, T, HQ = 2, 8, 4

@@ -7,8 +7,9 @@ import torch
 
 import nsa_fsa
 from nsa_fsa import NSAConfig
-from nsa_fsa.ops.common import backends, triton_backends
+from nsa_fsa.ops.common import triton_backends
 from nsa_fsa.ops.sliding_window_attention import flash_attention
+from tests.cases import BACKENDS
 
 CONFIG = NSAConfig(hidden_size=256, num_heads=4, num_kv_heads=2)
 OPERATORS = (
@@ -28,7 +29,7 @@ def choice(found, operator="selected_attention"):
 def test_on_a_cpu_the_reference_runs_and_every_backend_before_it_says_why_not(operator):
     found = choice(nsa_fsa.explain(CONFIG, 1024, device="cpu"), operator)
     assert found.backend == "reference"
-    assert list(found.passed_over) == [name for name in backends.available(operator) if name != "reference"]
+    assert list(found.passed_over) == [name for name in BACKENDS[operator].by_name if name != "reference"]
     assert all(found.passed_over.values())
     for reason in found.passed_over.values():
         assert reason in str(found)

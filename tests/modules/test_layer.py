@@ -14,9 +14,9 @@ from nsa_fsa.modules import Compressor, NativeSparseAttention
 from nsa_fsa.modules.compression import MLPPhi
 from nsa_fsa.modules.native_sparse_attention import PROJECTIONS
 from nsa_fsa.modules.rotary import RotaryEmbedding
-from nsa_fsa.ops.common import backends
 from nsa_fsa.ops.nsa_attention import OPERATORS
 from nsa_fsa.sequences import uniform_layout
+from tests.cases import BACKENDS, prefer
 from tests.modules.layers import (
     VARIANTS,
     FirstPlusTanhOfLast,
@@ -717,29 +717,31 @@ def test_unknown_backend():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("operator", OPERATORS)
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.operator)
 def test_a_layer_takes_every_backend_of_every_operator(operator):
     """As nsa_attention does: a name goes to the operators that have it. One that cannot run here is refused at once."""
-    for name, reason in backends.available(operator).items():
+    for name, reason in operator.available().items():
         config = small_config(backend=name)
         if reason is None:
             NativeSparseAttention(config)
         else:
-            with pytest.raises(RuntimeError, match=f"backend='{name}' of {operator} cannot run here"):
+            with pytest.raises(RuntimeError, match=f"backend='{name}' of {operator.operator} cannot run here"):
                 NativeSparseAttention(config)
 
 
 @torch.no_grad()
 def test_a_backend_of_one_branch_runs_there(monkeypatch):
-    reference = backends._BACKENDS["sliding_window_attention"]["reference"]
+    reference = BACKENDS["sliding_window_attention"].by_name["reference"]
     counted = []
 
-    def forward(*tensors, **arguments):
-        counted.append(len(tensors))
-        return reference.forward(*tensors, **arguments)
+    class OwnWindow(type(reference)):
+        name = "own_window"
 
-    own = backends.Backend("own_window", forward, reference.backward)
-    monkeypatch.setitem(backends._BACKENDS, "sliding_window_attention", {"own_window": own, "reference": reference})
+        def forward(self, call):
+            counted.append(call.window_size)
+            return super().forward(call)
+
+    prefer(monkeypatch, "sliding_window_attention", OwnWindow())
     x = randn(1, 20, 24)
     assert torch.equal(make_layer(small_config(backend="own_window"))(x), make_layer(small_config(backend="reference"))(x))
-    assert counted == [3]
+    assert counted == [small_config().window_size]

@@ -5,10 +5,16 @@ import warnings
 import pytest
 import torch
 
-from nsa_fsa.ops.common import backends, triton_backends
+from nsa_fsa.ops.common import triton_backends
+from nsa_fsa.ops.common.backends import Backend
+from nsa_fsa.ops.common.calls import WORKSPACE_BYTES, Blocks, Windows
+from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
+from nsa_fsa.ops.gated_combine.operator import GatedCall
+from nsa_fsa.ops.selected_attention.call import SelectedCall
 from nsa_fsa.ops.selected_attention.operator import wants_index
+from nsa_fsa.sequences import Sequences
+from tests.cases import BACKENDS, prefer
 
-LAYOUT = dict(cu_seqlens_q=None, seqused_k=None, scale=0.1)
 H100, T4 = torch.device("cuda:0"), torch.device("cuda:1")
 
 
@@ -19,7 +25,8 @@ def gpus(monkeypatch):
     monkeypatch.setattr(triton_backends, "_missing", lambda: None)
     monkeypatch.setattr(triton_backends, "interpreted", lambda: False)
     monkeypatch.setattr(triton_backends, "capability", capabilities.__getitem__)
-    monkeypatch.setattr(backends, "_WARNED", set())
+    for operator in BACKENDS.values():
+        monkeypatch.setattr(operator, "_warned", set())
 
 
 class Elsewhere(torch.Tensor):
@@ -34,38 +41,38 @@ class Elsewhere(torch.Tensor):
         raise AssertionError(f"{func} was to be computed, and this is about what would be")
 
 
-def calls(device, dtype=torch.float16):
-    """Tensors and arguments of each attention operator."""
+def calls(device, dtype=torch.float16, backend="auto"):
+    """A call of each attention operator."""
     q, k = (Elsewhere(100, heads, 64, dtype=dtype, device=device) for heads in (4, 2))
     indices = Elsewhere(100, 2, 4, dtype=torch.int32, device=device)
+    starts = Elsewhere(2, dtype=torch.int32, device=device)
+    shared = (q, k, k, Sequences(starts, 100), 0.1, WORKSPACE_BYTES, backend)
     return {
-        "compressed_attention": ((q, k, k), dict(LAYOUT, kernel_size=32, kernel_stride=16)),
-        "selected_attention": ((q, k, k), dict(LAYOUT, block_indices=indices, block_size=64, init_blocks=0, local_blocks=0)),
-        "sliding_window_attention": ((q, k, k), dict(LAYOUT, window_size=4)),
+        "compressed_attention": WindowedCall(*shared, Windows(32, 16), None),
+        "selected_attention": SelectedCall(*shared, Blocks(64, 0, 0), indices, None, None),
+        "sliding_window_attention": WindowedCall(*shared, Windows(1, 1), 4),
     }
 
 
 def indexed(device, backend, dtype=torch.float16):
-    (q, k, v), arguments = calls(device, dtype)["selected_attention"]
-    return wants_index(q, k, v, arguments["block_indices"], 64, 0.1, None, None, backend)
+    return wants_index(calls(device, dtype, backend)["selected_attention"])
 
 
 @pytest.mark.usefixtures("gpus")
 def test_every_gpu_is_asked_itself():
     for operator in calls(T4):
         for device, ours in ((H100, True), (T4, False), (H100, True)):
-            tensors, arguments = calls(device)[operator]
-            found = backends.resolve(operator, "auto", *tensors, **arguments).name
+            found = BACKENDS[operator].choose(calls(device)[operator], warn=False).name
             assert (found != "reference") == ours, (operator, device, found)
-    (reason, *_) = backends.passed_over("selected_attention", *calls(T4)["selected_attention"][0], **arguments).values()
+    (reason, *_) = BACKENDS["selected_attention"].passed_over(calls(T4)["selected_attention"]).values()
     assert reason == "it needs compute capability 8.0 or newer, and this GPU has 7.5"
     with pytest.raises(RuntimeError, match=r"backend='triton' .*cannot run here.*this GPU has 7\.5.*Fix"):
-        backends.resolve("selected_attention", "triton", *calls(T4)["selected_attention"][0])
+        BACKENDS["selected_attention"].choose(calls(T4, backend="triton")["selected_attention"])
 
 
 @pytest.mark.usefixtures("gpus")
 def test_an_index_is_made_for_those_who_read_it():
-    assert {name for name in ("auto", *backends.available("selected_attention")) if indexed(H100, name)} == {
+    assert {name for name in ("auto", *BACKENDS["selected_attention"].by_name) if indexed(H100, name)} == {
         "auto",
         "triton",
         "triton_kv_major",
@@ -77,10 +84,8 @@ def test_an_index_is_made_for_those_who_read_it():
 @pytest.mark.usefixtures("gpus")
 @pytest.mark.parametrize("operator", calls("cpu"))
 def test_a_gpu_left_to_the_reference_is_told_once(operator):
-    tensors, arguments = calls(H100, torch.float64)[operator]
-
-    def run(name="auto", backward=False):
-        return backends.to_run(operator, name, *tensors, backward=backward, **arguments).name
+    def run(device=H100, dtype=torch.float64, name="auto", backward=False):
+        return BACKENDS[operator].choose(calls(device, dtype, name)[operator], backward=backward).name
 
     message = rf"{operator} runs on a GPU as the reference.*slow: .*float64.*Fix: .*backend=\"reference\""
     with pytest.warns(UserWarning, match=message):
@@ -89,22 +94,23 @@ def test_a_gpu_left_to_the_reference_is_told_once(operator):
         warnings.simplefilter("error")
         run()
         run(backward=True)
-        run("reference")
-        tensors, arguments = calls(H100)[operator]
-        assert run() != "reference"
-        tensors, arguments = calls("cpu")[operator]
-        assert run() == "reference"
-    tensors, arguments = calls(T4)[operator]
+        run(name="reference")
+        assert run(dtype=torch.float16) != "reference"
+        assert run("cpu", torch.float16) == "reference"
     with pytest.warns(UserWarning, match=rf"{operator} runs .*this GPU has 7\.5"):
-        run()
+        run(T4, torch.float16)
 
 
 def test_a_backend_of_ones_own_needs_no_reason(monkeypatch):
-    """The defaults of `Backend`: it runs wherever its tensors are."""
-    own = backends.Backend("own", forward=None)
-    monkeypatch.setitem(backends._BACKENDS, "gated_combine", {"own": own, **backends._BACKENDS["gated_combine"]})
-    assert backends.available("gated_combine")["own"] is None
-    assert backends.resolve("gated_combine", "auto", torch.empty(1), torch.empty(1)).name == "own"
+    """What `Backend` says by default: it runs wherever its tensors are."""
+
+    class Own(Backend):
+        name = "own"
+
+    prefer(monkeypatch, "gated_combine", Own())
+    assert BACKENDS["gated_combine"].available()["own"] is None
+    x = torch.empty(1, 1, 3)
+    assert BACKENDS["gated_combine"].choose(GatedCall(x, x, x, x, "auto")).name == "own"
 
 
 def test_tensors_on_a_cpu_ask_no_gpu(monkeypatch):
@@ -118,7 +124,7 @@ def test_tensors_on_a_cpu_ask_no_gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, name, asked)
     monkeypatch.setattr(triton_backends, "_missing", lambda: None)
     monkeypatch.setattr(triton_backends, "interpreted", lambda: False)
-    for operator, (tensors, arguments) in calls(torch.device("cpu")).items():
-        assert backends.resolve(operator, "auto", *tensors, **arguments).name == "reference"
-        *_, of_triton = backends.passed_over(operator, *tensors, **arguments).values()
+    for operator, call in calls(torch.device("cpu")).items():
+        assert BACKENDS[operator].choose(call).name == "reference"
+        *_, of_triton = BACKENDS[operator].passed_over(call).values()
         assert of_triton == "the tensors are on cpu"

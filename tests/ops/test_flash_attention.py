@@ -3,34 +3,37 @@
 What they compute, the other files of this folder test on a GPU, under the names of their backends.
 """
 
-import functools
-
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nsa_fsa import ops
-from nsa_fsa.ops.common import backends, triton_backends
+from nsa_fsa.ops.common import triton_backends
+from nsa_fsa.ops.common.calls import WORKSPACE_BYTES, Windows
 from nsa_fsa.ops.common.sizes import head_chunks
-from nsa_fsa.ops.common.triton_backends import WORKSPACE_BYTES
-from nsa_fsa.ops.sliding_window_attention import flash_attention
+from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
 from nsa_fsa.ops.sliding_window_attention.flash_attention import (
     FLASH_ATTN_4,
     LIBRARIES,
     TORCH_FLASH,
     bytes_of_kv_head,
-    none_supports,
     output_and_dlse,
-    unsupported,
 )
-from tests.cases import by_name, call, make_inputs
+from nsa_fsa.sequences import Sequences
+from tests.cases import BACKENDS, by_name, call, make_inputs
 
 
-def tensors(dtype=torch.bfloat16, head_dim=128, v_head_dim=128, device="cuda"):
-    """q, k and v that take no memory, and need no GPU."""
+def window_call(
+    dtype=torch.bfloat16, head_dim=128, v_head_dim=128, device="cuda", scale=0.1, num_tokens=64, num_sequences=2,
+    cu_seqlens_q=None, seqused_k=None, backend="auto",
+):  # fmt: skip
+    """A call that takes no memory, and needs no GPU."""
     with FakeTensorMode():
-        shapes = (64, 8, head_dim), (64, 2, head_dim), (64, 2, v_head_dim)
-        return [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+        shapes = (num_tokens, 8, head_dim), (num_tokens, 2, head_dim), (num_tokens, 2, v_head_dim)
+        tensors = [torch.empty(shape, dtype=dtype, device=device) for shape in shapes]
+        starts = torch.empty(num_sequences + 1, dtype=torch.int32, device=device)
+    sequences = Sequences(starts, num_tokens, cu_seqlens_q, seqused_k)
+    return WindowedCall(*tensors, sequences, scale, WORKSPACE_BYTES, backend, Windows(1, 1), 4)
 
 
 USED = torch.tensor([3, 5], dtype=torch.int32)
@@ -43,12 +46,7 @@ REFUSED = [
     (BOTH, dict(v_head_dim=288), {}, "head widths 128 and 288; supported are at most 256"),
     (BOTH, {}, dict(scale=-0.1), "scale=-0.1; it must be positive"),
     (BOTH, {}, dict(seqused_k=USED), "no support where seqused_k is given without cu_seqlens_q"),
-    (
-        (TORCH_FLASH,),
-        {},
-        dict(cu_seqlens=torch.zeros(65_537, dtype=torch.int32)),
-        "65536 sequences; supported are at most 65535",
-    ),
+    ((TORCH_FLASH,), dict(num_sequences=65_536), {}, "65536 sequences; supported are at most 65535"),
     ((FLASH_ATTN_4,), {}, dict(seqused_k=USED, cu_seqlens_q=LAST), "it reads past the keys in use, where there may be NaN"),
     ((TORCH_FLASH,), {}, dict(seqused_k=USED, cu_seqlens_q=LAST, backward=True), "no gradient where seqused_k is given"),
 ]
@@ -56,26 +54,32 @@ REFUSED = [
 
 @pytest.mark.parametrize(("libraries", "made", "arguments", "reason"), REFUSED, ids=[row[3][:40] for row in REFUSED])
 def test_says_what_cannot_run(libraries, made, arguments, reason):
+    arguments = dict(arguments)
+    backward = arguments.pop("backward", False)
     for library in libraries:
-        assert reason in unsupported(library, *tensors(**made), **{"scale": 0.1, **arguments})
+        assert reason in library.refuses(window_call(**made, **arguments), backward=backward)
 
 
 @pytest.mark.parametrize("library", LIBRARIES, ids=lambda library: library.name)
 def test_says_nothing_of_what_can(library):
-    assert unsupported(library, *tensors(torch.float16, 80, 96), scale=0.1, backward=True) is None
-    assert unsupported(library, *tensors(head_dim=256, v_head_dim=8), scale=0.1, cu_seqlens_q=LAST) is None
-    assert unsupported(library, *tensors(), scale=0.1, cu_seqlens=torch.zeros(65_536, dtype=torch.int32)) is None
+    assert library.refuses(window_call(torch.float16, 80, 96), backward=True) is None
+    assert library.refuses(window_call(head_dim=256, v_head_dim=8, cu_seqlens_q=LAST)) is None
+    assert library.refuses(window_call(num_sequences=65_535)) is None
     if library.stops_at_end:
-        assert unsupported(library, *tensors(), scale=0.1, cu_seqlens_q=LAST, seqused_k=USED) is None
+        assert library.refuses(window_call(cu_seqlens_q=LAST, seqused_k=USED)) is None
 
 
 def test_any_library_that_can_will_do(monkeypatch):
     """With both there, decoding has one; where only flash-attn 4 is, none, and the reason is its own."""
-    decoding = dict(scale=0.1, cu_seqlens_q=LAST, seqused_k=USED)
-    monkeypatch.setattr(flash_attention, "unavailable", lambda *_: None)
-    assert none_supports(*tensors(), **decoding) is None
-    monkeypatch.setattr(flash_attention, "unavailable", lambda library, _: "it is not here" if library is TORCH_FLASH else None)
-    assert "reads past the keys in use" in none_supports(*tensors(), **decoding)
+    decoding, fastest = (
+        window_call(cu_seqlens_q=LAST, seqused_k=USED),
+        BACKENDS["sliding_window_attention"].by_name["flash_attention"],
+    )
+    for library in LIBRARIES:
+        monkeypatch.setattr(library, "unavailable", lambda *_: None)
+    assert fastest.refuses(decoding) is None
+    monkeypatch.setattr(TORCH_FLASH, "unavailable", lambda *_: "it is not here")
+    assert "reads past the keys in use" in fastest.refuses(decoding)
 
 
 @pytest.mark.parametrize(
@@ -89,18 +93,16 @@ def test_any_library_that_can_will_do(monkeypatch):
 )
 def test_many_short_sequences_are_left_to_triton(monkeypatch, num_tokens, num_sequences, decoding, name):
     """In both passes, by "auto" alone: FlashAttention by name runs all the same."""
-    monkeypatch.setattr(flash_attention, "unavailable", lambda *_: None)
+    for library in LIBRARIES:
+        monkeypatch.setattr(library, "unavailable", lambda *_: None)
     monkeypatch.setattr(triton_backends, "_missing", lambda: None)
     monkeypatch.setattr(triton_backends, "interpreted", lambda: False)
     monkeypatch.setattr(triton_backends, "capability", lambda _: (9, 0))
-    with FakeTensorMode():
-        q, k = (torch.empty(num_tokens, heads, 64, dtype=torch.bfloat16, device="cuda") for heads in (4, 2))
-        starts = torch.empty(num_sequences + 1, dtype=torch.int32, device="cuda")
-    arguments = dict(cu_seqlens=starts, cu_seqlens_q=starts if decoding else None, seqused_k=None, scale=0.1)
+    sizes = dict(num_tokens=num_tokens, num_sequences=num_sequences, cu_seqlens_q=LAST if decoding else None)
     for backward in (False, True):
-        of = functools.partial(backends.resolve, "sliding_window_attention", backward=backward, **arguments)
-        assert of("auto", q, k, k).name == name
-        assert of("flash_attention", q, k, k).name == "flash_attention"
+        for asked, found in (("auto", name), ("flash_attention", "flash_attention")):
+            asked_for = window_call(backend=asked, **sizes)
+            assert BACKENDS["sliding_window_attention"].choose(asked_for, backward=backward).name == found
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 3, 8])
@@ -142,6 +144,6 @@ def test_without_a_gpu_a_library_is_refused_by_name():
     case = by_name("five")
     with pytest.raises(RuntimeError, match=r"backend='torch_flash' .*it needs a CUDA GPU.*Fix"):
         call("sliding_window_attention", case, make_inputs(case), "torch_flash")
-    assert backends.available("sliding_window_attention")["torch_flash"] == "it needs a CUDA GPU"
+    assert BACKENDS["sliding_window_attention"].available()["torch_flash"] == "it needs a CUDA GPU"
     x = make_inputs(case)
     assert ops.sliding_window_attention(x.q, x.k, x.v, x.cu_seqlens, x.max_seqlen, window_size=3).shape == x.o_swa.shape

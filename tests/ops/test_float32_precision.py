@@ -5,9 +5,13 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from nsa_fsa.ops.common.triton_backends import selected_key
+from nsa_fsa.ops.common.calls import WORKSPACE_BYTES, Blocks, Windows
 from nsa_fsa.ops.common.tuning import dot_precision
+from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
+from nsa_fsa.ops.selected_attention.call import SelectedCall
+from nsa_fsa.ops.selected_attention.operator import selected_key
 from nsa_fsa.ops.sliding_window_attention.flash_attention import window_key
+from nsa_fsa.sequences import Sequences
 from tests.cases import by_name, call, device_of, make_inputs, output
 
 MATMUL = torch.backends.cuda.matmul
@@ -21,11 +25,13 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 def test_every_setting_of_torch_counts(setting):
     q, k = torch.empty(100, 8, 64), torch.empty(100, 2, 64)
-    arguments = dict(block_size=64, block_indices=torch.empty(100, 2, 16), init_blocks=1, local_blocks=2, window_size=512)
+    shared = (q, k, k, Sequences(torch.tensor([0, 100], dtype=torch.int32), 100), 0.1, WORKSPACE_BYTES, "auto")
+    selected = SelectedCall(*shared, Blocks(64, 1, 2), torch.empty(100, 2, 16, dtype=torch.int32), None, None)
+    window = WindowedCall(*shared, Windows(1, 1), 512)
     seen = []
     for fast in (False, True):
         setting(fast)
-        keys = [key(q, k, k, arguments, "forward") for key in (selected_key, window_key)]
+        keys = [selected_key(selected, "forward"), window_key(window, "forward")]
         seen.append((dot_precision(torch.float32), *keys))
         assert dot_precision(torch.bfloat16) == "tf32"
     assert [precision for precision, *_ in seen] == ["ieee", "tf32"]

@@ -11,8 +11,12 @@ import pytest
 import torch
 
 from nsa_fsa.ops.common import profiler
-from nsa_fsa.ops.common.triton_backends import selected_key
+from nsa_fsa.ops.common.calls import Blocks, Windows
+from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
+from nsa_fsa.ops.selected_attention.call import SelectedCall
+from nsa_fsa.ops.selected_attention.operator import selected_key
 from nsa_fsa.ops.sliding_window_attention.flash_attention import window_key
+from nsa_fsa.sequences import Sequences
 
 CPU = torch.device("cpu")
 
@@ -39,6 +43,10 @@ def seconds(run):
     return 1e3 * (time.perf_counter() - start)
 
 
+def start(way):
+    return way()
+
+
 class Ways:
     """Candidates that take the milliseconds they are named after, and count how often they run."""
 
@@ -53,7 +61,7 @@ class Ways:
         time.sleep(ms / 1e3)
 
     def choose(self, key="key"):
-        return profiler.choose(key, self.candidates, CPU, clock=seconds)
+        return profiler.choose(key, self.candidates, start, CPU, clock=seconds)
 
 
 def test_the_fastest_is_chosen_and_remembered(monkeypatch):
@@ -70,10 +78,10 @@ def test_the_fastest_is_chosen_and_remembered(monkeypatch):
 
 def test_the_default_stays_unless_another_is_clearly_faster(monkeypatch):
     times = iter([100.0, 98.0])
-    found = profiler.choose("key", dict(default=print, other=print), CPU, clock=lambda run: next(times))
+    found = profiler.choose("key", dict(default=print, other=print), start, CPU, clock=lambda run: next(times))
     assert found == "default"
     times = iter([100.0, 96.0])
-    assert profiler.choose("key 2", dict(default=print, other=print), CPU, clock=lambda run: next(times)) == "other"
+    assert profiler.choose("key 2", dict(default=print, other=print), start, CPU, clock=lambda run: next(times)) == "other"
 
 
 def kept(key="key"):
@@ -200,12 +208,12 @@ def test_while_a_graph_is_captured_what_is_known_runs(monkeypatch):
     capturing = False
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     ways = Ways(default=20, fast=1)
-    profiler.choose("key", ways.candidates, gpu, clock=seconds)
+    profiler.choose("key", ways.candidates, start, gpu, clock=seconds)
     capturing = True
-    assert profiler.choose("key", ways.candidates, gpu, clock=seconds) == "fast"
+    assert profiler.choose("key", ways.candidates, start, gpu, clock=seconds) == "fast"
     forget(monkeypatch)
-    assert profiler.choose("key", ways.candidates, gpu, clock=seconds) == "fast"
-    assert profiler.choose("another", ways.candidates, gpu, clock=seconds) == "default"
+    assert profiler.choose("key", ways.candidates, start, gpu, clock=seconds) == "fast"
+    assert profiler.choose("another", ways.candidates, start, gpu, clock=seconds) == "default"
     assert ways.runs == dict(default=1, fast=1)
 
 
@@ -229,7 +237,7 @@ def in_processes(work, number, *arguments):
 
 def keep_many(number):
     for i in range(20):
-        profiler.choose(f"{number}-{i}", dict(default=int, other=int), CPU, clock=lambda run: 1.0)
+        profiler.choose(f"{number}-{i}", dict(default=int, other=int), start, CPU, clock=lambda run: 1.0)
 
 
 def test_what_several_processes_find_is_all_kept(folder):
@@ -249,7 +257,7 @@ def choose_in_rank(rank, store, folder):
         torch.distributed.barrier()
         return 1.0 if run() == rank else 2.0
 
-    chosen = [profiler.choose(f"key {i}", {"first": lambda: 0, "second": lambda: 1}, CPU, clock=clock) for i in range(5)]
+    chosen = [profiler.choose(f"key {i}", {"first": lambda: 0, "second": lambda: 1}, start, CPU, clock=clock) for i in range(5)]
     everybodys = [None, None]
     torch.distributed.all_gather_object(everybodys, chosen)
     assert everybodys[0] == everybodys[1], everybodys
@@ -280,24 +288,35 @@ def test_the_folder_names_the_versions():
 
 def test_what_tells_kinds_of_problems_apart():
     """Everything that other kernels, or other work for them, come with."""
-    q, k = torch.empty(1000, 8, 64), torch.empty(1000, 2, 64)
-    arguments = dict(
-        block_size=64, block_indices=torch.empty(1000, 2, 16), init_blocks=1, local_blocks=2, window_size=512,
-        workspace_bytes=2**20, cu_seqlens=torch.empty(9),
-    )  # fmt: skip
-    for key in (selected_key, window_key):
 
-        def of(q=q, k=k, direction="forward", key=key, **changes):
-            return key(q, k, k, arguments | changes, direction)
+    def of(
+        tokens=1000,
+        kv_heads=2,
+        dtype=torch.float32,
+        direction="forward",
+        workspace=2**20,
+        sequences=8,
+        block_size=64,
+        window=512,
+    ):
+        """The keys of a problem of selected attention, and of one of the sliding window."""
+        q, k = torch.empty(tokens, 8, 64, dtype=dtype), torch.empty(tokens, kv_heads, 64, dtype=dtype)
+        starts = torch.empty(sequences + 1, dtype=torch.int32)
+        shared = (q, k, k, Sequences(starts, tokens), 0.1, workspace, "auto")
+        chosen = torch.empty(tokens, kv_heads, 16, dtype=torch.int32)
+        selected = SelectedCall(*shared, Blocks(block_size, 1, 2), chosen, None, None)
+        sliding = WindowedCall(*shared, Windows(1, 1), window)
+        return selected_key(selected, direction), window_key(sliding, direction)
 
-        others = [
-            of(direction="backward"),
-            of(q.half(), k.half()),
-            of(q[:400], k[:400]),
-            of(k=k[:, :1]),
-            of(workspace_bytes=2**21),
-            of(cu_seqlens=torch.empty(10)),
-            of(block_size=32) if key is selected_key else of(window_size=256),
-        ]
-        assert len({of(), *others}) == 1 + len(others)
-        assert of() == of(q[:700], k[:700]) == of(cu_seqlens=torch.empty(7))
+    others = [
+        of(direction="backward"),
+        of(dtype=torch.float16),
+        of(tokens=400),
+        of(kv_heads=1),
+        of(workspace=2**21),
+        of(sequences=9),
+        of(block_size=32, window=256),
+    ]
+    for keys in zip(of(), *others, strict=True):
+        assert len(set(keys)) == 1 + len(others)
+    assert of() == of(tokens=700) == of(sequences=6)

@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from nsa_fsa.config import BRANCHES
 from tests.cases import (
     DIFFERENTIABLE,
     Case,
@@ -15,6 +17,7 @@ from tests.cases import (
     call,
     device_of,
     gradients,
+    is_float,
     make_inputs,
     operators_and_backends,
     output,
@@ -44,103 +47,84 @@ def inputs(requires_grad, backend="reference", case=CASE, layout=same, operator=
     return x
 
 
+class Recorder(TorchDispatchMode):
+    """Keeps what operators of nsa_fsa are called with."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "nsa_fsa":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
+
+
 def samples(operator, x, backend):
-    """Argument tuples for a registered operator, with every optional argument given and not given."""
-    packed, scale, block_size = (
-        (x.cu_seqlens, x.max_seqlen),
-        CASE.scale,
-        suited(CASE, backend, operator=operator.removesuffix("_backward")).block_size,
-    )
-    cu_seqlens_q = torch.tensor([0, 3, 3, 5], dtype=torch.int32, device=x.q.device)
-    used = torch.tensor([16, 0, 2], dtype=torch.int32, device=x.q.device)
-    whole, last = (*packed, None, None, scale), (*packed, cu_seqlens_q, used, scale)
-    windows = (CASE.kernel_size, CASE.kernel_stride)
-    blocks = (CASE.num_selected_blocks, CASE.init_blocks, CASE.local_blocks)
-    counts = torch.full(x.block_indices.shape[:2], 2, dtype=torch.int32, device=x.q.device)
-    few = slice(0, 5)
-
-    def attention(keys, *variants):
-        """variants: queries, layout and the operator's own arguments."""
-        k, v = (getattr(x, name) for name in keys)
-        forward = [(q, k, v, *layout, *own, backend) for q, layout, own in variants]
-        if not operator.endswith("_backward"):
-            return forward
-        found = []
-        for q, k, v, *rest in forward:
-            forward_op = getattr(torch.ops.nsa_fsa, operator.removesuffix("_backward"))
-            o, lse = forward_op(q, k, v, *rest)
-            found.append((torch.randn_like(o), q, k, v, o, lse, *rest))
-        return found
-
-    q_few, indices = x.q.detach()[few], x.block_indices
-    if operator.startswith("compressed_attention"):
-        own = (*windows, 2**20)
-        return attention(("k_cmp", "v_cmp"), (x.q, whole, own), (q_few, last, own))
-    if operator.startswith("sliding_window_attention"):
-        own = (CASE.window_size, 2**20)
-        differentiated = x.k.requires_grad or operator.endswith("_backward")
-        few_too = [] if backend == "flash_attn_4" or (backend == "torch_flash" and differentiated) else [(q_few, last, own)]
-        return attention(("k", "v"), (x.q, whole, own), *few_too)
-    if operator.startswith("nsa_attention"):
-        return whole_samples(operator, x, backend, (whole, last), (*windows, block_size, *blocks, CASE.window_size, 2**20))
-    if operator == "block_index":
-        return [(indices, given, *packed, block_size, forced, forced) for given, forced in ((None, 0), (counts, 1))]
-    if operator.startswith("selected_attention"):
-        no_index, budget = (None,) * 6, 2**20
-        variants = [(x.q, whole, (indices, None, *no_index, block_size, 0, 0, budget))]
-        if backend == "triton_kv_major":
-            index = torch.ops.nsa_fsa.block_index(indices, counts, *packed, block_size, 1, 1)
-            variants.append((x.q, whole, (indices, counts, *index, block_size, 1, 1, 1)))
-        elif backend == "reference" or not (x.k.requires_grad or operator.endswith("_backward")):
-            variants.append((q_few, last, (indices[few], counts[few], *no_index, block_size, 1, 1, budget)))
-        return attention(("k", "v"), *variants)
-    lse = torch.ops.nsa_fsa.compressed_attention(x.q, x.k_cmp, x.v_cmp, *whole, *windows, 2**20, backend)[1]
-    if operator in ("select_blocks", "block_scores"):
-        own = (*windows, block_size, *(blocks if operator == "select_blocks" else ()), backend)
-        return [(x.q, x.k_cmp, lse, *whole, *own), (x.q.detach()[few], x.k_cmp, lse[few], *last, *own)]
-    if operator == "pool_windows":
-        return [(x.k, x.pool_weight, *packed, *windows, None, backend), (x.k, None, *packed, *windows, used, backend)]
-    if operator == "gather_windows":
-        return [(x.k, *packed, *windows, None, backend), (x.k, *packed, *windows, used, backend)]
-    if operator == "pool_windows_backward":
-        do = torch.randn_like(x.k_cmp)
-        return [
-            (do, x.k, weight, x.cu_seqlens, *windows, seq, backend) for weight in (x.pool_weight, None) for seq in (None, used)
-        ]
-    if operator == "gather_windows_backward":
-        do = torch.randn_like(x.k_cmp[:, :, None].expand(-1, -1, CASE.kernel_size, -1))
-        return [(do, x.k, x.cu_seqlens, *windows, seqused, backend) for seqused in (None, used)]
-    branches = (x.o_cmp, x.o_slc, x.o_swa, backend)
-    gates = (x.gate_logits, x.gate_logits[:, :1])  # per head and per token
-    if operator == "gated_combine":
-        return [(gate, *branches) for gate in gates]
-    if operator == "gated_combine_backward":
-        return [(torch.randn_like(x.o_cmp), gate, *branches) for gate in gates]
-    raise ValueError(f"{operator}: no sample arguments. Fix: add some here.")
-
-
-def whole_samples(operator, x, backend, layouts, sizes):
-    """For nsa_attention: keys of its own for the sliding branch or not, outputs kept or computed again, last queries only."""
-    whole, last = layouts
-    tensors = (x.q, x.k, x.v, x.k_cmp, x.v_cmp, x.gate_logits)
-    own = tuple(torch.randn_like(t).requires_grad_(t.requires_grad) for t in (x.k, x.v))
-    forward = [
-        (*tensors, None, None, *whole, *sizes, [False] * 3, backend),
-        (*tensors, *own, *whole, *sizes, [True] * 3, backend),
-    ]
-    if not operator.endswith("_backward"):
-        few = (x.q.detach()[:5], *(t.detach() for t in tensors[1:5]), x.gate_logits.detach()[:5])
-        return [*forward, (*few, None, None, *last, *sizes, [False] * 3, backend)]
-    found = []
-    for arguments in forward:
-        o, *saved = torch.ops.nsa_fsa.nsa_attention(*arguments)
-        outputs = [None if again else branch for again, branch in zip(arguments[-2], saved, strict=False)]
-        found.append((torch.randn_like(o), *arguments, *outputs, *saved[3:]))
+    """Argument tuples for a registered operator: what the public functions call it with, with every optional argument given
+    and not given, and backward."""
+    with Recorder() as recorder:
+        for made in variants(operator.removesuffix("_backward"), x, backend):
+            o = output(made)
+            if operator.endswith("_backward"):
+                o.backward(torch.randn_like(o))
+    found = [row for func, row in recorder.calls if func is getattr(torch.ops.nsa_fsa, operator).default]
+    assert found, f"{operator} was not called"
+    if operator.endswith("_backward"):  # which is not differentiated again
+        found = [tuple(y.detach() if isinstance(y, torch.Tensor) else y for y in row) for row in found]
     return found
+
+
+def variants(operator, x, backend):
+    """Results of the public functions that call an operator."""
+    case = suited(CASE, backend, operator=operator)
+    few = slice(0, 5)
+    last = dict(
+        cu_seqlens_q=torch.tensor([0, 3, 3, 5], dtype=torch.int32, device=x.q.device),
+        seqused_k=torch.tensor([16, 0, 2], dtype=torch.int32, device=x.q.device),
+    )
+    used = dict(seqused_k=last["seqused_k"])
+    counts = torch.full(x.block_indices.shape[:2], 2, dtype=torch.int32, device=x.q.device)
+    differentiated = x.k.requires_grad
+    if operator in ("pool_windows", "gather_windows"):
+        yield call(operator, case, x, backend)
+        yield call(operator, case, x.replace(pool_weight=None), backend, **used)
+    elif operator == "gated_combine":
+        for gates in (x.gate_logits, x.gate_logits[:, :1]):  # per head and per token
+            yield call(operator, case, x.replace(gate_logits=gates), backend)
+    elif operator == "compressed_attention":
+        yield call(operator, case, x, backend)
+        yield call(operator, case, x.replace(q=x.q[few]), backend, **last)
+    elif operator == "sliding_window_attention":
+        yield call(operator, case, x, backend)
+        if backend != "flash_attn_4" and not (backend == "torch_flash" and differentiated):
+            yield call(operator, case, x.replace(q=x.q[few]), backend, **last)
+    elif operator in ("select_blocks", "block_scores"):
+        lse = call("compressed_attention", case, x, backend)[1]
+        yield select(case, x, lse, backend, return_scores=True)
+        yield select(case, x.replace(q=x.q[few]), lse[few], backend, return_scores=True, **last)
+    elif operator in ("selected_attention", "block_index"):
+        yield call("selected_attention", case, x, backend)
+        yield call("selected_attention", case, x, backend, block_counts=counts, init_blocks=1, local_blocks=1)
+        if backend == "reference" or (backend == "triton_query_major" and not differentiated):
+            few_indices = x.replace(q=x.q[few], block_indices=x.block_indices[few])
+            yield call("selected_attention", case, few_indices, backend, block_counts=counts[few], **last)
+    elif operator == "nsa_attention":
+        own = {f"{name}_swa": torch.randn_like(y).requires_grad_(differentiated) for name, y in (("k", x.k), ("v", x.v))}
+        yield call(operator, case, x, backend)
+        yield call(operator, case, x, backend, recompute=BRANCHES, **own)
+        if not differentiated:
+            yield call(operator, case, x.replace(q=x.q[few], gate_logits=x.gate_logits[few]), backend, **last)
+    else:
+        raise ValueError(f"{operator}: no sample calls. Fix: add some here.")
 
 
 FORWARD = [*DIFFERENTIABLE, "select_blocks", "block_scores", "block_index"]
 BACKWARD = [f"{name}_backward" for name in DIFFERENTIABLE]
+
+
+# Operators with a single implementation: the one whose call they are part of, and its backend that reads them.
+SINGLE = {"block_index": ("selected_attention", "triton_kv_major"), "block_scores": ("select_blocks", "reference")}
 
 
 def test_every_registered_operator_is_checked_here():
@@ -154,10 +138,10 @@ def registered_operators():
     """(operator, backend, requires_grad), with inputs that require a gradient where the operator may be given such."""
     found = []
     for operator in (*FORWARD, *BACKWARD):
-        attention = "selected_attention" if operator == "block_index" else operator.removesuffix("_backward")
-        for backend in backends_of(attention):
-            if operator == "block_index" and backend.values[0] != "triton_kv_major":
-                continue  # it has a single implementation
+        whole, single = SINGLE.get(operator, (operator.removesuffix("_backward"), None))
+        for backend in backends_of(whole):
+            if single not in (None, *backend.values):
+                continue
             # A backward is not differentiated again, and select_blocks detaches what it hands on.
             for requires_grad in (False, True) if operator in DIFFERENTIABLE else (False,):
                 name = f"{operator}-{backend.values[0]}-{'requires_grad' if requires_grad else 'plain'}"
@@ -169,7 +153,7 @@ def registered_operators():
 @pytest.mark.parametrize(("operator", "backend", "requires_grad"), registered_operators())
 def test_opcheck(operator, backend, requires_grad, layout):
     """Schema, fake implementation (strides too), autograd registration and tracing with dynamic shapes."""
-    x = inputs(requires_grad, backend, layout=layout)
+    x = inputs(requires_grad or operator.endswith("_backward"), backend, layout=layout)
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     # Two block indices of one selection differ where nothing is listed, and in where a list lies. The whole, whose outputs
     # one is among, is compared compiled and eager below.
@@ -192,7 +176,7 @@ def test_a_second_derivative_is_refused(operator, backend):
 def test_what_carries_no_gradient_is_refused():
     """The layer detaches what goes into the choice of blocks; whoever calls the bare operator has to."""
     x = inputs(True)
-    arguments = next(a for a in samples("block_scores", x, "reference"))
+    arguments = [y.requires_grad_() if is_float(y) else y for y in samples("block_scores", x, "reference")[0]]
     scores = torch.ops.nsa_fsa.block_scores(*arguments)
     with pytest.raises(RuntimeError, match=r"nsa_fsa::block_scores has no gradient.*detach"):
         scores.sum().backward()

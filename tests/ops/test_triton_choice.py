@@ -4,12 +4,11 @@ import pytest
 import torch
 
 from nsa_fsa import NativeSparseAttention, NSAConfig, explain
-from nsa_fsa.ops.common import backends
-from tests.cases import DIFFERENTIABLE, by_name, call, device_of, gradients, make_inputs, suited
+from tests.cases import BACKENDS, DIFFERENTIABLE, by_name, call, device_of, gradients, make_inputs, suited
 
 pytestmark = pytest.mark.skipif(
-    backends.available("selected_attention")["triton"] is not None,
-    reason=str(backends.available("selected_attention")["triton"]),
+    BACKENDS["selected_attention"].available()["triton"] is not None,
+    reason=str(BACKENDS["selected_attention"].available()["triton"]),
 )
 CASE = by_name("five")
 

@@ -9,8 +9,7 @@ import pytest
 import torch
 
 from nsa_fsa import ops
-from nsa_fsa.ops.common import backends
-from tests.cases import device_of
+from tests.cases import BACKENDS, Impossible, device_of, prefer
 from tests.wrong_values import NO_BACKENDS, assert_refused, instead_of_int, instead_of_number, instead_of_tensor
 
 T, HQ, HKV, D, DV, S = 32, 4, 2, 16, 8, 4
@@ -242,7 +241,7 @@ NOT_FOR_TRITON = [
 @pytest.mark.parametrize("backend", ["triton", "triton_kv_major", "triton_query_major"])
 def test_what_the_triton_kernels_do_not_take(backend, changes, message):
     """Refused with the reason where they are asked for by name; "auto" goes on to the reference."""
-    if (reason := backends.available("selected_attention")[backend]) is not None:
+    if (reason := BACKENDS["selected_attention"].available()[backend]) is not None:
         pytest.skip(reason)
     names = ("q", "k", "v", "block_indices", "cu_seqlens")
     device = device_of(backend)
@@ -254,13 +253,13 @@ def test_what_the_triton_kernels_do_not_take(backend, changes, message):
 
 
 def test_a_backend_that_cannot_run_here_says_why(monkeypatch):
-    impossible = backends.Backend("impossible", forward=None, unavailable=lambda _: "it needs a machine from the future")
-    monkeypatch.setitem(backends._BACKENDS, "gated_combine", {"impossible": impossible, **backends._BACKENDS["gated_combine"]})
+    prefer(monkeypatch, "gated_combine", Impossible())
     with pytest.raises(RuntimeError, match=r"backend='impossible' of gated_combine cannot run here: it needs a machine.*auto"):
         gated(backend="impossible")
     gated(backend="auto")  # takes the next one that can
-    assert backends.available("gated_combine")["impossible"] == "it needs a machine from the future"
-    assert backends.available("gated_combine")["reference"] is None
+    available = BACKENDS["gated_combine"].available()
+    assert available["impossible"] == "it needs a machine [from] the future"
+    assert available["reference"] is None
 
 
 # --- Every argument of every operator, with everything that it cannot be ---------------------------------------------------

@@ -22,10 +22,9 @@ from nsa_fsa.config import NSAConfig
 from nsa_fsa.integrations.transformers.cache import check_in_step, layer_state
 from nsa_fsa.modules import NativeSparseAttention
 from nsa_fsa.modules.native_sparse_attention import PROJECTIONS
-from nsa_fsa.ops import Layout, sliding_window_attention
-from nsa_fsa.ops.common import checks
+from nsa_fsa.ops import sliding_window_attention
 from nsa_fsa.ops.sliding_window_attention import flash_attention
-from nsa_fsa.sequences import Packing, keep_padding, pack_batch
+from nsa_fsa.sequences import Packing, Sequences, keep_padding, pack_batch
 
 ATTENTION_NAME = "nsa_fsa"
 READ_IN_FORWARD = ("block_size", "num_selected_blocks", "init_blocks", "local_blocks", "window_size", "recompute")
@@ -148,8 +147,8 @@ def find_batch(
         if attention_mask is not None:
             raise ValueError("attention_mask and cu_seq_lens_q are both given. Fix: pass one of them.")
         longest = batch_size * length if max_length_q is None else int(max_length_q)
-        checks.check_layout(like.device, cu_seq_lens_q, longest, None, None)
-        return Batch(Packing(None, Layout(cu_seq_lens_q, longest), packed=True), past)
+        layout = Sequences(cu_seq_lens_q, longest).check(like.device)
+        return Batch(Packing(None, layout, packed=True), past)
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; NSA layers take the 2D padding mask and are causal "
@@ -334,7 +333,7 @@ def dense_attention(
 
 
 def _packed_attention(
-    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float | None, dropout: float
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, layout: Sequences, scaling: float | None, dropout: float
 ) -> Tensor:
     """q `[T, HQ, D]`, k and v `[T, HKV, D]` -> `[T, HQ, D]`: FlashAttention where it runs, else sequence by sequence."""
     if torch.compiler.is_compiling() or (q.is_cuda and q.dtype in flash_attention.DTYPES and not dropout):

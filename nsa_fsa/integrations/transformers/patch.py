@@ -18,7 +18,7 @@ from nsa_fsa.integrations.transformers.attention import NSAAttention, attach, de
 from nsa_fsa.integrations.transformers.models import DENSE_CLASS, SPARSE_CLASS, check_nsa, is_index, make_phi, supported_models
 from nsa_fsa.modules.compression import Compressor
 from nsa_fsa.modules.gating import BranchGate
-from nsa_fsa.ops.common import backends
+from nsa_fsa.ops.compression.operator import POOL_BACKENDS
 
 Settings: TypeAlias = NSAConfig | Mapping[str, Any] | str | os.PathLike[str]
 COMPRESSORS = ("compressor_k", "compressor_v")
@@ -486,7 +486,7 @@ def _update(attention: NSAAttention, new: NSAAttention) -> None:
             module.init = c.gate_init
         elif isinstance(module, Compressor):
             module.kernel_size, module.kernel_stride = c.kernel_size, c.kernel_stride
-            module.backend = backends.of_several("pool_windows", c.backend)
+            module.backend = POOL_BACKENDS.or_auto(c.backend)
 
 
 def _check_fit(model: PreTrainedModel, config: NSAConfig) -> None:

@@ -1,14 +1,23 @@
 """Block selection as an operator: which blocks of keys each query reads. Carries no gradient."""
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from nsa_fsa.checks import check_tensor
 from nsa_fsa.ops.block_selection import reference
-from nsa_fsa.ops.common import backends, checks, triton_backends
+from nsa_fsa.ops.block_selection.call import SelectionCall
+from nsa_fsa.ops.common.backends import Backend, Backends
+from nsa_fsa.ops.common.calls import (
+    Blocks,
+    Windows,
+    check_attention,
+    default_scale,
+)
 from nsa_fsa.ops.common.registration import define_operator
-from nsa_fsa.ops.compressed_attention.operator import check_compressed_rows
+from nsa_fsa.ops.common.triton_backends import TritonBackend, unsupported_tensors
+from nsa_fsa.sequences import Sequences
 
 MAX_SELECTED_BLOCKS = 64  # of the Triton kernel, which keeps them in registers
 
@@ -55,126 +64,74 @@ def select_blocks(
     Raises:
         ValueError: for inconsistent shapes, dtypes, devices, sequence descriptors or block counts.
     """
-    check_blocks(kernel_size, kernel_stride, block_size, num_selected_blocks, init_blocks, local_blocks)
-    checks.check_attention(q, k_cmp, k_cmp, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, kernel_stride)
-    checks.check_tensor("lse", lse, "float32 or float64 [T, HQ]")
-    backends.check_known(backend, "select_blocks")
-    checks.require(
-        lse.shape == q.shape[:2] and lse.dtype in (torch.float32, torch.float64) and lse.device == q.device,
-        lambda: (
+    windows = Windows(kernel_size, kernel_stride).check()
+    blocks = Blocks(block_size, init_blocks, local_blocks).check()
+    blocks.check_selection(windows, num_selected_blocks)
+    sequences = Sequences(cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
+    check_attention(q, k_cmp, k_cmp, sequences, kernel_stride)
+    sequences.check(q.device)
+    check_tensor("lse", lse, "float32 or float64 [T, HQ]")
+    BACKENDS.check(backend)
+    if lse.shape != q.shape[:2] or lse.dtype not in (torch.float32, torch.float64) or lse.device != q.device:
+        raise ValueError(
             f"lse is {lse.dtype} {tuple(lse.shape)} on {lse.device}; it must be float32 or float64 [T, HQ] = "
             f"{tuple(q.shape[:2])} on {q.device}. Fix: pass what compressed_attention(..., return_lse=True) returns for this q."
-        ),
-    )
-    layout = (cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, checks.default_scale(q, scale))
-    windows = (kernel_size, kernel_stride, block_size)
-    q, k_cmp, lse = q.detach(), k_cmp.detach(), lse.detach()
-    indices = _select(q, k_cmp, lse, *layout, *windows, num_selected_blocks, init_blocks, local_blocks, backend)
-    return (indices, _scores(q, k_cmp, lse, *layout, *windows, backend)) if return_scores else indices
+        )
+    q, k_cmp, lse, scale = q.detach(), k_cmp.detach(), lse.detach(), default_scale(q, scale)
+    call = SelectionCall(q, k_cmp, lse, sequences, scale, windows, blocks, num_selected_blocks, backend)
+    return (SELECT(call), SCORES(call)) if return_scores else SELECT(call)
 
 
-def check_blocks(
-    kernel_size: int, kernel_stride: int, block_size: int, num_selected_blocks: int, init_blocks: int, local_blocks: int
-) -> None:
-    """Raises ValueError for window sizes that do not fit together, or more forced blocks than selected ones."""
-    checks.check_positive(block_size=block_size, num_selected_blocks=num_selected_blocks)
-    checks.check_windows(kernel_size, kernel_stride, block_size)
-    checks.check_ints(0, init_blocks=init_blocks, local_blocks=local_blocks)
-    checks.require(
-        init_blocks + local_blocks <= num_selected_blocks,
-        lambda: (
-            f"init_blocks={init_blocks} and local_blocks={local_blocks} must together be at most "
-            f"num_selected_blocks={num_selected_blocks}. Fix: select more, or force fewer."
-        ),
-    )
+class Triton(TritonBackend[SelectionCall]):
+    def refuses(self, call: SelectionCall, *, backward: bool = False) -> str | None:
+        if (reason := unsupported_tensors(call.q, call.k_cmp)) is not None:
+            return reason
+        if call.num_selected_blocks > MAX_SELECTED_BLOCKS:
+            return f"num_selected_blocks={call.num_selected_blocks}; supported are at most {MAX_SELECTED_BLOCKS}"
+        return None
+
+    def forward(self, call: SelectionCall) -> Tensor:
+        from nsa_fsa.ops.block_selection.triton import select_blocks
+
+        return select_blocks(call)
 
 
-def _select_run(
-    q: Tensor,
-    k_cmp: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    cu_seqlens_q: Optional[Tensor],
-    seqused_k: Optional[Tensor],
-    scale: float,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    num_selected_blocks: int,
-    init_blocks: int,
-    local_blocks: int,
-    backend: str,
-) -> Tensor:
-    arguments: dict[str, Any] = dict(
-        cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k, scale=scale,
-        kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size, num_selected_blocks=num_selected_blocks,
-        init_blocks=init_blocks, local_blocks=local_blocks,
-    )  # fmt: skip
-    check_compressed_rows(q, k_cmp, **arguments)
-    return backends.to_run("select_blocks", backend, q, k_cmp, lse, **arguments).forward(q, k_cmp, lse, **arguments)
+class Reference(Backend[SelectionCall]):
+    name = "reference"
+
+    def forward(self, call: SelectionCall) -> Tensor:
+        sizes = dict(**call.blocks._asdict(), num_selected_blocks=call.num_selected_blocks)
+        return reference.select_blocks(call.q, call.k_cmp, call.lse, **_shared(call), **sizes)
 
 
-def _select_fake(q, k_cmp, lse, *rest):
-    num_selected_blocks = rest[8]
-    return q.new_empty(q.shape[0], k_cmp.shape[1], num_selected_blocks, dtype=torch.int32)
+def _shared(call: SelectionCall) -> dict[str, Any]:
+    """Keywords of both functions of the reference."""
+    return dict(**call.sequences._asdict(), **call.windows._asdict(), scale=call.scale)
 
 
-def _scores_run(
-    q: Tensor,
-    k_cmp: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    cu_seqlens_q: Optional[Tensor],
-    seqused_k: Optional[Tensor],
-    scale: float,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    backend: str,
-) -> Tensor:
-    layout: dict[str, Any] = dict(cu_seqlens=cu_seqlens, max_seqlen=max_seqlen, cu_seqlens_q=cu_seqlens_q, seqused_k=seqused_k)
-    check_compressed_rows(q, k_cmp, kernel_stride=kernel_stride, **layout)
-    # Whoever asks for the scores wants to look at them: backends that exist to never hold them leave them to another.
-    backend = backend if backend in backends.available("block_scores") else "auto"
-    return backends.resolve("block_scores", backend).forward(
-        q, k_cmp, lse, **layout, scale=scale, kernel_size=kernel_size, kernel_stride=kernel_stride, block_size=block_size
-    )
+def _select(call: SelectionCall) -> Tensor:
+    call.check_values()
+    return BACKENDS.choose(call).forward(call)
 
 
-def _scores_fake(
-    q, k_cmp, lse, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, scale, kernel_size, kernel_stride, block_size, backend
-):
-    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return q.new_empty(q.shape[0], k_cmp.shape[1], -(-max_seqlen // block_size), dtype=dtype)
+def _select_fake(call: SelectionCall) -> Tensor:
+    shape = (call.q.shape[0], call.k_cmp.shape[1], call.num_selected_blocks)
+    return call.q.new_empty(shape, dtype=torch.int32)
 
 
-_select = define_operator("select_blocks", _select_run, _select_fake)
-_scores = define_operator("block_scores", _scores_run, _scores_fake)
+def _scores(call: SelectionCall) -> Tensor:
+    """By the reference: whoever asks for the scores wants to look at them, and the kernels exist to never hold them."""
+    call.check_values()
+    tensors, block_size = (call.q, call.k_cmp, call.lse), call.blocks.block_size
+    return reference.block_scores(*tensors, **_shared(call), block_size=block_size)
 
 
-def _triton(*tensors: Tensor, **arguments: Any) -> Tensor:
-    from nsa_fsa.ops.block_selection.triton import select_blocks
-
-    run: Any = select_blocks
-    return run(*tensors, **arguments)
-
-
-def _triton_unsupported(*tensors: Tensor, num_selected_blocks: int = 1, **_: Any) -> str | None:
-    if (reason := triton_backends.unsupported_tensors(*tensors[:2])) is not None:
-        return reason
-    if num_selected_blocks > MAX_SELECTED_BLOCKS:
-        return f"num_selected_blocks={num_selected_blocks}; supported are at most {MAX_SELECTED_BLOCKS}"
-    return None
+def _scores_fake(call: SelectionCall) -> Tensor:
+    num_blocks = -(-call.sequences.max_seqlen // call.blocks.block_size)
+    dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
+    return call.q.new_empty(call.q.shape[0], call.k_cmp.shape[1], num_blocks, dtype=dtype)
 
 
-backends.register(
-    "select_blocks",
-    backends.Backend(
-        "triton", _triton, unavailable=triton_backends.unavailable, unsupported=_triton_unsupported,
-        avoided=triton_backends.elsewhere,
-    ),
-)  # fmt: skip
-backends.register("select_blocks", backends.Backend("reference", reference.select_blocks))
-backends.register("block_scores", backends.Backend("reference", reference.block_scores))
+BACKENDS = Backends("select_blocks", Triton(), Reference())
+SELECT = define_operator("select_blocks", SelectionCall, Tensor, _select, _select_fake)
+SCORES = define_operator("block_scores", SelectionCall, Tensor, _scores, _scores_fake)

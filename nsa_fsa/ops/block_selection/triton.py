@@ -25,11 +25,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_fsa.ops.block_selection.call import SelectionCall
 from nsa_fsa.ops.common.locate import load_tile, locate_tiles
 from nsa_fsa.ops.common.primitives import LOG2_E, dot_keys, kernel, load_rows
-from nsa_fsa.ops.common.sizes import cdiv, next_power_of_2, padded_dim
+from nsa_fsa.ops.common.sizes import cdiv, next_power_of_2, padded_dim, rows_contiguous
 from nsa_fsa.ops.common.tuning import dot_precision
-from nsa_fsa.ops.selected_attention.kv_major_forward import rows_contiguous
 
 MAX_HEADS = 16  # of a group, that are rows of one tile
 MAX_LISTED = 32  # blocks a query, of two queries a thread: lists of 61 spill 736 bytes
@@ -467,30 +467,15 @@ def choose_tile(q: Tensor, heads: int, listed: int) -> SelectionTile:
     return SelectionTile(keys=128, products=1) if heads == MAX_HEADS else SelectionTile(keys=64, products=2)
 
 
-def select_blocks(
-    q: Tensor,
-    k_cmp: Tensor,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    num_selected_blocks: int,
-    init_blocks: int,
-    local_blocks: int,
-    scale: float,
-    cu_seqlens_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    tile: SelectionTile | None = None,
-    wide: bool | None = None,
-) -> Tensor:
-    """q `[T, HQ, D]`, k_cmp `[., HKV, D]`, lse `[T, HQ]` -> block_indices int32 `[T, HKV, num_selected_blocks]`.
+def select_blocks(call: SelectionCall, tile: SelectionTile | None = None, wide: bool | None = None) -> Tensor:
+    """block_indices int32 `[T, HKV, num_selected_blocks]`.
 
     tile: other than the default. wide: 64-bit keys, which longer sequences than max_seqlen would need.
     """
-    q, k_cmp, lse = rows_contiguous(q), rows_contiguous(k_cmp), lse.float()
+    cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k = call.sequences
+    (kernel_size, kernel_stride), num_selected_blocks = call.windows, call.num_selected_blocks
+    block_size, init_blocks, local_blocks = call.blocks
+    q, k_cmp, lse = rows_contiguous(call.q), rows_contiguous(call.k_cmp), call.lse.float()
     num_rows, num_heads, head_dim = q.shape
     num_kv_heads = k_cmp.shape[1]
     group_size = num_heads // num_kv_heads
@@ -511,7 +496,8 @@ def select_blocks(
     if wide is None:
         wide = exact or cdiv(max_seqlen, block_size * tile.columns) > NARROW_STEPS.value
     select_blocks_kernel[(num_tiles, num_kv_heads)](
-        q, k_cmp, lse, tiles, indices, *q.stride()[:2], *k_cmp.stride()[:2], *lse.stride(), scale * LOG2_E, num_tiles, num_rows,
+        q, k_cmp, lse, tiles, indices, *q.stride()[:2], *k_cmp.stride()[:2], *lse.stride(), call.scale * LOG2_E,
+        num_tiles, num_rows,
         KERNEL_SIZE=kernel_size, KERNEL_STRIDE=kernel_stride, BLOCK_SIZE=block_size,
         NUM_SELECTED=num_selected_blocks, INIT=init_blocks, LOCAL=local_blocks,
         G=group_size, HEADS=heads, D=head_dim, PADDED_D=padded_dim(head_dim),

@@ -1,118 +1,134 @@
 """Which implementation of an operator runs, and why.
 
-Each operator file registers its implementations here by name. "auto" takes the first one, in order of registration, that
-can run; a backend asked for by name runs or raises with the reason, and nothing falls back silently.
+Every operator has one `Backends`. "auto" takes the first implementation that can run a call; a backend asked for by name runs
+or raises with the reason, and nothing falls back silently.
 """
 
 import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 
-def _not_differentiable(*_: Any, **__: Any) -> Any:
-    raise RuntimeError("this operator has no gradient")
+class Call(Protocol):
+    """What every operator's call has."""
+
+    @property
+    def backend(self) -> str: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
 
-@dataclass(frozen=True)
-class Backend:
-    """One implementation of one operator.
+C = TypeVar("C", bound=Call)
 
-    `forward` and `backward` take what the operator passes and return what its functions in `nsa_fsa.reference` do.
-    `unavailable(device)` gives the reason why the GPU `device`, or the current one where it is None or no GPU, cannot run it,
-    or None; `unsupported(*tensors, backward=bool, **arguments)`, called with an operator's own arguments, the reason why it
-    cannot run them; `avoided(*tensors, **arguments)` the reason why "auto" does not take it although it can, or None.
-    """
+
+class Backend(Generic[C]):
+    """One implementation of one operator: of some calls, on some machines."""
 
     name: str
-    forward: Callable[..., Any]
-    backward: Callable[..., Any] = _not_differentiable
-    unavailable: Callable[[torch.device | None], str | None] = lambda _: None
-    unsupported: Callable[..., str | None] = lambda *_, **__: None
-    avoided: Callable[..., str | None] = lambda *_, **__: None
+
+    def unavailable(self, device: torch.device | None = None) -> str | None:
+        """Why the GPU `device`, or the current one where it is None or no GPU, cannot run it, or None."""
+        return None
+
+    def refuses(self, call: C, *, backward: bool = False) -> str | None:
+        """Why it cannot run this call, or None. backward: as well as its forward."""
+        return None
+
+    def avoids(self, call: C) -> str | None:
+        """Why "auto" does not take it although it can run the call, or None."""
+        return None
+
+    def forward(self, call: C) -> Any:
+        """What the operator's reference returns."""
+        raise NotImplementedError(f"{self.name} has no forward")
+
+    def backward(self, call: C, *gradients: Any, **settings: Any) -> Any:
+        """What the operator's reference returns for the gradients."""
+        raise NotImplementedError(f"{self.name} has no backward")
 
 
-_BACKENDS: dict[str, dict[str, Backend]] = {}
+class Backends(Generic[C]):
+    """The implementations of one operator, those that "auto" prefers first. The last one always runs."""
 
+    def __init__(self, operator: str, *backends: Backend[C]):
+        self.operator = operator
+        self.by_name = {backend.name: backend for backend in backends}
+        self._warned: set[str] = set()
 
-def register(operator: str, backend: Backend) -> None:
-    """Adds an implementation of an operator; the ones that "auto" should prefer are registered first."""
-    _BACKENDS.setdefault(operator, {})[backend.name] = backend
+    def available(self) -> dict[str, str | None]:
+        """The names of the backends, with the reason why each cannot run here (None: it can)."""
+        return {name: backend.unavailable() for name, backend in self.by_name.items()}
 
+    def check(self, name: Any) -> None:
+        """Raises ValueError unless `name` is "auto" or a backend's."""
+        check_known(name, self.operator, self)
 
-def available(operator: str) -> dict[str, str | None]:
-    """The names of an operator's backends, with the reason why each cannot run here (None: it can)."""
-    return {name: backend.unavailable(None) for name, backend in _BACKENDS[operator].items()}
+    def or_auto(self, name: str) -> str:
+        """What a backend asked for a whole layer means for this operator: itself where the operator has it, else "auto"."""
+        return name if name in self.by_name else "auto"
 
+    def named(self, name: str, device: torch.device | None = None) -> Backend[C]:
+        """The backend of this name, which may not be "auto".
 
-def resolve(operator: str, name: str, *tensors: Tensor, backward: bool = False, **arguments: Any) -> Backend:
-    """The backend that `name` stands for; with the operator's own arguments, the one that can run these.
+        Raises:
+            ValueError: for a name that this operator does not have.
+            RuntimeError: for a backend that cannot run on this machine, with the reason.
+        """
+        self.check(name)
+        backend = self.by_name[name]
+        if (reason := backend.unavailable(device)) is not None:
+            raise RuntimeError(f'backend={name!r} of {self.operator} cannot run here: {reason}. Fix: use backend="auto".')
+        return backend
 
-    Raises:
-        ValueError: for a name that this operator does not have, or arguments that the named backend does not support.
-        RuntimeError: for a backend that cannot run on this machine, with the reason.
-    """
-    candidates = _BACKENDS[operator]
-    if name == "auto":
-        skipped = passed_over(operator, *tensors, backward=backward, **arguments)
-        return next(backend for backend in candidates.values() if backend.name not in skipped)
-    if name not in candidates:
-        raise ValueError(
-            f"backend={name!r} is not an implementation of {operator}: allowed are {('auto', *candidates)}. "
-            'Fix: use backend="auto".'
-        )
-    if (reason := candidates[name].unavailable(tensors[0].device if tensors else None)) is not None:
-        raise RuntimeError(f'backend={name!r} of {operator} cannot run here: {reason}. Fix: use backend="auto".')
-    if tensors and (reason := candidates[name].unsupported(*tensors, backward=backward, **arguments)) is not None:
-        raise ValueError(f'backend={name!r} of {operator} does not support this: {reason}. Fix: use backend="auto".')
-    return candidates[name]
+    def choose(self, call: C, *, backward: bool = False, warn: bool = True) -> Backend[C]:
+        """The backend that `call.backend` stands for.
 
+        Where "auto" leaves a GPU to the reference, a UserWarning says so, once for each reason, unless `warn` is False.
 
-def to_run(operator: str, name: str, *tensors: Tensor, **arguments: Any) -> Backend:
-    """What `resolve` gives; where "auto" leaves a GPU to the reference, a UserWarning says so, once for each reason."""
-    backend = resolve(operator, name, *tensors, **arguments)
-    if name == "auto" and backend.name == "reference" and tensors[0].is_cuda:
-        reason = "; ".join(dict.fromkeys(passed_over(operator, *tensors, **arguments).values()))
-        if reason and (operator, reason) not in _WARNED:
-            _WARNED.add((operator, reason))
-            warnings.warn(
-                f"{operator} runs on a GPU as the reference, plain PyTorch in chunks, which is slow: {reason}. "
-                'Fix: give it what a faster backend supports, or pass backend="reference" to say that this is meant.',
-                stacklevel=2,
+        Raises:
+            ValueError: for a name that this operator does not have, or a call that the named backend cannot run.
+            RuntimeError: for a backend that cannot run on this machine, with the reason.
+        """
+        if call.backend == "auto":
+            passed_over = self.passed_over(call, backward=backward)
+            backend = next(x for x in self.by_name.values() if x.name not in passed_over)
+            if warn and backend.name == "reference" and passed_over and call.device.type == "cuda":
+                self._warn("; ".join(dict.fromkeys(passed_over.values())))
+            return backend
+        backend = self.named(call.backend, call.device)
+        if (reason := backend.refuses(call, backward=backward)) is not None:
+            raise ValueError(
+                f'backend={backend.name!r} of {self.operator} does not support this: {reason}. Fix: use backend="auto".'
             )
-    return backend
+        return backend
 
+    def passed_over(self, call: C, *, backward: bool = False) -> dict[str, str]:
+        """The backends that "auto" does not take although they come before the one that it takes, with the reasons."""
+        skipped: dict[str, str] = {}
+        for name, backend in self.by_name.items():
+            reason = backend.unavailable(call.device) or backend.refuses(call, backward=backward) or backend.avoids(call)
+            if reason is None:
+                return skipped
+            skipped[name] = reason
+        raise AssertionError(f"{self.operator} has no backend that always runs")
 
-_WARNED: set[tuple[str, str]] = set()
-
-
-def check_known(name: str, whole: str, *operators: str) -> None:
-    """Raises ValueError unless `name` is "auto" or a backend of any of `operators` (default: of `whole` itself)."""
-    known = dict.fromkeys(backend for operator in operators or (whole,) for backend in _BACKENDS[operator])
-    if not isinstance(name, str) or (name != "auto" and name not in known):
-        raise ValueError(
-            f'backend={name!r} is not an implementation of {whole}: allowed are {("auto", *known)}. Fix: use backend="auto".'
+    def _warn(self, reason: str) -> None:
+        if reason in self._warned:
+            return
+        self._warned.add(reason)
+        warnings.warn(
+            f"{self.operator} runs on a GPU as the reference, plain PyTorch in chunks, which is slow: {reason}. "
+            'Fix: give it what a faster backend supports, or pass backend="reference" to say that this is meant.',
+            stacklevel=3,
         )
 
 
-def of_several(operator: str, name: str) -> str:
-    """What a backend asked for a whole layer means for one of its operators: itself where the operator has it, else "auto"."""
-    return name if name in _BACKENDS[operator] else "auto"
-
-
-def passed_over(operator: str, *tensors: Tensor, backward: bool = False, **arguments: Any) -> dict[str, str]:
-    """The backends that "auto" does not take although they come before the one that it takes, with the reasons."""
-    skipped: dict[str, str] = {}
-    for backend in _BACKENDS[operator].values():
-        reason = backend.unavailable(tensors[0].device if tensors else None)
-        if reason is None and tensors:
-            reason = backend.unsupported(*tensors, backward=backward, **arguments)
-        if reason is None:
-            reason = backend.avoided(*tensors, **arguments)
-        if reason is None:
-            return skipped
-        skipped[backend.name] = reason
-    raise AssertionError(f"{operator} has no backend that always runs")
+def check_known(name: Any, whole: str, *operators: Backends[Any]) -> None:
+    """Raises ValueError unless `name` is "auto" or a backend of any of the operators that `whole` consists of."""
+    known = dict.fromkeys(["auto", *(backend for operator in operators for backend in operator.by_name)])
+    if not isinstance(name, str) or name not in known:
+        raise ValueError(
+            f'backend={name!r} is not an implementation of {whole}: allowed are {tuple(known)}. Fix: use backend="auto".'
+        )

@@ -9,6 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
+from nsa_fsa.ops.common.launcher import Launcher
 from nsa_fsa.ops.common.primitives import specialisation
 
 # Triton 3.7 calls it barrier. Of the threads of a partition where warps are specialised, else of the whole program.
@@ -17,7 +18,7 @@ thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barr
 
 def gluon_kernel(function: Callable[..., Any]) -> Any:
     """gluon.jit for what the host launches, as `primitives.kernel`."""
-    return gluon.jit(function, **specialisation(function))
+    return Launcher(gluon.jit(function, **specialisation(function)))
 
 
 @gluon.jit

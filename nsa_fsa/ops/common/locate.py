@@ -16,7 +16,7 @@ from nsa_fsa.ops.common.primitives import kernel
 from nsa_fsa.ops.common.sizes import aligned_rows, cdiv
 
 
-class Rows(NamedTuple):
+class RowTable(NamedTuple):
     """Of every query row, int32 `[T]`: the rows of what `locate_rows` returns."""
 
     position: Tensor  # inside its sequence; of the last queries of a longer sequence where the keys lie in a cache
@@ -24,7 +24,7 @@ class Rows(NamedTuple):
     first_block: Tensor  # the number of its sequence's first block
 
 
-class Blocks(NamedTuple):
+class BlockTable(NamedTuple):
     """Of every block number, int32 `[num_blocks]`: the rows of what `locate_blocks` returns."""
 
     first_row: Tensor  # row of its first key
@@ -33,7 +33,7 @@ class Blocks(NamedTuple):
     end_row: Tensor  # the row after its sequence's last
 
 
-class Tiles(NamedTuple):
+class TileTable(NamedTuple):
     """Of every tile, int32 `[num_tiles]`: the rows of what `locate_tiles` returns."""
 
     number: Tensor  # of the tile inside its sequence
@@ -127,7 +127,7 @@ def locate_tiles_kernel(
 
 @triton.jit
 def load_tile(tiles_ptr, num_tiles, number, num_rows, OF_KEYS: tl.constexpr, SINGLE: tl.constexpr):
-    """The values of `Tiles` for the tile that the program `number` owns, the longest work first."""
+    """The values of `TileTable` for the tile that the program `number` owns, the longest work first."""
     index = number if OF_KEYS else num_tiles - 1 - number
     none = number * 0
     first_query, num_queries, offset, first_key, num_keys = none, num_rows, none, none, num_rows
@@ -146,7 +146,7 @@ def max_num_blocks(num_rows: int, num_sequences: int, block_size: int) -> int:
 def locate_rows(
     num_rows: int, cu_seqlens: Tensor, block_size: int, cu_seqlens_q: Tensor | None = None, seqused_k: Tensor | None = None
 ) -> Tensor:
-    """`[3, num_rows]`, read as `Rows(*found)`; cu_seqlens_q and seqused_k as in `ops.Layout`."""
+    """`[3, num_rows]`, read as `RowTable(*found)`; cu_seqlens_q and seqused_k as in `Sequences`."""
     num_sequences = cu_seqlens.shape[0] - 1
     found = aligned_rows(3, num_rows, dtype=torch.int32, device=cu_seqlens.device)
     if num_rows:
@@ -161,7 +161,7 @@ def locate_rows(
 
 
 def locate_blocks(num_rows: int, cu_seqlens: Tensor, block_size: int) -> Tensor:
-    """`[4, num_blocks]`, read as `Blocks(*found)`, for a packed batch of `num_rows` keys."""
+    """`[4, num_blocks]`, read as `BlockTable(*found)`, for a packed batch of `num_rows` keys."""
     num_sequences = cu_seqlens.shape[0] - 1
     num_blocks = max_num_blocks(num_rows, num_sequences, block_size)
     found = aligned_rows(4, num_blocks, dtype=torch.int32, device=cu_seqlens.device)
@@ -176,7 +176,7 @@ def locate_tiles(
     num_rows: int, cu_seqlens: Tensor, tile_rows: int, cu_seqlens_q: Tensor | None = None, seqused_k: Tensor | None = None,
     *, of_keys: bool = False,
 ) -> Tensor | None:  # fmt: skip
-    """`[6, num_tiles]`, read as `Tiles(*found)`: the sequences cut into tiles of `tile_rows` queries, or of `tile_rows` keys.
+    """`[6, num_tiles]`, read as `TileTable(*found)`: the sequences cut into tiles of `tile_rows` queries or keys.
 
     Tiles with the most work come first: those of the last queries, which see the most keys, or of the first keys, which are
     seen by the most queries. None for one whole sequence, whose tiles `load_tile` works out without a table: that saves
@@ -184,7 +184,7 @@ def locate_tiles(
 
     Args:
         num_rows: rows of the packed queries, or keys.
-        cu_seqlens, cu_seqlens_q, seqused_k: as in `ops.Layout`.
+        cu_seqlens, cu_seqlens_q, seqused_k: as in `Sequences`.
         tile_rows: queries, or keys, of a tile.
         of_keys: cut the keys.
     """

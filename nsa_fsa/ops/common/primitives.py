@@ -7,6 +7,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from nsa_fsa.ops.common.launcher import Launcher
+
 LOG2_E = 1.4426950408889634
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -30,7 +32,7 @@ def specialisation(function: Callable[..., Any]) -> dict[str, list[str]]:
 
 def kernel(function: Callable[..., Any]) -> Any:
     """triton.jit for what the host launches, whatever its sizes."""
-    return triton.jit(function, **specialisation(function))
+    return Launcher(triton.jit(function, **specialisation(function)))
 
 
 @triton.jit

@@ -20,11 +20,13 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 import nsa_fsa
+from nsa_fsa.ops.common.calls import AttentionCall
+from nsa_fsa.ops.common.sizes import next_power_of_2
 
 logger = logging.getLogger("nsa_fsa")
 
@@ -32,6 +34,7 @@ logger = logging.getLogger("nsa_fsa")
 MIN_GAIN = 0.03
 REPEATS = 5
 
+T = TypeVar("T")
 Entry = dict[str, Any]  # key, choice, milliseconds of every candidate (None: it cannot run), date
 _KNOWN: dict[tuple[torch.device, str], Entry] = {}
 _TOO_LARGE: set[tuple[torch.device, str]] = set()  # to be timed, in this process
@@ -121,9 +124,27 @@ def known(key: str, device: torch.device) -> Entry | None:
     return entry
 
 
+def problem_key(operator: str, direction: str, call: AttentionCall, own: str) -> str:
+    """The kind of problem that is remembered: tokens, sequences and KV heads count in powers of two.
+
+    own: what else of the call matters to this operator.
+    """
+    num_tokens, _, head_dim = call.q.shape
+    num_sequences = call.sequences.cu_seqlens.shape[0] - 1
+    dtype = str(call.q.dtype).removeprefix("torch.")
+    if call.q.dtype == torch.float32:
+        dtype += "(tf32)" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "(ieee)"
+    return (
+        f"{operator} {direction} G={call.group_size} HKV<={next_power_of_2(call.k.shape[1])} D={head_dim} "
+        f"DV={call.v.shape[2]} {dtype} {own} T<={next_power_of_2(num_tokens)} B<={next_power_of_2(num_sequences)} "
+        f"workspace={call.workspace_bytes}"
+    )
+
+
 def choose(
     key: str,
-    candidates: Mapping[str, Callable[[], Any]],
+    candidates: Mapping[str, T],
+    run: Callable[[T], Any],
     device: torch.device,
     clock: Callable[[Callable[[], Any]], float] = time_on_gpu,
     recoverable: tuple[type[Exception], ...] = (RuntimeError,),
@@ -132,7 +153,8 @@ def choose(
 
     Args:
         key: names the kind of problem.
-        candidates: what to run, by name.
+        candidates: the ways to run it, by name.
+        run: runs one of them.
         device: the GPU it runs on.
         clock: milliseconds that a candidate takes.
         recoverable: what a candidate that this GPU cannot run may raise.
@@ -150,12 +172,12 @@ def choose(
         len(candidates), key, path.parent,
     )  # fmt: skip
     milliseconds: dict[str, float | None] = {}
-    for name, run in candidates.items():
+    for name, candidate in candidates.items():
         milliseconds[name] = None
         # A candidate may need more memory than this GPU has. The default, timed, may too, although it then runs: beside what
         # is timed there are gradients that the call itself adds to. Any other error of the default is the caller's to see.
         with contextlib.suppress(torch.OutOfMemoryError, *(() if name == default else recoverable)):
-            milliseconds[name] = clock(run)
+            milliseconds[name] = clock(functools.partial(run, candidate))
     default_ms = milliseconds[default]
     if default_ms is None:
         _TOO_LARGE.add((device, key))

@@ -1,4 +1,7 @@
-"""Registers operators with torch.library.
+"""Registers operators with torch.library: an operator takes one typed call and gives one typed result.
+
+A call is a frozen dataclass of tensors, numbers and named tuples of these. torch.library knows rows of tensors and numbers, so
+`Signature` writes a call out as one, and the operator's schema with it.
 
 `torch.library.custom_op` would do, but does more in Python at every call. With it, a compressed attention whose backend does
 nothing took 140 microseconds forward with gradients and 236 forward and backward (one core, checks of values on the CPU
@@ -6,52 +9,208 @@ included); it takes 92 and 180 here. The kernels take 200 forward at 8,192 token
 """
 
 import contextlib
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+import types
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
+from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from torch._C import _are_functorch_transforms_active as transformed
 from torch._C._dynamo import eval_frame
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from nsa_fsa.sequences import Length
+
 NAMESPACE = "nsa_fsa"
 _LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _AUTOCAST = DispatchKeySet(DispatchKey.AutocastCPU)
 for _key in ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1"):
     _AUTOCAST |= DispatchKeySet(getattr(DispatchKey, f"Autocast{_key}"))
+_NOTHING = contextlib.nullcontext()
+
+# What torch.library calls the types of a call's members.
+_SCHEMA_TYPES: dict[Any, str] = {
+    Tensor: "Tensor",
+    Tensor | None: "Tensor?",
+    int: "int",
+    int | None: "int?",
+    Length: "SymInt",
+    float: "float",
+    str: "str",
+    tuple[str, ...]: "str[]",
+}
+
+Call = TypeVar("Call")
+Result = TypeVar("Result")
+Saved = TypeVar("Saved")
 
 
-def in_its_precision(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run` without autocast, which would turn the products of the reference's float32 scores into bfloat16.
+class Signature(Generic[Call]):
+    """How a call, or a result, is written as a row of tensors and numbers, and read again.
+
+    A member may be a named tuple or dataclass of its own, whose members then stand in its place. Where such a one, or a tensor,
+    is None, the row has None in all of its places.
+    """
+
+    def __init__(self, kind: type[Call], optional: bool = False):
+        self.kind = kind
+        self.optional = optional
+        self.members: dict[str, str | Signature[Any]] = {}
+        for name, hint in _members(kind).items():
+            bundles = [x for x in _alternatives(hint) if dataclasses.is_dataclass(x) or hasattr(x, "_fields")]
+            self.members[name] = Signature(bundles[0], len(_alternatives(hint)) > 1) if bundles else _SCHEMA_TYPES[hint]
+        self.size: int = sum(x.size if isinstance(x, Signature) else 1 for x in self.members.values())
+
+    def schema(self) -> list[str]:
+        """The row for torch.library, such as `["Tensor q", "int block_size"]`."""
+        found = []
+        for name, member in self.members.items():
+            found += member._optional_schema() if isinstance(member, Signature) else [f"{member} {name}"]
+        return found
+
+    def _optional_schema(self) -> list[str]:
+        return [x.replace("Tensor ", "Tensor? ") for x in self.schema()] if self.optional else self.schema()
+
+    def flatten(self, call: Any) -> list[Any]:
+        """The row of a call."""
+        row: list[Any] = []
+        for name, member in self.members.items():
+            value = getattr(call, name)
+            if not isinstance(member, Signature):
+                row.append(value)
+            elif value is None:
+                row += [None] * member.size
+            else:
+                row += member.flatten(value)
+        return row
+
+    def build(self, row: Sequence[Any], start: int = 0) -> Call:
+        """The call whose row begins at `start`."""
+        values: list[Any] = []
+        for member in self.members.values():
+            if not isinstance(member, Signature):
+                values.append(row[start])
+                start += 1
+            else:
+                absent = member.optional and row[start] is None
+                values.append(None if absent else member.build(row, start))
+                start += member.size
+        return self.kind(*values)
+
+
+def _members(kind: type) -> dict[str, Any]:
+    """The types of a named tuple's or a dataclass's members."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    named = [x.name for x in dataclasses.fields(kind)] if dataclasses.is_dataclass(kind) else hints
+    return {name: hints[name] for name in named}
+
+
+def _alternatives(hint: Any) -> list[Any]:
+    """The types that a hint allows beside None."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        return list(typing.get_args(hint))
+    return [hint]
+
+
+# An operator cannot return None: an empty tensor of one axis stands for it, for every result has two or more.
+def _present(row: list[Any], like: Tensor) -> list[Tensor]:
+    return [like.new_empty(0) if x is None else x for x in row]
+
+
+def _absent(row: Sequence[Tensor]) -> list[Tensor | None]:
+    return [None if x.ndim == 1 else x for x in row]
+
+
+@dataclass(frozen=True)
+class Gradient(Generic[Call, Result, Saved]):
+    """How an operator's first result is differentiated; the others carry no gradient.
+
+    Attributes:
+        saved: a named tuple of what `backward` needs beside the call.
+        keep: makes it of the call and its result.
+        gradients: a named tuple whose members are called as those of the call that they are the gradients of; None where the
+            call has None.
+        backward: gives the gradients, each shaped as what it is the gradient of, and contiguous.
+    """
+
+    saved: type[Saved]
+    keep: Callable[[Call, Result], Saved]
+    gradients: type
+    backward: Callable[[Call, Tensor, Saved], Any]
+
+
+class NothingSaved(NamedTuple):
+    """What a backward needs beside the call where it needs nothing."""
+
+
+def keep_nothing(call: Any, result: Any) -> NothingSaved:
+    """What `Gradient.keep` is for these."""
+    return NothingSaved()
+
+
+class Operator(Generic[Call, Result]):
+    """What `torch.ops.nsa_fsa.<name>` does, for a call."""
+
+    def __init__(self, name: str, call: type[Call], result: type[Result]):
+        self.name = name
+        self.call = Signature(call)
+        self.result = None if result is Tensor else Signature(result)
+        self.run: Any = None  # of torch.library
+
+    def __call__(self, call: Call) -> Result:
+        return self.read_result(self.run(*self.call.flatten(call)))
+
+    def read_result(self, found: Any) -> Result:
+        return found if self.result is None else self.result.build(_absent(found))
+
+    def write_result(self, result: Any, like: Tensor) -> Any:
+        return result if self.result is None else tuple(_present(self.result.flatten(result), like))
+
+    @property
+    def result_schema(self) -> str:
+        return "Tensor" if self.result is None else f"({', '.join(['Tensor'] * self.result.size)})"
+
+
+def _in_its_precision() -> contextlib.AbstractContextManager[Any]:
+    """Leaves autocast out, which would turn the products of the reference's float32 scores into bfloat16.
 
     What goes into an operator may well have been cast; inside, the operator says itself in what it computes. Asking whether
     there is anything to leave out takes 0.1 microseconds, leaving it out another 1.2.
     """
+    return _ExcludeDispatchKeyGuard(_AUTOCAST) if torch._C._is_any_autocast_enabled() else _NOTHING
 
-    def called(*inputs: Any) -> Any:
-        if not torch._C._is_any_autocast_enabled():
-            return run(*inputs)
-        with _ExcludeDispatchKeyGuard(_AUTOCAST):
-            return run(*inputs)
 
-    return called
+class _OnGPU(torch.cuda.device):
+    """Makes a GPU the current one: that is where Triton launches.
+
+    Setting the device where it is set already is no waste: it gives a thread that is new to CUDA a context, without which
+    Triton cannot describe a bulk copy. Entering takes 0.8 microseconds, setting the device 0.5 (an H100's host).
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__(device)
+        self.wanted = device
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        torch.cuda.set_device(self.wanted)
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Inside, the GPU that x is on, if it is on one, is the current one."""
+    return _OnGPU(x.device) if x.is_cuda else _NOTHING
 
 
 def on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run`, with the GPU of its first tensor as the current one: that is where Triton launches.
-
-    Setting the device where it is set already is no waste: it gives a thread that is new to CUDA a context, without which
-    Triton cannot describe a bulk copy. Entering the guard takes 0.8 microseconds, setting the device 0.5 (an H100's host).
-    """
+    """`run`, with the GPU of its first tensor as the current one."""
 
     def guarded(*inputs: Any, **settings: Any) -> Any:
-        device = next(x for x in inputs if isinstance(x, torch.Tensor)).device
-        if device.type != "cuda":
-            return run(*inputs, **settings)
-        with torch.cuda.device(device):
-            torch.cuda.set_device(device)
+        with on_device(next(x for x in inputs if isinstance(x, Tensor))):
             return run(*inputs, **settings)
 
     return guarded
@@ -69,70 +228,148 @@ def unseen_by_the_compiler(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def has_tangent(x: Any) -> bool:
-    return isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
 
 
 def define_operator(
     name: str,
-    run: Callable[..., Any],
-    fake: Callable[..., Any],
-    *,
-    schema: str | None = None,
-    setup_context: Callable[..., None] | None = None,
-    vjp: Callable[..., tuple[Any, ...]] | None = None,
-) -> Callable[..., Any]:
-    """Registers `nsa_fsa::<name>` for every device and returns it.
+    call: type[Call],
+    result: type[Result],
+    forward: Callable[[Call], Result],
+    fake: Callable[[Call], Result],
+    gradient: Gradient[Call, Result, Any] | None = None,
+) -> Operator[Call, Result]:
+    """Registers `nsa_fsa::<name>` for every device and returns it; with a gradient also `nsa_fsa::<name>_backward`.
 
     Args:
-        run: the operator on real tensors. It changes none of them and returns new ones, contiguous as those of `fake` are.
-        fake: the shapes, dtypes and strides of the results, from arguments that have nothing else.
-        schema: "(Tensor q, ...) -> Tensor"; default: from the annotations of `run`.
-        setup_context, vjp: the gradient, as `torch.library.register_autograd` takes it; gradients of results that nobody
-            used are None. Without them, a backward pass through the operator raises RuntimeError.
+        call: a frozen dataclass whose first member is a tensor.
+        result: Tensor, or a named tuple.
+        forward: the operator on real tensors. It changes none of them and returns new ones, contiguous as those of `fake` are.
+        fake: the shapes, dtypes and strides of the result, from a call whose tensors have nothing else.
+        gradient: without it, a backward pass through the operator raises RuntimeError.
     """
-    _LIBRARY.define(name + (schema or torch.library.infer_schema(run, mutates_args=())), tags=(torch.Tag.pt2_compliant_tag,))
-    called = unseen_by_the_compiler(in_its_precision(on_its_device(run)))
-    _LIBRARY.impl(name, called, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-    operator = getattr(getattr(torch.ops, NAMESPACE), name).default
+    operator = Operator(name, call, result)
 
-    def below_autograd(*inputs):
-        with torch._C._AutoDispatchBelowAutograd():
-            return operator(*inputs)
+    def run(*row):
+        with _in_its_precision(), on_device(row[0]):
+            return operator.write_result(forward(operator.call.build(row)), row[0])
+
+    def run_fake(*row):
+        return operator.write_result(fake(operator.call.build(row)), row[0])
+
+    schema = f"({', '.join(operator.call.schema())}) -> {operator.result_schema}"
+    operator.run = _register(name, schema, run, run_fake)
+    differentiable = None if gradient is None else _differentiable(operator, gradient)
+    _register_autograd(name, operator.run, differentiable)
+    return operator
+
+
+def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, unseen_by_the_compiler(run), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+    return getattr(getattr(torch.ops, NAMESPACE), name).default
+
+
+def _differentiable(operator: Operator[Any, Any], gradient: Gradient[Any, Any, Any]) -> Callable[..., Any]:
+    """The operator, called with a row, as autograd records it."""
+    backward = _define_backward(operator, gradient)
+    saved = Signature(gradient.saved)
+    size, names = operator.call.size, [x.split()[1] for x in operator.call.schema()]
+    places = [names.index(name) for name in _members(gradient.gradients)]  # of what has a gradient
 
     class Differentiable(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *inputs):
+        def forward(ctx, *row):
             ctx.set_materialize_grads(False)  # zeros for a statistic's gradient would be one more launch
-            # Below a level of torch.func there may be another, or plain autograd, for which gradients are still on.
-            with torch.enable_grad() if transformed() else contextlib.nullcontext():
-                output = below_autograd(*inputs)
-            if setup_context is not None:
-                setup_context(ctx, inputs, output)
-            return output
+            with _gradients_below(), torch._C._AutoDispatchBelowAutograd():
+                found = operator.run(*row)
+            kept = gradient.keep(operator.call.build(row), operator.read_result(found))
+            ctx.others = [None if isinstance(x, Tensor) else x for x in row]
+            ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in row), *saved.flatten(kept))
+            if isinstance(found, tuple):
+                ctx.mark_non_differentiable(*found[1:])
+            return found
 
         @staticmethod
-        def backward(ctx, *grads):
-            if vjp is None:
-                raise RuntimeError(f"{NAMESPACE}::{name} has no gradient. Fix: detach what goes into it.")
-            if all(grad is None for grad in grads):
-                return (None,) * len(ctx.needs_input_grad)
-            return vjp(ctx, *grads)
+        def backward(ctx, do, *_):
+            grads: list[Any] = [None] * size
+            if do is None:
+                return tuple(grads)
+            tensors = ctx.saved_tensors
+            row = [other if x is None else x for x, other in zip(tensors, ctx.others, strict=False)]
+            found = backward(do, *row, *tensors[size:])
+            for place, grad in zip(places, found if len(places) > 1 else (found,), strict=True):
+                grads[place] = None if grad.ndim == 1 else grad
+            return tuple(grads)
 
     # Without `Function.apply`, which hands over to torch.func what has come through it: the dispatcher calls this once for
     # each of its transformations, with tensors of that level, and what is below is the dispatcher's to find.
-    differentiate = super(torch.autograd.Function, Differentiable).apply
+    return super(torch.autograd.Function, Differentiable).apply
 
-    def autograd(*inputs):
-        if forward_ad._current_level >= 0 and any(map(has_tangent, inputs)):
+
+def _gradients_below() -> contextlib.AbstractContextManager[Any]:
+    """Below a level of torch.func there may be another, or plain autograd, for which gradients are still on."""
+    return torch.enable_grad() if transformed() else _NOTHING
+
+
+def _define_backward(operator: Operator[Any, Any], gradient: Gradient[Any, Any, Any]) -> Any:
+    """Registers `nsa_fsa::<name>_backward`, called with the gradient of the first result, the call's row and what was saved."""
+    name, size = f"{operator.name}_backward", operator.call.size
+    saved: Signature[Any] = Signature(gradient.saved)
+    gradients: Signature[Any] = Signature(gradient.gradients)
+
+    def written(grads: list[Any], do: Tensor) -> Any:
+        found = _present(grads, do)
+        return tuple(found) if len(found) > 1 else found[0]
+
+    def run(do, *row):
+        with _in_its_precision(), on_device(do):
+            grads = gradient.backward(operator.call.build(row), do, saved.build(row, size))
+            return written(gradients.flatten(grads), do)
+
+    def run_fake(do, *row):
+        call = operator.call.build(row)
+        inputs = [getattr(call, member) for member in gradients.members]
+        return written([None if x is None else x.new_empty(x.shape) for x in inputs], do)
+
+    results = f"({', '.join(['Tensor'] * gradients.size)})" if gradients.size > 1 else "Tensor"
+    schema = f"({', '.join(['Tensor dout', *operator.call.schema(), *saved.schema()])}) -> {results}"
+    backward = _register(name, schema, run, run_fake)
+    _register_autograd(name, backward, None)
+    return backward
+
+
+def _register_autograd(name: str, operator: Any, differentiable: Callable[..., Any] | None) -> None:
+    """What the dispatcher calls where gradients may be wanted."""
+    differentiate = differentiable or _refusing(name, operator)
+
+    def autograd(*row):
+        if forward_ad._current_level >= 0 and any(map(has_tangent, row)):
             raise RuntimeError(
                 f"{NAMESPACE}::{name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian; forward_ad). "
                 "Fix: use reverse mode (torch.func.vjp, jacrev; backward), or detach what goes into it."
             )
-        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
-            with enable_single_level_autograd_function() if transformed() else contextlib.nullcontext():
-                return differentiate(*inputs)
-        return below_autograd(*inputs)
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in row):
+            with enable_single_level_autograd_function() if transformed() else _NOTHING:
+                return differentiate(*row)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*row)
 
     _LIBRARY.impl(name, unseen_by_the_compiler(autograd), "Autograd")
-    return operator
+
+
+def _refusing(name: str, operator: Any) -> Callable[..., Any]:
+    """The operator, whose backward says that it has none: raised at a backward pass, which there may never be."""
+
+    class Refusing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *row):
+            with _gradients_below(), torch._C._AutoDispatchBelowAutograd():
+                return operator(*row)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            raise RuntimeError(f"{NAMESPACE}::{name} has no gradient. Fix: detach what goes into it.")
+
+    return super(torch.autograd.Function, Refusing).apply

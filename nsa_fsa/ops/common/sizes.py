@@ -1,4 +1,4 @@
-"""Arithmetic of sizes on the host. Triton's own functions, made for kernels too, take 7 microseconds a call."""
+"""Arithmetic of sizes and strides on the host. Triton's own functions, made for kernels too, take 7 microseconds a call."""
 
 import math
 from collections.abc import Iterator
@@ -30,6 +30,14 @@ def aligned_rows(number: int, *shape: int, dtype: torch.dtype, device: torch.dev
     strides = [*accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1)][::-1]
     row = (math.prod(shape) // 16 + 1) * 16
     return torch.empty_strided((number, *shape), (row, *strides), dtype=dtype, device=device)
+
+
+def rows_contiguous(x: Tensor, aligned: bool = False) -> Tensor:
+    """x with its last axis contiguous, which is all that the kernels ask of a layout; the Gluon ones also that every row
+    begins at a multiple of 16 bytes."""
+    sixteen_bytes = 16 // x.element_size()
+    misplaced = aligned and (x.data_ptr() % 16 != 0 or any(stride % sixteen_bytes for stride in x.stride()[:-1]))
+    return x.contiguous() if x.stride(-1) != 1 or misplaced else x
 
 
 def head_chunks(

@@ -4,6 +4,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from nsa_fsa.ops.common.calls import Softmax
 from nsa_fsa.ops.common.primitives import kernel, load_rows
 from nsa_fsa.ops.common.sizes import aligned_rows, cdiv, padded_dim
 
@@ -30,16 +31,13 @@ def statistics_kernel(
     tl.store(shift_ptr + target, tl.where(lse == float("-inf"), float("-inf"), -lse / scale), mask=inside)
 
 
-def statistics(
-    do: Tensor, o: Tensor | None, lse: Tensor, scale: float, group_size: int = 0, delta: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+def statistics(do: Tensor, softmax: Softmax, scale: float, group_size: int = 0) -> tuple[Tensor, Tensor]:
     """shift = -lse / scale, so that p = exp((q k + shift) * scale), and -sum(o * do), float32 `[T, HQ]`.
 
     The shift of a query that saw nothing is -inf, which makes its p 0. With a group_size G the result is `[HKV, T, G]`: the
     (query, head) rows of a KV head lie together, so that a tile of them is read whole.
-
-    delta: sum(o * do), float32 `[T, HQ]`, where it is known already; o is not read then.
     """
+    o, lse, delta = softmax
     num_tokens, num_heads, v_dim = do.shape
     shape = (num_heads // group_size, num_tokens, group_size) if group_size else (num_tokens, num_heads)
     shift, minus_delta = aligned_rows(2, *shape, dtype=torch.float32, device=do.device)

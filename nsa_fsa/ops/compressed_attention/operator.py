@@ -4,12 +4,24 @@ from typing import Any
 
 from torch import Tensor
 
-from nsa_fsa.ops.common import backends, checks, triton_backends
-from nsa_fsa.ops.common.attention_operator import define_attention, reference_backend
+from nsa_fsa.checks import check_positive
+from nsa_fsa.ops.common.attention_operator import AttentionBackend, define_attention
+from nsa_fsa.ops.common.backends import Backends
+from nsa_fsa.ops.common.calls import (
+    NOTHING,
+    WORKSPACE_BYTES,
+    AddTo,
+    AttentionGradients,
+    AttentionResult,
+    Softmax,
+    Windows,
+    check_attention,
+    default_scale,
+)
+from nsa_fsa.ops.common.windowed_attention.backend import TritonWindows
+from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
 from nsa_fsa.ops.compressed_attention import reference
-from nsa_fsa.ops.selected_attention.operator import WORKSPACE_BYTES
-
-MAX_GROUP_SIZE = 64
+from nsa_fsa.sequences import Sequences
 
 
 def compressed_attention(
@@ -40,7 +52,7 @@ def compressed_attention(
         max_seqlen: an upper bound on the longest sequence, in tokens.
         kernel_size, kernel_stride: compression window and step, in tokens.
         scale: softmax scale; default `D ** -0.5`.
-        cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences; see `Layout`.
+        cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences; see `Sequences`.
         return_lse: also return the log-sum-exp.
         workspace_bytes: how much memory the backward may take for sums of dq, at any length: heads are differentiated in turn
             where all of them would take more. It keeps any only on Hopper, for long sequences, and where the order of additions
@@ -54,57 +66,33 @@ def compressed_attention(
     Raises:
         ValueError: for inconsistent shapes, dtypes, devices or sequence descriptors.
     """
-    checks.check_windows(kernel_size, kernel_stride)
-    checks.check_positive(workspace_bytes=workspace_bytes)
-    backends.check_known(backend, "compressed_attention")
-    checks.check_attention(q, k_cmp, v_cmp, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, kernel_stride)
-    o, lse = _operator(
-        q, k_cmp, v_cmp, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, checks.default_scale(q, scale),
-        kernel_size, kernel_stride, workspace_bytes, backend,
-    )  # fmt: skip
+    windows = Windows(kernel_size, kernel_stride).check()
+    check_positive(workspace_bytes=workspace_bytes)
+    BACKENDS.check(backend)
+    sequences = Sequences(cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
+    check_attention(q, k_cmp, v_cmp, sequences, kernel_stride)
+    sequences.check(q.device)
+    call = WindowedCall(q, k_cmp, v_cmp, sequences, default_scale(q, scale), workspace_bytes, backend, windows, None)
+    o, lse = OPERATOR(call)
     return (o, lse) if return_lse else o
 
 
-def check_compressed_rows(
-    q: Tensor, k_cmp: Tensor, *, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, kernel_stride, **_
-) -> None:
-    """Raises ValueError for sequence descriptors whose values do not fit a branch with compressed tokens as keys."""
-    if cu_seqlens.device.type != "cpu":
-        return
-    num_tokens = q.shape[0] if cu_seqlens_q is None else int(cu_seqlens[-1])
-    checks.check_layout_values(q.shape[0], num_tokens, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
-    checks.check_compressed_rows(k_cmp, num_tokens, kernel_stride)
+class Reference(AttentionBackend[WindowedCall]):
+    name = "reference"
+
+    def forward(self, call: WindowedCall) -> AttentionResult:
+        tensors = (call.q, call.k, call.v)
+        return AttentionResult(*reference.compressed_attention(*tensors, **self._arguments(call)))
+
+    def backward(self, call: WindowedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING) -> AttentionGradients:
+        tensors = (do, call.q, call.k, call.v, softmax.o, softmax.lse)
+        arguments = self._arguments(call)
+        return add_to.add(reference.compressed_attention_backward(*tensors, **arguments, delta=softmax.delta))
+
+    @staticmethod
+    def _arguments(call: WindowedCall) -> dict[str, Any]:
+        return dict(**call.sequences._asdict(), **call.windows._asdict(), scale=call.scale)
 
 
-_operator = define_attention(
-    "compressed_attention", "int kernel_size, int kernel_stride, int workspace_bytes", check_compressed_rows
-)
-
-
-def unsupported(q: Tensor, k_cmp: Tensor, v_cmp: Tensor, *, scale: float, backward: bool = False, **_: Any) -> str | None:
-    """Why the Triton kernels cannot run these arguments, or None."""
-    group_size = q.shape[1] // k_cmp.shape[1]
-    if group_size > MAX_GROUP_SIZE:
-        return f"{group_size} query heads a KV head; supported are at most {MAX_GROUP_SIZE}"
-    if not scale > 0:
-        return f"scale={scale}; it must be positive"
-    return triton_backends.unsupported_tensors(q, v_cmp)
-
-
-def _forward(q, k_cmp, v_cmp, *, cu_seqlens, max_seqlen, workspace_bytes, **arguments):
-    from nsa_fsa.ops.compressed_attention import triton_forward as kernels
-
-    return kernels.compressed_attention_fwd(q, k_cmp, v_cmp, cu_seqlens, **arguments)
-
-
-def _backward(do, q, k_cmp, v_cmp, o, lse, *, cu_seqlens, max_seqlen, **arguments):
-    from nsa_fsa.ops.compressed_attention import triton_backward as kernels
-
-    return kernels.compressed_attention_bwd(do, q, k_cmp, v_cmp, o, lse, cu_seqlens, max_seqlen, **arguments)
-
-
-for backend in (
-    backends.Backend("triton", _forward, _backward, triton_backends.unavailable, unsupported, triton_backends.elsewhere),
-    reference_backend(reference.compressed_attention, reference.compressed_attention_backward, "workspace_bytes"),
-):
-    backends.register("compressed_attention", backend)
+BACKENDS: Backends[WindowedCall] = Backends("compressed_attention", TritonWindows("triton"), Reference())
+OPERATOR = define_attention(BACKENDS, WindowedCall)

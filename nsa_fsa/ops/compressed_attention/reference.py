@@ -52,7 +52,7 @@ def compressed_attention_backward(
     q: Tensor,
     k_cmp: Tensor,
     v_cmp: Tensor,
-    o: Tensor,
+    o: Tensor | None,
     lse: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,

@@ -1,12 +1,18 @@
 """Compression windows as operators: gathered (for the linear, mlp and gated kinds) or pooled (mean and weighted)."""
 
-from typing import Any, Optional
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from nsa_fsa.ops.common import backends, checks, triton_backends
-from nsa_fsa.ops.common.registration import define_operator
+from nsa_fsa.checks import check_rows, check_tensor
+from nsa_fsa.ops.common.backends import Backend, Backends
+from nsa_fsa.ops.common.calls import Windows
+from nsa_fsa.ops.common.registration import Gradient, NothingSaved, define_operator, keep_nothing
+from nsa_fsa.ops.common.triton_backends import TritonBackend, unsupported_tensors
 from nsa_fsa.ops.compression import reference
+from nsa_fsa.sequences import Sequences
 
 
 def pool_windows(
@@ -38,20 +44,18 @@ def pool_windows(
     Raises:
         ValueError: for inconsistent shapes, dtypes, devices or sequence descriptors.
     """
-    checks.check_windows(kernel_size, kernel_stride)
-    checks.check_rows("x", x, 3, "[T, HKV, D]")
-    checks.check_layout(x.device, cu_seqlens, max_seqlen, None, seqused_k)
-    backends.check_known(backend, "pool_windows")
+    windows = Windows(kernel_size, kernel_stride).check()
+    check_rows("x", x, 3, "[T, HKV, D]")
+    sequences = Sequences(cu_seqlens, max_seqlen, None, seqused_k).check(x.device)
+    POOL_BACKENDS.check(backend)
     if weight is not None:
-        checks.check_tensor("weight", weight, "float [HKV, kernel_size], or None")
-        checks.require(
-            weight.shape == (x.shape[1], kernel_size) and weight.dtype.is_floating_point and weight.device == x.device,
-            lambda: (
+        check_tensor("weight", weight, "float [HKV, kernel_size], or None")
+        if not (weight.shape == (x.shape[1], kernel_size) and weight.dtype.is_floating_point and weight.device == x.device):
+            raise ValueError(
                 f"weight is {weight.dtype} {tuple(weight.shape)} on {weight.device}; it must be a float tensor "
                 f"[HKV, kernel_size] = {(x.shape[1], kernel_size)} on {x.device}."
-            ),
-        )
-    return _pool(x, weight, cu_seqlens, max_seqlen, kernel_size, kernel_stride, seqused_k, backend)
+            )
+    return POOL(PoolCall(x, sequences, windows, backend, weight))
 
 
 def gather_windows(
@@ -71,11 +75,11 @@ def gather_windows(
     Returns:
         `[T // kernel_stride, HKV, kernel_size, D]` in x's dtype; windows that no sequence owns are 0.
     """
-    checks.check_windows(kernel_size, kernel_stride)
-    checks.check_rows("x", x, 3, "[T, HKV, D]")
-    checks.check_layout(x.device, cu_seqlens, max_seqlen, None, seqused_k)
-    backends.check_known(backend, "gather_windows")
-    return _gather(x, cu_seqlens, max_seqlen, kernel_size, kernel_stride, seqused_k, backend)
+    windows = Windows(kernel_size, kernel_stride).check()
+    check_rows("x", x, 3, "[T, HKV, D]")
+    sequences = Sequences(cu_seqlens, max_seqlen, None, seqused_k).check(x.device)
+    GATHER_BACKENDS.check(backend)
+    return GATHER(GatherCall(x, sequences, windows, backend))
 
 
 def window_starts(
@@ -85,141 +89,148 @@ def window_starts(
 
     Rows of windows that no sequence owns point somewhere inside x. Plain tensor arithmetic, without a host sync.
     """
-    checks.check_windows(kernel_size, kernel_stride)
-    checks.check_tensor("x", x, "[T, ...]")
-    checks.require(x.ndim > 0, lambda: "x has shape (); it must be [T, ...].")
-    checks.check_layout(x.device, cu_seqlens, 0, None, seqused_k)
-    return reference.window_rows(x, cu_seqlens, kernel_size, kernel_stride, seqused_k)[0][:, 0]
+    windows = Windows(kernel_size, kernel_stride).check()
+    check_tensor("x", x, "[T, ...]")
+    if x.ndim == 0:
+        raise ValueError("x has shape (); it must be [T, ...]. Fix: one row for each token.")
+    Sequences(cu_seqlens, 0, None, seqused_k).check(x.device)
+    return reference.window_rows(x, cu_seqlens, *windows, seqused_k)[0][:, 0]
 
 
-def _pool_run(
-    x: Tensor,
-    weight: Optional[Tensor],
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    kernel_size: int,
-    kernel_stride: int,
-    seqused_k: Optional[Tensor],
-    backend: str,
-) -> Tensor:
-    checks.check_layout_values(x.shape[0], x.shape[0], cu_seqlens, max_seqlen, None, seqused_k)
-    sizes: dict[str, Any] = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
-    return backends.to_run("pool_windows", backend, x, **sizes).forward(x, weight, cu_seqlens, **sizes)
+@dataclass(frozen=True)
+class GatherCall:
+    """One call of `gather_windows`."""
+
+    x: Tensor  # [T, HKV, D]
+    sequences: Sequences
+    windows: Windows
+    backend: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.x.device
+
+    @property
+    def num_windows(self) -> int:
+        """Rows of the result."""
+        return self.x.shape[0] // self.windows.kernel_stride
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Keywords of the kernels and of the reference."""
+        return dict(**self.windows._asdict(), seqused_k=self.sequences.seqused_k)
+
+    def check_values(self) -> None:
+        """Raises ValueError for sequences whose numbers do not fit x."""
+        self.sequences.check_values(self.x.shape[0], self.x.shape[0])
 
 
-def _pool_fake(x, weight, cu_seqlens, max_seqlen, kernel_size, kernel_stride, seqused_k, backend):
-    return x.new_empty(x.shape[0] // kernel_stride, x.shape[1], x.shape[2])
+@dataclass(frozen=True)
+class PoolCall(GatherCall):
+    """One call of `pool_windows`."""
+
+    weight: Tensor | None  # [HKV, kernel_size]
 
 
-def _pool_backward_run(
-    dpooled: Tensor,
-    x: Tensor,
-    weight: Optional[Tensor],
-    cu_seqlens: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    seqused_k: Optional[Tensor],
-    backend: str,
-) -> tuple[Tensor, Tensor]:
-    sizes: dict[str, Any] = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
-    backward = backends.to_run("pool_windows", backend, x, backward=True, **sizes).backward
-    dx, dweight = backward(dpooled, x, weight, cu_seqlens, **sizes)
-    return dx, x.new_empty(0) if dweight is None else dweight  # an operator cannot return None
+class GatherGradients(NamedTuple):
+    x: Tensor
 
 
-def _pool_backward_fake(dpooled, x, weight, cu_seqlens, kernel_size, kernel_stride, seqused_k, backend):
-    return x.new_empty(x.shape), x.new_empty(0) if weight is None else weight.new_empty(weight.shape)
+class PoolGradients(NamedTuple):
+    x: Tensor
+    weight: Tensor | None
 
 
-def _pool_setup(ctx, inputs, output):
-    x, weight, cu_seqlens, _, ctx.kernel_size, ctx.kernel_stride, seqused_k, ctx.backend = inputs
-    ctx.save_for_backward(x, weight, cu_seqlens, seqused_k)
+class TritonGather(TritonBackend[GatherCall]):
+    def refuses(self, call: GatherCall, *, backward: bool = False) -> str | None:
+        return unsupported_tensors(call.x, name="x")
+
+    def forward(self, call: GatherCall) -> Tensor:
+        from nsa_fsa.ops.compression import triton as kernels
+
+        return kernels.gather_windows(call.x, call.sequences.cu_seqlens, **call.sizes)
+
+    def backward(self, call: GatherCall, do: Tensor) -> GatherGradients:
+        from nsa_fsa.ops.compression import triton as kernels
+
+        cu_seqlens = call.sequences.cu_seqlens
+        return GatherGradients(kernels.gather_windows_backward(do, call.x, cu_seqlens, **call.sizes))
 
 
-def _pool_vjp(ctx, dpooled):
-    x, weight, cu_seqlens, seqused_k = ctx.saved_tensors
-    dx, dweight = _pool_backward(dpooled, x, weight, cu_seqlens, ctx.kernel_size, ctx.kernel_stride, seqused_k, ctx.backend)
-    return dx, None if weight is None else dweight, None, None, None, None, None, None
+class ReferenceGather(Backend[GatherCall]):
+    name = "reference"
+
+    def forward(self, call: GatherCall) -> Tensor:
+        return reference.gather_windows(call.x, call.sequences.cu_seqlens, **call.sizes)
+
+    def backward(self, call: GatherCall, do: Tensor) -> GatherGradients:
+        cu_seqlens = call.sequences.cu_seqlens
+        return GatherGradients(reference.gather_windows_backward(do, call.x, cu_seqlens, **call.sizes))
 
 
-_pool_backward = define_operator("pool_windows_backward", _pool_backward_run, _pool_backward_fake)
-_pool = define_operator("pool_windows", _pool_run, _pool_fake, setup_context=_pool_setup, vjp=_pool_vjp)
+class TritonPool(TritonBackend[PoolCall]):
+    def refuses(self, call: PoolCall, *, backward: bool = False) -> str | None:
+        return unsupported_tensors(call.x, name="x")
+
+    def forward(self, call: PoolCall) -> Tensor:
+        from nsa_fsa.ops.compression import triton as kernels
+
+        return kernels.pool_windows(call.x, call.weight, call.sequences.cu_seqlens, **call.sizes)
+
+    def backward(self, call: PoolCall, do: Tensor) -> PoolGradients:
+        from nsa_fsa.ops.compression import triton as kernels
+
+        tensors = (do, call.x, call.weight, call.sequences.cu_seqlens)
+        return PoolGradients(*kernels.pool_windows_backward(*tensors, **call.sizes))
 
 
-def _gather_run(
-    x: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    kernel_size: int,
-    kernel_stride: int,
-    seqused_k: Optional[Tensor],
-    backend: str,
-) -> Tensor:
-    checks.check_layout_values(x.shape[0], x.shape[0], cu_seqlens, max_seqlen, None, seqused_k)
-    sizes: dict[str, Any] = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
-    return backends.to_run("gather_windows", backend, x, **sizes).forward(x, cu_seqlens, **sizes)
+class ReferencePool(Backend[PoolCall]):
+    name = "reference"
+
+    def forward(self, call: PoolCall) -> Tensor:
+        return reference.pool_windows(call.x, call.weight, call.sequences.cu_seqlens, **call.sizes)
+
+    def backward(self, call: PoolCall, do: Tensor) -> PoolGradients:
+        tensors = (do, call.x, call.weight, call.sequences.cu_seqlens)
+        return PoolGradients(*reference.pool_windows_backward(*tensors, **call.sizes))
 
 
-def _gather_fake(x, cu_seqlens, max_seqlen, kernel_size, kernel_stride, seqused_k, backend):
-    return x.new_empty(x.shape[0] // kernel_stride, x.shape[1], kernel_size, x.shape[2])
+GATHER_BACKENDS = Backends("gather_windows", TritonGather(), ReferenceGather())
+POOL_BACKENDS = Backends("pool_windows", TritonPool(), ReferencePool())
 
 
-def _gather_backward_run(
-    dwindows: Tensor,
-    x: Tensor,
-    cu_seqlens: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    seqused_k: Optional[Tensor],
-    backend: str,
-) -> Tensor:
-    sizes: dict[str, Any] = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
-    backward = backends.to_run("gather_windows", backend, x, backward=True, **sizes).backward
-    return backward(dwindows, x, cu_seqlens, **sizes)
+def _gather(call: GatherCall) -> Tensor:
+    call.check_values()
+    return GATHER_BACKENDS.choose(call).forward(call)
 
 
-def _gather_backward_fake(dwindows, x, cu_seqlens, kernel_size, kernel_stride, seqused_k, backend):
-    return x.new_empty(x.shape)
+def _gather_fake(call: GatherCall) -> Tensor:
+    _, num_heads, dim = call.x.shape
+    return call.x.new_empty(call.num_windows, num_heads, call.windows.kernel_size, dim)
 
 
-def _gather_setup(ctx, inputs, output):
-    x, cu_seqlens, _, ctx.kernel_size, ctx.kernel_stride, seqused_k, ctx.backend = inputs
-    ctx.save_for_backward(x, cu_seqlens, seqused_k)
+def _gather_backward(call: GatherCall, do: Tensor, _: NothingSaved) -> GatherGradients:
+    return GATHER_BACKENDS.choose(call, backward=True).backward(call, do)
 
 
-def _gather_vjp(ctx, dwindows):
-    x, cu_seqlens, seqused_k = ctx.saved_tensors
-    dx = _gather_backward(dwindows, x, cu_seqlens, ctx.kernel_size, ctx.kernel_stride, seqused_k, ctx.backend)
-    return dx, None, None, None, None, None, None
+def _pool(call: PoolCall) -> Tensor:
+    call.check_values()
+    return POOL_BACKENDS.choose(call).forward(call)
 
 
-_gather_backward = define_operator("gather_windows_backward", _gather_backward_run, _gather_backward_fake)
-_gather = define_operator("gather_windows", _gather_run, _gather_fake, setup_context=_gather_setup, vjp=_gather_vjp)
+def _pool_fake(call: PoolCall) -> Tensor:
+    return call.x.new_empty(call.num_windows, *call.x.shape[1:])
 
 
-def _kernels() -> Any:
-    from nsa_fsa.ops.compression import triton as compress
-
-    return compress
+def _pool_backward(call: PoolCall, do: Tensor, _: NothingSaved) -> PoolGradients:
+    return POOL_BACKENDS.choose(call, backward=True).backward(call, do)
 
 
-def _unsupported(x: Tensor, **_: Any) -> str | None:
-    return triton_backends.unsupported_tensors(x, name="x")
-
-
-def _register(operator: str) -> None:
-    triton = backends.Backend(
-        "triton",
-        lambda *tensors, **sizes: getattr(_kernels(), operator)(*tensors, **sizes),
-        lambda *tensors, **sizes: getattr(_kernels(), f"{operator}_backward")(*tensors, **sizes),
-        triton_backends.unavailable,
-        _unsupported,
-        triton_backends.elsewhere,
-    )
-    backends.register(operator, triton)
-    by_torch = (getattr(reference, operator), getattr(reference, f"{operator}_backward"))
-    backends.register(operator, backends.Backend("reference", *by_torch))
-
-
-_register("pool_windows")
-_register("gather_windows")
+GATHER = define_operator(
+    "gather_windows", GatherCall, Tensor, _gather, _gather_fake,
+    Gradient(NothingSaved, keep_nothing, GatherGradients, _gather_backward),
+)  # fmt: skip
+POOL = define_operator(
+    "pool_windows", PoolCall, Tensor, _pool, _pool_fake,
+    Gradient(NothingSaved, keep_nothing, PoolGradients, _pool_backward),
+)  # fmt: skip

@@ -1,12 +1,19 @@
-"""The gated sum of the three branches as an operator."""
+"""The gated sum of the three branches as an operator, and the gates' part of the whole core's backward."""
 
-from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from nsa_fsa.ops.common import backends, checks, triton_backends
-from nsa_fsa.ops.common.registration import define_operator
+from nsa_fsa.checks import check_rows
+from nsa_fsa.ops.common.backends import Backend, Backends
+from nsa_fsa.ops.common.registration import Gradient, NothingSaved, define_operator, keep_nothing
+from nsa_fsa.ops.common.triton_backends import (
+    TritonBackend,
+    unsupported_dtype,
+    unsupported_tensors,
+)
 from nsa_fsa.ops.gated_combine import reference
 
 
@@ -25,107 +32,141 @@ def gated_combine(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tens
         ValueError: for inconsistent shapes, dtypes or devices.
     """
     for name, o in (("o_cmp", o_cmp), ("o_slc", o_slc), ("o_swa", o_swa)):
-        checks.check_rows(name, o, 3, "[T, HQ, DV]")
-        checks.require(
-            o.shape == o_cmp.shape and o.dtype == o_cmp.dtype and o.device == o_cmp.device,
-            lambda: (
+        check_rows(name, o, 3, "[T, HQ, DV]")
+        if not (o.shape == o_cmp.shape and o.dtype == o_cmp.dtype and o.device == o_cmp.device):
+            raise ValueError(
                 f"{name} is {o.dtype} {tuple(o.shape)} on {o.device} but o_cmp is {o_cmp.dtype} {tuple(o_cmp.shape)} on "
                 f"{o_cmp.device}: the branches must agree. Fix: compute all three with the same q and the same width of values."
-            ),
-        )
+            )
     check_gates(gate_logits, o_cmp, "the branches")
-    backends.check_known(backend, "gated_combine")
-    return _forward(gate_logits, o_cmp, o_slc, o_swa, backend)
+    BACKENDS.check(backend)
+    return OPERATOR(GatedCall(gate_logits, o_cmp, o_slc, o_swa, backend))
 
 
 def check_gates(gate_logits: Tensor, rows: Tensor, whose: str) -> None:
     """Raises ValueError unless there is a gate for every head of `rows`, `[T, HQ, ...]`, or one for all."""
     num_tokens, num_heads = rows.shape[:2]
-    checks.check_rows("gate_logits", gate_logits, 3, "[T, HQ or 1, 3]")
-    checks.require(
-        gate_logits.shape[0] == num_tokens and gate_logits.shape[1] in (1, num_heads) and gate_logits.shape[2] == 3,
-        lambda: f"gate_logits has shape {tuple(gate_logits.shape)}; it must be [{num_tokens}, {num_heads} or 1, 3].",
-    )
-    checks.require(
-        gate_logits.device == rows.device,
-        lambda: f"gate_logits is on {gate_logits.device} but {whose} on {rows.device}. Fix: move them together.",
-    )
+    check_rows("gate_logits", gate_logits, 3, "[T, HQ or 1, 3]")
+    if not (gate_logits.shape[0] == num_tokens and gate_logits.shape[1] in (1, num_heads) and gate_logits.shape[2] == 3):
+        raise ValueError(f"gate_logits has shape {tuple(gate_logits.shape)}; it must be [{num_tokens}, {num_heads} or 1, 3].")
+    if gate_logits.device != rows.device:
+        raise ValueError(f"gate_logits is on {gate_logits.device} but {whose} on {rows.device}. Fix: move them together.")
 
 
-def _forward_run(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, backend: str) -> Tensor:
-    return backends.to_run("gated_combine", backend, gate_logits, o_cmp).forward(gate_logits, o_cmp, o_slc, o_swa)
+@dataclass(frozen=True)
+class GatedCall:
+    """One call of `gated_combine`."""
+
+    gate_logits: Tensor  # [T, HQ or 1, 3]
+    o_cmp: Tensor  # [T, HQ, DV], as the other two
+    o_slc: Tensor
+    o_swa: Tensor
+    backend: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.o_cmp.device
+
+    @property
+    def rows(self) -> Tensor:
+        """`[T, HQ, DV]`, like all that is read and written."""
+        return self.o_cmp
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.gate_logits, self.o_cmp, self.o_slc, self.o_swa
 
 
-def _forward_fake(gate_logits, o_cmp, o_slc, o_swa, backend):
-    return o_cmp.new_empty(o_cmp.shape)
+class GatedGradients(NamedTuple):
+    gate_logits: Tensor
+    o_cmp: Tensor
+    o_slc: Tensor
+    o_swa: Tensor
 
 
-def _backward_run(
-    do: Tensor, gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, backend: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return backends.to_run("gated_combine", backend, gate_logits, o_cmp, backward=True).backward(
-        do, gate_logits, o_cmp, o_slc, o_swa
-    )
+@dataclass(frozen=True)
+class BranchesCall:
+    """One call of the gates' part of the whole core's backward: see `reference.branch_gradients`."""
+
+    do: Tensor  # [T, HQ, DV]
+    outputs: tuple[Tensor | None, ...]  # [T, HQ, DV] of each branch; None for one that is left out
+    lses: tuple[Tensor, ...]  # [T, HQ] of each branch
+    gate_logits: Tensor  # [T, HQ or 1, 3]
+    backend: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.do.device
+
+    @property
+    def rows(self) -> Tensor:
+        """`[T, HQ, DV]`, like all that is read and written."""
+        return self.do
 
 
-def _backward_fake(do, gate_logits, o_cmp, o_slc, o_swa, backend):
-    return gate_logits.new_empty(gate_logits.shape), *(o_cmp.new_empty(o_cmp.shape) for _ in range(3))
-
-
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.backend = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _vjp(ctx, do):
-    return *_backward(do, *ctx.saved_tensors, ctx.backend), None
-
-
-_backward = define_operator("gated_combine_backward", _backward_run, _backward_fake)
-_forward = define_operator("gated_combine", _forward_run, _forward_fake, setup_context=_setup_context, vjp=_vjp)
-
-
-def _unsupported(gate_logits: Tensor, o_cmp: Tensor, *_: Tensor, **__: Any) -> str | None:
-    """Why the Triton kernels cannot run these arguments, or None."""
-    if (reason := triton_backends.unsupported_tensors(o_cmp, name="o_cmp")) is not None:
+def unsupported_gates(call: GatedCall | BranchesCall) -> str | None:
+    """Why the Triton kernels cannot run this call, or None."""
+    if (reason := unsupported_tensors(call.rows, name="o_cmp")) is not None:
         return reason
-    return triton_backends.unsupported_dtype(gate_logits, "gate_logits")
+    return unsupported_dtype(call.gate_logits, "gate_logits")
 
 
-def _triton_forward(*tensors: Tensor) -> Tensor:
-    from nsa_fsa.ops.gated_combine import triton as kernels
+class Triton(TritonBackend[GatedCall]):
+    def refuses(self, call: GatedCall, *, backward: bool = False) -> str | None:
+        return unsupported_gates(call)
 
-    return kernels.gated_combine(*tensors)
+    def forward(self, call: GatedCall) -> Tensor:
+        from nsa_fsa.ops.gated_combine import triton as kernels
 
+        return kernels.gated_combine(*call.tensors)
 
-def _triton_backward(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from nsa_fsa.ops.gated_combine import triton as kernels
+    def backward(self, call: GatedCall, do: Tensor) -> GatedGradients:
+        from nsa_fsa.ops.gated_combine import triton as kernels
 
-    return kernels.gated_combine_backward(*tensors)
-
-
-def _triton_branch_gradients(
-    do: Tensor, outputs: Sequence[Tensor | None], statistics: Sequence[Tensor], gate_logits: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    from nsa_fsa.ops.gated_combine import triton as kernels
-
-    return kernels.branch_gradients(do, outputs, statistics, gate_logits)
+        return GatedGradients(*kernels.gated_combine_backward(do, *call.tensors))
 
 
-backends.register(
-    "gated_combine",
-    backends.Backend(
-        "triton", _triton_forward, _triton_backward, triton_backends.unavailable, _unsupported, triton_backends.elsewhere
-    ),
+class Reference(Backend[GatedCall]):
+    name = "reference"
+
+    def forward(self, call: GatedCall) -> Tensor:
+        return reference.gated_combine(*call.tensors)
+
+    def backward(self, call: GatedCall, do: Tensor) -> GatedGradients:
+        return GatedGradients(*reference.gated_combine_backward(do, *call.tensors))
+
+
+class TritonBranches(TritonBackend[BranchesCall]):
+    def refuses(self, call: BranchesCall, *, backward: bool = False) -> str | None:
+        return unsupported_gates(call)
+
+    def forward(self, call: BranchesCall) -> tuple[Tensor, Tensor, Tensor]:
+        from nsa_fsa.ops.gated_combine import triton as kernels
+
+        return kernels.branch_gradients(call.do, call.outputs, call.lses, call.gate_logits)
+
+
+class ReferenceBranches(Backend[BranchesCall]):
+    name = "reference"
+
+    def forward(self, call: BranchesCall) -> tuple[list[Tensor | None], ...]:
+        return reference.branch_gradients(call.do, call.outputs, call.lses, call.gate_logits)
+
+
+def _forward(call: GatedCall) -> Tensor:
+    return BACKENDS.choose(call).forward(call)
+
+
+def _fake(call: GatedCall) -> Tensor:
+    return call.o_cmp.new_empty(call.o_cmp.shape)
+
+
+def _backward(call: GatedCall, do: Tensor, _: NothingSaved) -> GatedGradients:
+    return BACKENDS.choose(call, backward=True).backward(call, do)
+
+
+BACKENDS = Backends("gated_combine", Triton(), Reference())
+BRANCH_GRADIENTS = Backends("branch_gradients", TritonBranches(), ReferenceBranches())
+OPERATOR = define_operator(
+    "gated_combine", GatedCall, Tensor, _forward, _fake, Gradient(NothingSaved, keep_nothing, GatedGradients, _backward)
 )
-backends.register("gated_combine", backends.Backend("reference", reference.gated_combine, reference.gated_combine_backward))
-
-# The gates' part of the whole core's backward; not an operator, `nsa_attention` calls it.
-backends.register(
-    "branch_gradients",
-    backends.Backend(
-        "triton", _triton_branch_gradients, unavailable=triton_backends.unavailable, unsupported=_unsupported,
-        avoided=triton_backends.elsewhere,
-    ),
-)  # fmt: skip
-backends.register("branch_gradients", backends.Backend("reference", reference.branch_gradients))

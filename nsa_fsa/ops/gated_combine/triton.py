@@ -16,8 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.ops.common.primitives import kernel, load_rows, store_rows
-from nsa_fsa.ops.common.sizes import cdiv, padded_dim
-from nsa_fsa.ops.selected_attention.kv_major_forward import rows_contiguous
+from nsa_fsa.ops.common.sizes import cdiv, padded_dim, rows_contiguous
 
 # Elements of a branch that a program holds: 16 a thread with 4 warps, two loads of 16 bytes in 16 bits.
 ELEMENTS = 2048

@@ -12,29 +12,18 @@ Measured on an H200, 65,536 tokens, 13 sparse blocks of 64, ms: 1.9 with 64 KV h
 0.9), 0.2 with 4. Counting and filling with global atomics, whose order also differs from run to run: 8.4 and 0.7.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from nsa_fsa.ops.common.locate import Blocks, Rows
+from nsa_fsa.ops.common.locate import BlockTable, RowTable, locate_blocks, locate_rows
 from nsa_fsa.ops.common.primitives import kernel
 from nsa_fsa.ops.common.sizes import cdiv, next_power_of_2
+from nsa_fsa.ops.selected_attention.call import BlockIndex, IndexCall, num_slots
 
 BITMAP_BYTES = 1 << 29
-
-
-class BlockIndex(NamedTuple):
-    """Who chose which block, int32. "Sparse" are the chosen blocks that no kernel treats as dense."""
-
-    entries: Tensor  # [HKV, capacity]: query row * num_slots + slot; a block's entries lie together, ascending
-    first_entry: Tensor  # [HKV, num_blocks]: where a block's entries begin
-    num_entries: Tensor  # [HKV, num_blocks]
-    num_sparse: Tensor  # [HKV, T]: sparse blocks of a query, which fill its slots from 0 on; bit 31: its own block is chosen
-    rows: Tensor  # [3, T]: where the queries lie, as `Rows`
-    blocks: Tensor  # [4, num_blocks]: where the blocks lie, as `Blocks`
 
 
 @triton.jit
@@ -154,33 +143,18 @@ def collect_kernel(
         tl.store(entries_ptr + first + entry, row * NUM_SLOTS + slot, mask=inside)
 
 
-def num_slots(num_indices: int, init_blocks: int, local_blocks: int) -> int:
-    """How many sparse blocks a query can have: the forced ones, which the caller promises to be there, are dense."""
-    return max(num_indices - init_blocks - local_blocks, 0)
-
-
-def build_block_index(
-    block_indices: Tensor,
-    block_counts: Tensor | None,
-    row_table: Tensor,
-    block_table: Tensor,
-    *,
-    max_seqlen: int,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    workspace_bytes: int = BITMAP_BYTES,
-) -> BlockIndex:
-    """block_indices int32 `[T, HKV, T_sel]` -> for every KV head and block number the queries that chose it.
-
-    row_table, block_table: from `locate_rows` and `locate_blocks`. workspace_bytes: of the bitmap, which takes no more than
-    BITMAP_BYTES of them.
+def build_block_index(call: IndexCall) -> BlockIndex:
+    """For every KV head and block number the queries that chose it.
 
     Dense, and so in no list, are the first `init_blocks` and the last `local_blocks` blocks up to the query's own, and the
-    query's own block whatever local_blocks is.
+    query's own block whatever local_blocks is. The bitmap takes no more than BITMAP_BYTES of the workspace.
     """
+    block_indices, block_counts, sequences = call.block_indices, call.block_counts, call.sequences
+    block_size, init_blocks, local_blocks = call.blocks
     num_rows, num_heads, num_indices = block_indices.shape
-    num_blocks, slots = block_table.shape[1], num_slots(num_indices, init_blocks, local_blocks)
+    row_table = locate_rows(num_rows, sequences.cu_seqlens, block_size)
+    block_table = locate_blocks(num_rows, sequences.cu_seqlens, block_size)
+    num_blocks, slots = block_table.shape[1], num_slots(num_indices, call.blocks)
     device = block_indices.device
     new: dict[str, Any] = dict(dtype=torch.int32, device=device)
     index = BlockIndex(
@@ -193,15 +167,15 @@ def build_block_index(
     )
     if num_rows == 0 or num_heads == 0:
         return index
-    rows, blocks = Rows(*row_table), Blocks(*block_table)
+    rows, blocks = RowTable(*row_table), BlockTable(*block_table)
     if block_indices.stride(2) != 1:
         block_indices = block_indices.contiguous()
     padded_indices = max(next_power_of_2(num_indices), 2)
     # The sparse blocks of every query, -1 elsewhere. 16 bits where they do: a row of 16 is then one sector of memory.
-    dtype = torch.int16 if cdiv(max_seqlen, block_size) < 2**15 else torch.int32
+    dtype = torch.int16 if cdiv(sequences.max_seqlen, block_size) < 2**15 else torch.int32
     sparse = torch.empty(num_heads, num_rows, padded_indices, dtype=dtype, device=device)
-    num_words = min(cdiv(num_rows, 32), cdiv(max_seqlen, 32) + 1)  # of a sequence, at whatever bit it begins
-    bitmap_bytes = min(BITMAP_BYTES, workspace_bytes)
+    num_words = min(cdiv(num_rows, 32), cdiv(sequences.max_seqlen, 32) + 1)  # of a sequence, at whatever bit it begins
+    bitmap_bytes = min(BITMAP_BYTES, call.workspace_bytes)
     block_step = min(max(bitmap_bytes // (4 * num_words), 1), num_blocks)
     head_step = min(max(bitmap_bytes // (4 * num_words * num_blocks), 1), num_heads)
     bitmap = torch.empty(head_step * block_step * num_words, **new)

@@ -16,12 +16,12 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.ops.common import tuning
-from nsa_fsa.ops.common.gradients import NOTHING, AddTo, sums_of
-from nsa_fsa.ops.common.locate import Blocks, Rows
+from nsa_fsa.ops.common.calls import AddTo, AttentionGradients
+from nsa_fsa.ops.common.locate import BlockTable, RowTable
 from nsa_fsa.ops.common.primitives import LOG2_E, add_product, kernel, load_rows, store_rows
-from nsa_fsa.ops.common.sizes import cdiv, padded_dim
-from nsa_fsa.ops.selected_attention.block_index import BlockIndex, num_slots
-from nsa_fsa.ops.selected_attention.kv_major_forward import hopper, rows_contiguous
+from nsa_fsa.ops.common.sizes import cdiv, padded_dim, rows_contiguous
+from nsa_fsa.ops.selected_attention.call import SelectedCall
+from nsa_fsa.ops.selected_attention.kv_major_forward import hopper
 from nsa_fsa.ops.selected_attention.work import cut_units, planned_launches
 
 
@@ -201,40 +201,31 @@ def sum_dq_kernel(
 
 
 def selected_attention_bwd(
+    call: SelectedCall,
+    config: tuning.Config,
     do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
     shift: Tensor,
     delta: Tensor,
-    index: BlockIndex,
-    *,
-    num_indices: int,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    scale: float,
-    precision: str,
-    workspace_bytes: int,
-    config: tuning.Config | None = None,
+    add_to: AddTo,
     store_dq: bool = True,
-    add_to: AddTo = NOTHING,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q `[T, HQ, D]`, k `[T, HKV, D]` and v `[T, HKV, DV]`, each in its own dtype.
+) -> AttentionGradients:
+    """Gradients of q `[T, HQ, D]`, k `[T, HKV, D]` and v `[T, HKV, DV]`, each in its own dtype, of a call with a block index.
 
     shift, delta: as `statistics` gives them.
+    add_to: gradients of q, and of both k and v or of neither.
     store_dq: leave dq alone (uninitialised, where it is new) because another kernel computes it.
-    add_to: contiguous gradients of q, and of both k and v or of neither, to add these to in place.
     """
-    config = config or tuning.default_config(q, v, block_size)
-    do, q, k, v = (rows_contiguous(x, config.bwd_hopper) for x in (do, q, k, v))
+    assert call.index is not None
+    index, slots, scale, workspace_bytes = call.index, call.num_slots, call.scale, call.workspace_bytes
+    block_size, init_blocks, local_blocks = call.blocks
+    do, q, k, v = (rows_contiguous(x, config.bwd_hopper) for x in (do, call.q, call.k, call.v))
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, v_dim = v.shape[1:]
-    add_dq, add_dkdv = add_to[0] is not None, add_to[1] is not None
-    dq, dk, dv = sums_of(add_to, q, k, v)
+    group_size, precision = call.group_size, tuning.dot_precision(q.dtype)
+    add_dq, add_dkdv = add_to.q is not None, add_to.k is not None
+    dq, dk, dv = add_to.targets(q, k, v)
     if num_tokens == 0 or num_heads == 0:
-        return (dq, dk, dv) if add_dkdv else (dq, dk.zero_(), dv.zero_())
-    group_size, slots = num_heads // num_kv_heads, num_slots(num_indices, init_blocks, local_blocks)
+        return AttentionGradients(*((dq, dk, dv) if add_dkdv else (dq, dk.zero_(), dv.zero_())))
 
     all_slots = slots + init_blocks + max(local_blocks, 1)
     gluon = config.bwd_hopper and store_dq
@@ -244,7 +235,7 @@ def selected_attention_bwd(
     dkdv_bytes = block_size * (head_dim + v_dim) * 4
     # Blocks cut into several items have at most two items for every item_queries queries.
     row_bytes = all_slots * (pieces * group_size * head_dim * q.element_size() * store_dq + 2 * dkdv_bytes // item_queries + 1)
-    position, blocks = Rows(*index.rows).position, Blocks(*index.blocks)
+    position, blocks = RowTable(*index.rows).position, BlockTable(*index.blocks)
     num_blocks = index.blocks.shape[1]
     units = cut_units(num_kv_heads, num_tokens, row_bytes, workspace_bytes, block_size)
     ranged = units.num_ranges > 1
@@ -308,4 +299,4 @@ def selected_attention_bwd(
             for total, of_head in ((dk, dk_sum), (dv, dv_sum)):
                 column = total[:, first // units.num_ranges]
                 column.copy_(of_head[:, 0] + column if add_dkdv else of_head[:, 0])
-    return dq, dk, dv
+    return AttentionGradients(dq, dk, dv)

@@ -14,13 +14,13 @@ from typing import Any
 
 import torch
 import triton.language as tl
-from torch import Tensor
 
 from nsa_fsa.ops.common import tuning
-from nsa_fsa.ops.common.locate import Blocks
+from nsa_fsa.ops.common.calls import AttentionResult
+from nsa_fsa.ops.common.locate import BlockTable
 from nsa_fsa.ops.common.primitives import LN_2, LOG2_E, dot_keys, kernel, load_rows, online_softmax, store_rows
-from nsa_fsa.ops.common.sizes import cdiv, next_power_of_2, padded_dim
-from nsa_fsa.ops.selected_attention.block_index import BlockIndex, num_slots
+from nsa_fsa.ops.common.sizes import cdiv, next_power_of_2, padded_dim, rows_contiguous
+from nsa_fsa.ops.selected_attention.call import SelectedCall
 from nsa_fsa.ops.selected_attention.work import cut_units, planned_launches
 
 
@@ -161,47 +161,27 @@ def hopper() -> Any:
     return selected_kv_major_hopper
 
 
-def rows_contiguous(x: Tensor, aligned: bool = False) -> Tensor:
-    """x with its last axis contiguous, which is all that the kernels ask of a layout; the Gluon ones also that every row
-    begins at a multiple of 16 bytes."""
-    sixteen_bytes = 16 // x.element_size()
-    misplaced = aligned and (x.data_ptr() % 16 != 0 or any(stride % sixteen_bytes for stride in x.stride()[:-1]))
-    return x.contiguous() if x.stride(-1) != 1 or misplaced else x
-
-
-def selected_attention_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    index: BlockIndex,
-    *,
-    num_indices: int,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    scale: float,
-    precision: str,
-    workspace_bytes: int,
-    config: tuning.Config | None = None,
-) -> tuple[Tensor, Tensor]:
-    """q `[T, HQ, D]`, k `[T, HKV, D]`, v `[T, HKV, DV]` -> o `[T, HQ, DV]`, natural-log lse float32 `[T, HQ]`."""
-    config = config or tuning.default_config(q, v, block_size)
-    q, k, v = (rows_contiguous(x, config.fwd_hopper) for x in (q, k, v))
+def selected_attention_fwd(call: SelectedCall, config: tuning.Config) -> AttentionResult:
+    """o `[T, HQ, DV]` and the natural-log lse, float32 `[T, HQ]`, of a call with a block index."""
+    assert call.index is not None
+    index, slots, scale = call.index, call.num_slots, call.scale
+    block_size, init_blocks, local_blocks = call.blocks
+    q, k, v = (rows_contiguous(x, config.fwd_hopper) for x in (call.q, call.k, call.v))
     num_tokens, num_heads, head_dim = q.shape
     num_kv_heads, v_dim = v.shape[1:]
-    group_size, slots = num_heads // num_kv_heads, num_slots(num_indices, init_blocks, local_blocks)
+    group_size, precision = call.group_size, tuning.dot_precision(q.dtype)
     o = q.new_empty(num_tokens, num_heads, v_dim)
     lse = q.new_empty(num_tokens, num_heads, dtype=torch.float32)
     if o.numel() == 0:
-        return o, lse.fill_(-torch.inf)
+        return AttentionResult(o, lse.fill_(-torch.inf))
     widths = dict(D=head_dim, PADDED_D=padded_dim(head_dim), DV=v_dim, PADDED_DV=padded_dim(v_dim))
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
-    blocks = Blocks(*index.blocks)
+    blocks = BlockTable(*index.blocks)
     num_blocks = index.blocks.shape[1]
     keys = block_size if config.fwd_hopper else min(config.fwd_keys, block_size)
     pieces = block_size // keys
     row_bytes = max(slots, 1) * (pieces * group_size * (v_dim * q.element_size() + 4) + 1)
-    units = cut_units(num_kv_heads, num_tokens, row_bytes, workspace_bytes, block_size)
+    units = cut_units(num_kv_heads, num_tokens, row_bytes, call.workspace_bytes, block_size)
     partial_rows = units.range_rows * slots * pieces * group_size
     partial_o = q.new_empty(units.step * partial_rows, v_dim)
     partial_lse = q.new_empty(units.step * partial_rows, dtype=torch.float32)
@@ -235,4 +215,4 @@ def selected_attention_fwd(
             KEYS=min(config.merge_keys, block_size), PIECES=pieces, PRECISION=precision, NUM_STAGES=config.merge_stages,
             num_warps=config.merge_warps, **widths,
         )  # fmt: skip
-    return o, lse
+    return AttentionResult(o, lse)

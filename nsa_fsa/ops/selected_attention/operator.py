@@ -4,16 +4,41 @@
 whose result autograd saves like any other input.
 """
 
-from typing import Any, Optional
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from operator import methodcaller
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from nsa_fsa.ops.common import backends, checks, triton_backends
-from nsa_fsa.ops.common.attention_operator import check_token_rows, define_attention, reference_backend
+from nsa_fsa.checks import check_ints, check_positive, check_tensor
+from nsa_fsa.ops.common import profiler, triton_backends
+from nsa_fsa.ops.common.attention_operator import AttentionBackend, define_attention
+from nsa_fsa.ops.common.backends import Backends
+from nsa_fsa.ops.common.calls import (
+    NOTHING,
+    WORKSPACE_BYTES,
+    AddTo,
+    AttentionGradients,
+    AttentionResult,
+    Blocks,
+    Softmax,
+    check_attention,
+    default_scale,
+)
 from nsa_fsa.ops.common.registration import define_operator
-from nsa_fsa.ops.common.triton_backends import WORKSPACE_BYTES
+from nsa_fsa.ops.common.sizes import aligned_rows
+from nsa_fsa.ops.common.triton_backends import TritonBackend, unsupported_tensors
 from nsa_fsa.ops.selected_attention import reference
+from nsa_fsa.ops.selected_attention.call import BlockIndex, IndexCall, SelectedCall, num_slots
+from nsa_fsa.sequences import Sequences
+
+if TYPE_CHECKING:
+    from nsa_fsa.ops.selected_attention.launch import Way
+
+BLOCK_SIZES = (16, 32, 64, 128)
+MAX_INDICES = 128
 
 
 def selected_attention(
@@ -51,7 +76,7 @@ def selected_attention(
         init_blocks, local_blocks: the caller's promise that the first / last so many eligible blocks are among the indices
             of every query, as `select_blocks` guarantees; faster backends then treat them as dense.
         scale: softmax scale; default `D ** -0.5`.
-        cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences; see `Layout`.
+        cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences; see `Sequences`.
         return_lse: also return the log-sum-exp.
         workspace_bytes: how much memory the KV-major kernels may take for partial results and, to make the block index, for
             a bitmap, at any length. Not counted are the index, which the backward needs again, and what grows with the number
@@ -69,115 +94,228 @@ def selected_attention(
     Raises:
         ValueError: for inconsistent shapes, dtypes, devices or sequence descriptors.
     """
-    checks.check_positive(block_size=block_size, workspace_bytes=workspace_bytes)
-    checks.check_attention(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
-    checks.check_tensor("block_indices", block_indices, "int32 [T, HKV, T_sel]")
-    backends.check_known(backend, "selected_attention")
-    checks.require(
-        block_indices.ndim == 3
-        and block_indices.shape[:2] == (q.shape[0], k.shape[1])
-        and block_indices.dtype == torch.int32
-        and block_indices.device == q.device,
-        lambda: (
-            f"block_indices is {block_indices.dtype} {tuple(block_indices.shape)} on {block_indices.device}; it must be int32 "
-            f"[T, HKV, T_sel] = [{q.shape[0]}, {k.shape[1]}, T_sel] on {q.device}. "
-            "Fix: pass what select_blocks returns for this q."
-        ),
-    )
-    if isinstance(block_counts, int):
-        checks.check_ints(0, block_counts=block_counts)
-        block_indices, block_counts = block_indices[..., :block_counts], None
-    if block_counts is not None:
-        checks.check_tensor("block_counts", block_counts, "int32 [T, HKV], or an int")
-        checks.require(
-            block_counts.shape == block_indices.shape[:2]
-            and block_counts.dtype == torch.int32
-            and block_counts.device == q.device,
-            lambda: (
-                f"block_counts is {block_counts.dtype} {tuple(block_counts.shape)} on {block_counts.device}; it must be an "
-                f"int, or int32 [T, HKV] = {tuple(block_indices.shape[:2])} on {q.device}."
-            ),
-        )
-    checks.check_ints(0, init_blocks=init_blocks, local_blocks=local_blocks)
-    blocks = (block_size, init_blocks, local_blocks)
-    scale = checks.default_scale(q, scale)
-    index: tuple[Tensor | None, ...] = (None,) * len(triton_backends.INDEX)
-    if wants_index(q, k, v, block_indices, block_size, scale, cu_seqlens_q, seqused_k, backend):
-        index = _block_index(block_indices, block_counts, cu_seqlens, max_seqlen, *blocks, workspace_bytes)
-    o, lse = _operator(
-        q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, scale,
-        block_indices, block_counts, *index, *blocks, workspace_bytes, backend,
-    )  # fmt: skip
+    blocks = Blocks(block_size, init_blocks, local_blocks).check()
+    check_positive(workspace_bytes=workspace_bytes)
+    BACKENDS.check(backend)
+    sequences = Sequences(cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
+    check_attention(q, k, v, sequences)
+    sequences.check(q.device)
+    scale = default_scale(q, scale)
+    block_indices, counts = _check_selection(q, k, block_indices, block_counts)
+
+    call = SelectedCall(q, k, v, sequences, scale, workspace_bytes, backend, blocks, block_indices, counts, None)
+    o, lse = OPERATOR(with_index(call))
     return (o, lse) if return_lse else o
 
 
-def wants_index(q, k, v, block_indices, block_size, scale, cu_seqlens_q, seqused_k, backend: str) -> bool:
+def _check_selection(
+    q: Tensor, k: Tensor, block_indices: Tensor, block_counts: int | Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The indices, cut to their number where that is one for all, and otherwise the numbers."""
+    check_tensor("block_indices", block_indices, "int32 [T, HKV, T_sel]")
+    rows = (q.shape[0], k.shape[1])
+    if (
+        block_indices.ndim != 3
+        or block_indices.shape[:2] != rows
+        or block_indices.dtype != torch.int32
+        or block_indices.device != q.device
+    ):
+        raise ValueError(
+            f"block_indices is {block_indices.dtype} {tuple(block_indices.shape)} on {block_indices.device}; "
+            f"it must be int32 [T, HKV, T_sel] = [{rows[0]}, {rows[1]}, T_sel] on {q.device}. "
+            "Fix: pass what select_blocks returns for this q."
+        )
+    if block_counts is None:
+        return block_indices, None
+    if isinstance(block_counts, int):
+        check_ints(0, block_counts=block_counts)
+        return block_indices[..., :block_counts], None
+    check_tensor("block_counts", block_counts, "int32 [T, HKV], or an int")
+    if block_counts.shape != rows or block_counts.dtype != torch.int32 or block_counts.device != q.device:
+        raise ValueError(
+            f"block_counts is {block_counts.dtype} {tuple(block_counts.shape)} on {block_counts.device}; "
+            f"it must be an int, or int32 [T, HKV] = {rows} on {q.device}."
+        )
+    return block_indices, block_counts
+
+
+# The block index
+
+
+def wants_index(call: SelectedCall) -> bool:
     """Whether the backend will use a block index, as far as that can be told without running anything.
 
     "triton_query_major" would in backward, but has none to read forward, and makes its own.
     """
-    if backend not in ("triton", "triton_kv_major") and not (backend == "auto" and q.is_cuda):
+    of_kv_major = call.backend in ("triton", "triton_kv_major") or (call.backend == "auto" and call.q.is_cuda)
+    if not of_kv_major or triton_backends.unavailable(call.device) is not None:
         return False
-    if triton_backends.unavailable(q.device) is not None:
-        return False
-    return triton_backends.selected_unsupported(
-        q, k, v, block_indices=block_indices, block_size=block_size, scale=scale, cu_seqlens_q=cu_seqlens_q,
-        seqused_k=seqused_k, kv_major=True,
-    ) is None  # fmt: skip
+    return refuses_kv_major(call) is None
 
 
-def block_index_run(
-    block_indices: Tensor,
-    block_counts: Optional[Tensor],
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    workspace_bytes: int = WORKSPACE_BYTES,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    num_rows = block_indices.shape[0]
-    checks.check_layout_values(num_rows, num_rows, cu_seqlens, max_seqlen, None, None)
-    from nsa_fsa.ops.selected_attention import launch as kernels
-
-    index = kernels.block_index(
-        block_indices, block_counts, cu_seqlens, max_seqlen,
-        block_size=block_size, init_blocks=init_blocks, local_blocks=local_blocks, workspace_bytes=workspace_bytes,
-    )  # fmt: skip
-    return tuple(index)  # type: ignore[return-value]
+def with_index(call: SelectedCall) -> SelectedCall:
+    """The call, with a block index where the backend will use one."""
+    return replace(call, index=INDEX_OPERATOR(IndexCall.of(call))) if wants_index(call) else call
 
 
-def block_index_fake(
-    block_indices, block_counts, cu_seqlens, max_seqlen, block_size, init_blocks, local_blocks, workspace_bytes=None
-):
-    from nsa_fsa.ops.common.sizes import aligned_rows
+def make_index(call: IndexCall) -> BlockIndex:
+    """For every KV head and block the queries that chose it, by Triton."""
+    from nsa_fsa.ops.selected_attention.block_index import build_block_index
 
-    num_rows, num_heads, num_indices = block_indices.shape
-    num_blocks = num_rows // block_size + cu_seqlens.shape[0] - 1
-    num_slots = max(num_indices - init_blocks - local_blocks, 0)
-    return (
-        block_indices.new_empty(num_heads, num_rows * num_slots),
-        block_indices.new_empty(num_heads, num_blocks),
-        block_indices.new_empty(num_heads, num_blocks),
-        block_indices.new_empty(num_heads, num_rows),
-        aligned_rows(3, num_rows, dtype=torch.int32, device=block_indices.device),
-        aligned_rows(4, num_blocks, dtype=torch.int32, device=block_indices.device),
+    return build_block_index(call)
+
+
+def _checked_index(call: IndexCall) -> BlockIndex:
+    num_rows = call.block_indices.shape[0]
+    call.sequences.check_values(num_rows, num_rows)
+    return make_index(call)
+
+
+def fake_index(call: IndexCall) -> BlockIndex:
+    """Shapes and dtypes of a block index."""
+    indices = call.block_indices
+    num_rows, num_heads, num_indices = indices.shape
+    num_blocks = num_rows // call.blocks.block_size + call.sequences.cu_seqlens.shape[0] - 1
+    return BlockIndex(
+        indices.new_empty(num_heads, num_rows * num_slots(num_indices, call.blocks)),
+        indices.new_empty(num_heads, num_blocks),
+        indices.new_empty(num_heads, num_blocks),
+        indices.new_empty(num_heads, num_rows),
+        aligned_rows(3, num_rows, dtype=torch.int32, device=indices.device),
+        aligned_rows(4, num_blocks, dtype=torch.int32, device=indices.device),
     )
 
 
-_block_index = define_operator("block_index", block_index_run, block_index_fake)
-_operator = define_attention(
+# Backends
+
+
+def refuses_triton(call: SelectedCall) -> str | None:
+    """Why neither loop order can run the forward of this call, or None."""
+    if (reason := unsupported_tensors(call.q, call.v)) is not None:
+        return reason
+    if call.blocks.block_size not in BLOCK_SIZES:
+        return f"block_size={call.blocks.block_size}; supported are {BLOCK_SIZES}"
+    if (number := call.block_indices.shape[2]) > MAX_INDICES:
+        return f"{number} block indices a query; supported are at most {MAX_INDICES}"
+    if not call.scale > 0:
+        return f"scale={call.scale}; it must be positive"
+    return None
+
+
+def refuses_last_queries(call: SelectedCall, what: str) -> str | None:
+    """Why what wants queries and keys to share their rows cannot run this call, or None."""
+    if call.sequences.shares_rows:
+        return None
+    return f"no {what} where cu_seqlens_q or seqused_k is given, as in decoding"
+
+
+def refuses_kv_major(call: SelectedCall) -> str | None:
+    """Why the KV-major kernels cannot run this call, or None."""
+    return refuses_triton(call) or refuses_last_queries(call, "support")
+
+
+class SelectedTriton(TritonBackend[SelectedCall], AttentionBackend[SelectedCall]):
+    """Whichever loop order and tiles the profiler finds fastest; without it the KV-major default where that can run."""
+
+    def refuses(self, call: SelectedCall, *, backward: bool = False) -> str | None:
+        return refuses_triton(call) or (refuses_last_queries(call, "gradient") if backward else None)
+
+    def forward(self, call: SelectedCall) -> AttentionResult:
+        ways = self.ways(call, "forward")
+        if call.index is None and any(way.forward_reads_index for way in ways.values()):
+            call = replace(call, index=make_index(IndexCall.of(call)))
+        return choose("forward", call, ways, methodcaller("forward", call)).forward(call)
+
+    def backward(self, call: SelectedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING) -> AttentionGradients:
+        ways = self.ways(call, "backward")
+        if call.index is None:
+            call = replace(call, index=make_index(IndexCall.of(call)))
+        # Timed as they are; only the one that is taken may add to gradients.
+        way = choose("backward", call, ways, methodcaller("backward", call, do, softmax, NOTHING))
+        return way.backward(call, do, softmax, add_to)
+
+    def ways(self, call: SelectedCall, direction: str) -> "Mapping[str, Way]":
+        """The ways to run it that may be fastest, by name; the default comes first."""
+        from nsa_fsa.ops.common import tuning
+        from nsa_fsa.ops.selected_attention.launch import KVMajor, QueryMajor
+
+        if refuses_kv_major(call) is not None:
+            return {"query_major": QueryMajor()}
+        configs = tuning.candidates(call.q, call.v, call.blocks.block_size, direction)
+        return {
+            **{name: KVMajor(config) for name, config in configs.items()},
+            "query_major": QueryMajor(),
+        }
+
+
+class SelectedKVMajor(SelectedTriton):
+    """The loop order of FSA with its default tiles, and so the same kernels in every process."""
+
+    name = "triton_kv_major"
+
+    def refuses(self, call: SelectedCall, *, backward: bool = False) -> str | None:
+        return refuses_kv_major(call)
+
+    def ways(self, call: SelectedCall, direction: str) -> "Mapping[str, Way]":
+        from nsa_fsa.ops.common import tuning
+        from nsa_fsa.ops.selected_attention.launch import KVMajor
+
+        return {"kv_major": KVMajor(tuning.default_config(call.q, call.v, call.blocks.block_size))}
+
+
+class SelectedQueryMajor(SelectedTriton):
+    """The loop order of NSA."""
+
+    name = "triton_query_major"
+
+    def ways(self, call: SelectedCall, direction: str) -> "Mapping[str, Way]":
+        from nsa_fsa.ops.selected_attention.launch import QueryMajor
+
+        return {"query_major": QueryMajor()}
+
+
+def choose(direction: str, call: SelectedCall, ways: "Mapping[str, Way]", run: Callable[..., Any]) -> "Way":
+    """The fastest of the ways for "forward" or "backward"; run: runs one of them."""
+    name = next(iter(ways))
+    if len(ways) > 1 and call.q.is_cuda and call.q.numel() > 0:
+        from triton.errors import TritonError
+
+        key = selected_key(call, direction)
+        name = profiler.choose(key, ways, run, call.device, recoverable=(RuntimeError, TritonError))
+    return ways[name]
+
+
+def selected_key(call: SelectedCall, direction: str) -> str:
+    """The kind of problem that the profiler remembers."""
+    (block_size, init_blocks, local_blocks), num_indices = call.blocks, call.block_indices.shape[2]
+    own = f"block={block_size} T_sel={num_indices} forced={init_blocks}+{local_blocks}"
+    return profiler.problem_key("selected_attention", direction, call, own)
+
+
+class Reference(AttentionBackend[SelectedCall]):
+    name = "reference"
+
+    def forward(self, call: SelectedCall) -> AttentionResult:
+        tensors = (call.q, call.k, call.v)
+        return AttentionResult(*reference.selected_attention(*tensors, **self._arguments(call)))
+
+    def backward(self, call: SelectedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING) -> AttentionGradients:
+        tensors = (do, call.q, call.k, call.v, softmax.o, softmax.lse)
+        arguments = self._arguments(call)
+        return add_to.add(reference.selected_attention_backward(*tensors, **arguments, delta=softmax.delta))
+
+    @staticmethod
+    def _arguments(call: SelectedCall) -> dict[str, Any]:
+        chosen = dict(block_indices=call.block_indices, block_counts=call.block_counts)
+        return dict(**chosen, **call.sequences._asdict(), **call.blocks._asdict(), scale=call.scale)
+
+
+BACKENDS: Backends[SelectedCall] = Backends(
     "selected_attention",
-    "Tensor block_indices, Tensor? block_counts, Tensor? index_entries, Tensor? index_first, Tensor? index_count, "
-    "Tensor? num_sparse, Tensor? index_rows, Tensor? index_blocks, "
-    "int block_size, int init_blocks, int local_blocks, int workspace_bytes",
-    check_token_rows,
+    SelectedTriton(),
+    SelectedKVMajor(),
+    SelectedQueryMajor(),
+    Reference(),
 )
-
-
-UNUSED = ("workspace_bytes", *triton_backends.INDEX)  # by the reference
-for backend in (
-    *triton_backends.SELECTED,
-    reference_backend(reference.selected_attention, reference.selected_attention_backward, *UNUSED),
-):
-    backends.register("selected_attention", backend)
+OPERATOR = define_attention(BACKENDS, SelectedCall)
+INDEX_OPERATOR = define_operator("block_index", IndexCall, BlockIndex, _checked_index, fake_index)

@@ -11,10 +11,11 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.ops.common import tuning
-from nsa_fsa.ops.common.locate import Rows
+from nsa_fsa.ops.common.calls import AttentionResult
+from nsa_fsa.ops.common.locate import RowTable, locate_rows
 from nsa_fsa.ops.common.primitives import LN_2, LOG2_E, add_product, dot_keys, kernel, load_rows, online_softmax, store_rows
-from nsa_fsa.ops.common.sizes import next_power_of_2, padded_dim
-from nsa_fsa.ops.selected_attention.kv_major_forward import rows_contiguous
+from nsa_fsa.ops.common.sizes import next_power_of_2, padded_dim, rows_contiguous
+from nsa_fsa.ops.selected_attention.call import SelectedCall
 
 
 @triton.jit
@@ -137,9 +138,9 @@ def query_bwd_dq_kernel(
     store_rows(dq_ptr, target * D, dq, real, D, PADDED_D)
 
 
-def _arguments(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_counts: Tensor | None, block_size: int):
+def _arguments(call: SelectedCall, q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor):
     """Strides, and the constants and warps, that both kernels take."""
-    group_size = q.shape[1] // k.shape[1]
+    group_size, block_counts, block_size = call.group_size, call.block_counts, call.blocks.block_size
     strides = (*q.stride()[:2], *k.stride()[:2], *v.stride()[:2])
     index_strides = (*block_indices.stride()[:2], *(block_counts.stride() if block_counts is not None else (0, 0)))
     keys, num_warps, num_stages = tuning.query_major_tile(q, v)
@@ -147,63 +148,41 @@ def _arguments(q: Tensor, k: Tensor, v: Tensor, block_indices: Tensor, block_cou
         NUM_INDICES=block_indices.shape[2], PADDED_INDICES=max(next_power_of_2(block_indices.shape[2]), 2),
         HAS_COUNTS=block_counts is not None, G=group_size, PADDED_G=max(next_power_of_2(group_size), 16),
         BLOCK_SIZE=block_size, D=q.shape[2], PADDED_D=padded_dim(q.shape[2]), DV=v.shape[2], PADDED_DV=padded_dim(v.shape[2]),
-        KEYS=min(keys, block_size), NUM_STAGES=num_stages, num_warps=num_warps,
+        KEYS=min(keys, block_size), NUM_STAGES=num_stages, PRECISION=tuning.dot_precision(q.dtype), num_warps=num_warps,
     )  # fmt: skip
     return strides, index_strides, constants
 
 
-def selected_attention_query_major_fwd(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indices: Tensor,
-    block_counts: Tensor | None,
-    rows: Rows,
-    *,
-    block_size: int,
-    scale: float,
-    precision: str,
-) -> tuple[Tensor, Tensor]:
-    """q `[Tq, HQ, D]`, k `[T, HKV, D]`, v `[T, HKV, DV]` -> o `[Tq, HQ, DV]`, natural-log lse float32 `[Tq, HQ]`."""
-    q, k, v, block_indices = (rows_contiguous(x) for x in (q, k, v, block_indices))
+def query_major_fwd(call: SelectedCall) -> AttentionResult:
+    """o `[Tq, HQ, DV]` and the natural-log lse, float32 `[Tq, HQ]`; also for queries that are only the last positions of their
+    sequences."""
+    q, k, v, block_indices = (rows_contiguous(x) for x in (call.q, call.k, call.v, call.block_indices))
     o = q.new_empty(*q.shape[:2], v.shape[2])
     lse = q.new_empty(q.shape[:2], dtype=torch.float32)
     if o.numel() == 0 or block_indices.shape[2] == 0:
-        return o.zero_(), lse.fill_(-torch.inf)
-    strides, index_strides, constants = _arguments(q, k, v, block_indices, block_counts, block_size)
+        return AttentionResult(o.zero_(), lse.fill_(-torch.inf))
+    cu_seqlens, _, cu_seqlens_q, seqused_k = call.sequences
+    rows = RowTable(*locate_rows(q.shape[0], cu_seqlens, call.blocks.block_size, cu_seqlens_q, seqused_k))
+    strides, index_strides, constants = _arguments(call, q, k, v, block_indices)
     query_fwd_kernel[(q.shape[0], k.shape[1])](
-        q, k, v, block_indices, block_counts, rows.position, rows.first_key, o, lse,
-        *strides, *index_strides, scale * LOG2_E, q.shape[1], PRECISION=precision, **constants,
+        q, k, v, block_indices, call.block_counts, rows.position, rows.first_key, o, lse,
+        *strides, *index_strides, call.scale * LOG2_E, q.shape[1], **constants,
     )  # fmt: skip
-    return o, lse
+    return AttentionResult(o, lse)
 
 
-def selected_attention_query_major_bwd_dq(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    shift: Tensor,
-    delta: Tensor,
-    block_indices: Tensor,
-    block_counts: Tensor | None,
-    rows: Rows,
-    dq: Tensor,
-    *,
-    block_size: int,
-    scale: float,
-    precision: str,
-    accumulate: bool,
-) -> None:
-    """Writes dq `[Tq, HQ, D]`, or adds to it; shift and delta as `statistics` gives them."""
-    do, q, k, v, block_indices = (rows_contiguous(x) for x in (do, q, k, v, block_indices))
+def query_major_bwd_dq(call: SelectedCall, do: Tensor, shift: Tensor, delta: Tensor, dq: Tensor, accumulate: bool) -> None:
+    """Writes dq `[T, HQ, D]`, or adds to it; shift and delta as `statistics` gives them."""
+    assert call.index is not None
+    do, q, k, v, block_indices = (rows_contiguous(x) for x in (do, call.q, call.k, call.v, call.block_indices))
     if dq.numel() == 0 or block_indices.shape[2] == 0:
         if not accumulate:
             dq.zero_()
         return
-    strides, index_strides, constants = _arguments(q, k, v, block_indices, block_counts, block_size)
+    rows = RowTable(*call.index.rows)
+    strides, index_strides, constants = _arguments(call, q, k, v, block_indices)
     query_bwd_dq_kernel[(q.shape[0], k.shape[1])](
-        q, k, v, do, shift, delta, block_indices, block_counts, rows.position, rows.first_key, dq,
-        *strides, *do.stride()[:2], *index_strides, scale * LOG2_E, scale, q.shape[1],
-        PRECISION=precision, ACCUMULATE=accumulate, **constants,
+        q, k, v, do, shift, delta, block_indices, call.block_counts, rows.position, rows.first_key, dq,
+        *strides, *do.stride()[:2], *index_strides, call.scale * LOG2_E, call.scale, q.shape[1],
+        ACCUMULATE=accumulate, **constants,
     )  # fmt: skip

@@ -92,7 +92,7 @@ def selected_attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    o: Tensor,
+    o: Tensor | None,
     lse: Tensor,
     block_indices: Tensor,
     cu_seqlens: Tensor,

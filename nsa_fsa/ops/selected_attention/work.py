@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nsa_fsa.ops.common.primitives import kernel
 from nsa_fsa.ops.common.sizes import aligned_rows, cdiv
-from nsa_fsa.ops.selected_attention.block_index import BlockIndex
+from nsa_fsa.ops.selected_attention.call import BlockIndex
 
 
 class Units(NamedTuple):

@@ -4,11 +4,25 @@ from typing import Any
 
 from torch import Tensor
 
-from nsa_fsa.ops.common import backends, checks, triton_backends
-from nsa_fsa.ops.common.attention_operator import adding, check_token_rows, define_attention, reference_backend
-from nsa_fsa.ops.compressed_attention.operator import unsupported
-from nsa_fsa.ops.selected_attention.operator import WORKSPACE_BYTES
-from nsa_fsa.ops.sliding_window_attention import flash_attention, reference
+from nsa_fsa.checks import check_positive
+from nsa_fsa.ops.common.attention_operator import AttentionBackend, define_attention
+from nsa_fsa.ops.common.backends import Backends
+from nsa_fsa.ops.common.calls import (
+    NOTHING,
+    WORKSPACE_BYTES,
+    AddTo,
+    AttentionGradients,
+    AttentionResult,
+    Softmax,
+    Windows,
+    check_attention,
+    default_scale,
+)
+from nsa_fsa.ops.common.windowed_attention.backend import TritonWindows
+from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
+from nsa_fsa.ops.sliding_window_attention import reference
+from nsa_fsa.ops.sliding_window_attention.flash_attention import LIBRARIES, Fastest, OneLibrary
+from nsa_fsa.sequences import Sequences
 
 
 def sliding_window_attention(
@@ -35,7 +49,7 @@ def sliding_window_attention(
         max_seqlen: an upper bound on the longest sequence.
         window_size: keys that a query sees at most: positions `max(0, t - window_size + 1) .. t`.
         scale: softmax scale; default `D ** -0.5`.
-        cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences; see `Layout`.
+        cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences; see `Sequences`.
         return_lse: also return the log-sum-exp.
         workspace_bytes: how much memory FlashAttention may take for sums, at any length: heads are differentiated in turn
             where all of them would take more.
@@ -53,41 +67,38 @@ def sliding_window_attention(
     Raises:
         ValueError: for inconsistent shapes, dtypes, devices or sequence descriptors.
     """
-    checks.check_positive(window_size=window_size, workspace_bytes=workspace_bytes)
-    backends.check_known(backend, "sliding_window_attention")
-    checks.check_attention(q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
-    scale = checks.default_scale(q, scale)
-    o, lse = _operator(
-        q, k, v, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, scale, window_size, workspace_bytes, backend
-    )  # fmt: skip
+    check_positive(window_size=window_size, workspace_bytes=workspace_bytes)
+    BACKENDS.check(backend)
+    sequences = Sequences(cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
+    check_attention(q, k, v, sequences)
+    sequences.check(q.device)
+    scale, windows = default_scale(q, scale), Windows(1, 1)
+    o, lse = OPERATOR(WindowedCall(q, k, v, sequences, scale, workspace_bytes, backend, windows, window_size))
     return (o, lse) if return_lse else o
 
 
-_operator = define_attention("sliding_window_attention", "int window_size, int workspace_bytes", check_token_rows)
+class Reference(AttentionBackend[WindowedCall]):
+    name = "reference"
+
+    def forward(self, call: WindowedCall) -> AttentionResult:
+        tensors = (call.q, call.k, call.v)
+        return AttentionResult(*reference.sliding_window_attention(*tensors, **self._arguments(call)))
+
+    def backward(self, call: WindowedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING) -> AttentionGradients:
+        tensors = (do, call.q, call.k, call.v, softmax.o, softmax.lse)
+        arguments = self._arguments(call)
+        return add_to.add(reference.sliding_window_attention_backward(*tensors, **arguments, delta=softmax.delta))
+
+    @staticmethod
+    def _arguments(call: WindowedCall) -> dict[str, Any]:
+        return dict(**call.sequences._asdict(), window_size=call.window_size, scale=call.scale)
 
 
-# To the kernels of compressed attention each token is a window of its own.
-def _forward(q, k, v, *, cu_seqlens, max_seqlen, workspace_bytes, **arguments):
-    from nsa_fsa.ops.compressed_attention import triton_forward as kernels
-
-    return kernels.compressed_attention_fwd(q, k, v, cu_seqlens, kernel_size=1, kernel_stride=1, **arguments)
-
-
-def _backward(do, q, k, v, o, lse, *, cu_seqlens, max_seqlen, **arguments):
-    from nsa_fsa.ops.compressed_attention import triton_backward as kernels
-
-    tensors = (do, q, k, v, o, lse, cu_seqlens)
-    return kernels.compressed_attention_bwd(*tensors, max_seqlen, kernel_size=1, kernel_stride=1, **arguments)
-
-
-_triton_window = backends.Backend(
-    "triton_window", _forward, adding(_backward), triton_backends.unavailable, unsupported, triton_backends.elsewhere
+BACKENDS: Backends[WindowedCall] = Backends(
+    "sliding_window_attention",
+    Fastest(),
+    *(OneLibrary(library) for library in LIBRARIES),
+    TritonWindows("triton_window"),
+    Reference(),
 )
-
-
-for backend in (
-    *flash_attention.BACKENDS,
-    _triton_window,
-    reference_backend(reference.sliding_window_attention, reference.sliding_window_attention_backward, "workspace_bytes"),
-):
-    backends.register("sliding_window_attention", backend)
+OPERATOR = define_attention(BACKENDS, WindowedCall)

@@ -50,7 +50,7 @@ def sliding_window_attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    o: Tensor,
+    o: Tensor | None,
     lse: Tensor,
     cu_seqlens: Tensor,
     max_seqlen: int,

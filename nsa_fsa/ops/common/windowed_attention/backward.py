@@ -20,12 +20,13 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.ops.common import tuning
-from nsa_fsa.ops.common.gradients import NOTHING, AddTo, sums_of
+from nsa_fsa.ops.common.calls import NOTHING, AddTo, AttentionGradients, Softmax
 from nsa_fsa.ops.common.locate import load_tile, locate_tiles
 from nsa_fsa.ops.common.primitives import LOG2_E, add_product, dot_keys, kernel, load_rows, softmax_of, store_rows
-from nsa_fsa.ops.common.sizes import cdiv, head_chunks, padded_dim
+from nsa_fsa.ops.common.sizes import cdiv, head_chunks, padded_dim, rows_contiguous
 from nsa_fsa.ops.common.softmax_statistics import statistics
-from nsa_fsa.ops.compressed_attention.triton_forward import (
+from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
+from nsa_fsa.ops.common.windowed_attention.forward import (
     count_windows,
     hopper,
     is_seen,
@@ -34,7 +35,6 @@ from nsa_fsa.ops.compressed_attention.triton_forward import (
     visible_windows,
     window_constant,
 )
-from nsa_fsa.ops.selected_attention.kv_major_forward import rows_contiguous
 
 
 class Inputs(NamedTuple):
@@ -60,17 +60,6 @@ class Inputs(NamedTuple):
         head_dim, v_dim = self.q.shape[2], self.v.shape[2]
         padded = dict(PADDED_D=padded_dim(head_dim), PADDED_DV=padded_dim(v_dim))
         return dict(D=head_dim, DV=v_dim, PRECISION=tuning.dot_precision(self.q.dtype), **padded)
-
-
-class Problem(NamedTuple):
-    """What both passes know."""
-
-    layout: tuple[Tensor, Tensor | None, Tensor | None]  # cu_seqlens, cu_seqlens_q, seqused_k
-    max_seqlen: int
-    scale: float
-    windows: dict[str, int]
-    window_size: int | None
-    config: tuning.CompressedConfig
 
 
 @kernel
@@ -231,9 +220,9 @@ def scale_rows(dq: Tensor, sums: Tensor, scale: float, accumulate: bool) -> None
 @functools.cache
 def hopper_backward() -> Any:
     """As `hopper`."""
-    from nsa_fsa.ops.compressed_attention import hopper_backward as compressed_attention_hopper_backward
+    from nsa_fsa.ops.common.windowed_attention import hopper_backward
 
-    return compressed_attention_hopper_backward
+    return hopper_backward
 
 
 def cut_rows(max_seqlen: int, group_size: int, num_tiles: int | None, config: tuning.CompressedConfig) -> tuple[int, int]:
@@ -252,56 +241,40 @@ def cut_rows(max_seqlen: int, group_size: int, num_tiles: int | None, config: tu
     return parts, cdiv(cdiv(num_rows, max(parts, 1)), unit) * unit
 
 
-def compressed_attention_bwd(
+def windowed_attention_bwd(
+    call: WindowedCall,
     do: Tensor,
-    q: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    o: Tensor | None,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    delta: Tensor | None = None,
+    softmax: Softmax,
     add_to: AddTo = NOTHING,
-    kernel_size: int,
-    kernel_stride: int,
-    scale: float,
-    workspace_bytes: int,
-    cu_seqlens_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    window_size: int | None = None,
     config: tuning.CompressedConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k_cmp and v_cmp, each in its own shape and dtype; rows that no compressed token owns get 0.
+) -> AttentionGradients:
+    """Gradients of q, k and v, each in its own shape and dtype; rows that no window owns get 0.
 
-    delta: as in `statistics`. add_to: a contiguous gradient of q to add this one to in place, and neither of k_cmp nor v_cmp.
-    workspace_bytes: of float32 sums, where one pass computes all gradients.
-    window_size: as in the forward.
+    The workspace is for float32 sums, where one pass computes all gradients.
     """
-    num_windows, num_kv_heads = v_cmp.shape[:2]
-    group_size = q.shape[1] // num_kv_heads
-    config = config or tuning.compressed_config(q, v_cmp, group_size, window_size is not None)
-    do, q, k, v = (rows_contiguous(x, config.hopper) for x in (do, q, k_cmp, v_cmp))
+    num_windows, num_kv_heads = call.v.shape[:2]
+    group_size = call.group_size
+    config = config or tuning.compressed_config(call.q, call.v, group_size, call.window_size is not None)
+    do, q, k, v = (rows_contiguous(x, config.hopper) for x in (do, call.q, call.k, call.v))
     if config.hopper:
         k, v = (x if x.stride(1) == x.shape[2] else x.contiguous() for x in (k, v))
-    accumulate = add_to[0] is not None
-    dq, *_ = sums_of(add_to, q)
+    accumulate = add_to.q is not None
+    dq = q.new_empty(q.shape) if add_to.q is None else add_to.q
     dk, dv = k.new_zeros(k.shape), v.new_zeros(v.shape)
     if q.numel() == 0 or do.numel() == 0:
-        return dq if accumulate else dq.zero_(), dk, dv
-    inputs = Inputs(q, k, v, do, *statistics(do, o, lse, scale, group_size, delta))
-    windows = dict(KERNEL_SIZE=kernel_size, KERNEL_STRIDE=kernel_stride)
-    problem = Problem((cu_seqlens, cu_seqlens_q, seqused_k), max_seqlen, scale, windows, window_size, config)
-    if num_windows and in_one_pass(config, group_size, max_seqlen):
-        for heads, kv_heads in head_chunks(num_kv_heads, group_size, bytes_of_kv_head(inputs, problem), workspace_bytes):
+        return add_to.add((q.new_zeros(q.shape), dk, dv))
+
+    inputs = Inputs(q, k, v, do, *statistics(do, softmax, call.scale, group_size))
+    if num_windows and in_one_pass(config, group_size, call.sequences.max_seqlen):
+        one_head = bytes_of_kv_head(inputs, call, config)
+        for heads, kv_heads in head_chunks(num_kv_heads, group_size, one_head, call.workspace_bytes):
             of_heads = (dq[:, heads], dk[:, kv_heads], dv[:, kv_heads])
-            _run_one_pass(inputs.of(heads, kv_heads), problem, *of_heads, accumulate)
-        return dq, dk, dv
-    _run_dq(inputs, problem, dq, accumulate)
-    if num_windows:
-        _run_dkdv(inputs, problem, dk, dv)
-    return dq, dk, dv
+            _run_one_pass(inputs.of(heads, kv_heads), call, config, *of_heads, accumulate)
+    else:
+        _run_dq(inputs, call, config, dq, accumulate)
+        if num_windows:
+            _run_dkdv(inputs, call, config, dk, dv)
+    return AddTo(None, add_to.k, add_to.v).add((dq, dk, dv))
 
 
 def in_one_pass(config: tuning.CompressedConfig, group_size: int, max_seqlen: int) -> bool:
@@ -310,32 +283,40 @@ def in_one_pass(config: tuning.CompressedConfig, group_size: int, max_seqlen: in
     return able and max_seqlen >= config.one_pass_tokens
 
 
-def bytes_of_kv_head(inputs: Inputs, problem: Problem) -> int:
+def bytes_of_kv_head(inputs: Inputs, call: WindowedCall, config: tuning.CompressedConfig) -> int:
     """What one pass takes for a KV head: float32 sums of dq, and the parts of dk and dv."""
     num_rows, num_heads, head_dim = inputs.q.shape
     num_windows, num_kv_heads, v_dim = inputs.v.shape
     group_size = num_heads // num_kv_heads
-    parts, _ = cut_rows(problem.max_seqlen, group_size, None, problem.config)
+    parts, _ = cut_rows(call.sequences.max_seqlen, group_size, None, config)
     of_parts = parts * num_windows * (head_dim + v_dim) if parts > 1 else 0
     return 4 * (num_rows * group_size * head_dim + of_parts)
 
 
-def _run_one_pass(inputs: Inputs, problem: Problem, dq: Tensor, dk: Tensor, dv: Tensor, accumulate: bool) -> None:
+def _windows(call: WindowedCall) -> dict[str, int]:
+    """Constants of the kernels."""
+    return dict(KERNEL_SIZE=call.windows.kernel_size, KERNEL_STRIDE=call.windows.kernel_stride)
+
+
+def _run_one_pass(
+    inputs: Inputs, call: WindowedCall, config: tuning.CompressedConfig, dq: Tensor, dk: Tensor, dv: Tensor, accumulate: bool
+) -> None:
     sums = inputs.q.new_zeros(inputs.q.shape, dtype=torch.float32)
-    _run_dkdv(inputs, problem, dk, dv, sums)
-    scale_rows(dq, sums, problem.scale, accumulate)
+    _run_dkdv(inputs, call, config, dk, dv, sums)
+    scale_rows(dq, sums, call.scale, accumulate)
 
 
-def _run_dq(inputs: Inputs, problem: Problem, dq: Tensor, accumulate: bool) -> None:
-    (num_rows, num_heads, head_dim), num_kv_heads, config = inputs.q.shape, inputs.k.shape[1], problem.config
+def _run_dq(inputs: Inputs, call: WindowedCall, config: tuning.CompressedConfig, dq: Tensor, accumulate: bool) -> None:
+    (num_rows, num_heads, head_dim), num_kv_heads = inputs.q.shape, inputs.k.shape[1]
     group_size = num_heads // num_kv_heads
     tile_queries = config.dq_m // group_size
-    tiles = locate_tiles(num_rows, problem.layout[0], tile_queries, *problem.layout[1:])
+    cu_seqlens, _, *cached = call.sequences
+    tiles = locate_tiles(num_rows, cu_seqlens, tile_queries, *cached)
     num_tiles = cdiv(num_rows, tile_queries) if tiles is None else tiles.shape[1]
-    sizes = (problem.scale * LOG2_E, problem.scale, num_heads, num_tiles, num_rows)
+    sizes = (call.scale * LOG2_E, call.scale, num_heads, num_tiles, num_rows)
     constants = dict(
         TILE_QUERIES=tile_queries, SINGLE=tiles is None, ACCUMULATE=accumulate, G=group_size, BLOCK_N=config.dq_n,
-        **problem.windows,
+        **_windows(call),
     )  # fmt: skip
     q, k, v, do, shift, delta = inputs
     if config.hopper:
@@ -348,30 +329,32 @@ def _run_dq(inputs: Inputs, problem: Problem, dq: Tensor, accumulate: bool) -> N
     else:
         compressed_bwd_dq_kernel[num_tiles, num_kv_heads](
             q, k, v, do, shift, delta, dq, tiles, *inputs.strides(), *sizes, **constants, **inputs.widths(),
-            WINDOW=window_constant(problem.window_size, group_size), BLOCK_M=config.dq_m, NUM_STAGES=config.dq_stages,
+            WINDOW=window_constant(call.window_size, group_size), BLOCK_M=config.dq_m, NUM_STAGES=config.dq_stages,
             num_warps=config.dq_warps,
         )  # fmt: skip
 
 
-def _run_dkdv(inputs: Inputs, problem: Problem, dk: Tensor, dv: Tensor, dq_sums: Tensor | None = None) -> None:
+def _run_dkdv(
+    inputs: Inputs, call: WindowedCall, config: tuning.CompressedConfig, dk: Tensor, dv: Tensor, dq_sums: Tensor | None = None
+) -> None:
     """dk and dv, whose heads may be some of larger tensors'. What is added to dq_sums, float32 `[T, HQ, D]`, is dq / scale."""
     (num_rows, num_heads, head_dim), (num_windows, num_kv_heads, v_dim) = inputs.q.shape, inputs.v.shape
-    group_size, config, windows = num_heads // num_kv_heads, problem.config, problem.windows
+    group_size, windows = num_heads // num_kv_heads, _windows(call)
     tile_keys, kernel_stride = config.dkdv_n, windows["KERNEL_STRIDE"]
-    where, *others = problem.layout
+    where, _, *others = call.sequences
     tiles = locate_tiles(num_windows * kernel_stride, where, tile_keys * kernel_stride, *others, of_keys=True)
     num_tiles = cdiv(num_windows, tile_keys) if tiles is None else tiles.shape[1]
     one_pass = dq_sums is not None
-    if problem.window_size is not None:  # few rows see a tile: they are one part
+    if call.window_size is not None:  # few rows see a tile: they are one part
         config = dataclasses.replace(config, dkdv_programs=1)
-    parts, part_rows = cut_rows(problem.max_seqlen, group_size, None if one_pass else num_tiles * num_kv_heads, config)
+    parts, part_rows = cut_rows(call.sequences.max_seqlen, group_size, None if one_pass else num_tiles * num_kv_heads, config)
     q, k, v, do, shift, delta = inputs
     targets = (dk, dv)
     if parts > 1:
         sums = q.new_empty(parts, num_windows, num_kv_heads, head_dim + v_dim, dtype=torch.float32)
         targets = (sums[..., :head_dim], sums[..., head_dim:])
     target_strides = [stride for x in targets for stride in (x.stride()[:3] if parts > 1 else (0, *x.stride()[:2]))]
-    sizes = (problem.scale * LOG2_E, problem.scale, num_tiles, num_rows, part_rows)
+    sizes = (call.scale * LOG2_E, call.scale, num_tiles, num_rows, part_rows)
     heads = 1 if one_pass else math.gcd(num_kv_heads, config.dkdv_heads)
     constants = dict(SINGLE=tiles is None, HEADS=heads, G=group_size, BLOCK_M=config.dkdv_m, **windows)
     grid = (num_tiles * num_kv_heads, parts)
@@ -388,7 +371,7 @@ def _run_dkdv(inputs: Inputs, problem: Problem, dk: Tensor, dv: Tensor, dq_sums:
     else:
         compressed_bwd_dkdv_kernel[grid](
             q, k, v, do, shift, delta, *targets, tiles, *inputs.strides(), *target_strides, *sizes, **constants,
-            **inputs.widths(), WINDOW=window_constant(problem.window_size, group_size), BLOCK_N=tile_keys,
+            **inputs.widths(), WINDOW=window_constant(call.window_size, group_size), BLOCK_N=tile_keys,
             NUM_STAGES=config.dkdv_stages, num_warps=config.dkdv_warps,
         )  # fmt: skip
     if parts > 1:

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_fsa.ops.common.hopper import bulk_add, gluon_kernel, thread_barrier
-from nsa_fsa.ops.compressed_attention.hopper_forward import (
+from nsa_fsa.ops.common.windowed_attention.hopper_forward import (
     EITHER_WAY,
     FEW_ROWS,
     GROUP_ROWS,

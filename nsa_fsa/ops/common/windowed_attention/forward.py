@@ -17,10 +17,11 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.ops.common import tuning
+from nsa_fsa.ops.common.calls import AttentionResult
 from nsa_fsa.ops.common.locate import load_tile, locate_tiles
 from nsa_fsa.ops.common.primitives import LN_2, LOG2_E, dot_keys, kernel, load_rows, online_softmax, store_rows
-from nsa_fsa.ops.common.sizes import cdiv, padded_dim
-from nsa_fsa.ops.selected_attention.kv_major_forward import rows_contiguous
+from nsa_fsa.ops.common.sizes import cdiv, padded_dim, rows_contiguous
+from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
 
 
 @triton.jit
@@ -130,40 +131,25 @@ def num_multiprocessors(x: Tensor) -> int:
 @functools.cache
 def hopper() -> Any:
     """The Gluon kernels, imported only where they run: they are written for one version of a moving interface."""
-    from nsa_fsa.ops.compressed_attention import hopper_forward as compressed_attention_hopper
+    from nsa_fsa.ops.common.windowed_attention import hopper_forward
 
-    return compressed_attention_hopper
+    return hopper_forward
 
 
-def compressed_attention_fwd(
-    q: Tensor,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    kernel_size: int,
-    kernel_stride: int,
-    scale: float,
-    cu_seqlens_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    window_size: int | None = None,
-    config: tuning.CompressedConfig | None = None,
-) -> tuple[Tensor, Tensor]:
-    """q `[T, HQ, D]`, k_cmp, v_cmp `[T // s, HKV, D or DV]` -> o `[T, HQ, DV]`, natural-log lse float32 `[T, HQ]`.
-
-    window_size: see only the last so many of the tokens, of which each is a window: kernel_size and kernel_stride are 1.
-    """
-    num_rows, num_heads, head_dim = q.shape
-    num_kv_heads, v_dim = v_cmp.shape[1:]
-    group_size = num_heads // num_kv_heads
-    config = config or tuning.compressed_config(q, v_cmp, group_size, window_size is not None)
-    q, k, v = (rows_contiguous(x, config.hopper) for x in (q, k_cmp, v_cmp))
+def windowed_attention_fwd(call: WindowedCall, config: tuning.CompressedConfig | None = None) -> AttentionResult:
+    """o `[T, HQ, DV]` and the natural-log lse, float32 `[T, HQ]`."""
+    (kernel_size, kernel_stride), window_size, scale = call.windows, call.window_size, call.scale
+    cu_seqlens, _, cu_seqlens_q, seqused_k = call.sequences
+    num_rows, num_heads, head_dim = call.q.shape
+    (num_kv_heads, v_dim), group_size = call.v.shape[1:], call.group_size
+    config = config or tuning.compressed_config(call.q, call.v, group_size, window_size is not None)
+    q, k, v = (rows_contiguous(x, config.hopper) for x in (call.q, call.k, call.v))
     if config.hopper:
         k, v = (x if x.stride(1) == x.shape[2] else x.contiguous() for x in (k, v))
     o = q.new_empty(num_rows, num_heads, v_dim)
     lse = q.new_empty(num_rows, num_heads, dtype=torch.float32)
     if o.numel() == 0:
-        return o, lse.fill_(-torch.inf)
+        return AttentionResult(o, lse.fill_(-torch.inf))
     tile_queries = config.fwd_m // group_size
     tiles = locate_tiles(num_rows, cu_seqlens, tile_queries, cu_seqlens_q, seqused_k)
     num_tiles = cdiv(num_rows, tile_queries) if tiles is None else tiles.shape[1]
@@ -186,4 +172,4 @@ def compressed_attention_fwd(
             PADDED_D=padded_dim(head_dim), DV=v_dim, PADDED_DV=padded_dim(v_dim), BLOCK_M=config.fwd_m,
             NUM_STAGES=config.fwd_stages, PRECISION=tuning.dot_precision(q.dtype), num_warps=config.fwd_warps,
         )  # fmt: skip
-    return o, lse
+    return AttentionResult(o, lse)

@@ -1,0 +1,58 @@
+"""Checks on arguments: bad input is refused, with the value, what is allowed and the fix, before anything is launched."""
+
+import math
+from numbers import Real
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_ints(minimum: int, **values: Any) -> None:
+    """Raises ValueError unless each of the values, given by their names, is an int of at least `minimum`."""
+    for name, value in values.items():
+        if not (is_int(value) and value >= minimum):
+            raise ValueError(f"{name}={value!r:.100} must be an int >= {minimum}. Fix: pass a whole number.")
+
+
+def check_positive(**values: Any) -> None:
+    """Raises ValueError unless each of the values, given by their names, is an int of at least 1."""
+    check_ints(1, **values)
+
+
+def is_int(value: Any) -> bool:
+    """Whether it is a Python int or the compiler's; `True`, an int to Python, is not."""
+    return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_tensor(name: str, x: Any, what: str) -> None:
+    """Raises ValueError unless x is a tensor. what: its dtype and shape, for the error."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name}={x!r:.100} must be a tensor, {what}. Fix: torch.as_tensor(...) on the others' device.")
+
+
+def check_device(name: str, x: Tensor, device: torch.device) -> None:
+    """Raises ValueError unless x is on the device of the other tensors."""
+    if x.device != device:
+        raise ValueError(f"{name} is on {x.device}, the other tensors on {device}. Fix: move it there.")
+
+
+def check_rows(name: str, x: Tensor, ndim: int, shape: str) -> None:
+    """Raises ValueError unless x is a floating-point tensor of `ndim` axes, the last one not empty."""
+    check_tensor(name, x, shape)
+    if not (x.ndim == ndim and x.shape[-1] > 0):
+        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {shape}, the last of at least 1.")
+    if x.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name} has dtype {x.dtype}; it must be one of {FLOAT_DTYPES}. Fix: cast it, as in x.float().")
+
+
+def is_finite_number(value: Any) -> bool:
+    """Whether it is a real number that a float can hold; `True` is none."""
+    if not isinstance(value, (Real, torch.SymFloat)) or isinstance(value, bool):
+        return False
+    try:
+        return abs(float(value)) < math.inf  # torch.compile traces the comparison, and not math.isfinite
+    except OverflowError:  # an int beyond every float
+        return False

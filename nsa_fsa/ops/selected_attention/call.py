@@ -1,0 +1,56 @@
+"""What selected attention is called with."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+from nsa_fsa.ops.common.calls import AttentionCall, Blocks
+from nsa_fsa.sequences import Sequences
+
+
+class BlockIndex(NamedTuple):
+    """Who chose which block, int32. "Sparse" are the chosen blocks that no kernel treats as dense."""
+
+    entries: Tensor  # [HKV, capacity]: query row * num_slots + slot; a block's entries lie together, ascending
+    first_entry: Tensor  # [HKV, num_blocks]: where a block's entries begin
+    num_entries: Tensor  # [HKV, num_blocks]
+    num_sparse: Tensor  # [HKV, T]: sparse blocks of a query, which fill its slots from 0 on; bit 31: its own is chosen
+    rows: Tensor  # [3, T]: where the queries lie, as `RowTable`
+    blocks: Tensor  # [4, num_blocks]: where the blocks lie, as `BlockTable`
+
+
+@dataclass(frozen=True)
+class SelectedCall(AttentionCall):
+    """One call of selected attention."""
+
+    blocks: Blocks
+    block_indices: Tensor  # int32 [T, HKV, T_sel]
+    block_counts: Tensor | None  # int32 [T, HKV]
+    index: BlockIndex | None  # the inverse of block_indices, where a KV-major kernel is to read it
+
+    @property
+    def num_slots(self) -> int:
+        """How many sparse blocks a query can have."""
+        return num_slots(self.block_indices.shape[2], self.blocks)
+
+
+def num_slots(num_indices: int, blocks: Blocks) -> int:
+    """How many sparse blocks a query can have: the forced ones, which the caller promises to be there, are dense."""
+    return max(num_indices - blocks.init_blocks - blocks.local_blocks, 0)
+
+
+@dataclass(frozen=True)
+class IndexCall:
+    """One call of `block_index`, whose queries and keys share their rows."""
+
+    block_indices: Tensor  # int32 [T, HKV, T_sel]
+    block_counts: Tensor | None  # int32 [T, HKV]
+    sequences: Sequences
+    blocks: Blocks
+    workspace_bytes: int
+
+    @classmethod
+    def of(cls, call: SelectedCall) -> "IndexCall":
+        """What makes the index of a call of selected attention."""
+        return cls(call.block_indices, call.block_counts, call.sequences, call.blocks, call.workspace_bytes)
