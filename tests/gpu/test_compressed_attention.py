@@ -8,7 +8,7 @@ import torch
 
 from nsa_fsa import ops, reference
 from nsa_fsa.ops.common import tuning
-from nsa_fsa.ops.selected_attention.operator import WORKSPACE_BYTES
+from nsa_fsa.ops.common.calls import WORKSPACE_BYTES
 from tests.gpu.problems import RESULTS, assert_rms_close, sequence_of, starts
 from tests.gpu.test_host_syncs import record, syncs_forbidden
 from tests.gpu.test_memory import MIB, assert_no_growth, extra, num_bytes

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nsa_fsa.ops.common import tuning
-from nsa_fsa.ops.compressed_attention import triton_backward as compressed_attention_backward
+from nsa_fsa.ops.common.windowed_attention import backward
 from tests.gpu.problems import assert_rms_close
 from tests.gpu.test_compressed_attention import CACHED, LENGTHS, assert_same_bits, check, check_nan_stays, make
 from tests.gpu.test_host_syncs import record, syncs_forbidden
@@ -24,17 +24,17 @@ def launches(monkeypatch):
     """One pass at any length, and its rows in parts of few; counts its launches."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("its kernel is written for Hopper")
-    choose, run, found = tuning.compressed_config, compressed_attention_backward._run_dkdv, []
+    choose, run, found = tuning.compressed_config, backward.run_dkdv, []
 
     def always(*arguments):
         return dataclasses.replace(choose(*arguments), one_pass_tokens=0, one_pass_part_rows=4096)
 
-    def count(inputs, problem, dk, dv, dq_sums=None):
+    def count(inputs, call, config, dk, dv, dq_sums=None):
         found.append(dq_sums is not None)
-        run(inputs, problem, dk, dv, dq_sums)
+        run(inputs, call, config, dk, dv, dq_sums)
 
     monkeypatch.setattr(tuning, "compressed_config", always)
-    monkeypatch.setattr(compressed_attention_backward, "_run_dkdv", count)
+    monkeypatch.setattr(backward, "run_dkdv", count)
     return found
 
 

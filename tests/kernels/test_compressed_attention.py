@@ -10,8 +10,13 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from nsa_fsa import ops
 from nsa_fsa.ops.common import tuning
+from nsa_fsa.ops.common.calls import WORKSPACE_BYTES, Windows
+from nsa_fsa.ops.common.softmax_statistics import Statistics
 from nsa_fsa.ops.common.tuning import CompressedConfig
-from nsa_fsa.ops.compressed_attention import triton_backward as compressed_attention_backward
+from nsa_fsa.ops.common.windowed_attention import backward
+from nsa_fsa.ops.common.windowed_attention.backend import MAX_GROUP_SIZE
+from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
+from nsa_fsa.sequences import Sequences
 from tests.cases import backends_of, device_of
 from tests.guards import guarded_allocations
 from tests.oracle import windows as owned_rows
@@ -51,8 +56,8 @@ class Launches:
 @pytest.fixture
 def launches(monkeypatch):
     """Of the kernel of dk and dv."""
-    found = Launches(compressed_attention_backward.compressed_bwd_dkdv_kernel)
-    monkeypatch.setattr(compressed_attention_backward, "compressed_bwd_dkdv_kernel", found)
+    found = Launches(backward.compressed_bwd_dkdv_kernel)
+    monkeypatch.setattr(backward, "compressed_bwd_dkdv_kernel", found)
     return found
 
 
@@ -134,8 +139,6 @@ def test_the_cuts_really_cut():
 @pytest.mark.parametrize("head_dim", [32, 64, 80, 128, 192, 256])
 def test_every_group_has_a_row_of_its_own(head_dim, dtype):
     """A tile holds whole groups of query heads, for every group size that the operator allows."""
-    from nsa_fsa.ops.compressed_attention.operator import MAX_GROUP_SIZE
-
     for gluon, cramped in ((False, False), (False, True), (True, False)):
         for group_size in range(1, MAX_GROUP_SIZE + 1):
             config = tuning._compressed_config(dtype, head_dim, head_dim, group_size, gluon and dtype.itemsize == 2, cramped)
@@ -149,12 +152,12 @@ def test_every_group_has_a_row_of_its_own(head_dim, dtype):
 def test_parts_are_whole_queries(num_tiles, max_seqlen, group_size):
     """A part that began inside a query gave wrong dk and dv in the kernel for Hopper, which no interpreter runs."""
     config = CompressedConfig(dkdv_m=64)
-    parts, part_rows = compressed_attention_backward.cut_rows(max_seqlen, group_size, num_tiles, config)
+    parts, part_rows = backward.cut_rows(max_seqlen, group_size, num_tiles, config)
     assert part_rows % group_size == 0
     assert part_rows % config.dkdv_m == 0
     assert parts * part_rows >= max_seqlen * group_size
     assert num_tiles < config.dkdv_programs or parts <= 1
-    parts, part_rows = compressed_attention_backward.cut_rows(max_seqlen, group_size, None, config)
+    parts, part_rows = backward.cut_rows(max_seqlen, group_size, None, config)
     assert part_rows % group_size == part_rows % config.dkdv_m == 0
     assert parts <= config.one_pass_parts
     assert parts * part_rows >= max_seqlen * group_size
@@ -163,7 +166,7 @@ def test_parts_are_whole_queries(num_tiles, max_seqlen, group_size):
 def test_in_one_pass():
     """Gluon kernels, whole groups in tiles of 64 rows, long sequences, and no order asked for."""
     config, tokens = CompressedConfig(hopper=True, dkdv_m=64), CompressedConfig().one_pass_tokens
-    in_one_pass = compressed_attention_backward.in_one_pass
+    in_one_pass = backward.in_one_pass
     assert in_one_pass(config, 16, tokens)
     assert not in_one_pass(config, 16, tokens - 1)
     assert not in_one_pass(config, 5, tokens)
@@ -183,10 +186,11 @@ def test_bytes_of_one_pass(num_kv_heads, parts):
     config = CompressedConfig(dkdv_m=64, one_pass_part_rows=rows * group_size // parts)
     q = torch.empty(rows, num_kv_heads * group_size, width, device="meta")
     k = torch.empty(windows, num_kv_heads, width, device="meta")
-    inputs = compressed_attention_backward.Inputs(q, k, k, q, q[..., 0], q[..., 0])
-    problem = compressed_attention_backward.Problem((q, None, None), rows, 1.0, {}, None, config)
+    inputs = backward.Inputs(q, k, k, q, Statistics(q[..., 0], q[..., 0]))
+    sequences = Sequences(torch.empty(2, dtype=torch.int32, device="meta"), rows)
+    call = WindowedCall(q, k, k, sequences, 1.0, WORKSPACE_BYTES, "triton", Windows(1, 1), None)
     expected = 4 * rows * group_size * width + (4 * parts * windows * 2 * width if parts > 1 else 0)
-    assert compressed_attention_backward.bytes_of_kv_head(inputs, problem) == expected
+    assert backward.bytes_of_kv_head(inputs, call, config) == expected
 
 
 @pytest.mark.parametrize("accumulate", [False, True])
@@ -197,7 +201,7 @@ def test_scale_rows(accumulate, head_dim):
     generator = torch.Generator().manual_seed(0)
     whole, sums = (torch.randn(50, heads, head_dim, generator=generator).to(device) for heads in (5, 2))
     before = whole.clone()
-    compressed_attention_backward.scale_rows(whole[:, 1:3], sums, 0.3, accumulate)
+    backward.scale_rows(whole[:, 1:3], sums, 0.3, accumulate)
     expected = before.clone()
     expected[:, 1:3] = 0.3 * sums + (before[:, 1:3] if accumulate else 0)
     torch.testing.assert_close(whole, expected)

@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton.language as tl
 
-from nsa_fsa.ops.common.locate import Tiles, load_tile, locate_blocks, locate_rows, locate_tiles
+from nsa_fsa.ops.common.locate import Tile, load_tile, locate_blocks, locate_rows, locate_tiles
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -112,7 +112,7 @@ def test_rows_beyond_the_used_ones():
 
 
 def expected_tiles(lengths, tile_rows, num_queries=None, used=None, of_keys=False):
-    """The fields of `Tiles` of every tile that exists, the most work first: keys that its first query sees, or, of tiles of
+    """The fields of `Tile` of every tile that exists, the most work first: keys that its first query sees, or, of tiles of
     keys, positions from its first key on. Equal ones in the order of their sequences."""
     key_starts, query_starts = starts(lengths), starts(lengths if num_queries is None else num_queries)
     found = []
@@ -148,22 +148,20 @@ def test_tiles(lengths, num_queries, used, tile_rows, of_keys):
     expected = expected_tiles(lengths, tile_rows, num_queries, used, of_keys)
     tiles = found.T.tolist()
     assert tiles[: len(expected)] == expected
-    assert all(Tiles(*tile).num_queries == 0 for tile in tiles[len(expected) :])
+    assert all(Tile(*tile).num_queries == 0 for tile in tiles[len(expected) :])
 
 
 @triton.jit
 def load_tiles_kernel(tiles_ptr, out_ptr, num_tiles, num_rows, OF_KEYS: tl.constexpr, SINGLE: tl.constexpr):
     number = tl.program_id(0)
-    index, first_query, num_queries, offset, first_key, num_keys = load_tile(
-        tiles_ptr, num_tiles, number, num_rows, OF_KEYS, SINGLE
-    )
+    tile = load_tile(tiles_ptr, num_tiles, number, num_rows, OF_KEYS, SINGLE)
     out_ptr += number * 6
-    tl.store(out_ptr, index)
-    tl.store(out_ptr + 1, first_query)
-    tl.store(out_ptr + 2, num_queries)
-    tl.store(out_ptr + 3, offset)
-    tl.store(out_ptr + 4, first_key)
-    tl.store(out_ptr + 5, num_keys)
+    tl.store(out_ptr, tile.number)
+    tl.store(out_ptr + 1, tile.first_query)
+    tl.store(out_ptr + 2, tile.num_queries)
+    tl.store(out_ptr + 3, tile.offset)
+    tl.store(out_ptr + 4, tile.first_key)
+    tl.store(out_ptr + 5, tile.num_keys)
 
 
 def loaded(tiles, num_tiles, num_rows, of_keys):

@@ -1,11 +1,12 @@
-"""Where packed rows and blocks lie: the sequence descriptors, looked up once per call instead of in every kernel.
+"""Where packed rows and blocks lie: the sequence descriptors, looked up once per call instead of in
+every kernel.
 
-Blocks of all sequences share one numbering that needs nothing read back from the device: block j of sequence b has number
-`cu_seqlens[b] // block_size + b + j`. There is always room, because `floor(x / n) + ceil(y / n) <= floor((x + y) / n) + 1`;
-numbers that no block owns have no rows.
+Blocks of all sequences share one numbering that needs nothing read back from the device: block j of
+sequence b has number `cu_seqlens[b] // block_size + b + j`. There is always room, because `floor(x
+/ n) + ceil(y / n) <= floor((x + y) / n) + 1`; numbers that no block owns have no rows.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -33,20 +34,24 @@ class BlockTable(NamedTuple):
     end_row: Tensor  # the row after its sequence's last
 
 
-class TileTable(NamedTuple):
-    """Of every tile, int32 `[num_tiles]`: the rows of what `locate_tiles` returns."""
+class Tile(NamedTuple):
+    """A tile of queries or keys, and its sequence: a column of what `locate_tiles` returns, and
+    what `load_tile` gives.
+    """
 
-    number: Tensor  # of the tile inside its sequence
-    first_query: Tensor  # row of the sequence's first query
-    num_queries: Tensor  # of the sequence; 0 for a number that no tile owns
-    offset: Tensor  # position of the sequence's first query
-    first_key: Tensor  # row of the sequence's first key, in tokens
-    num_keys: Tensor  # of the sequence, in tokens
+    number: Any  # of the tile inside its sequence
+    first_query: Any  # row of the sequence's first query
+    num_queries: Any  # of the sequence; 0 for a number that no tile owns
+    offset: Any  # position of the sequence's first query
+    first_key: Any  # row of the sequence's first key, in tokens
+    num_keys: Any  # of the sequence, in tokens
 
 
 @triton.jit
 def find_sequence(starts_ptr, value, num_sequences, num_steps, divisor, step: tl.constexpr):
-    """The last sequence b with `starts[b] // divisor + b * step <= value`, by bisection (empty sequences end up before it)."""
+    """The last sequence b with `starts[b] // divisor + b * step <= value`, by bisection (empty
+    sequences end up before it).
+    """
     low = value * 0
     high = low + num_sequences
     for _ in range(num_steps):
@@ -59,9 +64,20 @@ def find_sequence(starts_ptr, value, num_sequences, num_steps, divisor, step: tl
 
 @kernel
 def locate_rows_kernel(
-    cu_seqlens_ptr, cu_seqlens_q_ptr, seqused_k_ptr, position_ptr, first_key_ptr, first_block_ptr,
-    num_rows, num_sequences, num_steps, block_size, CACHED: tl.constexpr, HAS_USED: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    cu_seqlens_ptr,
+    cu_seqlens_q_ptr,
+    seqused_k_ptr,
+    position_ptr,
+    first_key_ptr,
+    first_block_ptr,
+    num_rows,
+    num_sequences,
+    num_steps,
+    block_size,
+    CACHED: tl.constexpr,
+    HAS_USED: tl.constexpr,
+    ROWS: tl.constexpr,
+):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
     starts_ptr = cu_seqlens_q_ptr if CACHED else cu_seqlens_ptr
@@ -81,32 +97,56 @@ def locate_rows_kernel(
 
 @kernel
 def locate_blocks_kernel(
-    cu_seqlens_ptr, first_row_ptr, num_rows_ptr, index_ptr, end_row_ptr,
-    num_blocks, num_sequences, num_steps, block_size, BLOCKS: tl.constexpr,
-):  # fmt: skip
+    cu_seqlens_ptr,
+    first_row_ptr,
+    num_rows_ptr,
+    index_ptr,
+    end_row_ptr,
+    num_blocks,
+    num_sequences,
+    num_steps,
+    block_size,
+    BLOCKS: tl.constexpr,
+):
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < num_blocks
-    sequence = find_sequence(cu_seqlens_ptr, tl.where(inside, block, 0), num_sequences, num_steps, block_size, 1)
+    sequence = find_sequence(
+        cu_seqlens_ptr, tl.where(inside, block, 0), num_sequences, num_steps, block_size, 1
+    )
     start, end = tl.load(cu_seqlens_ptr + sequence), tl.load(cu_seqlens_ptr + sequence + 1)
     index = block - (start // block_size + sequence)
     first_row = start + index * block_size
     tl.store(first_row_ptr + block, first_row, mask=inside)
-    tl.store(num_rows_ptr + block, tl.minimum(tl.maximum(end - first_row, 0), block_size), mask=inside)
+    tl.store(
+        num_rows_ptr + block, tl.minimum(tl.maximum(end - first_row, 0), block_size), mask=inside
+    )
     tl.store(index_ptr + block, index, mask=inside)
     tl.store(end_row_ptr + block, end, mask=inside)
 
 
 @kernel
 def locate_tiles_kernel(
-    cu_seqlens_ptr, cu_seqlens_q_ptr, seqused_k_ptr, tiles_ptr, work_ptr,
-    num_tiles, num_sequences, num_steps, tile_rows,
-    OF_KEYS: tl.constexpr, CACHED: tl.constexpr, HAS_USED: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
+    cu_seqlens_ptr,
+    cu_seqlens_q_ptr,
+    seqused_k_ptr,
+    tiles_ptr,
+    work_ptr,
+    num_tiles,
+    num_sequences,
+    num_steps,
+    tile_rows,
+    OF_KEYS: tl.constexpr,
+    CACHED: tl.constexpr,
+    HAS_USED: tl.constexpr,
+    TILES: tl.constexpr,
+):
     number = tl.program_id(0) * TILES + tl.arange(0, TILES)
     inside = number < num_tiles
     queries_ptr = cu_seqlens_q_ptr if CACHED else cu_seqlens_ptr
     starts_ptr = cu_seqlens_ptr if OF_KEYS else queries_ptr
-    sequence = find_sequence(starts_ptr, tl.where(inside, number, 0), num_sequences, num_steps, tile_rows, 1)
+    sequence = find_sequence(
+        starts_ptr, tl.where(inside, number, 0), num_sequences, num_steps, tile_rows, 1
+    )
     index = number - (tl.load(starts_ptr + sequence) // tile_rows + sequence)
     first_query, first_key = tl.load(queries_ptr + sequence), tl.load(cu_seqlens_ptr + sequence)
     num_queries = tl.load(queries_ptr + sequence + 1) - first_query
@@ -127,15 +167,23 @@ def locate_tiles_kernel(
 
 @triton.jit
 def load_tile(tiles_ptr, num_tiles, number, num_rows, OF_KEYS: tl.constexpr, SINGLE: tl.constexpr):
-    """The values of `TileTable` for the tile that the program `number` owns, the longest work first."""
+    """The tile that the program `number` owns, as a `Tile`; those with the longest work come
+    first.
+    """
     index = number if OF_KEYS else num_tiles - 1 - number
     none = number * 0
     first_query, num_queries, offset, first_key, num_keys = none, num_rows, none, none, num_rows
     if not SINGLE:  # and no early return: what follows one is compiled too, where there is no table
         index, first_query = tl.load(tiles_ptr + number), tl.load(tiles_ptr + num_tiles + number)
-        num_queries, offset = tl.load(tiles_ptr + 2 * num_tiles + number), tl.load(tiles_ptr + 3 * num_tiles + number)
-        first_key, num_keys = tl.load(tiles_ptr + 4 * num_tiles + number), tl.load(tiles_ptr + 5 * num_tiles + number)
-    return index, first_query, num_queries, offset, first_key, num_keys
+        num_queries, offset = (
+            tl.load(tiles_ptr + 2 * num_tiles + number),
+            tl.load(tiles_ptr + 3 * num_tiles + number),
+        )
+        first_key, num_keys = (
+            tl.load(tiles_ptr + 4 * num_tiles + number),
+            tl.load(tiles_ptr + 5 * num_tiles + number),
+        )
+    return Tile(index, first_query, num_queries, offset, first_key, num_keys)
 
 
 def max_num_blocks(num_rows: int, num_sequences: int, block_size: int) -> int:
@@ -144,7 +192,11 @@ def max_num_blocks(num_rows: int, num_sequences: int, block_size: int) -> int:
 
 
 def locate_rows(
-    num_rows: int, cu_seqlens: Tensor, block_size: int, cu_seqlens_q: Tensor | None = None, seqused_k: Tensor | None = None
+    num_rows: int,
+    cu_seqlens: Tensor,
+    block_size: int,
+    cu_seqlens_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
 ) -> Tensor:
     """`[3, num_rows]`, read as `RowTable(*found)`; cu_seqlens_q and seqused_k as in `Sequences`."""
     num_sequences = cu_seqlens.shape[0] - 1
@@ -154,9 +206,18 @@ def locate_rows(
         if cached and seqused_k is None:
             seqused_k = cu_seqlens.diff()
         locate_rows_kernel[(cdiv(num_rows, 256),)](
-            cu_seqlens, cu_seqlens_q, seqused_k, *found, num_rows, num_sequences, num_sequences.bit_length(), block_size,
-            CACHED=cached, HAS_USED=seqused_k is not None, ROWS=256,
-        )  # fmt: skip
+            cu_seqlens,
+            cu_seqlens_q,
+            seqused_k,
+            *found,
+            num_rows,
+            num_sequences,
+            num_sequences.bit_length(),
+            block_size,
+            CACHED=cached,
+            HAS_USED=seqused_k is not None,
+            ROWS=256,
+        )
     return found
 
 
@@ -167,20 +228,33 @@ def locate_blocks(num_rows: int, cu_seqlens: Tensor, block_size: int) -> Tensor:
     found = aligned_rows(4, num_blocks, dtype=torch.int32, device=cu_seqlens.device)
     if num_blocks:
         locate_blocks_kernel[(cdiv(num_blocks, 256),)](
-            cu_seqlens, *found, num_blocks, num_sequences, num_sequences.bit_length(), block_size, BLOCKS=256
+            cu_seqlens,
+            *found,
+            num_blocks,
+            num_sequences,
+            num_sequences.bit_length(),
+            block_size,
+            BLOCKS=256,
         )
     return found
 
 
 def locate_tiles(
-    num_rows: int, cu_seqlens: Tensor, tile_rows: int, cu_seqlens_q: Tensor | None = None, seqused_k: Tensor | None = None,
-    *, of_keys: bool = False,
-) -> Tensor | None:  # fmt: skip
-    """`[6, num_tiles]`, read as `TileTable(*found)`: the sequences cut into tiles of `tile_rows` queries or keys.
+    num_rows: int,
+    cu_seqlens: Tensor,
+    tile_rows: int,
+    cu_seqlens_q: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    *,
+    of_keys: bool = False,
+) -> Tensor | None:
+    """`[6, num_tiles]`, whose columns are `Tile`s: the sequences cut into tiles of `tile_rows`
+    queries or keys.
 
-    Tiles with the most work come first: those of the last queries, which see the most keys, or of the first keys, which are
-    seen by the most queries. None for one whole sequence, whose tiles `load_tile` works out without a table: that saves
-    three launches where a kernel takes no longer than the host does to launch it.
+    Tiles with the most work come first: those of the last queries, which see the most keys, or of
+    the first keys, which are seen by the most queries. None for one whole sequence, whose tiles
+    `load_tile` works out without a table: that saves three launches where a kernel takes no longer
+    than the host does to launch it.
 
     Args:
         num_rows: rows of the packed queries, or keys.
@@ -196,8 +270,19 @@ def locate_tiles(
     work = torch.empty(num_tiles, dtype=torch.int32, device=cu_seqlens.device)
     if num_tiles and num_sequences:
         locate_tiles_kernel[(cdiv(num_tiles, 128),)](
-            cu_seqlens, cu_seqlens_q, seqused_k, tiles, work, num_tiles, num_sequences, num_sequences.bit_length(), tile_rows,
-            OF_KEYS=of_keys, CACHED=cu_seqlens_q is not None, HAS_USED=seqused_k is not None, TILES=128,
-        )  # fmt: skip
+            cu_seqlens,
+            cu_seqlens_q,
+            seqused_k,
+            tiles,
+            work,
+            num_tiles,
+            num_sequences,
+            num_sequences.bit_length(),
+            tile_rows,
+            OF_KEYS=of_keys,
+            CACHED=cu_seqlens_q is not None,
+            HAS_USED=seqused_k is not None,
+            TILES=128,
+        )
         tiles = tiles.index_select(1, work.sort(descending=True, stable=True).indices)
     return tiles

@@ -22,7 +22,9 @@ class TritonWindows(TritonBackend[WindowedCall], AttentionBackend[WindowedCall])
 
     def refuses(self, call: WindowedCall, *, backward: bool = False) -> str | None:
         if call.group_size > MAX_GROUP_SIZE:
-            return f"{call.group_size} query heads a KV head; supported are at most {MAX_GROUP_SIZE}"
+            return (
+                f"{call.group_size} query heads a KV head; supported are at most {MAX_GROUP_SIZE}"
+            )
         if not call.scale > 0:
             return f"scale={call.scale}; it must be positive"
         return unsupported_tensors(call.q, call.v)
@@ -32,7 +34,9 @@ class TritonWindows(TritonBackend[WindowedCall], AttentionBackend[WindowedCall])
 
         return windowed_attention_fwd(call)
 
-    def backward(self, call: WindowedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING) -> AttentionGradients:
+    def backward(
+        self, call: WindowedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
+    ) -> AttentionGradients:
         from nsa_fsa.ops.common.windowed_attention.backward import windowed_attention_bwd
 
         return windowed_attention_bwd(call, do, softmax, add_to)

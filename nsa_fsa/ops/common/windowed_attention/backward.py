@@ -1,13 +1,13 @@
 """Compressed attention, backward, in two passes that compute the scores anew, or in one.
 
-    statistics  see `softmax_statistics`.
-    dq          a program owns a tile of (query, head) rows, as in the forward, and walks the compressed tokens.
-    dk, dv      a program owns a tile of compressed tokens and walks the rows that see them, or one of several parts of these,
-                whose sums `sum_parts` adds: where there are few KV heads there are too few tiles to fill a GPU.
+statistics  see `softmax_statistics`. dq          a program owns a tile of (query, head) rows, as in
+the forward, and walks the compressed tokens. dk, dv      a program owns a tile of compressed tokens
+and walks the rows that see them, or one of several parts of these, whose sums `sum_parts` adds:
+where there are few KV heads there are too few tiles to fill a GPU.
 
-Nothing is added atomically, so the result is the same in every run. On Hopper, and for long sequences, the pass of dk and dv
-adds up dq as well, in float32 and by bulk steps: five products instead of seven, but in no fixed order. Deterministic
-algorithms keep to two passes.
+Nothing is added atomically, so the result is the same in every run. On Hopper, and for long
+sequences, the pass of dk and dv adds up dq as well, in float32 and by bulk steps: five products
+instead of seven, but in no fixed order. Deterministic algorithms keep to two passes.
 """
 
 import dataclasses
@@ -20,21 +20,49 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.ops.common import tuning
+from nsa_fsa.ops.common.bundles import heads
 from nsa_fsa.ops.common.calls import NOTHING, AddTo, AttentionGradients, Softmax
-from nsa_fsa.ops.common.locate import load_tile, locate_tiles
-from nsa_fsa.ops.common.primitives import LOG2_E, add_product, dot_keys, kernel, load_rows, softmax_of, store_rows
+from nsa_fsa.ops.common.locate import load_tile
+from nsa_fsa.ops.common.primitives import (
+    LOG2_E,
+    add_product,
+    dot_keys,
+    kernel,
+    load_rows,
+    softmax_of,
+    store_rows,
+)
 from nsa_fsa.ops.common.sizes import cdiv, head_chunks, padded_dim, rows_contiguous
-from nsa_fsa.ops.common.softmax_statistics import statistics
+from nsa_fsa.ops.common.softmax_statistics import Statistics, statistics
 from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
-from nsa_fsa.ops.common.windowed_attention.forward import (
+from nsa_fsa.ops.common.windowed_attention.forward import hopper, num_multiprocessors, prepared
+from nsa_fsa.ops.common.windowed_attention.tiles import (
     count_windows,
-    hopper,
+    cut_queries,
+    cut_windows,
     is_seen,
-    num_multiprocessors,
+    key_tile_work,
+    load_heads,
     query_tile,
+    rows_of,
+    rows_that_see,
     visible_windows,
+    widths,
     window_constant,
 )
+
+SUMMED_KEYS = 16  # that a program of `sum_parts_kernel` adds up; tiles of keys are whole multiples
+
+
+class Parts(NamedTuple):
+    """A gradient `[P, T, H, D]` whose rows are contiguous, in a kernel: every part of the queries
+    has its own sums.
+    """
+
+    ptr: Any
+    stride_p: Any
+    stride_t: Any
+    stride_h: Any
 
 
 class Inputs(NamedTuple):
@@ -44,201 +72,299 @@ class Inputs(NamedTuple):
     k: Tensor
     v: Tensor
     do: Tensor
-    shift: Tensor  # as `statistics` returns it
-    delta: Tensor
+    statistics: Statistics  # [HKV, T, G] each
 
-    def of(self, heads: slice, kv_heads: slice) -> "Inputs":
+    @property
+    def group_size(self) -> int:
+        return self.q.shape[1] // self.k.shape[1]
+
+    def of(self, query_heads: slice, kv_heads: slice) -> "Inputs":
         """Those of some heads alone, as views."""
-        q, k, v, do, shift, delta = self
-        return Inputs(q[:, heads], k[:, kv_heads], v[:, kv_heads], do[:, heads], shift[kv_heads], delta[kv_heads])
+        shift, delta = self.statistics
+        return Inputs(
+            self.q[:, query_heads],
+            self.k[:, kv_heads],
+            self.v[:, kv_heads],
+            self.do[:, query_heads],
+            Statistics(shift[kv_heads], delta[kv_heads]),
+        )
 
-    def strides(self) -> tuple[int, ...]:
-        return tuple(stride for x in self[:4] for stride in x.stride()[:2])
 
-    def widths(self) -> dict[str, Any]:
-        """Constants of the plain kernels."""
-        head_dim, v_dim = self.q.shape[2], self.v.shape[2]
-        padded = dict(PADDED_D=padded_dim(head_dim), PADDED_DV=padded_dim(v_dim))
-        return dict(D=head_dim, DV=v_dim, PRECISION=tuning.dot_precision(self.q.dtype), **padded)
+class KeyCut(NamedTuple):
+    """How dk and dv are cut into programs: a tile of keys of a head, and a part of the rows that
+    see it.
+    """
+
+    tiles: Tensor | None  # as of `locate_tiles`
+    num_tiles: int  # of one head
+    num_parts: int
+    part_rows: int  # (query, head) pairs
 
 
 @kernel
 def compressed_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, shift_ptr, delta_ptr, dq_ptr, tiles_ptr,
-    stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
-    scale2, scale, num_heads, num_tiles, num_rows,
-    TILE_QUERIES: tl.constexpr, KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, WINDOW: tl.constexpr,
-    SINGLE: tl.constexpr, ACCUMULATE: tl.constexpr, G: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr,
-    PADDED_DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    first_row, position, queries, first_window, num_keys, num_windows, most, _ = query_tile(
-        tiles_ptr, num_tiles, num_rows, TILE_QUERIES, KERNEL_SIZE, KERNEL_STRIDE, SINGLE
-    )
-    if queries <= 0:
+    q,
+    k,
+    v,
+    do,
+    statistics,
+    dq_ptr,
+    tiles_ptr,
+    scale2,
+    scale,
+    num_heads,
+    num_tiles,
+    num_rows,
+    WINDOWS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    G: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dq of a tile of (query, head) rows: a program walks the compressed tokens that some of them
+    see.
+    """
+    D: tl.constexpr = WIDTHS.D
+    PADDED_D: tl.constexpr = WIDTHS.PADDED_D
+    DV: tl.constexpr = WIDTHS.DV
+    PADDED_DV: tl.constexpr = WIDTHS.PADDED_DV
+
+    tile = query_tile(tiles_ptr, num_tiles, tl.program_id(0), num_rows, WINDOWS, BLOCK_M // G)
+    if tile.num_queries <= 0:
         return
     head = tl.program_id(1).to(tl.int64)
     row = tl.arange(0, BLOCK_M)
-    inside = row < queries * G
-    visible = visible_windows(position + row // G, num_keys, num_windows, KERNEL_SIZE, KERNEL_STRIDE)
-    query, query_head = (first_row + row // G).to(tl.int64), head * G + row % G
-    q = load_rows(q_ptr, query * stride_q_t + query_head * stride_q_h, inside, D, PADDED_D, True)
-    do = load_rows(do_ptr, query * stride_do_t + query_head * stride_do_h, inside, DV, PADDED_DV, True)
-    statistic = (head * num_rows + first_row) * G + row
-    shift = tl.load(shift_ptr + statistic, mask=inside, other=float("-inf"))
-    delta = tl.load(delta_ptr + statistic, mask=inside, other=0.0)
-    k_ptr += first_window.to(tl.int64) * stride_k_t + head * stride_k_h
-    v_ptr += first_window.to(tl.int64) * stride_v_t + head * stride_v_h
+    inside = row < tile.num_queries * G
+    visible = visible_windows(tile.position + row // G, tile.num_keys, tile.num_windows, WINDOWS)
+    rows = rows_of(row, inside, tile.first_query, head, G)
+    q_tile = load_heads(q, rows, D, PADDED_D)
+    do_tile = load_heads(do, rows, DV, PADDED_DV)
+    statistic = (head * num_rows + tile.first_query) * G + row
+    shift = tl.load(statistics.shift + statistic, mask=rows.inside, other=float("-inf"))
+    delta = tl.load(statistics.delta + statistic, mask=rows.inside, other=0.0)
+
+    k_ptr = k.ptr + tile.first_window.to(tl.int64) * k.stride_t + head * k.stride_h
+    v_ptr = v.ptr + tile.first_window.to(tl.int64) * v.stride_t + head * v.stride_h
     dq = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
     first = 0
     if WINDOW > 0:
-        first = tl.maximum(position + 1 - WINDOW, 0) // BLOCK_N * BLOCK_N
-    for start in tl.range(first, most, BLOCK_N, num_stages=NUM_STAGES):
+        first = tl.maximum(tile.position + 1 - WINDOW, 0) // BLOCK_N * BLOCK_N
+    for start in tl.range(first, tile.most, BLOCK_N, num_stages=NUM_STAGES):
         window = start + tl.arange(0, BLOCK_N)
-        exists = window < num_windows
-        k = load_rows(k_ptr, window.to(tl.int64) * stride_k_t, exists, D, PADDED_D, True)
-        v = load_rows(v_ptr, window.to(tl.int64) * stride_v_t, exists, DV, PADDED_DV, True)
-        scores = dot_keys(q, k, PRECISION)
-        p = tl.where(is_seen(window, visible, WINDOW), softmax_of(scores, shift[:, None], scale2, PRECISION), 0.0)
-        dp = dot_keys(do, v, PRECISION)
-        ds = (p * (dp + delta[:, None])).to(k.dtype)
-        dq = add_product(dq, ds, k, PRECISION)
+        exists = window < tile.num_windows
+        k_tile = load_rows(k_ptr, window.to(tl.int64) * k.stride_t, exists, D, PADDED_D, True)
+        v_tile = load_rows(v_ptr, window.to(tl.int64) * v.stride_t, exists, DV, PADDED_DV, True)
+
+        scores = dot_keys(q_tile, k_tile, PRECISION)
+        seen = is_seen(window, visible, WINDOW)
+        p = tl.where(seen, softmax_of(scores, shift[:, None], scale2, PRECISION), 0.0)
+        dp = dot_keys(do_tile, v_tile, PRECISION)
+        ds = (p * (dp + delta[:, None])).to(k_tile.dtype)
+        dq = add_product(dq, ds, k_tile, PRECISION)
+
     dq *= scale
-    target = (query * num_heads + query_head) * D
+    target = (rows.query * num_heads + rows.head) * D
     if ACCUMULATE:
-        dq += load_rows(dq_ptr, target, inside, D, PADDED_D, True).to(tl.float32)
-    store_rows(dq_ptr, target, dq, inside, D, PADDED_D)
+        dq += load_rows(dq_ptr, target, rows.inside, D, PADDED_D, True).to(tl.float32)
+    store_rows(dq_ptr, target, dq, rows.inside, D, PADDED_D)
 
 
 @kernel
 def compressed_bwd_dkdv_kernel(
-    q_ptr, k_ptr, v_ptr, do_ptr, shift_ptr, delta_ptr, dk_ptr, dv_ptr, tiles_ptr,
-    stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, stride_do_t, stride_do_h,
-    stride_dk_p, stride_dk_t, stride_dk_h, stride_dv_p, stride_dv_t, stride_dv_h,
-    scale2, scale, num_tiles, num_rows, part_rows,
-    KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, WINDOW: tl.constexpr, SINGLE: tl.constexpr, HEADS: tl.constexpr,
-    G: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, DV: tl.constexpr, PADDED_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    # Some heads at a time, the longest tiles of all of them first: few long ones run at the end, and what these read is shared.
-    at = tl.program_id(0) % (num_tiles * HEADS)
-    head = (tl.program_id(0) // (num_tiles * HEADS) * HEADS + at % HEADS).to(tl.int64)
-    part = tl.num_programs(1) - 1 - tl.program_id(1)  # every tile's keys are seen by the last rows
-    index, first_query, num_queries, offset, first_key, num_keys = load_tile(
-        tiles_ptr, num_tiles, at // HEADS, num_rows, True, SINGLE
-    )
-    first_window = index * BLOCK_N
-    keys = count_windows(num_keys, KERNEL_SIZE, KERNEL_STRIDE) - first_window
-    if (num_queries == 0) | (keys <= 0):
+    q,
+    k,
+    v,
+    do,
+    statistics,
+    dk,
+    dv,
+    tiles_ptr,
+    scale2,
+    scale,
+    num_tiles,
+    num_rows,
+    part_rows,
+    WINDOWS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    HEADS: tl.constexpr,
+    G: tl.constexpr,
+    WIDTHS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dk and dv of a tile of compressed tokens: a program walks those of a part of the rows that
+    see them.
+    """
+    D: tl.constexpr = WIDTHS.D
+    PADDED_D: tl.constexpr = WIDTHS.PADDED_D
+    DV: tl.constexpr = WIDTHS.DV
+    PADDED_DV: tl.constexpr = WIDTHS.PADDED_DV
+
+    work = key_tile_work(num_tiles, HEADS)
+    head = work.head.to(tl.int64)
+    tile = load_tile(tiles_ptr, num_tiles, work.tile, num_rows, True, tiles_ptr is None)
+    first_window = tile.number * BLOCK_N
+    num_keys = count_windows(tile.num_keys, WINDOWS) - first_window
+    if (tile.num_queries == 0) | (num_keys <= 0):
         return
-    # Rows are (query, head) pairs of the sequence. This program's are those of its part that see the tile's first key.
-    first_seen = (first_window * KERNEL_STRIDE + KERNEL_SIZE - 1 - offset) * G
-    begin = tl.maximum(tl.maximum(first_seen, 0), part * part_rows)
-    end = tl.minimum(tl.minimum(num_queries, num_keys - offset) * G, (part + 1) * part_rows)
+    seen_by = rows_that_see(tile, first_window, work.part, part_rows, WINDOWS, G)
+    end = seen_by.end
     if WINDOW > 0:
-        end = tl.minimum(end, first_seen + (BLOCK_N - 1 + WINDOW) * G)
+        end = tl.minimum(end, seen_by.first + (BLOCK_N - 1 + WINDOW) * G)
+
     key = tl.arange(0, BLOCK_N)
-    compressed_row = (first_key // KERNEL_STRIDE + first_window + key).to(tl.int64)
-    k = load_rows(k_ptr + head * stride_k_h, compressed_row * stride_k_t, key < keys, D, PADDED_D, True)
-    v = load_rows(v_ptr + head * stride_v_h, compressed_row * stride_v_t, key < keys, DV, PADDED_DV, True)
-    statistic = (head * num_rows + first_query) * G
-    dk = tl.zeros([BLOCK_N, PADDED_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, PADDED_DV], tl.float32)
-    for start in tl.range(begin, end, BLOCK_M, num_stages=NUM_STAGES):
+    exists = key < num_keys
+    window = (tile.first_key // WINDOWS.kernel_stride + first_window + key).to(tl.int64)
+    k_tile = load_rows(k.ptr + head * k.stride_h, window * k.stride_t, exists, D, PADDED_D, True)
+    v_tile = load_rows(v.ptr + head * v.stride_h, window * v.stride_t, exists, DV, PADDED_DV, True)
+    statistic = (head * num_rows + tile.first_query) * G
+    dk_tile = tl.zeros([BLOCK_N, PADDED_D], tl.float32)
+    dv_tile = tl.zeros([BLOCK_N, PADDED_DV], tl.float32)
+
+    for start in tl.range(seen_by.begin, end, BLOCK_M, num_stages=NUM_STAGES):
         row = start + tl.arange(0, BLOCK_M)
-        inside = row < end
-        query, query_head = (first_query + row // G).to(tl.int64), head * G + row % G
-        q = load_rows(q_ptr, query * stride_q_t + query_head * stride_q_h, inside, D, PADDED_D, True)
-        do = load_rows(do_ptr, query * stride_do_t + query_head * stride_do_h, inside, DV, PADDED_DV, True)
-        shift = tl.load(shift_ptr + statistic + row, mask=inside, other=float("-inf"))
-        delta = tl.load(delta_ptr + statistic + row, mask=inside, other=0.0)
-        # Transposed, [keys, rows], so that p and ds feed the matrix unit from registers.
-        scores = dot_keys(k, q, PRECISION)
+        rows = rows_of(row, row < end, tile.first_query, head, G)
+        q_tile = load_heads(q, rows, D, PADDED_D)
+        do_tile = load_heads(do, rows, DV, PADDED_DV)
+        shift = tl.load(statistics.shift + statistic + row, mask=rows.inside, other=float("-inf"))
+        delta = tl.load(statistics.delta + statistic + row, mask=rows.inside, other=0.0)
+
+        # Scores are transposed, [keys, rows], so that p and ds feed the matrix unit from registers.
+        scores = dot_keys(k_tile, q_tile, PRECISION)
         p = softmax_of(scores, shift[None, :], scale2, PRECISION)
-        p = tl.where(row[None, :] >= (first_seen + key * (KERNEL_STRIDE * G))[:, None], p, 0.0)
+        first_row = seen_by.first + key * (WINDOWS.kernel_stride * G)
+        p = tl.where(row[None, :] >= first_row[:, None], p, 0.0)
         if WINDOW > 0:
-            p = tl.where(row[None, :] < (first_seen + (key + WINDOW) * G)[:, None], p, 0.0)
-        dv = add_product(dv, p.to(do.dtype), do, PRECISION)
-        dp = dot_keys(v, do, PRECISION)
-        ds = (p * (dp + delta[None, :])).to(q.dtype)
-        dk = add_product(dk, ds, q, PRECISION)
-    target = part.to(tl.int64)
-    store_rows(
-        dk_ptr + target * stride_dk_p + head * stride_dk_h, compressed_row * stride_dk_t, dk * scale, key < keys, D, PADDED_D
-    )
-    store_rows(dv_ptr + target * stride_dv_p + head * stride_dv_h, compressed_row * stride_dv_t, dv, key < keys, DV, PADDED_DV)
+            p = tl.where(row[None, :] < (seen_by.first + (key + WINDOW) * G)[:, None], p, 0.0)
+        dv_tile = add_product(dv_tile, p.to(do_tile.dtype), do_tile, PRECISION)
+        dp = dot_keys(v_tile, do_tile, PRECISION)
+        ds = (p * (dp + delta[None, :])).to(q_tile.dtype)
+        dk_tile = add_product(dk_tile, ds, q_tile, PRECISION)
+
+    part = work.part.to(tl.int64)
+    dk_ptr = dk.ptr + part * dk.stride_p + head * dk.stride_h
+    dv_ptr = dv.ptr + part * dv.stride_p + head * dv.stride_h
+    store_rows(dk_ptr, window * dk.stride_t, dk_tile * scale, exists, D, PADDED_D)
+    store_rows(dv_ptr, window * dv.stride_t, dv_tile, exists, DV, PADDED_DV)
 
 
 @kernel
 def sum_parts_kernel(
-    parts_ptr, dk_ptr, dv_ptr, tiles_ptr, stride_p, stride_dk_t, stride_dk_h, stride_dv_t, stride_dv_h,
-    num_tiles, num_rows, num_heads, num_parts,
-    KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr, SINGLE: tl.constexpr, TILE_KEYS: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, PADDED: tl.constexpr, KEYS: tl.constexpr,
-):  # fmt: skip
-    tile, piece = tl.program_id(0) // (TILE_KEYS // KEYS), tl.program_id(0) % (TILE_KEYS // KEYS)
+    parts_ptr,
+    dk,
+    dv,
+    tiles_ptr,
+    stride_p,
+    num_tiles,
+    num_rows,
+    num_heads,
+    num_parts,
+    WINDOWS: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
+    D: tl.constexpr,
+    DV: tl.constexpr,
+    PADDED: tl.constexpr,
+    KEYS: tl.constexpr,
+):
+    """Adds up the parts of KEYS rows of dk and dv, which lie side by side in `[P, T, H, D +
+    DV]`.
+    """
+    pieces = TILE_KEYS // KEYS
+    tile_number, piece = tl.program_id(0) // pieces, tl.program_id(0) % pieces
     head = tl.program_id(1).to(tl.int64)
-    index, _, num_queries, _, first_key, num_keys = load_tile(tiles_ptr, num_tiles, tile, num_rows, True, SINGLE)
-    key = index * TILE_KEYS + piece * KEYS + tl.arange(0, KEYS)
-    exists = (key < count_windows(num_keys, KERNEL_SIZE, KERNEL_STRIDE)) & (num_queries > 0)
-    row = (first_key // KERNEL_STRIDE + key).to(tl.int64)
+    tile = load_tile(tiles_ptr, num_tiles, tile_number, num_rows, True, tiles_ptr is None)
+    key = tile.number * TILE_KEYS + piece * KEYS + tl.arange(0, KEYS)
+    exists = (key < count_windows(tile.num_keys, WINDOWS)) & (tile.num_queries > 0)
+    row = (tile.first_key // WINDOWS.kernel_stride + key).to(tl.int64)
+
     total = tl.zeros([KEYS, PADDED], tl.float32)
     at = (row * num_heads + head) * (D + DV)
     for _ in tl.range(0, num_parts, num_stages=3):
         total += load_rows(parts_ptr, at, exists, D + DV, PADDED, True)
         at += stride_p
+
     column = tl.arange(0, PADDED)[None, :]
-    at = (row * stride_dk_t + head * stride_dk_h)[:, None] + column
-    tl.store(dk_ptr + at, total.to(dk_ptr.dtype.element_ty), mask=exists[:, None] & (column < D))
-    at = (row * stride_dv_t + head * stride_dv_h)[:, None] + column - D
-    tl.store(dv_ptr + at, total.to(dv_ptr.dtype.element_ty), mask=exists[:, None] & (column >= D) & (column < D + DV))
+    of_k = exists[:, None] & (column < D)
+    at = (row * dk.stride_t + head * dk.stride_h)[:, None] + column
+    tl.store(dk.ptr + at, total.to(dk.ptr.dtype.element_ty), mask=of_k)
+    of_v = exists[:, None] & (column >= D) & (column < D + DV)
+    at = (row * dv.stride_t + head * dv.stride_h)[:, None] + column - D
+    tl.store(dv.ptr + at, total.to(dv.ptr.dtype.element_ty), mask=of_v)
 
 
 @kernel
 def scale_rows_kernel(
-    dq_ptr, sums_ptr, scale, stride_t, stride_h, num_heads, total,
-    ACCUMULATE: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
+    dq,
+    sums_ptr,
+    scale,
+    num_heads,
+    total,
+    ACCUMULATE: tl.constexpr,
+    D: tl.constexpr,
+    PADDED_D: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """ROWS of the `total` rows of dq `[T * H, D]` become scale * sums, or that is added to them."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < total
-    at = row // num_heads * stride_t + row % num_heads * stride_h
-    dq = load_rows(sums_ptr, row * D, inside, D, PADDED_D, True) * scale
+    at = row // num_heads * dq.stride_t + row % num_heads * dq.stride_h
+    scaled = load_rows(sums_ptr, row * D, inside, D, PADDED_D, True) * scale
     if ACCUMULATE:
-        dq += load_rows(dq_ptr, at, inside, D, PADDED_D, True).to(tl.float32)
-    store_rows(dq_ptr, at, dq, inside, D, PADDED_D)
+        scaled += load_rows(dq.ptr, at, inside, D, PADDED_D, True).to(tl.float32)
+    store_rows(dq.ptr, at, scaled, inside, D, PADDED_D)
 
 
 def scale_rows(dq: Tensor, sums: Tensor, scale: float, accumulate: bool) -> None:
-    """dq `[T, H, D]`, whose heads may be some of a larger tensor's, becomes scale * sums, or that is added to it."""
+    """dq `[T, H, D]`, whose heads may be some of a larger tensor's, becomes scale * sums, or that
+    is added to it.
+    """
     num_rows, num_heads, head_dim = dq.shape
     rows, total = 32, num_rows * num_heads
     scale_rows_kernel[(cdiv(total, rows),)](
-        dq, sums, scale, *dq.stride()[:2], num_heads, total, ACCUMULATE=accumulate, D=head_dim, PADDED_D=padded_dim(head_dim),
+        *(heads(dq), sums, scale, num_heads, total),
+        ACCUMULATE=accumulate,
+        D=head_dim,
+        PADDED_D=padded_dim(head_dim),
         ROWS=rows,
-    )  # fmt: skip
+    )
 
 
 @functools.cache
 def hopper_backward() -> Any:
-    """As `hopper`."""
+    """The Gluon kernels of the backward, imported as those of the forward by `hopper`."""
     from nsa_fsa.ops.common.windowed_attention import hopper_backward
 
     return hopper_backward
 
 
-def cut_rows(max_seqlen: int, group_size: int, num_tiles: int | None, config: tuning.CompressedConfig) -> tuple[int, int]:
-    """Into how many parts, and of how many rows each, the (query, head) rows of the longest sequence are cut for dk and dv.
+def cut_rows(
+    max_seqlen: int, group_size: int, num_tiles: int | None, config: tuning.CompressedConfig
+) -> tuple[int, int]:
+    """Into how many parts, and of how many rows each, the (query, head) rows of the longest
+    sequence are cut for dk and dv.
 
-    num_tiles: tiles of keys, those of all KV heads, which are as many programs without any cut; None for one pass, which is for
-    sequences that have enough of them.
+    Args:
+        max_seqlen: the longest sequence, in tokens.
+        group_size: query heads of a KV head.
+        num_tiles: tiles of keys, those of all KV heads, which are as many programs without any cut;
+            None for one pass, which is for sequences that have enough of them.
+        config: says how many programs are wanted.
     """
     num_rows = max_seqlen * group_size
     if num_tiles is None:
         parts = min(cdiv(num_rows, config.one_pass_part_rows), config.one_pass_parts)
     else:
         parts = min(cdiv(config.dkdv_programs, num_tiles), cdiv(num_rows, config.dkdv_part_rows))
-    # Whole tiles, and whole queries: the Gluon kernel counts queries from the first of the part.
-    unit = math.lcm(config.dkdv_m, group_size)
-    return parts, cdiv(cdiv(num_rows, max(parts, 1)), unit) * unit
+    # A part has whole tiles, and whole queries because the Gluon kernel counts queries from the
+    # first of the part.
+    whole = math.lcm(config.dkdv_m, group_size)
+    return parts, cdiv(cdiv(num_rows, max(parts, 1)), whole) * whole
 
 
 def windowed_attention_bwd(
@@ -254,130 +380,225 @@ def windowed_attention_bwd(
     """
     num_windows, num_kv_heads = call.v.shape[:2]
     group_size = call.group_size
-    config = config or tuning.compressed_config(call.q, call.v, group_size, call.window_size is not None)
-    do, q, k, v = (rows_contiguous(x, config.hopper) for x in (do, call.q, call.k, call.v))
-    if config.hopper:
-        k, v = (x if x.stride(1) == x.shape[2] else x.contiguous() for x in (k, v))
+    config = config or tuning.compressed_config(
+        call.q, call.v, group_size, call.window_size is not None
+    )
+    q, k, v = prepared(call, config.hopper)
+    do = rows_contiguous(do, config.hopper)
+
     accumulate = add_to.q is not None
     dq = q.new_empty(q.shape) if add_to.q is None else add_to.q
     dk, dv = k.new_zeros(k.shape), v.new_zeros(v.shape)
     if q.numel() == 0 or do.numel() == 0:
         return add_to.add((q.new_zeros(q.shape), dk, dv))
 
-    inputs = Inputs(q, k, v, do, *statistics(do, softmax, call.scale, group_size))
+    inputs = Inputs(q, k, v, do, statistics(do, softmax, call.scale, group_size))
     if num_windows and in_one_pass(config, group_size, call.sequences.max_seqlen):
         one_head = bytes_of_kv_head(inputs, call, config)
-        for heads, kv_heads in head_chunks(num_kv_heads, group_size, one_head, call.workspace_bytes):
-            of_heads = (dq[:, heads], dk[:, kv_heads], dv[:, kv_heads])
-            _run_one_pass(inputs.of(heads, kv_heads), call, config, *of_heads, accumulate)
+        chunks = head_chunks(num_kv_heads, group_size, one_head, call.workspace_bytes)
+        for query_heads, kv_heads in chunks:
+            of_heads = (dq[:, query_heads], dk[:, kv_heads], dv[:, kv_heads])
+            run_one_pass(inputs.of(query_heads, kv_heads), call, config, *of_heads, accumulate)
     else:
-        _run_dq(inputs, call, config, dq, accumulate)
+        run_dq(inputs, call, config, dq, accumulate)
         if num_windows:
-            _run_dkdv(inputs, call, config, dk, dv)
+            run_dkdv(inputs, call, config, dk, dv)
     return AddTo(None, add_to.k, add_to.v).add((dq, dk, dv))
 
 
 def in_one_pass(config: tuning.CompressedConfig, group_size: int, max_seqlen: int) -> bool:
-    """Whether the kernel of dk and dv adds up dq as well: in no fixed order, and by bulk steps of whole tiles."""
-    able = config.hopper and config.dkdv_m % group_size == 0 and not torch.are_deterministic_algorithms_enabled()
-    return able and max_seqlen >= config.one_pass_tokens
+    """Whether the kernel of dk and dv adds up dq as well: in no fixed order, and by bulk steps of
+    whole tiles.
+    """
+    whole_groups = config.dkdv_m % group_size == 0
+    if not config.hopper or not whole_groups or torch.are_deterministic_algorithms_enabled():
+        return False
+    return max_seqlen >= config.one_pass_tokens
 
 
 def bytes_of_kv_head(inputs: Inputs, call: WindowedCall, config: tuning.CompressedConfig) -> int:
     """What one pass takes for a KV head: float32 sums of dq, and the parts of dk and dv."""
-    num_rows, num_heads, head_dim = inputs.q.shape
-    num_windows, num_kv_heads, v_dim = inputs.v.shape
-    group_size = num_heads // num_kv_heads
+    num_rows, _, head_dim = inputs.q.shape
+    num_windows, _, v_dim = inputs.v.shape
+    group_size = inputs.group_size
     parts, _ = cut_rows(call.sequences.max_seqlen, group_size, None, config)
     of_parts = parts * num_windows * (head_dim + v_dim) if parts > 1 else 0
     return 4 * (num_rows * group_size * head_dim + of_parts)
 
 
-def _windows(call: WindowedCall) -> dict[str, int]:
-    """Constants of the kernels."""
-    return dict(KERNEL_SIZE=call.windows.kernel_size, KERNEL_STRIDE=call.windows.kernel_stride)
-
-
-def _run_one_pass(
-    inputs: Inputs, call: WindowedCall, config: tuning.CompressedConfig, dq: Tensor, dk: Tensor, dv: Tensor, accumulate: bool
+def run_one_pass(
+    inputs: Inputs,
+    call: WindowedCall,
+    config: tuning.CompressedConfig,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    accumulate: bool,
 ) -> None:
+    """Writes all three gradients, whose heads may be some of larger tensors', or adds to dq."""
     sums = inputs.q.new_zeros(inputs.q.shape, dtype=torch.float32)
-    _run_dkdv(inputs, call, config, dk, dv, sums)
+    run_dkdv(inputs, call, config, dk, dv, sums)
     scale_rows(dq, sums, call.scale, accumulate)
 
 
-def _run_dq(inputs: Inputs, call: WindowedCall, config: tuning.CompressedConfig, dq: Tensor, accumulate: bool) -> None:
+def run_dq(
+    inputs: Inputs,
+    call: WindowedCall,
+    config: tuning.CompressedConfig,
+    dq: Tensor,
+    accumulate: bool,
+) -> None:
+    """Writes dq, or adds to it."""
     (num_rows, num_heads, head_dim), num_kv_heads = inputs.q.shape, inputs.k.shape[1]
-    group_size = num_heads // num_kv_heads
-    tile_queries = config.dq_m // group_size
-    cu_seqlens, _, *cached = call.sequences
-    tiles = locate_tiles(num_rows, cu_seqlens, tile_queries, *cached)
-    num_tiles = cdiv(num_rows, tile_queries) if tiles is None else tiles.shape[1]
+    group_size = inputs.group_size
+    q, k, v, do, found = inputs
+
+    tiles, num_tiles = cut_queries(num_rows, call.sequences, config.dq_m // group_size)
     sizes = (call.scale * LOG2_E, call.scale, num_heads, num_tiles, num_rows)
-    constants = dict(
-        TILE_QUERIES=tile_queries, SINGLE=tiles is None, ACCUMULATE=accumulate, G=group_size, BLOCK_N=config.dq_n,
-        **_windows(call),
-    )  # fmt: skip
-    q, k, v, do, shift, delta = inputs
+    constants = dict(WINDOWS=call.windows, ACCUMULATE=accumulate, G=group_size, BLOCK_N=config.dq_n)
+
     if config.hopper:
         num_work = num_tiles * num_kv_heads
-        bulk = hopper().head_columns((k, v), config.dq_n)
-        hopper_backward().compressed_bwd_dq_hopper_kernel[(min(num_work, num_multiprocessors(q)),)](
-            q, k, v, *bulk, do, shift, delta, dq, tiles, *inputs.strides(), *sizes, num_work, **constants, D=head_dim,
-            STAGES=config.dq_stages, SLOTS=config.dq_slots, REGISTERS=config.dq_registers, num_warps=4,
-        )  # fmt: skip
+        num_programs = min(num_work, num_multiprocessors(q))
+        hopper_backward().compressed_bwd_dq_hopper_kernel[(num_programs,)](
+            *(heads(q), heads(k), heads(v)),
+            *hopper().head_columns((k, v), config.dq_n),
+            *(heads(do), found, dq, tiles),
+            *sizes,
+            num_work,
+            **constants,
+            D=head_dim,
+            STAGES=config.dq_stages,
+            SLOTS=config.dq_slots,
+            REGISTERS=config.dq_registers,
+            num_warps=4,
+        )
     else:
         compressed_bwd_dq_kernel[num_tiles, num_kv_heads](
-            q, k, v, do, shift, delta, dq, tiles, *inputs.strides(), *sizes, **constants, **inputs.widths(),
-            WINDOW=window_constant(call.window_size, group_size), BLOCK_M=config.dq_m, NUM_STAGES=config.dq_stages,
+            *(heads(q), heads(k), heads(v), heads(do), found, dq, tiles),
+            *sizes,
+            **constants,
+            WINDOW=window_constant(call.window_size, group_size),
+            WIDTHS=widths(q, v),
+            BLOCK_M=config.dq_m,
+            NUM_STAGES=config.dq_stages,
+            PRECISION=tuning.dot_precision(q.dtype),
             num_warps=config.dq_warps,
-        )  # fmt: skip
+        )
 
 
-def _run_dkdv(
-    inputs: Inputs, call: WindowedCall, config: tuning.CompressedConfig, dk: Tensor, dv: Tensor, dq_sums: Tensor | None = None
-) -> None:
-    """dk and dv, whose heads may be some of larger tensors'. What is added to dq_sums, float32 `[T, HQ, D]`, is dq / scale."""
-    (num_rows, num_heads, head_dim), (num_windows, num_kv_heads, v_dim) = inputs.q.shape, inputs.v.shape
-    group_size, windows = num_heads // num_kv_heads, _windows(call)
-    tile_keys, kernel_stride = config.dkdv_n, windows["KERNEL_STRIDE"]
-    where, _, *others = call.sequences
-    tiles = locate_tiles(num_windows * kernel_stride, where, tile_keys * kernel_stride, *others, of_keys=True)
-    num_tiles = cdiv(num_windows, tile_keys) if tiles is None else tiles.shape[1]
-    one_pass = dq_sums is not None
+def cut_keys(
+    inputs: Inputs, call: WindowedCall, config: tuning.CompressedConfig, one_pass: bool
+) -> KeyCut:
+    """The programs of dk and dv."""
+    num_windows, num_kv_heads = inputs.k.shape[:2]
+    kernel_stride, group_size = call.windows.kernel_stride, inputs.group_size
+    tiles, num_tiles = cut_windows(num_windows, call.sequences, kernel_stride, config.dkdv_n)
     if call.window_size is not None:  # few rows see a tile: they are one part
         config = dataclasses.replace(config, dkdv_programs=1)
-    parts, part_rows = cut_rows(call.sequences.max_seqlen, group_size, None if one_pass else num_tiles * num_kv_heads, config)
-    q, k, v, do, shift, delta = inputs
-    targets = (dk, dv)
-    if parts > 1:
-        sums = q.new_empty(parts, num_windows, num_kv_heads, head_dim + v_dim, dtype=torch.float32)
-        targets = (sums[..., :head_dim], sums[..., head_dim:])
-    target_strides = [stride for x in targets for stride in (x.stride()[:3] if parts > 1 else (0, *x.stride()[:2]))]
-    sizes = (call.scale * LOG2_E, call.scale, num_tiles, num_rows, part_rows)
-    heads = 1 if one_pass else math.gcd(num_kv_heads, config.dkdv_heads)
-    constants = dict(SINGLE=tiles is None, HEADS=heads, G=group_size, BLOCK_M=config.dkdv_m, **windows)
-    grid = (num_tiles * num_kv_heads, parts)
+    uncut = None if one_pass else num_tiles * num_kv_heads
+    return KeyCut(tiles, num_tiles, *cut_rows(call.sequences.max_seqlen, group_size, uncut, config))
+
+
+def run_dkdv(
+    inputs: Inputs,
+    call: WindowedCall,
+    config: tuning.CompressedConfig,
+    dk: Tensor,
+    dv: Tensor,
+    dq_sums: Tensor | None = None,
+) -> None:
+    """Writes dk and dv, whose heads may be some of larger tensors'; with dq_sums, float32 `[T, HQ,
+    D]`, adds dq / scale to it.
+    """
+    q, k, v, do, found = inputs
+    num_rows, num_kv_heads, group_size = q.shape[0], k.shape[1], inputs.group_size
+    one_pass = dq_sums is not None
+    cut = cut_keys(inputs, call, config, one_pass)
+
+    sums = None if cut.num_parts == 1 else new_sums(dk, dv, cut.num_parts)
+    targets = (
+        parts_of(dk, dv) if sums is None else parts_of(*sums.split((dk.shape[2], dv.shape[2]), 3))
+    )
+
+    grid = (cut.num_tiles * num_kv_heads, cut.num_parts)
+    tensors = (heads(q), heads(k), heads(v), heads(do))
+    num_heads_at_a_time = 1 if one_pass else math.gcd(num_kv_heads, config.dkdv_heads)
+    constants = dict(
+        WINDOWS=call.windows, HEADS=num_heads_at_a_time, G=group_size, BLOCK_M=config.dkdv_m
+    )
+    sizes = (cut.num_tiles, num_rows, cut.part_rows)
     if config.hopper:
-        bulk = config.dkdv_m % group_size == 0
-        block = (config.dkdv_m // group_size, group_size)
-        rows = [hopper().describe(x, *block, head_dim) if bulk else None for x in (q, do)]
-        dq_desc = hopper().describe(dq_sums, *block, head_dim // 2) if one_pass else None
         hopper_backward().compressed_bwd_dkdv_hopper_kernel[grid](
-            q, k, v, do, *rows, dq_desc, shift, delta, *targets, tiles, *inputs.strides(), *target_strides, *sizes,
-            **constants, D=head_dim, STAGES=config.one_pass_stages if one_pass else config.dkdv_stages, BULK=bulk,
-            REGISTERS=config.dkdv_registers, num_warps=4,
-        )  # fmt: skip
+            *tensors,
+            *row_copies(inputs, dq_sums, config.dkdv_m),
+            *(found, *targets, cut.tiles, call.scale * LOG2_E),
+            *sizes,
+            **constants,
+            D=q.shape[2],
+            STAGES=config.one_pass_stages if one_pass else config.dkdv_stages,
+            REGISTERS=config.dkdv_registers,
+            num_warps=4,
+        )
     else:
         compressed_bwd_dkdv_kernel[grid](
-            q, k, v, do, shift, delta, *targets, tiles, *inputs.strides(), *target_strides, *sizes, **constants,
-            **inputs.widths(), WINDOW=window_constant(call.window_size, group_size), BLOCK_N=tile_keys,
-            NUM_STAGES=config.dkdv_stages, num_warps=config.dkdv_warps,
-        )  # fmt: skip
-    if parts > 1:
-        keys = 16
-        sum_parts_kernel[num_tiles * (tile_keys // keys), num_kv_heads](
-            sums, dk, dv, tiles, sums.stride(0), *dk.stride()[:2], *dv.stride()[:2], num_tiles, num_rows, num_kv_heads, parts,
-            **windows, SINGLE=tiles is None, TILE_KEYS=tile_keys, D=head_dim, DV=v_dim, PADDED=padded_dim(head_dim + v_dim),
-            KEYS=keys, num_warps=4,
-        )  # fmt: skip
+            *tensors,
+            *(found, *targets, cut.tiles, call.scale * LOG2_E, call.scale),
+            *sizes,
+            **constants,
+            WINDOW=window_constant(call.window_size, group_size),
+            WIDTHS=widths(q, v),
+            BLOCK_N=config.dkdv_n,
+            NUM_STAGES=config.dkdv_stages,
+            PRECISION=tuning.dot_precision(q.dtype),
+            num_warps=config.dkdv_warps,
+        )
+    if sums is not None:
+        sum_parts(sums, dk, dv, num_rows, call, config, cut)
+
+
+def new_sums(dk: Tensor, dv: Tensor, num_parts: int) -> Tensor:
+    """Float32 `[P, T, HKV, D + DV]`, uninitialised."""
+    return dk.new_empty(num_parts, *dk.shape[:2], dk.shape[2] + dv.shape[2], dtype=torch.float32)
+
+
+def parts_of(dk: Tensor, dv: Tensor) -> tuple[Parts, Parts]:
+    """The bundles of gradients in parts, `[P, T, HKV, D]`, or whole, `[T, HKV, D]`."""
+    return tuple(Parts(x, *(0, *x.stride())[-4:-1]) for x in (dk, dv))
+
+
+def row_copies(inputs: Inputs, dq_sums: Tensor | None, tile_rows: int) -> tuple[Any, Any, Any]:
+    """Descriptors for bulk copies of q, do and dq_sums: none where groups do not fill a tile, or
+    for dq_sums without any.
+    """
+    group_size, head_dim = inputs.group_size, inputs.q.shape[2]
+    if tile_rows % group_size != 0:
+        return None, None, None
+    block = (tile_rows // group_size, group_size)
+    q, do = (hopper().describe(x, *block, head_dim) for x in (inputs.q, inputs.do))
+    return q, do, None if dq_sums is None else hopper().describe(dq_sums, *block, head_dim // 2)
+
+
+def sum_parts(
+    sums: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    num_rows: int,
+    call: WindowedCall,
+    config: tuning.CompressedConfig,
+    cut: KeyCut,
+) -> None:
+    """dk and dv from their parts `[P, T, HKV, D + DV]`."""
+    num_kv_heads, head_dim, v_dim = *dk.shape[1:], dv.shape[2]
+    num_pieces = cut.num_tiles * (config.dkdv_n // SUMMED_KEYS)
+    sum_parts_kernel[num_pieces, num_kv_heads](
+        *(sums, heads(dk), heads(dv), cut.tiles, sums.stride(0)),
+        *(cut.num_tiles, num_rows, num_kv_heads, cut.num_parts),
+        WINDOWS=call.windows,
+        TILE_KEYS=config.dkdv_n,
+        D=head_dim,
+        DV=v_dim,
+        PADDED=padded_dim(head_dim + v_dim),
+        KEYS=SUMMED_KEYS,
+        num_warps=4,
+    )

@@ -7,10 +7,14 @@ from nsa_fsa.ops.common.calls import AttentionCall, Windows, check_compressed_va
 
 @dataclass(frozen=True)
 class WindowedCall(AttentionCall):
-    """One call of compressed attention; or of sliding window attention, to which every token is a window of its own."""
+    """One call of compressed attention; or of sliding window attention, to which every token is a
+    window of its own.
+    """
 
     windows: Windows
-    window_size: int | None  # see only the last so many windows, which are single tokens then; None: all of the past
+    window_size: (
+        int | None
+    )  # see only the last so many windows, which are single tokens then; None: all of the past
 
     def check_values(self) -> None:
         if self.window_size is None:

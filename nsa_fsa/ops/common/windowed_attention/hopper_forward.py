@@ -1,13 +1,15 @@
-"""Compressed attention for Hopper, in Gluon; the kernels of the same name without `hopper` are their plain Triton twins, for
-every other GPU, shape and dtype, and say what is computed.
+"""Compressed attention for Hopper, in Gluon. The kernels of the same name without `hopper` are
+their plain Triton twins, for every other GPU, shape and dtype, and say what is computed.
 
-A program is three warpgroups. One of them loads: whole tiles by bulk copies, others by cp.async, which takes any layout and
-fills what must not be read with zeros. A barrier in shared memory opens when a tile is there. The other two compute, 64 rows
-each, and hand a buffer back once both have read it. While one of them waits for the matrix unit the other takes exponentials.
-The forward and dq are as many programs as there are multiprocessors, and the next tile's rows arrive while one is finished.
+A program is three warpgroups. One of them loads: whole tiles by bulk copies, others by cp.async,
+which takes any layout and fills what must not be read with zeros. A barrier in shared memory opens
+when a tile is there. The other two compute, 64 rows each, and hand a buffer back once both have
+read it. While one of them waits for the matrix unit the other takes exponentials. The forward and
+dq are as many programs as there are multiprocessors, and the next tile's rows arrive while one is
+finished.
 
-Measured on an H200 (65,536 tokens, 64 heads, windows of 32 every 16): the forward took 9.3 ms with all loads by cp.async, which
-shares a queue with the exponentials, and 7.8 with bulk copies.
+Measured on an H200 (65,536 tokens, 64 heads, windows of 32 every 16): the forward took 9.3 ms with
+all loads by cp.async, which shares a queue with the exponentials, and 7.8 with bulk copies.
 """
 
 import functools
@@ -16,206 +18,205 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
-    mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from nsa_fsa.ops.common.hopper import copy_rows, copy_rows_or_zeros, gluon_kernel, thread_barrier
+from nsa_fsa.ops.common.windowed_attention.hopper_pipelines import (
+    GROUP_ROWS,
+    LOADER_WARPS,
+    bulk_copy_windows,
+    gluon_object,
+    new_query_ring,
+    new_window_ring,
+)
+from nsa_fsa.ops.common.windowed_attention.tiles import query_tile, visible_windows
 
 LN_2 = gl.constexpr(0.6931471805599453)
-GROUP_ROWS = gl.constexpr(64)  # of a computing warpgroup
-LOADER_WARPS = gl.constexpr(4)
 FEW_ROWS = gl.constexpr(8)  # copied at a time where a loader has few registers, or loads but once
-LOADER_THREADS = gl.constexpr(128)
-# Arrivals that complete a buffer which is loaded by either way: of the loading threads, once their copies are there, and of the
-# one that announces the bulk copy or its absence.
-EITHER_WAY = gl.constexpr(129)
+
+
+@gluon_object
+class QueryWork:
+    """The tiles of queries of all KV heads, which the programs take in turn."""
+
+    tiles_ptr: gl.tensor | gl.constexpr  # as of `locate_tiles`
+    num_tiles: gl.tensor  # of one KV head
+    num_rows: gl.tensor
+    total: gl.tensor  # tiles of all KV heads
+    WINDOWS: gl.constexpr
+    G: gl.constexpr
+
+    @gluon.jit
+    def tile(self, work):
+        """The `work`-th tile, as `QueryTile`."""
+        queries: gl.constexpr = 2 * GROUP_ROWS // self.G
+        number = work % self.num_tiles
+        return query_tile(
+            self.tiles_ptr, self.num_tiles, number, self.num_rows, self.WINDOWS, queries
+        )
+
+    @gluon.jit
+    def head(self, work):
+        """The KV head of the `work`-th tile."""
+        return work // self.num_tiles
+
+    @gluon.jit
+    def visible(self, tile, row):
+        """How many windows the (query, head) rows of a tile see."""
+        position = tile.position + row // self.G
+        return visible_windows(position, tile.num_keys, tile.num_windows, self.WINDOWS)
 
 
 @gluon.jit
-def allocate_barriers(NUMBER: gl.constexpr, COUNT: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(NUMBER):
-        mbarrier.init(barriers.index(i), count=COUNT)
-    return barriers
+def copy_query_rows(buffer, ptr, x, start, last, CHUNK: gl.constexpr, G: gl.constexpr):
+    """Asynchronously, (query, head) rows from `start` on, counted from ptr, which points into x;
+    rows past the last repeat it.
 
-
-@gluon.jit
-def visible_windows(position, num_keys, num_windows, KERNEL_SIZE: gl.constexpr, KERNEL_STRIDE: gl.constexpr):
-    """How many compressed tokens a position sees."""
-    seen = (position + 1 - KERNEL_SIZE + KERNEL_STRIDE) // KERNEL_STRIDE  # the windows of a sequence that ends here
-    return gl.where(position < num_keys, gl.minimum(gl.maximum(seen, 0), num_windows), 0)
-
-
-@gluon.jit
-def load_tile(tiles_ptr, num_tiles, number, num_rows, OF_KEYS: gl.constexpr, SINGLE: gl.constexpr):
-    """As in kernels.sequences."""
-    index = number if OF_KEYS else num_tiles - 1 - number
-    none = number * 0
-    first_query, num_queries, offset, first_key, num_keys = none, num_rows, none, none, num_rows
-    if not SINGLE:
-        index = gl.load(tiles_ptr + number)
-        first_query = gl.load(tiles_ptr + num_tiles + number)
-        num_queries = gl.load(tiles_ptr + 2 * num_tiles + number)
-        offset = gl.load(tiles_ptr + 3 * num_tiles + number)
-        first_key = gl.load(tiles_ptr + 4 * num_tiles + number)
-        num_keys = gl.load(tiles_ptr + 5 * num_tiles + number)
-    return index, first_query, num_queries, offset, first_key, num_keys
-
-
-@gluon.jit
-def query_tile(
-    tiles_ptr, num_tiles, number, num_rows, TILE_QUERIES: gl.constexpr, KERNEL_SIZE: gl.constexpr,
-    KERNEL_STRIDE: gl.constexpr, BLOCK_N: gl.constexpr, SINGLE: gl.constexpr,
-):  # fmt: skip
-    """Row and position of the tile's first query, its queries, the sequence's first compressed row, keys and windows, and the
-    steps of BLOCK_N windows that some of the queries see, of which the first so many are seen by all."""
-    index, first_query, num_queries, offset, first_key, num_keys = load_tile(
-        tiles_ptr, num_tiles, number, num_rows, False, SINGLE
-    )
-    first = index * TILE_QUERIES
-    queries = gl.minimum(num_queries - first, TILE_QUERIES)  # none for a number that no tile owns
-    position = offset + first
-    num_windows = gl.maximum((num_keys - KERNEL_SIZE + KERNEL_STRIDE) // KERNEL_STRIDE, 0)
-    last = position + queries - 1
-    most = visible_windows(gl.minimum(last, num_keys - 1), num_keys, num_windows, KERNEL_SIZE, KERNEL_STRIDE)
-    least = gl.where(last < num_keys, visible_windows(position, num_keys, num_windows, KERNEL_SIZE, KERNEL_STRIDE), 0)
-    steps = gl.cdiv(most, BLOCK_N)
-    return first_query + first, position, queries, first_key // KERNEL_STRIDE, num_keys, num_windows, steps, least // BLOCK_N
-
-
-@gluon.jit
-def copy_query_rows(
-    buffer, ptr, stride_t, stride_h, start, last, ROWS: gl.constexpr, CHUNK: gl.constexpr, G: gl.constexpr,
-    DIM: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """(query, head) rows start .. start + ROWS - 1, counted from ptr on; rows past the last repeat it. CHUNK rows at a time:
-    few take few registers, but a barrier each."""
+    CHUNK rows are copied at a time: few take few registers, but a barrier each.
+    """
+    ROWS: gl.constexpr = buffer.shape[0]
+    DIM: gl.constexpr = buffer.shape[1]
+    layout: gl.constexpr = row_layout(DIM)
     for i in gl.static_range(ROWS // CHUNK):
         row = gl.minimum(start + i * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, layout)), last)
         part = buffer.slice(i * CHUNK, CHUNK)
-        copy_rows(part, ptr, (row // G).to(gl.int64) * stride_t + (row % G).to(gl.int64) * stride_h, DIM, layout)
+        at = (row // G).to(gl.int64) * x.stride_t + (row % G).to(gl.int64) * x.stride_h
+        copy_rows(part, ptr, at, DIM, layout)
 
 
 @gluon.jit
-def copy_windows(
-    buffer, ptr, stride_t, first, num_windows, ROWS: gl.constexpr, CHUNK: gl.constexpr, DIM: gl.constexpr,
-    layout: gl.constexpr,
-):  # fmt: skip
-    """Compressed rows first .. first + ROWS - 1, zeros for those that a sequence does not have: NaN may lie there."""
+def copy_windows(buffer, ptr, stride_t, first, num_windows, CHUNK: gl.constexpr):
+    """Asynchronously, compressed rows from `first` on; zeros for those that a sequence does not
+    have, where NaN may lie.
+    """
+    ROWS: gl.constexpr = buffer.shape[0]
+    DIM: gl.constexpr = buffer.shape[1]
+    layout: gl.constexpr = row_layout(DIM)
     for i in gl.static_range(ROWS // CHUNK):
         window = first + i * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
         part = buffer.slice(i * CHUNK, CHUNK)
-        copy_rows_or_zeros(part, ptr, window.to(gl.int64) * stride_t, window < num_windows, DIM, layout)
+        at = window.to(gl.int64) * stride_t
+        copy_rows_or_zeros(part, ptr, at, window < num_windows, DIM, layout)
 
 
-@gluon.jit
-def complete(barrier):
-    """The arrivals of a buffer that came by cp.async."""
-    async_copy.mbarrier_arrive(barrier, increment_count=False)
-    mbarrier.arrive(barrier, count=1)
+@gluon.constexpr_function
+def row_layout(width):
+    """Of four warps that read or write rows of so many 16-bit numbers, 16 bytes a thread."""
+    return gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
 
 
-@gluon.jit
-def bulk_copy_windows(desc, at, barrier, buffer, ROWS: gl.constexpr, DIM: gl.constexpr):
-    """Compressed rows of one head from `at` on, all of which exist; and the arrivals."""
-    mbarrier.expect(barrier, ROWS * DIM * 2)
-    tma.async_copy_global_to_shared(desc, at, barrier, buffer)
-    async_copy.mbarrier_arrive(barrier, increment_count=False)
+@gluon.constexpr_function
+def product_layout(width):
+    """Of the matrix unit's result, 64 rows of so many numbers, in one warpgroup."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
 
 
 @gluon.jit
 def load_queries_then_windows(
-    q_ptr, do_ptr, k_ptr, v_ptr, k_desc, v_desc, tiles_ptr, q_s, do_s, k_s, v_s, q_ready, q_free, k_ready, v_ready, free,
-    stride_q_t, stride_q_h, stride_do_t, stride_do_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
-    num_tiles, num_rows, num_work,
-    HAS_DO: gl.constexpr, VALUES_LATER: gl.constexpr, TILE_QUERIES: gl.constexpr, KERNEL_SIZE: gl.constexpr,
-    KERNEL_STRIDE: gl.constexpr,
-    SINGLE: gl.constexpr, G: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
-):  # fmt: skip
-    """The loading warpgroup of the forward and of dq: of every tile its rows, then keys and values step by step."""
-    rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [LOADER_WARPS, 1], [1, 0])
+    work, q, do, k, v, k_desc, v_desc, queries, windows, VALUES_LATER: gl.constexpr
+):
+    """The loading warpgroup of the forward and of dq: of every tile its rows, then keys and values
+    step by step.
+
+    VALUES_LATER: a step's keys are freed together with the values of so many steps before it.
+    """
+    G: gl.constexpr = work.G
+    BLOCK_N: gl.constexpr = windows.k.shape[1]
+    D: gl.constexpr = windows.k.shape[2]
     turn, count = 0, 0
-    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
-        head = work // num_tiles
-        first_row, _, queries, first_window, _, num_windows, steps, _ = query_tile(
-            tiles_ptr, num_tiles, work % num_tiles, num_rows, TILE_QUERIES, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_N, SINGLE
-        )
-        slot = turn % SLOTS
-        mbarrier.wait(q_free.index(slot), turn // SLOTS & 1 ^ 1)
-        if queries > 0:
-            at = first_row.to(gl.int64)
-            q_at = q_ptr + at * stride_q_t + head.to(gl.int64) * G * stride_q_h
-            last = queries * G - 1
-            for group in gl.static_range(2):
-                q_tile = q_s.index(2 * slot + group)
-                copy_query_rows(
-                    q_tile, q_at, stride_q_t, stride_q_h, group * GROUP_ROWS, last, GROUP_ROWS, GROUP_ROWS, G, D, rows
-                )
-            if HAS_DO:
-                do_at = do_ptr + at * stride_do_t + head.to(gl.int64) * G * stride_do_h
-                for group in gl.static_range(2):
-                    do_tile = do_s.index(2 * slot + group)
-                    copy_query_rows(
-                        do_tile, do_at, stride_do_t, stride_do_h, group * GROUP_ROWS, last, GROUP_ROWS, GROUP_ROWS, G, D, rows
-                    )
-        async_copy.mbarrier_arrive(q_ready.index(slot), increment_count=False)
-        k_at = k_ptr + first_window.to(gl.int64) * stride_k_t + head.to(gl.int64) * stride_k_h
-        v_at = v_ptr + first_window.to(gl.int64) * stride_v_t + head.to(gl.int64) * stride_v_h
-        # A step's keys are freed together with the values of VALUES_LATER steps before it.
-        whole_steps = gl.minimum(steps, num_windows // BLOCK_N)
+    for number in range(gl.program_id(0), work.total, gl.num_programs(0)):
+        head = work.head(number)
+        tile = work.tile(number)
+        steps = gl.cdiv(tile.most, BLOCK_N)
+        queries.free.wait_for_last(turn)
+        if tile.num_queries > 0:
+            at = tile.first_query.to(gl.int64)
+            last = tile.num_queries * G - 1
+            load_query_tile(queries.q, q, queries.number(turn, 0), at, head, last, G)
+            if do is not None:
+                load_query_tile(queries.do, do, queries.number(turn, 0), at, head, last, G)
+        queries.ready.arrive_after_copies(turn)
+
+        k_ptr = k.ptr + tile.first_window.to(gl.int64) * k.stride_t + head.to(gl.int64) * k.stride_h
+        v_ptr = v.ptr + tile.first_window.to(gl.int64) * v.stride_t + head.to(gl.int64) * v.stride_h
+        whole_steps = gl.minimum(steps, tile.num_windows // BLOCK_N)
         for step in range(0, whole_steps):
-            stage, later = count % STAGES, count + VALUES_LATER
-            at_row = [first_window + step * BLOCK_N, head * D]
-            mbarrier.wait(free.index(stage), count // STAGES & 1 ^ 1)
-            bulk_copy_windows(k_desc, at_row, k_ready.index(stage), k_s.index(stage), BLOCK_N, D)
-            mbarrier.wait(free.index(later % STAGES), later // STAGES & 1 ^ 1)
-            bulk_copy_windows(v_desc, at_row, v_ready.index(stage), v_s.index(stage), BLOCK_N, D)
+            at_row = [tile.first_window + step * BLOCK_N, head * D]
+            windows.free.wait_for_last(count)
+            bulk_copy_windows(k_desc, at_row, windows.k_ready, count, windows.keys(count))
+            windows.free.wait_for_last(count + VALUES_LATER)
+            bulk_copy_windows(v_desc, at_row, windows.v_ready, count, windows.values(count))
             count += 1
+
         if whole_steps < steps:  # the last windows of the sequence
-            stage, later = count % STAGES, count + VALUES_LATER
             start = whole_steps * BLOCK_N
-            mbarrier.wait(free.index(stage), count // STAGES & 1 ^ 1)
-            copy_windows(k_s.index(stage), k_at, stride_k_t, start, num_windows, BLOCK_N, FEW_ROWS, D, rows)
-            complete(k_ready.index(stage))
-            mbarrier.wait(free.index(later % STAGES), later // STAGES & 1 ^ 1)
-            copy_windows(v_s.index(stage), v_at, stride_v_t, start, num_windows, BLOCK_N, FEW_ROWS, D, rows)
-            complete(v_ready.index(stage))
+            windows.free.wait_for_last(count)
+            copy_windows(windows.keys(count), k_ptr, k.stride_t, start, tile.num_windows, FEW_ROWS)
+            windows.k_ready.complete(count)
+            windows.free.wait_for_last(count + VALUES_LATER)
+            copy_windows(
+                windows.values(count), v_ptr, v.stride_t, start, tile.num_windows, FEW_ROWS
+            )
+            windows.v_ready.complete(count)
             count += 1
         turn += 1  # noqa: SIM113
 
 
 @gluon.jit
+def load_query_tile(buffers, x, number, first_query, head, last, G: gl.constexpr):
+    """Asynchronously, the rows of both computing warpgroups, into the buffers `number` and `number
+    + 1`.
+    """
+    ptr = x.ptr + first_query * x.stride_t + head.to(gl.int64) * G * x.stride_h
+    for group in gl.static_range(2):
+        buffer = buffers.index(number + group)
+        copy_query_rows(buffer, ptr, x, group * GROUP_ROWS, last, GROUP_ROWS, G)
+
+
+@gluon.jit
 def store_tile(
-    buffer, ptr, values, row, queries, stride_t, stride_h, G: gl.constexpr, D: gl.constexpr, ADD: gl.constexpr = False
+    buffer,
+    ptr,
+    values,
+    num_heads,
+    first_row,
+    num_queries,
+    G: gl.constexpr,
+    ADD: gl.constexpr = False,
 ):
-    """Stages a group's rows in a buffer that only it reads, and stores them, or adds them to what is there, 16 bytes at a
-    time."""
-    rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [4, 1], [1, 0])
+    """Stages a group's (query, head) rows in a buffer that only it reads, and stores them 16 bytes
+    at a time.
+
+    ptr: of the tile's first row in a contiguous `[T, HQ, D]`; with ADD they are added to what is
+    there.
+    """
+    D: gl.constexpr = buffer.shape[1]
+    layout: gl.constexpr = row_layout(D)
     buffer.store(values.to(ptr.dtype.element_ty))
     thread_barrier()
-    row = row + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, rows))
-    at = (
-        ptr
-        + ((row // G).to(gl.int64) * stride_t + row % G * stride_h)[:, None]
-        + gl.arange(0, D, gl.SliceLayout(0, rows))[None, :]
-    )
-    inside = (row < queries * G)[:, None]
-    tile = buffer.load(rows)
+    row = first_row + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, layout))
+    offset = (row // G).to(gl.int64) * (num_heads * D) + row % G * D
+    at = ptr + offset[:, None] + gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
+    inside = (row < num_queries * G)[:, None]
+    tile = buffer.load(layout)
     if ADD:
-        tile = (tile.to(gl.float32) + gl.load(at, mask=inside, other=0.0).to(gl.float32)).to(tile.dtype)
+        before = gl.load(at, mask=inside, other=0.0)
+        tile = (tile.to(gl.float32) + before.to(gl.float32)).to(tile.dtype)
     gl.store(at, tile, mask=inside)
 
 
 @gluon.jit
-def online_softmax(scores, maximum, total, scale, step, full_steps, visible, BLOCK_N: gl.constexpr, layout: gl.constexpr):
-    """Weights of one step, what decays the steps before it, and the new maximum and total; scores and maximum in base 2."""
+def online_softmax(scores, maximum, total, scale, step, full_steps, visible):
+    """Weights of one step, what decays the steps before it, and the new maximum and total; scores
+    and maximum in base 2.
+    """
+    layout: gl.constexpr = scores.type.layout
+    BLOCK_N: gl.constexpr = scores.shape[1]
     if step >= full_steps:
         window = step * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
         scores = gl.where(window[None, :] < visible[:, None], scores, float("-inf"))
@@ -227,132 +228,129 @@ def online_softmax(scores, maximum, total, scale, step, full_steps, visible, BLO
 
 
 @gluon.jit
-def attend(
-    q_s, k_s, v_s, q_ready, q_free, k_ready, v_ready, free, o_ptr, lse_ptr, tiles_ptr, scale, num_heads,
-    num_tiles, num_rows, num_work,
-    TILE_QUERIES: gl.constexpr, KERNEL_SIZE: gl.constexpr, KERNEL_STRIDE: gl.constexpr, SINGLE: gl.constexpr,
-    G: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
-    """A computing warpgroup of the forward. The scores of a step are asked for together with the values of the step before."""
-    dtype: gl.constexpr = q_s.dtype
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, D, 16])
+def attend(work, queries, windows, o_ptr, lse_ptr, scale, num_heads, GROUP: gl.constexpr):
+    """A computing warpgroup of the forward. The scores of a step are asked for together with the
+    values of the step before.
+    """
+    G: gl.constexpr = work.G
+    BLOCK_N: gl.constexpr = windows.k.shape[1]
+    D: gl.constexpr = windows.k.shape[2]
+    dtype: gl.constexpr = queries.q.dtype
+    s_layout: gl.constexpr = product_layout(BLOCK_N)
+    o_layout: gl.constexpr = product_layout(D)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     row_of: gl.constexpr = gl.SliceLayout(1, s_layout)
     row = GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, row_of)
     none = gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, s_layout)
+
     turn, count = 0, 0
-    for work in range(gl.program_id(0), num_work, gl.num_programs(0)):
-        head = work // num_tiles
-        first_row, position, queries, _, num_keys, num_windows, steps, full_steps = query_tile(
-            tiles_ptr, num_tiles, work % num_tiles, num_rows, TILE_QUERIES, KERNEL_SIZE, KERNEL_STRIDE, BLOCK_N, SINGLE
-        )
-        visible = visible_windows(position + row // G, num_keys, num_windows, KERNEL_SIZE, KERNEL_STRIDE)
+    for number in range(gl.program_id(0), work.total, gl.num_programs(0)):
+        head = work.head(number)
+        tile = work.tile(number)
+        steps, full_steps = gl.cdiv(tile.most, BLOCK_N), tile.least // BLOCK_N
+        visible = work.visible(tile, row)
         maximum = gl.full([GROUP_ROWS], float("-inf"), gl.float32, row_of)
         total = gl.zeros([GROUP_ROWS], gl.float32, row_of)
         acc = gl.zeros([GROUP_ROWS, D], gl.float32, o_layout)
-        slot = turn % SLOTS
-        q_tile = q_s.index(2 * slot + GROUP)
-        mbarrier.wait(q_ready.index(slot), turn // SLOTS & 1)
+        q_tile = queries.q.index(queries.number(turn, GROUP))
+        queries.ready.wait(turn)
+
         if steps > 0:
-            mbarrier.wait(k_ready.index(count % STAGES), count // STAGES & 1)
+            windows.k_ready.wait(count)
             fence_async_shared()  # q came by cp.async
-            scores = warpgroup_mma(q_tile, k_s.index(count % STAGES).permute((1, 0)), none, use_acc=False, is_async=True)
+            keys = windows.keys(count).permute((1, 0))
+            scores = warpgroup_mma(q_tile, keys, none, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=(scores,))
-            thread_barrier()  # a buffer is free once every warp of both groups has read it
-            mbarrier.arrive(free.index(count % STAGES), count=1)
-            p, decay, maximum, total = online_softmax(scores, maximum, total, scale, 0, full_steps, visible, BLOCK_N, s_layout)
+            windows.free.arrive(
+                count
+            )  # a buffer is free once every warp of both groups has read it
+            p, decay, maximum, total = online_softmax(
+                scores, maximum, total, scale, 0, full_steps, visible
+            )
             p = gl.convert_layout(p.to(dtype), p_layout)
-            mbarrier.wait(v_ready.index(count % STAGES), count // STAGES & 1)
+            windows.v_ready.wait(count)
+
             for step in range(1, steps):
-                before = count % STAGES
+                before = windows.stage(count)
                 count += 1
-                stage = count % STAGES
-                mbarrier.wait(k_ready.index(stage), count // STAGES & 1)
+                windows.k_ready.wait(count)
                 if step >= full_steps:  # the last windows of a sequence come by cp.async
                     fence_async_shared()
-                scores = warpgroup_mma(q_tile, k_s.index(stage).permute((1, 0)), none, use_acc=False, is_async=True)
-                acc = warpgroup_mma(p, v_s.index(before), acc, is_async=True)
+                keys = windows.keys(count).permute((1, 0))
+                scores = warpgroup_mma(q_tile, keys, none, use_acc=False, is_async=True)
+                acc = warpgroup_mma(p, windows.v.index(before), acc, is_async=True)
                 scores = warpgroup_mma_wait(1, deps=(scores,))
                 weights, decay, maximum, total = online_softmax(
-                    scores, maximum, total, scale, step, full_steps, visible, BLOCK_N, s_layout
+                    scores, maximum, total, scale, step, full_steps, visible
                 )
                 weights = gl.convert_layout(weights.to(dtype), p_layout)
-                # Here and not where the values are needed, because ptxas moves the exponentials behind the next wait unless a
-                # branch, which this is, lies between them.
-                mbarrier.wait(v_ready.index(stage), count // STAGES & 1)
+                # Here and not where the values are needed, because ptxas moves the exponentials
+                # behind the next wait unless a branch, which this is, lies between them.
+                windows.v_ready.wait(count)
                 acc = warpgroup_mma_wait(0, deps=(acc,))
-                thread_barrier()
-                mbarrier.arrive(free.index(stage), count=1)
+                windows.free.arrive(count)
                 acc = acc * gl.convert_layout(decay, gl.SliceLayout(1, o_layout))[:, None]
                 p = weights
-            last = count % STAGES
+
+            last = windows.stage(count)
             count += 1
             fence_async_shared()
-            acc = warpgroup_mma(p, v_s.index(last), acc, is_async=True)
+            acc = warpgroup_mma(p, windows.v.index(last), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=(acc,))
+
         seen_any = total > 0
         lse = gl.where(seen_any, (maximum + gl.log2(total)) * LN_2, float("-inf"))
-        at = first_row.to(gl.int64) * num_heads + head * G
-        gl.store(lse_ptr + at + (row // G).to(gl.int64) * num_heads + row % G, lse, mask=row < queries * G)
+        at = tile.first_query.to(gl.int64) * num_heads + head * G
+        inside = row < tile.num_queries * G
+        lse_at = lse_ptr + at + (row // G).to(gl.int64) * num_heads + row % G
+        gl.store(lse_at, lse, mask=inside)
+
         factor = 1.0 / gl.where(seen_any, total, 1.0)  # acc is 0 where nothing was seen
         acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, o_layout))[:, None]
         thread_barrier()  # all warps have read the scores' q
-        store_tile(q_tile, o_ptr + at * D, acc, GROUP * GROUP_ROWS, queries, num_heads * D, D, G, D)
-        thread_barrier()
-        mbarrier.arrive(q_free.index(slot), count=1)
+        first_row = GROUP * GROUP_ROWS
+        store_tile(q_tile, o_ptr + at * D, acc, num_heads, first_row, tile.num_queries, G)
+        queries.free.arrive(turn)
         turn += 1  # noqa: SIM113
 
 
 @gluon_kernel
 def compressed_fwd_hopper_kernel(
-    q_ptr, k_ptr, v_ptr, k_desc, v_desc, o_ptr, lse_ptr, tiles_ptr,
-    stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h, scale, num_heads, num_tiles, num_rows, num_work,
-    TILE_QUERIES: gl.constexpr, KERNEL_SIZE: gl.constexpr, KERNEL_STRIDE: gl.constexpr, SINGLE: gl.constexpr,
-    G: gl.constexpr, D: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+    q,
+    k,
+    v,
+    k_desc,
+    v_desc,
+    o_ptr,
+    lse_ptr,
+    tiles_ptr,
+    scale,
+    num_heads,
+    num_tiles,
+    num_rows,
+    num_work,
+    WINDOWS: gl.constexpr,
+    G: gl.constexpr,
+    D: gl.constexpr,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    SLOTS: gl.constexpr,
     REGISTERS: gl.constexpr,
-):  # fmt: skip
-    dtype: gl.constexpr = q_ptr.dtype.element_ty
-    row_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP_ROWS, D], dtype)
-    key_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype)
-    q_s = gl.allocate_shared_memory(dtype, [2 * SLOTS, GROUP_ROWS, D], row_shared)
-    k_s = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], key_shared)
-    v_s = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], key_shared)
-    q_ready, q_free = allocate_barriers(SLOTS, LOADER_THREADS), allocate_barriers(SLOTS, 2)
-    k_ready, v_ready = allocate_barriers(STAGES, EITHER_WAY), allocate_barriers(STAGES, EITHER_WAY)
-    free = allocate_barriers(STAGES, 2)
+):
+    """o and lse of as many tiles as every program comes to."""
+    dtype: gl.constexpr = q.ptr.dtype.element_ty
+    queries = new_query_ring(SLOTS, D, False, dtype)
+    windows = new_window_ring(STAGES, BLOCK_N, D, dtype)
+    work = QueryWork(tiles_ptr, num_tiles, num_rows, num_work, WINDOWS, G)
     gl.warp_specialize(
         [
-            (
-                attend,
-                (
-                    q_s, k_s, v_s, q_ready, q_free, k_ready, v_ready, free, o_ptr, lse_ptr, tiles_ptr, scale, num_heads,
-                    num_tiles, num_rows, num_work, TILE_QUERIES, KERNEL_SIZE, KERNEL_STRIDE, SINGLE, G, D, BLOCK_N, STAGES,
-                    SLOTS, 0,
-                ),
-            ),
-            (
-                attend,
-                (
-                    q_s, k_s, v_s, q_ready, q_free, k_ready, v_ready, free, o_ptr, lse_ptr, tiles_ptr, scale, num_heads,
-                    num_tiles, num_rows, num_work, TILE_QUERIES, KERNEL_SIZE, KERNEL_STRIDE, SINGLE, G, D, BLOCK_N, STAGES,
-                    SLOTS, 1,
-                ),
-            ),
-            (
-                load_queries_then_windows,
-                (
-                    q_ptr, q_ptr, k_ptr, v_ptr, k_desc, v_desc, tiles_ptr, q_s, q_s, k_s, v_s, q_ready, q_free, k_ready,
-                    v_ready, free,
-                    stride_q_t, stride_q_h, stride_q_t, stride_q_h, stride_k_t, stride_k_h, stride_v_t, stride_v_h,
-                    num_tiles, num_rows, num_work, False, 1, TILE_QUERIES, KERNEL_SIZE, KERNEL_STRIDE, SINGLE, G, D, BLOCK_N,
-                    STAGES, SLOTS,
-                ),
-            ),
+            (attend, (work, queries, windows, o_ptr, lse_ptr, scale, num_heads, 0)),
+            (attend, (work, queries, windows, o_ptr, lse_ptr, scale, num_heads, 1)),
+            (load_queries_then_windows, (work, q, None, k, v, k_desc, v_desc, queries, windows, 1)),
         ],
         [4, LOADER_WARPS],
         [REGISTERS, 504 - 2 * REGISTERS],
-    )  # fmt: skip
+    )
 
 
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}
@@ -365,10 +363,15 @@ def shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedL
 
 def describe(x: Tensor, *block: int) -> TensorDescriptor:
     """What a bulk copy of blocks of x needs to know."""
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(block), shared_layout(block, x.dtype))
+    return TensorDescriptor(
+        x, list(x.shape), list(x.stride()), list(block), shared_layout(block, x.dtype)
+    )
 
 
 def head_columns(tensors: tuple[Tensor, ...], rows: int) -> list[TensorDescriptor]:
     """Bulk copies of `rows` rows of one head of tensors `[N, HKV, D]` whose heads lie together."""
     # Without any window there is nothing to copy, but a descriptor wants rows.
-    return [describe((x if x.shape[0] else x.new_empty(1, *x.shape[1:])).flatten(1), rows, x.shape[2]) for x in tensors]
+    return [
+        describe((x if x.shape[0] else x.new_empty(1, *x.shape[1:])).flatten(1), rows, x.shape[2])
+        for x in tensors
+    ]
