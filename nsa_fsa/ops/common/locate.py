@@ -47,10 +47,23 @@ class Tile(NamedTuple):
     num_keys: Any  # of the sequence, in tokens
 
 
+class Boundaries(NamedTuple):
+    """Where sequences begin and how much of them is used, int32: the tensors of `Sequences`, in a
+    kernel pointers to them.
+    """
+
+    cu_seqlens: Tensor  # [B + 1], of the keys
+    cu_seqlens_q: (
+        Tensor | None
+    )  # [B + 1], of queries that are the last positions of their sequences
+    seqused_k: Tensor | None  # [B]
+
+
 @triton.jit
 def find_sequence(starts_ptr, value, num_sequences, num_steps, divisor, step: tl.constexpr):
-    """The last sequence b with `starts[b] // divisor + b * step <= value`, by bisection (empty
-    sequences end up before it).
+    """The last sequence b with `starts[b] // divisor + b * step <= value`, by bisection.
+
+    Empty sequences end up before it.
     """
     low = value * 0
     high = low + num_sequences
@@ -64,71 +77,51 @@ def find_sequence(starts_ptr, value, num_sequences, num_steps, divisor, step: tl
 
 @kernel
 def locate_rows_kernel(
-    cu_seqlens_ptr,
-    cu_seqlens_q_ptr,
-    seqused_k_ptr,
-    position_ptr,
-    first_key_ptr,
-    first_block_ptr,
-    num_rows,
-    num_sequences,
-    num_steps,
-    block_size,
-    CACHED: tl.constexpr,
-    HAS_USED: tl.constexpr,
-    ROWS: tl.constexpr,
+    bounds, table, num_rows, num_sequences, num_steps, block_size, ROWS: tl.constexpr
 ):
+    CACHED: tl.constexpr = bounds.cu_seqlens_q is not None
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     inside = row < num_rows
-    starts_ptr = cu_seqlens_q_ptr if CACHED else cu_seqlens_ptr
-    sequence = find_sequence(starts_ptr, tl.where(inside, row, 0), num_sequences, num_steps, 1, 0)
-    first_key = tl.load(cu_seqlens_ptr + sequence)
+    starts_ptr = bounds.cu_seqlens_q if CACHED else bounds.cu_seqlens
+    known_row = tl.where(inside, row, 0)
+    sequence = find_sequence(starts_ptr, known_row, num_sequences, num_steps, 1, 0)
+    first_key = tl.load(bounds.cu_seqlens + sequence)
     if CACHED:
-        end = tl.load(cu_seqlens_q_ptr + sequence + 1)
-        position = tl.load(seqused_k_ptr + sequence) - (end - row)
+        end = tl.load(bounds.cu_seqlens_q + sequence + 1)
+        position = tl.load(bounds.seqused_k + sequence) - (end - row)
     else:
         position = row - first_key
-        if HAS_USED:  # a row past the used ones sees nothing
-            position = tl.where(position < tl.load(seqused_k_ptr + sequence), position, -1)
-    tl.store(position_ptr + row, position, mask=inside)
-    tl.store(first_key_ptr + row, first_key, mask=inside)
-    tl.store(first_block_ptr + row, first_key // block_size + sequence, mask=inside)
+        if bounds.seqused_k is not None:  # a row past the used ones sees nothing
+            used = position < tl.load(bounds.seqused_k + sequence)
+            position = tl.where(used, position, -1)
+
+    tl.store(table.position + row, position, mask=inside)
+    tl.store(table.first_key + row, first_key, mask=inside)
+    tl.store(table.first_block + row, first_key // block_size + sequence, mask=inside)
 
 
 @kernel
 def locate_blocks_kernel(
-    cu_seqlens_ptr,
-    first_row_ptr,
-    num_rows_ptr,
-    index_ptr,
-    end_row_ptr,
-    num_blocks,
-    num_sequences,
-    num_steps,
-    block_size,
-    BLOCKS: tl.constexpr,
+    cu_seqlens_ptr, table, num_blocks, num_sequences, num_steps, block_size, BLOCKS: tl.constexpr
 ):
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block < num_blocks
-    sequence = find_sequence(
-        cu_seqlens_ptr, tl.where(inside, block, 0), num_sequences, num_steps, block_size, 1
-    )
+    known_block = tl.where(inside, block, 0)
+    sequence = find_sequence(cu_seqlens_ptr, known_block, num_sequences, num_steps, block_size, 1)
     start, end = tl.load(cu_seqlens_ptr + sequence), tl.load(cu_seqlens_ptr + sequence + 1)
     index = block - (start // block_size + sequence)
     first_row = start + index * block_size
-    tl.store(first_row_ptr + block, first_row, mask=inside)
-    tl.store(
-        num_rows_ptr + block, tl.minimum(tl.maximum(end - first_row, 0), block_size), mask=inside
-    )
-    tl.store(index_ptr + block, index, mask=inside)
-    tl.store(end_row_ptr + block, end, mask=inside)
+    num_rows = tl.minimum(tl.maximum(end - first_row, 0), block_size)
+
+    tl.store(table.first_row + block, first_row, mask=inside)
+    tl.store(table.num_rows + block, num_rows, mask=inside)
+    tl.store(table.number + block, index, mask=inside)
+    tl.store(table.end_row + block, end, mask=inside)
 
 
 @kernel
 def locate_tiles_kernel(
-    cu_seqlens_ptr,
-    cu_seqlens_q_ptr,
-    seqused_k_ptr,
+    bounds,
     tiles_ptr,
     work_ptr,
     num_tiles,
@@ -136,25 +129,29 @@ def locate_tiles_kernel(
     num_steps,
     tile_rows,
     OF_KEYS: tl.constexpr,
-    CACHED: tl.constexpr,
-    HAS_USED: tl.constexpr,
     TILES: tl.constexpr,
 ):
+    """The tiles of `locate_tiles` in the order of their sequences, and how much work each of them
+    is, or -1.
+    """
+    CACHED: tl.constexpr = bounds.cu_seqlens_q is not None
     number = tl.program_id(0) * TILES + tl.arange(0, TILES)
     inside = number < num_tiles
-    queries_ptr = cu_seqlens_q_ptr if CACHED else cu_seqlens_ptr
-    starts_ptr = cu_seqlens_ptr if OF_KEYS else queries_ptr
-    sequence = find_sequence(
-        starts_ptr, tl.where(inside, number, 0), num_sequences, num_steps, tile_rows, 1
-    )
+    queries_ptr = bounds.cu_seqlens_q if CACHED else bounds.cu_seqlens
+    starts_ptr = bounds.cu_seqlens if OF_KEYS else queries_ptr
+    known_number = tl.where(inside, number, 0)
+    sequence = find_sequence(starts_ptr, known_number, num_sequences, num_steps, tile_rows, 1)
     index = number - (tl.load(starts_ptr + sequence) // tile_rows + sequence)
-    first_query, first_key = tl.load(queries_ptr + sequence), tl.load(cu_seqlens_ptr + sequence)
+
+    first_query = tl.load(queries_ptr + sequence)
+    first_key = tl.load(bounds.cu_seqlens + sequence)
     num_queries = tl.load(queries_ptr + sequence + 1) - first_query
-    num_keys = tl.load(cu_seqlens_ptr + sequence + 1) - first_key
-    if HAS_USED:
-        num_keys = tl.load(seqused_k_ptr + sequence)
+    num_keys = tl.load(bounds.cu_seqlens + sequence + 1) - first_key
+    if bounds.seqused_k is not None:
+        num_keys = tl.load(bounds.seqused_k + sequence)
     offset = num_keys - num_queries if CACHED else num_keys * 0
     owned = index * tile_rows < (num_keys if OF_KEYS else num_queries)
+
     tl.store(tiles_ptr + number, index, mask=inside)
     tl.store(tiles_ptr + num_tiles + number, first_query, mask=inside)
     tl.store(tiles_ptr + 2 * num_tiles + number, tl.where(owned, num_queries, 0), mask=inside)
@@ -167,22 +164,17 @@ def locate_tiles_kernel(
 
 @triton.jit
 def load_tile(tiles_ptr, num_tiles, number, num_rows, OF_KEYS: tl.constexpr, SINGLE: tl.constexpr):
-    """The tile that the program `number` owns, as a `Tile`; those with the longest work come
-    first.
+    """The `number`-th tile as a `Tile`, of those of `locate_tiles`; SINGLE: of one whole sequence,
+    which has no table.
     """
     index = number if OF_KEYS else num_tiles - 1 - number
     none = number * 0
     first_query, num_queries, offset, first_key, num_keys = none, num_rows, none, none, num_rows
     if not SINGLE:  # and no early return: what follows one is compiled too, where there is no table
-        index, first_query = tl.load(tiles_ptr + number), tl.load(tiles_ptr + num_tiles + number)
-        num_queries, offset = (
-            tl.load(tiles_ptr + 2 * num_tiles + number),
-            tl.load(tiles_ptr + 3 * num_tiles + number),
-        )
-        first_key, num_keys = (
-            tl.load(tiles_ptr + 4 * num_tiles + number),
-            tl.load(tiles_ptr + 5 * num_tiles + number),
-        )
+        tiles_ptr += number
+        index, first_query = tl.load(tiles_ptr), tl.load(tiles_ptr + num_tiles)
+        num_queries, offset = tl.load(tiles_ptr + 2 * num_tiles), tl.load(tiles_ptr + 3 * num_tiles)
+        first_key, num_keys = tl.load(tiles_ptr + 4 * num_tiles), tl.load(tiles_ptr + 5 * num_tiles)
     return Tile(index, first_query, num_queries, offset, first_key, num_keys)
 
 
@@ -202,21 +194,13 @@ def locate_rows(
     num_sequences = cu_seqlens.shape[0] - 1
     found = aligned_rows(3, num_rows, dtype=torch.int32, device=cu_seqlens.device)
     if num_rows:
-        cached = cu_seqlens_q is not None
-        if cached and seqused_k is None:
+        if cu_seqlens_q is not None and seqused_k is None:
             seqused_k = cu_seqlens.diff()
-        locate_rows_kernel[(cdiv(num_rows, 256),)](
-            cu_seqlens,
-            cu_seqlens_q,
-            seqused_k,
-            *found,
-            num_rows,
-            num_sequences,
-            num_sequences.bit_length(),
-            block_size,
-            CACHED=cached,
-            HAS_USED=seqused_k is not None,
-            ROWS=256,
+        rows = 256
+        locate_rows_kernel[(cdiv(num_rows, rows),)](
+            *(Boundaries(cu_seqlens, cu_seqlens_q, seqused_k), RowTable(*found)),
+            *(num_rows, num_sequences, num_sequences.bit_length(), block_size),
+            ROWS=rows,
         )
     return found
 
@@ -227,14 +211,11 @@ def locate_blocks(num_rows: int, cu_seqlens: Tensor, block_size: int) -> Tensor:
     num_blocks = max_num_blocks(num_rows, num_sequences, block_size)
     found = aligned_rows(4, num_blocks, dtype=torch.int32, device=cu_seqlens.device)
     if num_blocks:
-        locate_blocks_kernel[(cdiv(num_blocks, 256),)](
-            cu_seqlens,
-            *found,
-            num_blocks,
-            num_sequences,
-            num_sequences.bit_length(),
-            block_size,
-            BLOCKS=256,
+        blocks = 256
+        locate_blocks_kernel[(cdiv(num_blocks, blocks),)](
+            *(cu_seqlens, BlockTable(*found)),
+            *(num_blocks, num_sequences, num_sequences.bit_length(), block_size),
+            BLOCKS=blocks,
         )
     return found
 
@@ -248,19 +229,19 @@ def locate_tiles(
     *,
     of_keys: bool = False,
 ) -> Tensor | None:
-    """`[6, num_tiles]`, whose columns are `Tile`s: the sequences cut into tiles of `tile_rows`
+    """`[6, num_tiles]`, whose columns are `Tile`s: sequences are cut into tiles of `tile_rows`
     queries or keys.
 
     Tiles with the most work come first: those of the last queries, which see the most keys, or of
-    the first keys, which are seen by the most queries. None for one whole sequence, whose tiles
-    `load_tile` works out without a table: that saves three launches where a kernel takes no longer
-    than the host does to launch it.
+    the first keys, which are seen by the most queries. The result is None for one whole sequence,
+    whose tiles `load_tile` works out without a table: that saves three launches where a kernel
+    takes no longer than the host does to launch it.
 
     Args:
         num_rows: rows of the packed queries, or keys.
         cu_seqlens, cu_seqlens_q, seqused_k: as in `Sequences`.
         tile_rows: queries, or keys, of a tile.
-        of_keys: cut the keys.
+        of_keys: whether the keys are cut, not the queries.
     """
     num_sequences = cu_seqlens.shape[0] - 1
     if num_sequences == 1 and cu_seqlens_q is None and seqused_k is None:
@@ -268,21 +249,14 @@ def locate_tiles(
     num_tiles = max_num_blocks(num_rows, num_sequences, tile_rows)
     tiles = torch.empty(6, num_tiles, dtype=torch.int32, device=cu_seqlens.device)
     work = torch.empty(num_tiles, dtype=torch.int32, device=cu_seqlens.device)
+
     if num_tiles and num_sequences:
-        locate_tiles_kernel[(cdiv(num_tiles, 128),)](
-            cu_seqlens,
-            cu_seqlens_q,
-            seqused_k,
-            tiles,
-            work,
-            num_tiles,
-            num_sequences,
-            num_sequences.bit_length(),
-            tile_rows,
+        number = 128  # of tiles that a program takes
+        locate_tiles_kernel[(cdiv(num_tiles, number),)](
+            *(Boundaries(cu_seqlens, cu_seqlens_q, seqused_k), tiles, work),
+            *(num_tiles, num_sequences, num_sequences.bit_length(), tile_rows),
             OF_KEYS=of_keys,
-            CACHED=cu_seqlens_q is not None,
-            HAS_USED=seqused_k is not None,
-            TILES=128,
+            TILES=number,
         )
         tiles = tiles.index_select(1, work.sort(descending=True, stable=True).indices)
     return tiles

@@ -18,10 +18,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from nsa_fsa.ops.common.bundles import Heads
 from nsa_fsa.ops.common.hopper import bulk_add, gluon_kernel, thread_barrier
 from nsa_fsa.ops.common.locate import load_tile
-from nsa_fsa.ops.common.softmax_statistics import Statistics
 from nsa_fsa.ops.common.windowed_attention.hopper_forward import (
     FEW_ROWS,
     LN_2,
@@ -270,19 +268,29 @@ class KeyTile:
 
 
 @gluon_object
+class HeadRows:
+    """The rows of some heads from the one that ptr points to on: `Heads` for an object, which a
+    bundle cannot be a part of.
+    """
+
+    ptr: gl.tensor
+    stride_t: gl.tensor | gl.constexpr
+    stride_h: gl.tensor | gl.constexpr
+
+
+@gluon_object
 class RowPart:
     """The (query, head) rows that a program of dk and dv walks: those of one sequence, part and KV
     head.
     """
 
-    q: (
-        gl.tuple
-    )  # `Heads` whose ptr is the first row's; where it lies in bulk copies say query and head
-    do: gl.tuple
-    statistics: gl.tuple  # `Statistics` from the first row on
-    query: gl.tensor
-    head: gl.tensor
-    number: gl.tensor
+    q: HeadRows
+    do: HeadRows
+    shift_ptr: gl.tensor  # of the first row, as delta_ptr
+    delta_ptr: gl.tensor
+    query: gl.tensor  # row of q
+    head: gl.tensor  # of q
+    number: gl.tensor  # of (query, head) rows
     G: gl.constexpr
 
     @gluon.jit
@@ -291,16 +299,16 @@ class RowPart:
         it.
         """
         last = self.number - 1
-        copy_query_rows(ring.q.index(stage), self.q.ptr, self.q, start, last, CHUNK, self.G)
-        copy_query_rows(ring.do.index(stage), self.do.ptr, self.do, start, last, CHUNK, self.G)
+        copy_query_rows(ring.q.index(stage), self.q, start, last, CHUNK, self.G)
+        copy_query_rows(ring.do.index(stage), self.do, start, last, CHUNK, self.G)
 
     @gluon.jit
     def copy_statistics(self, ring, stage, start):
         """Asynchronously, the statistics of these rows."""
         layout: gl.constexpr = gl.BlockedLayout([1], [32], [LOADER_WARPS], [0])
         row = gl.minimum(start + gl.arange(0, ring.shift.shape[1], layout), self.number - 1)
-        async_copy.async_copy_global_to_shared(ring.shift.index(stage), self.statistics.shift + row)
-        async_copy.async_copy_global_to_shared(ring.delta.index(stage), self.statistics.delta + row)
+        async_copy.async_copy_global_to_shared(ring.shift.index(stage), self.shift_ptr + row)
+        async_copy.async_copy_global_to_shared(ring.delta.index(stage), self.delta_ptr + row)
 
 
 @gluon.jit
@@ -308,16 +316,14 @@ def new_row_part(q, do, statistics, first_query, head, seen_by, num_rows, G: gl.
     """The rows of one KV head that are a part of a sequence whose first query is given."""
     first = seen_by.begin // G  # the part begins with a whole query
     row, wide_head = first_query.to(gl.int64), head.to(gl.int64)
-    q_ptr = q.ptr + row * q.stride_t + wide_head * G * q.stride_h + first.to(gl.int64) * q.stride_t
+    q_ptr = q.ptr + row * q.stride_t + wide_head * G * q.stride_h
     do_ptr = do.ptr + row * do.stride_t + wide_head * G * do.stride_h
-    do_ptr += first.to(gl.int64) * do.stride_t
     statistic = (wide_head * num_rows + row) * G
-    shift_ptr = statistics.shift + statistic + seen_by.begin
-    delta_ptr = statistics.delta + statistic + seen_by.begin
     return RowPart(
-        Heads(q_ptr, q.stride_t, q.stride_h),
-        Heads(do_ptr, do.stride_t, do.stride_h),
-        Statistics(shift_ptr, delta_ptr),
+        HeadRows(q_ptr + first.to(gl.int64) * q.stride_t, q.stride_t, q.stride_h),
+        HeadRows(do_ptr + first.to(gl.int64) * do.stride_t, do.stride_t, do.stride_h),
+        statistics.shift + statistic + seen_by.begin,
+        statistics.delta + statistic + seen_by.begin,
         first_query + first,
         head * G,
         gl.maximum(seen_by.end - seen_by.begin, 0),

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from nsa_fsa.ops.common.bundles import Heads
 from nsa_fsa.ops.common.hopper import copy_rows, copy_rows_or_zeros, gluon_kernel, thread_barrier
 from nsa_fsa.ops.common.windowed_attention.hopper_pipelines import (
     GROUP_ROWS,
@@ -73,9 +74,9 @@ class QueryWork:
 
 
 @gluon.jit
-def copy_query_rows(buffer, ptr, x, start, last, CHUNK: gl.constexpr, G: gl.constexpr):
-    """Asynchronously, (query, head) rows from `start` on, counted from ptr, which points into x;
-    rows past the last repeat it.
+def copy_query_rows(buffer, x, start, last, CHUNK: gl.constexpr, G: gl.constexpr):
+    """Asynchronously, (query, head) rows from `start` on, counted from x.ptr; rows past the last
+    repeat it.
 
     CHUNK rows are copied at a time: few take few registers, but a barrier each.
     """
@@ -86,7 +87,7 @@ def copy_query_rows(buffer, ptr, x, start, last, CHUNK: gl.constexpr, G: gl.cons
         row = gl.minimum(start + i * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, layout)), last)
         part = buffer.slice(i * CHUNK, CHUNK)
         at = (row // G).to(gl.int64) * x.stride_t + (row % G).to(gl.int64) * x.stride_h
-        copy_rows(part, ptr, at, DIM, layout)
+        copy_rows(part, x.ptr, at, DIM, layout)
 
 
 @gluon.jit
@@ -173,9 +174,10 @@ def load_query_tile(buffers, x, number, first_query, head, last, G: gl.constexpr
     + 1`.
     """
     ptr = x.ptr + first_query * x.stride_t + head.to(gl.int64) * G * x.stride_h
+    rows = Heads(ptr, x.stride_t, x.stride_h)
     for group in gl.static_range(2):
         buffer = buffers.index(number + group)
-        copy_query_rows(buffer, ptr, x, group * GROUP_ROWS, last, GROUP_ROWS, G)
+        copy_query_rows(buffer, rows, group * GROUP_ROWS, last, GROUP_ROWS, G)
 
 
 @gluon.jit
