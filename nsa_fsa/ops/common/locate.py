@@ -20,7 +20,8 @@ from nsa_fsa.ops.common.sizes import aligned_rows, cdiv
 class RowTable(NamedTuple):
     """Of every query row, int32 `[T]`: the rows of what `locate_rows` returns."""
 
-    position: Tensor  # inside its sequence; of the last queries of a longer sequence where the keys lie in a cache
+    # Inside its sequence; of the last queries of a longer sequence where the keys lie in a cache.
+    position: Tensor
     first_key: Tensor  # the row of its sequence's first key
     first_block: Tensor  # the number of its sequence's first block
 
@@ -29,7 +30,8 @@ class BlockTable(NamedTuple):
     """Of every block number, int32 `[num_blocks]`: the rows of what `locate_blocks` returns."""
 
     first_row: Tensor  # row of its first key
-    num_rows: Tensor  # keys in it: block_size, fewer at the end of a sequence, 0 for a number that no block owns
+    # Keys in it: block_size, fewer at the end of a sequence, 0 for a number that no block owns.
+    num_rows: Tensor
     number: Tensor  # inside its sequence
     end_row: Tensor  # the row after its sequence's last
 

@@ -17,7 +17,9 @@ class Statistics(NamedTuple):
     it.
     """
 
-    shift: Tensor  # -lse / scale, so that p = exp((q k + shift) * scale); -inf for a query that saw nothing, which makes p 0
+    # -lse / scale, so that p = exp((q k + shift) * scale); -inf, which makes p 0, for a query that
+    # saw nothing.
+    shift: Tensor
     delta: Tensor  # -sum(o * do)
 
 
@@ -39,6 +41,7 @@ def statistics_kernel(
     ROWS: tl.constexpr,
 ):
     """Of ROWS rows of `[T * HQ]`; known_ptr has sum(o * do), or is None."""
+
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < total
     token, head = row // num_heads, row % num_heads

@@ -46,8 +46,8 @@ from nsa_fsa.ops.common.windowed_attention.tiles import (
     query_tile,
     rows_of,
     rows_that_see,
+    shape_of,
     visible_windows,
-    widths,
     window_constant,
 )
 
@@ -118,20 +118,19 @@ def compressed_bwd_dq_kernel(
     WINDOWS: tl.constexpr,
     WINDOW: tl.constexpr,
     ACCUMULATE: tl.constexpr,
-    G: tl.constexpr,
-    WIDTHS: tl.constexpr,
+    SHAPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq of a tile of (query, head) rows: a program walks the compressed tokens that some of them
-    see.
-    """
-    D: tl.constexpr = WIDTHS.D
-    PADDED_D: tl.constexpr = WIDTHS.PADDED_D
-    DV: tl.constexpr = WIDTHS.DV
-    PADDED_DV: tl.constexpr = WIDTHS.PADDED_DV
+    """dq of a tile of (query, head) rows, from the windows that some of them see."""
+
+    G: tl.constexpr = SHAPE.G
+    D: tl.constexpr = SHAPE.D
+    PADDED_D: tl.constexpr = SHAPE.PADDED_D
+    DV: tl.constexpr = SHAPE.DV
+    PADDED_DV: tl.constexpr = SHAPE.PADDED_DV
 
     tile = query_tile(tiles_ptr, num_tiles, tl.program_id(0), num_rows, WINDOWS, BLOCK_M // G)
     if tile.num_queries <= 0:
@@ -191,20 +190,19 @@ def compressed_bwd_dkdv_kernel(
     WINDOWS: tl.constexpr,
     WINDOW: tl.constexpr,
     HEADS: tl.constexpr,
-    G: tl.constexpr,
-    WIDTHS: tl.constexpr,
+    SHAPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk and dv of a tile of compressed tokens: a program walks those of a part of the rows that
-    see them.
-    """
-    D: tl.constexpr = WIDTHS.D
-    PADDED_D: tl.constexpr = WIDTHS.PADDED_D
-    DV: tl.constexpr = WIDTHS.DV
-    PADDED_DV: tl.constexpr = WIDTHS.PADDED_DV
+    """dk and dv of a tile of windows, from a part of the rows that see some of them."""
+
+    G: tl.constexpr = SHAPE.G
+    D: tl.constexpr = SHAPE.D
+    PADDED_D: tl.constexpr = SHAPE.PADDED_D
+    DV: tl.constexpr = SHAPE.DV
+    PADDED_DV: tl.constexpr = SHAPE.PADDED_DV
 
     work = key_tile_work(num_tiles, HEADS)
     head = work.head.to(tl.int64)
@@ -275,6 +273,7 @@ def sum_parts_kernel(
     """Adds up the parts of KEYS rows of dk and dv, which lie side by side in `[P, T, H, D +
     DV]`.
     """
+
     pieces = TILE_KEYS // KEYS
     tile_number, piece = tl.program_id(0) // pieces, tl.program_id(0) % pieces
     head = tl.program_id(1).to(tl.int64)
@@ -449,42 +448,43 @@ def run_dq(
     accumulate: bool,
 ) -> None:
     """Writes dq, or adds to it."""
-    (num_rows, num_heads, head_dim), num_kv_heads = inputs.q.shape, inputs.k.shape[1]
+    (num_rows, num_heads), num_kv_heads = inputs.q.shape[:2], inputs.k.shape[1]
     group_size = inputs.group_size
     q, k, v, do, found = inputs
 
     tiles, num_tiles = cut_queries(num_rows, call.sequences, config.dq_m // group_size)
+    tensors = (heads(q), heads(k), heads(v))
     sizes = (call.scale * LOG2_E, call.scale, num_heads, num_tiles, num_rows)
-    constants = dict(WINDOWS=call.windows, ACCUMULATE=accumulate, G=group_size, BLOCK_N=config.dq_n)
+    constants = dict(
+        WINDOWS=call.windows, ACCUMULATE=accumulate, SHAPE=shape_of(q, v), BLOCK_N=config.dq_n
+    )
 
     if config.hopper:
         num_work = num_tiles * num_kv_heads
-        num_programs = min(num_work, num_multiprocessors(q))
-        hopper_backward().compressed_bwd_dq_hopper_kernel[(num_programs,)](
-            *(heads(q), heads(k), heads(v)),
+        hopper_backward().compressed_bwd_dq_hopper_kernel[(min(num_work, num_multiprocessors(q)),)](
+            *tensors,
             *hopper().head_columns((k, v), config.dq_n),
             *(heads(do), found, dq, tiles),
-            *sizes,
-            num_work,
+            *(*sizes, num_work),
             **constants,
-            D=head_dim,
             STAGES=config.dq_stages,
             SLOTS=config.dq_slots,
             REGISTERS=config.dq_registers,
             num_warps=4,
         )
-    else:
-        compressed_bwd_dq_kernel[num_tiles, num_kv_heads](
-            *(heads(q), heads(k), heads(v), heads(do), found, dq, tiles),
-            *sizes,
-            **constants,
-            WINDOW=window_constant(call.window_size, group_size),
-            WIDTHS=widths(q, v),
-            BLOCK_M=config.dq_m,
-            NUM_STAGES=config.dq_stages,
-            PRECISION=tuning.dot_precision(q.dtype),
-            num_warps=config.dq_warps,
-        )
+        return
+
+    compressed_bwd_dq_kernel[num_tiles, num_kv_heads](
+        *tensors,
+        *(heads(do), found, dq, tiles),
+        *sizes,
+        **constants,
+        WINDOW=window_constant(call.window_size, group_size),
+        BLOCK_M=config.dq_m,
+        NUM_STAGES=config.dq_stages,
+        PRECISION=tuning.dot_precision(q.dtype),
+        num_warps=config.dq_warps,
+    )
 
 
 def cut_keys(
@@ -508,26 +508,40 @@ def run_dkdv(
     dv: Tensor,
     dq_sums: Tensor | None = None,
 ) -> None:
-    """Writes dk and dv, whose heads may be some of larger tensors'; with dq_sums, float32 `[T, HQ,
-    D]`, adds dq / scale to it.
-    """
-    q, k, v, do, found = inputs
-    num_rows, num_kv_heads, group_size = q.shape[0], k.shape[1], inputs.group_size
-    one_pass = dq_sums is not None
-    cut = cut_keys(inputs, call, config, one_pass)
+    """Writes dk and dv, whose heads may be some of larger tensors'.
 
-    sums = None if cut.num_parts == 1 else new_sums(dk, dv, cut.num_parts)
-    targets = (
-        parts_of(dk, dv) if sums is None else parts_of(*sums.split((dk.shape[2], dv.shape[2]), 3))
-    )
+    With dq_sums, float32 `[T, HQ, D]`, dq / scale is added to it.
+    """
+    cut = cut_keys(inputs, call, config, dq_sums is not None)
+    if cut.num_parts <= 1:
+        launch_dkdv(inputs, call, config, cut, parts_of(dk, dv), dq_sums)
+        return
+    of_each = (dk.shape[2], dv.shape[2])
+    sums = dk.new_empty(cut.num_parts, *dk.shape[:2], sum(of_each), dtype=torch.float32)
+    launch_dkdv(inputs, call, config, cut, parts_of(*sums.split(of_each, 3)), dq_sums)
+    sum_parts(sums, dk, dv, inputs.q.shape[0], call, config, cut)
+
+
+def launch_dkdv(
+    inputs: Inputs,
+    call: WindowedCall,
+    config: tuning.CompressedConfig,
+    cut: KeyCut,
+    targets: tuple[Parts, Parts],
+    dq_sums: Tensor | None,
+) -> None:
+    """Launches the kernel of dk and dv."""
+    q, k, v, do, found = inputs
+    num_kv_heads, group_size, one_pass = k.shape[1], inputs.group_size, dq_sums is not None
+    heads_at_a_time = 1 if one_pass else math.gcd(num_kv_heads, config.dkdv_heads)
 
     grid = (cut.num_tiles * num_kv_heads, cut.num_parts)
     tensors = (heads(q), heads(k), heads(v), heads(do))
-    num_heads_at_a_time = 1 if one_pass else math.gcd(num_kv_heads, config.dkdv_heads)
+    sizes = (cut.num_tiles, q.shape[0], cut.part_rows)
     constants = dict(
-        WINDOWS=call.windows, HEADS=num_heads_at_a_time, G=group_size, BLOCK_M=config.dkdv_m
+        WINDOWS=call.windows, HEADS=heads_at_a_time, SHAPE=shape_of(q, v), BLOCK_M=config.dkdv_m
     )
-    sizes = (cut.num_tiles, num_rows, cut.part_rows)
+
     if config.hopper:
         hopper_backward().compressed_bwd_dkdv_hopper_kernel[grid](
             *tensors,
@@ -535,36 +549,28 @@ def run_dkdv(
             *(found, *targets, cut.tiles, call.scale * LOG2_E),
             *sizes,
             **constants,
-            D=q.shape[2],
             STAGES=config.one_pass_stages if one_pass else config.dkdv_stages,
             REGISTERS=config.dkdv_registers,
             num_warps=4,
         )
-    else:
-        compressed_bwd_dkdv_kernel[grid](
-            *tensors,
-            *(found, *targets, cut.tiles, call.scale * LOG2_E, call.scale),
-            *sizes,
-            **constants,
-            WINDOW=window_constant(call.window_size, group_size),
-            WIDTHS=widths(q, v),
-            BLOCK_N=config.dkdv_n,
-            NUM_STAGES=config.dkdv_stages,
-            PRECISION=tuning.dot_precision(q.dtype),
-            num_warps=config.dkdv_warps,
-        )
-    if sums is not None:
-        sum_parts(sums, dk, dv, num_rows, call, config, cut)
+        return
 
-
-def new_sums(dk: Tensor, dv: Tensor, num_parts: int) -> Tensor:
-    """Float32 `[P, T, HKV, D + DV]`, uninitialised."""
-    return dk.new_empty(num_parts, *dk.shape[:2], dk.shape[2] + dv.shape[2], dtype=torch.float32)
+    compressed_bwd_dkdv_kernel[grid](
+        *tensors,
+        *(found, *targets, cut.tiles, call.scale * LOG2_E, call.scale),
+        *sizes,
+        **constants,
+        WINDOW=window_constant(call.window_size, group_size),
+        BLOCK_N=config.dkdv_n,
+        NUM_STAGES=config.dkdv_stages,
+        PRECISION=tuning.dot_precision(q.dtype),
+        num_warps=config.dkdv_warps,
+    )
 
 
 def parts_of(dk: Tensor, dv: Tensor) -> tuple[Parts, Parts]:
     """The bundles of gradients in parts, `[P, T, HKV, D]`, or whole, `[T, HKV, D]`."""
-    return tuple(Parts(x, *(0, *x.stride())[-4:-1]) for x in (dk, dv))
+    return Parts(dk, *(0, *dk.stride())[-4:-1]), Parts(dv, *(0, *dv.stride())[-4:-1])
 
 
 def row_copies(inputs: Inputs, dq_sums: Tensor | None, tile_rows: int) -> tuple[Any, Any, Any]:

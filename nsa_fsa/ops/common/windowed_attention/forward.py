@@ -37,8 +37,8 @@ from nsa_fsa.ops.common.windowed_attention.tiles import (
     load_heads,
     query_tile,
     rows_of,
+    shape_of,
     visible_windows,
-    widths,
     window_constant,
 )
 
@@ -57,17 +57,20 @@ def compressed_fwd_kernel(
     num_rows,
     WINDOWS: tl.constexpr,
     WINDOW: tl.constexpr,
-    G: tl.constexpr,
-    WIDTHS: tl.constexpr,
+    SHAPE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     NUM_STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    D: tl.constexpr = WIDTHS.D
-    PADDED_D: tl.constexpr = WIDTHS.PADDED_D
-    DV: tl.constexpr = WIDTHS.DV
-    PADDED_DV: tl.constexpr = WIDTHS.PADDED_DV
+    """o and lse of a tile of (query, head) rows, from the windows that some of them see."""
+
+    G: tl.constexpr = SHAPE.G
+    D: tl.constexpr = SHAPE.D
+    PADDED_D: tl.constexpr = SHAPE.PADDED_D
+    DV: tl.constexpr = SHAPE.DV
+    PADDED_DV: tl.constexpr = SHAPE.PADDED_DV
+
     tile = query_tile(tiles_ptr, num_tiles, tl.program_id(0), num_rows, WINDOWS, BLOCK_M // G)
     if tile.num_queries <= 0:
         return
@@ -143,7 +146,7 @@ def windowed_attention_fwd(
     call: WindowedCall, config: tuning.CompressedConfig | None = None
 ) -> AttentionResult:
     """o `[T, HQ, DV]` and the natural-log lse, float32 `[T, HQ]`."""
-    num_rows, num_heads, head_dim = call.q.shape
+    num_rows, num_heads = call.q.shape[:2]
     (num_kv_heads, v_dim), group_size = call.v.shape[1:], call.group_size
     config = config or tuning.compressed_config(
         call.q, call.v, group_size, call.window_size is not None
@@ -158,34 +161,32 @@ def windowed_attention_fwd(
     tiles, num_tiles = cut_queries(num_rows, call.sequences, config.fwd_m // group_size)
     tensors = (heads(q), heads(k), heads(v))
     sizes = (call.scale * LOG2_E, num_heads, num_tiles, num_rows)
-    constants = dict(WINDOWS=call.windows, G=group_size, BLOCK_N=config.fwd_n)
+    constants = dict(WINDOWS=call.windows, SHAPE=shape_of(q, v), BLOCK_N=config.fwd_n)
+
     if config.hopper:
-        num_work = num_tiles * num_kv_heads
-        num_programs = min(num_work, num_multiprocessors(q))
-        hopper().compressed_fwd_hopper_kernel[(num_programs,)](
+        num_work = num_tiles * num_kv_heads  # computed in the kernel it costs 8 bytes of stack
+        hopper().compressed_fwd_hopper_kernel[(min(num_work, num_multiprocessors(q)),)](
             *tensors,
             *hopper().head_columns((k, v), config.fwd_n),
             *(o, lse, tiles),
-            *sizes,
-            num_work,
+            *(*sizes, num_work),
             **constants,
-            D=head_dim,
             STAGES=config.fwd_stages,
             SLOTS=config.fwd_slots,
             REGISTERS=config.fwd_registers,
             num_warps=4,
         )
-    else:
-        compressed_fwd_kernel[num_tiles, num_kv_heads](
-            *tensors,
-            *(o, lse, tiles),
-            *sizes,
-            **constants,
-            WINDOW=window_constant(call.window_size, group_size),
-            WIDTHS=widths(q, v),
-            BLOCK_M=config.fwd_m,
-            NUM_STAGES=config.fwd_stages,
-            PRECISION=tuning.dot_precision(q.dtype),
-            num_warps=config.fwd_warps,
-        )
+        return AttentionResult(o, lse)
+
+    compressed_fwd_kernel[num_tiles, num_kv_heads](
+        *tensors,
+        *(o, lse, tiles),
+        *sizes,
+        **constants,
+        WINDOW=window_constant(call.window_size, group_size),
+        BLOCK_M=config.fwd_m,
+        NUM_STAGES=config.fwd_stages,
+        PRECISION=tuning.dot_precision(q.dtype),
+        num_warps=config.fwd_warps,
+    )
     return AttentionResult(o, lse)

@@ -56,7 +56,6 @@ def gather_dq(
     dq_ptr,
     scale2,
     scale,
-    num_heads,
     ACCUMULATE: gl.constexpr,
     GROUP: gl.constexpr,
 ):
@@ -78,6 +77,7 @@ def gather_dq(
         tile = work.tile(number)
         steps, full_steps = gl.cdiv(tile.most, BLOCK_N), tile.least // BLOCK_N
         visible = work.visible(tile, row)
+
         inside = row < tile.num_queries * G
         statistic = (head.to(gl.int64) * work.num_rows + tile.first_query) * G
         shift = gl.load(statistics.shift + statistic + row, mask=inside, other=0.0) * scale2
@@ -91,7 +91,7 @@ def gather_dq(
             windows.k_ready.wait(count)
             windows.v_ready.wait(count)
             if (step == 0) | (step >= full_steps):
-                fence_async_shared()  # q and do, and the last windows of a sequence, come by cp.async
+                fence_async_shared()  # q, do and a sequence's last windows come by cp.async
             keys, values = windows.keys(count), windows.values(count)
             scores = warpgroup_mma(q_tile, keys.permute((1, 0)), none, use_acc=False, is_async=True)
             dp = warpgroup_mma(do_tile, values.permute((1, 0)), none, use_acc=False, is_async=True)
@@ -109,10 +109,10 @@ def gather_dq(
             count += 1
 
         thread_barrier()  # all warps have read the scores' q
-        at = (tile.first_query.to(gl.int64) * num_heads + head * G) * D
+        at = (tile.first_query.to(gl.int64) * work.num_heads + head * G) * D
         target, first_row = dq_ptr + at, GROUP * GROUP_ROWS
         store_tile(
-            q_tile, target, dq * scale, num_heads, first_row, tile.num_queries, G, ACCUMULATE
+            q_tile, target, dq * scale, work.num_heads, first_row, tile.num_queries, G, ACCUMULATE
         )
         queries.free.arrive(turn)
         turn += 1  # noqa: SIM113
@@ -137,50 +137,23 @@ def compressed_bwd_dq_hopper_kernel(
     num_work,
     WINDOWS: gl.constexpr,
     ACCUMULATE: gl.constexpr,
-    G: gl.constexpr,
-    D: gl.constexpr,
+    SHAPE: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     SLOTS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
-    """dq of as many tiles as every program comes to."""
+
+    # dq of as many tiles as every program comes to.
     dtype: gl.constexpr = q.ptr.dtype.element_ty
+    D: gl.constexpr = SHAPE.D
     queries = new_query_ring(SLOTS, D, True, dtype)
     windows = new_window_ring(STAGES, BLOCK_N, D, dtype)
-    work = QueryWork(tiles_ptr, num_tiles, num_rows, num_work, WINDOWS, G)
+    work = QueryWork(tiles_ptr, num_tiles, num_rows, num_work, num_heads, WINDOWS, SHAPE.G)
     gl.warp_specialize(
         [
-            (
-                gather_dq,
-                (
-                    work,
-                    queries,
-                    windows,
-                    statistics,
-                    dq_ptr,
-                    scale2,
-                    scale,
-                    num_heads,
-                    ACCUMULATE,
-                    0,
-                ),
-            ),
-            (
-                gather_dq,
-                (
-                    work,
-                    queries,
-                    windows,
-                    statistics,
-                    dq_ptr,
-                    scale2,
-                    scale,
-                    num_heads,
-                    ACCUMULATE,
-                    1,
-                ),
-            ),
+            (gather_dq, (work, queries, windows, statistics, dq_ptr, scale2, scale, ACCUMULATE, 0)),
+            (gather_dq, (work, queries, windows, statistics, dq_ptr, scale2, scale, ACCUMULATE, 1)),
             (load_queries_then_windows, (work, q, do, k, v, k_desc, v_desc, queries, windows, 0)),
         ],
         [4, LOADER_WARPS],
@@ -346,12 +319,10 @@ def load_query_rows(rows, ring, q_desc, do_desc):
         start = (steps - 1 - step) * BLOCK_M
         ring.free.wait_for_last(step)
         rows.copy_statistics(ring, stage, start)
+
         if ring.BULK:
-            shape: gl.constexpr = [
-                BLOCK_M // G,
-                G,
-                D,
-            ]  # in the buffers they lie as (query, head) rows do
+            # In the buffers they lie as (query, head) rows do.
+            shape: gl.constexpr = [BLOCK_M // G, G, D]
             at = [rows.query + start // G, rows.head, 0]
             barrier = ring.ready.of(step)
             mbarrier.expect(barrier, 2 * BLOCK_M * D * 2)
@@ -506,15 +477,13 @@ def compressed_bwd_dkdv_hopper_kernel(
     part_rows,
     WINDOWS: gl.constexpr,
     HEADS: gl.constexpr,
-    G: gl.constexpr,
-    D: gl.constexpr,
+    SHAPE: gl.constexpr,
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
-    """dk and dv of a tile of windows, from a part of the rows that see them; with a dq_desc also dq
-    / scale of these.
-    """
+    """dk and dv of a tile of windows, from a part of the rows; with a dq_desc also dq / scale."""
+
     work = key_tile_work(num_tiles, HEADS)
     tile = load_tile(tiles_ptr, num_tiles, work.tile, num_rows, True, tiles_ptr is None)
     num_windows = count_windows(tile.num_keys, WINDOWS)
@@ -524,6 +493,7 @@ def compressed_bwd_dkdv_hopper_kernel(
 
     BULK: gl.constexpr = q_desc is not None
     dtype: gl.constexpr = q.ptr.dtype.element_ty
+    D: gl.constexpr = SHAPE.D
     key_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP_ROWS, D], dtype)
     k_s = gl.allocate_shared_memory(dtype, [2, GROUP_ROWS, D], key_layout)
     v_s = gl.allocate_shared_memory(dtype, [2, GROUP_ROWS, D], key_layout)
@@ -533,9 +503,9 @@ def compressed_bwd_dkdv_hopper_kernel(
     else:
         exchange: gl.constexpr = None
 
-    seen_by = rows_that_see(tile, first_window, work.part, part_rows, WINDOWS, G)
+    seen_by = rows_that_see(tile, first_window, work.part, part_rows, WINDOWS, SHAPE.G)
     head = work.head.to(gl.int64)
-    rows = new_row_part(q, do, statistics, tile.first_query, work.head, seen_by, num_rows, G)
+    rows = new_row_part(q, do, statistics, tile.first_query, work.head, seen_by, num_rows, SHAPE.G)
     row = (tile.first_key // WINDOWS.kernel_stride + first_window).to(gl.int64)
     k_ptr = k.ptr + row * k.stride_t + head * k.stride_h
     v_ptr = v.ptr + row * v.stride_t + head * v.stride_h

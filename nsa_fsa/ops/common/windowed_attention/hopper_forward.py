@@ -49,6 +49,7 @@ class QueryWork:
     num_tiles: gl.tensor  # of one KV head
     num_rows: gl.tensor
     total: gl.tensor  # tiles of all KV heads
+    num_heads: gl.tensor | gl.constexpr  # of q
     WINDOWS: gl.constexpr
     G: gl.constexpr
 
@@ -213,7 +214,7 @@ def store_tile(
 
 
 @gluon.jit
-def online_softmax(scores, maximum, total, scale, step, full_steps, visible):
+def step_weights(scores, maximum, total, scale, step, full_steps, visible):
     """Weights of one step, what decays the steps before it, and the new maximum and total; scores
     and maximum in base 2.
     """
@@ -230,7 +231,7 @@ def online_softmax(scores, maximum, total, scale, step, full_steps, visible):
 
 
 @gluon.jit
-def attend(work, queries, windows, o_ptr, lse_ptr, scale, num_heads, GROUP: gl.constexpr):
+def attend(work, queries, windows, o_ptr, lse_ptr, scale, GROUP: gl.constexpr):
     """A computing warpgroup of the forward. The scores of a step are asked for together with the
     values of the step before.
     """
@@ -263,10 +264,8 @@ def attend(work, queries, windows, o_ptr, lse_ptr, scale, num_heads, GROUP: gl.c
             keys = windows.keys(count).permute((1, 0))
             scores = warpgroup_mma(q_tile, keys, none, use_acc=False, is_async=True)
             scores = warpgroup_mma_wait(0, deps=(scores,))
-            windows.free.arrive(
-                count
-            )  # a buffer is free once every warp of both groups has read it
-            p, decay, maximum, total = online_softmax(
+            windows.free.arrive(count)
+            p, decay, maximum, total = step_weights(
                 scores, maximum, total, scale, 0, full_steps, visible
             )
             p = gl.convert_layout(p.to(dtype), p_layout)
@@ -282,7 +281,7 @@ def attend(work, queries, windows, o_ptr, lse_ptr, scale, num_heads, GROUP: gl.c
                 scores = warpgroup_mma(q_tile, keys, none, use_acc=False, is_async=True)
                 acc = warpgroup_mma(p, windows.v.index(before), acc, is_async=True)
                 scores = warpgroup_mma_wait(1, deps=(scores,))
-                weights, decay, maximum, total = online_softmax(
+                weights, decay, maximum, total = step_weights(
                     scores, maximum, total, scale, step, full_steps, visible
                 )
                 weights = gl.convert_layout(weights.to(dtype), p_layout)
@@ -302,16 +301,16 @@ def attend(work, queries, windows, o_ptr, lse_ptr, scale, num_heads, GROUP: gl.c
 
         seen_any = total > 0
         lse = gl.where(seen_any, (maximum + gl.log2(total)) * LN_2, float("-inf"))
-        at = tile.first_query.to(gl.int64) * num_heads + head * G
+        at = tile.first_query.to(gl.int64) * work.num_heads + head * G
         inside = row < tile.num_queries * G
-        lse_at = lse_ptr + at + (row // G).to(gl.int64) * num_heads + row % G
+        lse_at = lse_ptr + at + (row // G).to(gl.int64) * work.num_heads + row % G
         gl.store(lse_at, lse, mask=inside)
 
         factor = 1.0 / gl.where(seen_any, total, 1.0)  # acc is 0 where nothing was seen
         acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, o_layout))[:, None]
         thread_barrier()  # all warps have read the scores' q
         first_row = GROUP * GROUP_ROWS
-        store_tile(q_tile, o_ptr + at * D, acc, num_heads, first_row, tile.num_queries, G)
+        store_tile(q_tile, o_ptr + at * D, acc, work.num_heads, first_row, tile.num_queries, G)
         queries.free.arrive(turn)
         turn += 1  # noqa: SIM113
 
@@ -332,22 +331,23 @@ def compressed_fwd_hopper_kernel(
     num_rows,
     num_work,
     WINDOWS: gl.constexpr,
-    G: gl.constexpr,
-    D: gl.constexpr,
+    SHAPE: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     SLOTS: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):
     """o and lse of as many tiles as every program comes to."""
+
     dtype: gl.constexpr = q.ptr.dtype.element_ty
+    D: gl.constexpr = SHAPE.D
     queries = new_query_ring(SLOTS, D, False, dtype)
     windows = new_window_ring(STAGES, BLOCK_N, D, dtype)
-    work = QueryWork(tiles_ptr, num_tiles, num_rows, num_work, WINDOWS, G)
+    work = QueryWork(tiles_ptr, num_tiles, num_rows, num_work, num_heads, WINDOWS, SHAPE.G)
     gl.warp_specialize(
         [
-            (attend, (work, queries, windows, o_ptr, lse_ptr, scale, num_heads, 0)),
-            (attend, (work, queries, windows, o_ptr, lse_ptr, scale, num_heads, 1)),
+            (attend, (work, queries, windows, o_ptr, lse_ptr, scale, 0)),
+            (attend, (work, queries, windows, o_ptr, lse_ptr, scale, 1)),
             (load_queries_then_windows, (work, q, None, k, v, k_desc, v_desc, queries, windows, 1)),
         ],
         [4, LOADER_WARPS],

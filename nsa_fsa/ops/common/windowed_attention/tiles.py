@@ -17,14 +17,13 @@ from nsa_fsa.ops.common.sizes import cdiv, padded_dim
 from nsa_fsa.sequences import Sequences
 
 
-class Widths(NamedTuple):
-    """The widths of keys and values, which are constants of the plain kernels; padded ones are
-    powers of two.
-    """
+class Shape(NamedTuple):
+    """The heads as constants of the kernels; padded widths are powers of two."""
 
-    D: int
+    G: int  # query heads of a KV head
+    D: int  # width of queries and keys
     PADDED_D: int
-    DV: int
+    DV: int  # width of values
     PADDED_DV: int
 
 
@@ -54,7 +53,8 @@ class SeenBy(NamedTuple):
     sequence's first query.
     """
 
-    first: Any  # that sees the tile's first window; negative where queries before the sequence's first would
+    # The first to see the tile's first window; negative where a query before all of them would.
+    first: Any
     begin: Any  # of the pairs of a part
     end: Any
 
@@ -67,10 +67,12 @@ class Rows(NamedTuple):
     inside: Any  # whether there is such a row
 
 
-def widths(q: Tensor, v: Tensor) -> Widths:
-    """The widths of the heads of q and v."""
-    head_dim, v_dim = q.shape[2], v.shape[2]
-    return Widths(head_dim, padded_dim(head_dim), v_dim, padded_dim(v_dim))
+def shape_of(q: Tensor, v: Tensor) -> Shape:
+    """The heads of q `[T, HQ, D]` and v `[T, HKV, DV]`."""
+    (num_heads, head_dim), (num_kv_heads, v_dim) = q.shape[1:], v.shape[1:]
+    return Shape(
+        num_heads // num_kv_heads, head_dim, padded_dim(head_dim), v_dim, padded_dim(v_dim)
+    )
 
 
 def window_constant(window_size: int | None, group_size: int) -> int:
