@@ -20,7 +20,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,11 +38,14 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from nsa_fsa.ops.block_selection import triton as block_selection
-from nsa_fsa.ops.compressed_attention import triton_backward as compressed_attention_backward
-from nsa_fsa.ops.compressed_attention import triton_forward as compressed_attention
+from nsa_fsa.ops.common.calls import NOTHING, AddTo, Softmax, Windows
+from nsa_fsa.ops.common.windowed_attention.backward import windowed_attention_bwd
+from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
+from nsa_fsa.ops.common.windowed_attention.forward import windowed_attention_fwd
 from nsa_fsa.ops.compression import triton as compress
 from nsa_fsa.ops.gated_combine import triton as gated_combine
 from nsa_fsa.ops.selected_attention import launch as kernels
+from nsa_fsa.sequences import Sequences
 
 console = Console()
 
@@ -196,38 +199,40 @@ def call_compression(case: Case, k: torch.Tensor, cu_seqlens: torch.Tensor, ente
     compress.gather_windows_backward(windows, k, cu_seqlens, **sizes)
 
 
+def windowed_call(case: Case, q: torch.Tensor, num_sequences: int, windows: Windows, window_size: int | None) -> WindowedCall:
+    """Attention over as many windows as NUM_TOKENS keys have."""
+    num_windows, num_kv_heads = NUM_TOKENS // windows.kernel_stride, q.shape[1] // case.group_size
+    k, v = (q.new_empty(num_windows, num_kv_heads, x) for x in (case.head_dim, case.value_dim))
+    sequences = Sequences(q.new_empty(num_sequences + 1, dtype=torch.int32), NUM_TOKENS)
+    scale, workspace_bytes = case.head_dim**-0.5, 1 << 30
+    return WindowedCall(q, k, v, sequences, scale, workspace_bytes, "triton", windows, window_size)
+
+
 def call_compressed_attention(case: Case, q: torch.Tensor, do: torch.Tensor, enter: Callable[[str], None]) -> None:
     """Of one whole sequence, of several, and of one of few heads, whose rows are cut into parts."""
-    sizes: dict[str, Any] = dict(kernel_size=32, kernel_stride=16, scale=case.head_dim**-0.5)
-    for num_sequences, num_kv_heads in ((1, NUM_HEADS // case.group_size), (3, NUM_HEADS // case.group_size), (1, 1)):
-        num_heads = num_kv_heads * case.group_size
+    for num_sequences, num_heads in ((1, NUM_HEADS), (3, NUM_HEADS), (1, case.group_size)):
         q, do = q[:, :num_heads], do[:, :num_heads]
-        k, v = (q.new_empty(NUM_TOKENS // 16, num_kv_heads, width) for width in (case.head_dim, case.value_dim))
-        cu_seqlens = q.new_empty(num_sequences + 1, dtype=torch.int32)
+        call = windowed_call(case, q, num_sequences, Windows(32, 16), None)
         enter(f"compressed_attention_fwd of {num_sequences}")
-        o, lse = compressed_attention.compressed_attention_fwd(q, k, v, cu_seqlens, **sizes)
+        o, lse = windowed_attention_fwd(call)
+
         enter(f"compressed_attention_bwd of {num_sequences}")
-        whole = as_part_of_the_whole(q, k, v, lse)
-        for as_part in ({}, dict(whole, add_to=(whole["add_to"][0], None, None))):
+        alone = (Softmax(o, lse), NOTHING)
+        part_of_the_whole = (Softmax(None, lse, lse), AddTo(q.new_empty(q.shape)))
+        for softmax, add_to in (alone, part_of_the_whole):
             for max_seqlen in (NUM_TOKENS, 1 << 20):  # in two passes, and in one
-                compressed_attention_backward.compressed_attention_bwd(
-                    do, q, k, v, o, lse, cu_seqlens, max_seqlen, workspace_bytes=1 << 30, **as_part, **sizes
-                )
+                sequences = call.sequences._replace(max_seqlen=max_seqlen)
+                windowed_attention_bwd(replace(call, sequences=sequences), do, softmax, add_to)
 
 
 def call_sliding_window(case: Case, q: torch.Tensor, do: torch.Tensor, enter: Callable[[str], None]) -> None:
-    """The kernels of compressed attention, to which each token is a window of its own, of one sequence and of several."""
-    sizes: dict[str, Any] = dict(kernel_size=1, kernel_stride=1, window_size=512, scale=case.head_dim**-0.5)
-    num_kv_heads = q.shape[1] // case.group_size
-    k, v = (q.new_empty(NUM_TOKENS, num_kv_heads, width) for width in (case.head_dim, case.value_dim))
+    """The same kernels, to which each token is a window of its own, of one sequence and of several."""
     for num_sequences in (1, 3):
-        cu_seqlens = q.new_empty(num_sequences + 1, dtype=torch.int32)
+        call = windowed_call(case, q, num_sequences, Windows(1, 1), 512)
         enter(f"sliding_window_fwd of {num_sequences}")
-        o, lse = compressed_attention.compressed_attention_fwd(q, k, v, cu_seqlens, **sizes)
+        o, lse = windowed_attention_fwd(call)
         enter(f"sliding_window_bwd of {num_sequences}")
-        compressed_attention_backward.compressed_attention_bwd(
-            do, q, k, v, o, lse, cu_seqlens, NUM_TOKENS, workspace_bytes=1 << 30, **sizes
-        )
+        windowed_attention_bwd(call, do, Softmax(o, lse))
 
 
 class OfflineDriver:
