@@ -55,9 +55,8 @@ class Boundaries(NamedTuple):
     """
 
     cu_seqlens: Tensor  # [B + 1], of the keys
-    cu_seqlens_q: (
-        Tensor | None
-    )  # [B + 1], of queries that are the last positions of their sequences
+    # [B + 1], of queries that are the last positions of their sequences.
+    cu_seqlens_q: Tensor | None
     seqused_k: Tensor | None  # [B]
 
 

@@ -69,9 +69,9 @@ def statistics(do: Tensor, softmax: Softmax, scale: float, group_size: int = 0) 
     """
     o, lse, delta = softmax
     num_tokens, num_heads, v_dim = do.shape
-    shape = (num_tokens, num_heads)
+    shape = [num_tokens, num_heads]
     if group_size:
-        shape = (num_heads // group_size, num_tokens, group_size)
+        shape = [num_heads // group_size, num_tokens, group_size]
     found = Statistics(*aligned_rows(2, *shape, dtype=torch.float32, device=do.device))
     rows = 64
     if do.numel():

@@ -68,16 +68,22 @@ class Config:
 
 @dataclass(frozen=True)
 class CompressedConfig:
-    """How the kernels of compressed attention cut their work: tiles of m (query, head) rows and n compressed tokens."""
+    """How the kernels of compressed attention cut their work.
 
-    hopper: bool = False  # the Gluon kernels instead of their plain Triton twins; their tiles are 128 wide, in two halves
+    Tiles have m (query, head) rows and n compressed tokens.
+    """
+
+    # The Gluon kernels instead of their plain Triton twins; their tiles are 128 wide, in two
+    # halves.
+    hopper: bool = False
     fwd_m: int = 128
     fwd_n: int = 64
     fwd_warps: int = 8
     fwd_stages: int = 3
-    fwd_slots: int = 2  # tiles whose rows are kept by the Gluon kernels: the next one's arrive meanwhile
-    # Registers per thread of each computing warpgroup of the Gluon kernels; the loader gets the remaining
-    # 504 - 2 * fwd_registers.
+    # Tiles whose rows are kept by the Gluon kernels: the next one's arrive meanwhile.
+    fwd_slots: int = 2
+    # Registers per thread of each computing warpgroup of the Gluon kernels; the loader gets the
+    # remaining 504 - 2 * fwd_registers.
     fwd_registers: int = 224
     dq_m: int = 64
     dq_n: int = 64
@@ -91,14 +97,17 @@ class CompressedConfig:
     dkdv_stages: int = 2
     dkdv_registers: int = 240
     dkdv_heads: int = 16  # done at a time
-    dkdv_programs: int = 1056  # rows are cut into parts until there are so many, eight a multiprocessor of an H200,
-    dkdv_part_rows: int = 2048  # or until a part has no more rows than this
-    # Where the Gluon kernel of dk and dv adds up dq as well. On an H200, 64 heads, ms in two passes / in one: 8,192 tokens 0.63
-    # / 0.71; 16,384 1.8 / 2.0; 32,768 6.8 / 6.5; 65,536 25.4, 25.0, 25.4 / 23.2, 22.4, 22.0 (G = 1, 4, 16); 131,072 100 / 88.
+    # Rows are cut into parts until there are so many programs, eight a multiprocessor of an H200,
+    # or until a part has no more rows than dkdv_part_rows.
+    dkdv_programs: int = 1056
+    dkdv_part_rows: int = 2048
+    # Where the Gluon kernel of dk and dv adds up dq as well. On an H200, 64 heads, ms in two passes
+    # / in one: 8,192 tokens 0.63 / 0.71; 16,384 1.8 / 2.0; 32,768 6.8 / 6.5; 65,536 25.4, 25.0,
+    # 25.4 / 23.2, 22.4, 22.0 (G = 1, 4, 16); 131,072 100 / 88.
     one_pass_tokens: int = 49152  # a longest sequence from which on it does
     one_pass_stages: int = 2  # with 3 24.1 and 98.5 ms (65,536, 131,072; G = 4)
-    # One head at a time, its rows in parts: what its programs add to, and read, then stays in the cache. With 16 heads and
-    # parts as above 29.4, 26.7, 23.8 ms; with 2 heads 23.9, 22.3, 22.5.
+    # One head at a time, its rows in parts: what its programs add to, and read, then stays in the
+    # cache. With 16 heads and parts as above 29.4, 26.7, 23.8 ms; with 2 heads 23.9, 22.3, 22.5.
     one_pass_part_rows: int = 32768
     one_pass_parts: int = 16  # at most, for the sake of memory
 
@@ -178,8 +187,13 @@ def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
     )  # fmt: skip
 
 
-def compressed_config(q: Tensor, v: Tensor, group_size: int, plain: bool = False) -> CompressedConfig:
-    """The tiles of compressed attention for q `[T, HQ, D]` and v `[T // kernel_stride, HKV, DV]`; plain: not the Gluon ones."""
+def compressed_config(
+    q: Tensor, v: Tensor, group_size: int, plain: bool = False
+) -> CompressedConfig:
+    """The tiles of compressed attention for q `[T, HQ, D]` and v `[T // kernel_stride, HKV, DV]`.
+
+    With plain, they are never those of the Gluon kernels.
+    """
     gluon = not plain and runs_gluon(q, v)
     return _compressed_config(q.dtype, q.shape[2], v.shape[2], group_size, gluon, is_cramped(q))
 
@@ -190,26 +204,56 @@ def _compressed_config(
 ) -> CompressedConfig:
     if gluon:
         return CompressedConfig(
-            hopper=True, fwd_m=128, fwd_n=128, fwd_stages=2, dq_m=128, dq_n=64, dq_stages=3,
-            dkdv_m=64, dkdv_n=128, dkdv_stages=3,
-        )  # fmt: skip
+            hopper=True,
+            fwd_m=128,
+            fwd_n=128,
+            fwd_stages=2,
+            dq_m=128,
+            dq_n=64,
+            dq_stages=3,
+            dkdv_m=64,
+            dkdv_n=128,
+            dkdv_stages=3,
+        )
     width = max(padded_dim(head_dim), padded_dim(v_dim), 32)
-    if dtype == torch.float32:  # without the matrix unit a thread holds whole rows of both factors of a product
-        m, n = max(16, next_power_of_2(group_size)), 16
+    group_rows = next_power_of_2(group_size)  # a tile has whole groups
+    if dtype == torch.float32:
+        # Without the matrix unit a thread holds whole rows of both factors of a product.
+        m, n = max(16, group_rows), 16
         return CompressedConfig(
-            fwd_m=m, fwd_n=n, fwd_warps=8, fwd_stages=2, dq_m=m, dq_n=n, dq_warps=8, dq_stages=2,
-            dkdv_m=16, dkdv_n=16, dkdv_warps=8, dkdv_stages=2,
-        )  # fmt: skip
-    # With 64 keys a step, and 4 warps for dq or, at a width of 128, for dk and dv, 24 to 80 bytes are left on the stack on
-    # sm_80 or sm_100. 48 to 64 still are on sm_80 where values are 128 wide and keys at most 64, for dk and dv.
-    # The forward's third stage spares 8 of 24 bytes on sm_100 (G = 16, packed sequences, Triton 3.6).
+            fwd_m=m,
+            fwd_n=n,
+            fwd_warps=8,
+            fwd_stages=2,
+            dq_m=m,
+            dq_n=n,
+            dq_warps=8,
+            dq_stages=2,
+            dkdv_m=16,
+            dkdv_n=16,
+            dkdv_warps=8,
+            dkdv_stages=2,
+        )
+    # With 64 keys a step, and 4 warps for dq or, at a width of 128, for dk and dv, 24 to 80 bytes
+    # are left on the stack on sm_80 or sm_100. 48 to 64 still are on sm_80 where values are 128
+    # wide and keys at most 64, for dk and dv. The forward's third stage spares 8 of 24 bytes on
+    # sm_100 (G = 16, packed sequences, Triton 3.6).
     dq_n = 64 if width <= 32 else 16 if width > 128 and cramped else 32
-    m, half = max(128 if width <= 128 else 64, next_power_of_2(group_size)), max(64, next_power_of_2(group_size))
+    m, half = max(128 if width <= 128 else 64, group_rows), max(64, group_rows)
     return CompressedConfig(
-        fwd_m=m, fwd_n=64 if width <= 64 else 32, fwd_warps=8, fwd_stages=3 if width <= 128 else 2,
-        dq_m=half, dq_n=dq_n, dq_warps=4 if width <= 32 else 8, dq_stages=2,
-        dkdv_m=32 if width > 64 else 64, dkdv_n=64 if width <= 128 else 32, dkdv_warps=4 if width <= 64 else 8, dkdv_stages=2,
-    )  # fmt: skip
+        fwd_m=m,
+        fwd_n=64 if width <= 64 else 32,
+        fwd_warps=8,
+        fwd_stages=3 if width <= 128 else 2,
+        dq_m=half,
+        dq_n=dq_n,
+        dq_warps=4 if width <= 32 else 8,
+        dq_stages=2,
+        dkdv_m=32 if width > 64 else 64,
+        dkdv_n=64 if width <= 128 else 32,
+        dkdv_warps=4 if width <= 64 else 8,
+        dkdv_stages=2,
+    )
 
 
 def query_major_tile(q: Tensor, v: Tensor) -> tuple[int, int, int]:

@@ -12,9 +12,8 @@ class WindowedCall(AttentionCall):
     """
 
     windows: Windows
-    window_size: (
-        int | None
-    )  # see only the last so many windows, which are single tokens then; None: all of the past
+    # See only the last so many windows, which are single tokens then; None: all of the past.
+    window_size: int | None
 
     def check_values(self) -> None:
         if self.window_size is None:

@@ -234,9 +234,8 @@ class KeyTile:
     dv_ptr: gl.tensor
     stride_t: gl.tensor | gl.constexpr  # of both gradients
     number: gl.tensor  # of windows that exist
-    first_seen: (
-        gl.tensor
-    )  # the first row of the program's `RowPart` that sees the first window; may be negative
+    # The first row of the program's `RowPart` that sees the first window; may be negative.
+    first_seen: gl.tensor
     WINDOWS: gl.constexpr
 
 
@@ -498,10 +497,10 @@ def compressed_bwd_dkdv_hopper_kernel(
     k_s = gl.allocate_shared_memory(dtype, [2, GROUP_ROWS, D], key_layout)
     v_s = gl.allocate_shared_memory(dtype, [2, GROUP_ROWS, D], key_layout)
     ring = new_row_ring(STAGES, BLOCK_M, D, dtype, BULK)
-    if dq_desc is not None:
-        exchange = new_ds_ring(BLOCK_M, D, dtype)
-    else:
+    if dq_desc is None:
         exchange: gl.constexpr = None
+    else:
+        exchange = new_ds_ring(BLOCK_M, D, dtype)
 
     seen_by = rows_that_see(tile, first_window, work.part, part_rows, WINDOWS, SHAPE.G)
     head = work.head.to(gl.int64)

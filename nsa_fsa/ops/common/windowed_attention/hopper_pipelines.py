@@ -6,12 +6,15 @@ n-th use of a ring of SIZE buffers is that of buffer n % SIZE. Loader and comput
 uses by themselves, and so meet without a word.
 """
 
+from typing import Any
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.core import _aggregate as aggregate
 from triton.language.core import base_value
+from typing_extensions import dataclass_transform
 
 from nsa_fsa.ops.common.hopper import thread_barrier
 
@@ -23,7 +26,8 @@ LOADER_THREADS = gl.constexpr(128)
 EITHER_WAY = gl.constexpr(129)
 
 
-def gluon_object(cls):
+@dataclass_transform()
+def gluon_object(cls: Any) -> Any:
     """A class of Gluon objects, made in a kernel of their members in the order in which these are
     annotated.
     """
