@@ -1,12 +1,19 @@
-"""Arguments of kernels that belong together: Triton takes a NamedTuple apart, and puts it together again in the kernel.
+"""Arguments of kernels that belong together, as NamedTuples.
 
-Triton specialises every member of a bundle, whatever `primitives.specialisation` says of the other arguments. So a bundle
-holds what is alike at every length: pointers, strides and constants. A number of rows or blocks is an argument by itself.
+Triton specialises every member of a bundle, whatever `primitives.specialisation` says of the other
+arguments. So a bundle holds what is alike at every length: pointers, strides and constants. A
+number of rows or blocks is an argument by itself.
 """
 
-from typing import Any, NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
+import triton
+import triton.language as tl
 from torch import Tensor
+
+Bundle = TypeVar("Bundle")
 
 
 class Heads(NamedTuple):
@@ -20,3 +27,17 @@ class Heads(NamedTuple):
 def heads(x: Tensor) -> Heads:
     """What a kernel is given of a tensor `[T, H, D]`."""
     return Heads(x, x.stride(0), x.stride(1))
+
+
+def constants(bundle: Callable[..., Bundle], **values: Any) -> Bundle:
+    """A bundle for a parameter annotated `tl.constexpr`: the same object for the same values."""
+    return _constants(bundle, tuple(values.items()))
+
+
+@functools.cache
+def _constants(bundle: Callable[..., Any], values: tuple[tuple[str, Any], ...]) -> Any:
+    # Each member is a constexpr by itself, because the compiler takes a plain number from a
+    # NamedTuple for one that is known only when the kernel runs. The interpreter wants the number.
+    if triton.knobs.runtime.interpret:
+        return bundle(**dict(values))
+    return bundle(**{name: tl.constexpr(value) for name, value in values})
