@@ -17,12 +17,14 @@ GLUON_VERSIONS = ("3.6.", "3.7.")
 
 # Tiles: (rows, warps, stages).
 LARGE, WIDE = (64, 4, 3), (64, 8, 2)
-# Bytes of shared memory that the plain tiles for heads of 129 to 256 in 16 bits take. GPUs of compute capability 8.6, 8.9 and
-# 12.0 have 99 KiB for a program, and get smaller ones; those of 8.0, 9.0 and 10.0 have 163 or 227.
+# Bytes of shared memory that the plain tiles for heads of 129 to 256 in 16 bits take. GPUs of compute
+# capability 8.6, 8.9 and 12.0 have 99 KiB for a program, and get smaller ones; those of 8.0, 9.0 and
+# 10.0 have 163 or 227.
 WIDE_SHARED = 112 * 1024
-# Of the plain gather backward in 16 bits, by padded head width, for blocks of 16, 32, 64 and 128 keys; chosen from large to
-# small as the first that compiles for sm_80, sm_90 and sm_100 without spilling. Never one stage: on an H200 with Triton 3.6 dq
-# is then wrong for blocks of 64 and more, whatever the rows and warps.
+# Tiles of the plain gather backward in 16 bits, by padded head width, for blocks of 16, 32, 64 and
+# 128 keys. Each is the largest that compiles for sm_80, sm_90 and sm_100 without spilling. None has
+# one stage: on an H200 with Triton 3.6 dq is then wrong for blocks of 64 and more, whatever the rows
+# and warps.
 PLAIN_BWD = {
     32: (LARGE, LARGE, LARGE, WIDE),
     64: ((64, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 2)),
@@ -32,12 +34,14 @@ PLAIN_BWD = {
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """What tl.dot does with float32: torch's own setting decides. 16-bit inputs are exact either way.
+    """What tl.dot does with float32, as torch's own setting says; 16-bit inputs are exact either way.
 
-    `torch.set_float32_matmul_precision` and `allow_tf32` set what is read here, too. To read those instead raises an error once
-    anybody has used the newer setting, as the Trainer does with tf32=True.
+    `torch.set_float32_matmul_precision` and `allow_tf32` set what is read here, too. To read those
+    instead raises an error once anybody has used the newer setting, as the Trainer does with
+    tf32=True.
     """
-    return "tf32" if dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    is_tf32 = dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if is_tf32 else "ieee"
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class Config:
     dq_m: int = 32
     dq_warps: int = 4
     dq_stages: int = 4
-    stop_early: bool = True  # at an item's last row; False, for the ablation, walks as far as the largest item goes
+    stop_early: bool = True  # at an item's last row; the ablation walks as far as the largest item
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def is_cramped(x: Tensor) -> bool:
 
 
 def runs_gluon(q: Tensor, v: Tensor) -> bool:
-    """Whether Gluon kernels can take these tensors, once their rows begin at multiples of 16 bytes."""
+    """True if Gluon kernels can take these tensors, once rows begin at multiples of 16 bytes."""
     return (
         q.is_cuda
         and torch.version.hip is None  # AMD's MI200 says (9, 0) as well
@@ -135,7 +139,7 @@ def runs_gluon(q: Tensor, v: Tensor) -> bool:
 
 
 def runs_hopper(q: Tensor, v: Tensor, block_size: int) -> bool:
-    """The same for those of selected attention."""
+    """True if the Gluon kernels of selected attention can take these tensors."""
     return block_size in (64, 128) and runs_gluon(q, v)
 
 
@@ -144,13 +148,17 @@ def padded_width(q: Tensor, v: Tensor) -> int:
 
 
 def remembered(choose: Callable[..., Any]) -> Callable[..., Any]:
-    """Of a choice that depends on dtype, head widths and the rest of its arguments only: it is made for every call of an
-    operator, and making it takes longer than a launch (0.2 ms for the candidates)."""
+    """A function that makes each choice once.
+
+    A choice depends on dtype, head widths and the rest of its arguments only. It is asked for at
+    every call of an operator, and making it takes longer than a launch (0.2 ms for the candidates).
+    """
     found: dict[Any, Any] = {}
 
     @functools.wraps(choose)
     def recall(q: Tensor, v: Tensor, block_size: int, *rest: Any) -> Any:
-        key = (q.dtype, q.shape[2], v.shape[2], block_size, *rest, runs_hopper(q, v, block_size), is_cramped(q))
+        gpu = (runs_hopper(q, v, block_size), is_cramped(q))
+        key = (q.dtype, q.shape[2], v.shape[2], block_size, *rest, *gpu)
         if key not in found:
             found[key] = choose(q, v, block_size, *rest)
         return found[key]
@@ -160,31 +168,48 @@ def remembered(choose: Callable[..., Any]) -> Callable[..., Any]:
 
 @remembered
 def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
-    """The tiles of the plain kernels for q `[T, HQ, D]` and v `[T, HKV, DV]`. `make resources` shows that none spills.
+    """The tiles of the plain kernels for q `[T, HQ, D]` and v `[T, HKV, DV]`.
 
-    A program of the gather forward holds at most 32 KiB of keys, one of the others 16 KiB or less; larger blocks are cut.
+    A program of the gather forward holds at most 32 KiB of keys, one of the others 16 KiB or less;
+    larger blocks are cut. `make resources` shows that none spills.
     """
     width = padded_width(q, v)
     cramped = width > 128 and is_cramped(q)
     keys = bwd_keys = merge_keys = 16384 // (width * q.element_size())
-    if q.element_size() == 4:  # without the matrix unit a thread holds whole rows of both factors of a product
+    if q.element_size() == 4:
+        # Without the matrix unit a thread holds whole rows of both factors of a product.
         fwd, bwd, merge = (16 if cramped else 32, 8, 2), (16, 8, 2), (16, 8, 3)
-        if min(keys, block_size) * width <= 1024:  # with 8 warps ptxas prefers 24 bytes of stack to one register more
-            bwd = (16, 4, 2)
+        if min(keys, block_size) * width <= 1024:
+            bwd = (16, 4, 2)  # with 8 warps ptxas prefers 24 bytes of stack to one register more
     else:
         fwd = LARGE if width <= 128 else (32, 8, 2) if cramped else WIDE
         bwd = PLAIN_BWD[width][block_size.bit_length() - 5]
-        bwd_keys = 32 if width >= 128 else keys  # 64 keys of 128 leave 16 to 250 bytes on the stack on sm_80
+        # 64 keys of 128 leave 16 to 250 bytes on the stack on sm_80, and in the merge 72 to 160 on
+        # sm_100 where blocks have 128.
+        bwd_keys = 32 if width >= 128 else keys
         merge = LARGE if width <= 128 else WIDE
-        if width == 128 and block_size == 128:  # 64 keys of 128 leave 72 to 160 bytes on the stack on sm_100
+        if width == 128 and block_size == 128:
             merge_keys = 32
-        if cramped:  # 32 rows instead leave 40 bytes on the stack
-            merge_keys = 16
+        if cramped:
+            merge_keys = 16  # 32 rows instead leave 40 bytes on the stack
+
+    fwd_m, fwd_warps, fwd_stages = fwd
+    bwd_m, bwd_warps, bwd_stages = bwd
+    merge_m, merge_warps, merge_stages = merge
     return Config(
-        fwd_m=fwd[0], fwd_keys=2 * keys, fwd_warps=fwd[1], fwd_stages=fwd[2],
-        bwd_m=bwd[0], bwd_keys=bwd_keys, bwd_warps=bwd[1], bwd_stages=bwd[2],
-        merge_m=merge[0], merge_keys=merge_keys, merge_warps=merge[1], merge_stages=merge[2],
-    )  # fmt: skip
+        fwd_m=fwd_m,
+        fwd_keys=2 * keys,
+        fwd_warps=fwd_warps,
+        fwd_stages=fwd_stages,
+        merge_m=merge_m,
+        merge_keys=merge_keys,
+        merge_warps=merge_warps,
+        merge_stages=merge_stages,
+        bwd_m=bwd_m,
+        bwd_keys=bwd_keys,
+        bwd_warps=bwd_warps,
+        bwd_stages=bwd_stages,
+    )
 
 
 def compressed_config(
@@ -257,10 +282,11 @@ def _compressed_config(
 
 
 def query_major_tile(q: Tensor, v: Tensor) -> tuple[int, int, int]:
-    """(keys of a step at most, warps, stages) of the query-major kernels, which take one query's group at a time.
+    """Keys of a step at most, warps and stages of the query-major kernels.
 
-    On an H200, 8,192 tokens, 16 blocks of 64 x 128, ms forward / dq at G = 1: 30.2 / 31.5; with 4 warps 31.8 / 33.6, 3 stages
-    38.0 / 35.4, 32 keys 31.9 / 35.0, 32 keys and 1 warp and 3 stages 27.8 / 34.9.
+    H200, 8,192 tokens, 16 blocks of 64 x 128, ms forward / dq at G = 1: 30.2 / 31.5; with 4 warps
+    31.8 / 33.6, 3 stages 38.0 / 35.4, 32 keys 31.9 / 35.0, 32 keys and 1 warp and 3 stages
+    27.8 / 34.9.
     """
     width = padded_width(q, v)
     if q.element_size() == 2:
@@ -275,14 +301,24 @@ def default_config(q: Tensor, v: Tensor, block_size: int) -> Config:
     if not runs_hopper(q, v, block_size):
         return plain
     return dataclasses.replace(
-        plain, fwd_hopper=True, fwd_m=64, fwd_warps=4, merge_keys=8192 // padded_width(q, v),
-        bwd_hopper=True, bwd_m=64, bwd_stages=2, bwd_warps=4 if block_size == 64 else 8,
-    )  # fmt: skip
+        plain,
+        fwd_hopper=True,
+        fwd_m=64,
+        fwd_warps=4,
+        merge_keys=8192 // padded_width(q, v),
+        bwd_hopper=True,
+        bwd_m=64,
+        bwd_stages=2,
+        bwd_warps=4 if block_size == 64 else 8,
+    )
 
 
 @remembered
 def candidates(q: Tensor, v: Tensor, block_size: int, direction: str) -> dict[str, Config]:
-    """What the profiler tries for "forward" or "backward", by name; the default comes first. Tiles that spill are left out."""
+    """What the profiler tries for "forward" or "backward", by name; the default comes first.
+
+    Tiles that spill are left out.
+    """
     default = default_config(q, v, block_size)
     width, half = padded_width(q, v), q.element_size() == 2
     changes: list[dict[str, Any]]
@@ -305,5 +341,6 @@ def candidates(q: Tensor, v: Tensor, block_size: int, direction: str) -> dict[st
     for change in changes:
         config = dataclasses.replace(default, **change)
         if config not in found.values():
-            found["kv_major " + " ".join(f"{name}={value}" for name, value in change.items())] = config
+            what = " ".join(f"{name}={value}" for name, value in change.items())
+            found[f"kv_major {what}"] = config
     return found
