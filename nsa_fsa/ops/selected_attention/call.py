@@ -10,12 +10,15 @@ from nsa_fsa.sequences import Sequences
 
 
 class BlockIndex(NamedTuple):
-    """Who chose which block, int32. "Sparse" are the chosen blocks that no kernel treats as dense."""
+    """Who chose which block, int32. Chosen blocks that no kernel treats as dense are sparse."""
 
-    entries: Tensor  # [HKV, capacity]: query row * num_slots + slot; a block's entries lie together, ascending
+    # [HKV, T * num_slots]: row of the query * num_slots + slot; a block's entries lie together,
+    # ascending.
+    entries: Tensor
     first_entry: Tensor  # [HKV, num_blocks]: where a block's entries begin
     num_entries: Tensor  # [HKV, num_blocks]
-    num_sparse: Tensor  # [HKV, T]: sparse blocks of a query, which fill its slots from 0 on; bit 31: its own is chosen
+    # [HKV, T]: sparse blocks of a query, which fill its slots from 0 on; bit 31: its own is chosen.
+    num_sparse: Tensor
     rows: Tensor  # [3, T]: where the queries lie, as `RowTable`
     blocks: Tensor  # [4, num_blocks]: where the blocks lie, as `BlockTable`
 
@@ -36,7 +39,10 @@ class SelectedCall(AttentionCall):
 
 
 def num_slots(num_indices: int, blocks: Blocks) -> int:
-    """How many sparse blocks a query can have: the forced ones, which the caller promises to be there, are dense."""
+    """How many sparse blocks a query can have.
+
+    The forced ones, which the caller promises to be there, are dense.
+    """
     return max(num_indices - blocks.init_blocks - blocks.local_blocks, 0)
 
 
@@ -53,4 +59,6 @@ class IndexCall:
     @classmethod
     def of(cls, call: SelectedCall) -> "IndexCall":
         """What makes the index of a call of selected attention."""
-        return cls(call.block_indices, call.block_counts, call.sequences, call.blocks, call.workspace_bytes)
+        return cls(
+            call.block_indices, call.block_counts, call.sequences, call.blocks, call.workspace_bytes
+        )

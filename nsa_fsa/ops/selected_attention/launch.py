@@ -25,7 +25,9 @@ class KVMajor:
     def forward(self, call: SelectedCall) -> AttentionResult:
         return selected_attention_fwd(call, self.config)
 
-    def backward(self, call: SelectedCall, do: Tensor, softmax: Softmax, add_to: AddTo) -> AttentionGradients:
+    def backward(
+        self, call: SelectedCall, do: Tensor, softmax: Softmax, add_to: AddTo
+    ) -> AttentionGradients:
         do = rows_contiguous(do)
         sums = statistics(do, softmax, call.scale)
         return selected_attention_bwd(call, self.config, do, *sums, add_to)
@@ -33,22 +35,26 @@ class KVMajor:
 
 @dataclass(frozen=True)
 class QueryMajor:
-    """The loop order of NSA: queries outside, the blocks that each chose inside; also for queries that are only the last
-    positions of their sequences. In the backward that is dq; dk and dv come by the blocks' programs, as in every NSA
-    implementation."""
+    """The loop order of NSA: queries outside, the blocks that each chose inside.
+
+    Queries may be only the last positions of their sequences. The backward does dq in this order;
+    dk and dv come by the blocks' programs, as in every NSA implementation.
+    """
 
     forward_reads_index: ClassVar[bool] = False
 
     def forward(self, call: SelectedCall) -> AttentionResult:
         return query_major_fwd(call)
 
-    def backward(self, call: SelectedCall, do: Tensor, softmax: Softmax, add_to: AddTo) -> AttentionGradients:
+    def backward(
+        self, call: SelectedCall, do: Tensor, softmax: Softmax, add_to: AddTo
+    ) -> AttentionGradients:
         do = rows_contiguous(do)
         sums = statistics(do, softmax, call.scale)
         config = tuning.plain_config(call.q, call.v, call.blocks.block_size)
         grads = selected_attention_bwd(call, config, do, *sums, add_to, store_dq=False)
         if call.q.numel():
-            query_major_bwd_dq(call, do, *sums, grads.q, accumulate=add_to.q is not None)
+            query_major_bwd_dq(call, do, *sums, grads.q, add=add_to.q is not None)
         return grads
 
 
