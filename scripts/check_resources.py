@@ -38,13 +38,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from nsa_fsa.ops.block_selection import triton as block_selection
-from nsa_fsa.ops.common.calls import NOTHING, AddTo, Softmax, Windows
+from nsa_fsa.ops.common import tuning
+from nsa_fsa.ops.common.calls import NOTHING, AddTo, Blocks, Softmax, Windows
 from nsa_fsa.ops.common.windowed_attention.backward import windowed_attention_bwd
 from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
 from nsa_fsa.ops.common.windowed_attention.forward import windowed_attention_fwd
 from nsa_fsa.ops.compression import triton as compress
 from nsa_fsa.ops.gated_combine import triton as gated_combine
-from nsa_fsa.ops.selected_attention import launch as kernels
+from nsa_fsa.ops.selected_attention.block_index import build_block_index
+from nsa_fsa.ops.selected_attention.call import IndexCall, SelectedCall
+from nsa_fsa.ops.selected_attention.launch import KVMajor, QueryMajor, Way
 from nsa_fsa.sequences import Sequences
 
 console = Console()
@@ -131,33 +134,10 @@ def call_operators(case: Case, enter: Callable[[str], None]) -> None:
     cu_seqlens = new(2, dtype=torch.int32)
     plain = case.variant != "chunked"
     counts = None if plain else new(NUM_TOKENS, num_kv_heads, dtype=torch.int32)
-    forced = dict(init_blocks=1, local_blocks=2) if plain else dict(init_blocks=0, local_blocks=0)
-    # With an unlimited workspace all heads are done at once, with a tiny one ranges of one head.
-    options: dict[str, Any] = dict(
-        num_indices=num_indices, block_size=block_size, scale=case.head_dim**-0.5,
-        workspace_bytes=1 << 50 if plain else 1 << 20, **forced,
-    )  # fmt: skip
-    enter("block_index")
-    index = kernels.block_index(indices, counts, cu_seqlens, NUM_TOKENS, block_size=block_size, **forced)
+    blocks = Blocks(block_size, *((1, 2) if plain else (0, 0)))
+    lse = call_selected_attention(case, (q, k, v, do), indices, counts, cu_seqlens, blocks, enter)
     if case.variant == "candidates":
-        for name, config in kernels.candidates(q, v, block_size, "forward").items():
-            enter(f"forward {name}")
-            o, lse = kernels.kv_major_forward(q, k, v, index, config=config, **options)
-        for name, config in kernels.candidates(q, v, block_size, "backward").items():
-            enter(f"backward {name}")
-            for as_part in ({}, as_part_of_the_whole(q, k, v, lse)):
-                kernels.kv_major_backward(do, q, k, v, o, lse, index, config=config, **as_part, **options)
         return
-    enter("kv_major_forward")
-    o, lse = kernels.kv_major_forward(q, k, v, index, **options)
-    for as_part in ({}, as_part_of_the_whole(q, k, v, lse)):
-        enter("kv_major_backward")
-        kernels.kv_major_backward(do, q, k, v, o, lse, index, **as_part, **options)
-        enter("query_major_backward")
-        kernels.query_major_backward(do, q, k, v, o, lse, indices, counts, index, **as_part, **options)
-    enter("query_major_forward")
-    one_query = dict(block_size=block_size, scale=options["scale"])
-    kernels.query_major_forward(q, k, v, indices, counts, cu_seqlens, None, None, **one_query)
     call_compression(case, k, cu_seqlens, enter)
     call_compressed_attention(case, q, do, enter)
     call_sliding_window(case, q, do, enter)
@@ -176,6 +156,44 @@ def call_operators(case: Case, enter: Callable[[str], None]) -> None:
         kernel_size=min(32, block_size), kernel_stride=16, block_size=block_size, num_selected_blocks=num_indices,
         init_blocks=1, local_blocks=2, scale=case.head_dim**-0.5,
     )  # fmt: skip
+
+
+def call_selected_attention(
+    case: Case,
+    tensors: tuple[torch.Tensor, ...],
+    indices: torch.Tensor,
+    counts: torch.Tensor | None,
+    cu_seqlens: torch.Tensor,
+    blocks: Blocks,
+    enter: Callable[[str], None],
+) -> torch.Tensor:
+    """Both loop orders, or all that the profiler tries, of q, k, v and do; returns an lse."""
+    q, k, v, do = tensors
+    # With an unlimited workspace all heads are done at once, with a tiny one ranges of one head.
+    workspace_bytes = 1 << 20 if case.variant == "chunked" else 1 << 50
+    sequences, scale = Sequences(cu_seqlens, NUM_TOKENS), case.head_dim**-0.5
+    call = SelectedCall(q, k, v, sequences, scale, workspace_bytes, "triton", blocks, indices, counts, None)
+    enter("block_index")
+    call = replace(call, index=build_block_index(IndexCall.of(call)))
+
+    ways: dict[str, dict[str, Way]] = {}
+    for direction in ("forward", "backward"):
+        configs = tuning.candidates(q, v, case.block_size, direction)
+        if case.variant != "candidates":
+            configs = {"kv_major": tuning.default_config(q, v, case.block_size)}
+        ways[direction] = {name: KVMajor(config) for name, config in configs.items()}
+        ways[direction] |= {} if case.variant == "candidates" else {"query_major": QueryMajor()}
+    for name, way in ways["forward"].items():
+        enter(f"{name} forward")
+        o, lse = way.forward(call)
+    for name, way in ways["backward"].items():
+        enter(f"{name} backward")
+        softmax = Softmax(o, lse)
+        way.backward(call, do, softmax, AddTo())
+        # As `nsa_attention` has it: delta is known, and gradients are added to others.
+        grads = AddTo(*(x.new_empty(x.shape) for x in (q, k, v)))
+        way.backward(call, do, softmax._replace(delta=lse), grads)
+    return lse
 
 
 def as_part_of_the_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lse: torch.Tensor) -> dict[str, Any]:
@@ -290,13 +308,38 @@ def narrow_products(source: str) -> list[str]:
     names: dict[str, str] = {}  # of values in the present function that are a stride, also one repeated to a tensor
     for line in source.splitlines():
         if "tt.func" in line:
-            names = {name: name for name in re.findall(r"%(stride\w*): i32", line)}
+            names = {name: name for name in re.findall(r"%(stride\w*): i32", line)} | strides_of_bundles(line)
         elif spread := re.search(r"%(\S+) = (?:tt\.splat|tt\.broadcast|tt\.expand_dims|ttg\.convert_layout) %(\w+)", line):
             if spread[2] in names:
                 names[spread[1]] = names[spread[2]]
         elif product := re.search(r"= arith\.muli %(\w+), %(\w+) : (?:i32|tensor<[0-9x]*xi32)", line):
             found |= {names[factor] for factor in product.groups() if factor in names}
     return sorted(found)
+
+
+def strides_of_bundles(function: str) -> dict[str, str]:
+    """The strides among a function's arguments that are members of `bundles.Heads`, by their names in Triton IR.
+
+    Triton numbers the members of a bundle after its name: of `q` a pointer `%q`, then strides `%q_0` and `%q_1`.
+    """
+    bundles: dict[str, list[tuple[str, str]]] = {}
+    bundle = ""
+    for name, kind in re.findall(r"%(\w+): (!tt\.ptr|\w+)", function):
+        if not (bundle and re.fullmatch(rf"{bundle}_\d+", name)):
+            bundle = name
+        bundles.setdefault(bundle, []).append((name, kind))
+    found: dict[str, str] = {}
+    for bundle, ((_, first), *others) in bundles.items():
+        if first == "!tt.ptr" and [kind for _, kind in others] in (["i32"], ["i32", "i32"]):
+            found |= {name: f"{bundle}.stride" for name, _ in others}
+    return found
+
+
+def kind(value: Any) -> Any:
+    """What a kernel is compiled anew for in an argument or a bundle, integers aside."""
+    if isinstance(value, tuple):
+        return tuple(kind(member) for member in value)
+    return value.dtype if isinstance(value, torch.Tensor) else value is None
 
 
 def check_case(case: Case, skip: set[int], connection: Connection) -> None:
@@ -314,7 +357,9 @@ def check_case(case: Case, skip: set[int], connection: Connection) -> None:
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
         # Launches that differ in nothing but integers are compiled once, for the integers of the first.
         number, name = len(seen), self.fn.__name__
-        launch = (name, repr(keywords), *(arg.dtype if isinstance(arg, torch.Tensor) else arg is None for arg in args))
+        values = zip(self.params, args, strict=False)
+        kinds = [repr(value) if parameter.is_constexpr else kind(value) for parameter, value in values]
+        launch = (name, repr(keywords), *kinds)
         if launch in seen:
             return
         seen.add(launch)

@@ -83,6 +83,7 @@ assert failure(error="does not compile", stack=100) == "does not compile; spills
 def test_products_of_strides_in_32_bits_are_seen(tmp_path):
     """A kernel that multiplies three strides, one of them by an index of 64 bits."""
     (tmp_path / "strided.py").write_text("""
+from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
@@ -94,6 +95,16 @@ def at_row(ptr, stride_row):
 def strided(ptr, stride_head, stride_token, stride_batch):
     ptr += tl.program_id(0).to(tl.int64) * stride_batch + tl.program_id(1) * stride_head
     tl.store(at_row(ptr, stride_token), 0.0)
+
+class Heads(NamedTuple):
+    ptr: Any
+    stride_t: Any
+    stride_h: Any
+
+@triton.jit
+def bundled(x, factor):
+    ptr = x.ptr + tl.program_id(0).to(tl.int64) * x.stride_h + factor * tl.program_id(0)
+    tl.store(ptr + tl.program_id(1) * x.stride_t, 0.0)
 """)
     checked = run(
         str(tmp_path),
@@ -106,6 +117,10 @@ signature = {"ptr": "*fp32", "stride_head": "i32", "stride_token": "i32", "strid
 kernel = triton.compile(ASTSource(strided.strided, signature), target=check.GPUTarget("cuda", 90, 32))
 found = check.narrow_products(kernel.asm["source"])
 assert found == ["stride_head", "stride_row"], found
+signature = {"x": strided.Heads("*fp32", "i32", "i32"), "factor": "i32"}
+kernel = triton.compile(ASTSource(strided.bundled, signature), target=check.GPUTarget("cuda", 90, 32))
+found = check.narrow_products(kernel.asm["source"])
+assert found == ["x.stride"], found
 """,
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr
