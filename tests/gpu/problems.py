@@ -7,6 +7,9 @@ from itertools import accumulate
 import torch
 
 from nsa_fsa import ops
+from nsa_fsa.ops.common.calls import WORKSPACE_BYTES, Blocks
+from nsa_fsa.ops.selected_attention.call import IndexCall
+from nsa_fsa.sequences import Sequences
 
 BACKENDS = ("triton_kv_major", "triton_query_major")
 RESULTS = ("o", "lse", "dq", "dk", "dv")
@@ -32,6 +35,12 @@ class Problem:
             cu_seqlens=self.cu_seqlens, max_seqlen=max(self.lengths), block_size=self.block_size,
             init_blocks=self.init_blocks, local_blocks=self.local_blocks, return_lse=True,
         )  # fmt: skip
+
+    def index_call(self):
+        """What makes its block index."""
+        sequences = Sequences(self.cu_seqlens, max(self.lengths))
+        blocks = Blocks(self.block_size, self.init_blocks, self.local_blocks)
+        return IndexCall(self.block_indices, None, sequences, blocks, WORKSPACE_BYTES)
 
     def forward(self, backend, **extra):
         """o and lse."""

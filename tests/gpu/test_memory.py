@@ -6,7 +6,8 @@ import time
 import pytest
 import torch
 
-from nsa_fsa.ops.common.triton_backends import WORKSPACE_BYTES
+from nsa_fsa.ops.common.calls import WORKSPACE_BYTES
+from nsa_fsa.ops.selected_attention.block_index import build_block_index
 from tests.gpu.problems import BACKENDS, RESULTS, assert_rms_close, make_problem
 from tests.gpu.test_size import needs
 
@@ -63,11 +64,7 @@ def test_peak_keeps_to_the_budget(group_size, workspace_bytes):
     """Partial results would take 3.5 GiB forward, and more backward, at G = 4."""
     p = make_problem(LENGTHS, 8, group_size)
     p.run("triton_kv_major", workspace_bytes=workspace_bytes)  # loads the kernels
-    index, index_peak = extra(
-        lambda: torch.ops.nsa_fsa.block_index(
-            p.block_indices, None, p.cu_seqlens, max(LENGTHS), p.block_size, p.init_blocks, p.local_blocks
-        )
-    )
+    index, index_peak = extra(lambda: build_block_index(p.index_call()))
     assert index_peak < 512 * MIB + 4 * num_bytes(*index), "the bitmap of block_index has a budget of its own, 512 MiB"
     del index
     (o, lse), peak = extra(lambda: p.forward("triton_kv_major", workspace_bytes=workspace_bytes))

@@ -6,6 +6,10 @@ import pytest
 import torch
 
 from nsa_fsa import ops
+from nsa_fsa.ops.common.calls import WORKSPACE_BYTES, Blocks
+from nsa_fsa.ops.selected_attention.block_index import build_block_index
+from nsa_fsa.ops.selected_attention.call import IndexCall
+from nsa_fsa.sequences import Sequences
 from tests.gpu.problems import BACKENDS, check_samples, make_problem, random_selection, starts
 
 pytestmark = pytest.mark.gpu
@@ -116,9 +120,9 @@ def test_block_index_of_a_million_tokens(num_kv_heads, block_size):
     slots = num_indices - init_blocks - local_blocks
     generator = torch.Generator("cuda").manual_seed(0)
     indices = random_selection((length,), num_kv_heads, block_size, num_indices, init_blocks, local_blocks, generator)
-    entries, first_entry, num_entries, num_sparse, _, _ = torch.ops.nsa_fsa.block_index(
-        indices, None, starts((length,)), length, block_size, init_blocks, local_blocks
-    )
+    sequences, blocks = Sequences(starts((length,)), length), Blocks(block_size, init_blocks, local_blocks)
+    index = build_block_index(IndexCall(indices, None, sequences, blocks, WORKSPACE_BYTES))
+    entries, first_entry, num_entries, num_sparse, _, _ = index
     own = torch.arange(length, device="cuda") // block_size
     num_blocks = length // block_size
     for head in sorted({0, num_kv_heads // 2, num_kv_heads - 1}):

@@ -8,22 +8,22 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from nsa_fsa.ops.common.locate import locate_blocks, locate_rows
-from nsa_fsa.ops.selected_attention.block_index import build_block_index, num_slots
+from nsa_fsa.ops.common.calls import WORKSPACE_BYTES, Blocks
+from nsa_fsa.ops.selected_attention.block_index import build_block_index
+from nsa_fsa.ops.selected_attention.call import IndexCall, num_slots
+from nsa_fsa.sequences import Sequences
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 LENGTHS = (40, 0, 17, 3, 0, 33)
 
 
-def build(block_indices, block_counts, lengths, block_size, forced, max_seqlen=None, **options):
+def build(block_indices, block_counts, lengths, block_size, forced, max_seqlen=None, workspace_bytes=WORKSPACE_BYTES):
     cu_seqlens = torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32, device=DEVICE)
-    rows, blocks = locate_rows(sum(lengths), cu_seqlens, block_size), locate_blocks(sum(lengths), cu_seqlens, block_size)
-    index = build_block_index(
-        block_indices.to(DEVICE), None if block_counts is None else block_counts.to(DEVICE), rows, blocks,
-        max_seqlen=max(lengths, default=0) if max_seqlen is None else max_seqlen, block_size=block_size,
-        init_blocks=forced[0], local_blocks=forced[1], **options,
-    )  # fmt: skip
+    longest = max(lengths, default=0) if max_seqlen is None else max_seqlen
+    indices, counts = (None if x is None else x.to(DEVICE) for x in (block_indices, block_counts))
+    blocks, sequences = Blocks(block_size, *forced), Sequences(cu_seqlens, longest)
+    index = build_block_index(IndexCall(indices, counts, sequences, blocks, workspace_bytes))
     return [x.cpu() for x in index]
 
 
@@ -48,7 +48,7 @@ def chosen(block_indices, block_counts, lengths, block_size, forced):
 def check(index, block_indices, block_counts, lengths, block_size, forced):
     """The index says what the indices say; where they hold more sparse blocks than were promised, a part of it."""
     entries, first_entry, num_entries, num_sparse, *_ = index
-    slots = num_slots(block_indices.shape[2], *forced)
+    slots = num_slots(block_indices.shape[2], Blocks(block_size, *forced))
     expected = chosen(block_indices, block_counts, lengths, block_size, forced)
     for head in range(block_indices.shape[1]):
         segments = sorted(

@@ -11,16 +11,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from nsa_fsa.ops.common import locate as tables
-from nsa_fsa.ops.common import softmax_statistics, tuning
-from nsa_fsa.ops.selected_attention import block_index
-from nsa_fsa.ops.selected_attention import kv_major_backward as selected_kv_major_backward
-from nsa_fsa.ops.selected_attention import kv_major_forward as selected_kv_major
-from nsa_fsa.ops.selected_attention import launch as selected_attention
-from nsa_fsa.ops.selected_attention import work as selected_plan
+from nsa_fsa.ops.common import locate, softmax_statistics, tuning
+from nsa_fsa.ops.common.calls import NOTHING, WORKSPACE_BYTES, Blocks, Softmax
+from nsa_fsa.ops.selected_attention import block_index, kv_major_backward, kv_major_forward, work
+from nsa_fsa.ops.selected_attention.block_index import build_block_index
+from nsa_fsa.ops.selected_attention.call import IndexCall, SelectedCall
+from nsa_fsa.ops.selected_attention.launch import KVMajor
+from nsa_fsa.sequences import Sequences
 
 MIB = 2**20
-FORCED = dict(block_size=64, init_blocks=1, local_blocks=2)
+BLOCKS = Blocks(block_size=64, init_blocks=1, local_blocks=2)
 AS_ON_HOPPER = tuning.Config(bwd_keys=64)  # whole blocks
 
 
@@ -50,7 +50,7 @@ def no_launches(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **keywords: None
 
-    for module in (block_index, selected_kv_major, selected_kv_major_backward, selected_plan, softmax_statistics, tables):
+    for module in (block_index, kv_major_forward, kv_major_backward, work, softmax_statistics, locate):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Nothing())
     monkeypatch.setattr(tuning, "is_cramped", lambda x: False)
@@ -58,6 +58,16 @@ def no_launches(monkeypatch):
 
 def new(*shape, dtype=torch.bfloat16):
     return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def index_call(indices, cu_seqlens, max_seqlen, workspace_bytes=WORKSPACE_BYTES):
+    return IndexCall(indices, None, Sequences(cu_seqlens, max_seqlen), BLOCKS, workspace_bytes)
+
+
+def selected_call(q, k, index_of, workspace_bytes, index):
+    """Selected attention of k as keys and values, as `index_of` says."""
+    indices, sequences = index_of.block_indices, index_of.sequences
+    return SelectedCall(q, k, k, sequences, 0.1, workspace_bytes, "triton", BLOCKS, indices, None, index)
 
 
 def num_bytes(tensors):
@@ -75,16 +85,17 @@ def test_selected_attention_keeps_to_its_workspace(tokens, sequences, num_kv_hea
     longest, num_blocks = tokens // sequences, tokens // 64 + sequences
     # Grows with rows, or with blocks, alone.
     linear = 8 * tokens * num_kv_heads + 36 * num_blocks * num_kv_heads + 12 * tokens + 16 * MIB
-    options = dict(num_indices=16, scale=0.1, workspace_bytes=workspace_bytes, **FORCED)
+    index_of = index_call(indices, cu_seqlens, longest, workspace_bytes)
     with Allocated() as of_index:
-        index = selected_attention.block_index(indices, None, cu_seqlens, longest, workspace_bytes=workspace_bytes, **FORCED)
+        index = build_block_index(index_of)
     table = 2 * tokens * num_kv_heads * 16  # the sparse blocks of every query
     assert of_index.peak <= num_bytes(index) + table + workspace_bytes + linear
+    call, way = selected_call(q, k, index_of, workspace_bytes, index), KVMajor(tuning.default_config(q, k, 64))
     with Allocated() as forward:
-        o = selected_attention.kv_major_forward(q, k, k, index, **options)
+        o = way.forward(call)
     assert forward.peak <= num_bytes(o) + workspace_bytes + linear, forward.peak / MIB
     with Allocated() as backward:
-        grads = selected_attention.kv_major_backward(q, q, k, k, o[0], lse, index, **options)
+        grads = way.backward(call, q, Softmax(o.o, lse), NOTHING)
     sums = 4 * tokens * (128 + 128)  # of one head's dk and dv, where its partial results do not fit
     allowed = num_bytes(grads) + max(workspace_bytes, sums + workspace_bytes // 2) + linear
     assert backward.peak <= allowed, backward.peak / MIB
@@ -96,7 +107,7 @@ def test_the_bitmap_does_not_grow_with_the_square_of_the_batch():
     tokens = 8192 * 128
     indices, cu_seqlens = new(tokens, 1, 16, dtype=torch.int32), new(8193, dtype=torch.int32)
     with Allocated() as of_index:
-        index = selected_attention.block_index(indices, None, cu_seqlens, 128, **FORCED)
+        index = build_block_index(index_call(indices, cu_seqlens, 128))
     table = 2 * tokens * 16  # the sparse blocks of every query
     assert of_index.peak <= num_bytes(index) + table + 2 * MIB
 
@@ -112,15 +123,13 @@ def units_of_launches(monkeypatch, tokens, num_kv_heads, workspace_bytes):
         def __getitem__(self, grid):
             return lambda *args, **keywords: found[self.name].append(grid[-1])
 
-    monkeypatch.setattr(selected_plan, "plan_kernel", Counting("plan_kernel"))
-    monkeypatch.setattr(selected_kv_major_backward, "gather_bwd_kernel", Counting("gather_bwd_kernel"))
+    monkeypatch.setattr(work, "plan_kernel", Counting("plan_kernel"))
+    monkeypatch.setattr(kv_major_backward, "gather_bwd_kernel", Counting("gather_bwd_kernel"))
     q, k, lse = new(tokens, 64, 128), new(tokens, num_kv_heads, 128), new(tokens, 64, dtype=torch.float32)
     indices, cu_seqlens = new(tokens, num_kv_heads, 16, dtype=torch.int32), new(2, dtype=torch.int32)
-    index = selected_attention.block_index(indices, None, cu_seqlens, tokens, **FORCED)
-    selected_attention.kv_major_backward(
-        q, q, k, k, q, lse, index,
-        num_indices=16, scale=0.1, workspace_bytes=workspace_bytes, config=AS_ON_HOPPER, **FORCED,
-    )  # fmt: skip
+    index_of = index_call(indices, cu_seqlens, tokens)
+    call = selected_call(q, k, index_of, workspace_bytes, build_block_index(index_of))
+    KVMajor(AS_ON_HOPPER).backward(call, q, Softmax(q, lse), NOTHING)
     return found.values()
 
 

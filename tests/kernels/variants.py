@@ -10,17 +10,23 @@ import json
 import random
 import sys
 from collections import defaultdict
+from dataclasses import replace
 
 import check_resources
 import torch
 from triton.runtime.jit import JITFunction
 
 from nsa_fsa.ops.block_selection import triton as block_selection
+from nsa_fsa.ops.common import tuning
+from nsa_fsa.ops.common.calls import AddTo, Blocks, Softmax
 from nsa_fsa.ops.compressed_attention import triton_backward as compressed_attention_backward
 from nsa_fsa.ops.compressed_attention import triton_forward as compressed_attention
 from nsa_fsa.ops.compression import triton as compress
 from nsa_fsa.ops.gated_combine import triton as gated_combine
-from nsa_fsa.ops.selected_attention import launch as selected_attention
+from nsa_fsa.ops.selected_attention.block_index import build_block_index
+from nsa_fsa.ops.selected_attention.call import IndexCall, SelectedCall
+from nsa_fsa.ops.selected_attention.launch import KVMajor, QueryMajor
+from nsa_fsa.sequences import Sequences
 
 WINDOWS = dict(kernel_size=32, kernel_stride=16)
 FORCED = dict(block_size=64, init_blocks=1, local_blocks=2)
@@ -33,9 +39,15 @@ def record(self, *args, grid, warmup=False, **keywords):
     _, _, _, _, binder = self.device_caches[0]
     _, specialization, options = binder(*args, **keywords)
     # Memory is imagined: where a tensor begins inside of what was allocated says how it would be aligned.
-    tensors = [x for x in args if isinstance(x, torch.Tensor)]
+    tensors = [x for x in members(args) if isinstance(x, torch.Tensor)]
     aligned = [x.storage_offset() * x.element_size() % 16 == 0 for x in tensors]
     found[self.fn.__name__].add(str((specialization, options, aligned)))
+
+
+def members(arguments):
+    """The arguments, bundles taken apart."""
+    for x in arguments:
+        yield from members(x) if isinstance(x, tuple) else (x,)
 
 
 def new(*shape, dtype=BF16):
@@ -54,14 +66,15 @@ def step(lengths, num_heads, num_kv_heads, head_dim=128):
     indices = block_selection.select_blocks(
         q, k_cmp, lse, cu_seqlens, longest, num_selected_blocks=16, scale=0.1, **FORCED, **WINDOWS
     )
-    options = dict(num_indices=16, scale=0.1, workspace_bytes=2 << 30, **FORCED)
-    index = selected_attention.block_index(indices, None, cu_seqlens, longest, **FORCED)
-    selected_attention.kv_major_forward(q, k, v, index, **options)
+    sequences = Sequences(cu_seqlens, longest)
+    call = SelectedCall(q, k, v, sequences, 0.1, 2 << 30, "triton", Blocks(**FORCED), indices, None, None)
+    call = replace(call, index=build_block_index(IndexCall.of(call)))
+    way = KVMajor(tuning.default_config(q, v, FORCED["block_size"]))
+    way.forward(call)
     gated_combine.gated_combine(logits, do, do, do)
     _, gated_lse, delta = gated_combine.branch_gradients(do, [do] * 3, [lse] * 3, logits)
-    selected_attention.kv_major_backward(
-        do, q, k, v, None, gated_lse[1], index, delta=delta[1], add_to=tuple(new(*x.shape) for x in (q, k, v)), **options
-    )
+    add_to = AddTo(*(new(*x.shape) for x in (q, k, v)))
+    way.backward(call, do, Softmax(None, gated_lse[1], delta[1]), add_to)
     compressed_attention_backward.compressed_attention_bwd(
         do, q, k_cmp, k_cmp, None, gated_lse[0], cu_seqlens, longest, delta=delta[0], add_to=(new(*q.shape), None, None),
         scale=0.1, workspace_bytes=2 << 30, **WINDOWS,
@@ -79,7 +92,8 @@ def decode(tokens, num_heads, num_kv_heads, head_dim=128, batch=4):
     indices = block_selection.select_blocks(
         q, k_cmp, lse, cu_seqlens, tokens, num_selected_blocks=16, scale=0.1, **FORCED, **WINDOWS, **where
     )
-    selected_attention.query_major_forward(q, k, k, indices, None, cu_seqlens, *where.values(), block_size=64, scale=0.1)
+    sequences = Sequences(cu_seqlens, tokens, **where)
+    QueryMajor().forward(SelectedCall(q, k, k, sequences, 0.1, 2 << 30, "triton", Blocks(**FORCED), indices, None, None))
 
 
 def main(kind, steps, *heads):
