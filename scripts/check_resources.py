@@ -330,7 +330,7 @@ def strides_of_bundles(function: str) -> dict[str, str]:
         bundles.setdefault(bundle, []).append((name, kind))
     found: dict[str, str] = {}
     for bundle, ((_, first), *others) in bundles.items():
-        if first == "!tt.ptr" and [kind for _, kind in others] in (["i32"], ["i32", "i32"]):
+        if first == "!tt.ptr" and [kind for _, kind in others] in (["i32"] * n for n in (1, 2, 3)):
             found |= {name: f"{bundle}.stride" for name, _ in others}
     return found
 
