@@ -8,8 +8,10 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from nsa_fsa import ops, reference
+from nsa_fsa.ops.common.calls import Windows
 from nsa_fsa.ops.compression import triton as compress
 from nsa_fsa.ops.compression.triton import Tile
+from nsa_fsa.sequences import Sequences
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = (5, 0, 23, 18, 0, 11)
@@ -26,6 +28,11 @@ def make(dim, kernel_size, num_heads=2):
     return x, torch.randn(num_heads, kernel_size, device=DEVICE), starts(LENGTHS)
 
 
+def where(cu_seqlens, *, kernel_size, kernel_stride):
+    """The sequences and the windows, as the launchers take them; they do not look at max_seqlen."""
+    return Sequences(cu_seqlens, sum(LENGTHS)), Windows(kernel_size, kernel_stride)
+
+
 def random_gradient(pooled, x, cu_seqlens, *, kernel_size, kernel_stride):
     """NaN in rows that no window owns."""
     do = torch.randn_like(pooled)
@@ -38,7 +45,8 @@ def check(found, expected):
         torch.testing.assert_close(a.double(), b.double(), **CLOSE)
 
 
-# Two windows, or units, a program, or eight; and programs of the weights' gradient for two positions of several, or for all.
+# A program has two windows, or hops, or eight; one of the weights' gradient two positions of several,
+# or all.
 @pytest.mark.parametrize("tile", [Tile(32, 1), Tile(128, 1)], ids=str)
 @pytest.mark.parametrize("windows", [(8, 4), (7, 7), (3, 1)], ids=str)
 def test_small_tiles(windows, tile, monkeypatch):
@@ -48,18 +56,20 @@ def test_small_tiles(windows, tile, monkeypatch):
     sizes = dict(zip(("kernel_size", "kernel_stride"), windows, strict=True))
     x, weight, cu_seqlens = make(13, sizes["kernel_size"])
     wide = x.double()
-    pooled = compress.pool_windows(x, weight, cu_seqlens, tile=tile, **sizes)
+    pooled = compress.pool_windows(x, weight, *where(cu_seqlens, **sizes), tile=tile)
     check([pooled], [reference.pool_windows(wide, weight.double(), cu_seqlens, **sizes)])
     do = random_gradient(pooled, x, cu_seqlens, **sizes)
     check(
-        compress.pool_windows_backward(do, x, weight, cu_seqlens, tile_dx=tile, tile_dweight=tile, **sizes),
+        compress.pool_windows_backward(
+            do, x, weight, *where(cu_seqlens, **sizes), tile_dx=tile, tile_dweight=tile
+        ),
         reference.pool_windows_backward(do.double(), wide, weight.double(), cu_seqlens, **sizes),
     )
-    gathered = compress.gather_windows(x, cu_seqlens, tile=tile, **sizes)
+    gathered = compress.gather_windows(x, *where(cu_seqlens, **sizes), tile=tile)
     assert torch.equal(gathered, reference.gather_windows(x, cu_seqlens, **sizes))
     do = random_gradient(gathered, x, cu_seqlens, **sizes)
     check(
-        [compress.gather_windows_backward(do, x, cu_seqlens, tile=tile, **sizes)],
+        [compress.gather_windows_backward(do, x, *where(cu_seqlens, **sizes), tile=tile)],
         [reference.gather_windows_backward(do.double(), wide, cu_seqlens, **sizes)],
     )
 
@@ -72,21 +82,28 @@ def test_windows_of_a_program(max_windows, monkeypatch):
     monkeypatch.setattr(compress, "WEIGHT_MAX_WINDOWS", max_windows)
     sizes = dict(kernel_size=4, kernel_stride=2)
     x, weight, cu_seqlens = make(16, 4)
-    do = random_gradient(compress.pool_windows(x, weight, cu_seqlens, **sizes), x, cu_seqlens, **sizes)
-    _, found = compress.pool_windows_backward(do, x, weight, cu_seqlens, **sizes)
-    _, expected = reference.pool_windows_backward(do.double(), x.double(), weight.double(), cu_seqlens, **sizes)
+    do = random_gradient(
+        compress.pool_windows(x, weight, *where(cu_seqlens, **sizes)), x, cu_seqlens, **sizes
+    )
+    _, found = compress.pool_windows_backward(do, x, weight, *where(cu_seqlens, **sizes))
+    _, expected = reference.pool_windows_backward(
+        do.double(), x.double(), weight.double(), cu_seqlens, **sizes
+    )
     check([found], [expected])
 
 
 def test_mean():
     sizes = dict(kernel_size=6, kernel_stride=3)
     x, _, cu_seqlens = make(20, 6)
-    pooled = compress.pool_windows(x, None, cu_seqlens, **sizes)
+    pooled = compress.pool_windows(x, None, *where(cu_seqlens, **sizes))
     check([pooled], [reference.pool_windows(x.double(), None, cu_seqlens, **sizes)])
     do = random_gradient(pooled, x, cu_seqlens, **sizes)
-    dx, dweight = compress.pool_windows_backward(do, x, None, cu_seqlens, **sizes)
+    dx, dweight = compress.pool_windows_backward(do, x, None, *where(cu_seqlens, **sizes))
     assert dweight is None
-    check([dx], [reference.pool_windows_backward(do.double(), x.double(), None, cu_seqlens, **sizes)[0]])
+    check(
+        [dx],
+        [reference.pool_windows_backward(do.double(), x.double(), None, cu_seqlens, **sizes)[0]],
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
@@ -95,11 +112,13 @@ def test_weights(dtype):
     sizes = dict(kernel_size=8, kernel_stride=4)
     x, weight, cu_seqlens = make(16, 8)
     weight = weight.to(dtype).T.contiguous().T
-    pooled = compress.pool_windows(x, weight, cu_seqlens, **sizes)
+    pooled = compress.pool_windows(x, weight, *where(cu_seqlens, **sizes))
     check([pooled], [reference.pool_windows(x.double(), weight.double(), cu_seqlens, **sizes)])
     do = random_gradient(pooled, x, cu_seqlens, **sizes)
-    dx, dweight = compress.pool_windows_backward(do, x, weight, cu_seqlens, **sizes)
-    expected = reference.pool_windows_backward(do.double(), x.double(), weight.double(), cu_seqlens, **sizes)
+    dx, dweight = compress.pool_windows_backward(do, x, weight, *where(cu_seqlens, **sizes))
+    expected = reference.pool_windows_backward(
+        do.double(), x.double(), weight.double(), cu_seqlens, **sizes
+    )
     check([dx], expected[:1])
     assert dweight.dtype == dtype
     rounding = max(torch.finfo(dtype).eps, 1e-5)
@@ -113,8 +132,8 @@ def test_unowned_rows_are_zero():
     owned = reference.window_rows(x, cu_seqlens, 8, 4, None)[1]
     assert not owned.all()
     x[:] = torch.inf
-    assert (compress.pool_windows(x, weight, cu_seqlens, **sizes)[~owned] == 0).all()
-    assert (compress.gather_windows(x, cu_seqlens, **sizes)[~owned] == 0).all()
+    assert (compress.pool_windows(x, weight, *where(cu_seqlens, **sizes))[~owned] == 0).all()
+    assert (compress.gather_windows(x, *where(cu_seqlens, **sizes))[~owned] == 0).all()
 
 
 @pytest.mark.parametrize("operator", ["pool_windows", "gather_windows"])
@@ -126,7 +145,9 @@ def test_what_it_cannot_run(operator, shape, dtype, reason):
     x = torch.ones(shape, dtype=dtype, device=DEVICE, requires_grad=True)
     arguments = (x, None) if operator == "pool_windows" else (x,)
     rest = dict(cu_seqlens=starts((9,)), max_seqlen=9, kernel_size=4, kernel_stride=2)
-    with pytest.raises(ValueError, match=f"backend='triton' of {operator} does not support this: .*{reason}.*Fix"):
+    with pytest.raises(
+        ValueError, match=f"backend='triton' of {operator} does not support this: .*{reason}.*Fix"
+    ):
         getattr(ops, operator)(*arguments, **rest, backend="triton")
     getattr(ops, operator)(*arguments, **rest).sum().backward()  # "auto" takes the reference
     assert (x.grad[-1] == 0).all()
@@ -137,6 +158,8 @@ def test_sequences_end_where_cu_seqlens_does():
     sizes = dict(kernel_size=8, kernel_stride=4)
     x, weight = torch.randn(24, 1, 16, device=DEVICE), torch.randn(1, 8, device=DEVICE)
     cu_seqlens, dpooled = starts((13, 11))[:2], torch.randn(6, 1, 16, device=DEVICE)
-    _, found = compress.pool_windows_backward(dpooled, x, weight, cu_seqlens, **sizes)
-    _, expected = compress.pool_windows_backward(dpooled[:3], x[:13], weight, cu_seqlens, **sizes)
+    _, found = compress.pool_windows_backward(dpooled, x, weight, *where(cu_seqlens, **sizes))
+    _, expected = compress.pool_windows_backward(
+        dpooled[:3], x[:13], weight, *where(cu_seqlens, **sizes)
+    )
     assert torch.equal(found, expected)

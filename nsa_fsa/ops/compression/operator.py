@@ -117,7 +117,7 @@ class GatherCall:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """Keywords of the kernels and of the reference."""
+        """Keywords of the reference."""
         return dict(**self.windows._asdict(), seqused_k=self.sequences.seqused_k)
 
     def check_values(self) -> None:
@@ -148,13 +148,13 @@ class TritonGather(TritonBackend[GatherCall]):
     def forward(self, call: GatherCall) -> Tensor:
         from nsa_fsa.ops.compression import triton as kernels
 
-        return kernels.gather_windows(call.x, call.sequences.cu_seqlens, **call.sizes)
+        return kernels.gather_windows(call.x, call.sequences, call.windows)
 
     def backward(self, call: GatherCall, do: Tensor) -> GatherGradients:
         from nsa_fsa.ops.compression import triton as kernels
 
-        cu_seqlens = call.sequences.cu_seqlens
-        return GatherGradients(kernels.gather_windows_backward(do, call.x, cu_seqlens, **call.sizes))
+        dx = kernels.gather_windows_backward(do, call.x, call.sequences, call.windows)
+        return GatherGradients(dx)
 
 
 class ReferenceGather(Backend[GatherCall]):
@@ -175,13 +175,13 @@ class TritonPool(TritonBackend[PoolCall]):
     def forward(self, call: PoolCall) -> Tensor:
         from nsa_fsa.ops.compression import triton as kernels
 
-        return kernels.pool_windows(call.x, call.weight, call.sequences.cu_seqlens, **call.sizes)
+        return kernels.pool_windows(call.x, call.weight, call.sequences, call.windows)
 
     def backward(self, call: PoolCall, do: Tensor) -> PoolGradients:
         from nsa_fsa.ops.compression import triton as kernels
 
-        tensors = (do, call.x, call.weight, call.sequences.cu_seqlens)
-        return PoolGradients(*kernels.pool_windows_backward(*tensors, **call.sizes))
+        tensors = (do, call.x, call.weight)
+        return PoolGradients(*kernels.pool_windows_backward(*tensors, call.sequences, call.windows))
 
 
 class ReferencePool(Backend[PoolCall]):

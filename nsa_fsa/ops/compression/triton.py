@@ -1,24 +1,31 @@
-"""Compression windows in Triton: pooled (mean and weighted), or gathered for a matrix product, and the gradients of both.
+"""Compression windows in Triton: pooled (mean and weighted), or gathered for a matrix product, and
+the gradients of both.
 
-Everything here is bound by memory. A row of x lies in l / s windows; of a tile of windows the ones that share a row read it
-one right after the other, so that it comes from memory once. Nothing is added up with atomics: the gradient of a row gathers
-from its windows, that of the weights is summed in two steps.
+Everything here is bound by memory. A row of x lies in kernel_size / kernel_stride windows; the
+windows of a tile that share a row read it one right after the other, so that it comes from memory
+once. Nothing is added up with atomics: the gradient of a row gathers from its windows, that of the
+weights is summed in two steps.
 
-Sequences are cut into tiles, numbered as the blocks in sequences.py, so that a program looks up one sequence; it does so in
-cu_seqlens itself, as a table would cost a launch. The one axis of programs has the heads innermost: those that run at the same
-time then read whole rows of x, all heads of them.
+A hop is kernel_stride successive rows of a sequence; window i begins with hop i. Sequences are cut
+into tiles of hops, which are numbered as the blocks in locate.py, so that a program looks up one
+sequence. It does so in cu_seqlens itself, because a table would cost a launch. The one axis of
+programs has the heads innermost: programs that run at the same time then read whole rows of x.
+
+In a kernel WINDOWS is the call's `Windows`, as a constant.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_fsa.ops.common.calls import Windows
 from nsa_fsa.ops.common.locate import find_sequence, max_num_blocks
 from nsa_fsa.ops.common.primitives import kernel, store_rows
 from nsa_fsa.ops.common.sizes import cdiv, next_power_of_2, padded_dim
+from nsa_fsa.sequences import Sequences
 
 
 class Tile(NamedTuple):
@@ -28,19 +35,59 @@ class Tile(NamedTuple):
     warps: int
 
 
-# 16 elements a thread, two loads of 16 bytes in 16 bits. WEIGHT takes 8 warps so that a row of 128 has fewer elements than
-# there are threads: Triton then loads the pooled gradient where it is needed instead of passing it through shared memory.
+# These make 16 elements a thread, which are two loads of 16 bytes in 16 bits. WEIGHT takes 8 warps
+# so that a row of 128 has fewer elements than there are threads: Triton then loads the pooled
+# gradient where it is needed instead of passing it through shared memory.
 POOL, GATHER, ROWS, WEIGHT = Tile(2048, 4), Tile(2048, 4), Tile(2048, 4), Tile(4096, 8)
-# Of the gradient of the weights: so many programs, unless a program would then add up more windows than this, one after the
-# other in float32, or fewer than it takes to be worth its start.
+# The gradient of the weights takes so many programs, unless a program would then add up more
+# windows than WEIGHT_MAX_WINDOWS, one after the other in float32, or fewer than make it worth its
+# start.
 WEIGHT_PROGRAMS, WEIGHT_MAX_WINDOWS, WEIGHT_MIN_WINDOWS = 16384, 128, 4
+
+
+class Rows(NamedTuple):
+    """`[T, H, D]` in a kernel, one row for each token; or `[N, H, D]`, one for each window."""
+
+    ptr: Any
+    stride_t: Any
+    stride_h: Any
+    stride_d: Any
+
+
+class WindowRows(NamedTuple):
+    """`[N, H, L, D]` in a kernel: the rows of each window, all the same where stride_l is 0."""
+
+    ptr: Any
+    stride_n: Any
+    stride_h: Any
+    stride_l: Any
+    stride_d: Any
+
+
+class Weight(NamedTuple):
+    """`[H, L]` in a kernel: a factor for each position of a window."""
+
+    ptr: Any
+    stride_h: Any
+    stride_l: Any
+
+
+class HopTile(NamedTuple):
+    """Neighbouring hops of one sequence, and the head that a program has of them."""
+
+    head: Any  # int64
+    start: Any  # the sequence's first row
+    end: Any  # the row after the sequence's last
+    num_windows: Any  # of the sequence
+    first: Any  # the tile's first hop, counted inside its sequence
 
 
 @triton.jit
 def point_at(ptr, offsets, stride_d, PADDED_DIM: tl.constexpr):
     """Rows that begin at `offsets`, their elements stride_d apart: pointers `[M, PADDED_DIM]`.
 
-    Triton makes a constant of a stride of 1, and 16-byte loads of such rows. Gradients expanded from one number have 0.
+    Triton makes a constant of a stride of 1, and 16-byte loads of such rows. A gradient expanded
+    from one number has a stride of 0.
     """
     return ptr + (offsets[:, None] + tl.arange(0, PADDED_DIM).to(tl.int64)[None, :] * stride_d)
 
@@ -48,210 +95,314 @@ def point_at(ptr, offsets, stride_d, PADDED_DIM: tl.constexpr):
 @triton.jit
 def mask_of(inside, DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
     """`[M] -> [M, PADDED_DIM]`, or `[M, 1]` where that says the same."""
-    return inside[:, None] if DIM == PADDED_DIM else inside[:, None] & (tl.arange(0, PADDED_DIM) < DIM)[None, :]
+    if DIM == PADDED_DIM:
+        return inside[:, None]
+    else:
+        return inside[:, None] & (tl.arange(0, PADDED_DIM) < DIM)[None, :]
 
 
 @triton.jit
-def find_tile(
-    cu_seqlens_ptr, seqused_k_ptr, tile, num_sequences, num_steps,
-    L: tl.constexpr, S: tl.constexpr, UNITS: tl.constexpr, HAS_USED: tl.constexpr,
-):  # fmt: skip
-    """The sequence that a tile of UNITS x S rows belongs to: its first row, the row after its last, how many windows it has,
-    and the number of the tile's first unit inside it."""
-    sequence = find_sequence(cu_seqlens_ptr, tile, num_sequences, num_steps, S * UNITS, 1)
+def count_windows(cu_seqlens_ptr, seqused_k_ptr, sequence, WINDOWS: tl.constexpr):
+    """How many windows a sequence has; seqused_k_ptr is None where all of its rows count."""
+    if seqused_k_ptr is None:
+        start, end = tl.load(cu_seqlens_ptr + sequence), tl.load(cu_seqlens_ptr + sequence + 1)
+        length = end - start
+    else:
+        length = tl.load(seqused_k_ptr + sequence)
+    # The division rounds towards 0.
+    return (
+        tl.maximum(length - WINDOWS.kernel_size + WINDOWS.kernel_stride, 0) // WINDOWS.kernel_stride
+    )
+
+
+@triton.jit
+def hop_tile(
+    cu_seqlens_ptr,
+    seqused_k_ptr,
+    num_heads,
+    num_sequences,
+    num_steps,
+    WINDOWS: tl.constexpr,
+    HOPS: tl.constexpr,
+):
+    """The tile of HOPS hops that this program owns, as a `HopTile`."""
+    TILE_ROWS: tl.constexpr = WINDOWS.kernel_stride * HOPS
+    head = tl.program_id(0) % num_heads
+    tile = tl.program_id(0) // num_heads
+    sequence = find_sequence(cu_seqlens_ptr, tile, num_sequences, num_steps, TILE_ROWS, 1)
     start, end = tl.load(cu_seqlens_ptr + sequence), tl.load(cu_seqlens_ptr + sequence + 1)
-    length = tl.load(seqused_k_ptr + sequence) if HAS_USED else end - start
-    return start, end, count_windows(length, L, S), (tile - (start // (S * UNITS) + sequence)) * UNITS
+    num_windows = count_windows(cu_seqlens_ptr, seqused_k_ptr, sequence, WINDOWS)
+    first = (tile - (start // TILE_ROWS + sequence)) * HOPS
+    return HopTile(head.to(tl.int64), start, end, num_windows, first)
 
 
 @triton.jit
-def count_windows(length, L: tl.constexpr, S: tl.constexpr):
-    return tl.maximum(length - L + S, 0) // S  # division rounds towards 0
-
-
-@triton.jit
-def position_at(step, L: tl.constexpr, S: tl.constexpr):
-    """The positions 0 .. L - 1 of a window in an order in which overlapping windows come to a row in successive steps."""
-    return step % (L // S) * S + step // (L // S)
+def position_at(step, WINDOWS: tl.constexpr):
+    """The positions of a window, in an order in which windows that overlap come to a row in
+    successive steps."""
+    HOPS: tl.constexpr = WINDOWS.kernel_size // WINDOWS.kernel_stride
+    return step % HOPS * WINDOWS.kernel_stride + step // HOPS
 
 
 @kernel
 def pool_windows_fwd_kernel(
-    x_ptr, weight_ptr, pooled_ptr, cu_seqlens_ptr, seqused_k_ptr,
-    stride_x_t, stride_x_h, stride_x_d, stride_weight_h, stride_weight_l,
-    num_heads, num_sequences, num_steps,
-    L: tl.constexpr, S: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_USED: tl.constexpr, WINDOWS: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(0) % num_heads
-    start, end, num_owned, first = find_tile(
-        cu_seqlens_ptr, seqused_k_ptr, tl.program_id(0) // num_heads, num_sequences, num_steps, L, S, WINDOWS, HAS_USED
-    )  # fmt: skip
-    if start // S + first >= end // S:  # a number that no tile owns
+    x,
+    weight,
+    pooled_ptr,
+    cu_seqlens_ptr,
+    seqused_k_ptr,
+    num_heads,
+    num_sequences,
+    num_steps,
+    WINDOWS: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    HOPS: tl.constexpr,
+):
+    """x: `Rows`. weight: `Weight`, or None for the mean. pooled `[N, H, D]`, contiguous."""
+    L: tl.constexpr = WINDOWS.kernel_size
+    S: tl.constexpr = WINDOWS.kernel_stride
+    tile = hop_tile(
+        cu_seqlens_ptr, seqused_k_ptr, num_heads, num_sequences, num_steps, WINDOWS, HOPS
+    )
+    first_row = tile.start // S  # of pooled
+    if first_row + tile.first >= tile.end // S:  # no sequence owns this number of a tile
         return
-    window = first + tl.arange(0, WINDOWS)
-    inside = start // S + window < end // S
-    stride_x_t = tl.cast(stride_x_t, tl.int64)
-    x_ptr += head.to(tl.int64) * stride_x_h + start * stride_x_t
-    if HAS_WEIGHT:
-        weight_ptr += head.to(tl.int64) * stride_weight_h
+
+    window = tile.first + tl.arange(0, HOPS)
+    inside = first_row + window < tile.end // S
+    stride_t = tl.cast(x.stride_t, tl.int64)
+    x_ptr = x.ptr + (tile.head * x.stride_h + tile.start * stride_t)
+    if weight is not None:
+        weight_ptr = weight.ptr + tile.head * weight.stride_h
     of_head = (tl.arange(0, PADDED_DIM) < DIM)[None, :]
-    acc = tl.zeros([WINDOWS, PADDED_DIM], tl.float32)
-    if first < num_owned:
-        # Without a mask ptxas keeps several loads in flight; with one it waits for each before it starts the next.
-        x_ptrs = point_at(x_ptr, tl.minimum(window, num_owned - 1) * S * stride_x_t, stride_x_d, PADDED_DIM)
+
+    acc = tl.zeros([HOPS, PADDED_DIM], tl.float32)
+    if tile.first < tile.num_windows:
+        # No row is masked, because ptxas keeps several loads without a mask in flight; with a mask
+        # it waits for each before it starts the next.
+        begin = tl.minimum(window, tile.num_windows - 1) * S * stride_t
+        x_ptrs = point_at(x_ptr, begin, x.stride_d, PADDED_DIM)
         for step in range(0, L):
-            position = position_at(step, L, S)
+            position = position_at(step, WINDOWS)
             if DIM == PADDED_DIM:
-                x = tl.load(x_ptrs + position * stride_x_t).to(tl.float32)
+                row = tl.load(x_ptrs + position * stride_t).to(tl.float32)
             else:
-                x = tl.load(x_ptrs + position * stride_x_t, mask=of_head, other=0.0).to(tl.float32)
-            if HAS_WEIGHT:
-                acc += x * tl.load(weight_ptr + position * stride_weight_l).to(tl.float32)
+                row = tl.load(x_ptrs + position * stride_t, mask=of_head, other=0.0).to(tl.float32)
+            if weight is not None:
+                acc += row * tl.load(weight_ptr + position * weight.stride_l).to(tl.float32)
             else:
-                acc += x
-    if not HAS_WEIGHT:
+                acc += row
+
+    if weight is None:
         acc *= 1.0 / L
-    acc = tl.where((window < num_owned)[:, None], acc, 0.0)
-    at = ((start // S + window).to(tl.int64) * num_heads + head) * DIM
-    store_rows(pooled_ptr, at, acc, inside, DIM, PADDED_DIM)
+    acc = tl.where((window < tile.num_windows)[:, None], acc, 0.0)
+    target = ((first_row + window).to(tl.int64) * num_heads + tile.head) * DIM
+    store_rows(pooled_ptr, target, acc, inside, DIM, PADDED_DIM)
 
 
 @kernel
 def gather_windows_fwd_kernel(
-    x_ptr, windows_ptr, cu_seqlens_ptr, seqused_k_ptr,
-    stride_x_t, stride_x_h, stride_x_d,
-    num_heads, num_sequences, num_steps,
-    L: tl.constexpr, S: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    HAS_USED: tl.constexpr, WINDOWS: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(0) % num_heads
-    start, end, num_owned, first = find_tile(
-        cu_seqlens_ptr, seqused_k_ptr, tl.program_id(0) // num_heads, num_sequences, num_steps, L, S, WINDOWS, HAS_USED
-    )  # fmt: skip
-    if start // S + first >= end // S:  # a number that no tile owns
+    x,
+    windows_ptr,
+    cu_seqlens_ptr,
+    seqused_k_ptr,
+    num_heads,
+    num_sequences,
+    num_steps,
+    WINDOWS: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    HOPS: tl.constexpr,
+):
+    """x: `Rows`. windows `[N, H, L, D]`, contiguous."""
+    L: tl.constexpr = WINDOWS.kernel_size
+    S: tl.constexpr = WINDOWS.kernel_stride
+    tile = hop_tile(
+        cu_seqlens_ptr, seqused_k_ptr, num_heads, num_sequences, num_steps, WINDOWS, HOPS
+    )
+    first_row = tile.start // S  # of windows
+    if first_row + tile.first >= tile.end // S:  # no sequence owns this number of a tile
         return
-    window = first + tl.arange(0, WINDOWS)
-    inside = start // S + window < end // S
-    stride_x_t = tl.cast(stride_x_t, tl.int64)
-    x_ptr += head.to(tl.int64) * stride_x_h + start * stride_x_t
-    x_ptrs = point_at(x_ptr, window * S * stride_x_t, stride_x_d, PADDED_DIM)
-    to_ptrs = point_at(windows_ptr, ((start // S + window).to(tl.int64) * num_heads + head) * (L * DIM), 1, PADDED_DIM)
-    owned, inside = mask_of(window < num_owned, DIM, PADDED_DIM), mask_of(inside, DIM, PADDED_DIM)
+
+    window = tile.first + tl.arange(0, HOPS)
+    stride_t = tl.cast(x.stride_t, tl.int64)
+    x_ptr = x.ptr + (tile.head * x.stride_h + tile.start * stride_t)
+    x_ptrs = point_at(x_ptr, window * S * stride_t, x.stride_d, PADDED_DIM)
+    target = ((first_row + window).to(tl.int64) * num_heads + tile.head) * (L * DIM)
+    to_ptrs = point_at(windows_ptr, target, 1, PADDED_DIM)
+
+    exists = mask_of(window < tile.num_windows, DIM, PADDED_DIM)
+    inside = mask_of(first_row + window < tile.end // S, DIM, PADDED_DIM)
     for step in range(0, L):
-        position = position_at(step, L, S)
-        x = tl.load(x_ptrs + position * stride_x_t, mask=owned, other=0.0)
-        tl.store(to_ptrs + position * DIM, x, mask=inside)
+        position = position_at(step, WINDOWS)
+        row = tl.load(x_ptrs + position * stride_t, mask=exists, other=0.0)
+        tl.store(to_ptrs + position * DIM, row, mask=inside)
 
 
 @kernel
 def windows_bwd_kernel_dx(
-    dwindows_ptr, weight_ptr, dx_ptr, cu_seqlens_ptr, seqused_k_ptr,
-    stride_dwindows_n, stride_dwindows_h, stride_dwindows_l, stride_dwindows_d, stride_weight_h, stride_weight_l, scale,
-    num_heads, num_sequences, num_steps,
-    L: tl.constexpr, S: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_USED: tl.constexpr, UNITS: tl.constexpr,
-):  # fmt: skip
-    """dwindows `[N, HKV, L, D]`; the gradient of a pooled window is that of each of its rows: a stride of 0.
+    dwindows,
+    weight,
+    dx_ptr,
+    scale,
+    cu_seqlens_ptr,
+    seqused_k_ptr,
+    num_heads,
+    num_sequences,
+    num_steps,
+    WINDOWS: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    HOPS: tl.constexpr,
+):
+    """The sum over the windows that contain a row of what they owe it.
 
-    All S rows of unit u lie in the windows u, u - 1, .. u - L / S + 1 of their sequence.
+    dwindows: `WindowRows`; the gradient of a pooled window is that of each of its rows. weight:
+    `Weight`, or None where all positions have the factor `scale`. dx `[T, H, D]`, contiguous.
     """
-    head = tl.program_id(0) % num_heads
-    start, end, num_owned, first = find_tile(
-        cu_seqlens_ptr, seqused_k_ptr, tl.program_id(0) // num_heads, num_sequences, num_steps, L, S, UNITS, HAS_USED
-    )  # fmt: skip
-    if start + first * S >= end:  # a number that no tile owns
+    L: tl.constexpr = WINDOWS.kernel_size
+    S: tl.constexpr = WINDOWS.kernel_stride
+    tile = hop_tile(
+        cu_seqlens_ptr, seqused_k_ptr, num_heads, num_sequences, num_steps, WINDOWS, HOPS
+    )
+    if tile.start + tile.first * S >= tile.end:  # no sequence owns this number of a tile
         return
-    unit = first + tl.arange(0, UNITS)
-    row = start + unit * S
-    stride_dwindows_n, stride_dwindows_l = tl.cast(stride_dwindows_n, tl.int64), tl.cast(stride_dwindows_l, tl.int64)
-    dwindows_ptr += head.to(tl.int64) * stride_dwindows_h + start // S * stride_dwindows_n
-    if HAS_WEIGHT:
-        weight_ptr += head.to(tl.int64) * stride_weight_h
-    d_ptrs = point_at(dwindows_ptr, unit * stride_dwindows_n, stride_dwindows_d, PADDED_DIM)
-    dx_ptrs = point_at(dx_ptr, (row.to(tl.int64) * num_heads + head) * DIM, 1, PADDED_DIM)
+
+    hop = tile.first + tl.arange(0, HOPS)
+    row = tile.start + hop * S
+    stride_n = tl.cast(dwindows.stride_n, tl.int64)
+    stride_l = tl.cast(dwindows.stride_l, tl.int64)
+    d_ptr = dwindows.ptr + (tile.head * dwindows.stride_h + tile.start // S * stride_n)
+    d_ptrs = point_at(d_ptr, hop * stride_n, dwindows.stride_d, PADDED_DIM)
+    if weight is not None:
+        weight_ptr = weight.ptr + tile.head * weight.stride_h
+    dx_ptrs = point_at(dx_ptr, (row.to(tl.int64) * num_heads + tile.head) * DIM, 1, PADDED_DIM)
+
     for step in range(0, S):
-        acc = tl.zeros([UNITS, PADDED_DIM], tl.float32)
-        for back in range(0, L // S):
+        acc = tl.zeros([HOPS, PADDED_DIM], tl.float32)
+        for back in range(0, L // S):  # hop u lies in the windows u, u - 1, .. u - L / S + 1
             position = back * S + step
-            contains = mask_of((unit >= back) & (unit - back < num_owned), DIM, PADDED_DIM)
-            offset = position * stride_dwindows_l - back * stride_dwindows_n
+            contains = mask_of((hop >= back) & (hop - back < tile.num_windows), DIM, PADDED_DIM)
+            offset = position * stride_l - back * stride_n
             d = tl.load(d_ptrs + offset, mask=contains, other=0.0).to(tl.float32)
-            if HAS_WEIGHT:
-                acc += d * tl.load(weight_ptr + position * stride_weight_l).to(tl.float32)
+            if weight is not None:
+                acc += d * tl.load(weight_ptr + position * weight.stride_l).to(tl.float32)
             else:
                 acc += d
-        if not HAS_WEIGHT:
+
+        if weight is None:
             acc *= scale
-        inside = mask_of(row + step < end, DIM, PADDED_DIM)
-        tl.store(dx_ptrs + step * tl.cast(num_heads, tl.int64) * DIM, acc.to(dx_ptr.dtype.element_ty), mask=inside)
+        inside = mask_of(row + step < tile.end, DIM, PADDED_DIM)
+        target = dx_ptrs + step * tl.cast(num_heads, tl.int64) * DIM
+        tl.store(target, acc.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 @kernel
 def pool_windows_bwd_kernel_dweight(
-    dpooled_ptr, x_ptr, partial_ptr, cu_seqlens_ptr, seqused_k_ptr,
-    stride_dpooled_n, stride_dpooled_h, stride_dpooled_d, stride_x_t, stride_x_h, stride_x_d,
-    num_windows, num_heads, num_sequences, num_steps, windows_per_program,
-    L: tl.constexpr, S: tl.constexpr, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    HAS_USED: tl.constexpr, POSITIONS: tl.constexpr,
-):  # fmt: skip
-    """Sums over some successive windows, for POSITIONS positions of the window: partial `[parts, HKV, L]`."""
+    dpooled,
+    x,
+    partial_ptr,
+    cu_seqlens_ptr,
+    seqused_k_ptr,
+    num_windows,
+    num_heads,
+    num_sequences,
+    num_steps,
+    windows_per_program,
+    WINDOWS: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    POSITIONS: tl.constexpr,
+):
+    """Sums over some successive windows, for POSITIONS positions of the window.
+
+    dpooled and x: `Rows`. partial `[parts, H, L]`, float32.
+    """
+    L: tl.constexpr = WINDOWS.kernel_size
+    S: tl.constexpr = WINDOWS.kernel_stride
     NUM_CHUNKS: tl.constexpr = (L + POSITIONS - 1) // POSITIONS
     MASKED: tl.constexpr = L % POSITIONS != 0 or DIM != PADDED_DIM
     chunk = tl.program_id(0) % NUM_CHUNKS
-    head = tl.program_id(0) // NUM_CHUNKS % num_heads
+    head = (tl.program_id(0) // NUM_CHUNKS % num_heads).to(tl.int64)
     part = tl.program_id(0) // NUM_CHUNKS // num_heads
+
     position = chunk * POSITIONS + tl.arange(0, POSITIONS)
     column = tl.arange(0, PADDED_DIM)
-    stride_x_t, stride_dpooled_n = tl.cast(stride_x_t, tl.int64), tl.cast(stride_dpooled_n, tl.int64)
-    x_ptr += head.to(tl.int64) * stride_x_h
-    x_ptrs = point_at(x_ptr, position * stride_x_t, stride_x_d, PADDED_DIM)
-    dpooled_ptrs = dpooled_ptr + (head.to(tl.int64) * stride_dpooled_h + column.to(tl.int64) * stride_dpooled_d)
+    stride_t, stride_n = tl.cast(x.stride_t, tl.int64), tl.cast(dpooled.stride_t, tl.int64)
+    x_ptr = x.ptr + head * x.stride_h
+    x_ptrs = point_at(x_ptr, position * stride_t, x.stride_d, PADDED_DIM)
+    d_ptrs = dpooled.ptr + (head * dpooled.stride_h + column.to(tl.int64) * dpooled.stride_d)
     in_window = mask_of(position < L, DIM, PADDED_DIM)
-    acc = tl.zeros([POSITIONS, PADDED_DIM], tl.float32)  # summed over D at the end only: a step has no shuffles
-    row = part * windows_per_program
-    last = tl.load(cu_seqlens_ptr + num_sequences) // S  # where cu_seqlens ends too early, what lies behind it is no sequence
+
+    # What lies behind the last number of cu_seqlens belongs to no sequence.
+    last = tl.load(cu_seqlens_ptr + num_sequences) // S
+    row = part * windows_per_program  # of dpooled
     stop = tl.minimum(row + windows_per_program, tl.minimum(num_windows, last))
     sequence = find_sequence(cu_seqlens_ptr, row, num_sequences, num_steps, S, 0)
-    while row < stop:  # a sequence's share of the rows of dpooled
+    acc = tl.zeros([POSITIONS, PADDED_DIM], tl.float32)  # summed over D at the end, with shuffles
+    while row < stop:
         start, end = tl.load(cu_seqlens_ptr + sequence), tl.load(cu_seqlens_ptr + sequence + 1)
-        length = tl.load(seqused_k_ptr + sequence) if HAS_USED else end - start
         first = start // S
-        for window in tl.range(row, tl.minimum(first + count_windows(length, L, S), stop), loop_unroll_factor=2):
-            at = x_ptrs + (start + (window - first) * S) * stride_x_t
-            x = tl.load(at, mask=in_window, other=0.0) if MASKED else tl.load(at)
-            at = dpooled_ptrs + window * stride_dpooled_n
+        behind = first + count_windows(cu_seqlens_ptr, seqused_k_ptr, sequence, WINDOWS)
+        for window in tl.range(row, tl.minimum(behind, stop), loop_unroll_factor=2):
+            at = x_ptrs + (start + (window - first) * S) * stride_t
+            rows = tl.load(at, mask=in_window, other=0.0) if MASKED else tl.load(at)
+            at = d_ptrs + window * stride_n
             d = tl.load(at) if DIM == PADDED_DIM else tl.load(at, mask=column < DIM, other=0.0)
-            acc += x.to(tl.float32) * d.to(tl.float32)[None, :]
-        row = end // S
+            acc += rows.to(tl.float32) * d.to(tl.float32)[None, :]
+        row = end // S  # which is the next sequence's first
         sequence += 1
-    tl.store(partial_ptr + (part.to(tl.int64) * num_heads + head) * L + position, tl.sum(acc, 1), mask=position < L)
+
+    target = (part.to(tl.int64) * num_heads + head) * L + position
+    tl.store(partial_ptr + target, tl.sum(acc, 1), mask=position < L)
+
+
+class Cut(NamedTuple):
+    """How the kernels that own tiles of hops are launched."""
+
+    grid: tuple[int]
+    layout: tuple[Tensor | int | None, ...]  # arguments that say where sequences and heads lie
+    constants: dict[str, Any]
+
+
+def cut_hops(x: Tensor, sequences: Sequences, windows: Windows, tile: Tile) -> Cut:
+    """Cuts x `[T, HKV, D]` into tiles of hops that have about `tile.elements` elements each."""
+    num_rows, num_heads, dim = x.shape
+    cu_seqlens, seqused_k = sequences.cu_seqlens, sequences.seqused_k
+    num_sequences, padded = cu_seqlens.shape[0] - 1, padded_dim(dim)
+    hops = max(tile.elements // padded, 1)
+    num_tiles = max_num_blocks(num_rows, num_sequences, hops * windows.kernel_stride)
+    return Cut(
+        (num_tiles * num_heads,),
+        (cu_seqlens, seqused_k, num_heads, num_sequences, num_sequences.bit_length()),
+        dict(WINDOWS=windows, DIM=dim, PADDED_DIM=padded, HOPS=hops, num_warps=tile.warps),
+    )
+
+
+def weight_of(weight: Tensor | None) -> Weight | None:
+    """What a kernel is given of a weight `[HKV, l]`, or of the mean."""
+    return None if weight is None else Weight(weight, *weight.stride())
 
 
 def pool_windows(
-    x: Tensor,
-    weight: Tensor | None,
-    cu_seqlens: Tensor,
-    *,
-    kernel_size: int,
-    kernel_stride: int,
-    seqused_k: Tensor | None = None,
-    tile: Tile = POOL,
+    x: Tensor, weight: Tensor | None, sequences: Sequences, windows: Windows, tile: Tile = POOL
 ) -> Tensor:
-    """x `[T, HKV, D]`, weight `[HKV, l]` (None: the mean) -> weighted sums of the windows `[T // s, HKV, D]`."""
-    num_windows, num_heads, dim = x.shape[0] // kernel_stride, *x.shape[1:]
-    pooled = x.new_empty(num_windows, num_heads, dim)
+    """Weighted sums of the windows of x `[T, HKV, D]`: `[T // s, HKV, D]`.
+
+    weight: `[HKV, l]`, or None for the mean.
+    """
+    num_rows, num_heads, dim = x.shape
+    pooled = x.new_empty(num_rows // windows.kernel_stride, num_heads, dim)
     if pooled.numel():
-        num_sequences, padded = cu_seqlens.shape[0] - 1, padded_dim(dim)
-        windows = max(tile.elements // padded, 1)
-        num_tiles = max_num_blocks(num_windows, num_sequences, windows)
-        pool_windows_fwd_kernel[(num_tiles * num_heads,)](
-            x, weight, pooled, cu_seqlens, seqused_k,
-            *x.stride(), *(weight.stride() if weight is not None else (0, 0)),
-            num_heads, num_sequences, num_sequences.bit_length(),
-            L=kernel_size, S=kernel_stride, DIM=dim, PADDED_DIM=padded,
-            HAS_WEIGHT=weight is not None, HAS_USED=seqused_k is not None, WINDOWS=windows, num_warps=tile.warps,
-        )  # fmt: skip
+        cut = cut_hops(x, sequences, windows, tile)
+        pool_windows_fwd_kernel[cut.grid](
+            Rows(x, *x.stride()),
+            weight_of(weight),
+            pooled,
+            *cut.layout,
+            **cut.constants,
+        )
     return pooled
 
 
@@ -259,102 +410,102 @@ def pool_windows_backward(
     dpooled: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    cu_seqlens: Tensor,
-    *,
-    kernel_size: int,
-    kernel_stride: int,
-    seqused_k: Tensor | None = None,
+    sequences: Sequences,
+    windows: Windows,
     tile_dx: Tile = ROWS,
     tile_dweight: Tile = WEIGHT,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `pool_windows` with respect to x and weight (None for the mean)."""
     stride_n, stride_h, stride_d = dpooled.stride()
-    sizes = (kernel_size, kernel_stride, seqused_k)
-    dx = _rows_gradient(dpooled, (stride_n, stride_h, 0, stride_d), weight, 1 / kernel_size, x, cu_seqlens, *sizes, tile_dx)
+    dwindows = WindowRows(dpooled, stride_n, stride_h, 0, stride_d)
+    scale = 1 / windows.kernel_size
+    dx = _rows_gradient(dwindows, weight, scale, x, sequences, windows, tile_dx)
     if weight is None:
         return dx, None
-    return dx, _weight_gradient(dpooled, x, cu_seqlens, *sizes, tile_dweight).to(weight.dtype)
+    dweight = _weight_gradient(dpooled, x, sequences, windows, tile_dweight)
+    return dx, dweight.to(weight.dtype)
 
 
 def gather_windows(
-    x: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    kernel_size: int,
-    kernel_stride: int,
-    seqused_k: Tensor | None = None,
-    tile: Tile = GATHER,
+    x: Tensor, sequences: Sequences, windows: Windows, tile: Tile = GATHER
 ) -> Tensor:
-    """x `[T, HKV, D]` -> its windows `[T // s, HKV, l, D]`; rows that no sequence owns are 0."""
-    num_windows, num_heads, dim = x.shape[0] // kernel_stride, *x.shape[1:]
-    gathered = x.new_empty(num_windows, num_heads, kernel_size, dim)
+    """The windows of x `[T, HKV, D]`: `[T // s, HKV, l, D]`; those that no sequence owns are 0."""
+    num_rows, num_heads, dim = x.shape
+    num_windows = num_rows // windows.kernel_stride
+    gathered = x.new_empty(num_windows, num_heads, windows.kernel_size, dim)
     if gathered.numel():
-        num_sequences, padded = cu_seqlens.shape[0] - 1, padded_dim(dim)
-        windows = max(tile.elements // padded, 1)
-        num_tiles = max_num_blocks(num_windows, num_sequences, windows)
-        gather_windows_fwd_kernel[(num_tiles * num_heads,)](
-            x, gathered, cu_seqlens, seqused_k, *x.stride(),
-            num_heads, num_sequences, num_sequences.bit_length(),
-            L=kernel_size, S=kernel_stride, DIM=dim, PADDED_DIM=padded,
-            HAS_USED=seqused_k is not None, WINDOWS=windows, num_warps=tile.warps,
-        )  # fmt: skip
+        cut = cut_hops(x, sequences, windows, tile)
+        gather_windows_fwd_kernel[cut.grid](
+            Rows(x, *x.stride()),
+            gathered,
+            *cut.layout,
+            **cut.constants,
+        )
     return gathered
 
 
 def gather_windows_backward(
-    dwindows: Tensor,
-    x: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    kernel_size: int,
-    kernel_stride: int,
-    seqused_k: Tensor | None = None,
-    tile: Tile = ROWS,
+    dwindows: Tensor, x: Tensor, sequences: Sequences, windows: Windows, tile: Tile = ROWS
 ) -> Tensor:
-    """Gradient of `gather_windows` with respect to x; gradients of unowned rows are ignored."""
-    return _rows_gradient(dwindows, dwindows.stride(), None, 1.0, x, cu_seqlens, kernel_size, kernel_stride, seqused_k, tile)
+    """Gradient of `gather_windows` with respect to x; gradients of unowned windows are ignored."""
+    rows = WindowRows(dwindows, *dwindows.stride())
+    return _rows_gradient(rows, None, 1.0, x, sequences, windows, tile)
 
 
 def _rows_gradient(
-    dwindows: Tensor, strides: tuple[int, ...], weight: Tensor | None, scale: float, x: Tensor, cu_seqlens: Tensor,
-    kernel_size: int, kernel_stride: int, seqused_k: Tensor | None, tile: Tile,
-) -> Tensor:  # fmt: skip
-    """The sum over the windows that contain a row of weight, or scale, times dwindows, whose strides are of `[N, H, L, D]`."""
-    num_rows, num_heads, dim = x.shape
+    dwindows: WindowRows,
+    weight: Tensor | None,
+    scale: float,
+    x: Tensor,
+    sequences: Sequences,
+    windows: Windows,
+    tile: Tile,
+) -> Tensor:
+    """The sum over the windows that contain a row of weight, or scale, times dwindows."""
     dx = x.new_empty(x.shape)
     if dx.numel():
-        num_sequences, padded = cu_seqlens.shape[0] - 1, padded_dim(dim)
-        units = max(tile.elements // padded, 1)
-        num_tiles = max_num_blocks(num_rows, num_sequences, kernel_stride * units)
-        windows_bwd_kernel_dx[(num_tiles * num_heads,)](
-            dwindows, weight, dx, cu_seqlens, seqused_k,
-            *strides, *(weight.stride() if weight is not None else (0, 0)), scale,
-            num_heads, num_sequences, num_sequences.bit_length(),
-            L=kernel_size, S=kernel_stride, DIM=dim, PADDED_DIM=padded,
-            HAS_WEIGHT=weight is not None, HAS_USED=seqused_k is not None, UNITS=units, num_warps=tile.warps,
-        )  # fmt: skip
+        cut = cut_hops(x, sequences, windows, tile)
+        windows_bwd_kernel_dx[cut.grid](
+            dwindows,
+            weight_of(weight),
+            dx,
+            scale,
+            *cut.layout,
+            **cut.constants,
+        )
     return dx
 
 
 def _weight_gradient(
-    dpooled: Tensor, x: Tensor, cu_seqlens: Tensor,
-    kernel_size: int, kernel_stride: int, seqused_k: Tensor | None, tile: Tile,
-) -> Tensor:  # fmt: skip
-    """float32 `[HKV, l]`: what each position of the windows has in common with the gradient, summed over windows and D."""
+    dpooled: Tensor, x: Tensor, sequences: Sequences, windows: Windows, tile: Tile
+) -> Tensor:
+    """float32 `[HKV, l]`: x times dpooled for each position, summed over the windows and D."""
     num_windows, num_heads, dim = dpooled.shape
-    num_sequences, padded = cu_seqlens.shape[0] - 1, padded_dim(dim)
+    num_sequences = sequences.cu_seqlens.shape[0] - 1
+    kernel_size = windows.kernel_size
+
+    padded = padded_dim(dim)
     positions = min(next_power_of_2(kernel_size), max(tile.elements // padded, 1))
     chunks = cdiv(kernel_size, positions)
-    windows = cdiv(num_windows * num_heads * chunks, WEIGHT_PROGRAMS)
-    windows = max(min(windows, WEIGHT_MAX_WINDOWS), WEIGHT_MIN_WINDOWS)
-    parts = cdiv(num_windows, windows) if dim else 0
+    per_program = cdiv(num_windows * num_heads * chunks, WEIGHT_PROGRAMS)
+    per_program = max(min(per_program, WEIGHT_MAX_WINDOWS), WEIGHT_MIN_WINDOWS)
+    parts = cdiv(num_windows, per_program) if dim else 0
+    elements_of_warp = tile.elements // tile.warps
+    warps = max(min(positions * padded // elements_of_warp, tile.warps), 1)
+
     partial = x.new_empty(parts, num_heads, kernel_size, dtype=torch.float32)
     if partial.numel():
         pool_windows_bwd_kernel_dweight[(parts * num_heads * chunks,)](
-            dpooled, x, partial, cu_seqlens, seqused_k, *dpooled.stride(), *x.stride(),
-            num_windows, num_heads, num_sequences, num_sequences.bit_length(), windows,
-            L=kernel_size, S=kernel_stride, DIM=dim, PADDED_DIM=padded,
-            HAS_USED=seqused_k is not None, POSITIONS=positions,
-            num_warps=max(min(positions * padded // (tile.elements // tile.warps), tile.warps), 1),
-        )  # fmt: skip
+            Rows(dpooled, *dpooled.stride()),
+            Rows(x, *x.stride()),
+            partial,
+            sequences.cu_seqlens,
+            sequences.seqused_k,
+            *(num_windows, num_heads, num_sequences, num_sequences.bit_length(), per_program),
+            WINDOWS=windows,
+            DIM=dim,
+            PADDED_DIM=padded,
+            POSITIONS=positions,
+            num_warps=warps,
+        )
     return partial.sum(0)
