@@ -1,12 +1,14 @@
-"""Compiles every Triton kernel of nsa_fsa for several GPU architectures, without a GPU, and checks what each one needs.
+"""Compiles every Triton kernel of nsa_fsa for several GPU architectures, without a GPU, and checks
+what each one needs.
 
-The package's own host functions run on tensors that have a shape and no memory, and what they launch is compiled instead of
-launched. So the tile sizes, warps and stages checked are the ones that the package ships. A kernel fails the check if it does
-not compile, takes too long to, keeps values in local memory (spills), wants more shared memory than the architecture has, or
-multiplies a stride in 32 bits.
+The package's own host functions run on tensors that have a shape and no memory, and what they
+launch is compiled instead of launched. So the tile sizes, warps and stages checked are the ones
+that the package ships. A kernel fails the check if it does not compile, takes too long to, keeps
+values in local memory (spills), wants more shared memory than the architecture has, or multiplies a
+stride in 32 bits.
 
-    python scripts/check_resources.py                                # the default configurations, as `make test` does
-    python scripts/check_resources.py --all --jobs 8                 # every shape, dtype and candidate: an hour of one core
+    python scripts/check_resources.py                  # the default configurations, as `make test`
+    python scripts/check_resources.py --all --jobs 8   # all of them: an hour of one core
     python scripts/check_resources.py --arch sm_90 --head-dim 256 --dtype fp16
 """
 
@@ -26,7 +28,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
 
-os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: an interpreted kernel cannot be compiled
+os.environ["TRITON_INTERPRET"] = (
+    "0"  # before Triton is imported: an interpreted kernel cannot be compiled
+)
 
 import torch
 import triton
@@ -37,7 +41,8 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-from nsa_fsa.ops.block_selection import triton as block_selection
+from nsa_fsa.ops.block_selection.call import SelectionCall
+from nsa_fsa.ops.block_selection.triton import select_blocks
 from nsa_fsa.ops.common import tuning
 from nsa_fsa.ops.common.calls import NOTHING, AddTo, Blocks, Softmax, Windows
 from nsa_fsa.ops.common.windowed_attention.backward import windowed_attention_bwd
@@ -56,22 +61,36 @@ DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 HEAD_DIMS = (32, 64, 80, 96, 128, 192, 256)
 BLOCK_SIZES = (16, 32, 64, 128)
 GROUP_SIZES = (1, 4, 16)
-# Shared memory that one block of threads can have, in KiB (CUDA C++ programming guide, compute capabilities).
+# Shared memory that one block of threads can have, in KiB (CUDA C++ programming guide, compute
+# capabilities).
 SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "sm_120": 99}
-MULTIPROCESSORS = {"sm_80": 108, "sm_86": 82, "sm_89": 128, "sm_90": 132, "sm_100": 148, "sm_120": 170}
+MULTIPROCESSORS = {
+    "sm_80": 108,
+    "sm_86": 82,
+    "sm_89": 128,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_120": 170,
+}
 TENSOR_MEMORY_COLUMNS = 512  # of Blackwell's tensor memory; other architectures report 0
-# Bytes of stack a thread that are not yet a spill worth the name: four registers. 8 bytes were one store and one load in the
-# SASS of the kernels where ptxas left them; kernels that run out of registers need 24 bytes and usually hundreds.
+# Bytes of stack a thread that are not yet a spill worth the name: four registers. 8 bytes were one
+# store and one load in the SASS of the kernels where ptxas left them; kernels that run out of
+# registers need 24 bytes and usually hundreds.
 STACK_ALLOWED = 16
 # Where a kernel needs more, how much, and what was measured on an H200 (65,536 tokens, G = 1).
-# dk, dv: the computing threads hold 240 of their registers in products and accumulators; what they put away are pointers for
-# the end and one load a step. It takes 15.4 ms; with 232 registers, and 40 instead of 24 for the loading threads, 15.7. With
-# dq as well, 56 to 64 bytes at G = 1, and five loads a step.
-# Forward: with Triton 3.6, packed sequences take 24 to 32 bytes whatever the registers (208 to 232), one sequence 8 to 16.
-# They are written once a program and read back between tiles: 7.7 to 7.9 ms with any of these.
+#
+# dk and dv: the computing threads hold 240 of their registers in products and accumulators; what
+# they put away are pointers for the end and one load a step. It takes 15.4 ms; with 232 registers,
+# and 40 instead of 24 for the loading threads, 15.7. With dq as well it is 56 to 64 bytes at G = 1,
+# and five loads a step.
+#
+# Forward: with Triton 3.6, packed sequences take 24 to 32 bytes whatever the registers are (208 to
+# 232), one sequence 8 to 16. They are written once a program and read back between tiles, which
+# takes 7.7 to 7.9 ms with any of these.
 STACK_KNOWN = {"compressed_bwd_dkdv_hopper_kernel": 64, "compressed_fwd_hopper_kernel": 32}
-# plain: what a layer calls. chunked: a small workspace, no promise about forced blocks, counts given.
-# candidates: plain, with every configuration that the profiler tries; it leaves out what does not run.
+# plain is what a layer calls. chunked has a small workspace, counts, and no promise about forced
+# blocks. candidates is plain with every configuration that the profiler tries, which leaves out what
+# does not run.
 VARIANTS = ("plain", "chunked", "candidates")
 NUM_TOKENS, NUM_HEADS = 4096, 64
 
@@ -120,16 +139,22 @@ class Row:
 
 
 def call_operators(case: Case, enter: Callable[[str], None]) -> None:
-    """Calls every host function that launches kernels, on tensors without memory; `enter` is told which one comes."""
+    """Calls every host function that launches kernels, on tensors without memory; `enter` is told
+    which one comes."""
     dtype, block_size = DTYPES[case.dtype], case.block_size
     num_kv_heads = NUM_HEADS // case.group_size
-    num_indices = max(1024 // block_size, 4)  # 1,024 keys a query, as in both of the FSA paper's settings
+    num_indices = max(
+        1024 // block_size, 4
+    )  # 1,024 keys a query, as in both of the FSA paper's settings
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
 
     q, do = new(NUM_TOKENS, NUM_HEADS, case.head_dim), new(NUM_TOKENS, NUM_HEADS, case.value_dim)
-    k, v = new(NUM_TOKENS, num_kv_heads, case.head_dim), new(NUM_TOKENS, num_kv_heads, case.value_dim)
+    k, v = (
+        new(NUM_TOKENS, num_kv_heads, case.head_dim),
+        new(NUM_TOKENS, num_kv_heads, case.value_dim),
+    )
     indices = new(NUM_TOKENS, num_kv_heads, num_indices, dtype=torch.int32)
     cu_seqlens = new(2, dtype=torch.int32)
     plain = case.variant != "chunked"
@@ -138,24 +163,11 @@ def call_operators(case: Case, enter: Callable[[str], None]) -> None:
     lse = call_selected_attention(case, (q, k, v, do), indices, counts, cu_seqlens, blocks, enter)
     if case.variant == "candidates":
         return
-    call_compression(case, k, cu_seqlens, enter)
+    call_compression(k, cu_seqlens, enter)
     call_compressed_attention(case, q, do, enter)
     call_sliding_window(case, q, do, enter)
-    for num_gates in (NUM_HEADS, 1):
-        logits = new(NUM_TOKENS, num_gates, 3)
-        enter(f"gated_combine with {num_gates} gates")
-        gated_combine.gated_combine(logits, do, do, do)
-        enter(f"gated_combine_backward with {num_gates} gates")
-        gated_combine.gated_combine_backward(do, logits, do, do, do)
-        enter(f"branch_gradients with {num_gates} gates")
-        gated_combine.branch_gradients(do, [do] * 3, [lse] * 3, logits)
-        gated_combine.branch_gradients(do, [None, do, None], [lse] * 3, logits)
-    enter("select_blocks")
-    block_selection.select_blocks(
-        q, k[: NUM_TOKENS // 16], new(NUM_TOKENS, NUM_HEADS, dtype=torch.float32), cu_seqlens, NUM_TOKENS,
-        kernel_size=min(32, block_size), kernel_stride=16, block_size=block_size, num_selected_blocks=num_indices,
-        init_blocks=1, local_blocks=2, scale=case.head_dim**-0.5,
-    )  # fmt: skip
+    call_gated_combine(do, lse, enter)
+    call_selection(case, q, k, cu_seqlens, num_indices, enter)
 
 
 def call_selected_attention(
@@ -172,7 +184,9 @@ def call_selected_attention(
     # With an unlimited workspace all heads are done at once, with a tiny one ranges of one head.
     workspace_bytes = 1 << 20 if case.variant == "chunked" else 1 << 50
     sequences, scale = Sequences(cu_seqlens, NUM_TOKENS), case.head_dim**-0.5
-    call = SelectedCall(q, k, v, sequences, scale, workspace_bytes, "triton", blocks, indices, counts, None)
+    call = SelectedCall(
+        q, k, v, sequences, scale, workspace_bytes, "triton", blocks, indices, counts, None
+    )
     enter("block_index")
     call = replace(call, index=build_block_index(IndexCall.of(call)))
 
@@ -189,35 +203,36 @@ def call_selected_attention(
     for name, way in ways["backward"].items():
         enter(f"{name} backward")
         softmax = Softmax(o, lse)
-        way.backward(call, do, softmax, AddTo())
+        way.backward(call, do, softmax, NOTHING)
         # As `nsa_attention` has it: delta is known, and gradients are added to others.
         grads = AddTo(*(x.new_empty(x.shape) for x in (q, k, v)))
         way.backward(call, do, softmax._replace(delta=lse), grads)
     return lse
 
 
-def as_part_of_the_whole(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lse: torch.Tensor) -> dict[str, Any]:
-    """What `nsa_attention` adds to a branch's backward."""
-    return dict(delta=lse, add_to=tuple(x.new_empty(x.shape) for x in (q, k, v)))
-
-
-def call_compression(case: Case, k: torch.Tensor, cu_seqlens: torch.Tensor, enter: Callable[[str], None]) -> None:
-    """Windows of two steps, as in both papers, pooled with learned weights and with equal ones, and gathered."""
-    sizes = dict(kernel_size=32, kernel_stride=16)
-    num_windows, num_heads, width = k.shape[0] // 16, *k.shape[1:]
-    pooled, windows = k.new_empty(num_windows, num_heads, width), k.new_empty(num_windows, num_heads, 32, width)
+def call_compression(
+    k: torch.Tensor, cu_seqlens: torch.Tensor, enter: Callable[[str], None]
+) -> None:
+    """Windows of two hops, as in both papers, pooled with learned weights and with equal ones, and
+    gathered."""
+    sequences, windows = Sequences(cu_seqlens, NUM_TOKENS), Windows(32, 16)
+    num_windows, num_heads, width = NUM_TOKENS // 16, *k.shape[1:]
+    dpooled = k.new_empty(num_windows, num_heads, width)
+    dwindows = k.new_empty(num_windows, num_heads, 32, width)
     for weight in (k.new_empty(num_heads, 32, dtype=torch.float32), None):
         enter("pool_windows")
-        compress.pool_windows(k, weight, cu_seqlens, **sizes)
+        compress.pool_windows(k, weight, sequences, windows)
         enter("pool_windows_backward")
-        compress.pool_windows_backward(pooled, k, weight, cu_seqlens, **sizes)
+        compress.pool_windows_backward(dpooled, k, weight, sequences, windows)
     enter("gather_windows")
-    compress.gather_windows(k, cu_seqlens, **sizes)
+    compress.gather_windows(k, sequences, windows)
     enter("gather_windows_backward")
-    compress.gather_windows_backward(windows, k, cu_seqlens, **sizes)
+    compress.gather_windows_backward(dwindows, k, sequences, windows)
 
 
-def windowed_call(case: Case, q: torch.Tensor, num_sequences: int, windows: Windows, window_size: int | None) -> WindowedCall:
+def windowed_call(
+    case: Case, q: torch.Tensor, num_sequences: int, windows: Windows, window_size: int | None
+) -> WindowedCall:
     """Attention over as many windows as NUM_TOKENS keys have."""
     num_windows, num_kv_heads = NUM_TOKENS // windows.kernel_stride, q.shape[1] // case.group_size
     k, v = (q.new_empty(num_windows, num_kv_heads, x) for x in (case.head_dim, case.value_dim))
@@ -226,7 +241,9 @@ def windowed_call(case: Case, q: torch.Tensor, num_sequences: int, windows: Wind
     return WindowedCall(q, k, v, sequences, scale, workspace_bytes, "triton", windows, window_size)
 
 
-def call_compressed_attention(case: Case, q: torch.Tensor, do: torch.Tensor, enter: Callable[[str], None]) -> None:
+def call_compressed_attention(
+    case: Case, q: torch.Tensor, do: torch.Tensor, enter: Callable[[str], None]
+) -> None:
     """Of one whole sequence, of several, and of one of few heads, whose rows are cut into parts."""
     for num_sequences, num_heads in ((1, NUM_HEADS), (3, NUM_HEADS), (1, case.group_size)):
         q, do = q[:, :num_heads], do[:, :num_heads]
@@ -243,14 +260,47 @@ def call_compressed_attention(case: Case, q: torch.Tensor, do: torch.Tensor, ent
                 windowed_attention_bwd(replace(call, sequences=sequences), do, softmax, add_to)
 
 
-def call_sliding_window(case: Case, q: torch.Tensor, do: torch.Tensor, enter: Callable[[str], None]) -> None:
-    """The same kernels, to which each token is a window of its own, of one sequence and of several."""
+def call_sliding_window(
+    case: Case, q: torch.Tensor, do: torch.Tensor, enter: Callable[[str], None]
+) -> None:
+    """The same kernels, to which each token is a window of its own, of one sequence and of
+    several."""
     for num_sequences in (1, 3):
         call = windowed_call(case, q, num_sequences, Windows(1, 1), 512)
         enter(f"sliding_window_fwd of {num_sequences}")
         o, lse = windowed_attention_fwd(call)
         enter(f"sliding_window_bwd of {num_sequences}")
         windowed_attention_bwd(call, do, Softmax(o, lse))
+
+
+def call_gated_combine(do: torch.Tensor, lse: torch.Tensor, enter: Callable[[str], None]) -> None:
+    """With a gate for every head, and with one that the heads share."""
+    for num_gates in (NUM_HEADS, 1):
+        logits = do.new_empty(NUM_TOKENS, num_gates, 3)
+        enter(f"gated_combine with {num_gates} gates")
+        gated_combine.gated_combine(logits, do, do, do)
+        enter(f"gated_combine_backward with {num_gates} gates")
+        gated_combine.gated_combine_backward(do, logits, do, do, do)
+        enter(f"branch_gradients with {num_gates} gates")
+        gated_combine.branch_gradients(do, [do] * 3, [lse] * 3, logits)
+        gated_combine.branch_gradients(do, [None, do, None], [lse] * 3, logits)
+
+
+def call_selection(
+    case: Case,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    num_indices: int,
+    enter: Callable[[str], None],
+) -> None:
+    """With windows of two hops, or of one where a block has no room for two."""
+    lse = q.new_empty(NUM_TOKENS, NUM_HEADS, dtype=torch.float32)
+    sequences, windows = Sequences(cu_seqlens, NUM_TOKENS), Windows(min(32, case.block_size), 16)
+    blocks, scale = Blocks(case.block_size, 1, 2), case.head_dim**-0.5
+    tensors = (q, k[: NUM_TOKENS // 16], lse)
+    enter("select_blocks")
+    select_blocks(SelectionCall(*tensors, sequences, scale, windows, blocks, num_indices, "triton"))
 
 
 class OfflineDriver:
@@ -270,10 +320,13 @@ class OfflineDriver:
 
 
 def pretend_gpu(arch: str) -> None:
-    """Makes this process believe that tensors are on a GPU of that architecture. There is no way back."""
+    """Makes this process believe that tensors are on a GPU of that architecture. There is no way
+    back."""
     capability = int(arch.removeprefix("sm_"))
     properties = SimpleNamespace(
-        multi_processor_count=MULTIPROCESSORS[arch], shared_memory_per_block_optin=SHARED_KIB[arch] * 1024, name=arch
+        multi_processor_count=MULTIPROCESSORS[arch],
+        shared_memory_per_block_optin=SHARED_KIB[arch] * 1024,
+        name=arch,
     )
     triton.runtime.driver.set_active(OfflineDriver(GPUTarget("cuda", capability, 32)))
     torch.cuda.get_device_capability = lambda device=None: (capability // 10, capability % 10)
@@ -301,37 +354,41 @@ def resources(cubin: bytes) -> tuple[int, int]:
 def narrow_products(source: str) -> list[str]:
     """The strides that a kernel multiplies in 32 bits, from its Triton IR as it is before any pass.
 
-    Such a product overflows in tensors of more than 2^31 elements: of 64 heads of 128, laid out head by head, from 262,144
-    tokens on. The other factor has to be cast first, since that is what makes the product one of 64 bits.
+    Such a product overflows in tensors of more than 2^31 elements: of 64 heads of 128, laid out
+    head by head, from 262,144 tokens on. The other factor has to be cast first, since that is what
+    makes the product one of 64 bits.
     """
+    spreading = r"%(\S+) = (?:tt\.splat|tt\.broadcast|tt\.expand_dims|ttg\.convert_layout) %(\w+)"
+    product = r"= arith\.muli %(\w+), %(\w+) : (?:i32|tensor<[0-9x]*xi32)"
     found: set[str] = set()
-    names: dict[str, str] = {}  # of values in the present function that are a stride, also one repeated to a tensor
+    # Values in the present function that are a stride, or one repeated to a tensor, and its name.
+    strides: dict[str, str] = {}
     for line in source.splitlines():
         if "tt.func" in line:
-            names = {name: name for name in re.findall(r"%(stride\w*): i32", line)} | strides_of_bundles(line)
-        elif spread := re.search(r"%(\S+) = (?:tt\.splat|tt\.broadcast|tt\.expand_dims|ttg\.convert_layout) %(\w+)", line):
-            if spread[2] in names:
-                names[spread[1]] = names[spread[2]]
-        elif product := re.search(r"= arith\.muli %(\w+), %(\w+) : (?:i32|tensor<[0-9x]*xi32)", line):
-            found |= {names[factor] for factor in product.groups() if factor in names}
+            strides = {name: name for name in re.findall(r"%(stride\w*): i32", line)}
+            strides |= strides_of_bundles(line)
+        elif match := re.search(spreading, line):
+            if match[2] in strides:
+                strides[match[1]] = strides[match[2]]
+        elif match := re.search(product, line):
+            found |= {strides[factor] for factor in match.groups() if factor in strides}
     return sorted(found)
 
 
 def strides_of_bundles(function: str) -> dict[str, str]:
-    """The strides among a function's arguments that are members of `bundles.Heads`, by their names in Triton IR.
+    """The strides that are members of bundles among a function's arguments, by their names in
+    Triton IR.
 
-    Triton numbers the members of a bundle after its name: of `q` a pointer `%q`, then strides `%q_0` and `%q_1`.
+    Triton numbers the members of a bundle after its name: of `q` the pointer is `%q`, and the
+    strides are `%q_0` and `%q_1`. A bundle that begins with a pointer has no other integers.
     """
-    bundles: dict[str, list[tuple[str, str]]] = {}
-    bundle = ""
+    bundle, begins_with = "", ""
+    found: dict[str, str] = {}
     for name, kind in re.findall(r"%(\w+): (!tt\.ptr|\w+)", function):
         if not (bundle and re.fullmatch(rf"{bundle}_\d+", name)):
-            bundle = name
-        bundles.setdefault(bundle, []).append((name, kind))
-    found: dict[str, str] = {}
-    for bundle, ((_, first), *others) in bundles.items():
-        if first == "!tt.ptr" and [kind for _, kind in others] in (["i32"] * n for n in (1, 2, 3)):
-            found |= {name: f"{bundle}.stride" for name, _ in others}
+            bundle, begins_with = name, kind
+        elif begins_with == "!tt.ptr" and kind == "i32":
+            found[name] = f"{bundle}.stride"
     return found
 
 
@@ -343,8 +400,9 @@ def kind(value: Any) -> Any:
 
 
 def check_case(case: Case, skip: set[int], connection: Connection) -> None:
-    """Runs in a process of its own: sends ("begin", number, kernel, call), and then ("row", Row), for every kernel."""
-    os.setsid()  # so that whoever gives up on this process also ends the assembler that it waits for
+    """Runs in a process of its own: sends ("begin", number, kernel, call), and then ("row", Row),
+    for every kernel."""
+    os.setsid()  # Whoever gives up on this process also ends the assembler that it waits for.
     pretend_gpu(case.arch)
     compile_launch = JITFunction.run
     seen: set[tuple[Any, ...]] = set()
@@ -354,11 +412,16 @@ def check_case(case: Case, skip: set[int], connection: Connection) -> None:
         nonlocal call
         call = name
 
-    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        # Launches that differ in nothing but integers are compiled once, for the integers of the first.
+    def compile_only(
+        self: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any
+    ) -> None:
+        # Launches that differ in nothing but integers are compiled once, for the integers of the
+        # first.
         number, name = len(seen), self.fn.__name__
         values = zip(self.params, args, strict=False)
-        kinds = [repr(value) if parameter.is_constexpr else kind(value) for parameter, value in values]
+        kinds = [
+            repr(value) if parameter.is_constexpr else kind(value) for parameter, value in values
+        ]
         launch = (name, repr(keywords), *kinds)
         if launch in seen:
             return
@@ -387,7 +450,9 @@ def check_case(case: Case, skip: set[int], connection: Connection) -> None:
         with torch.no_grad():
             call_operators(case, enter)
     except Exception as error:
-        connection.send(("row", Row("(host code)", case, call, error=f"{type(error).__name__}: {error}")))
+        connection.send(
+            ("row", Row("(host code)", case, call, error=f"{type(error).__name__}: {error}"))
+        )
     connection.close()
 
 
@@ -401,7 +466,9 @@ class Worker:
     def __post_init__(self) -> None:
         context = multiprocessing.get_context("fork")  # torch and Triton are imported already
         self.connection, child = context.Pipe(duplex=False)
-        self.process = context.Process(target=check_case, args=(self.case, self.skip, child), daemon=True)
+        self.process = context.Process(
+            target=check_case, args=(self.case, self.skip, child), daemon=True
+        )
         self.process.start()
         child.close()
         self.since, self.number, self.kernel, self.call = time.monotonic(), -1, "", ""
@@ -432,7 +499,9 @@ def check_cases(cases: list[Case], jobs: int, compile_limit: float) -> Iterator[
                         working.remove(worker)
                         if worker.process.exitcode:
                             error = f"the compiler crashed (exit code {worker.process.exitcode})"
-                            yield Row(worker.kernel or "(start)", worker.case, worker.call, error=error)
+                            yield Row(
+                                worker.kernel or "(start)", worker.case, worker.call, error=error
+                            )
                             if worker.kernel and worker.number not in worker.skip:
                                 waiting.append((worker.case, worker.skip | {worker.number}))
                                 continue
@@ -442,12 +511,17 @@ def check_cases(cases: list[Case], jobs: int, compile_limit: float) -> Iterator[
                     if kind == "begin":
                         worker.number, worker.kernel, worker.call = content
                     else:
-                        worker.kernel = ""  # what the host does until the next kernel begins is not that one's time
+                        worker.kernel = ""  # The host's time until the next kernel is no kernel's.
                         yield content[0]
                 elif worker.kernel and time.monotonic() - worker.since > compile_limit:
                     worker.stop()
                     working.remove(worker)
-                    yield Row(worker.kernel, worker.case, worker.call, error=f"not compiled after {compile_limit:g} s")
+                    yield Row(
+                        worker.kernel,
+                        worker.case,
+                        worker.call,
+                        error=f"not compiled after {compile_limit:g} s",
+                    )
                     waiting.append((worker.case, worker.skip | {worker.number}))
     finally:
         for worker in working:
@@ -462,18 +536,24 @@ def make_table(rows: list[Row]) -> Table:
     table.add_column("ok", overflow="fold")
     for row in rows:
         case, failure = row.case, row.failure
+        names = (row.kernel, row.call, case.arch, case.dtype, case.variant)
+        shape = (case.head_dim, case.value_dim, case.block_size, case.group_size)
+        needs = (row.warps, row.registers, row.stack, f"{row.shared / 1024:.1f}")
         table.add_row(
-            row.kernel, row.call, case.arch, case.dtype, case.variant, str(case.head_dim), str(case.value_dim),
-            str(case.block_size), str(case.group_size), str(row.warps), str(row.registers), str(row.stack),
-            f"{row.shared / 1024:.1f}", f"NO: {failure}" if failure else "yes", style="red" if failure else None,
-        )  # fmt: skip
+            *(str(cell) for cell in (*names, *shape, *needs)),
+            f"NO: {failure}" if failure else "yes",
+            style="red" if failure else None,
+        )
     return table
 
 
 def default_cases(archs: list[str]) -> list[Case]:
-    """What `make test` checks: the settings of the FSA paper in bf16, at the smallest, the usual and the largest group."""
+    """What `make test` checks: the settings of the FSA paper in bf16, at the smallest, the usual
+    and the largest group."""
     shapes = [Case(arch, 128, 128, "bf16", 64, group) for arch in archs for group in GROUP_SIZES]
-    return shapes + [Case(arch, 128, 128, "bf16", 64, 4, "chunked") for arch in archs if arch == "sm_90"]
+    return shapes + [
+        Case(arch, 128, 128, "bf16", 64, 4, "chunked") for arch in archs if arch == "sm_90"
+    ]
 
 
 def chosen(values: list[Any] | None, everything: tuple[Any, ...], option: str) -> list[Any]:
@@ -484,18 +564,38 @@ def chosen(values: list[Any] | None, everything: tuple[Any, ...], option: str) -
 
 
 def main(
-    everything: Annotated[bool, typer.Option("--all", help="Every supported shape and dtype.")] = False,
-    arch: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SHARED_KIB)}; repeat for several.")] = None,
-    head_dim: Annotated[list[int] | None, typer.Option(help=f"Of {HEAD_DIMS}; repeat for several.")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every supported shape and dtype.")
+    ] = False,
+    arch: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(SHARED_KIB)}; repeat for several.")
+    ] = None,
+    head_dim: Annotated[
+        list[int] | None, typer.Option(help=f"Of {HEAD_DIMS}; repeat for several.")
+    ] = None,
     value_dim: Annotated[int | None, typer.Option(help="Default: the head width.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="fp16, bf16, fp32; repeat for several.")] = None,
-    block_size: Annotated[list[int] | None, typer.Option(help=f"Of {BLOCK_SIZES}; repeat for several.")] = None,
-    group_size: Annotated[list[int] | None, typer.Option(help=f"Of {GROUP_SIZES}; repeat for several.")] = None,
-    variant: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(VARIANTS)}; repeat for several.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="fp16, bf16, fp32; repeat for several.")
+    ] = None,
+    block_size: Annotated[
+        list[int] | None, typer.Option(help=f"Of {BLOCK_SIZES}; repeat for several.")
+    ] = None,
+    group_size: Annotated[
+        list[int] | None, typer.Option(help=f"Of {GROUP_SIZES}; repeat for several.")
+    ] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(VARIANTS)}; repeat for several.")
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Kernels to compile at a time.", min=1)] = 1,
-    compile_limit: Annotated[float, typer.Option(help="Seconds that one kernel may take to compile.")] = 60.0,
-    failures_only: Annotated[bool, typer.Option(help="Leave what passes out of the table.")] = False,
-    output: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
+    compile_limit: Annotated[
+        float, typer.Option(help="Seconds that one kernel may take to compile.")
+    ] = 60.0,
+    failures_only: Annotated[
+        bool, typer.Option(help="Leave what passes out of the table.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--json", help="Also write the rows to this file.")
+    ] = None,
 ) -> None:
     """Checks registers, spills and shared memory of every kernel. Exits with 1 if one fails."""
     archs = chosen(arch, tuple(SHARED_KIB), "--arch")
@@ -505,10 +605,15 @@ def main(
             chosen(dtype, tuple(DTYPES), "--dtype") if dtype or everything else ["bf16"],
             chosen(block_size, BLOCK_SIZES, "--block-size") if block_size or everything else [64],
             chosen(group_size, GROUP_SIZES, "--group-size") if group_size else [4],
-            chosen(variant, VARIANTS, "--variant") if variant else list(VARIANTS) if everything else ["plain"],
+            chosen(variant, VARIANTS, "--variant")
+            if variant
+            else list(VARIANTS)
+            if everything
+            else ["plain"],
         )
         cases = [
-            Case(a, d, value_dim or d, t, b, g, x) for a, (d, t, b, g, x) in itertools.product(archs, itertools.product(*axes))
+            Case(a, d, value_dim or d, t, b, g, x)
+            for a, (d, t, b, g, x) in itertools.product(archs, itertools.product(*axes))
         ]
     else:
         cases = default_cases(archs)
@@ -516,7 +621,12 @@ def main(
     rows: dict[tuple[str, ...], Row] = {}
     begin = time.monotonic()
     # No thread may run while processes are forked, so the bar is drawn by hand.
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, auto_refresh=False) as progress:
         bar = progress.add_task("compiling", total=len(cases))
         for found in check_cases(cases, jobs, compile_limit):
@@ -524,15 +634,21 @@ def main(
                 progress.advance(bar)
                 progress.refresh()
             else:  # a kernel that does not depend on the shape is the same one in many cases
-                rows.setdefault((found.hash,) if found.hash else (found.kernel, str(found.case), found.error), found)
+                rows.setdefault(
+                    (found.hash,) if found.hash else (found.kernel, str(found.case), found.error),
+                    found,
+                )
     listed = list(rows.values())
     failed = [row for row in listed if row.failure]
     console.print(make_table(failed if failures_only else listed))
     if output is not None:
-        output.write_text(json.dumps([asdict(row) | {"failure": row.failure} for row in listed], indent=1) + "\n")
+        output.write_text(
+            json.dumps([asdict(row) | {"failure": row.failure} for row in listed], indent=1) + "\n"
+        )
+    seconds, outcome = time.monotonic() - begin, f"{len(failed)} FAILED" if failed else "all fit"
     console.print(
-        f"{len(listed)} kernels of {len(cases)} cases, Triton {triton.__version__}, {time.monotonic() - begin:.0f} s: "
-        + (f"{len(failed)} FAILED" if failed else "all fit")
+        f"{len(listed)} kernels of {len(cases)} cases, "
+        f"Triton {triton.__version__}, {seconds:.0f} s: {outcome}"
     )
     if failed:
         raise typer.Exit(1)

@@ -1,4 +1,5 @@
-"""Tiles so small that short sequences are cut as only long ones otherwise are: many steps, columns, products and chunks."""
+"""Tiles so small that short sequences are cut as only long ones otherwise are: many steps, columns,
+products and chunks."""
 
 import itertools
 
@@ -154,7 +155,8 @@ def assert_best(indices, q, k_cmp, lse, packed, sizes, blocks, tolerance):
 @pytest.mark.parametrize(("tile", "wide"), CUTS)
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_how_work_is_cut_does_not_show(setting, tile, wide):
-    """float32 products round to about 1e-6 of a weight, and at most 6 of a narrow key's 23 bits number a column's steps."""
+    """float32 products round to about 1e-6 of a weight, and at most 6 of a narrow key's 23 bits
+    number a column's steps."""
     problem = make(setting, torch.float32)
     assert_best(
         select(*problem, tile=tile, wide=wide), *problem, tolerance=1e-5 if wide else 2.0**-16
@@ -163,7 +165,8 @@ def test_how_work_is_cut_does_not_show(setting, tile, wide):
 
 @pytest.mark.parametrize(("tile", "wide"), CUTS)
 def test_ties_go_to_the_lowest_block(tile, wide):
-    """Equal keys, and a query whose windows all lie in its past: steps tie with steps and columns with columns."""
+    """Equal keys, and a query whose windows all lie in its past: steps tie with steps and columns
+    with columns."""
     setting = (4, 4, 4, 6, 0, 1, 1, (100,))
     q, k_cmp, _, packed, sizes, blocks = make(setting, torch.float32)
     k_cmp = torch.zeros_like(k_cmp)
@@ -176,7 +179,8 @@ def test_ties_go_to_the_lowest_block(tile, wide):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_wide_keys_choose_as_narrow_ones(dtype):
-    """A sequence gets the same blocks beside a longer one that needs 64-bit keys; only in float32 those tell more apart."""
+    """A sequence gets the same blocks beside a longer one that needs 64-bit keys; only in float32
+    those tell more apart."""
     q, k_cmp, lse, *rest = make((8, 4, 8, 5, 1, 1, 2, (170,)), dtype)
     # Scores that differ by a millionth: keys that keep all of their bits choose others.
     k_cmp[:] = k_cmp[:1]
@@ -193,7 +197,8 @@ def test_wide_keys_choose_as_narrow_ones(dtype):
 @pytest.mark.parametrize("local_blocks", [0, 2])
 @pytest.mark.parametrize("tile", TILES, ids=range(len(TILES)))
 def test_only_tokens_of_the_sequence_are_read(tile, local_blocks, monkeypatch):
-    """Columns begin a block early and end where the longest of them does, which in memory may be anywhere."""
+    """Columns begin a block early and end where the longest of them does, which in memory may be
+    anywhere."""
     read, load_rows = [], block_selection.load_rows
 
     def watched(ptr, offsets, inside, DIM, PADDED_DIM, MASKED):
@@ -206,7 +211,8 @@ def test_only_tokens_of_the_sequence_are_read(tile, local_blocks, monkeypatch):
     select(*problem, tile=tile)
     num_windows = (87 - 6) // 2 + 1
     assert int(torch.cat(read).min()) == 0
-    # The last window ends in the last query's own block, which is no candidate where it is local, and nor is the one before.
+    # The last window ends in the last query's own block, which is no candidate where it is local,
+    # and nor is the one before.
     assert num_windows - 1 - 4 * local_blocks <= int(torch.cat(read).max()) < num_windows
 
 

@@ -1,4 +1,5 @@
-"""What the shared table of cases does not reach of the compression kernels: the mean, weights of other dtypes, small tiles."""
+"""What the shared table of cases does not reach of the compression kernels: the mean, weights of
+other dtypes, small tiles."""
 
 from itertools import accumulate
 
@@ -45,12 +46,13 @@ def check(found, expected):
         torch.testing.assert_close(a.double(), b.double(), **CLOSE)
 
 
-# A program has two windows, or hops, or eight; one of the weights' gradient two positions of several,
-# or all.
+# A program has two windows, or hops, or eight; one of the weights' gradient two positions of
+# several, or all.
 @pytest.mark.parametrize("tile", [Tile(32, 1), Tile(128, 1)], ids=str)
 @pytest.mark.parametrize("windows", [(8, 4), (7, 7), (3, 1)], ids=str)
 def test_small_tiles(windows, tile, monkeypatch):
-    """Tiles end inside sequences, between them and where nothing is owned; weights are summed over many programs."""
+    """Tiles end inside sequences, between them and where nothing is owned; weights are summed over
+    many programs."""
     monkeypatch.setattr(compress, "WEIGHT_MIN_WINDOWS", 1)
     monkeypatch.setattr(compress, "WEIGHT_PROGRAMS", 40)
     sizes = dict(zip(("kernel_size", "kernel_stride"), windows, strict=True))
@@ -76,7 +78,8 @@ def test_small_tiles(windows, tile, monkeypatch):
 
 @pytest.mark.parametrize("max_windows", [1, 3, 128])
 def test_windows_of_a_program(max_windows, monkeypatch):
-    """However many windows a program adds up, the gradient of the weights is the same to rounding."""
+    """However many windows a program adds up, the gradient of the weights is the same to
+    rounding."""
     monkeypatch.setattr(compress, "WEIGHT_MIN_WINDOWS", 1)
     monkeypatch.setattr(compress, "WEIGHT_PROGRAMS", 2)
     monkeypatch.setattr(compress, "WEIGHT_MAX_WINDOWS", max_windows)
@@ -108,7 +111,8 @@ def test_mean():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_weights(dtype):
-    """Of any dtype and strides, which their gradient's dtype follows; all arithmetic is in float32."""
+    """Of any dtype and strides, which their gradient's dtype follows; all arithmetic is in
+    float32."""
     sizes = dict(kernel_size=8, kernel_stride=4)
     x, weight, cu_seqlens = make(16, 8)
     weight = weight.to(dtype).T.contiguous().T
@@ -126,7 +130,8 @@ def test_weights(dtype):
 
 
 def test_unowned_rows_are_zero():
-    """Unspecified, but then not what happens to stand in the memory: compiled and eager runs give the same bits."""
+    """Unspecified, but then not what happens to stand in the memory: compiled and eager runs give
+    the same bits."""
     sizes = dict(kernel_size=8, kernel_stride=4)
     x, weight, cu_seqlens = make(16, 8)
     owned = reference.window_rows(x, cu_seqlens, 8, 4, None)[1]
@@ -154,7 +159,8 @@ def test_what_it_cannot_run(operator, shape, dtype, reason):
 
 
 def test_sequences_end_where_cu_seqlens_does():
-    """What lies behind cu_seqlens, here one more boundary, does not become a sequence: rows past its end are in no window."""
+    """What lies behind cu_seqlens, here one more boundary, does not become a sequence: rows past
+    its end are in no window."""
     sizes = dict(kernel_size=8, kernel_stride=4)
     x, weight = torch.randn(24, 1, 16, device=DEVICE), torch.randn(1, 8, device=DEVICE)
     cu_seqlens, dpooled = starts((13, 11))[:2], torch.randn(6, 1, 16, device=DEVICE)

@@ -1,4 +1,7 @@
-"""Pieces that several kernels share. Softmax statistics are kept in base 2: exp2 is what the hardware has."""
+"""Pieces that several kernels share.
+
+Softmax statistics are kept in base 2, because exp2 is what the hardware has.
+"""
 
 import inspect
 from collections.abc import Callable
@@ -16,16 +19,23 @@ LN_2 = tl.constexpr(0.6931471805599453)
 def specialisation(function: Callable[..., Any]) -> dict[str, list[str]]:
     """Which integers of a kernel Triton is not to specialise, as its decorators take it.
 
-    Triton compiles a kernel anew for every integer that is 1, or a multiple of 16, where that of an earlier launch was not:
-    67 to 80 kernels in 40 training steps of varying lengths, instead of 23, and a minute of stalls. So it may know strides,
-    which say how rows are aligned, what is the same at every length, and whether there is but one sequence. What else a kernel
-    wants to know of a count it takes as a constant.
+    Triton compiles a kernel anew for every integer that is 1, or a multiple of 16, where that of an
+    earlier launch was not: 67 to 80 kernels in 40 training steps of varying lengths, instead of 23,
+    and a minute of stalls. So it may know strides, which say how rows are aligned, what is the same
+    at every length, and whether there is but one sequence. What else a kernel wants to know of a
+    count it takes as a constant. The integers of a bundle are always specialised.
     """
-    names = [name for name, x in inspect.signature(function).parameters.items() if "constexpr" not in str(x.annotation)]
-    counts = [name for name in names if not name.startswith("stride_") and not name.endswith(("_ptr", "_desc"))]
-    alike, one_or_more = ("num_heads", "part_rows"), ("num_sequences", "num_steps")
+    parameters = inspect.signature(function).parameters.items()
+    names = [name for name, x in parameters if "constexpr" not in str(x.annotation)]
+    known = ("num_heads", "part_rows")
+    one_or_more = ("num_sequences", "num_steps")
+    counts = [
+        name
+        for name in names
+        if not name.startswith("stride_") and not name.endswith(("_ptr", "_desc"))
+    ]
     return dict(
-        do_not_specialize=[name for name in counts if name not in (*alike, *one_or_more)],
+        do_not_specialize=[name for name in counts if name not in (*known, *one_or_more)],
         do_not_specialize_on_alignment=[name for name in counts if name in one_or_more],
     )
 
@@ -36,8 +46,13 @@ def kernel(function: Callable[..., Any]) -> Any:
 
 
 @triton.jit
-def load_rows(ptr, offsets, inside, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, MASKED: tl.constexpr):
-    """Rows of DIM contiguous elements that begin at `offsets`: `[M] -> [M, PADDED_DIM]`, 0 where nothing is to be read."""
+def load_rows(
+    ptr, offsets, inside, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, MASKED: tl.constexpr
+):
+    """Rows of DIM contiguous elements that begin at `offsets`: `[M] -> [M, PADDED_DIM]`.
+
+    What lies behind DIM is 0. MASKED: so are rows that are not `inside`, which are not read.
+    """
     column = tl.arange(0, PADDED_DIM)
     at = ptr + offsets[:, None] + column[None, :]
     if DIM != PADDED_DIM:
@@ -50,8 +65,19 @@ def load_rows(ptr, offsets, inside, DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
 
 
 @triton.jit
-def store_rows(ptr, offsets, values, inside, DIM: tl.constexpr, PADDED_DIM: tl.constexpr, STREAM: tl.constexpr = False):
-    """The counterpart of load_rows. STREAM: written once and read once, so not worth a place in the cache."""
+def store_rows(
+    ptr,
+    offsets,
+    values,
+    inside,
+    DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    STREAM: tl.constexpr = False,
+):
+    """The counterpart of load_rows.
+
+    STREAM: the rows are read only once after this, so that they are not worth a place in the cache.
+    """
     column = tl.arange(0, PADDED_DIM)
     mask = inside[:, None] if DIM == PADDED_DIM else inside[:, None] & (column < DIM)[None, :]
     at = ptr + offsets[:, None] + column[None, :]
@@ -65,7 +91,8 @@ def store_rows(ptr, offsets, values, inside, DIM: tl.constexpr, PADDED_DIM: tl.c
 def dot_keys(q, k, PRECISION: tl.constexpr):
     """q k^T: `[M, D], [N, D] -> [M, N]`."""
     if q.dtype == tl.float32:
-        # Otherwise q's factors are loaded ahead of the barrier that k waits for, and all of them, D registers, live across it.
+        # Otherwise q's factors are loaded ahead of the barrier that k waits for, and all of them,
+        # which are D registers, live across it.
         tl.debug_barrier()
     return tl.dot(q, tl.trans(k), input_precision=PRECISION)
 
@@ -74,9 +101,10 @@ def dot_keys(q, k, PRECISION: tl.constexpr):
 def add_product(acc, a, b, PRECISION: tl.constexpr):
     """acc + a b, where acc sums thousands of rows over many calls."""
     if PRECISION == "ieee":
-        # Without a matrix unit a product that goes on from acc is one chain of additions over all rows, each of which rounds:
-        # after 120 rows dv missed its bar, with an error of 6.0e-6 instead of 5.4e-6. A product of its own keeps the chains
-        # short; it is subtracted because Triton folds a sum back into the chain.
+        # Without a matrix unit a product that goes on from acc is one chain of additions over all
+        # rows, each of which rounds: after 120 rows dv missed its bar, with an error of 6.0e-6
+        # instead of 5.4e-6. A product of its own keeps the chains short; it is subtracted because
+        # Triton folds a sum back into the chain.
         tl.debug_barrier()  # as in dot_keys
         return acc - tl.dot(-a, b, input_precision=PRECISION)
     return tl.dot(a, b, acc, input_precision=PRECISION)
@@ -84,18 +112,25 @@ def add_product(acc, a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def softmax_of(scores, shift, scale2, PRECISION: tl.constexpr):
-    """exp((scores + shift) * scale) of a product and what `statistics` gives; scale2 is the scale of base 2."""
+    """exp((scores + shift) * scale) of a product and of what `statistics` gives.
+
+    scale2 is the scale of base 2.
+    """
     if PRECISION == "ieee":
-        # Triton folds a sum into the product, which then is one chain of additions that begins at shift, some five times as
-        # large as a score, and rounds there with every one of them: 2.4, 4.0 and 5.1 times the error of p for heads of 16, 64
-        # and 128, emulated. A multiple is not folded. 2 ulp of the hardware's exp2 add 1 to 4% to what is left.
+        # Triton folds a sum into the product, which then is one chain of additions that begins at
+        # shift, some five times as large as a score, and rounds there with every one of them: 2.4,
+        # 4.0 and 5.1 times the error of p for heads of 16, 64 and 128, emulated. A multiple is not
+        # folded. 2 ulp of the hardware's exp2 add 1 to 4% to what is left.
         return tl.exp2(scores * scale2 + shift * scale2)
     return tl.exp2((scores + shift) * scale2)
 
 
 @triton.jit
 def online_softmax(acc, maximum, total, scores, v, PRECISION: tl.constexpr):
-    """One step of attention: scores [M, N] in base 2 (-inf: not seen) and values [N, DV] join acc, maximum and total."""
+    """One step of attention: some scores and values join acc, maximum and total.
+
+    scores: `[M, N]` in base 2, -inf where nothing is seen. v: `[N, DV]`.
+    """
     raised = tl.maximum(maximum, tl.max(scores, 1))
     shift = tl.where(raised == float("-inf"), 0.0, raised)  # a row that has seen nothing yet
     decay = tl.exp2(maximum - shift)
