@@ -72,6 +72,7 @@ MULTIPROCESSORS = {
     "sm_100": 148,
     "sm_120": 170,
 }
+
 TENSOR_MEMORY_COLUMNS = 512  # of Blackwell's tensor memory; other architectures report 0
 # Bytes of stack a thread that are not yet a spill worth the name: four registers. 8 bytes were one
 # store and one load in the SASS of the kernels where ptxas left them; kernels that run out of
@@ -89,7 +90,7 @@ STACK_ALLOWED = 16
 # takes 7.7 to 7.9 ms with any of these.
 STACK_KNOWN = {"compressed_bwd_dkdv_hopper_kernel": 64, "compressed_fwd_hopper_kernel": 32}
 # plain is what a layer calls. chunked has a small workspace, counts, and no promise about forced
-# blocks. candidates is plain with every configuration that the profiler tries, which leaves out what
+# blocks. candidates is plain with every configuration that the profiler tries; it leaves out what
 # does not run.
 VARIANTS = ("plain", "chunked", "candidates")
 NUM_TOKENS, NUM_HEADS = 4096, 64
@@ -428,6 +429,7 @@ def check_case(case: Case, skip: set[int], connection: Connection) -> None:
         seen.add(launch)
         if number in skip:  # unannounced, for its time to be nobody's
             return
+
         connection.send(("begin", number, name, call))
         begin = time.perf_counter()
         try:
@@ -507,6 +509,7 @@ def check_cases(cases: list[Case], jobs: int, compile_limit: float) -> Iterator[
                                 continue
                         yield worker.case
                         continue
+
                     worker.since = time.monotonic()
                     if kind == "begin":
                         worker.number, worker.kernel, worker.call = content
@@ -598,6 +601,7 @@ def main(
     ] = None,
 ) -> None:
     """Checks registers, spills and shared memory of every kernel. Exits with 1 if one fails."""
+
     archs = chosen(arch, tuple(SHARED_KIB), "--arch")
     if everything or head_dim or dtype or block_size or group_size or variant or value_dim:
         axes = (
@@ -605,11 +609,7 @@ def main(
             chosen(dtype, tuple(DTYPES), "--dtype") if dtype or everything else ["bf16"],
             chosen(block_size, BLOCK_SIZES, "--block-size") if block_size or everything else [64],
             chosen(group_size, GROUP_SIZES, "--group-size") if group_size else [4],
-            chosen(variant, VARIANTS, "--variant")
-            if variant
-            else list(VARIANTS)
-            if everything
-            else ["plain"],
+            chosen(variant, VARIANTS, "--variant") if variant or everything else ["plain"],
         )
         cases = [
             Case(a, d, value_dim or d, t, b, g, x)
@@ -638,6 +638,7 @@ def main(
                     (found.hash,) if found.hash else (found.kernel, str(found.case), found.error),
                     found,
                 )
+
     listed = list(rows.values())
     failed = [row for row in listed if row.failure]
     console.print(make_table(failed if failures_only else listed))

@@ -123,6 +123,7 @@ def assert_rules_and_scores(p, indices, rows):
         assert (found | ((forced < 0) | (forced > own)).expand_as(indices)[..., 0]).all(), (
             "a forced block is missing"
         )
+
     block = torch.arange(scores.shape[2], device="cuda")
     free = ((block >= p.init_blocks) & (block <= own - p.local_blocks)).expand_as(scores)
     scores = torch.where(free, scores, 0)

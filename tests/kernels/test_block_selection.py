@@ -38,26 +38,8 @@ CUTS = [
 # kernel_size, kernel_stride, block_size, num_selected_blocks, init_blocks, local_blocks, G, lengths
 SETTINGS = [
     (4, 4, 4, 5, 1, 2, 1, (90,)),  # a window a block
-    (
-        4,
-        4,
-        4,
-        7,
-        0,
-        0,
-        2,
-        (70,),
-    ),  # the query's own block has to win its place, and may be half visible
-    (
-        8,
-        4,
-        8,
-        4,
-        0,
-        1,
-        3,
-        (0, 61, 50),
-    ),  # every window but the first overlaps two blocks; three heads take four rows
+    (4, 4, 4, 7, 0, 0, 2, (70,)),  # the query's own block, half visible, has to win its place
+    (8, 4, 8, 4, 0, 1, 3, (0, 61, 50)),  # windows overlap two blocks; three heads take four rows
     (8, 4, 12, 3, 1, 1, 1, (130,)),  # three windows a block
     (8, 4, 16, 5, 1, 2, 12, (120,)),
     (12, 4, 16, 3, 0, 2, 5, (17, 110)),  # windows of three strides
@@ -71,16 +53,9 @@ SETTINGS = [
 
 def make(setting, dtype, seed=0):
     """Arguments of select_blocks, and lse. Rows of k_cmp that no token owns are NaN."""
-    (
-        kernel_size,
-        kernel_stride,
-        block_size,
-        num_selected_blocks,
-        init_blocks,
-        local_blocks,
-        group_size,
-        lengths,
-    ) = setting
+    kernel_size, kernel_stride, block_size, num_selected_blocks = setting[:4]
+    init_blocks, local_blocks, group_size, lengths = setting[4:]
+
     generator = torch.Generator().manual_seed(seed)
     total, num_kv_heads, width = sum(lengths), 2 if group_size <= 4 else 1, 16
     cu_seqlens = [*itertools.accumulate(lengths, initial=0)]

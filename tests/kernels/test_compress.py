@@ -55,6 +55,7 @@ def test_small_tiles(windows, tile, monkeypatch):
     many programs."""
     monkeypatch.setattr(compress, "WEIGHT_MIN_WINDOWS", 1)
     monkeypatch.setattr(compress, "WEIGHT_PROGRAMS", 40)
+
     sizes = dict(zip(("kernel_size", "kernel_stride"), windows, strict=True))
     x, weight, cu_seqlens = make(13, sizes["kernel_size"])
     wide = x.double()
@@ -67,6 +68,7 @@ def test_small_tiles(windows, tile, monkeypatch):
         ),
         reference.pool_windows_backward(do.double(), wide, weight.double(), cu_seqlens, **sizes),
     )
+
     gathered = compress.gather_windows(x, *where(cu_seqlens, **sizes), tile=tile)
     assert torch.equal(gathered, reference.gather_windows(x, cu_seqlens, **sizes))
     do = random_gradient(gathered, x, cu_seqlens, **sizes)

@@ -287,8 +287,10 @@ def score_steps(
     PRECISION: tl.constexpr,
 ):
     """What `sum_phases` returns of the steps of a product, whose tokens of phase 0 are `token`."""
+
     ROWS: tl.constexpr = TILE.rows
     COLUMNS: tl.constexpr = TILE.columns
+
     if PHASES.OF_PRODUCT == PHASES.ALL:
         p = window_weights(queries, loaded, keys, token, scale, WINDOWS, BLOCKS, GROUP, PRECISION)
         own, following = sum_phases(p, PHASES)
@@ -334,6 +336,7 @@ def choose_free_blocks(
     PRECISION: tl.constexpr,
 ):
     """A tile's best blocks besides the forced ones, as `merge_columns` returns them."""
+
     ROWS: tl.constexpr = TILE.rows
     QUERIES: tl.constexpr = ROWS // GROUP.HEADS
     COLUMNS: tl.constexpr = TILE.columns
@@ -366,7 +369,8 @@ def choose_free_blocks(
     best: tl.tuple = ()
     for _ in tl.static_range(FREE):
         best = best + (tl.full([QUERIES, COLUMNS], -1, tl.int64 if WIDE else tl.int32),)
-    carry = tl.zeros([ROWS, COLUMNS], tl.float32)
+    carry = tl.zeros([ROWS, COLUMNS], tl.float32)  # what the step before gives to this one
+
     EARLY: tl.constexpr = 1 if OVERLAP else 0
     PRODUCTS: tl.constexpr = TILE.products
     for start in tl.range(-EARLY, num_steps, STEPS * PRODUCTS, num_stages=TILE.stages):
@@ -455,6 +459,7 @@ def select_blocks_kernel(
     PRECISION: tl.constexpr,
 ):
     """q, k and lse: `Heads`, of which lse has rows of one element. scale: in base 2."""
+
     QUERIES: tl.constexpr = TILE.rows // GROUP.HEADS
     FREE: tl.constexpr = NUM_SELECTED - BLOCKS.init_blocks - BLOCKS.local_blocks
     head = tl.program_id(1).to(tl.int64)
