@@ -440,11 +440,11 @@ def query_tile(tiles_ptr, num_tiles, num_rows, QUERIES: tl.constexpr):
 
 @kernel
 def select_blocks_kernel(
+    tiles_ptr,
+    indices_ptr,
     q,
     k,
     lse,
-    tiles_ptr,
-    indices_ptr,
     scale,
     num_tiles,
     num_rows,
@@ -570,7 +570,7 @@ def select_blocks(
         wide = exact or steps > NARROW_STEPS.value
 
     select_blocks_kernel[(num_tiles, num_kv_heads)](
-        *(heads(q), heads(k_cmp), heads(lse), tiles, indices),
+        *(tiles, indices, heads(q), heads(k_cmp), heads(lse)),
         *(call.scale * LOG2_E, num_tiles, num_rows),
         WINDOWS=call.windows,
         BLOCKS=call.blocks,
