@@ -123,7 +123,9 @@ def nsa_attention(
     check_known(backend, "nsa_attention", *OPERATORS)
     check_rows("q", q, 3, "[T, HQ, D]")
     shared = (k_swa is None or k_swa is k) and (v_swa is None or v_swa is v)
-    k_own, v_own = (None, None) if shared else (k if k_swa is None else k_swa, v if v_swa is None else v_swa)
+    k_own, v_own = (
+        (None, None) if shared else (k if k_swa is None else k_swa, v if v_swa is None else v_swa)
+    )
     call = CoreCall(
         q, k, v, k_cmp, v_cmp, gate_logits, k_own, v_own,
         Sequences(cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k), default_scale(q, scale),
@@ -139,7 +141,9 @@ def nsa_attention(
 def _checked_branches(recompute: Collection[str]) -> tuple[str, ...]:
     names = isinstance(recompute, Collection) and not isinstance(recompute, str)
     if not names or not all(isinstance(name, str) and name in BRANCHES for name in recompute):
-        raise ValueError(f'recompute={recompute!r} must be a tuple of {BRANCHES}. Fix: for example recompute=("compressed",).')
+        raise ValueError(
+            f'recompute={recompute!r} must be a tuple of {BRANCHES}. Fix: for example recompute=("compressed",).'
+        )
     return tuple(recompute)
 
 
@@ -153,7 +157,9 @@ class CoreCall:
     k_cmp: Tensor  # [T // kernel_stride, HKV, D]
     v_cmp: Tensor  # [T // kernel_stride, HKV, DV]
     gate_logits: Tensor  # [T, HQ or 1, 3]
-    k_swa: Tensor | None  # [T, HKV, D], of the sliding branch; None: it shares those of the selected one
+    k_swa: (
+        Tensor | None
+    )  # [T, HKV, D], of the sliding branch; None: it shares those of the selected one
     v_swa: Tensor | None  # [T, HKV, DV]
     sequences: Sequences
     scale: float
@@ -167,7 +173,14 @@ class CoreCall:
 
     def check(self) -> None:
         """Raises ValueError for tensors that do not fit together."""
-        q, k, v, k_cmp, v_cmp, sequences = self.q, self.k, self.v, self.k_cmp, self.v_cmp, self.sequences
+        q, k, v, k_cmp, v_cmp, sequences = (
+            self.q,
+            self.k,
+            self.v,
+            self.k_cmp,
+            self.v_cmp,
+            self.sequences,
+        )
         kernel_stride = self.windows.kernel_stride
         check_attention(q, k, v, sequences)
         sequences.check(q.device)
@@ -214,10 +227,15 @@ class CoreCall:
 
     def selected(self, block_indices: Tensor, index: BlockIndex | None) -> SelectedCall:
         shared = self._of(selected_attention.BACKENDS)
-        return SelectedCall(self.q, self.k, self.v, *shared, self.blocks, block_indices, None, index)
+        return SelectedCall(
+            self.q, self.k, self.v, *shared, self.blocks, block_indices, None, index
+        )
 
     def sliding(self) -> WindowedCall:
-        k, v = (self.k if self.k_swa is None else self.k_swa), (self.v if self.v_swa is None else self.v_swa)
+        k, v = (
+            (self.k if self.k_swa is None else self.k_swa),
+            (self.v if self.v_swa is None else self.v_swa),
+        )
         shared = self._of(sliding_window_attention.BACKENDS)
         return WindowedCall(self.q, k, v, *shared, Windows(1, 1), self.window_size)
 
@@ -272,7 +290,9 @@ def _forward(call: CoreCall) -> CoreResult:
 
     selected = call.selected(block_indices, None)
     if selected_attention.wants_index(selected):
-        selected = call.selected(block_indices, selected_attention.make_index(IndexCall.of(selected)))
+        selected = call.selected(
+            block_indices, selected_attention.make_index(IndexCall.of(selected))
+        )
     o_slc, lse_slc = selected_attention.BACKENDS.choose(selected).forward(selected)
 
     sliding = call.sliding()
@@ -280,7 +300,9 @@ def _forward(call: CoreCall) -> CoreResult:
 
     combination = call.combination(o_cmp, o_slc, o_swa)
     o = gated_combine.BACKENDS.choose(combination).forward(combination)
-    return CoreResult(o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, block_indices, selected.index)
+    return CoreResult(
+        o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, block_indices, selected.index
+    )
 
 
 def _keep(call: CoreCall, result: CoreResult) -> CoreSaved:
@@ -308,7 +330,13 @@ class _Gates:
         self.dlogits: list[Tensor] = [do] * 3  # until they are known
         self.softmax: list[Softmax] = [Softmax(None, lse) for lse in self.lses]
 
-    def see(self, *, o_cmp: Tensor | None = None, o_slc: Tensor | None = None, o_swa: Tensor | None = None) -> None:
+    def see(
+        self,
+        *,
+        o_cmp: Tensor | None = None,
+        o_slc: Tensor | None = None,
+        o_swa: Tensor | None = None,
+    ) -> None:
         """Learns of the branches whose outputs are given what there is to know."""
         outputs = (o_cmp, o_slc, o_swa)
         if all(o is None for o in outputs):
@@ -338,7 +366,9 @@ def _backward(call: CoreCall, do: Tensor, saved: CoreSaved) -> CoreGradients:
         o_swa = _run(sliding_window_attention.BACKENDS, sliding).o
         gates.see(o_swa=o_swa)
     of_compressed, of_selected, of_sliding = gates.softmax
-    of_sliding = Softmax(o_swa, of_sliding.lse, of_sliding.delta)  # FlashAttention reads the output again
+    of_sliding = Softmax(
+        o_swa, of_sliding.lse, of_sliding.delta
+    )  # FlashAttention reads the output again
     del o_swa
 
     # The libraries of the sliding branch write their gradients; the others' kernels add to what they find.
@@ -347,7 +377,9 @@ def _backward(call: CoreCall, do: Tensor, saved: CoreSaved) -> CoreGradients:
     del of_sliding
     add_to = AddTo(dq, dk_swa, dv_swa) if shared else AddTo(dq)
     dq, dk, dv = _differentiate(selected_attention.BACKENDS, selected, do, of_selected, add_to)
-    dq, dk_cmp, dv_cmp = _differentiate(compressed_attention.BACKENDS, compressed, do, of_compressed, AddTo(dq))
+    dq, dk_cmp, dv_cmp = _differentiate(
+        compressed_attention.BACKENDS, compressed, do, of_compressed, AddTo(dq)
+    )
     dgates = torch.stack(gates.dlogits, dim=-1)
     own = (None, None) if shared else (dk_swa, dv_swa)
     return CoreGradients(dq, dk, dv, dk_cmp, dv_cmp, dgates, *own)
@@ -377,5 +409,10 @@ def _fake(call: CoreCall) -> CoreResult:
 
 
 OPERATOR = define_operator(
-    "nsa_attention", CoreCall, CoreResult, _forward, _fake, Gradient(CoreSaved, _keep, CoreGradients, _backward)
+    "nsa_attention",
+    CoreCall,
+    CoreResult,
+    _forward,
+    _fake,
+    Gradient(CoreSaved, _keep, CoreGradients, _backward),
 )

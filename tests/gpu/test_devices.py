@@ -9,7 +9,7 @@ import torch
 
 from nsa_fsa import NativeSparseAttention, NSAConfig, patch_model
 from nsa_fsa.config import BRANCHES
-from nsa_fsa.ops.common import backends
+from nsa_fsa.ops.common.backends import Backends
 from tests.cases import DIFFERENTIABLE, Case, call, gradients, make_inputs, operators_and_backends, output, select
 
 pytestmark = pytest.mark.gpu
@@ -149,13 +149,13 @@ def test_a_model_over_two_gpus(monkeypatch):
 
     places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.norm": 1, "model.rotary_emb": 0}
     expected = run(copy.deepcopy(model).cuda())
-    resolve, where = backends.resolve, set()
+    choose, where = Backends.choose, set()
 
-    def watched(operator, name, *tensors, **arguments):
-        where.add((tensors[0].device.index, torch.cuda.current_device()))
-        return resolve(operator, name, *tensors, **arguments)
+    def watched(operator, call, **options):
+        where.add((call.device.index, torch.cuda.current_device()))
+        return choose(operator, call, **options)
 
-    monkeypatch.setattr(backends, "resolve", watched)
+    monkeypatch.setattr(Backends, "choose", watched)
     assert_same_bits(run(accelerate.dispatch_model(model, {**places, "lm_head": 1})), expected)
     assert where == {(0, 0), (1, 1)}
 

@@ -64,9 +64,7 @@ def test_memory():
     leaves, do = make(20_000, 16, 16, 128)
     run(leaves, do)  # loads the kernels
     results, used = extra(lambda: run(leaves, do))
-    assert (
-        used <= num_bytes(*results) + 2**20
-    )  # which the allocator may leave unused at the end of a large block
+    assert used <= num_bytes(*results) + 2**20  # which the allocator may leave unused at the end of a large block
     assert_no_growth(lambda: run(leaves, do))
 
 
@@ -76,8 +74,6 @@ def test_offsets_past_2_31():
     num_tokens, tail = 2**18 + 128, 100
     leaves, do = make(num_tokens, 64, 64, 128)
     found = run(leaves, do)
-    expected = run(
-        [x.detach()[-tail:].clone().requires_grad_() for x in leaves], do[-tail:].clone()
-    )
+    expected = run([x.detach()[-tail:].clone().requires_grad_() for x in leaves], do[-tail:].clone())
     for name, a, b in zip(RESULTS, found, expected, strict=True):
         assert torch.equal(a[-tail:], b), name

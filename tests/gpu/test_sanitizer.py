@@ -44,8 +44,9 @@ def hand_over_lines():
 
 def statistics_lines():
     """(file, line) of the copies of dk and dv's statistics, and of where they are read."""
-    path = OPERATORS / "compressed_attention" / "hopper_backward.py"
-    accesses = re.compile(r"async_copy_global_to_shared\((shift|delta)_s, |(shift|delta)_s\.index\(stage\)\.load")
+    path = OPERATORS / "common" / "windowed_attention" / "hopper_backward.py"
+    of_ring = r"ring\.(shift|delta)\.index\(stage\)"
+    accesses = re.compile(rf"async_copy_global_to_shared\({of_ring}, |{of_ring}\.load")
     return {(path.name, n) for n, line in enumerate(path.read_text().splitlines(), start=1) if accesses.search(line)}
 
 

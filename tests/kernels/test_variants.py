@@ -26,11 +26,7 @@ def test_lengths_that_vary_compile_nothing_anew(kind):
     history = json.loads(run.stdout)
     after_two, after_all = history[1], history[-1]
     assert len(after_all) >= (5 if kind == "decode" else 21), after_all  # nothing slipped past
-    gained = {
-        name: number - after_two[name]
-        for name, number in after_all.items()
-        if number > after_two[name]
-    }
+    gained = {name: number - after_two[name] for name, number in after_all.items() if number > after_two[name]}
     assert sum(gained.values()) <= 2, gained
     # Several variants have kernels that are launched several times, for different things: for
     # forward and backward, say.

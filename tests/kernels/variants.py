@@ -70,9 +70,7 @@ def step(lengths, num_heads, num_kv_heads, head_dim=128):
     compress.pool_windows(k, weight, sequences, WINDOWS)
     compressed = WindowedCall(q, k_cmp, k_cmp, sequences, *SHARED, WINDOWS, None)
     windowed_attention_fwd(compressed)
-    indices = select_blocks(
-        SelectionCall(q, k_cmp, lse, sequences, SCALE, WINDOWS, BLOCKS, 16, "triton")
-    )
+    indices = select_blocks(SelectionCall(q, k_cmp, lse, sequences, SCALE, WINDOWS, BLOCKS, 16, "triton"))
     selected = SelectedCall(q, k, v, sequences, *SHARED, BLOCKS, indices, None, None)
     selected = replace(selected, index=build_block_index(IndexCall.of(selected)))
     way = KVMajor(tuning.default_config(q, v, BLOCKS.block_size))
@@ -95,9 +93,7 @@ def decode(tokens, num_heads, num_kv_heads, head_dim=128, batch=4):
     sequences = Sequences(cu_seqlens, tokens, cu_seqlens_q, new(batch, dtype=torch.int32))
 
     windowed_attention_fwd(WindowedCall(q, k_cmp, k_cmp, sequences, *SHARED, WINDOWS, None))
-    indices = select_blocks(
-        SelectionCall(q, k_cmp, lse, sequences, SCALE, WINDOWS, BLOCKS, 16, "triton")
-    )
+    indices = select_blocks(SelectionCall(q, k_cmp, lse, sequences, SCALE, WINDOWS, BLOCKS, 16, "triton"))
     QueryMajor().forward(SelectedCall(q, k, k, sequences, *SHARED, BLOCKS, indices, None, None))
 
 

@@ -9,12 +9,7 @@ from nsa_fsa.checks import check_tensor
 from nsa_fsa.ops.block_selection import reference
 from nsa_fsa.ops.block_selection.call import SelectionCall
 from nsa_fsa.ops.common.backends import Backend, Backends
-from nsa_fsa.ops.common.calls import (
-    Blocks,
-    Windows,
-    check_attention,
-    default_scale,
-)
+from nsa_fsa.ops.common.calls import Blocks, Windows, check_attention, default_scale
 from nsa_fsa.ops.common.registration import define_operator
 from nsa_fsa.ops.common.triton_backends import TritonBackend, unsupported_tensors
 from nsa_fsa.sequences import Sequences
@@ -72,13 +67,19 @@ def select_blocks(
     sequences.check(q.device)
     check_tensor("lse", lse, "float32 or float64 [T, HQ]")
     BACKENDS.check(backend)
-    if lse.shape != q.shape[:2] or lse.dtype not in (torch.float32, torch.float64) or lse.device != q.device:
+    if (
+        lse.shape != q.shape[:2]
+        or lse.dtype not in (torch.float32, torch.float64)
+        or lse.device != q.device
+    ):
         raise ValueError(
             f"lse is {lse.dtype} {tuple(lse.shape)} on {lse.device}; it must be float32 or float64 [T, HQ] = "
             f"{tuple(q.shape[:2])} on {q.device}. Fix: pass what compressed_attention(..., return_lse=True) returns for this q."
         )
     q, k_cmp, lse, scale = q.detach(), k_cmp.detach(), lse.detach(), default_scale(q, scale)
-    call = SelectionCall(q, k_cmp, lse, sequences, scale, windows, blocks, num_selected_blocks, backend)
+    call = SelectionCall(
+        q, k_cmp, lse, sequences, scale, windows, blocks, num_selected_blocks, backend
+    )
     return (SELECT(call), SCORES(call)) if return_scores else SELECT(call)
 
 

@@ -11,14 +11,18 @@ from nsa_fsa.ops.common.reference_chunks import sequences
 from nsa_fsa.ops.compressed_attention import reference as compressed_attention
 
 
-def block_sums(p: Tensor, num_blocks: int, kernel_size: int, kernel_stride: int, block_size: int) -> Tensor:
+def block_sums(
+    p: Tensor, num_blocks: int, kernel_size: int, kernel_stride: int, block_size: int
+) -> Tensor:
     """p `[..., N]`, of windows -> `[..., num_blocks]`: the sum over those that overlap a block, each times the strides shared.
 
     A block of u strides is overlapped by the windows that begin in it and by the w - 1 before it, if windows have w strides.
     """
     num_windows = p.shape[-1]
     w = kernel_size // kernel_stride
-    u = min(block_size // kernel_stride, num_windows + w)  # no larger than what there is, or padding would be
+    u = min(
+        block_size // kernel_stride, num_windows + w
+    )  # no larger than what there is, or padding would be
     overlapped = min(num_blocks, -(-(num_windows + w - 1) // u))
     start = torch.arange(1 - w, u, device=p.device)  # of a window, from the block's
     shared = (torch.clamp(start + w, max=u) - start.clamp(min=0)).to(p.dtype)
@@ -41,15 +45,31 @@ def _scored_chunks(
     seqused_k: Tensor | None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yields (rows of M queries, their scores `[M, HKV, num_blocks]`)."""
-    chunks = compressed_attention.chunks(q, cu_seqlens, kernel_size, kernel_stride, cu_seqlens_q, seqused_k)
+    chunks = compressed_attention.chunks(
+        q, cu_seqlens, kernel_size, kernel_stride, cu_seqlens_q, seqused_k
+    )
     for rows, keys, visible, _ in chunks:
         assert isinstance(rows, slice)
         if visible.numel() == 0:
-            yield rows, torch.zeros(visible.shape[0], k_cmp.shape[1], num_blocks, dtype=compute_dtype(q), device=q.device)
+            yield (
+                rows,
+                torch.zeros(
+                    visible.shape[0],
+                    k_cmp.shape[1],
+                    num_blocks,
+                    dtype=compute_dtype(q),
+                    device=q.device,
+                ),
+            )
             continue
         q_, lse_ = (grouped(x[rows], k_cmp.shape[1]) for x in (q, lse))
-        p = probabilities(q_, k_cmp[keys], lse_, visible, scale).sum(1)  # [HKV, M, N], all heads of the group
-        yield rows, block_sums(p, num_blocks, kernel_size, kernel_stride, block_size).transpose(0, 1)
+        p = probabilities(q_, k_cmp[keys], lse_, visible, scale).sum(
+            1
+        )  # [HKV, M, N], all heads of the group
+        yield (
+            rows,
+            block_sums(p, num_blocks, kernel_size, kernel_stride, block_size).transpose(0, 1),
+        )
 
 
 def block_scores(
@@ -72,9 +92,21 @@ def block_scores(
     weighted by the number of strides it shares with the block. Future blocks score 0.
     """
     num_blocks = -(-max_seqlen // block_size)
-    scores = torch.zeros(q.shape[0], k_cmp.shape[1], num_blocks, dtype=compute_dtype(q), device=q.device)
+    scores = torch.zeros(
+        q.shape[0], k_cmp.shape[1], num_blocks, dtype=compute_dtype(q), device=q.device
+    )
     for rows, chunk in _scored_chunks(
-        q, k_cmp, lse, cu_seqlens, num_blocks, kernel_size, kernel_stride, block_size, scale, cu_seqlens_q, seqused_k
+        q,
+        k_cmp,
+        lse,
+        cu_seqlens,
+        num_blocks,
+        kernel_size,
+        kernel_stride,
+        block_size,
+        scale,
+        cu_seqlens_q,
+        seqused_k,
     ):
         scores[rows] = chunk
     return scores
@@ -98,15 +130,33 @@ def select_blocks(
     seqused_k: Tensor | None = None,
 ) -> Tensor:
     """Block indices int32 `[Tq, HKV, num_selected_blocks]`, ascending, padded at the end with -1."""
-    num_blocks = max(num_selected_blocks, -(-max_seqlen // block_size))  # wide enough to always take num_selected_blocks
-    own = torch.full((q.shape[0],), -1, device=q.device)  # -1: a row that no sequence owns selects nothing
+    num_blocks = max(
+        num_selected_blocks, -(-max_seqlen // block_size)
+    )  # wide enough to always take num_selected_blocks
+    own = torch.full(
+        (q.shape[0],), -1, device=q.device
+    )  # -1: a row that no sequence owns selects nothing
     for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
-        own[sequence.q] = torch.arange(sequence.offset, sequence.length, device=q.device) // block_size
+        own[sequence.q] = (
+            torch.arange(sequence.offset, sequence.length, device=q.device) // block_size
+        )
     block = torch.arange(num_blocks, device=q.device)
 
-    indices = torch.full((q.shape[0], k_cmp.shape[1], num_selected_blocks), -1, dtype=torch.int32, device=q.device)
+    indices = torch.full(
+        (q.shape[0], k_cmp.shape[1], num_selected_blocks), -1, dtype=torch.int32, device=q.device
+    )
     for rows, scores in _scored_chunks(
-        q, k_cmp, lse, cu_seqlens, num_blocks, kernel_size, kernel_stride, block_size, scale, cu_seqlens_q, seqused_k
+        q,
+        k_cmp,
+        lse,
+        cu_seqlens,
+        num_blocks,
+        kernel_size,
+        kernel_stride,
+        block_size,
+        scale,
+        cu_seqlens_q,
+        seqused_k,
     ):
         own_chunk = own[rows, None, None]
         eligible = block <= own_chunk

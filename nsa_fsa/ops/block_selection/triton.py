@@ -379,17 +379,7 @@ def choose_free_blocks(
             first_step = start + product * STEPS
             token = first_token + first_step * PHASES.BLOCK_HOPS
             to_own, to_next = score_steps(
-                queries,
-                loaded,
-                keys,
-                token,
-                scale,
-                WINDOWS,
-                BLOCKS,
-                GROUP,
-                TILE,
-                PHASES,
-                PRECISION,
+                queries, loaded, keys, token, scale, WINDOWS, BLOCKS, GROUP, TILE, PHASES, PRECISION
             )
 
             for i in tl.static_range(STEPS):

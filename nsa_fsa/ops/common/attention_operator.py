@@ -28,7 +28,9 @@ class AttentionBackend(Backend[A]):
     def forward(self, call: A) -> AttentionResult:
         raise NotImplementedError(f"{self.name} has no forward")
 
-    def backward(self, call: A, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING) -> AttentionGradients:
+    def backward(
+        self, call: A, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
+    ) -> AttentionGradients:
         """The gradients of q, k and v; those that have something to add to are added to it, and are what is returned."""
         raise NotImplementedError(f"{self.name} has no backward")
 

@@ -79,7 +79,9 @@ class Backends(Generic[C]):
         self.check(name)
         backend = self.by_name[name]
         if (reason := backend.unavailable(device)) is not None:
-            raise RuntimeError(f'backend={name!r} of {self.operator} cannot run here: {reason}. Fix: use backend="auto".')
+            raise RuntimeError(
+                f'backend={name!r} of {self.operator} cannot run here: {reason}. Fix: use backend="auto".'
+            )
         return backend
 
     def choose(self, call: C, *, backward: bool = False, warn: bool = True) -> Backend[C]:
@@ -108,7 +110,11 @@ class Backends(Generic[C]):
         """The backends that "auto" does not take although they come before the one that it takes, with the reasons."""
         skipped: dict[str, str] = {}
         for name, backend in self.by_name.items():
-            reason = backend.unavailable(call.device) or backend.refuses(call, backward=backward) or backend.avoids(call)
+            reason = (
+                backend.unavailable(call.device)
+                or backend.refuses(call, backward=backward)
+                or backend.avoids(call)
+            )
             if reason is None:
                 return skipped
             skipped[name] = reason
@@ -127,7 +133,9 @@ class Backends(Generic[C]):
 
 def check_known(name: Any, whole: str, *operators: Backends[Any]) -> None:
     """Raises ValueError unless `name` is "auto" or a backend of any of the operators that `whole` consists of."""
-    known = dict.fromkeys(["auto", *(backend for operator in operators for backend in operator.by_name)])
+    known = dict.fromkeys(
+        ["auto", *(backend for operator in operators for backend in operator.by_name)]
+    )
     if not isinstance(name, str) or name not in known:
         raise ValueError(
             f'backend={name!r} is not an implementation of {whole}: allowed are {tuple(known)}. Fix: use backend="auto".'

@@ -96,7 +96,9 @@ class AttentionResult(NamedTuple):
 class Softmax(NamedTuple):
     """What a branch's backward needs of its forward."""
 
-    o: Tensor | None  # [T, HQ, DV]; may be None where there is delta, except for the FlashAttention libraries
+    o: (
+        Tensor | None
+    )  # [T, HQ, DV]; may be None where there is delta, except for the FlashAttention libraries
     lse: Tensor  # [T, HQ]; with delta, exp(s - lse) need not add up to 1, as with a gated lse
     delta: Tensor | None = None  # [T, HQ], sum(o * do), where the caller has it
 
@@ -118,18 +120,24 @@ class AddTo(NamedTuple):
     def targets(self, q: Tensor, k: Tensor, v: Tensor) -> AttentionGradients:
         """For every tensor the gradient to add to, or a new one, uninitialised."""
         pairs = zip(self, (q, k, v), strict=True)
-        return AttentionGradients(*(x.new_empty(x.shape) if total is None else total for total, x in pairs))
+        return AttentionGradients(
+            *(x.new_empty(x.shape) if total is None else total for total, x in pairs)
+        )
 
     def add(self, grads: tuple[Tensor, Tensor, Tensor]) -> AttentionGradients:
         """The gradients, of which those that have something to add to are added to it."""
         pairs = zip(self, grads, strict=True)
-        return AttentionGradients(*(grad if total is None else total.add_(grad) for total, grad in pairs))
+        return AttentionGradients(
+            *(grad if total is None else total.add_(grad) for total, grad in pairs)
+        )
 
 
 NOTHING = AddTo()
 
 
-def check_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, kernel_stride: int | None = None) -> None:
+def check_attention(
+    q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, kernel_stride: int | None = None
+) -> None:
     """Raises ValueError for shapes, dtypes or devices of q, k and v that do not fit together; queries and keys share their
     rows unless the sequences have queries of their own.
 
@@ -141,9 +149,13 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, kerne
     for name, x in zip(names, (k, v), strict=True):
         check_rows(name, x, 3, "[T // kernel_stride, HKV, D]" if compressed else "[T, HKV, D]")
         if x.dtype != q.dtype:
-            raise ValueError(f"{name} has dtype {x.dtype} but q has {q.dtype}. Fix: cast them to one dtype.")
+            raise ValueError(
+                f"{name} has dtype {x.dtype} but q has {q.dtype}. Fix: cast them to one dtype."
+            )
         if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device} but q is on {q.device}. Fix: move them together.")
+            raise ValueError(
+                f"{name} is on {x.device} but q is on {q.device}. Fix: move them together."
+            )
         if x.shape[:2] != k.shape[:2]:
             raise ValueError(
                 f"{name} has shape {tuple(x.shape)} but {names[0]} has {tuple(k.shape)}: rows and heads must agree. "
@@ -178,7 +190,9 @@ def check_compressed_rows(k_cmp: Tensor, num_tokens: int, kernel_stride: int) ->
         )
 
 
-def check_compressed_values(q: Tensor, k_cmp: Tensor, sequences: Sequences, kernel_stride: int) -> None:
+def check_compressed_values(
+    q: Tensor, k_cmp: Tensor, sequences: Sequences, kernel_stride: int
+) -> None:
     """Raises ValueError for sequences whose numbers do not fit compressed tokens as keys; looks only on the CPU."""
     if sequences.cu_seqlens.device.type != "cpu":
         return
@@ -192,5 +206,7 @@ def default_scale(q: Tensor, scale: float | None) -> float:
     if scale is None:
         return q.shape[-1] ** -0.5
     if not is_finite_number(scale):
-        raise ValueError(f"scale={scale!r} must be a finite number. Fix: leave it out for D ** -0.5.")
+        raise ValueError(
+            f"scale={scale!r} must be a finite number. Fix: leave it out for D ** -0.5."
+        )
     return float(scale)

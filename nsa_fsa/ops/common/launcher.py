@@ -30,9 +30,11 @@ class Launcher:
         self.interpreted = not hasattr(function, "device_caches")
         if not self.interpreted:
             self.names = [x.name for x in function.params]
-            # Whether Triton compiles the kernel anew for some values of an integer, and for some alignments.
-            self.specialised = [
-                (not x.do_not_specialize, not x.do_not_specialize_on_alignment) for x in function.params
+            # Whether an argument is a constant; and otherwise whether Triton compiles the kernel anew for some values of an
+            # integer, and for some alignments.
+            self.kinds = [
+                (x.is_constexpr, not x.do_not_specialize, not x.do_not_specialize_on_alignment)
+                for x in function.params
             ]
 
     def __getattr__(self, name: str) -> Any:
@@ -55,14 +57,18 @@ class Launcher:
         bound = [*arguments, *(constants[name] for name in self.names[len(arguments) :])]
         stream = torch._C._cuda_getCurrentRawStream(device)
         x, y, z = (*grid, 1, 1)[:3]
-        kernel.run(x, y, z, stream, kernel.function, kernel.packed_metadata, None, None, None, *bound)
+        kernel.run(
+            x, y, z, stream, kernel.function, kernel.packed_metadata, None, None, None, *bound
+        )
 
     def _described(self, arguments: tuple[Any, ...]) -> list[Any]:
         """What Triton compiles for: of tensors the dtype and whether they begin at a multiple of 16 bytes, and of integers
         that it may know whether they are 1 and multiples of 16."""
         found: list[Any] = []
-        for x, (value, alignment) in zip(arguments, self.specialised, strict=False):
-            if type(x) is torch.Tensor:
+        for x, (constant, value, alignment) in zip(arguments, self.kinds, strict=False):
+            if constant:
+                found.append(x)
+            elif type(x) is torch.Tensor:
                 found += (x.dtype, x.data_ptr() % 16 == 0)
             elif type(x) is int and not value:
                 found.append(-(1 << 31) <= x < 1 << 31)

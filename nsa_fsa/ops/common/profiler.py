@@ -42,13 +42,20 @@ _TOO_LARGE: set[tuple[torch.device, str]] = set()  # to be timed, in this proces
 
 def enabled() -> bool:
     """Whether candidates are timed: not if NSA_FSA_PROFILE=0, nor where torch promises the same result in every run."""
-    return os.environ.get("NSA_FSA_PROFILE", "1") != "0" and not torch.are_deterministic_algorithms_enabled()
+    return (
+        os.environ.get("NSA_FSA_PROFILE", "1") != "0"
+        and not torch.are_deterministic_algorithms_enabled()
+    )
 
 
 def cache_file(key: str, device: torch.device) -> Path:
     """Where a choice for this GPU model and these versions is kept: below $NSA_FSA_CACHE_DIR, or the user's cache folder."""
     folder = os.environ.get("NSA_FSA_CACHE_DIR")
-    root = Path(folder) if folder else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nsa_fsa"
+    root = (
+        Path(folder)
+        if folder
+        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nsa_fsa"
+    )
     model = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return root / folder_name(model) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
@@ -93,7 +100,9 @@ def _publish(path: Path, entry: Entry, candidates: Mapping[str, Any]) -> Entry:
         except OSError:  # a file system without hard links: the last one wins
             os.replace(temporary, path)
     except OSError as error:
-        logger.warning("%s cannot be written (%s): the choice lasts as long as this process.", path, error)
+        logger.warning(
+            "%s cannot be written (%s): the choice lasts as long as this process.", path, error
+        )
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -188,5 +197,11 @@ def choose(
     entry = dict(key=key, choice=choice, ms=milliseconds, date=time.strftime("%Y-%m-%d"))
     entry = _KNOWN[device, key] = _publish(path, entry, candidates)
     choice = entry["choice"]
-    logger.warning("... %s: %.2f ms (the default, %s, takes %.2f ms)", choice, entry["ms"][choice], default, default_ms)
+    logger.warning(
+        "... %s: %.2f ms (the default, %s, takes %.2f ms)",
+        choice,
+        entry["ms"][choice],
+        default,
+        default_ms,
+    )
     return choice

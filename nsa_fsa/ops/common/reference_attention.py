@@ -15,7 +15,9 @@ from torch import Tensor
 
 
 class Chunk(NamedTuple):
-    q: slice | Tensor  # rows of the chunk's M queries: int64 [M] where other chunks have more keys of the same queries
+    q: (
+        slice | Tensor
+    )  # rows of the chunk's M queries: int64 [M] where other chunks have more keys of the same queries
     k: slice  # rows of the N keys that some of them see
     visible: Tensor  # bool [M, H or 1, N]
     heads: slice = slice(None)  # the H KV heads
@@ -31,7 +33,9 @@ def grouped(x: Tensor, num_kv_heads: int) -> Tensor:
     return x.unflatten(1, (num_kv_heads, x.shape[1] // num_kv_heads))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, chunks: Iterable[Chunk], scale: float) -> tuple[Tensor, Tensor]:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, chunks: Iterable[Chunk], scale: float
+) -> tuple[Tensor, Tensor]:
     """Returns o `[T, HQ, DV]` in q's dtype and the natural-log lse `[T, HQ]` in float32 (float64 for float64 inputs).
 
     A query that sees no key, or that belongs to no chunk, gets 0 and -inf.
@@ -51,11 +55,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, chunks: Iterable[Chunk], scale: f
         z = p.sum(-1, keepdim=True)
         found = p.flatten(1, 2) @ _heads_first(v[keys, heads], dtype)  # [H, G*M, DV]
         found = found.unflatten(1, p.shape[1:3]) / torch.where(z == 0, 1.0, z)
-        found, found_lse = found.permute(2, 0, 1, 3), (m + z.log()).squeeze(-1).permute(2, 0, 1)  # [M, H, G, DV], [M, H, G]
+        found, found_lse = (
+            found.permute(2, 0, 1, 3),
+            (m + z.log()).squeeze(-1).permute(2, 0, 1),
+        )  # [M, H, G, DV], [M, H, G]
         if isinstance(rows, Tensor):
             before = lse[rows, heads]
             total = torch.logaddexp(before, found_lse)
-            found = o[rows, heads] * (before - total).exp()[..., None] + found * (found_lse - total).exp()[..., None]
+            found = (
+                o[rows, heads] * (before - total).exp()[..., None]
+                + found * (found_lse - total).exp()[..., None]
+            )
             found_lse = total
         o[rows, heads], lse[rows, heads] = found, found_lse
     return o.flatten(1, 2).to(q.dtype), lse.flatten(1, 2).detach()
@@ -79,19 +89,27 @@ def attention_backward(
     """
     dtype, num_kv_heads = compute_dtype(q), k.shape[1]
     do, q, lse = (grouped(x, num_kv_heads) for x in (do, q, lse))
-    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))  # summed over chunks, so kept wide
+    dq, dk, dv = (
+        torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v)
+    )  # summed over chunks, so kept wide
     for rows, keys, visible, heads in chunks:
         if visible.numel() == 0:
             continue
-        p = probabilities(q[rows, heads], k[keys, heads], lse[rows, heads], visible, scale).flatten(1, 2)  # [H, G*M, N]
+        p = probabilities(q[rows, heads], k[keys, heads], lse[rows, heads], visible, scale).flatten(
+            1, 2
+        )  # [H, G*M, N]
         q_, do_ = _group_rows(q[rows, heads], dtype), _group_rows(do[rows, heads], dtype)
         k_, v_ = _heads_first(k[keys, heads], dtype), _heads_first(v[keys, heads], dtype)
         dp = do_ @ v_.mT
         if delta is not None:
-            delta_ = _group_rows(grouped(delta, num_kv_heads)[rows, heads][..., None], dtype)  # [H, G*M, 1]
+            delta_ = _group_rows(
+                grouped(delta, num_kv_heads)[rows, heads][..., None], dtype
+            )  # [H, G*M, 1]
         elif isinstance(rows, Tensor):
             assert o is not None
-            delta_ = (do_ * _group_rows(grouped(o, num_kv_heads)[rows, heads], dtype)).sum(-1, keepdim=True)
+            delta_ = (do_ * _group_rows(grouped(o, num_kv_heads)[rows, heads], dtype)).sum(
+                -1, keepdim=True
+            )
         else:
             delta_ = (p * dp).sum(-1, keepdim=True)
         dv[keys, heads] += (p.mT @ do_).transpose(0, 1)
@@ -104,7 +122,9 @@ def attention_backward(
 def masked_scores(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
     """Scaled q k^T `[H, G, M, N]` of q `[M, H, G, D]` and k `[N, H, D]`, -inf where a query does not see a key."""
     dtype = compute_dtype(q)
-    s = (_group_rows(q, dtype) * scale) @ _heads_first(k, dtype).mT  # scaling q touches the fewest numbers
+    s = (_group_rows(q, dtype) * scale) @ _heads_first(
+        k, dtype
+    ).mT  # scaling q touches the fewest numbers
     s = s.unflatten(1, (q.shape[2], q.shape[0]))
     return s.masked_fill(~visible.transpose(0, 1)[:, None], -torch.inf)
 

@@ -27,10 +27,16 @@ class Sequence(NamedTuple):
         return self.length - (self.q.stop - self.q.start)
 
 
-def sequences(cu_seqlens: Tensor, cu_seqlens_q: Tensor | None = None, seqused_k: Tensor | None = None) -> list[Sequence]:
+def sequences(
+    cu_seqlens: Tensor, cu_seqlens_q: Tensor | None = None, seqused_k: Tensor | None = None
+) -> list[Sequence]:
     """The sequences that `cu_seqlens` (keys), `cu_seqlens_q` (queries; default: the keys' rows) and `seqused_k` describe."""
     starts = cu_seqlens.tolist()
-    lengths = [stop - start for start, stop in pairwise(starts)] if seqused_k is None else seqused_k.tolist()
+    lengths = (
+        [stop - start for start, stop in pairwise(starts)]
+        if seqused_k is None
+        else seqused_k.tolist()
+    )
     starts_q = None if cu_seqlens_q is None else cu_seqlens_q.tolist()
     found = []
     for b, length in enumerate(lengths):
@@ -48,7 +54,9 @@ def sequences(cu_seqlens: Tensor, cu_seqlens_q: Tensor | None = None, seqused_k:
 def chunk_size(q: Tensor, keys_per_query: int) -> int:
     """How many queries of q `[T, HQ, D]`, each scoring `keys_per_query` keys with every head, are worked on together."""
     row = max(1, q.shape[1] * keys_per_query)
-    wanted = max(CHUNK_SCORES // row, MIN_CHUNK_QUERIES) if q.device.type == "cpu" else MAX_CHUNK_SCORES
+    wanted = (
+        max(CHUNK_SCORES // row, MIN_CHUNK_QUERIES) if q.device.type == "cpu" else MAX_CHUNK_SCORES
+    )
     return min(wanted, most_queries(row))
 
 

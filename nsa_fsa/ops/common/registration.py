@@ -62,19 +62,35 @@ class Signature(Generic[Call]):
         self.optional = optional
         self.members: dict[str, str | Signature[Any]] = {}
         for name, hint in _members(kind).items():
-            bundles = [x for x in _alternatives(hint) if dataclasses.is_dataclass(x) or hasattr(x, "_fields")]
-            self.members[name] = Signature(bundles[0], len(_alternatives(hint)) > 1) if bundles else _SCHEMA_TYPES[hint]
-        self.size: int = sum(x.size if isinstance(x, Signature) else 1 for x in self.members.values())
+            bundles = [
+                x
+                for x in _alternatives(hint)
+                if dataclasses.is_dataclass(x) or hasattr(x, "_fields")
+            ]
+            self.members[name] = (
+                Signature(bundles[0], len(_alternatives(hint)) > 1)
+                if bundles
+                else _SCHEMA_TYPES[hint]
+            )
+        self.size: int = sum(
+            x.size if isinstance(x, Signature) else 1 for x in self.members.values()
+        )
 
     def schema(self) -> list[str]:
         """The row for torch.library, such as `["Tensor q", "int block_size"]`."""
         found = []
         for name, member in self.members.items():
-            found += member._optional_schema() if isinstance(member, Signature) else [f"{member} {name}"]
+            found += (
+                member._optional_schema() if isinstance(member, Signature) else [f"{member} {name}"]
+            )
         return found
 
     def _optional_schema(self) -> list[str]:
-        return [x.replace("Tensor ", "Tensor? ") for x in self.schema()] if self.optional else self.schema()
+        return (
+            [x.replace("Tensor ", "Tensor? ") for x in self.schema()]
+            if self.optional
+            else self.schema()
+        )
 
     def flatten(self, call: Any) -> list[Any]:
         """The row of a call."""
@@ -271,7 +287,9 @@ def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
-def _differentiable(operator: Operator[Any, Any], gradient: Gradient[Any, Any, Any]) -> Callable[..., Any]:
+def _differentiable(
+    operator: Operator[Any, Any], gradient: Gradient[Any, Any, Any]
+) -> Callable[..., Any]:
     """The operator, called with a row, as autograd records it."""
     backward = _define_backward(operator, gradient)
     saved = Signature(gradient.saved)
@@ -281,12 +299,16 @@ def _differentiable(operator: Operator[Any, Any], gradient: Gradient[Any, Any, A
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *row):
-            ctx.set_materialize_grads(False)  # zeros for a statistic's gradient would be one more launch
+            ctx.set_materialize_grads(
+                False
+            )  # zeros for a statistic's gradient would be one more launch
             with _gradients_below(), torch._C._AutoDispatchBelowAutograd():
                 found = operator.run(*row)
             kept = gradient.keep(operator.call.build(row), operator.read_result(found))
             ctx.others = [None if isinstance(x, Tensor) else x for x in row]
-            ctx.save_for_backward(*(x if isinstance(x, Tensor) else None for x in row), *saved.flatten(kept))
+            ctx.save_for_backward(
+                *(x if isinstance(x, Tensor) else None for x in row), *saved.flatten(kept)
+            )
             if isinstance(found, tuple):
                 ctx.mark_non_differentiable(*found[1:])
             return found
@@ -334,7 +356,9 @@ def _define_backward(operator: Operator[Any, Any], gradient: Gradient[Any, Any, 
         return written([None if x is None else x.new_empty(x.shape) for x in inputs], do)
 
     results = f"({', '.join(['Tensor'] * gradients.size)})" if gradients.size > 1 else "Tensor"
-    schema = f"({', '.join(['Tensor dout', *operator.call.schema(), *saved.schema()])}) -> {results}"
+    schema = (
+        f"({', '.join(['Tensor dout', *operator.call.schema(), *saved.schema()])}) -> {results}"
+    )
     backward = _register(name, schema, run, run_fake)
     _register_autograd(name, backward, None)
     return backward
@@ -370,6 +394,8 @@ def _refusing(name: str, operator: Any) -> Callable[..., Any]:
 
         @staticmethod
         def backward(ctx, *grads):
-            raise RuntimeError(f"{NAMESPACE}::{name} has no gradient. Fix: detach what goes into it.")
+            raise RuntimeError(
+                f"{NAMESPACE}::{name} has no gradient. Fix: detach what goes into it."
+            )
 
     return super(torch.autograd.Function, Refusing).apply

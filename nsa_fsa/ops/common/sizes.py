@@ -36,7 +36,9 @@ def rows_contiguous(x: Tensor, aligned: bool = False) -> Tensor:
     """x with its last axis contiguous, which is all that the kernels ask of a layout; the Gluon ones also that every row
     begins at a multiple of 16 bytes."""
     sixteen_bytes = 16 // x.element_size()
-    misplaced = aligned and (x.data_ptr() % 16 != 0 or any(stride % sixteen_bytes for stride in x.stride()[:-1]))
+    misplaced = aligned and (
+        x.data_ptr() % 16 != 0 or any(stride % sixteen_bytes for stride in x.stride()[:-1])
+    )
     return x.contiguous() if x.stride(-1) != 1 or misplaced else x
 
 

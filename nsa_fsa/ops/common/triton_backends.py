@@ -52,7 +52,9 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
 
 
-def too_old(device: torch.device | None, oldest: tuple[int, int], elsewhere: str = "") -> str | None:
+def too_old(
+    device: torch.device | None, oldest: tuple[int, int], elsewhere: str = ""
+) -> str | None:
     """Why this GPU, by default the current one, cannot run what needs compute capability `oldest` or newer, or None.
 
     Where the device is no GPU, none is asked: that would start CUDA, which takes memory of a GPU and keeps the process from
@@ -61,7 +63,9 @@ def too_old(device: torch.device | None, oldest: tuple[int, int], elsewhere: str
     if device is not None and device.type != "cuda" and torch.cuda.is_available():
         return f"the tensors are on {device}"
     if device is None or device.type != "cuda":
-        device = torch.device("cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0)
+        device = torch.device(
+            "cuda", torch.cuda.current_device() if torch.cuda.is_available() else 0
+        )
     found = capability(device)
     if found is None:
         return f"it needs a CUDA GPU{elsewhere}"

@@ -121,7 +121,9 @@ def is_cramped(x: Tensor) -> bool:
     if not x.is_cuda:
         return False
     # AMD's properties have no such number.
-    available = getattr(torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", WIDE_SHARED)
+    available = getattr(
+        torch.cuda.get_device_properties(x.device), "shared_memory_per_block_optin", WIDE_SHARED
+    )
     return available < WIDE_SHARED
 
 

@@ -72,7 +72,9 @@ def compressed_attention(
     sequences = Sequences(cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
     check_attention(q, k_cmp, v_cmp, sequences, kernel_stride)
     sequences.check(q.device)
-    call = WindowedCall(q, k_cmp, v_cmp, sequences, default_scale(q, scale), workspace_bytes, backend, windows, None)
+    call = WindowedCall(
+        q, k_cmp, v_cmp, sequences, default_scale(q, scale), workspace_bytes, backend, windows, None
+    )
     o, lse = OPERATOR(call)
     return (o, lse) if return_lse else o
 
@@ -84,15 +86,21 @@ class Reference(AttentionBackend[WindowedCall]):
         tensors = (call.q, call.k, call.v)
         return AttentionResult(*reference.compressed_attention(*tensors, **self._arguments(call)))
 
-    def backward(self, call: WindowedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING) -> AttentionGradients:
+    def backward(
+        self, call: WindowedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
+    ) -> AttentionGradients:
         tensors = (do, call.q, call.k, call.v, softmax.o, softmax.lse)
         arguments = self._arguments(call)
-        return add_to.add(reference.compressed_attention_backward(*tensors, **arguments, delta=softmax.delta))
+        return add_to.add(
+            reference.compressed_attention_backward(*tensors, **arguments, delta=softmax.delta)
+        )
 
     @staticmethod
     def _arguments(call: WindowedCall) -> dict[str, Any]:
         return dict(**call.sequences._asdict(), **call.windows._asdict(), scale=call.scale)
 
 
-BACKENDS: Backends[WindowedCall] = Backends("compressed_attention", TritonWindows("triton"), Reference())
+BACKENDS: Backends[WindowedCall] = Backends(
+    "compressed_attention", TritonWindows("triton"), Reference()
+)
 OPERATOR = define_attention(BACKENDS, WindowedCall)

@@ -26,7 +26,9 @@ def chunks(
             n_seen = num_windows(stop, kernel_size, kernel_stride)
             t = torch.arange(first, stop, device=q.device)
             window_end = torch.arange(n_seen, device=q.device) * kernel_stride + kernel_size - 1
-            yield Chunk(rows, slice(first_token, first_token + n_seen), (window_end <= t[:, None])[:, None])
+            yield Chunk(
+                rows, slice(first_token, first_token + n_seen), (window_end <= t[:, None])[:, None]
+            )
 
 
 def compressed_attention(

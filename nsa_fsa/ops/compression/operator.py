@@ -50,7 +50,11 @@ def pool_windows(
     POOL_BACKENDS.check(backend)
     if weight is not None:
         check_tensor("weight", weight, "float [HKV, kernel_size], or None")
-        if not (weight.shape == (x.shape[1], kernel_size) and weight.dtype.is_floating_point and weight.device == x.device):
+        if not (
+            weight.shape == (x.shape[1], kernel_size)
+            and weight.dtype.is_floating_point
+            and weight.device == x.device
+        ):
             raise ValueError(
                 f"weight is {weight.dtype} {tuple(weight.shape)} on {weight.device}; it must be a float tensor "
                 f"[HKV, kernel_size] = {(x.shape[1], kernel_size)} on {x.device}."
@@ -83,7 +87,12 @@ def gather_windows(
 
 
 def window_starts(
-    x: Tensor, cu_seqlens: Tensor, *, kernel_size: int, kernel_stride: int, seqused_k: Tensor | None = None
+    x: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    seqused_k: Tensor | None = None,
 ) -> Tensor:
     """The row of x `[T, ...]` at which each compression window begins, int64 `[T // kernel_stride]`.
 
@@ -165,7 +174,9 @@ class ReferenceGather(Backend[GatherCall]):
 
     def backward(self, call: GatherCall, do: Tensor) -> GatherGradients:
         cu_seqlens = call.sequences.cu_seqlens
-        return GatherGradients(reference.gather_windows_backward(do, call.x, cu_seqlens, **call.sizes))
+        return GatherGradients(
+            reference.gather_windows_backward(do, call.x, cu_seqlens, **call.sizes)
+        )
 
 
 class TritonPool(TritonBackend[PoolCall]):

@@ -38,7 +38,12 @@ def window_rows(
 
 
 def gather_windows(
-    x: Tensor, cu_seqlens: Tensor, *, kernel_size: int, kernel_stride: int, seqused_k: Tensor | None = None
+    x: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    seqused_k: Tensor | None = None,
 ) -> Tensor:
     """x `[T, HKV, D]` -> its windows `[T // s, HKV, l, D]`; rows that no sequence owns are 0."""
     rows, owned = window_rows(x, cu_seqlens, kernel_size, kernel_stride, seqused_k)
@@ -47,7 +52,13 @@ def gather_windows(
 
 
 def gather_windows_backward(
-    dwindows: Tensor, x: Tensor, cu_seqlens: Tensor, *, kernel_size: int, kernel_stride: int, seqused_k: Tensor | None = None
+    dwindows: Tensor,
+    x: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    kernel_size: int,
+    kernel_stride: int,
+    seqused_k: Tensor | None = None,
 ) -> Tensor:
     """Gradient of `gather_windows` with respect to x; gradients of unowned rows are ignored."""
     rows, owned = window_rows(x, cu_seqlens, kernel_size, kernel_stride, seqused_k)
@@ -70,7 +81,9 @@ def pool_windows(
     if kernel_size > x.shape[0]:  # no window exists: memory follows the tokens, not the window
         return x.new_zeros(x.shape[0] // kernel_stride, *x.shape[1:])
     weight = _pool_weight(weight, x, kernel_size)
-    windows = gather_windows(x, cu_seqlens, kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
+    windows = gather_windows(
+        x, cu_seqlens, kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k
+    )
     return torch.einsum("nhld,hl->nhd", windows.to(weight.dtype), weight).to(x.dtype).contiguous()
 
 
@@ -87,7 +100,9 @@ def pool_windows_backward(
     """Gradients of `pool_windows` with respect to x and weight (None for the mean)."""
     if kernel_size > x.shape[0]:
         return x.new_zeros(x.shape), None if weight is None else weight.new_zeros(weight.shape)
-    sizes: dict[str, Any] = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k)
+    sizes: dict[str, Any] = dict(
+        kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k
+    )
     wide = _pool_weight(weight, x, kernel_size)
     _, owned = window_rows(x, cu_seqlens, kernel_size, kernel_stride, seqused_k)
     dpooled = torch.where(owned[:, None, None], dpooled, 0).to(wide.dtype)
@@ -101,5 +116,7 @@ def pool_windows_backward(
 
 def _pool_weight(weight: Tensor | None, x: Tensor, kernel_size: int) -> Tensor:
     if weight is None:
-        return torch.full((x.shape[1], kernel_size), 1 / kernel_size, dtype=compute_dtype(x), device=x.device)
+        return torch.full(
+            (x.shape[1], kernel_size), 1 / kernel_size, dtype=compute_dtype(x), device=x.device
+        )
     return weight.to(compute_dtype(x))

@@ -397,11 +397,7 @@ def pool_windows(
     if pooled.numel():
         cut = cut_hops(x, sequences, windows, tile)
         pool_windows_fwd_kernel[cut.grid](
-            Rows(x, *x.stride()),
-            weight_of(weight),
-            pooled,
-            *cut.layout,
-            **cut.constants,
+            Rows(x, *x.stride()), weight_of(weight), pooled, *cut.layout, **cut.constants
         )
     return pooled
 
@@ -436,10 +432,7 @@ def gather_windows(
     if gathered.numel():
         cut = cut_hops(x, sequences, windows, tile)
         gather_windows_fwd_kernel[cut.grid](
-            Rows(x, *x.stride()),
-            gathered,
-            *cut.layout,
-            **cut.constants,
+            Rows(x, *x.stride()), gathered, *cut.layout, **cut.constants
         )
     return gathered
 
@@ -466,12 +459,7 @@ def _rows_gradient(
     if dx.numel():
         cut = cut_hops(x, sequences, windows, tile)
         windows_bwd_kernel_dx[cut.grid](
-            dwindows,
-            weight_of(weight),
-            dx,
-            scale,
-            *cut.layout,
-            **cut.constants,
+            dwindows, weight_of(weight), dx, scale, *cut.layout, **cut.constants
         )
     return dx
 

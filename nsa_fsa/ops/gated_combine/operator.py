@@ -9,15 +9,13 @@ from torch import Tensor
 from nsa_fsa.checks import check_rows
 from nsa_fsa.ops.common.backends import Backend, Backends
 from nsa_fsa.ops.common.registration import Gradient, NothingSaved, define_operator, keep_nothing
-from nsa_fsa.ops.common.triton_backends import (
-    TritonBackend,
-    unsupported_dtype,
-    unsupported_tensors,
-)
+from nsa_fsa.ops.common.triton_backends import TritonBackend, unsupported_dtype, unsupported_tensors
 from nsa_fsa.ops.gated_combine import reference
 
 
-def gated_combine(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, *, backend: str = "auto") -> Tensor:
+def gated_combine(
+    gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, *, backend: str = "auto"
+) -> Tensor:
     """`sum over branches of sigmoid(gate_logits) * o` (NSA paper, eq. 5); branch order is compressed, selected, sliding.
 
     Args:
@@ -47,10 +45,18 @@ def check_gates(gate_logits: Tensor, rows: Tensor, whose: str) -> None:
     """Raises ValueError unless there is a gate for every head of `rows`, `[T, HQ, ...]`, or one for all."""
     num_tokens, num_heads = rows.shape[:2]
     check_rows("gate_logits", gate_logits, 3, "[T, HQ or 1, 3]")
-    if not (gate_logits.shape[0] == num_tokens and gate_logits.shape[1] in (1, num_heads) and gate_logits.shape[2] == 3):
-        raise ValueError(f"gate_logits has shape {tuple(gate_logits.shape)}; it must be [{num_tokens}, {num_heads} or 1, 3].")
+    if not (
+        gate_logits.shape[0] == num_tokens
+        and gate_logits.shape[1] in (1, num_heads)
+        and gate_logits.shape[2] == 3
+    ):
+        raise ValueError(
+            f"gate_logits has shape {tuple(gate_logits.shape)}; it must be [{num_tokens}, {num_heads} or 1, 3]."
+        )
     if gate_logits.device != rows.device:
-        raise ValueError(f"gate_logits is on {gate_logits.device} but {whose} on {rows.device}. Fix: move them together.")
+        raise ValueError(
+            f"gate_logits is on {gate_logits.device} but {whose} on {rows.device}. Fix: move them together."
+        )
 
 
 @dataclass(frozen=True)
@@ -168,5 +174,10 @@ def _backward(call: GatedCall, do: Tensor, _: NothingSaved) -> GatedGradients:
 BACKENDS = Backends("gated_combine", Triton(), Reference())
 BRANCH_GRADIENTS = Backends("branch_gradients", TritonBranches(), ReferenceBranches())
 OPERATOR = define_operator(
-    "gated_combine", GatedCall, Tensor, _forward, _fake, Gradient(NothingSaved, keep_nothing, GatedGradients, _backward)
+    "gated_combine",
+    GatedCall,
+    Tensor,
+    _forward,
+    _fake,
+    Gradient(NothingSaved, keep_nothing, GatedGradients, _backward),
 )

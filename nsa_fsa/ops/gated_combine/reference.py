@@ -29,7 +29,9 @@ def gated_combine_backward(
         dg = dg.sum(1, keepdim=True)
     dbranches = (do[..., None] * g[:, :, None, :]).to(o_cmp.dtype)
     # Cloned, because an operator's outputs must not share memory, not even that of an empty tensor.
-    do_cmp, do_slc, do_swa = (x.clone(memory_format=torch.contiguous_format) for x in dbranches.unbind(-1))
+    do_cmp, do_slc, do_swa = (
+        x.clone(memory_format=torch.contiguous_format) for x in dbranches.unbind(-1)
+    )
     return (dg * g * (1 - g)).to(gate_logits.dtype).contiguous(), do_cmp, do_slc, do_swa
 
 
@@ -60,7 +62,9 @@ def branch_gradients(
         g = torch.sigmoid(logits)
         dg = delta.sum(1, keepdim=True) if gate_logits.shape[1] == 1 else delta
         # A closed gate is a log of -inf, and for a query that sees nothing lse is: their difference would be NaN.
-        gated_lse = torch.where(lse == -torch.inf, lse, lse - torch.nn.functional.logsigmoid(logits))
+        gated_lse = torch.where(
+            lse == -torch.inf, lse, lse - torch.nn.functional.logsigmoid(logits)
+        )
         results.append(((dg * g * (1 - g)).to(gate_logits.dtype), gated_lse, delta))
     dlogits, gated_lses, deltas = (list(x) for x in zip(*results, strict=True))
     return dlogits, gated_lses, deltas

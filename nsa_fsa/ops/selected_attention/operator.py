@@ -103,7 +103,9 @@ def selected_attention(
     scale = default_scale(q, scale)
     block_indices, counts = _check_selection(q, k, block_indices, block_counts)
 
-    call = SelectedCall(q, k, v, sequences, scale, workspace_bytes, backend, blocks, block_indices, counts, None)
+    call = SelectedCall(
+        q, k, v, sequences, scale, workspace_bytes, backend, blocks, block_indices, counts, None
+    )
     o, lse = OPERATOR(with_index(call))
     return (o, lse) if return_lse else o
 
@@ -131,7 +133,11 @@ def _check_selection(
         check_ints(0, block_counts=block_counts)
         return block_indices[..., :block_counts], None
     check_tensor("block_counts", block_counts, "int32 [T, HKV], or an int")
-    if block_counts.shape != rows or block_counts.dtype != torch.int32 or block_counts.device != q.device:
+    if (
+        block_counts.shape != rows
+        or block_counts.dtype != torch.int32
+        or block_counts.device != q.device
+    ):
         raise ValueError(
             f"block_counts is {block_counts.dtype} {tuple(block_counts.shape)} on {block_counts.device}; "
             f"it must be an int, or int32 [T, HKV] = {rows} on {q.device}."
@@ -147,7 +153,9 @@ def wants_index(call: SelectedCall) -> bool:
 
     "triton_query_major" would in backward, but has none to read forward, and makes its own.
     """
-    of_kv_major = call.backend in ("triton", "triton_kv_major") or (call.backend == "auto" and call.q.is_cuda)
+    of_kv_major = call.backend in ("triton", "triton_kv_major") or (
+        call.backend == "auto" and call.q.is_cuda
+    )
     if not of_kv_major or triton_backends.unavailable(call.device) is not None:
         return False
     return refuses_kv_major(call) is None
@@ -218,7 +226,9 @@ class SelectedTriton(TritonBackend[SelectedCall], AttentionBackend[SelectedCall]
     """Whichever loop order and tiles the profiler finds fastest; without it the KV-major default where that can run."""
 
     def refuses(self, call: SelectedCall, *, backward: bool = False) -> str | None:
-        return refuses_triton(call) or (refuses_last_queries(call, "gradient") if backward else None)
+        return refuses_triton(call) or (
+            refuses_last_queries(call, "gradient") if backward else None
+        )
 
     def forward(self, call: SelectedCall) -> AttentionResult:
         ways = self.ways(call, "forward")
@@ -226,7 +236,9 @@ class SelectedTriton(TritonBackend[SelectedCall], AttentionBackend[SelectedCall]
             call = replace(call, index=make_index(IndexCall.of(call)))
         return choose("forward", call, ways, methodcaller("forward", call)).forward(call)
 
-    def backward(self, call: SelectedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING) -> AttentionGradients:
+    def backward(
+        self, call: SelectedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
+    ) -> AttentionGradients:
         ways = self.ways(call, "backward")
         if call.index is None:
             call = replace(call, index=make_index(IndexCall.of(call)))
@@ -274,7 +286,9 @@ class SelectedQueryMajor(SelectedTriton):
         return {"query_major": QueryMajor()}
 
 
-def choose(direction: str, call: SelectedCall, ways: "Mapping[str, Way]", run: Callable[..., Any]) -> "Way":
+def choose(
+    direction: str, call: SelectedCall, ways: "Mapping[str, Way]", run: Callable[..., Any]
+) -> "Way":
     """The fastest of the ways for "forward" or "backward"; run: runs one of them."""
     name = next(iter(ways))
     if len(ways) > 1 and call.q.is_cuda and call.q.numel() > 0:
@@ -299,10 +313,14 @@ class Reference(AttentionBackend[SelectedCall]):
         tensors = (call.q, call.k, call.v)
         return AttentionResult(*reference.selected_attention(*tensors, **self._arguments(call)))
 
-    def backward(self, call: SelectedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING) -> AttentionGradients:
+    def backward(
+        self, call: SelectedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
+    ) -> AttentionGradients:
         tensors = (do, call.q, call.k, call.v, softmax.o, softmax.lse)
         arguments = self._arguments(call)
-        return add_to.add(reference.selected_attention_backward(*tensors, **arguments, delta=softmax.delta))
+        return add_to.add(
+            reference.selected_attention_backward(*tensors, **arguments, delta=softmax.delta)
+        )
 
     @staticmethod
     def _arguments(call: SelectedCall) -> dict[str, Any]:
@@ -311,11 +329,7 @@ class Reference(AttentionBackend[SelectedCall]):
 
 
 BACKENDS: Backends[SelectedCall] = Backends(
-    "selected_attention",
-    SelectedTriton(),
-    SelectedKVMajor(),
-    SelectedQueryMajor(),
-    Reference(),
+    "selected_attention", SelectedTriton(), SelectedKVMajor(), SelectedQueryMajor(), Reference()
 )
 OPERATOR = define_attention(BACKENDS, SelectedCall)
 INDEX_OPERATOR = define_operator("block_index", IndexCall, BlockIndex, _checked_index, fake_index)

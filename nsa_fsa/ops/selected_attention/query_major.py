@@ -113,17 +113,7 @@ def load_step(k, v, head, selection, step, SHAPE: tl.constexpr):
 
 @kernel
 def query_fwd_kernel(
-    q,
-    k,
-    v,
-    indices,
-    counts,
-    rows,
-    o_ptr,
-    lse_ptr,
-    scale,
-    num_heads,
-    SHAPE: tl.constexpr,
+    q, k, v, indices, counts, rows, o_ptr, lse_ptr, scale, num_heads, SHAPE: tl.constexpr
 ):
     """A program does one query and one KV head."""
     query, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)

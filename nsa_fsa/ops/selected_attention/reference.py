@@ -32,7 +32,9 @@ def chunks(
     slot = torch.arange(num_indices, device=q.device)
     for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
         # On a CPU alone: which queries chose a block is read back for every block, which a GPU would wait for.
-        many_queries = QUERIES_PER_KEY * num_indices * block_size <= sequence.q.stop - sequence.q.start
+        many_queries = (
+            QUERIES_PER_KEY * num_indices * block_size <= sequence.q.stop - sequence.q.start
+        )
         by_block = many_queries and q.device.type == "cpu"
         if by_block:
             size = chunk_size(q[:, : q.shape[1] // num_kv_heads], block_size)
@@ -47,7 +49,9 @@ def chunks(
             if block_counts is not None:
                 valid &= slot < block_counts[rows][..., None]
             # A set of blocks, so duplicates collapse; what is not valid lands in a spare column that is then dropped.
-            selected = torch.zeros(*index.shape[:2], num_blocks + 1, dtype=torch.bool, device=q.device)
+            selected = torch.zeros(
+                *index.shape[:2], num_blocks + 1, dtype=torch.bool, device=q.device
+            )
             selected.scatter_(2, torch.where(valid, index, num_blocks), True)
             selected = selected[..., :num_blocks]
             position = torch.arange(stop, device=q.device)

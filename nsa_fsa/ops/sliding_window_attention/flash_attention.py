@@ -18,21 +18,19 @@ from torch.nn.functional import pad
 
 from nsa_fsa.ops.common import profiler, triton_backends
 from nsa_fsa.ops.common.attention_operator import AttentionBackend
-from nsa_fsa.ops.common.calls import (
-    NOTHING,
-    AddTo,
-    AttentionGradients,
-    AttentionResult,
-    Softmax,
-)
+from nsa_fsa.ops.common.calls import NOTHING, AddTo, AttentionGradients, AttentionResult, Softmax
 from nsa_fsa.ops.common.sizes import head_chunks
 from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
-INSTALL = 'pip install "flash-attn-4>=4.0.0b36"'  # a version with a "b" in it lets pip take such versions
+INSTALL = (
+    'pip install "flash-attn-4>=4.0.0b36"'  # a version with a "b" in it lets pip take such versions
+)
 WIDTH_STEP = 8  # widths are whole multiples: 16 bytes
-PADDING = 128  # rows of a tile, and by so many every sequence is longer in the sums of a backward pass
+PADDING = (
+    128  # rows of a tile, and by so many every sequence is longer in the sums of a backward pass
+)
 MANY_SEQUENCES = 512  # of fewer, short ones take no time to speak of
 
 
@@ -46,7 +44,9 @@ def _flash_attn_4_missing() -> str | None:
     return None if found else f"flash-attn-4 is not installed ({INSTALL})"
 
 
-def output_and_dlse(do: Tensor, o: Tensor | None, delta: Tensor | None) -> tuple[Tensor, Tensor | None]:
+def output_and_dlse(
+    do: Tensor, o: Tensor | None, delta: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """What flash-attn 4 takes as o and as gradient of lse: it subtracts sum(o * do) - dlse. So with delta, which is laid out
     as lse, o need be neither read nor there."""
     if delta is None:
@@ -80,7 +80,14 @@ class Gradients(NamedTuple):
     def of(self, heads: slice, kv_heads: slice) -> "Gradients":
         """Those of some heads, as views."""
         do, q, k, v, o, lse, delta = self
-        of_heads = (do[:, heads], q[:, heads], k[:, kv_heads], v[:, kv_heads], o[:, heads], lse[heads])
+        of_heads = (
+            do[:, heads],
+            q[:, heads],
+            k[:, kv_heads],
+            v[:, kv_heads],
+            o[:, heads],
+            lse[heads],
+        )
         return Gradients(*of_heads, None if delta is None else delta[heads])
 
 
@@ -120,14 +127,18 @@ class Library:
         if q.dtype not in DTYPES:
             return f"q has dtype {q.dtype}; supported are float16 and bfloat16"
         if max(q.shape[2], v.shape[2]) > MAX_HEAD_DIM:
-            return f"head widths {q.shape[2]} and {v.shape[2]}; supported are at most {MAX_HEAD_DIM}"
+            return (
+                f"head widths {q.shape[2]} and {v.shape[2]}; supported are at most {MAX_HEAD_DIM}"
+            )
         if not call.scale > 0:
             return f"scale={call.scale}; it must be positive"
         if (number := sequences.cu_seqlens.shape[0] - 1) > self.max_sequences:
             return f"{number} sequences; supported are at most {self.max_sequences}"
         if sequences.seqused_k is None:
             return None
-        if sequences.cu_seqlens_q is None:  # the libraries take the last query for that of the last used key
+        if (
+            sequences.cu_seqlens_q is None
+        ):  # the libraries take the last query for that of the last used key
             return "no support where seqused_k is given without cu_seqlens_q"
         if not self.stops_at_end:
             return "no support where seqused_k is given: it reads past the keys in use, where there may be NaN"
@@ -250,7 +261,9 @@ FLASH_ATTN_4, TORCH_FLASH = LIBRARIES = (FlashAttn4(), TorchFlash())
 
 def obstacles(call: WindowedCall, *, backward: bool = False) -> dict[str, str | None]:
     """Why each library cannot run the call here, by its name (None: it can)."""
-    return {x.name: x.unavailable(call.device) or x.refuses(call, backward=backward) for x in LIBRARIES}
+    return {
+        x.name: x.unavailable(call.device) or x.refuses(call, backward=backward) for x in LIBRARIES
+    }
 
 
 class FlashBackend(AttentionBackend[WindowedCall]):
@@ -265,7 +278,11 @@ class FlashBackend(AttentionBackend[WindowedCall]):
         """
         if call.device.type != "cuda":
             return f"the tensors are on {call.device}"
-        starts, starts_q, num_rows = call.sequences.cu_seqlens, call.sequences.cu_seqlens_q, call.q.shape[0]
+        starts, starts_q, num_rows = (
+            call.sequences.cu_seqlens,
+            call.sequences.cu_seqlens_q,
+            call.q.shape[0],
+        )
         number = 0 if starts_q is not None else starts.shape[0] - 1
         if number < MANY_SEQUENCES or num_rows > number * PADDING:
             return None
@@ -288,7 +305,9 @@ class OneLibrary(FlashBackend):
     def forward(self, call: WindowedCall) -> AttentionResult:
         return flash_attention_fwd(self.library, call)
 
-    def backward(self, call: WindowedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING) -> AttentionGradients:
+    def backward(
+        self, call: WindowedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
+    ) -> AttentionGradients:
         return add_to.add(flash_attention_bwd(self.library, call, do, softmax))
 
 
@@ -310,10 +329,14 @@ class Fastest(FlashBackend):
 
     def forward(self, call: WindowedCall) -> AttentionResult:
         libraries = self._able(call)
-        name = self._choose("forward", call, libraries, functools.partial(flash_attention_fwd, call=call))
+        name = self._choose(
+            "forward", call, libraries, functools.partial(flash_attention_fwd, call=call)
+        )
         return flash_attention_fwd(libraries[name], call)
 
-    def backward(self, call: WindowedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING) -> AttentionGradients:
+    def backward(
+        self, call: WindowedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
+    ) -> AttentionGradients:
         libraries = self._able(call, backward=True)
         run = functools.partial(flash_attention_bwd, call=call, do=do, softmax=softmax)
         name = self._choose("backward", call, libraries, run)
@@ -325,22 +348,35 @@ class Fastest(FlashBackend):
         return {library.name: library for library in LIBRARIES if reasons[library.name] is None}
 
     @staticmethod
-    def _choose(direction: str, call: WindowedCall, libraries: dict[str, Library], run: Callable[[Library], Any]) -> str:
+    def _choose(
+        direction: str,
+        call: WindowedCall,
+        libraries: dict[str, Library],
+        run: Callable[[Library], Any],
+    ) -> str:
         if len(libraries) == 1 or call.q.numel() == 0:
             return next(iter(libraries))
-        return profiler.choose(window_key(call, direction), libraries, run, call.device, recoverable=(Exception,))
+        return profiler.choose(
+            window_key(call, direction), libraries, run, call.device, recoverable=(Exception,)
+        )
 
 
 def window_key(call: WindowedCall, direction: str) -> str:
     """The kind of problem that the profiler remembers."""
-    return profiler.problem_key("sliding_window_attention", direction, call, f"window={call.window_size}")
+    return profiler.problem_key(
+        "sliding_window_attention", direction, call, f"window={call.window_size}"
+    )
 
 
 def _padded(x: Tensor, width: int) -> Tensor:
     """x `[T, heads, D]`, zeros appended to its rows up to `width`, and as the libraries read it: rows of whole 16 bytes."""
     if x.shape[2] < width:
         return pad(x, (0, width - x.shape[2]))
-    aligned = x.stride(2) == 1 and x.data_ptr() % 16 == 0 and all(stride % WIDTH_STEP == 0 for stride in x.stride()[:2])
+    aligned = (
+        x.stride(2) == 1
+        and x.data_ptr() % 16 == 0
+        and all(stride % WIDTH_STEP == 0 for stride in x.stride()[:2])
+    )
     return x if aligned else x.contiguous()
 
 
@@ -352,7 +388,9 @@ def _width(q: Tensor, v: Tensor) -> int:
 def _window(call: WindowedCall) -> Window:
     cu_seqlens, max_seqlen, _, seqused_k = call.sequences
     assert call.window_size is not None
-    return Window(call.sequences.of_queries, cu_seqlens, seqused_k, max_seqlen, call.scale, call.window_size)
+    return Window(
+        call.sequences.of_queries, cu_seqlens, seqused_k, max_seqlen, call.scale, call.window_size
+    )
 
 
 def flash_attention_fwd(library: Library, call: WindowedCall) -> AttentionResult:
@@ -367,7 +405,9 @@ def flash_attention_fwd(library: Library, call: WindowedCall) -> AttentionResult
     return AttentionResult(o[..., :v_dim].contiguous(), lse.T.contiguous())
 
 
-def bytes_of_kv_head(num_queries: int, num_keys: int, group_size: int, num_sequences: int, width: int) -> int:
+def bytes_of_kv_head(
+    num_queries: int, num_keys: int, group_size: int, num_sequences: int, width: int
+) -> int:
     """What the libraries take at most in backward for a KV head: float32 sums of dq, and where it has several query heads sums
     of dk and dv, or a copy of these for each of them; all are padded."""
     padding = PADDING * num_sequences
@@ -376,7 +416,9 @@ def bytes_of_kv_head(num_queries: int, num_keys: int, group_size: int, num_seque
     return 4 * width * (num_rows + of_keys)
 
 
-def flash_attention_bwd(library: Library, call: WindowedCall, do: Tensor, softmax: Softmax) -> tuple[Tensor, Tensor, Tensor]:
+def flash_attention_bwd(
+    library: Library, call: WindowedCall, do: Tensor, softmax: Softmax
+) -> tuple[Tensor, Tensor, Tensor]:
     """A library's backward, so many heads at a time as the workspace has room for."""
     q, k, v = call.q, call.k, call.v
     head_dim, v_dim, width = q.shape[2], v.shape[2], _width(q, v)
@@ -398,4 +440,8 @@ def flash_attention_bwd(library: Library, call: WindowedCall, do: Tensor, softma
         for heads, kv_heads in chunks:
             into = (dq[:, heads], dk[:, kv_heads], dv[:, kv_heads])
             library.backward(tensors.of(heads, kv_heads), window, into)
-    return dq[..., :head_dim].contiguous(), dk[..., :head_dim].contiguous(), dv[..., :v_dim].contiguous()
+    return (
+        dq[..., :head_dim].contiguous(),
+        dk[..., :head_dim].contiguous(),
+        dv[..., :v_dim].contiguous(),
+    )

@@ -73,7 +73,9 @@ def sliding_window_attention(
     check_attention(q, k, v, sequences)
     sequences.check(q.device)
     scale, windows = default_scale(q, scale), Windows(1, 1)
-    o, lse = OPERATOR(WindowedCall(q, k, v, sequences, scale, workspace_bytes, backend, windows, window_size))
+    o, lse = OPERATOR(
+        WindowedCall(q, k, v, sequences, scale, workspace_bytes, backend, windows, window_size)
+    )
     return (o, lse) if return_lse else o
 
 
@@ -82,12 +84,18 @@ class Reference(AttentionBackend[WindowedCall]):
 
     def forward(self, call: WindowedCall) -> AttentionResult:
         tensors = (call.q, call.k, call.v)
-        return AttentionResult(*reference.sliding_window_attention(*tensors, **self._arguments(call)))
+        return AttentionResult(
+            *reference.sliding_window_attention(*tensors, **self._arguments(call))
+        )
 
-    def backward(self, call: WindowedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING) -> AttentionGradients:
+    def backward(
+        self, call: WindowedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
+    ) -> AttentionGradients:
         tensors = (do, call.q, call.k, call.v, softmax.o, softmax.lse)
         arguments = self._arguments(call)
-        return add_to.add(reference.sliding_window_attention_backward(*tensors, **arguments, delta=softmax.delta))
+        return add_to.add(
+            reference.sliding_window_attention_backward(*tensors, **arguments, delta=softmax.delta)
+        )
 
     @staticmethod
     def _arguments(call: WindowedCall) -> dict[str, Any]:

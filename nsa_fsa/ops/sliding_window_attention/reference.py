@@ -26,7 +26,9 @@ def chunks(
             begin = max(0, first - window_size + 1)
             position = torch.arange(begin, stop, device=q.device)
             visible = (position <= t) & (position > t - window_size)
-            yield Chunk(rows, slice(sequence.k.start + begin, sequence.k.start + stop), visible[:, None])
+            yield Chunk(
+                rows, slice(sequence.k.start + begin, sequence.k.start + stop), visible[:, None]
+            )
 
 
 def sliding_window_attention(
@@ -62,4 +64,14 @@ def sliding_window_attention_backward(
     delta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to q, k and v."""
-    return attention_backward(do, q, k, v, o, lse, chunks(q, cu_seqlens, window_size, cu_seqlens_q, seqused_k), scale, delta)
+    return attention_backward(
+        do,
+        q,
+        k,
+        v,
+        o,
+        lse,
+        chunks(q, cu_seqlens, window_size, cu_seqlens_q, seqused_k),
+        scale,
+        delta,
+    )

@@ -3,13 +3,7 @@
 from torch import Tensor
 
 from nsa_fsa.ops.common.attention_operator import AttentionBackend
-from nsa_fsa.ops.common.calls import (
-    NOTHING,
-    AddTo,
-    AttentionGradients,
-    AttentionResult,
-    Softmax,
-)
+from nsa_fsa.ops.common.calls import NOTHING, AddTo, AttentionGradients, AttentionResult, Softmax
 from nsa_fsa.ops.common.triton_backends import TritonBackend, unsupported_tensors
 from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
 

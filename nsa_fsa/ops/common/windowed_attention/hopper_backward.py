@@ -40,11 +40,7 @@ from nsa_fsa.ops.common.windowed_attention.hopper_pipelines import (
     new_signal,
     new_window_ring,
 )
-from nsa_fsa.ops.common.windowed_attention.tiles import (
-    count_windows,
-    key_tile_work,
-    rows_that_see,
-)
+from nsa_fsa.ops.common.windowed_attention.tiles import count_windows, key_tile_work, rows_that_see
 
 
 @gluon.jit
