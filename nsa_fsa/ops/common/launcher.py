@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 
 try:
@@ -79,5 +78,5 @@ class Launcher:
 
 @functools.cache
 def _backend() -> Any:
-    """What Triton asks how values are described: the same for all NVIDIA GPUs."""
-    return make_backend(GPUTarget("cuda", 90, 32))
+    """What Triton asks how values are described: the same for all GPUs of one maker."""
+    return make_backend(triton.runtime.driver.active.get_current_target())

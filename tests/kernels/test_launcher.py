@@ -1,0 +1,112 @@
+"""What the launcher of kernels takes for the same compiled kernel. That it launches what Triton would, every test on a GPU
+shows; here stands a function in for Triton's, which counts how often it is asked."""
+
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import make_backend
+
+from nsa_fsa.ops.common import launcher
+
+
+class Pair(NamedTuple):
+    ptr: Any
+    stride: Any
+
+
+class Compiled:
+    """A kernel that keeps what it was launched with."""
+
+    function = packed_metadata = None
+
+    def __init__(self):
+        self.launches = []
+
+    def run(self, *arguments):
+        self.launches.append(arguments)
+
+
+class Function:
+    """Triton's side: parameters x, count, stride, TILE and WIDTH, and a compilation each time it is asked."""
+
+    device_caches = None
+
+    def __init__(self):
+        self.compiled = []
+        kinds = dict(x=(False, False), count=(True, False), stride=(False, False), TILE=(False, False), WIDTH=(False, False))
+        self.params = [
+            SimpleNamespace(name=name, is_constexpr=name.isupper(), do_not_specialize=x, do_not_specialize_on_alignment=y)
+            for name, (x, y) in kinds.items()
+        ]
+
+    def __getitem__(self, grid):
+        return self.compile
+
+    def compile(self, *arguments, **constants):
+        self.compiled.append(Compiled())
+        return self.compiled[-1]
+
+
+@pytest.fixture
+def kernel(monkeypatch):
+    if launcher.specialize is None:
+        pytest.skip("this Triton does not say how it describes values")
+    monkeypatch.setattr(launcher, "_backend", lambda: make_backend(GPUTarget("cuda", 90, 32)))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 7, raising=False)
+    return launcher.Launcher(Function())
+
+
+X = torch.zeros(64)
+
+
+def test_a_known_kernel_is_launched_without_triton(kernel):
+    kernel[5, 2](X, 3, 32, WIDTH=9, TILE=16, num_warps=4)
+    kernel[6, 2](X, 40, 64, WIDTH=9, TILE=16, num_warps=4)
+    (compiled,) = kernel.function.compiled
+    ((x, y, z, stream, *_, first, count, stride, tile, width),) = compiled.launches
+    assert (x, y, z, stream) == (6, 2, 1, 7)
+    assert first is X
+    assert (count, stride, tile, width) == (40, 64, 16, 9)  # in the order of the parameters
+
+
+# What Triton compiles a kernel anew for.
+OTHERS = {
+    "dtype": dict(x=X.half()),
+    "alignment": dict(x=X[1:]),
+    "nothing": dict(x=None),
+    "a bundle": dict(x=Pair(X, 32)),
+    "a bundle's stride": dict(x=Pair(X, 33)),
+    "a count of 64 bits": dict(count=1 << 40),
+    "a stride of 1": dict(stride=1),
+    "an odd stride": dict(stride=33),
+    "a constant": dict(TILE=32),
+    "an option": dict(num_warps=8),
+}
+
+
+def test_other_kernels_are_told_apart(kernel):
+    known = dict(x=X, count=3, stride=32, TILE=16, WIDTH=9, num_warps=4)
+    for changes in ({}, *OTHERS.values()):
+        values = known | changes
+        arguments = [values.pop(name) for name in ("x", "count", "stride")]
+        kernel[(1,)](*arguments, **values)
+        kernel[(1,)](*arguments, **values)  # and known from then on
+    assert len(kernel.function.compiled) == 1 + len(OTHERS)
+    assert all(len(compiled.launches) == 1 for compiled in kernel.function.compiled)
+    kernel[(1,)](X, 3, 32, 16, WIDTH=9, num_warps=4)
+    kernel[(1,)](X, 3, 32, 32, WIDTH=9, num_warps=4)  # a constant by its position
+    assert len(kernel.function.compiled) == 3 + len(OTHERS)
+
+
+def test_a_profilers_hook_sees_every_launch(kernel, monkeypatch):
+    kernel[(1,)](X, 3, 32, TILE=16, WIDTH=9)
+    hook = launcher.triton.knobs.runtime.launch_enter_hook
+    monkeypatch.setattr(hook, "calls", [print])
+    kernel[(1,)](X, 3, 32, TILE=16, WIDTH=9)
+    assert len(kernel.function.compiled) == 2
