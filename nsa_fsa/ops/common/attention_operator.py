@@ -3,7 +3,9 @@
 A branch's backends are called as `forward(call) -> (o, lse)` and `backward(call, do, softmax, add_to) -> (dq, dk, dv)`.
 """
 
-from typing import TypeVar
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,14 +27,38 @@ A = TypeVar("A", bound=AttentionCall)
 class AttentionBackend(Backend[A]):
     """One implementation of one branch."""
 
+    @abstractmethod
     def forward(self, call: A) -> AttentionResult:
-        raise NotImplementedError(f"{self.name} has no forward")
+        """The output and the log-sum-exp of every query."""
 
+    @abstractmethod
     def backward(
         self, call: A, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
     ) -> AttentionGradients:
         """The gradients of q, k and v; those that have something to add to are added to it, and are what is returned."""
-        raise NotImplementedError(f"{self.name} has no backward")
+
+
+class ReferenceBackend(AttentionBackend[A]):
+    """A branch's functions in plain PyTorch, which take tensors and keywords."""
+
+    name = "reference"
+
+    def __init__(self, forward: Callable[..., Any], backward: Callable[..., Any]):
+        self.run, self.differentiate = forward, backward
+
+    @abstractmethod
+    def arguments(self, call: A) -> dict[str, Any]:
+        """The keywords that both functions take."""
+
+    def forward(self, call: A) -> AttentionResult:
+        return AttentionResult(*self.run(call.q, call.k, call.v, **self.arguments(call)))
+
+    def backward(
+        self, call: A, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
+    ) -> AttentionGradients:
+        tensors = (do, call.q, call.k, call.v, softmax.o, softmax.lse)
+        grads = self.differentiate(*tensors, **self.arguments(call), delta=softmax.delta)
+        return add_to.add(grads)
 
 
 def define_attention(backends: Backends[A], kind: type[A]) -> Operator[A, AttentionResult]:

@@ -5,6 +5,7 @@ or raises with the reason, and nothing falls back silently.
 """
 
 import warnings
+from abc import ABC, abstractmethod
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ class Call(Protocol):
 C = TypeVar("C", bound=Call)
 
 
-class Backend(Generic[C]):
+class Backend(ABC, Generic[C]):
     """One implementation of one operator: of some calls, on some machines."""
 
     name: str
@@ -40,13 +41,13 @@ class Backend(Generic[C]):
         """Why "auto" does not take it although it can run the call, or None."""
         return None
 
+    @abstractmethod
     def forward(self, call: C) -> Any:
         """What the operator's reference returns."""
-        raise NotImplementedError(f"{self.name} has no forward")
 
     def backward(self, call: C, *gradients: Any, **settings: Any) -> Any:
-        """What the operator's reference returns for the gradients."""
-        raise NotImplementedError(f"{self.name} has no backward")
+        """What the operator's reference returns for the gradients, where the operator has any."""
+        raise RuntimeError(f"backend={self.name!r} has no gradient. Fix: detach what goes into it.")
 
 
 class Backends(Generic[C]):

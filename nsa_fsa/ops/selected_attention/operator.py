@@ -14,7 +14,11 @@ from torch import Tensor
 
 from nsa_fsa.checks import check_ints, check_positive, check_tensor
 from nsa_fsa.ops.common import profiler, triton_backends
-from nsa_fsa.ops.common.attention_operator import AttentionBackend, define_attention
+from nsa_fsa.ops.common.attention_operator import (
+    AttentionBackend,
+    ReferenceBackend,
+    define_attention,
+)
 from nsa_fsa.ops.common.backends import Backends
 from nsa_fsa.ops.common.calls import (
     NOTHING,
@@ -306,30 +310,18 @@ def selected_key(call: SelectedCall, direction: str) -> str:
     return profiler.problem_key("selected_attention", direction, call, own)
 
 
-class Reference(AttentionBackend[SelectedCall]):
-    name = "reference"
-
-    def forward(self, call: SelectedCall) -> AttentionResult:
-        tensors = (call.q, call.k, call.v)
-        return AttentionResult(*reference.selected_attention(*tensors, **self._arguments(call)))
-
-    def backward(
-        self, call: SelectedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
-    ) -> AttentionGradients:
-        tensors = (do, call.q, call.k, call.v, softmax.o, softmax.lse)
-        arguments = self._arguments(call)
-        return add_to.add(
-            reference.selected_attention_backward(*tensors, **arguments, delta=softmax.delta)
-        )
-
-    @staticmethod
-    def _arguments(call: SelectedCall) -> dict[str, Any]:
+class Reference(ReferenceBackend[SelectedCall]):
+    def arguments(self, call: SelectedCall) -> dict[str, Any]:
         chosen = dict(block_indices=call.block_indices, block_counts=call.block_counts)
         return dict(**chosen, **call.sequences._asdict(), **call.blocks._asdict(), scale=call.scale)
 
 
 BACKENDS: Backends[SelectedCall] = Backends(
-    "selected_attention", SelectedTriton(), SelectedKVMajor(), SelectedQueryMajor(), Reference()
+    "selected_attention",
+    SelectedTriton(),
+    SelectedKVMajor(),
+    SelectedQueryMajor(),
+    Reference(reference.selected_attention, reference.selected_attention_backward),
 )
 OPERATOR = define_attention(BACKENDS, SelectedCall)
 INDEX_OPERATOR = define_operator("block_index", IndexCall, BlockIndex, _checked_index, fake_index)

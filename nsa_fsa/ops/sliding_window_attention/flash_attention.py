@@ -9,6 +9,7 @@ One H200, 65,536 tokens, 64 heads of 128, window 512, forward / backward, ms (G 
 
 import functools
 import importlib.util
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -91,7 +92,7 @@ class Gradients(NamedTuple):
         return Gradients(*of_heads, None if delta is None else delta[heads])
 
 
-class Library:
+class Library(ABC):
     """One FlashAttention. What differs between them stands here; DTYPES and widths they share."""
 
     name: str
@@ -105,15 +106,15 @@ class Library:
         """Why the library cannot be imported, or None."""
         return None
 
+    @abstractmethod
     def forward(self, q: Tensor, k: Tensor, v: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         """o, and lse `[HQ, T]`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def backward(
         self, tensors: Gradients, window: Window, into: tuple[Tensor, Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv, written to the tensors `into`, where given; their heads may be slices of larger tensors'."""
-        raise NotImplementedError
 
     def unavailable(self, device: torch.device | None = None) -> str | None:
         """Why it cannot run on this GPU (default: the current one), or None."""

@@ -5,19 +5,9 @@ from typing import Any
 from torch import Tensor
 
 from nsa_fsa.checks import check_positive
-from nsa_fsa.ops.common.attention_operator import AttentionBackend, define_attention
+from nsa_fsa.ops.common.attention_operator import ReferenceBackend, define_attention
 from nsa_fsa.ops.common.backends import Backends
-from nsa_fsa.ops.common.calls import (
-    NOTHING,
-    WORKSPACE_BYTES,
-    AddTo,
-    AttentionGradients,
-    AttentionResult,
-    Softmax,
-    Windows,
-    check_attention,
-    default_scale,
-)
+from nsa_fsa.ops.common.calls import WORKSPACE_BYTES, Windows, check_attention, default_scale
 from nsa_fsa.ops.common.windowed_attention.backend import TritonWindows
 from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
 from nsa_fsa.ops.sliding_window_attention import reference
@@ -79,26 +69,8 @@ def sliding_window_attention(
     return (o, lse) if return_lse else o
 
 
-class Reference(AttentionBackend[WindowedCall]):
-    name = "reference"
-
-    def forward(self, call: WindowedCall) -> AttentionResult:
-        tensors = (call.q, call.k, call.v)
-        return AttentionResult(
-            *reference.sliding_window_attention(*tensors, **self._arguments(call))
-        )
-
-    def backward(
-        self, call: WindowedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
-    ) -> AttentionGradients:
-        tensors = (do, call.q, call.k, call.v, softmax.o, softmax.lse)
-        arguments = self._arguments(call)
-        return add_to.add(
-            reference.sliding_window_attention_backward(*tensors, **arguments, delta=softmax.delta)
-        )
-
-    @staticmethod
-    def _arguments(call: WindowedCall) -> dict[str, Any]:
+class Reference(ReferenceBackend[WindowedCall]):
+    def arguments(self, call: WindowedCall) -> dict[str, Any]:
         return dict(**call.sequences._asdict(), window_size=call.window_size, scale=call.scale)
 
 
@@ -107,6 +79,6 @@ BACKENDS: Backends[WindowedCall] = Backends(
     Fastest(),
     *(OneLibrary(library) for library in LIBRARIES),
     TritonWindows("triton_window"),
-    Reference(),
+    Reference(reference.sliding_window_attention, reference.sliding_window_attention_backward),
 )
 OPERATOR = define_attention(BACKENDS, WindowedCall)
