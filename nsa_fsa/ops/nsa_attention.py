@@ -1,7 +1,8 @@
 """The whole core of Native Sparse Attention: queries, keys, values and gates in, output out.
 
-One operator with one autograd formula, so that backward keeps only what it needs, and the gradients of the branches meet in
-place. A branch's gradients never see a gated copy of the output's: see `nsa_fsa.reference.branch_gradients`.
+One operator with one autograd formula, so that backward keeps only what it needs, and the gradients
+of the branches meet in place. A branch's gradients never see a gated copy of the output's: see
+`nsa_fsa.reference.branch_gradients`.
 """
 
 from collections.abc import Collection
@@ -95,26 +96,30 @@ def nsa_attention(
     Args:
         q: `[T, HQ, D]`.
         k, v: `[T, HKV, D]` and `[T, HKV, DV]`, of the selected branch.
-        k_cmp, v_cmp: compressed keys and values, `[T // kernel_stride, HKV, D]` and `[T // kernel_stride, HKV, DV]`.
-        gate_logits: `[T, HQ or 1, 3]`, before the sigmoid; branch order compressed, selected, sliding.
+        k_cmp, v_cmp: compressed keys and values, `[T // kernel_stride, HKV, D]` and
+            `[T // kernel_stride, HKV, DV]`.
+        gate_logits: `[T, HQ or 1, 3]`, before the sigmoid; branch order compressed,
+            selected, sliding.
         k_swa, v_swa: keys and values of the sliding branch; default k and v.
         return_branches: also return the branches' outputs and log-sum-exps, and the block indices.
-        recompute: of "compressed", "selected" and "sliding", the branches whose output is not kept for backward but computed
-            again there: `[T, HQ, DV]` less memory each, for the time of the branch's forward.
-        workspace_bytes: how much memory the kernels may take beside inputs, outputs and gradients, at any length; what is not
-            counted says `selected_attention`.
-        backend: which implementation runs: a name goes to every operator that has a backend of this name, and the others
-            choose as with "auto"; `nsa_fsa.explain` says what runs. A sequence's output has the same bits in any company with
-            a name, and may differ in the last ones with "auto", which chooses by the whole batch; so may gradients with both.
-        The other arguments are those of `compressed_attention`, `select_blocks`, `selected_attention` and
-        `sliding_window_attention`.
+        recompute: of "compressed", "selected" and "sliding", the branches whose output is not kept
+            for backward but computed again there: `[T, HQ, DV]` less memory each, for the time of
+            the branch's forward.
+        workspace_bytes: how much memory the kernels may take beside inputs, outputs and gradients,
+            at any length; what is not counted says `selected_attention`.
+        backend: which implementation runs: a name goes to every operator that has a backend of this
+            name, and the others choose as with "auto"; `nsa_fsa.explain` says what runs. A
+            sequence's output has the same bits in any company with a name, and may differ in the
+            last ones with "auto", which chooses by the whole batch; so may gradients with both.
+        The other arguments are those of `compressed_attention`, `select_blocks`,
+        `selected_attention` and `sliding_window_attention`.
 
     Returns:
         o `[T, HQ, DV]` in q's dtype, and on request `Branches`.
 
     Raises:
-        ValueError: for inconsistent shapes, dtypes, devices, sequence descriptors or sizes, a branch that does not exist, or a
-            backend that no operator has.
+        ValueError: for inconsistent shapes, dtypes, devices, sequence descriptors or sizes,
+            a branch that does not exist, or a backend that no operator has.
     """
     windows = Windows(kernel_size, kernel_stride).check()
     blocks = Blocks(block_size, init_blocks, local_blocks).check()
@@ -123,14 +128,16 @@ def nsa_attention(
     check_known(backend, "nsa_attention", *OPERATORS)
     check_rows("q", q, 3, "[T, HQ, D]")
     shared = (k_swa is None or k_swa is k) and (v_swa is None or v_swa is v)
-    k_own, v_own = (
-        (None, None) if shared else (k if k_swa is None else k_swa, v if v_swa is None else v_swa)
-    )
+    k_own = None if shared else (k if k_swa is None else k_swa)
+    v_own = None if shared else (v if v_swa is None else v_swa)
     call = CoreCall(
-        q, k, v, k_cmp, v_cmp, gate_logits, k_own, v_own,
-        Sequences(cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k), default_scale(q, scale),
-        windows, blocks, num_selected_blocks, window_size, workspace_bytes, _checked_branches(recompute), backend,
-    )  # fmt: skip
+        *(q, k, v, k_cmp, v_cmp, gate_logits, k_own, v_own),
+        Sequences(cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k),
+        default_scale(q, scale),
+        *(windows, blocks, num_selected_blocks, window_size, workspace_bytes),
+        _checked_branches(recompute),
+        backend,
+    )
     call.check()
     result = OPERATOR(call)
     inside = (result.o_cmp, result.o_slc, result.o_swa, result.block_indices)
@@ -142,7 +149,8 @@ def _checked_branches(recompute: Collection[str]) -> tuple[str, ...]:
     names = isinstance(recompute, Collection) and not isinstance(recompute, str)
     if not names or not all(isinstance(name, str) and name in BRANCHES for name in recompute):
         raise ValueError(
-            f'recompute={recompute!r} must be a tuple of {BRANCHES}. Fix: for example recompute=("compressed",).'
+            f"recompute={recompute!r} must be a tuple of {BRANCHES}. "
+            'Fix: for example recompute=("compressed",).'
         )
     return tuple(recompute)
 
@@ -157,9 +165,8 @@ class CoreCall:
     k_cmp: Tensor  # [T // kernel_stride, HKV, D]
     v_cmp: Tensor  # [T // kernel_stride, HKV, DV]
     gate_logits: Tensor  # [T, HQ or 1, 3]
-    k_swa: (
-        Tensor | None
-    )  # [T, HKV, D], of the sliding branch; None: it shares those of the selected one
+    # [T, HKV, D], of the sliding branch; None: it shares those of the selected one
+    k_swa: Tensor | None
     v_swa: Tensor | None  # [T, HKV, DV]
     sequences: Sequences
     scale: float
@@ -173,14 +180,8 @@ class CoreCall:
 
     def check(self) -> None:
         """Raises ValueError for tensors that do not fit together."""
-        q, k, v, k_cmp, v_cmp, sequences = (
-            self.q,
-            self.k,
-            self.v,
-            self.k_cmp,
-            self.v_cmp,
-            self.sequences,
-        )
+        q, k, v = self.q, self.k, self.v
+        k_cmp, v_cmp, sequences = self.k_cmp, self.v_cmp, self.sequences
         kernel_stride = self.windows.kernel_stride
         check_attention(q, k, v, sequences)
         sequences.check(q.device)
@@ -188,22 +189,24 @@ class CoreCall:
         check_compressed_rows(k_cmp, k.shape[0], kernel_stride)
         if k_cmp.shape[1] != k.shape[1]:
             raise ValueError(
-                f"k_cmp has {k_cmp.shape[1]} heads but k {k.shape[1]}; they must agree, because what is chosen by a head of "
-                "k_cmp is read from that head of k. Fix: compress every KV head."
+                f"k_cmp has {k_cmp.shape[1]} heads but k {k.shape[1]}; they must agree, "
+                "because what is chosen by a head of k_cmp is read from that head of k. "
+                "Fix: compress every KV head."
             )
         v_swa = v if self.v_swa is None else self.v_swa
         if self.k_swa is not None:
             check_attention(q, self.k_swa, v_swa, sequences)
             if self.k_swa.shape[0] != k.shape[0]:
                 raise ValueError(
-                    f"k_swa has {self.k_swa.shape[0]} rows but k {k.shape[0]}; they must agree, because cu_seqlens is about "
-                    "both. Fix: make both from the same tokens."
+                    f"k_swa has {self.k_swa.shape[0]} rows but k {k.shape[0]}; they must agree, "
+                    "because cu_seqlens is about both. Fix: make both from the same tokens."
                 )
         for name, values in (("v_cmp", v_cmp), ("v_swa", v_swa)):
             if values.shape[2] != v.shape[2]:
                 raise ValueError(
-                    f"{name} has width {values.shape[2]} but v {v.shape[2]}; they must agree, because the branches' outputs "
-                    "are added. Fix: project the values of all branches to one width."
+                    f"{name} has width {values.shape[2]} but v {v.shape[2]}; "
+                    "they must agree, because the branches' outputs are added. "
+                    "Fix: project the values of all branches to one width."
                 )
         check_gates(self.gate_logits, q, "q")
 
@@ -320,8 +323,8 @@ def _keep(call: CoreCall, result: CoreResult) -> CoreSaved:
 
 
 class _Gates:
-    """The gates, backward: the gradient of their logits, and of every branch the statistics with which its own backward may
-    be given the gradient of the whole output."""
+    """The gates, backward: the gradient of their logits, and of every branch the statistics with
+    which its own backward may be given the gradient of the whole output."""
 
     def __init__(self, call: CoreCall, do: Tensor, saved: CoreSaved):
         self.lses = (saved.lse_cmp, saved.lse_slc, saved.lse_swa)
@@ -354,7 +357,8 @@ def _backward(call: CoreCall, do: Tensor, saved: CoreSaved) -> CoreGradients:
     compressed, sliding = call.compressed(), call.sliding()
     selected = call.selected(saved.block_indices, saved.block_index)
 
-    # Outputs that are here all at once, which reads do once; others one by one, so that one at a time is here.
+    # Outputs that are here all at once, which reads do once; others one by one,
+    # so that one at a time is here.
     gates = _Gates(call, do, saved)
     gates.see(o_cmp=saved.o_cmp, o_slc=saved.o_slc, o_swa=saved.o_swa)
     if saved.o_cmp is None:
@@ -366,12 +370,12 @@ def _backward(call: CoreCall, do: Tensor, saved: CoreSaved) -> CoreGradients:
         o_swa = _run(sliding_window_attention.BACKENDS, sliding).o
         gates.see(o_swa=o_swa)
     of_compressed, of_selected, of_sliding = gates.softmax
-    of_sliding = Softmax(
-        o_swa, of_sliding.lse, of_sliding.delta
-    )  # FlashAttention reads the output again
+    # FlashAttention reads the output again.
+    of_sliding = Softmax(o_swa, of_sliding.lse, of_sliding.delta)
     del o_swa
 
-    # The libraries of the sliding branch write their gradients; the others' kernels add to what they find.
+    # The libraries of the sliding branch write their gradients; the others' kernels add to
+    # what they find.
     shared = call.k_swa is None
     dq, dk_swa, dv_swa = _differentiate(sliding_window_attention.BACKENDS, sliding, do, of_sliding)
     del of_sliding

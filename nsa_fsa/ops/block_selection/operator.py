@@ -36,25 +36,32 @@ def select_blocks(
     return_scores: bool = False,
     backend: str = "auto",
 ) -> Any:
-    """Chooses, for every query and KV head, the blocks of keys to attend to (NSA paper, section 3.3.2).
+    """Chooses, for every query and KV head, the blocks of keys to attend to (NSA paper,
+    section 3.3.2).
 
-    A block's score is the compressed-attention weight that the heads of the group give to the windows overlapping it, each
-    times the number of strides it shares with the block. The first `init_blocks` and last `local_blocks` eligible blocks
-    are always chosen; the remaining places go to the highest scores, ties to the lowest block number.
+    A block's score is the compressed-attention weight that the heads of the group give to the
+    windows overlapping it, each times the number of strides it shares with the block. The first
+    `init_blocks` and last `local_blocks` eligible blocks are always chosen; the remaining places go
+    to the highest scores, ties to the lowest block number.
 
     Args:
-        q, k_cmp, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, scale: as in `compressed_attention`.
-        lse: `[T, HQ]`, float32 or float64, as `compressed_attention` returns it for the same arguments.
+        q, k_cmp, cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k, scale:
+            as in `compressed_attention`.
+        lse: `[T, HQ]`, float32 or float64, as `compressed_attention` returns it for the
+            same arguments.
         kernel_size, kernel_stride, block_size: window, step and selection block, in tokens.
         num_selected_blocks: T_sel, forced blocks included.
-        init_blocks, local_blocks: forced blocks; `init_blocks + local_blocks <= num_selected_blocks`.
-        return_scores: also return the dense scores, for inspection: their size is tokens times blocks.
-        backend: which implementation runs: "triton", "reference", or "auto": the first of them that can, on a GPU.
+        init_blocks, local_blocks: forced blocks;
+            `init_blocks + local_blocks <= num_selected_blocks`.
+        return_scores: also return the dense scores, for inspection:
+            their size is tokens times blocks.
+        backend: which implementation runs: "triton", "reference", or "auto":
+            the first of them that can, on a GPU.
 
     Returns:
-        block_indices int32 `[T, HKV, T_sel]`, ascending, padded at the end with -1; query t of a sequence has
-        `min(T_sel, t // block_size + 1)` valid entries. On request also the scores `[T, HKV, ceil(max_seqlen / block_size)]`
-        in float32 (float64 for float64 inputs).
+        block_indices int32 `[T, HKV, T_sel]`, ascending, padded at the end with -1; query t of a
+        sequence has `min(T_sel, t // block_size + 1)` valid entries. On request also the scores
+        `[T, HKV, ceil(max_seqlen / block_size)]` in float32 (float64 for float64 inputs).
 
     Raises:
         ValueError: for inconsistent shapes, dtypes, devices, sequence descriptors or block counts.
@@ -73,8 +80,9 @@ def select_blocks(
         or lse.device != q.device
     ):
         raise ValueError(
-            f"lse is {lse.dtype} {tuple(lse.shape)} on {lse.device}; it must be float32 or float64 [T, HQ] = "
-            f"{tuple(q.shape[:2])} on {q.device}. Fix: pass what compressed_attention(..., return_lse=True) returns for this q."
+            f"lse is {lse.dtype} {tuple(lse.shape)} on {lse.device}; "
+            f"it must be float32 or float64 [T, HQ] = {tuple(q.shape[:2])} on {q.device}. "
+            "Fix: pass what compressed_attention(..., return_lse=True) returns for this q."
         )
     q, k_cmp, lse, scale = q.detach(), k_cmp.detach(), lse.detach(), default_scale(q, scale)
     call = SelectionCall(
@@ -88,7 +96,10 @@ class Triton(TritonBackend[SelectionCall]):
         if (reason := unsupported_tensors(call.q, call.k_cmp)) is not None:
             return reason
         if call.num_selected_blocks > MAX_SELECTED_BLOCKS:
-            return f"num_selected_blocks={call.num_selected_blocks}; supported are at most {MAX_SELECTED_BLOCKS}"
+            return (
+                f"num_selected_blocks={call.num_selected_blocks}; "
+                f"supported are at most {MAX_SELECTED_BLOCKS}"
+            )
         return None
 
     def forward(self, call: SelectionCall) -> Tensor:
@@ -121,7 +132,9 @@ def _select_fake(call: SelectionCall) -> Tensor:
 
 
 def _scores(call: SelectionCall) -> Tensor:
-    """By the reference: whoever asks for the scores wants to look at them, and the kernels exist to never hold them."""
+    """By the reference: whoever asks for the scores wants to look at them,
+    and the kernels exist to never hold them.
+    """
     call.check_values()
     tensors, block_size = (call.q, call.k_cmp, call.lse), call.blocks.block_size
     return reference.block_scores(*tensors, **_shared(call), block_size=block_size)

@@ -14,15 +14,16 @@ from nsa_fsa.ops.compressed_attention import reference as compressed_attention
 def block_sums(
     p: Tensor, num_blocks: int, kernel_size: int, kernel_stride: int, block_size: int
 ) -> Tensor:
-    """p `[..., N]`, of windows -> `[..., num_blocks]`: the sum over those that overlap a block, each times the strides shared.
+    """p `[..., N]`, of windows -> `[..., num_blocks]`: the sum over those that overlap a block,
+    each times the strides shared.
 
-    A block of u strides is overlapped by the windows that begin in it and by the w - 1 before it, if windows have w strides.
+    A block of u strides is overlapped by the windows that begin in it and by the w - 1 before it,
+    if windows have w strides.
     """
     num_windows = p.shape[-1]
     w = kernel_size // kernel_stride
-    u = min(
-        block_size // kernel_stride, num_windows + w
-    )  # no larger than what there is, or padding would be
+    # No larger than what there is, or padding would be.
+    u = min(block_size // kernel_stride, num_windows + w)
     overlapped = min(num_blocks, -(-(num_windows + w - 1) // u))
     start = torch.arange(1 - w, u, device=p.device)  # of a window, from the block's
     shared = (torch.clamp(start + w, max=u) - start.clamp(min=0)).to(p.dtype)
@@ -51,25 +52,14 @@ def _scored_chunks(
     for rows, keys, visible, _ in chunks:
         assert isinstance(rows, slice)
         if visible.numel() == 0:
-            yield (
-                rows,
-                torch.zeros(
-                    visible.shape[0],
-                    k_cmp.shape[1],
-                    num_blocks,
-                    dtype=compute_dtype(q),
-                    device=q.device,
-                ),
-            )
+            shape = (visible.shape[0], k_cmp.shape[1], num_blocks)
+            yield rows, torch.zeros(shape, dtype=compute_dtype(q), device=q.device)
             continue
         q_, lse_ = (grouped(x[rows], k_cmp.shape[1]) for x in (q, lse))
-        p = probabilities(q_, k_cmp[keys], lse_, visible, scale).sum(
-            1
-        )  # [HKV, M, N], all heads of the group
-        yield (
-            rows,
-            block_sums(p, num_blocks, kernel_size, kernel_stride, block_size).transpose(0, 1),
-        )
+        p = probabilities(q_, k_cmp[keys], lse_, visible, scale)  # [HKV, G, M, N]
+        p = p.sum(1)  # [HKV, M, N], all heads of the group
+        scores = block_sums(p, num_blocks, kernel_size, kernel_stride, block_size)
+        yield rows, scores.transpose(0, 1)
 
 
 def block_scores(
@@ -88,26 +78,17 @@ def block_scores(
 ) -> Tensor:
     """Scores `[Tq, HKV, ceil(max_seqlen / block_size)]` of every block for every query and KV head.
 
-    A block's score is the softmax mass that all heads of the group give to the compressed tokens overlapping it, each
-    weighted by the number of strides it shares with the block. Future blocks score 0.
+    A block's score is the softmax mass that all heads of the group give to the compressed tokens
+    overlapping it, each weighted by the number of strides it shares with the block. Future
+    blocks score 0.
     """
     num_blocks = -(-max_seqlen // block_size)
     scores = torch.zeros(
         q.shape[0], k_cmp.shape[1], num_blocks, dtype=compute_dtype(q), device=q.device
     )
-    for rows, chunk in _scored_chunks(
-        q,
-        k_cmp,
-        lse,
-        cu_seqlens,
-        num_blocks,
-        kernel_size,
-        kernel_stride,
-        block_size,
-        scale,
-        cu_seqlens_q,
-        seqused_k,
-    ):
+    sizes = (num_blocks, kernel_size, kernel_stride, block_size)
+    chunks = _scored_chunks(q, k_cmp, lse, cu_seqlens, *sizes, scale, cu_seqlens_q, seqused_k)
+    for rows, chunk in chunks:
         scores[rows] = chunk
     return scores
 
@@ -129,35 +110,24 @@ def select_blocks(
     cu_seqlens_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
 ) -> Tensor:
-    """Block indices int32 `[Tq, HKV, num_selected_blocks]`, ascending, padded at the end with -1."""
-    num_blocks = max(
-        num_selected_blocks, -(-max_seqlen // block_size)
-    )  # wide enough to always take num_selected_blocks
-    own = torch.full(
-        (q.shape[0],), -1, device=q.device
-    )  # -1: a row that no sequence owns selects nothing
+    """Block indices int32 `[Tq, HKV, num_selected_blocks]`, ascending,
+    padded at the end with -1.
+    """
+    # Wide enough to always take num_selected_blocks.
+    num_blocks = max(num_selected_blocks, -(-max_seqlen // block_size))
+    # -1: a row that no sequence owns selects nothing.
+    own = torch.full((q.shape[0],), -1, device=q.device)
     for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
-        own[sequence.q] = (
-            torch.arange(sequence.offset, sequence.length, device=q.device) // block_size
-        )
+        positions = torch.arange(sequence.offset, sequence.length, device=q.device)
+        own[sequence.q] = positions // block_size
     block = torch.arange(num_blocks, device=q.device)
 
     indices = torch.full(
         (q.shape[0], k_cmp.shape[1], num_selected_blocks), -1, dtype=torch.int32, device=q.device
     )
-    for rows, scores in _scored_chunks(
-        q,
-        k_cmp,
-        lse,
-        cu_seqlens,
-        num_blocks,
-        kernel_size,
-        kernel_stride,
-        block_size,
-        scale,
-        cu_seqlens_q,
-        seqused_k,
-    ):
+    sizes = (num_blocks, kernel_size, kernel_stride, block_size)
+    chunks = _scored_chunks(q, k_cmp, lse, cu_seqlens, *sizes, scale, cu_seqlens_q, seqused_k)
+    for rows, scores in chunks:
         own_chunk = own[rows, None, None]
         eligible = block <= own_chunk
         forced = eligible & ((block < init_blocks) | (block > own_chunk - local_blocks))

@@ -118,11 +118,11 @@ def make_key(score, step, eligible, mask, WIDE: tl.constexpr, EXACT: tl.constexp
 
 @triton.jit
 def take_best(best, first_block, mask, WIDE: tl.constexpr):
-    """The block `[QUERIES]` with the highest key at the head of any column's list, and the lists
-    without it.
+    """The block `[QUERIES]` with the highest key at the head of any column's list,
+    and the lists without it.
 
-    Ties go to the lowest column, whose blocks come first. first_block `[1, COLUMNS]` is the block
-    of step 0.
+    Ties go to the lowest column, whose blocks come first. first_block `[1, COLUMNS]` is the
+    block of step 0.
     """
     C: tl.constexpr = best[0].shape[1]
     if WIDE:

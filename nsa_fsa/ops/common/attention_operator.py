@@ -1,6 +1,8 @@
-"""How a branch's call becomes an operator: one autograd formula and one dispatch for the three of them.
+"""How a branch's call becomes an operator: one autograd formula and one dispatch for the
+three of them.
 
-A branch's backends are called as `forward(call) -> (o, lse)` and `backward(call, do, softmax, add_to) -> (dq, dk, dv)`.
+A branch's backends are called as `forward(call) -> (o, lse)` and
+`backward(call, do, softmax, add_to) -> (dq, dk, dv)`.
 """
 
 from abc import abstractmethod
@@ -35,7 +37,9 @@ class AttentionBackend(Backend[A]):
     def backward(
         self, call: A, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
     ) -> AttentionGradients:
-        """The gradients of q, k and v; those that have something to add to are added to it, and are what is returned."""
+        """The gradients of q, k and v; those that have something to add to are added to it,
+        and are what is returned.
+        """
 
 
 class ReferenceBackend(AttentionBackend[A]):
@@ -62,7 +66,9 @@ class ReferenceBackend(AttentionBackend[A]):
 
 
 def define_attention(backends: Backends[A], kind: type[A]) -> Operator[A, AttentionResult]:
-    """Registers a branch with torch.library: `nsa_fsa::<operator>`, differentiable in q, k and v, and its backward."""
+    """Registers a branch with torch.library: `nsa_fsa::<operator>`, differentiable in q, k and v,
+    and its backward.
+    """
 
     def forward(call: A) -> AttentionResult:
         call.check_values()

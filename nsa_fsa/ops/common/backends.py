@@ -1,7 +1,7 @@
 """Which implementation of an operator runs, and why.
 
-Every operator has one `Backends`. "auto" takes the first implementation that can run a call; a backend asked for by name runs
-or raises with the reason, and nothing falls back silently.
+Every operator has one `Backends`. "auto" takes the first implementation that can run a call;
+a backend asked for by name runs or raises with the reason, and nothing falls back silently.
 """
 
 import warnings
@@ -30,7 +30,9 @@ class Backend(ABC, Generic[C]):
     name: str
 
     def unavailable(self, device: torch.device | None = None) -> str | None:
-        """Why the GPU `device`, or the current one where it is None or no GPU, cannot run it, or None."""
+        """Why the GPU `device`, or the current one where it is None or no GPU,
+        cannot run it, or None.
+        """
         return None
 
     def refuses(self, call: C, *, backward: bool = False) -> str | None:
@@ -51,7 +53,9 @@ class Backend(ABC, Generic[C]):
 
 
 class Backends(Generic[C]):
-    """The implementations of one operator, those that "auto" prefers first. The last one always runs."""
+    """The implementations of one operator, those that "auto" prefers first.
+    The last one always runs.
+    """
 
     def __init__(self, operator: str, *backends: Backend[C]):
         self.operator = operator
@@ -67,7 +71,9 @@ class Backends(Generic[C]):
         check_known(name, self.operator, self)
 
     def or_auto(self, name: str) -> str:
-        """What a backend asked for a whole layer means for this operator: itself where the operator has it, else "auto"."""
+        """What a backend asked for a whole layer means for this operator:
+        itself where the operator has it, else "auto".
+        """
         return name if name in self.by_name else "auto"
 
     def named(self, name: str, device: torch.device | None = None) -> Backend[C]:
@@ -81,17 +87,20 @@ class Backends(Generic[C]):
         backend = self.by_name[name]
         if (reason := backend.unavailable(device)) is not None:
             raise RuntimeError(
-                f'backend={name!r} of {self.operator} cannot run here: {reason}. Fix: use backend="auto".'
+                f"backend={name!r} of {self.operator} cannot run here: {reason}. "
+                'Fix: use backend="auto".'
             )
         return backend
 
     def choose(self, call: C, *, backward: bool = False, warn: bool = True) -> Backend[C]:
         """The backend that `call.backend` stands for.
 
-        Where "auto" leaves a GPU to the reference, a UserWarning says so, once for each reason, unless `warn` is False.
+        Where "auto" leaves a GPU to the reference, a UserWarning says so, once for each reason,
+        unless `warn` is False.
 
         Raises:
-            ValueError: for a name that this operator does not have, or a call that the named backend cannot run.
+            ValueError: for a name that this operator does not have,
+                or a call that the named backend cannot run.
             RuntimeError: for a backend that cannot run on this machine, with the reason.
         """
         if call.backend == "auto":
@@ -103,12 +112,15 @@ class Backends(Generic[C]):
         backend = self.named(call.backend, call.device)
         if (reason := backend.refuses(call, backward=backward)) is not None:
             raise ValueError(
-                f'backend={backend.name!r} of {self.operator} does not support this: {reason}. Fix: use backend="auto".'
+                f"backend={backend.name!r} of {self.operator} does not support this: {reason}. "
+                'Fix: use backend="auto".'
             )
         return backend
 
     def passed_over(self, call: C, *, backward: bool = False) -> dict[str, str]:
-        """The backends that "auto" does not take although they come before the one that it takes, with the reasons."""
+        """The backends that "auto" does not take although they come before the one that it takes,
+        with the reasons.
+        """
         skipped: dict[str, str] = {}
         for name, backend in self.by_name.items():
             reason = (
@@ -126,18 +138,22 @@ class Backends(Generic[C]):
             return
         self._warned.add(reason)
         warnings.warn(
-            f"{self.operator} runs on a GPU as the reference, plain PyTorch in chunks, which is slow: {reason}. "
-            'Fix: give it what a faster backend supports, or pass backend="reference" to say that this is meant.',
+            f"{self.operator} runs on a GPU as the reference, plain PyTorch in chunks, "
+            f"which is slow: {reason}. Fix: give it what a faster backend supports, "
+            'or pass backend="reference" to say that this is meant.',
             stacklevel=3,
         )
 
 
 def check_known(name: Any, whole: str, *operators: Backends[Any]) -> None:
-    """Raises ValueError unless `name` is "auto" or a backend of any of the operators that `whole` consists of."""
+    """Raises ValueError unless `name` is "auto" or a backend of any of the operators that `whole`
+    consists of.
+    """
     known = dict.fromkeys(
         ["auto", *(backend for operator in operators for backend in operator.by_name)]
     )
     if not isinstance(name, str) or name not in known:
         raise ValueError(
-            f'backend={name!r} is not an implementation of {whole}: allowed are {tuple(known)}. Fix: use backend="auto".'
+            f"backend={name!r} is not an implementation of {whole}: allowed are {tuple(known)}. "
+            'Fix: use backend="auto".'
         )

@@ -9,9 +9,10 @@ from torch import Tensor
 from nsa_fsa.checks import check_ints, check_positive, check_rows, is_finite_number
 from nsa_fsa.sequences import Sequences
 
-# How much memory kernels may take by default beside inputs, outputs and gradients. Not 2 GiB, which FlashAttention's padding
-# would exceed by a thousandth at 65,536 tokens of 32 heads of 128: its backward, in two parts then, takes 9.5 ms instead of
-# 7.3, and saves 5% of the memory (one H200, G = 4, the FlashAttention in PyTorch).
+# How much memory kernels may take by default beside inputs, outputs and gradients. Not 2 GiB, which
+# FlashAttention's padding would exceed by a thousandth at 65,536 tokens of 32 heads of 128: its
+# backward, in two parts then, takes 9.5 ms instead of 7.3, and saves 5% of the memory (one H200,
+# G = 4, the FlashAttention in PyTorch).
 WORKSPACE_BYTES = 9 << 28
 
 
@@ -47,18 +48,22 @@ class Blocks(NamedTuple):
         return self
 
     def check_selection(self, windows: Windows, num_selected_blocks: int) -> None:
-        """Raises ValueError where the blocks do not consist of windows, or more are forced than selected."""
+        """Raises ValueError where the blocks do not consist of windows,
+        or more are forced than selected.
+        """
         (kernel_size, kernel_stride), block_size = windows, self.block_size
         if block_size % kernel_stride != 0 or kernel_size > block_size:
             raise ValueError(
-                f"block_size={block_size} must be a multiple of kernel_stride={kernel_stride} and at least "
-                f"kernel_size={kernel_size}. Fix: for example block_size = 2 * kernel_size."
+                f"block_size={block_size} must be a multiple "
+                f"of kernel_stride={kernel_stride} and at least kernel_size={kernel_size}. "
+                "Fix: for example block_size = 2 * kernel_size."
             )
         check_positive(num_selected_blocks=num_selected_blocks)
         if self.init_blocks + self.local_blocks > num_selected_blocks:
             raise ValueError(
-                f"init_blocks={self.init_blocks} and local_blocks={self.local_blocks} must together be at most "
-                f"num_selected_blocks={num_selected_blocks}. Fix: select more, or force fewer."
+                f"init_blocks={self.init_blocks} and local_blocks={self.local_blocks} "
+                f"must together be at most num_selected_blocks={num_selected_blocks}. "
+                "Fix: select more, or force fewer."
             )
 
 
@@ -96,9 +101,8 @@ class AttentionResult(NamedTuple):
 class Softmax(NamedTuple):
     """What a branch's backward needs of its forward."""
 
-    o: (
-        Tensor | None
-    )  # [T, HQ, DV]; may be None where there is delta, except for the FlashAttention libraries
+    # [T, HQ, DV]; may be None where there is delta, except for the FlashAttention libraries
+    o: Tensor | None
     lse: Tensor  # [T, HQ]; with delta, exp(s - lse) need not add up to 1, as with a gated lse
     delta: Tensor | None = None  # [T, HQ], sum(o * do), where the caller has it
 
@@ -110,8 +114,8 @@ class AttentionGradients(NamedTuple):
 
 
 class AddTo(NamedTuple):
-    """Contiguous gradients that a backward adds its own to in place, so that tensors of a gigabyte are written once instead of
-    three times, read and added; None: the backward makes a new one."""
+    """Contiguous gradients that a backward adds its own to in place, so that tensors of a gigabyte
+    are written once instead of three times, read and added; None: the backward makes a new one."""
 
     q: Tensor | None = None
     k: Tensor | None = None
@@ -138,8 +142,8 @@ NOTHING = AddTo()
 def check_attention(
     q: Tensor, k: Tensor, v: Tensor, sequences: Sequences, kernel_stride: int | None = None
 ) -> None:
-    """Raises ValueError for shapes, dtypes or devices of q, k and v that do not fit together; queries and keys share their
-    rows unless the sequences have queries of their own.
+    """Raises ValueError for shapes, dtypes or devices of q, k and v that do not fit together;
+    queries and keys share their rows unless the sequences have queries of their own.
 
     kernel_stride: of compressed k and v, which then have a row for every so many.
     """
@@ -158,7 +162,8 @@ def check_attention(
             )
         if x.shape[:2] != k.shape[:2]:
             raise ValueError(
-                f"{name} has shape {tuple(x.shape)} but {names[0]} has {tuple(k.shape)}: rows and heads must agree. "
+                f"{name} has shape {tuple(x.shape)} but {names[0]} has {tuple(k.shape)}: "
+                "rows and heads must agree. "
                 "Fix: make keys and values from the same tokens, with the same number of KV heads."
             )
     if k.shape[2] != q.shape[2]:
@@ -168,7 +173,8 @@ def check_attention(
         )
     if not 0 < k.shape[1] <= q.shape[1] or q.shape[1] % k.shape[1] != 0:
         raise ValueError(
-            f"q has {q.shape[1]} heads and {names[0]} has {k.shape[1]}: query heads must be a multiple of KV heads. "
+            f"q has {q.shape[1]} heads and {names[0]} has {k.shape[1]}: "
+            "query heads must be a multiple of KV heads. "
             "Fix: choose them so that each KV head serves a whole group of query heads."
         )
     if sequences.cu_seqlens_q is None:
@@ -176,24 +182,29 @@ def check_attention(
             check_compressed_rows(k, q.shape[0], kernel_stride)
         elif q.shape[0] != k.shape[0]:
             raise ValueError(
-                f"q has {q.shape[0]} rows and k has {k.shape[0]}. Fix: pass cu_seqlens_q when the queries are only the last "
-                "positions of their sequences."
+                f"q has {q.shape[0]} rows and k has {k.shape[0]}. Fix: pass cu_seqlens_q "
+                "when the queries are only the last positions of their sequences."
             )
 
 
 def check_compressed_rows(k_cmp: Tensor, num_tokens: int, kernel_stride: int) -> None:
-    """Raises ValueError unless k_cmp has a row for every `kernel_stride` tokens: kernels read so many."""
+    """Raises ValueError unless k_cmp has a row for every `kernel_stride` tokens:
+    kernels read so many.
+    """
     if k_cmp.shape[0] < num_tokens // kernel_stride:
         raise ValueError(
-            f"k_cmp has {k_cmp.shape[0]} rows; {num_tokens} tokens with kernel_stride={kernel_stride} need "
-            f"{num_tokens // kernel_stride}. Fix: lay compressed tokens out as pool_windows does, with this stride."
+            f"k_cmp has {k_cmp.shape[0]} rows; {num_tokens} tokens "
+            f"with kernel_stride={kernel_stride} need {num_tokens // kernel_stride}. "
+            "Fix: lay compressed tokens out as pool_windows does, with this stride."
         )
 
 
 def check_compressed_values(
     q: Tensor, k_cmp: Tensor, sequences: Sequences, kernel_stride: int
 ) -> None:
-    """Raises ValueError for sequences whose numbers do not fit compressed tokens as keys; looks only on the CPU."""
+    """Raises ValueError for sequences whose numbers do not fit compressed tokens as keys;
+    looks only on the CPU.
+    """
     if sequences.cu_seqlens.device.type != "cpu":
         return
     num_tokens = q.shape[0] if sequences.cu_seqlens_q is None else int(sequences.cu_seqlens[-1])
@@ -202,7 +213,9 @@ def check_compressed_values(
 
 
 def default_scale(q: Tensor, scale: float | None) -> float:
-    """The softmax scale as a float, `D ** -0.5` for None. Raises ValueError unless it is a finite number."""
+    """The softmax scale as a float, `D ** -0.5` for None. Raises ValueError unless it is a
+    finite number.
+    """
     if scale is None:
         return q.shape[-1] ** -0.5
     if not is_finite_number(scale):

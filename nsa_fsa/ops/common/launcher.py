@@ -1,9 +1,12 @@
-"""Launches kernels with less work on the host than Triton's own way, which takes 30 to 60 microseconds for a large kernel.
+"""Launches kernels with less work on the host than Triton's own way,
+which takes 30 to 60 microseconds for a large kernel.
 
-Triton binds, describes and looks up every argument anew at each launch. Here a kernel that is compiled is found by what Triton
-would compile it for, and launched as Triton's `CompiledKernel` does. Whatever is not known yet goes Triton's own way.
+Triton binds, describes and looks up every argument anew at each launch. Here a kernel that is
+compiled is found by what Triton would compile it for, and launched as Triton's `CompiledKernel`
+does. Whatever is not known yet goes Triton's own way.
 
-This uses private interfaces of Triton, tried with 3.6 and 3.7; where they are missing, everything goes Triton's own way.
+This uses private interfaces of Triton, tried with 3.6 and 3.7;
+where they are missing, everything goes Triton's own way.
 """
 
 import functools
@@ -29,8 +32,8 @@ class Launcher:
         self.interpreted = not hasattr(function, "device_caches")
         if not self.interpreted:
             self.names = [x.name for x in function.params]
-            # Whether an argument is a constant; and otherwise whether Triton compiles the kernel anew for some values of an
-            # integer, and for some alignments.
+            # Whether an argument is a constant; and otherwise whether Triton compiles the kernel
+            # anew for some values of an integer, and for some alignments.
             self.kinds = [
                 (x.is_constexpr, not x.do_not_specialize, not x.do_not_specialize_on_alignment)
                 for x in function.params
@@ -61,8 +64,8 @@ class Launcher:
         )
 
     def _described(self, arguments: tuple[Any, ...]) -> list[Any]:
-        """What Triton compiles for: of tensors the dtype and whether they begin at a multiple of 16 bytes, and of integers
-        that it may know whether they are 1 and multiples of 16."""
+        """What Triton compiles for: of tensors the dtype and whether they begin at a multiple of 16
+        bytes, and of integers that it may know whether they are 1 and multiples of 16."""
         found: list[Any] = []
         for x, (constant, value, alignment) in zip(arguments, self.kinds, strict=False):
             if constant:

@@ -2,8 +2,8 @@
 every kernel.
 
 Blocks of all sequences share one numbering that needs nothing read back from the device: block j of
-sequence b has number `cu_seqlens[b] // block_size + b + j`. There is always room, because `floor(x
-/ n) + ceil(y / n) <= floor((x + y) / n) + 1`; numbers that no block owns have no rows.
+sequence b has number `cu_seqlens[b] // block_size + b + j`. There is always room, because
+`floor(x / n) + ceil(y / n) <= floor((x + y) / n) + 1`; numbers that no block owns have no rows.
 """
 
 from typing import Any, NamedTuple
@@ -132,8 +132,8 @@ def locate_tiles_kernel(
     OF_KEYS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """The tiles of `locate_tiles` in the order of their sequences, and how much work each of them
-    is, or -1.
+    """The tiles of `locate_tiles` in the order of their sequences,
+    and how much work each of them is, or -1.
     """
     CACHED: tl.constexpr = bounds.cu_seqlens_q is not None
     number = tl.program_id(0) * TILES + tl.arange(0, TILES)

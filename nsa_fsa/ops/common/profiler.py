@@ -1,10 +1,12 @@
-"""The online profiler: times the ways to run an operator once per kind of problem, on the problem itself, and remembers.
+"""The online profiler: times the ways to run an operator once per kind of problem,
+on the problem itself, and remembers.
 
-This is the FSA paper's appendix E. The fastest candidate is kept in memory and in a file of its own, below a folder per GPU
-model and set of versions, so that it is found once per machine. Of several processes that time the same kind at once, the
-first to finish decides for all that share the folder: so the ranks of a job run the same kernels without waiting for each
-other, also if their nodes share $NSA_FSA_CACHE_DIR. `NSA_FSA_PROFILE=0` turns the profiler off: then the first candidate, a
-fixed default, runs.
+This is the FSA paper's appendix E. The fastest candidate is kept in memory and in a file of its
+own, below a folder per GPU model and set of versions, so that it is found once per machine. Of
+several processes that time the same kind at once, the first to finish decides for all that share
+the folder: so the ranks of a job run the same kernels without waiting for each other, also if their
+nodes share $NSA_FSA_CACHE_DIR. `NSA_FSA_PROFILE=0` turns the profiler off: then the first
+candidate, a fixed default, runs.
 """
 
 import contextlib
@@ -41,7 +43,9 @@ _TOO_LARGE: set[tuple[torch.device, str]] = set()  # to be timed, in this proces
 
 
 def enabled() -> bool:
-    """Whether candidates are timed: not if NSA_FSA_PROFILE=0, nor where torch promises the same result in every run."""
+    """Whether candidates are timed: not if NSA_FSA_PROFILE=0, nor where torch promises the same
+    result in every run.
+    """
     return (
         os.environ.get("NSA_FSA_PROFILE", "1") != "0"
         and not torch.are_deterministic_algorithms_enabled()
@@ -49,7 +53,9 @@ def enabled() -> bool:
 
 
 def cache_file(key: str, device: torch.device) -> Path:
-    """Where a choice for this GPU model and these versions is kept: below $NSA_FSA_CACHE_DIR, or the user's cache folder."""
+    """Where a choice for this GPU model and these versions is kept:
+    below $NSA_FSA_CACHE_DIR, or the user's cache folder.
+    """
     folder = os.environ.get("NSA_FSA_CACHE_DIR")
     root = (
         Path(folder)
@@ -62,7 +68,9 @@ def cache_file(key: str, device: torch.device) -> Path:
 
 @functools.cache
 def folder_name(model: str) -> str:
-    """The folder name for a GPU model and the versions of the packages that its kernels come from."""
+    """The folder name for a GPU model and the versions of the packages that its
+    kernels come from.
+    """
     parts = [model, "nsa_fsa", nsa_fsa.__version__, "torch", torch.__version__]
     for package in ("triton", "flash-attn-4"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -85,7 +93,9 @@ def _read(path: Path, key: str) -> Entry | None:
 
 
 def _publish(path: Path, entry: Entry, candidates: Mapping[str, Any]) -> Entry:
-    """Writes an entry, unless another process has been first; returns the one that is there then."""
+    """Writes an entry, unless another process has been first; returns the one that
+    is there then.
+    """
     temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +134,9 @@ def time_on_gpu(run: Callable[[], Any]) -> float:
 
 
 def known(key: str, device: torch.device) -> Entry | None:
-    """What was measured for problems of this kind: the choice, the milliseconds ("ms") of every candidate and the date."""
+    """What was measured for problems of this kind: the choice, the milliseconds ("ms")
+    of every candidate and the date.
+    """
     if not enabled():
         return None
     entry = _KNOWN.get((device, key))
@@ -134,7 +146,8 @@ def known(key: str, device: torch.device) -> Entry | None:
 
 
 def problem_key(operator: str, direction: str, call: AttentionCall, own: str) -> str:
-    """The kind of problem that is remembered: tokens, sequences and KV heads count in powers of two.
+    """The kind of problem that is remembered: tokens, sequences and KV heads count in
+    powers of two.
 
     own: what else of the call matters to this operator.
     """
@@ -144,9 +157,9 @@ def problem_key(operator: str, direction: str, call: AttentionCall, own: str) ->
     if call.q.dtype == torch.float32:
         dtype += "(tf32)" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "(ieee)"
     return (
-        f"{operator} {direction} G={call.group_size} HKV<={next_power_of_2(call.k.shape[1])} D={head_dim} "
-        f"DV={call.v.shape[2]} {dtype} {own} T<={next_power_of_2(num_tokens)} B<={next_power_of_2(num_sequences)} "
-        f"workspace={call.workspace_bytes}"
+        f"{operator} {direction} G={call.group_size} HKV<={next_power_of_2(call.k.shape[1])} "
+        f"D={head_dim} DV={call.v.shape[2]} {dtype} {own} T<={next_power_of_2(num_tokens)} "
+        f"B<={next_power_of_2(num_sequences)} workspace={call.workspace_bytes}"
     )
 
 
@@ -177,14 +190,16 @@ def choose(
         return default
     path = cache_file(key, device)
     logger.warning(
-        "timing %d ways to run %s, once per GPU model (kept in %s; NSA_FSA_PROFILE=0 turns this off) ...",
-        len(candidates), key, path.parent,
-    )  # fmt: skip
+        "timing %d ways to run %s, once per GPU model "
+        "(kept in %s; NSA_FSA_PROFILE=0 turns this off) ...",
+        *(len(candidates), key, path.parent),
+    )
     milliseconds: dict[str, float | None] = {}
     for name, candidate in candidates.items():
         milliseconds[name] = None
-        # A candidate may need more memory than this GPU has. The default, timed, may too, although it then runs: beside what
-        # is timed there are gradients that the call itself adds to. Any other error of the default is the caller's to see.
+        # A candidate may need more memory than this GPU has. The default, timed, may too, although
+        # it then runs: beside what is timed there are gradients that the call itself adds to. Any
+        # other error of the default is the caller's to see.
         with contextlib.suppress(torch.OutOfMemoryError, *(() if name == default else recoverable)):
             milliseconds[name] = clock(functools.partial(run, candidate))
     default_ms = milliseconds[default]
@@ -197,11 +212,6 @@ def choose(
     entry = dict(key=key, choice=choice, ms=milliseconds, date=time.strftime("%Y-%m-%d"))
     entry = _KNOWN[device, key] = _publish(path, entry, candidates)
     choice = entry["choice"]
-    logger.warning(
-        "... %s: %.2f ms (the default, %s, takes %.2f ms)",
-        choice,
-        entry["ms"][choice],
-        default,
-        default_ms,
-    )
+    found = (choice, entry["ms"][choice], default, default_ms)
+    logger.warning("... %s: %.2f ms (the default, %s, takes %.2f ms)", *found)
     return choice

@@ -1,9 +1,10 @@
 """Masked grouped-query attention over chunks: the core that the three branches share.
 
-A branch is nothing but a rule for who sees what. It yields `Chunk`s; `attention` and `attention_backward` do the rest.
+A branch is nothing but a rule for who sees what. It yields `Chunk`s;
+`attention` and `attention_backward` do the rest.
 
-Shapes: M queries of a chunk, N keys it may see, HQ query heads, HKV key/value heads, H of these in a chunk, G = HQ / HKV,
-D and DV head widths.
+Shapes: M queries of a chunk, N keys it may see, HQ query heads, HKV key/value heads,
+H of these in a chunk, G = HQ / HKV, D and DV head widths.
 """
 
 from collections.abc import Iterable
@@ -15,16 +16,18 @@ from torch import Tensor
 
 
 class Chunk(NamedTuple):
-    q: (
-        slice | Tensor
-    )  # rows of the chunk's M queries: int64 [M] where other chunks have more keys of the same queries
+    # Rows of the chunk's M queries: int64 [M] where other chunks have more keys of the
+    # same queries.
+    q: slice | Tensor
     k: slice  # rows of the N keys that some of them see
     visible: Tensor  # bool [M, H or 1, N]
     heads: slice = slice(None)  # the H KV heads
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Scores and sums are kept in float32, as the kernels keep them; float64 inputs stay float64."""
+    """Scores and sums are kept in float32, as the kernels keep them;
+    float64 inputs stay float64.
+    """
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -36,7 +39,8 @@ def grouped(x: Tensor, num_kv_heads: int) -> Tensor:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, chunks: Iterable[Chunk], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Returns o `[T, HQ, DV]` in q's dtype and the natural-log lse `[T, HQ]` in float32 (float64 for float64 inputs).
+    """Returns o `[T, HQ, DV]` in q's dtype and the natural-log lse `[T, HQ]` in float32
+    (float64 for float64 inputs).
 
     A query that sees no key, or that belongs to no chunk, gets 0 and -inf.
     """
@@ -48,17 +52,16 @@ def attention(
         if visible.numel() == 0:
             continue
         s = masked_scores(q[rows, heads], k[keys, heads], visible, scale)  # [H, G, M, N]
-        # The maximum only guards exp against overflow; where nothing is visible it is -inf and 0 serves as well.
+        # The maximum only guards exp against overflow; where nothing is visible it is -inf and 0
+        # serves as well.
         m = s.detach().amax(-1, keepdim=True)
         m = torch.where(m == -torch.inf, 0.0, m)
         p = s.sub_(m).exp_()
         z = p.sum(-1, keepdim=True)
         found = p.flatten(1, 2) @ _heads_first(v[keys, heads], dtype)  # [H, G*M, DV]
         found = found.unflatten(1, p.shape[1:3]) / torch.where(z == 0, 1.0, z)
-        found, found_lse = (
-            found.permute(2, 0, 1, 3),
-            (m + z.log()).squeeze(-1).permute(2, 0, 1),
-        )  # [M, H, G, DV], [M, H, G]
+        found = found.permute(2, 0, 1, 3)  # [M, H, G, DV]
+        found_lse = (m + z.log()).squeeze(-1).permute(2, 0, 1)  # [M, H, G]
         if isinstance(rows, Tensor):
             before = lse[rows, heads]
             total = torch.logaddexp(before, found_lse)
@@ -82,34 +85,31 @@ def attention_backward(
     scale: float,
     delta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `attention`'s o with respect to q, k and v, recomputing each chunk's weights from its lse.
+    """Gradients of `attention`'s o with respect to q, k and v, recomputing each chunk's weights
+    from its lse.
 
-    delta: sum of o * do over the width, `[T, HQ]`, as every query's weights leave it; default: from the weights, which must
-    then add up to 1, or from o where one chunk does not have all of them.
+    delta: sum of o * do over the width, `[T, HQ]`, as every query's weights leave it; default: from
+    the weights, which must then add up to 1, or from o where one chunk does not have all of them.
     """
     dtype, num_kv_heads = compute_dtype(q), k.shape[1]
     do, q, lse = (grouped(x, num_kv_heads) for x in (do, q, lse))
-    dq, dk, dv = (
-        torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v)
-    )  # summed over chunks, so kept wide
+    # They are summed over chunks, so kept wide.
+    dq, dk, dv = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k, v))
     for rows, keys, visible, heads in chunks:
         if visible.numel() == 0:
             continue
-        p = probabilities(q[rows, heads], k[keys, heads], lse[rows, heads], visible, scale).flatten(
-            1, 2
-        )  # [H, G*M, N]
+        p = probabilities(q[rows, heads], k[keys, heads], lse[rows, heads], visible, scale)
+        p = p.flatten(1, 2)  # [H, G*M, N]
         q_, do_ = _group_rows(q[rows, heads], dtype), _group_rows(do[rows, heads], dtype)
         k_, v_ = _heads_first(k[keys, heads], dtype), _heads_first(v[keys, heads], dtype)
         dp = do_ @ v_.mT
         if delta is not None:
-            delta_ = _group_rows(
-                grouped(delta, num_kv_heads)[rows, heads][..., None], dtype
-            )  # [H, G*M, 1]
+            delta_ = grouped(delta, num_kv_heads)[rows, heads]  # [M, H, G]
+            delta_ = _group_rows(delta_[..., None], dtype)  # [H, G*M, 1]
         elif isinstance(rows, Tensor):
             assert o is not None
-            delta_ = (do_ * _group_rows(grouped(o, num_kv_heads)[rows, heads], dtype)).sum(
-                -1, keepdim=True
-            )
+            o_ = _group_rows(grouped(o, num_kv_heads)[rows, heads], dtype)
+            delta_ = (do_ * o_).sum(-1, keepdim=True)
         else:
             delta_ = (p * dp).sum(-1, keepdim=True)
         dv[keys, heads] += (p.mT @ do_).transpose(0, 1)
@@ -120,11 +120,12 @@ def attention_backward(
 
 
 def masked_scores(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """Scaled q k^T `[H, G, M, N]` of q `[M, H, G, D]` and k `[N, H, D]`, -inf where a query does not see a key."""
+    """Scaled q k^T `[H, G, M, N]` of q `[M, H, G, D]` and k `[N, H, D]`,
+    -inf where a query does not see a key.
+    """
     dtype = compute_dtype(q)
-    s = (_group_rows(q, dtype) * scale) @ _heads_first(
-        k, dtype
-    ).mT  # scaling q touches the fewest numbers
+    # Scaling q touches the fewest numbers.
+    s = (_group_rows(q, dtype) * scale) @ _heads_first(k, dtype).mT
     s = s.unflatten(1, (q.shape[2], q.shape[0]))
     return s.masked_fill(~visible.transpose(0, 1)[:, None], -torch.inf)
 

@@ -1,4 +1,6 @@
-"""Walking through packed sequences, and through a sequence's queries in chunks of bounded memory."""
+"""Walking through packed sequences, and through a sequence's queries in chunks of
+bounded memory.
+"""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -6,16 +8,19 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-# How many attention scores one chunk of queries holds. 2^19 float32 stay in a CPU's cache: a training step at 1,024 tokens
-# takes 0.31 s with them, 0.69 s with 2^24. Long rows of keys still get MIN_CHUNK_QUERIES together, to use each key they read
-# more than once, as long as the scores stay within MAX_CHUNK_SCORES: 64 MiB, of which about four are alive at a time.
+# How many attention scores one chunk of queries holds. 2^19 float32 stay in a CPU's cache: a
+# training step at 1,024 tokens takes 0.31 s with them, 0.69 s with 2^24. Long rows of keys still
+# get MIN_CHUNK_QUERIES together, to use each key they read more than once, as long as the scores
+# stay within MAX_CHUNK_SCORES: 64 MiB, of which about four are alive at a time.
 CHUNK_SCORES = 2**19
 MIN_CHUNK_QUERIES = 32
 MAX_CHUNK_SCORES = 2**24
 
 
 class Sequence(NamedTuple):
-    """One sequence of a packed batch. Its queries are the last `q.stop - q.start` of its `length` positions."""
+    """One sequence of a packed batch. Its queries are the last `q.stop - q.start` of its
+    `length` positions.
+    """
 
     q: slice  # rows of its queries
     k: slice  # rows of its keys
@@ -30,7 +35,9 @@ class Sequence(NamedTuple):
 def sequences(
     cu_seqlens: Tensor, cu_seqlens_q: Tensor | None = None, seqused_k: Tensor | None = None
 ) -> list[Sequence]:
-    """The sequences that `cu_seqlens` (keys), `cu_seqlens_q` (queries; default: the keys' rows) and `seqused_k` describe."""
+    """The sequences that `cu_seqlens` (keys), `cu_seqlens_q` (queries; default: the keys' rows)
+    and `seqused_k` describe.
+    """
     starts = cu_seqlens.tolist()
     lengths = (
         [stop - start for start, stop in pairwise(starts)]
@@ -44,20 +51,22 @@ def sequences(
         q = k if starts_q is None else slice(starts_q[b], starts_q[b + 1])
         if q.stop - q.start > length:
             raise ValueError(
-                f"sequence {b} has {q.stop - q.start} queries but {length} keys: queries are the last positions of their "
-                "sequence. Fix: count the new tokens into seqused_k / cu_seqlens."
+                f"sequence {b} has {q.stop - q.start} queries but {length} keys: "
+                "queries are the last positions of their sequence. "
+                "Fix: count the new tokens into seqused_k / cu_seqlens."
             )
         found.append(Sequence(q, k, length))
     return found
 
 
 def chunk_size(q: Tensor, keys_per_query: int) -> int:
-    """How many queries of q `[T, HQ, D]`, each scoring `keys_per_query` keys with every head, are worked on together."""
+    """How many queries of q `[T, HQ, D]`, each scoring `keys_per_query` keys with every head,
+    are worked on together.
+    """
     row = max(1, q.shape[1] * keys_per_query)
-    wanted = (
-        max(CHUNK_SCORES // row, MIN_CHUNK_QUERIES) if q.device.type == "cpu" else MAX_CHUNK_SCORES
-    )
-    return min(wanted, most_queries(row))
+    if q.device.type != "cpu":
+        return most_queries(row)
+    return min(max(CHUNK_SCORES // row, MIN_CHUNK_QUERIES), most_queries(row))
 
 
 def most_queries(numbers: int) -> int:
@@ -66,7 +75,9 @@ def most_queries(numbers: int) -> int:
 
 
 def query_chunks(sequence: Sequence, size: int) -> Iterator[tuple[slice, int, int]]:
-    """Yields (rows of up to `size` queries, position of the first of them, one past the position of the last)."""
+    """Yields (rows of up to `size` queries, position of the first of them,
+    one past the position of the last).
+    """
     for start in range(sequence.q.start, sequence.q.stop, size):
         stop = min(start + size, sequence.q.stop)
         first = sequence.offset + start - sequence.q.start

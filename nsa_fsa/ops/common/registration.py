@@ -1,11 +1,13 @@
-"""Registers operators with torch.library: an operator takes one typed call and gives one typed result.
+"""Registers operators with torch.library: an operator takes one typed call and gives one
+typed result.
 
-A call is a frozen dataclass of tensors, numbers and named tuples of these. torch.library knows rows of tensors and numbers, so
-`Signature` writes a call out as one, and the operator's schema with it.
+A call is a frozen dataclass of tensors, numbers and named tuples of these. torch.library knows rows
+of tensors and numbers, so `Signature` writes a call out as one, and the operator's schema with it.
 
-`torch.library.custom_op` would do, but does more in Python at every call. With it, a compressed attention whose backend does
-nothing took 140 microseconds forward with gradients and 236 forward and backward (one core, checks of values on the CPU
-included); it takes 92 and 180 here. The kernels take 200 forward at 8,192 tokens.
+`torch.library.custom_op` would do, but does more in Python at every call. With it, a compressed
+attention whose backend does nothing took 140 microseconds forward with gradients and 236 forward
+and backward (one core, checks of values on the CPU included); it takes 92 and 180 here. The kernels
+take 200 forward at 8,192 tokens.
 """
 
 import contextlib
@@ -53,8 +55,8 @@ Saved = TypeVar("Saved")
 class Signature(Generic[Call]):
     """How a call, or a result, is written as a row of tensors and numbers, and read again.
 
-    A member may be a named tuple or dataclass of its own, whose members then stand in its place. Where such a one, or a tensor,
-    is None, the row has None in all of its places.
+    A member may be a named tuple or dataclass of its own, whose members then stand in its place.
+    Where such a one, or a tensor, is None, the row has None in all of its places.
     """
 
     def __init__(self, kind: type[Call], optional: bool = False):
@@ -133,7 +135,8 @@ def _alternatives(hint: Any) -> list[Any]:
     return [hint]
 
 
-# An operator cannot return None: an empty tensor of one axis stands for it, for every result has two or more.
+# An operator cannot return None: an empty tensor of one axis stands for it,
+# for every result has two or more.
 def _present(row: list[Any], like: Tensor) -> list[Tensor]:
     return [like.new_empty(0) if x is None else x for x in row]
 
@@ -149,8 +152,8 @@ class Gradient(Generic[Call, Result, Saved]):
     Attributes:
         saved: a named tuple of what `backward` needs beside the call.
         keep: makes it of the call and its result.
-        gradients: a named tuple whose members are called as those of the call that they are the gradients of; None where the
-            call has None.
+        gradients: a named tuple whose members are called as those of the call that they are the
+            gradients of; None where the call has None.
         backward: gives the gradients, each shaped as what it is the gradient of, and contiguous.
     """
 
@@ -193,10 +196,12 @@ class Operator(Generic[Call, Result]):
 
 
 def _in_its_precision() -> contextlib.AbstractContextManager[Any]:
-    """Leaves autocast out, which would turn the products of the reference's float32 scores into bfloat16.
+    """Leaves autocast out, which would turn the products of the reference's float32 scores
+    into bfloat16.
 
-    What goes into an operator may well have been cast; inside, the operator says itself in what it computes. Asking whether
-    there is anything to leave out takes 0.1 microseconds, leaving it out another 1.2.
+    What goes into an operator may well have been cast; inside, the operator says itself in what it
+    computes. Asking whether there is anything to leave out takes 0.1 microseconds, leaving it out
+    another 1.2.
     """
     return _ExcludeDispatchKeyGuard(_AUTOCAST) if torch._C._is_any_autocast_enabled() else _NOTHING
 
@@ -204,8 +209,9 @@ def _in_its_precision() -> contextlib.AbstractContextManager[Any]:
 class _OnGPU(torch.cuda.device):
     """Makes a GPU the current one: that is where Triton launches.
 
-    Setting the device where it is set already is no waste: it gives a thread that is new to CUDA a context, without which
-    Triton cannot describe a bulk copy. Entering takes 0.8 microseconds, setting the device 0.5 (an H100's host).
+    Setting the device where it is set already is no waste: it gives a thread that is new to CUDA a
+    context, without which Triton cannot describe a bulk copy. Entering takes 0.8 microseconds,
+    setting the device 0.5 (an H100's host).
     """
 
     def __init__(self, device: torch.device):
@@ -233,10 +239,12 @@ def on_its_device(run: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def unseen_by_the_compiler(run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run`, into which the compiler of a model that calls operators between graph breaks is not to look.
+    """`run`, into which the compiler of a model that calls operators between graph breaks is
+    not to look.
 
-    It is what `torch._dynamo.skip_code` does, for callees too. `torch._disable_dynamo` would import the compiler at the first
-    call of the first operator, which takes as long as importing torch itself (1.5 s of 3.0).
+    It is what `torch._dynamo.skip_code` does, for callees too. `torch._disable_dynamo` would import
+    the compiler at the first call of the first operator, which takes as long as importing torch
+    itself (1.5 s of 3.0).
     """
     skip = eval_frame._FrameAction.SKIP
     eval_frame.set_code_exec_strategy(run.__code__, eval_frame._FrameExecStrategy(skip, skip))
@@ -255,13 +263,16 @@ def define_operator(
     fake: Callable[[Call], Result],
     gradient: Gradient[Call, Result, Any] | None = None,
 ) -> Operator[Call, Result]:
-    """Registers `nsa_fsa::<name>` for every device and returns it; with a gradient also `nsa_fsa::<name>_backward`.
+    """Registers `nsa_fsa::<name>` for every device and returns it;
+    with a gradient also `nsa_fsa::<name>_backward`.
 
     Args:
         call: a frozen dataclass whose first member is a tensor.
         result: Tensor, or a named tuple.
-        forward: the operator on real tensors. It changes none of them and returns new ones, contiguous as those of `fake` are.
-        fake: the shapes, dtypes and strides of the result, from a call whose tensors have nothing else.
+        forward: the operator on real tensors. It changes none of them and returns new ones,
+            contiguous as those of `fake` are.
+        fake: the shapes, dtypes and strides of the result, from a call whose tensors have
+            nothing else.
         gradient: without it, a backward pass through the operator raises RuntimeError.
     """
     operator = Operator(name, call, result)
@@ -299,9 +310,8 @@ def _differentiable(
     class Differentiable(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *row):
-            ctx.set_materialize_grads(
-                False
-            )  # zeros for a statistic's gradient would be one more launch
+            # Zeros for a statistic's gradient would be one more launch.
+            ctx.set_materialize_grads(False)
             with _gradients_below(), torch._C._AutoDispatchBelowAutograd():
                 found = operator.run(*row)
             kept = gradient.keep(operator.call.build(row), operator.read_result(found))
@@ -325,18 +335,23 @@ def _differentiable(
                 grads[place] = None if grad.ndim == 1 else grad
             return tuple(grads)
 
-    # Without `Function.apply`, which hands over to torch.func what has come through it: the dispatcher calls this once for
-    # each of its transformations, with tensors of that level, and what is below is the dispatcher's to find.
+    # Without `Function.apply`, which hands over to torch.func what has come through it: the
+    # dispatcher calls this once for each of its transformations, with tensors of that level, and
+    # what is below is the dispatcher's to find.
     return super(torch.autograd.Function, Differentiable).apply
 
 
 def _gradients_below() -> contextlib.AbstractContextManager[Any]:
-    """Below a level of torch.func there may be another, or plain autograd, for which gradients are still on."""
+    """Below a level of torch.func there may be another, or plain autograd,
+    for which gradients are still on.
+    """
     return torch.enable_grad() if transformed() else _NOTHING
 
 
 def _define_backward(operator: Operator[Any, Any], gradient: Gradient[Any, Any, Any]) -> Any:
-    """Registers `nsa_fsa::<name>_backward`, called with the gradient of the first result, the call's row and what was saved."""
+    """Registers `nsa_fsa::<name>_backward`, called with the gradient of the first result,
+    the call's row and what was saved.
+    """
     name, size = f"{operator.name}_backward", operator.call.size
     saved: Signature[Any] = Signature(gradient.saved)
     gradients: Signature[Any] = Signature(gradient.gradients)
@@ -371,8 +386,9 @@ def _register_autograd(name: str, operator: Any, differentiable: Callable[..., A
     def autograd(*row):
         if forward_ad._current_level >= 0 and any(map(has_tangent, row)):
             raise RuntimeError(
-                f"{NAMESPACE}::{name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian; forward_ad). "
-                "Fix: use reverse mode (torch.func.vjp, jacrev; backward), or detach what goes into it."
+                f"{NAMESPACE}::{name} has no forward-mode "
+                "derivative (torch.func.jvp, jacfwd, hessian; forward_ad). Fix: use reverse "
+                "mode (torch.func.vjp, jacrev; backward), or detach what goes into it."
             )
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in row):
             with enable_single_level_autograd_function() if transformed() else _NOTHING:
@@ -384,7 +400,9 @@ def _register_autograd(name: str, operator: Any, differentiable: Callable[..., A
 
 
 def _refusing(name: str, operator: Any) -> Callable[..., Any]:
-    """The operator, whose backward says that it has none: raised at a backward pass, which there may never be."""
+    """The operator, whose backward says that it has none: raised at a backward pass,
+    which there may never be.
+    """
 
     class Refusing(torch.autograd.Function):
         @staticmethod

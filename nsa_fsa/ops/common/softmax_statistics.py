@@ -13,8 +13,8 @@ from nsa_fsa.ops.common.sizes import aligned_rows, cdiv, padded_dim
 
 
 class Statistics(NamedTuple):
-    """What `statistics` computes, float32 `[T, HQ]` or `[HKV, T, G]`; in a kernel, pointers to
-    it.
+    """What `statistics` computes, float32 `[T, HQ]` or `[HKV, T, G]`;
+    in a kernel, pointers to it.
     """
 
     # -lse / scale, so that p = exp((q k + shift) * scale); -inf, which makes p 0, for a query that
@@ -64,8 +64,8 @@ def statistics_kernel(
 def statistics(do: Tensor, softmax: Softmax, scale: float, group_size: int = 0) -> Statistics:
     """The statistics of a branch, `[T, HQ]`; with a group_size G `[HKV, T, G]`.
 
-    The (query, head) rows of a KV head lie together in the latter, so that a tile of them is read
-    whole.
+    The (query, head) rows of a KV head lie together in the latter,
+    so that a tile of them is read whole.
     """
     o, lse, delta = softmax
     num_tokens, num_heads, v_dim = do.shape

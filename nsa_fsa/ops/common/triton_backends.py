@@ -1,4 +1,6 @@
-"""What every Triton backend asks: whether Triton can run here, and whether its kernels take such tensors."""
+"""What every Triton backend asks: whether Triton can run here, and whether its kernels take
+such tensors.
+"""
 
 import functools
 import importlib.util
@@ -34,7 +36,9 @@ ASSUMED: ContextVar[tuple[int, int] | None] = ContextVar("assumed", default=None
 
 @contextmanager
 def assuming(capability: tuple[int, int] | None) -> Iterator[None]:
-    """Inside, what can run is said for a machine with Triton and a GPU of this compute capability; None: for this machine."""
+    """Inside, what can run is said for a machine with Triton and a GPU of this compute capability;
+    None: for this machine.
+    """
     token = ASSUMED.set(capability)
     try:
         yield
@@ -55,10 +59,11 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
 def too_old(
     device: torch.device | None, oldest: tuple[int, int], elsewhere: str = ""
 ) -> str | None:
-    """Why this GPU, by default the current one, cannot run what needs compute capability `oldest` or newer, or None.
+    """Why this GPU, by default the current one, cannot run what needs compute capability `oldest`
+    or newer, or None.
 
-    Where the device is no GPU, none is asked: that would start CUDA, which takes memory of a GPU and keeps the process from
-    forking. elsewhere: what to add for machines without a GPU.
+    Where the device is no GPU, none is asked: that would start CUDA, which takes memory of a GPU
+    and keeps the process from forking. elsewhere: what to add for machines without a GPU.
     """
     if device is not None and device.type != "cuda" and torch.cuda.is_available():
         return f"the tensors are on {device}"
@@ -71,7 +76,10 @@ def too_old(
         return f"it needs a CUDA GPU{elsewhere}"
     if found >= oldest:
         return None
-    return f"it needs compute capability {'.'.join(map(str, oldest))} or newer, and this GPU has {'.'.join(map(str, found))}"
+    return (
+        f"it needs compute capability {'.'.join(map(str, oldest))} or newer, "
+        f"and this GPU has {'.'.join(map(str, found))}"
+    )
 
 
 def unavailable(device: torch.device | None = None) -> str | None:
@@ -81,8 +89,8 @@ def unavailable(device: torch.device | None = None) -> str | None:
     return too_old(device, (8, 0), " (TRITON_INTERPRET=1 runs the kernels on a CPU, slowly)")
 
 
-# `selected_attention` asks where the compiler of a model looks on: this is `torch.compiler.assume_constant_result`, which
-# would import that compiler.
+# `selected_attention` asks where the compiler of a model looks on:
+# this is `torch.compiler.assume_constant_result`, which would import that compiler.
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
@@ -109,7 +117,9 @@ def unsupported_dtype(x: Tensor, name: str) -> str | None:
 
 
 def unsupported_tensors(*tensors: Tensor, name: str = "q") -> str | None:
-    """Why no Triton kernel of this package can take these rows `[T, heads, width]`, of which the first are `name`, or None."""
+    """Why no Triton kernel of this package can take these rows `[T, heads, width]`,
+    of which the first are `name`, or None.
+    """
     first = tensors[0]
     if not first.is_cuda and not interpreted():
         return f"{name} is on {first.device}, and Triton kernels run on CUDA devices"

@@ -17,14 +17,14 @@ GLUON_VERSIONS = ("3.6.", "3.7.")
 
 # Tiles: (rows, warps, stages).
 LARGE, WIDE = (64, 4, 3), (64, 8, 2)
-# Bytes of shared memory that the plain tiles for heads of 129 to 256 in 16 bits take. GPUs of compute
-# capability 8.6, 8.9 and 12.0 have 99 KiB for a program, and get smaller ones; those of 8.0, 9.0 and
-# 10.0 have 163 or 227.
+# Bytes of shared memory that the plain tiles for heads of 129 to 256 in 16 bits take. GPUs of
+# compute capability 8.6, 8.9 and 12.0 have 99 KiB for a program, and get smaller ones; those of
+# 8.0, 9.0 and 10.0 have 163 or 227.
 WIDE_SHARED = 112 * 1024
 # Tiles of the plain gather backward in 16 bits, by padded head width, for blocks of 16, 32, 64 and
 # 128 keys. Each is the largest that compiles for sm_80, sm_90 and sm_100 without spilling. None has
-# one stage: on an H200 with Triton 3.6 dq is then wrong for blocks of 64 and more, whatever the rows
-# and warps.
+# one stage: on an H200 with Triton 3.6 dq is then wrong for blocks of 64 and more, whatever the
+# rows and warps.
 PLAIN_BWD = {
     32: (LARGE, LARGE, LARGE, WIDE),
     64: ((64, 4, 2), (32, 4, 2), (32, 4, 2), (32, 8, 2)),
@@ -34,7 +34,8 @@ PLAIN_BWD = {
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """What tl.dot does with float32, as torch's own setting says; 16-bit inputs are exact either way.
+    """What tl.dot does with float32, as torch's own setting says;
+    16-bit inputs are exact either way.
 
     `torch.set_float32_matmul_precision` and `allow_tf32` set what is read here, too. To read those
     instead raises an error once anybody has used the newer setting, as the Trainer does with
@@ -77,8 +78,8 @@ class CompressedConfig:
     Tiles have m (query, head) rows and n compressed tokens.
     """
 
-    # The Gluon kernels instead of their plain Triton twins; their tiles are 128 wide, in two
-    # halves.
+    # The Gluon kernels instead of their plain Triton twins; their tiles are 128 wide,
+    # in two halves.
     hopper: bool = False
     fwd_m: int = 128
     fwd_n: int = 64
@@ -298,7 +299,9 @@ def query_major_tile(q: Tensor, v: Tensor) -> tuple[int, int, int]:
 
 @remembered
 def default_config(q: Tensor, v: Tensor, block_size: int) -> Config:
-    """The reproducible choice for q `[T, HQ, D]` and v `[T, HKV, DV]`; the profiler tries others."""
+    """The reproducible choice for q `[T, HQ, D]` and v `[T, HKV, DV]`;
+    the profiler tries others.
+    """
     plain = plain_config(q, v, block_size)
     if not runs_hopper(q, v, block_size):
         return plain

@@ -1,4 +1,6 @@
-"""Compressed attention (docs/spec.md, section 2): query t sees compressed token i iff its window lies in the past."""
+"""Compressed attention (docs/spec.md, section 2): query t sees compressed token i iff its window
+lies in the past.
+"""
 
 from collections.abc import Iterator
 
@@ -44,7 +46,9 @@ def compressed_attention(
     cu_seqlens_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q `[Tq, HQ, D]`, k_cmp `[T // s, HKV, D]`, v_cmp `[T // s, HKV, DV]` -> o `[Tq, HQ, DV]`, lse `[Tq, HQ]`."""
+    """q `[Tq, HQ, D]`, k_cmp `[T // s, HKV, D]`, v_cmp `[T // s, HKV, DV]` -> o `[Tq, HQ, DV]`,
+    lse `[Tq, HQ]`.
+    """
     plan = chunks(q, cu_seqlens, kernel_size, kernel_stride, cu_seqlens_q, seqused_k)
     return attention(q, k_cmp, v_cmp, plan, scale)
 

@@ -1,4 +1,6 @@
-"""Compression windows as operators: gathered (for the linear, mlp and gated kinds) or pooled (mean and weighted)."""
+"""Compression windows as operators: gathered (for the linear, mlp and gated kinds)
+or pooled (mean and weighted).
+"""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -35,11 +37,13 @@ def pool_windows(
         max_seqlen: an upper bound on the longest sequence.
         kernel_size, kernel_stride: window length and step in tokens.
         seqused_k: int32 `[B]`: only this many rows of each sequence count.
-        backend: which implementation runs: "triton", "reference", or "auto": the first of them that can, on a GPU.
+        backend: which implementation runs: "triton", "reference", or "auto":
+            the first of them that can, on a GPU.
 
     Returns:
-        `[T // kernel_stride, HKV, D]` in x's dtype. Window i of sequence b is row `cu_seqlens[b] // kernel_stride + i`; rows
-        that no window owns are unspecified and receive no gradient.
+        `[T // kernel_stride, HKV, D]` in x's dtype. Window i of sequence b is row
+        `cu_seqlens[b] // kernel_stride + i`; rows that no window owns are unspecified and receive
+        no gradient.
 
     Raises:
         ValueError: for inconsistent shapes, dtypes, devices or sequence descriptors.
@@ -56,8 +60,8 @@ def pool_windows(
             and weight.device == x.device
         ):
             raise ValueError(
-                f"weight is {weight.dtype} {tuple(weight.shape)} on {weight.device}; it must be a float tensor "
-                f"[HKV, kernel_size] = {(x.shape[1], kernel_size)} on {x.device}."
+                f"weight is {weight.dtype} {tuple(weight.shape)} on {weight.device}; it must "
+                f"be a float tensor [HKV, kernel_size] = {(x.shape[1], kernel_size)} on {x.device}."
             )
     return POOL(PoolCall(x, sequences, windows, backend, weight))
 
@@ -77,7 +81,8 @@ def gather_windows(
     Args and errors as in `pool_windows`.
 
     Returns:
-        `[T // kernel_stride, HKV, kernel_size, D]` in x's dtype; windows that no sequence owns are 0.
+        `[T // kernel_stride, HKV, kernel_size, D]` in x's dtype; windows that no
+        sequence owns are 0.
     """
     windows = Windows(kernel_size, kernel_stride).check()
     check_rows("x", x, 3, "[T, HKV, D]")
@@ -94,9 +99,11 @@ def window_starts(
     kernel_stride: int,
     seqused_k: Tensor | None = None,
 ) -> Tensor:
-    """The row of x `[T, ...]` at which each compression window begins, int64 `[T // kernel_stride]`.
+    """The row of x `[T, ...]` at which each compression window begins,
+    int64 `[T // kernel_stride]`.
 
-    Rows of windows that no sequence owns point somewhere inside x. Plain tensor arithmetic, without a host sync.
+    Rows of windows that no sequence owns point somewhere inside x.
+    Plain tensor arithmetic, without a host sync.
     """
     windows = Windows(kernel_size, kernel_stride).check()
     check_tensor("x", x, "[T, ...]")
@@ -238,10 +245,18 @@ def _pool_backward(call: PoolCall, do: Tensor, _: NothingSaved) -> PoolGradients
 
 
 GATHER = define_operator(
-    "gather_windows", GatherCall, Tensor, _gather, _gather_fake,
+    "gather_windows",
+    GatherCall,
+    Tensor,
+    _gather,
+    _gather_fake,
     Gradient(NothingSaved, keep_nothing, GatherGradients, _gather_backward),
-)  # fmt: skip
+)
 POOL = define_operator(
-    "pool_windows", PoolCall, Tensor, _pool, _pool_fake,
+    "pool_windows",
+    PoolCall,
+    Tensor,
+    _pool,
+    _pool_fake,
     Gradient(NothingSaved, keep_nothing, PoolGradients, _pool_backward),
-)  # fmt: skip
+)

@@ -1,7 +1,8 @@
 """Compression windows (docs/spec.md, section 1).
 
-Window i of a sequence covers positions `[i*s, i*s + l)`; an incomplete last window does not exist. Window i of sequence b
-is row `cu_seqlens[b] // s + i` of the packed result: there is always room, and no offset has to be read from the device.
+Window i of a sequence covers positions `[i*s, i*s + l)`; an incomplete last window does not exist.
+Window i of sequence b is row `cu_seqlens[b] // s + i` of the packed result: there is always room,
+and no offset has to be read from the device.
 """
 
 from typing import Any
@@ -20,15 +21,16 @@ def num_windows(length: int, kernel_size: int, kernel_stride: int) -> int:
 def window_rows(
     x: Tensor, cu_seqlens: Tensor, kernel_size: int, kernel_stride: int, seqused_k: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """For each packed window, the rows `[T // s, l]` of x it covers, and whether a sequence owns it `[T // s]`.
+    """For each packed window, the rows `[T // s, l]` of x it covers,
+    and whether a sequence owns it `[T // s]`.
 
     Rows of unowned windows point somewhere inside x, so that gathering them is safe.
     """
     window = torch.arange(x.shape[0] // kernel_stride, device=x.device)
     starts = cu_seqlens[:-1].long()
     lengths = cu_seqlens.diff().long() if seqused_k is None else seqused_k.long()
-    # The owner is the last sequence whose windows begin at or before this row: shorter neighbours that begin at the same
-    # row have no window of their own.
+    # The owner is the last sequence whose windows begin at or before this row:
+    # shorter neighbours that begin at the same row have no window of their own.
     owner = torch.searchsorted(starts // kernel_stride, window, right=True) - 1
     index = window - starts[owner] // kernel_stride
     owned = index * kernel_stride + kernel_size <= lengths[owner]
@@ -77,7 +79,9 @@ def pool_windows(
     kernel_stride: int,
     seqused_k: Tensor | None = None,
 ) -> Tensor:
-    """x `[T, HKV, D]`, weight `[HKV, l]` (None: the mean) -> weighted sums of the windows `[T // s, HKV, D]`."""
+    """x `[T, HKV, D]`, weight `[HKV, l]` (None: the mean) -> weighted sums of the windows
+    `[T // s, HKV, D]`.
+    """
     if kernel_size > x.shape[0]:  # no window exists: memory follows the tokens, not the window
         return x.new_zeros(x.shape[0] // kernel_stride, *x.shape[1:])
     weight = _pool_weight(weight, x, kernel_size)

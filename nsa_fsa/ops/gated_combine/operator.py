@@ -1,4 +1,6 @@
-"""The gated sum of the three branches as an operator, and the gates' part of the whole core's backward."""
+"""The gated sum of the three branches as an operator, and the gates' part of the whole
+core's backward.
+"""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,12 +18,15 @@ from nsa_fsa.ops.gated_combine import reference
 def gated_combine(
     gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor, *, backend: str = "auto"
 ) -> Tensor:
-    """`sum over branches of sigmoid(gate_logits) * o` (NSA paper, eq. 5); branch order is compressed, selected, sliding.
+    """`sum over branches of sigmoid(gate_logits) * o` (NSA paper, eq. 5);
+    branch order is compressed, selected, sliding.
 
     Args:
-        gate_logits: `[T, HQ, 3]` (a gate per head) or `[T, 1, 3]` (shared by the heads), any float dtype.
+        gate_logits: `[T, HQ, 3]` (a gate per head) or `[T, 1, 3]` (shared by the heads),
+            any float dtype.
         o_cmp, o_slc, o_swa: branch outputs `[T, HQ, DV]` of one dtype.
-        backend: which implementation runs: "triton", "reference", or "auto": the first of them that can, on a GPU.
+        backend: which implementation runs: "triton", "reference", or "auto":
+            the first of them that can, on a GPU.
 
     Returns:
         `[T, HQ, DV]` in the branches' dtype.
@@ -33,8 +38,9 @@ def gated_combine(
         check_rows(name, o, 3, "[T, HQ, DV]")
         if not (o.shape == o_cmp.shape and o.dtype == o_cmp.dtype and o.device == o_cmp.device):
             raise ValueError(
-                f"{name} is {o.dtype} {tuple(o.shape)} on {o.device} but o_cmp is {o_cmp.dtype} {tuple(o_cmp.shape)} on "
-                f"{o_cmp.device}: the branches must agree. Fix: compute all three with the same q and the same width of values."
+                f"{name} is {o.dtype} {tuple(o.shape)} on {o.device} but o_cmp is "
+                f"{o_cmp.dtype} {tuple(o_cmp.shape)} on {o_cmp.device}: the branches must agree. "
+                "Fix: compute all three with the same q and the same width of values."
             )
     check_gates(gate_logits, o_cmp, "the branches")
     BACKENDS.check(backend)
@@ -42,7 +48,9 @@ def gated_combine(
 
 
 def check_gates(gate_logits: Tensor, rows: Tensor, whose: str) -> None:
-    """Raises ValueError unless there is a gate for every head of `rows`, `[T, HQ, ...]`, or one for all."""
+    """Raises ValueError unless there is a gate for every head of `rows`, `[T, HQ, ...]`,
+    or one for all.
+    """
     num_tokens, num_heads = rows.shape[:2]
     check_rows("gate_logits", gate_logits, 3, "[T, HQ or 1, 3]")
     if not (
@@ -51,11 +59,13 @@ def check_gates(gate_logits: Tensor, rows: Tensor, whose: str) -> None:
         and gate_logits.shape[2] == 3
     ):
         raise ValueError(
-            f"gate_logits has shape {tuple(gate_logits.shape)}; it must be [{num_tokens}, {num_heads} or 1, 3]."
+            f"gate_logits has shape {tuple(gate_logits.shape)}; "
+            f"it must be [{num_tokens}, {num_heads} or 1, 3]."
         )
     if gate_logits.device != rows.device:
         raise ValueError(
-            f"gate_logits is on {gate_logits.device} but {whose} on {rows.device}. Fix: move them together."
+            f"gate_logits is on {gate_logits.device} but {whose} on {rows.device}. "
+            "Fix: move them together."
         )
 
 
@@ -92,7 +102,9 @@ class GatedGradients(NamedTuple):
 
 @dataclass(frozen=True)
 class BranchesCall:
-    """One call of the gates' part of the whole core's backward: see `reference.branch_gradients`."""
+    """One call of the gates' part of the whole core's backward: see
+    `reference.branch_gradients`.
+    """
 
     do: Tensor  # [T, HQ, DV]
     outputs: tuple[Tensor | None, ...]  # [T, HQ, DV] of each branch; None for one that is left out

@@ -1,4 +1,6 @@
-"""Gates and the weighted sum of the branches (docs/spec.md, section 7); branch order is compressed, selected, sliding."""
+"""Gates and the weighted sum of the branches (docs/spec.md, section 7);
+branch order is compressed, selected, sliding.
+"""
 
 from collections.abc import Sequence
 
@@ -9,7 +11,9 @@ from nsa_fsa.ops.common.reference_attention import compute_dtype
 
 
 def gated_combine(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor) -> Tensor:
-    """gate_logits `[T, HQ or 1, 3]`, branch outputs `[T, HQ, DV]` -> their sum `[T, HQ, DV]`, weighted by the sigmoids."""
+    """gate_logits `[T, HQ or 1, 3]`, branch outputs `[T, HQ, DV]` -> their sum `[T, HQ, DV]`,
+    weighted by the sigmoids.
+    """
     dtype = compute_dtype(o_cmp)
     g = torch.sigmoid(gate_logits.to(dtype))
     branches = torch.stack((o_cmp, o_slc, o_swa), dim=-1).to(dtype)  # [T, HQ, DV, 3]
@@ -40,17 +44,19 @@ def branch_gradients(
 ) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
     """The gates, backward, without gated copies of do.
 
-    A branch's gradients are linear in each query's weights p = exp(s - lse) once delta is known. So the branch's backward may
-    be given the do of the gated sum: with lse - log(gate) for lse, every p is multiplied by the gate.
+    A branch's gradients are linear in each query's weights p = exp(s - lse) once delta is known. So
+    the branch's backward may be given the do of the gated sum: with lse - log(gate) for lse, every
+    p is multiplied by the gate.
 
     Args:
         do: `[T, HQ, DV]`, the gradient of the gated sum.
-        outputs, statistics: o `[T, HQ, DV]` and lse `[T, HQ]` of the three branches; None for one that is left out.
+        outputs, statistics: o `[T, HQ, DV]` and lse `[T, HQ]` of the three branches;
+            None for one that is left out.
         gate_logits: `[T, HQ or 1, 3]`.
 
     Returns:
-        For each branch the gradient of its gate logits `[T, HQ or 1]`, lse - log(gate) `[T, HQ]`, and delta = sum(o * do)
-        `[T, HQ]`; of a branch that is left out anything.
+        For each branch the gradient of its gate logits `[T, HQ or 1]`, lse - log(gate) `[T, HQ]`,
+        and delta = sum(o * do) `[T, HQ]`; of a branch that is left out anything.
     """
     dtype = compute_dtype(do)
     results: list[tuple[Tensor | None, ...]] = []
@@ -61,7 +67,8 @@ def branch_gradients(
         delta = (do.to(dtype) * o.to(dtype)).sum(-1)
         g = torch.sigmoid(logits)
         dg = delta.sum(1, keepdim=True) if gate_logits.shape[1] == 1 else delta
-        # A closed gate is a log of -inf, and for a query that sees nothing lse is: their difference would be NaN.
+        # A closed gate is a log of -inf, and for a query that sees nothing lse is:
+        # their difference would be NaN.
         gated_lse = torch.where(
             lse == -torch.inf, lse, lse - torch.nn.functional.logsigmoid(logits)
         )

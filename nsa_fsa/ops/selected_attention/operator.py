@@ -1,7 +1,7 @@
 """Selected attention as an operator.
 
-`block_index` inverts the selection once; the KV-major kernels use it forward and backward, so it is an operator of its own,
-whose result autograd saves like any other input.
+`block_index` inverts the selection once; the KV-major kernels use it forward and backward,
+so it is an operator of its own, whose result autograd saves like any other input.
 """
 
 from collections.abc import Callable, Mapping
@@ -64,36 +64,45 @@ def selected_attention(
     workspace_bytes: int = WORKSPACE_BYTES,
     backend: str = "auto",
 ) -> Any:
-    """Attention of every query over the keys of the blocks it selected (NSA paper, section 3.3.2; FSA paper, section 3).
+    """Attention of every query over the keys of the blocks it selected (NSA paper, section 3.3.2;
+    FSA paper, section 3).
 
-    Query t of a group sees position p iff `p // block_size` is among its block indices and `p <= t`.
+    Query t of a group sees position p iff `p // block_size` is among its block indices
+    and `p <= t`.
 
     Args:
         q: `[T, HQ, D]`, float16, bfloat16, float32 or float64; HQ is a multiple of HKV.
         k, v: `[T, HKV, D]` and `[T, HKV, DV]` in q's dtype.
-        block_indices: int32 `[T, HKV, T_sel]`, block numbers local to the sequence, in any order. An index that is negative
-            or beyond the query's own block selects nothing; one that appears twice counts once.
+        block_indices: int32 `[T, HKV, T_sel]`, block numbers local to the sequence, in any order.
+            An index that is negative or beyond the query's own block selects nothing; one that
+            appears twice counts once.
         cu_seqlens: int32 `[B + 1]`; sequence b is rows `cu_seqlens[b] : cu_seqlens[b + 1]`.
         max_seqlen: an upper bound on the longest sequence.
         block_size: keys per block.
-        block_counts: how many leading entries of block_indices count: an int, or int32 `[T, HKV]`; default all.
-        init_blocks, local_blocks: the caller's promise that the first / last so many eligible blocks are among the indices
-            of every query, as `select_blocks` guarantees; faster backends then treat them as dense.
+        block_counts: how many leading entries of block_indices count: an int, or int32 `[T, HKV]`;
+            default all.
+        init_blocks, local_blocks: the caller's promise that the first / last so many eligible
+            blocks are among the indices of every query, as `select_blocks` guarantees; faster
+            backends then treat them as dense.
         scale: softmax scale; default `D ** -0.5`.
-        cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences; see `Sequences`.
+        cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences;
+            see `Sequences`.
         return_lse: also return the log-sum-exp.
-        workspace_bytes: how much memory the KV-major kernels may take for partial results and, to make the block index, for
-            a bitmap, at any length. Not counted are the index, which the backward needs again, and what grows with the number
-            of rows or blocks alone: 8 bytes a query and query head, 36 a block and KV head, 2 to 4 a chosen block of every
-            query and KV head while the index is made, and, of the sums of one head's dk and dv that a workspace needs in
-            which its partial results do not fit, what is more than half of it.
-        backend: which implementation runs: "triton_kv_major" (the loop order of FSA), "triton_query_major" (that of NSA),
-            "triton" (whichever of their variants the profiler finds fastest on this GPU), "reference", or "auto": "triton"
-            on a GPU that can, and the reference elsewhere.
+        workspace_bytes: how much memory the KV-major kernels may take for partial results and, to
+            make the block index, for a bitmap, at any length. Not counted are the index, which the
+            backward needs again, and what grows with the number of rows or blocks alone: 8 bytes a
+            query and query head, 36 a block and KV head, 2 to 4 a chosen block of every query and
+            KV head while the index is made, and, of the sums of one head's dk and dv that a
+            workspace needs in which its partial results do not fit, what is more than half of it.
+        backend: which implementation runs: "triton_kv_major" (the loop order of FSA),
+            "triton_query_major" (that of NSA), "triton" (whichever of their variants the profiler
+            finds fastest on this GPU), "reference", or "auto": "triton" on a GPU that can, and the
+            reference elsewhere.
 
     Returns:
-        o `[T, HQ, DV]` in q's dtype, and on request the natural-log lse `[T, HQ]` in float32 (float64 for float64 inputs),
-        which is not differentiable. A query that sees nothing gets 0 and -inf.
+        o `[T, HQ, DV]` in q's dtype, and on request the natural-log lse `[T, HQ]` in float32
+        (float64 for float64 inputs), which is not differentiable. A query that sees nothing
+        gets 0 and -inf.
 
     Raises:
         ValueError: for inconsistent shapes, dtypes, devices or sequence descriptors.
@@ -127,9 +136,9 @@ def _check_selection(
         or block_indices.device != q.device
     ):
         raise ValueError(
-            f"block_indices is {block_indices.dtype} {tuple(block_indices.shape)} on {block_indices.device}; "
-            f"it must be int32 [T, HKV, T_sel] = [{rows[0]}, {rows[1]}, T_sel] on {q.device}. "
-            "Fix: pass what select_blocks returns for this q."
+            f"block_indices is {block_indices.dtype} {tuple(block_indices.shape)} "
+            f"on {block_indices.device}; it must be int32 [T, HKV, T_sel] = [{rows[0]}, "
+            f"{rows[1]}, T_sel] on {q.device}. Fix: pass what select_blocks returns for this q."
         )
     if block_counts is None:
         return block_indices, None
@@ -143,8 +152,8 @@ def _check_selection(
         or block_counts.device != q.device
     ):
         raise ValueError(
-            f"block_counts is {block_counts.dtype} {tuple(block_counts.shape)} on {block_counts.device}; "
-            f"it must be an int, or int32 [T, HKV] = {rows} on {q.device}."
+            f"block_counts is {block_counts.dtype} {tuple(block_counts.shape)} on "
+            f"{block_counts.device}; it must be an int, or int32 [T, HKV] = {rows} on {q.device}."
         )
     return block_indices, block_counts
 
@@ -153,7 +162,8 @@ def _check_selection(
 
 
 def wants_index(call: SelectedCall) -> bool:
-    """Whether the backend will use a block index, as far as that can be told without running anything.
+    """Whether the backend will use a block index, as far as that can be told without
+    running anything.
 
     "triton_query_major" would in backward, but has none to read forward, and makes its own.
     """
@@ -227,7 +237,9 @@ def refuses_kv_major(call: SelectedCall) -> str | None:
 
 
 class SelectedTriton(TritonBackend[SelectedCall], AttentionBackend[SelectedCall]):
-    """Whichever loop order and tiles the profiler finds fastest; without it the KV-major default where that can run."""
+    """Whichever loop order and tiles the profiler finds fastest;
+    without it the KV-major default where that can run.
+    """
 
     def refuses(self, call: SelectedCall, *, backward: bool = False) -> str | None:
         return refuses_triton(call) or (

@@ -1,7 +1,9 @@
-"""Selected attention (docs/spec.md, section 5): query t sees position p iff p's block was selected and p <= t.
+"""Selected attention (docs/spec.md, section 5): query t sees position p iff p's block was
+selected and p <= t.
 
-In long sequences a block's keys meet the queries that selected it, as in Flash Sparse Attention: the work follows what was
-selected. Where that is much of the sequence, or the queries are few, all keys meet all queries under a mask.
+In long sequences a block's keys meet the queries that selected it, as in Flash Sparse Attention:
+the work follows what was selected. Where that is much of the sequence, or the queries are few, all
+keys meet all queries under a mask.
 """
 
 from collections.abc import Iterator
@@ -12,9 +14,10 @@ from torch import Tensor
 from nsa_fsa.ops.common.reference_attention import Chunk, attention, attention_backward
 from nsa_fsa.ops.common.reference_chunks import chunk_size, most_queries, query_chunks, sequences
 
-# How many times as many queries as selected keys it takes to go by block. Forward and backward on one core are 1.4 times as
-# fast by block from 2 times on (2,048 tokens, blocks of 64), 2.0 from 4 on (4,096), 3 from 8 on (8,192); where it is about
-# few and small blocks (1,024 tokens, blocks of 16), 0.9.
+# How many times as many queries as selected keys it takes to go by block. Forward and backward
+# on one core are 1.4 times as fast by block from 2 times on (2,048 tokens, blocks of 64), 2.0
+# from 4 on (4,096), 3 from 8 on (8,192); where it is about few and small blocks (1,024 tokens,
+# blocks of 16), 0.9.
 QUERIES_PER_KEY = 4
 
 
@@ -27,11 +30,14 @@ def chunks(
     cu_seqlens_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
 ) -> Iterator[Chunk]:
-    """Which keys each chunk of queries sees. Indices may repeat, be unsorted, negative or out of range."""
+    """Which keys each chunk of queries sees. Indices may repeat, be unsorted,
+    negative or out of range.
+    """
     num_kv_heads, num_indices = block_indices.shape[1:]
     slot = torch.arange(num_indices, device=q.device)
     for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
-        # On a CPU alone: which queries chose a block is read back for every block, which a GPU would wait for.
+        # On a CPU alone: which queries chose a block is read back for every block,
+        # which a GPU would wait for.
         many_queries = (
             QUERIES_PER_KEY * num_indices * block_size <= sequence.q.stop - sequence.q.start
         )
@@ -48,7 +54,8 @@ def chunks(
             valid = (index >= 0) & (index <= (t // block_size)[:, None, None])
             if block_counts is not None:
                 valid &= slot < block_counts[rows][..., None]
-            # A set of blocks, so duplicates collapse; what is not valid lands in a spare column that is then dropped.
+            # A set of blocks, so duplicates collapse; what is not valid lands in a spare column
+            # that is then dropped.
             selected = torch.zeros(
                 *index.shape[:2], num_blocks + 1, dtype=torch.bool, device=q.device
             )
@@ -83,9 +90,11 @@ def selected_attention(
     cu_seqlens_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """q `[Tq, HQ, D]`, k `[T, HKV, D]`, v `[T, HKV, DV]`, block_indices `[Tq, HKV, T_sel]` -> o `[Tq, HQ, DV]`, lse.
+    """q `[Tq, HQ, D]`, k `[T, HKV, D]`, v `[T, HKV, DV]`, block_indices `[Tq, HKV, T_sel]` -> o
+    `[Tq, HQ, DV]`, lse.
 
-    `init_blocks` and `local_blocks` are promises about the indices that only faster backends make use of.
+    `init_blocks` and `local_blocks` are promises about the indices that only faster backends
+    make use of.
     """
     plan = chunks(q, block_indices, cu_seqlens, block_size, block_counts, cu_seqlens_q, seqused_k)
     return attention(q, k, v, plan, scale)

@@ -1,10 +1,11 @@
-"""FlashAttention as backends of the sliding window: what each library can do, and the calls into them.
+"""FlashAttention as backends of the sliding window: what each library can do,
+and the calls into them.
 
     flash_attn_4  the package flash-attn-4 (`flash_attn.cute`), for Hopper and newer
-    torch_flash   the FlashAttention 2 that PyTorch carries; the package flash-attn 2 is the same kernels
+    torch_flash   the FlashAttention 2 in PyTorch; the package flash-attn 2 has the same kernels
 
-One H200, 65,536 tokens, 64 heads of 128, window 512, forward / backward, ms (G = 1, 4, 16): flash_attn_4 2.9, 2.9, 2.9 / 8.5,
-9.5, 9.2; torch_flash 5.3, 5.5, 5.4 / 13.4, 14.6, 14.1.
+One H200, 65,536 tokens, 64 heads of 128, window 512, forward / backward, ms (G = 1, 4, 16):
+flash_attn_4 2.9, 2.9, 2.9 / 8.5, 9.5, 9.2; torch_flash 5.3, 5.5, 5.4 / 13.4, 14.6, 14.1.
 """
 
 import functools
@@ -25,19 +26,18 @@ from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
-INSTALL = (
-    'pip install "flash-attn-4>=4.0.0b36"'  # a version with a "b" in it lets pip take such versions
-)
+# A version with a "b" in it lets pip take such versions.
+INSTALL = 'pip install "flash-attn-4>=4.0.0b36"'
 WIDTH_STEP = 8  # widths are whole multiples: 16 bytes
-PADDING = (
-    128  # rows of a tile, and by so many every sequence is longer in the sums of a backward pass
-)
+# Rows of a tile, and by so many every sequence is longer in the sums of a backward pass.
+PADDING = 128
 MANY_SEQUENCES = 512  # of fewer, short ones take no time to speak of
 
 
 @functools.cache
 def _flash_attn_4_missing() -> str | None:
-    # The package flash-attn 2 has the same top level name, and neither tells the other's parts apart.
+    # The package flash-attn 2 has the same top level name, and neither tells the other's
+    # parts apart.
     try:
         found = importlib.util.find_spec("flash_attn.cute") is not None
     except (ImportError, ValueError):
@@ -48,8 +48,8 @@ def _flash_attn_4_missing() -> str | None:
 def output_and_dlse(
     do: Tensor, o: Tensor | None, delta: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """What flash-attn 4 takes as o and as gradient of lse: it subtracts sum(o * do) - dlse. So with delta, which is laid out
-    as lse, o need be neither read nor there."""
+    """What flash-attn 4 takes as o and as gradient of lse: it subtracts sum(o * do) - dlse.
+    So with delta, which is laid out as lse, o need be neither read nor there."""
     if delta is None:
         assert o is not None
         return o, None
@@ -81,15 +81,8 @@ class Gradients(NamedTuple):
     def of(self, heads: slice, kv_heads: slice) -> "Gradients":
         """Those of some heads, as views."""
         do, q, k, v, o, lse, delta = self
-        of_heads = (
-            do[:, heads],
-            q[:, heads],
-            k[:, kv_heads],
-            v[:, kv_heads],
-            o[:, heads],
-            lse[heads],
-        )
-        return Gradients(*of_heads, None if delta is None else delta[heads])
+        do, q, k, v, o = do[:, heads], q[:, heads], k[:, kv_heads], v[:, kv_heads], o[:, heads]
+        return Gradients(do, q, k, v, o, lse[heads], None if delta is None else delta[heads])
 
 
 class Library(ABC):
@@ -97,8 +90,9 @@ class Library(ABC):
 
     name: str
     capability: tuple[int, int]  # the oldest GPU
-    # Whether the keys past a sequence's end can be anything. Otherwise they are read, and weighed with 0: a NaN or an infinity
-    # among them shows. In a cache's unused rows there may be such; packed, it is the next sequence, which is lost itself.
+    # Whether the keys past a sequence's end can be anything. Otherwise they are read, and weighed
+    # with 0: a NaN or an infinity among them shows. In a cache's unused rows there may be such;
+    # packed, it is the next sequence, which is lost itself.
     stops_at_end: bool
     max_sequences: int  # of one packed batch
 
@@ -114,7 +108,9 @@ class Library(ABC):
     def backward(
         self, tensors: Gradients, window: Window, into: tuple[Tensor, Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk and dv, written to the tensors `into`, where given; their heads may be slices of larger tensors'."""
+        """dq, dk and dv, written to the tensors `into`, where given;
+        their heads may be slices of larger tensors'.
+        """
 
     def unavailable(self, device: torch.device | None = None) -> str | None:
         """Why it cannot run on this GPU (default: the current one), or None."""
@@ -137,12 +133,14 @@ class Library(ABC):
             return f"{number} sequences; supported are at most {self.max_sequences}"
         if sequences.seqused_k is None:
             return None
-        if (
-            sequences.cu_seqlens_q is None
-        ):  # the libraries take the last query for that of the last used key
+        # The libraries take the last query for that of the last used key.
+        if sequences.cu_seqlens_q is None:
             return "no support where seqused_k is given without cu_seqlens_q"
         if not self.stops_at_end:
-            return "no support where seqused_k is given: it reads past the keys in use, where there may be NaN"
+            return (
+                "no support where seqused_k is given: "
+                "it reads past the keys in use, where there may be NaN"
+            )
         return "no gradient where seqused_k is given, as in decoding" if backward else None
 
 
@@ -271,11 +269,13 @@ class FlashBackend(AttentionBackend[WindowedCall]):
     """What the backends of the libraries share."""
 
     def avoids(self, call: WindowedCall) -> str | None:
-        """Why "auto" does not take FlashAttention where it can run, or None: its tiles hold rows of one sequence alone.
+        """Why "auto" does not take FlashAttention where it can run, or None:
+        its tiles hold rows of one sequence alone.
 
-        One H200, 4 KV heads of 128, FlashAttention (flash-attn 4's backward) / the Triton kernel, forward + backward, ms:
-        100,000 sequences of 16 tokens, G = 4: 33.8 + 213.9 / 14.2 + 33.0, and 38.5 / 9.4 GiB; 20,000 of 64, G = 4: 8.3 + 51.8 /
-        8.0 + 24.2; 4,096 of 16, G = 16: 2.8 + 29.3 / 1.5 + 4.9; 4,096 of 128, G = 16: 12.3 + 50.6 / 9.6 + 46.3.
+        One H200, 4 KV heads of 128, FlashAttention (flash-attn 4's backward) / the Triton kernel,
+        forward + backward, ms: 100,000 sequences of 16 tokens, G = 4: 33.8 + 213.9 / 14.2 + 33.0,
+        and 38.5 / 9.4 GiB; 20,000 of 64, G = 4: 8.3 + 51.8 / 8.0 + 24.2; 4,096 of 16, G = 16: 2.8 +
+        29.3 / 1.5 + 4.9; 4,096 of 128, G = 16: 12.3 + 50.6 / 9.6 + 46.3.
         """
         if call.device.type != "cuda":
             return f"the tensors are on {call.device}"
@@ -287,7 +287,10 @@ class FlashBackend(AttentionBackend[WindowedCall]):
         number = 0 if starts_q is not None else starts.shape[0] - 1
         if number < MANY_SEQUENCES or num_rows > number * PADDING:
             return None
-        return f"{number} sequences of {PADDING} tokens or fewer on average, for each of which it works on {PADDING}"
+        return (
+            f"{number} sequences of {PADDING} tokens or fewer on average, "
+            f"for each of which it works on {PADDING}"
+        )
 
 
 class OneLibrary(FlashBackend):
@@ -370,7 +373,9 @@ def window_key(call: WindowedCall, direction: str) -> str:
 
 
 def _padded(x: Tensor, width: int) -> Tensor:
-    """x `[T, heads, D]`, zeros appended to its rows up to `width`, and as the libraries read it: rows of whole 16 bytes."""
+    """x `[T, heads, D]`, zeros appended to its rows up to `width`, and as the libraries read it:
+    rows of whole 16 bytes.
+    """
     if x.shape[2] < width:
         return pad(x, (0, width - x.shape[2]))
     aligned = (
@@ -382,7 +387,9 @@ def _padded(x: Tensor, width: int) -> Tensor:
 
 
 def _width(q: Tensor, v: Tensor) -> int:
-    """One width for keys and values: not every library and pass can do two, and zeros change neither scores nor sums."""
+    """One width for keys and values: not every library and pass can do two,
+    and zeros change neither scores nor sums.
+    """
     return -(-max(q.shape[2], v.shape[2]) // WIDTH_STEP) * WIDTH_STEP
 
 
@@ -409,8 +416,9 @@ def flash_attention_fwd(library: Library, call: WindowedCall) -> AttentionResult
 def bytes_of_kv_head(
     num_queries: int, num_keys: int, group_size: int, num_sequences: int, width: int
 ) -> int:
-    """What the libraries take at most in backward for a KV head: float32 sums of dq, and where it has several query heads sums
-    of dk and dv, or a copy of these for each of them; all are padded."""
+    """What the libraries take at most in backward for a KV head: float32 sums of dq, and
+    where it has several query heads sums of dk and dv, or a copy of these for each of them;
+    all are padded."""
     padding = PADDING * num_sequences
     num_rows = (num_queries + padding) * group_size
     of_keys = 2 * max(num_keys + padding, num_rows // 2) if group_size > 1 else 0

@@ -30,7 +30,8 @@ def sliding_window_attention(
     workspace_bytes: int = WORKSPACE_BYTES,
     backend: str = "auto",
 ) -> Any:
-    """Attention of every query over the last `window_size` positions, its own included (NSA paper, section 3.3.3).
+    """Attention of every query over the last `window_size` positions,
+    its own included (NSA paper, section 3.3.3).
 
     Args:
         q: `[T, HQ, D]`, float16, bfloat16, float32 or float64; HQ is a multiple of HKV.
@@ -39,20 +40,23 @@ def sliding_window_attention(
         max_seqlen: an upper bound on the longest sequence.
         window_size: keys that a query sees at most: positions `max(0, t - window_size + 1) .. t`.
         scale: softmax scale; default `D ** -0.5`.
-        cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences; see `Sequences`.
+        cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences;
+            see `Sequences`.
         return_lse: also return the log-sum-exp.
-        workspace_bytes: how much memory FlashAttention may take for sums, at any length: heads are differentiated in turn
-            where all of them would take more.
-        backend: which implementation runs: "flash_attn_4", "torch_flash" (the FlashAttention in PyTorch), "flash_attention"
-            (whichever of these the profiler finds faster on this GPU), "triton_window" (slower, but for hundreds of sequences
-            of 128 tokens or fewer on average faster; also for what FlashAttention does not take, such as float32),
-            "reference", or "auto": on a GPU "flash_attention" or "triton_window" where they can, and the reference elsewhere.
-            flash-attn 4 reads past a sequence's end, and weighs with 0 what is there: a NaN or an infinity in the next
-            sequence of the batch reaches the last queries of this one.
+        workspace_bytes: how much memory FlashAttention may take for sums, at any length:
+            heads are differentiated in turn where all of them would take more.
+        backend: which implementation runs: "flash_attn_4", "torch_flash" (the FlashAttention in
+            PyTorch), "flash_attention" (whichever of these the profiler finds faster on this GPU),
+            "triton_window" (slower, but for hundreds of sequences of 128 tokens or fewer on
+            average faster; also for what FlashAttention does not take, such as float32),
+            "reference", or "auto": on a GPU "flash_attention" or "triton_window" where they can,
+            and the reference elsewhere. flash-attn 4 reads past a sequence's end, and weighs with
+            0 what is there: a NaN or an infinity in the next sequence of the batch reaches the
+            last queries of this one.
 
     Returns:
-        o `[T, HQ, DV]` in q's dtype, and on request the natural-log lse `[T, HQ]` in float32 (float64 for float64 inputs),
-        which is not differentiable.
+        o `[T, HQ, DV]` in q's dtype, and on request the natural-log lse `[T, HQ]` in float32
+        (float64 for float64 inputs), which is not differentiable.
 
     Raises:
         ValueError: for inconsistent shapes, dtypes, devices or sequence descriptors.

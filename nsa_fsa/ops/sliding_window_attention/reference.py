@@ -1,4 +1,6 @@
-"""Sliding window attention (docs/spec.md, section 6): query t sees positions `max(0, t - w + 1) .. t`."""
+"""Sliding window attention (docs/spec.md, section 6): query t sees positions
+`max(0, t - w + 1) .. t`.
+"""
 
 from collections.abc import Iterator
 
@@ -16,9 +18,12 @@ def chunks(
     cu_seqlens_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
 ) -> Iterator[Chunk]:
-    """Which keys each chunk of queries sees; keys before the window of the chunk's first query are not even read."""
+    """Which keys each chunk of queries sees; keys before the window of the chunk's first query are
+    not even read.
+    """
     for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
-        # M queries read M + w - 1 keys, so chunks as long as the window keep the band of visible keys half full.
+        # M queries read M + w - 1 keys, so chunks as long as the window keep the band of visible
+        # keys half full.
         size = min(max(window_size, 64), sequence.length)
         size = min(size, chunk_size(q, min(size + window_size, sequence.length)))
         for rows, first, stop in query_chunks(sequence, max(1, size)):
@@ -64,14 +69,5 @@ def sliding_window_attention_backward(
     delta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to q, k and v."""
-    return attention_backward(
-        do,
-        q,
-        k,
-        v,
-        o,
-        lse,
-        chunks(q, cu_seqlens, window_size, cu_seqlens_q, seqused_k),
-        scale,
-        delta,
-    )
+    plan = chunks(q, cu_seqlens, window_size, cu_seqlens_q, seqused_k)
+    return attention_backward(do, q, k, v, o, lse, plan, scale, delta)

@@ -91,8 +91,8 @@ class Inputs(NamedTuple):
 
 
 class KeyCut(NamedTuple):
-    """How dk and dv are cut into programs: a tile of keys of a head, and a part of the rows that
-    see it.
+    """How dk and dv are cut into programs: a tile of keys of a head,
+    and a part of the rows that see it.
     """
 
     tiles: Tensor | None  # as of `locate_tiles`
@@ -270,8 +270,8 @@ def sum_parts_kernel(
     PADDED: tl.constexpr,
     KEYS: tl.constexpr,
 ):
-    """Adds up the parts of KEYS rows of dk and dv, which lie side by side in `[P, T, H, D +
-    DV]`.
+    """Adds up the parts of KEYS rows of dk and dv, which lie side by side in
+    `[P, T, H, D + DV]`.
     """
 
     pieces = TILE_KEYS // KEYS

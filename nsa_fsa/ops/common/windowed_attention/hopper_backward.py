@@ -159,8 +159,8 @@ def compressed_bwd_dq_hopper_kernel(
 
 @gluon_object
 class RowRing:
-    """Steps of (query, head) rows and their statistics, which the computing warpgroups of dk and dv
-    share.
+    """Steps of (query, head) rows and their statistics, which the computing warpgroups of dk
+    and dv share.
     """
 
     q: gl.shared_memory_descriptor  # [STAGES, BLOCK_M, D]
@@ -248,8 +248,8 @@ class HeadRows:
 
 @gluon_object
 class RowPart:
-    """The (query, head) rows that a program of dk and dv walks: those of one sequence, part and KV
-    head.
+    """The (query, head) rows that a program of dk and dv walks: those of one sequence,
+    part and KV head.
     """
 
     q: HeadRows
@@ -263,8 +263,8 @@ class RowPart:
 
     @gluon.jit
     def copy(self, ring, stage, start, CHUNK: gl.constexpr):
-        """Asynchronously, a step's rows from `start` on, by cp.async; rows past the last repeat
-        it.
+        """Asynchronously, a step's rows from `start` on, by cp.async;
+        rows past the last repeat it.
         """
         last = self.number - 1
         copy_query_rows(ring.q.index(stage), self.q, start, last, CHUNK, self.G)
@@ -358,8 +358,8 @@ def add_dq(dq, rows, exchange, dq_desc, step, steps, GROUP: gl.constexpr):
     start = (steps - 1 - step) * BLOCK_M
     if step >= 0:
         if start + BLOCK_M > rows.number:
-            # The other rows of a last tile may be those of another sequence: nothing is added to
-            # them.
+            # The other rows of a last tile may be those of another sequence:
+            # nothing is added to them.
             row = start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, product_layout(HALF)))
             dq = gl.where((row < rows.number)[:, None], dq, 0.0)
         tma.store_wait(0)  # the buffer of the step before has been read

@@ -76,8 +76,8 @@ class QueryWork:
 
 @gluon.jit
 def copy_query_rows(buffer, x, start, last, CHUNK: gl.constexpr, G: gl.constexpr):
-    """Asynchronously, (query, head) rows from `start` on, counted from x.ptr; rows past the last
-    repeat it.
+    """Asynchronously, (query, head) rows from `start` on, counted from x.ptr;
+    rows past the last repeat it.
 
     CHUNK rows are copied at a time: few take few registers, but a barrier each.
     """
@@ -192,11 +192,11 @@ def store_tile(
     G: gl.constexpr,
     ADD: gl.constexpr = False,
 ):
-    """Stages a group's (query, head) rows in a buffer that only it reads, and stores them 16 bytes
-    at a time.
+    """Stages a group's (query, head) rows in a buffer that only it reads,
+    and stores them 16 bytes at a time.
 
-    ptr: of the tile's first row in a contiguous `[T, HQ, D]`; with ADD they are added to what is
-    there.
+    ptr: of the tile's first row in a contiguous `[T, HQ, D]`; with ADD they are added to
+    what is there.
     """
     D: gl.constexpr = buffer.shape[1]
     layout: gl.constexpr = row_layout(D)

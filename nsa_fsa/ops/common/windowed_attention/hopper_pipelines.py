@@ -28,8 +28,8 @@ EITHER_WAY = gl.constexpr(129)
 
 @dataclass_transform()
 def gluon_object(cls: Any) -> Any:
-    """A class of Gluon objects, made in a kernel of their members in the order in which these are
-    annotated.
+    """A class of Gluon objects, made in a kernel of their members in the order in which these
+    are annotated.
     """
     names = tuple(cls.__annotations__)
 
@@ -83,8 +83,8 @@ class Signal:
 
     @gluon.jit
     def arrive_after_copies(self, use):
-        """Gives the loading threads' part of the signal once what they copied by cp.async is
-        there.
+        """Gives the loading threads' part of the signal once what they copied by
+        cp.async is there.
         """
         async_copy.mbarrier_arrive(self.of(use), increment_count=False)
 

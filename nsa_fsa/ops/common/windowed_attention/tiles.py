@@ -1,8 +1,8 @@
 """Which rows and windows a tile consists of, and who sees what: the plain kernels and those for
 Hopper share it.
 
-In a kernel WINDOWS is the call's `Windows`, as a constant, and G the number of query heads of a KV
-head.
+In a kernel WINDOWS is the call's `Windows`, as a constant, and G the number of query heads
+of a KV head.
 """
 
 from typing import Any, NamedTuple
@@ -76,8 +76,8 @@ def shape_of(q: Tensor, v: Tensor) -> Shape:
 
 
 def window_constant(window_size: int | None, group_size: int) -> int:
-    """What kernels take as WINDOW: 0 for none, and no number that overflows when it is counted in
-    rows.
+    """What kernels take as WINDOW: 0 for none, and no number that overflows when it is
+    counted in rows.
     """
     return min(window_size or 0, (1 << 30) // group_size)
 
@@ -111,8 +111,8 @@ def count_windows(num_keys, WINDOWS: tl.constexpr):
 
 @triton.jit
 def visible_windows(position, num_keys, num_windows, WINDOWS: tl.constexpr):
-    """How many compressed tokens a position sees: those that a sequence would have which ended
-    here.
+    """How many compressed tokens a position sees: those that a sequence would have
+    which ended here.
     """
     seen = (position + 1 - WINDOWS.kernel_size + WINDOWS.kernel_stride) // WINDOWS.kernel_stride
     return tl.where(position < num_keys, tl.minimum(tl.maximum(seen, 0), num_windows), 0)
@@ -170,8 +170,8 @@ def key_tile_work(num_tiles, HEADS: tl.constexpr):
 
 @triton.jit
 def rows_that_see(tile, first_window, part, part_rows, WINDOWS: tl.constexpr, G: tl.constexpr):
-    """The rows of a part that see some of a tile's windows, of which first_window is the first, as
-    `SeenBy`.
+    """The rows of a part that see some of a tile's windows, of which first_window is the first,
+    as `SeenBy`.
     """
     first = (first_window * WINDOWS.kernel_stride + WINDOWS.kernel_size - 1 - tile.offset) * G
     begin = tl.maximum(tl.maximum(first, 0), part * part_rows)
@@ -183,8 +183,8 @@ def rows_that_see(tile, first_window, part, part_rows, WINDOWS: tl.constexpr, G:
 
 @triton.jit
 def rows_of(row, inside, first_query, head, G: tl.constexpr):
-    """The (query, head) pairs that lie `row` pairs after the first of the KV head `head`, as
-    `Rows`.
+    """The (query, head) pairs that lie `row` pairs after the first of the KV head
+    `head`, as `Rows`.
     """
     return Rows((first_query + row // G).to(tl.int64), head * G + row % G, inside)
 
