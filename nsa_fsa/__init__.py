@@ -1,6 +1,7 @@
 """Native Sparse Attention with the Flash Sparse Attention loop order.
 
-Importing this package imports PyTorch and nothing heavier: no Triton, no flash-attn, no transformers, no GPU.
+Importing this package imports PyTorch and nothing heavier: no Triton, no flash-attn,
+no transformers, no GPU.
 """
 
 import importlib

@@ -1,4 +1,6 @@
-"""Checks on arguments: bad input is refused, with the value, what is allowed and the fix, before anything is launched."""
+"""Checks on arguments: bad input is refused, with the value, what is allowed and the fix,
+before anything is launched.
+"""
 
 import math
 from numbers import Real
@@ -11,14 +13,20 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_ints(minimum: int, **values: Any) -> None:
-    """Raises ValueError unless each of the values, given by their names, is an int of at least `minimum`."""
+    """Raises ValueError unless each of the values, given by their names,
+    is an int of at least `minimum`.
+    """
     for name, value in values.items():
         if not (is_int(value) and value >= minimum):
-            raise ValueError(f"{name}={value!r:.100} must be an int >= {minimum}. Fix: pass a whole number.")
+            raise ValueError(
+                f"{name}={value!r:.100} must be an int >= {minimum}. Fix: pass a whole number."
+            )
 
 
 def check_positive(**values: Any) -> None:
-    """Raises ValueError unless each of the values, given by their names, is an int of at least 1."""
+    """Raises ValueError unless each of the values, given by their names,
+    is an int of at least 1.
+    """
     check_ints(1, **values)
 
 
@@ -30,22 +38,34 @@ def is_int(value: Any) -> bool:
 def check_tensor(name: str, x: Any, what: str) -> None:
     """Raises ValueError unless x is a tensor. what: its dtype and shape, for the error."""
     if not isinstance(x, Tensor):
-        raise ValueError(f"{name}={x!r:.100} must be a tensor, {what}. Fix: torch.as_tensor(...) on the others' device.")
+        raise ValueError(
+            f"{name}={x!r:.100} must be a tensor, {what}. "
+            "Fix: torch.as_tensor(...) on the others' device."
+        )
 
 
 def check_device(name: str, x: Tensor, device: torch.device) -> None:
     """Raises ValueError unless x is on the device of the other tensors."""
     if x.device != device:
-        raise ValueError(f"{name} is on {x.device}, the other tensors on {device}. Fix: move it there.")
+        raise ValueError(
+            f"{name} is on {x.device}, the other tensors on {device}. Fix: move it there."
+        )
 
 
 def check_rows(name: str, x: Tensor, ndim: int, shape: str) -> None:
-    """Raises ValueError unless x is a floating-point tensor of `ndim` axes, the last one not empty."""
+    """Raises ValueError unless x is a floating-point tensor of `ndim` axes,
+    the last one not empty.
+    """
     check_tensor(name, x, shape)
     if not (x.ndim == ndim and x.shape[-1] > 0):
-        raise ValueError(f"{name} has shape {tuple(x.shape)}; it must be {shape}, the last of at least 1.")
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; it must be {shape}, the last of at least 1."
+        )
     if x.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"{name} has dtype {x.dtype}; it must be one of {FLOAT_DTYPES}. Fix: cast it, as in x.float().")
+        raise ValueError(
+            f"{name} has dtype {x.dtype}; it must be one of {FLOAT_DTYPES}. "
+            "Fix: cast it, as in x.float()."
+        )
 
 
 def is_finite_number(value: Any) -> bool:
@@ -53,6 +73,7 @@ def is_finite_number(value: Any) -> bool:
     if not isinstance(value, (Real, torch.SymFloat)) or isinstance(value, bool):
         return False
     try:
-        return abs(float(value)) < math.inf  # torch.compile traces the comparison, and not math.isfinite
+        # torch.compile traces the comparison, and not math.isfinite.
+        return abs(float(value)) < math.inf
     except OverflowError:  # an int beyond every float
         return False

@@ -31,9 +31,16 @@ from nsa_fsa.ops.sliding_window_attention.flash_attention import FLASH_ATTN_4
 PACKAGES = ("torch", "triton", "flash-attn-4", "quack-kernels", "transformers")
 # In the order in which a layer calls them.
 OPERATORS: tuple[Backends[Any], ...] = (POOL_BACKENDS, GATHER_BACKENDS, *CORE_OPERATORS)
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "float64": torch.float64,
+}
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
+)
 console = Console()
 
 # Options that several commands have.
@@ -64,14 +71,19 @@ def version(package: str) -> str:
 
 def print_version(wanted: bool) -> None:
     if wanted:
-        console.print(f"nsa_fsa {nsa_fsa.__version__}, PyTorch {torch.__version__}", highlight=False)
+        console.print(
+            f"nsa_fsa {nsa_fsa.__version__}, PyTorch {torch.__version__}", highlight=False
+        )
         raise typer.Exit
 
 
 @app.callback()
 def main(
     version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+        bool,
+        typer.Option(
+            "--version", callback=print_version, is_eager=True, help="Print the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
@@ -79,7 +91,7 @@ def main(
 
 @app.command()
 def info() -> None:
-    """Versions, GPUs, and which backends of every operator can run here, with the reason where one cannot."""
+    """Versions, GPUs, and which backends of every operator can run here, or why they cannot."""
     packages = Table(title="Environment", show_header=False)
     packages.add_row("nsa_fsa", nsa_fsa.__version__)
     packages.add_row("Python", platform.python_version())
@@ -89,10 +101,13 @@ def info() -> None:
     for number in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(number)
         capability = f"compute capability {gpu.major}.{gpu.minor}"
-        packages.add_row(f"GPU {number}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {capability}")
+        packages.add_row(
+            f"GPU {number}", f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, {capability}"
+        )
     if not torch.cuda.device_count():
         packages.add_row("GPUs", "none")
-    packages.add_row("RoPE and RMSNorm", "PyTorch" if quack_kernels() is None else "quack, on GPUs from Hopper on")
+    fused = "PyTorch" if quack_kernels() is None else "quack, on GPUs from Hopper on"
+    packages.add_row("RoPE and RMSNorm", fused)
     console.print(packages)
 
     table = Table(title='Backends, in the order in which backend="auto" asks them')
@@ -100,7 +115,8 @@ def info() -> None:
         table.add_column(heading)
     for operator in OPERATORS:
         for name, reason in operator.available().items():
-            table.add_row(operator.operator, name, "yes" if reason is None else f"no: {escape(reason)}")
+            runs = "yes" if reason is None else f"no: {escape(reason)}"
+            table.add_row(operator.operator, name, runs)
         table.add_section()
     console.print(table)
 

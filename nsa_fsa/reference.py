@@ -1,12 +1,16 @@
-"""The operators of Native Sparse Attention in plain PyTorch: any device, any float dtype, differentiable by autograd.
+"""The operators of Native Sparse Attention in plain PyTorch: any device, any float dtype,
+differentiable by autograd.
 
-Written to be read, and to be the oracle of every faster backend. Memory is bounded by working through the queries in
-chunks, and of long sequences only what is selected or in the window is worked on; the `*_backward` functions give the
-gradients within the same bounds.
+Written to be read, and to be the oracle of every faster backend. Memory is bounded by working
+through the queries in chunks, and of long sequences only what is selected or in the window is
+worked on; the `*_backward` functions give the gradients within the same bounds.
 """
 
 from nsa_fsa.ops.block_selection.reference import block_scores, select_blocks
-from nsa_fsa.ops.compressed_attention.reference import compressed_attention, compressed_attention_backward
+from nsa_fsa.ops.compressed_attention.reference import (
+    compressed_attention,
+    compressed_attention_backward,
+)
 from nsa_fsa.ops.compression.reference import (
     gather_windows,
     gather_windows_backward,
@@ -14,9 +18,16 @@ from nsa_fsa.ops.compression.reference import (
     pool_windows_backward,
     window_rows,
 )
-from nsa_fsa.ops.gated_combine.reference import branch_gradients, gated_combine, gated_combine_backward
+from nsa_fsa.ops.gated_combine.reference import (
+    branch_gradients,
+    gated_combine,
+    gated_combine_backward,
+)
 from nsa_fsa.ops.selected_attention.reference import selected_attention, selected_attention_backward
-from nsa_fsa.ops.sliding_window_attention.reference import sliding_window_attention, sliding_window_attention_backward
+from nsa_fsa.ops.sliding_window_attention.reference import (
+    sliding_window_attention,
+    sliding_window_attention_backward,
+)
 
 __all__ = [
     "block_scores",

@@ -1,4 +1,5 @@
-"""Looking inside: which blocks were selected, how many keys that comes to, and how the gates behave.
+"""Looking inside: which blocks were selected, how many keys that comes to,
+and how the gates behave.
 
 The plotting functions need matplotlib: `pip install "nsa-fsa[plot]"`.
 """
@@ -17,8 +18,9 @@ from nsa_fsa.reference import block_scores
 
 # Colour-blind safe (Okabe and Ito): orange, blue, green.
 BRANCH_COLORS = ("#E69F00", "#0072B2", "#009E73")
-# What one query does with one key, in the order of the numbers in the picture of a selection. The selected branch is blue and
-# the sliding branch green there as everywhere; a key that both read is darker than either.
+# What one query does with one key, in the order of the numbers in the picture of a selection. The
+# selected branch is blue and the sliding branch green there as everywhere; a key that both read is
+# darker than either.
 KEY_KINDS = {
     "in the future": "#FFFFFF",
     "only as compressed tokens": "#E4E4E4",
@@ -27,21 +29,27 @@ KEY_KINDS = {
     "sliding window": BRANCH_COLORS[2],
     "selected and in the window": "#08304B",
 }
-MAX_PIXELS = 2048  # rows and columns of a picture, which leaves out queries and keys in between beyond that
+# Rows and columns of a picture, which leaves out queries and keys in between beyond that.
+MAX_PIXELS = 2048
 
 
 @contextmanager
-def record(model: nn.Module, *, details: bool = False, max_queries: int = 512) -> Iterator[list[Record]]:
-    """Collects a `Record` of every forward of every NSA layer in the model, in the order in which they ran.
+def record(
+    model: nn.Module, *, details: bool = False, max_queries: int = 512
+) -> Iterator[list[Record]]:
+    """Collects a `Record` of every forward of every NSA layer in the model,
+    in the order in which they ran.
 
-    A forward that gradient checkpointing computes again during backward is not recorded again. Layers without a
-    `layer_idx` of their own are counted in the order of `model.modules()`.
+    A forward that gradient checkpointing computes again during backward is not recorded again.
+    Layers without a `layer_idx` of their own are counted in the order of `model.modules()`.
 
     Args:
         model: holds at least one NSA layer.
-        details: also keep `Record.details`: the scores of all blocks, and the output and log-sum-exp of each branch.
-        max_queries: of at most so many queries of each forward, evenly spaced among its packed rows. What is kept of one
-            forward is at most `max_queries * (HKV * blocks + 3 * HQ * (DV + 1))` numbers.
+        details: also keep `Record.details`: the scores of all blocks,
+            and the output and log-sum-exp of each branch.
+        max_queries: of at most so many queries of each forward, evenly spaced among its packed
+            rows. What is kept of one forward is at most
+            `max_queries * (HKV * blocks + 3 * HQ * (DV + 1))` numbers.
 
     Raises:
         ValueError: for a model without such a layer, or max_queries < 1.
@@ -53,18 +61,23 @@ def record(model: nn.Module, *, details: bool = False, max_queries: int = 512) -
     """
     layers = [module for module in model.modules() if isinstance(module, NativeSparseAttention)]
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no NativeSparseAttention layer. Fix: patch_model(model) first.")
+        raise ValueError(
+            f"{type(model).__name__} has no NativeSparseAttention layer. "
+            "Fix: patch_model(model) first."
+        )
     checks.check_positive(max_queries=max_queries)
     records: list[Record] = []
 
     def keeper(number: int, layer: NativeSparseAttention) -> Callable[[Record], None]:
         def keep(entry: Record) -> None:
-            # Inside a backward, gradient checkpointing runs the forward again; a compiled one is not run by Python.
+            # Inside a backward, gradient checkpointing runs the forward again;
+            # a compiled one is not run by Python.
             if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
                 return
             found = _details(entry, max_queries) if details else None
             layer_idx = number if entry.layer_idx is None else entry.layer_idx
-            records.append(Record(layer_idx, entry.block_indices, entry.gates, entry.layout, entry.config, details=found))
+            kept = (entry.block_indices, entry.gates, entry.layout, entry.config)
+            records.append(Record(layer_idx, *kept, details=found))
 
         return keep
 
@@ -87,12 +100,16 @@ def _details(entry: Record, max_queries: int) -> Details:
     starts_q = layout.cu_seqlens if layout.cu_seqlens_q is None else layout.cu_seqlens_q
     rows = torch.arange(int(starts_q[-1]), device=q.device)
     if len(rows) > max_queries:
-        rows = torch.linspace(0, len(rows) - 1, max_queries, dtype=torch.float64, device=q.device).round().long()
+        last = len(rows) - 1
+        rows = torch.linspace(0, last, max_queries, dtype=torch.float64, device=q.device)
+        rows = rows.round().long()
     sequence = torch.searchsorted(starts_q[1:].contiguous(), rows, right=True)
     position = rows - starts_q[sequence]
-    if layout.cu_seqlens_q is not None and layout.seqused_k is not None:  # the last positions of what a cache holds
+    # The last positions of what a cache holds.
+    if layout.cu_seqlens_q is not None and layout.seqused_k is not None:
         position = position + layout.seqused_k[sequence] - starts_q.diff()[sequence]
-    # Every query is given as a sequence of its own, which begins where its own does and ends with it.
+    # Every query is given as a sequence of its own, which begins where its own does and
+    # ends with it.
     scores = block_scores(
         q[rows],
         k_cmp,
@@ -106,8 +123,12 @@ def _details(entry: Record, max_queries: int) -> Details:
         cu_seqlens_q=torch.arange(len(rows) + 1, device=q.device),
         seqused_k=position + 1,
     )  # [N, HKV, blocks]
-    outputs = torch.stack([o[rows] for o in (branches.o_cmp, branches.o_slc, branches.o_swa)], dim=1)
-    lse = torch.stack([x[rows] for x in (branches.lse_cmp, branches.lse_slc, branches.lse_swa)], dim=1)
+    outputs = torch.stack(
+        [o[rows] for o in (branches.o_cmp, branches.o_slc, branches.o_swa)], dim=1
+    )
+    lse = torch.stack(
+        [x[rows] for x in (branches.lse_cmp, branches.lse_slc, branches.lse_swa)], dim=1
+    )
     return Details(rows, outputs, lse, scores)
 
 
@@ -127,24 +148,32 @@ class Queries(NamedTuple):
 
 
 def queries_of(entries: Record | Sequence[Record], sequence: int = 0) -> Queries:
-    """One sequence's queries in one forward of a layer, or in several: a prefill and the steps after it, say.
+    """One sequence's queries in one forward of a layer, or in several:
+    a prefill and the steps after it, say.
 
-    Of several forwards, those from the last one on that began at the sequence's first token count; where a position was
-    computed more than once, as after a crop, its last time does.
+    Of several forwards, those from the last one on that began at the sequence's first token count;
+    where a position was computed more than once, as after a crop, its last time does.
 
     Args:
         entries: a record, or records of one layer in the order in which they ran; see `by_layer`.
         sequence: its number in the batch.
 
     Raises:
-        ValueError: for no records or those of several layers, a sequence that is not in every forward, or positions with gaps.
+        ValueError: for no records or those of several layers, a sequence that is not in every
+            forward, or positions with gaps.
     """
     entries = [entries] if isinstance(entries, Record) else list(entries)
     layers = list(by_layer(entries))
     if not layers:
-        raise ValueError("there are no records. Fix: call the model within `with record(model) as records:`, and pass those.")
+        raise ValueError(
+            "there are no records. "
+            "Fix: call the model within `with record(model) as records:`, and pass those."
+        )
     if len(layers) != 1:
-        raise ValueError(f"these are records of the layers {layers}; they must be of one. Fix: by_layer(records)[{layers[0]}].")
+        raise ValueError(
+            f"these are records of the layers {layers}; they must be of one. "
+            f"Fix: by_layer(records)[{layers[0]}]."
+        )
     position: list[Tensor] = []
     block_indices: list[Tensor] = []
     for entry in entries:
@@ -159,20 +188,24 @@ def queries_of(entries: Record | Sequence[Record], sequence: int = 0) -> Queries
     found, order = found[last], order[last]
     if not len(found) or (found.diff() != 1).any():
         raise ValueError(
-            f"{len(found)} positions of sequence {sequence} were recorded, and they must be at least one and without gaps: "
-            f"found {found[:1].tolist()} to {found[-1:].tolist()}. Fix: pass the records of every forward."
+            f"{len(found)} positions of sequence {sequence} were recorded, and they must be "
+            f"at least one and without gaps: found {found[:1].tolist()} to {found[-1:].tolist()}. "
+            "Fix: pass the records of every forward."
         )
     chosen = torch.cat(block_indices)
     return Queries(found.to(chosen.device), chosen[order.to(chosen.device)])
 
 
 def _rows_of(entry: Record, sequence: int) -> tuple[int, int, int]:
-    """The packed rows `begin : stop` that hold a sequence's queries, and the position of the first of them."""
+    """The packed rows `begin : stop` that hold a sequence's queries,
+    and the position of the first of them.
+    """
     layout = entry.layout
     starts = (layout.cu_seqlens if layout.cu_seqlens_q is None else layout.cu_seqlens_q).tolist()
     if not 0 <= sequence < len(starts) - 1:
         raise ValueError(
-            f"sequence={sequence} must be among the {len(starts) - 1} of this forward, counted from 0. Fix: sequence=0."
+            f"sequence={sequence} must be among the {len(starts) - 1} of this forward, "
+            "counted from 0. Fix: sequence=0."
         )
     begin, stop = starts[sequence], starts[sequence + 1]
     if layout.cu_seqlens_q is None or layout.seqused_k is None:
@@ -181,7 +214,9 @@ def _rows_of(entry: Record, sequence: int) -> tuple[int, int, int]:
 
 
 def selected_blocks(block_indices: Tensor, block_size: int, length: int | None = None) -> Tensor:
-    """Block indices `[N, HKV, T_sel]` of one sequence -> bool `[N, HKV, ceil(length / block_size)]`; default length N."""
+    """Block indices `[N, HKV, T_sel]` of one sequence -> bool
+    `[N, HKV, ceil(length / block_size)]`; default length N.
+    """
     num_blocks = -(-(block_indices.shape[0] if length is None else length) // block_size)
     index = block_indices.long()
     selected = torch.zeros(*index.shape[:2], num_blocks + 1, dtype=torch.bool, device=index.device)
@@ -192,21 +227,23 @@ def keys_attended(entries: Record | Sequence[Record], sequence: int = 0) -> tupl
     """How much each query of one sequence read; `entries` and `sequence` as in `queries_of`.
 
     Returns:
-        The number of distinct keys in its selected blocks and its window, averaged over KV heads, float `[N]`; and the
-        number of compressed tokens it saw, int64 `[N]`.
+        The number of distinct keys in its selected blocks and its window, averaged over KV heads,
+        float `[N]`; and the number of compressed tokens it saw, int64 `[N]`.
     """
     positions, block_indices = queries_of(entries, sequence)
     config = _last(entries).config
     length = int(positions[-1]) + 1
     key = torch.arange(length, device=positions.device)
     counts = []
-    for chunk in torch.arange(len(positions), device=positions.device).split(256):  # so that nothing of size S x S exists
+    # In chunks, so that nothing of size S x S exists.
+    for chunk in torch.arange(len(positions), device=positions.device).split(256):
         t = positions[chunk, None]  # [256, 1]
         blocks = selected_blocks(block_indices[chunk], config.block_size, length)
         keys = blocks.repeat_interleave(config.block_size, dim=2)[..., :length]
         window = (key > t - config.window_size)[:, None]
         counts.append(((keys | window) & (key <= t)[:, None]).sum(-1).float().mean(-1))
-    complete = (positions + 1 - config.kernel_size).div(config.kernel_stride, rounding_mode="floor") + 1
+    last = positions + 1 - config.kernel_size  # where the last complete window begins, at most
+    complete = last.div(config.kernel_stride, rounding_mode="floor") + 1
     return torch.cat(counts), complete.clamp(min=0)
 
 
@@ -214,15 +251,21 @@ def _check_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise ImportError('the plots need matplotlib, which is not installed. Fix: pip install "nsa-fsa[plot]".') from error
+        raise ImportError(
+            'the plots need matplotlib, which is not installed. Fix: pip install "nsa-fsa[plot]".'
+        ) from error
 
 
-def plot_block_selection(ax: Any, entries: Record | Sequence[Record], kv_head: int = 0, sequence: int = 0) -> None:
-    """Draws which keys each query of one sequence read with one KV head, and why, into a matplotlib axes.
+def plot_block_selection(
+    ax: Any, entries: Record | Sequence[Record], kv_head: int = 0, sequence: int = 0
+) -> None:
+    """Draws which keys each query of one sequence read with one KV head, and why,
+    into a matplotlib axes.
 
-    `entries` and `sequence` are as in `queries_of`: the steps after a prefill are rows below it. Beyond 2,048 queries or
-    keys, evenly spaced ones are drawn. Every query also reads all compressed tokens whose window lies in its past, which is
-    all there is of a key in neither a selected block nor the sliding window.
+    `entries` and `sequence` are as in `queries_of`: the steps after a prefill are rows below it.
+    Beyond 2,048 queries or keys, evenly spaced ones are drawn. Every query also reads all
+    compressed tokens whose window lies in its past, which is all there is of a key in neither a
+    selected block nor the sliding window.
 
     Raises:
         ImportError: without matplotlib.
@@ -241,27 +284,38 @@ def plot_block_selection(ax: Any, entries: Record | Sequence[Record], kv_head: i
     num_heads, last = block_indices.shape[1], _last(entries)
     config = last.config
     if not 0 <= kv_head < num_heads:
-        raise ValueError(f"kv_head={kv_head} must be among the layer's {num_heads}, counted from 0. Fix: kv_head=0.")
+        raise ValueError(
+            f"kv_head={kv_head} must be among the layer's {num_heads}, counted from 0. "
+            "Fix: kv_head=0."
+        )
     first, length = int(positions[0]), int(positions[-1]) + 1
     rows = _evenly(len(positions))
     t, key = positions[rows, None], _evenly(length)
     own, block = t // config.block_size, key // config.block_size
-    selected = selected_blocks(block_indices[rows, kv_head : kv_head + 1], config.block_size, length)[:, 0, block]
+    chosen = block_indices[rows, kv_head : kv_head + 1]
+    selected = selected_blocks(chosen, config.block_size, length)[:, 0, block]
     forced = (block < config.init_blocks) | (block > own - config.local_blocks)
     window = key > t - config.window_size
     kind = 1 + torch.where(selected, 1 + forced.int(), 0)  # 1 compressed only, 2 by score, 3 always
     kind = torch.where(window, torch.where(selected, 5, 4), kind).masked_fill(key > t, 0)
     ax.imshow(
-        kind.numpy(), aspect="auto", interpolation="nearest", cmap=ListedColormap(list(KEY_KINDS.values())), vmin=0, vmax=5,
+        kind.numpy(),
+        aspect="auto",
+        interpolation="nearest",
+        cmap=ListedColormap(list(KEY_KINDS.values())),
+        vmin=0,
+        vmax=5,
         extent=(0, length, length, first),
-    )  # fmt: skip
+    )
     drawn = "" if last.layer_idx is None else f"layer {last.layer_idx}, "
     ax.set(
         xlabel=f"key position (blocks of {config.block_size})",
         ylabel="query position",
         title=f"Keys read: {drawn}KV head {kv_head} of {num_heads}, sequence {sequence}",
     )
-    patches = [Patch(facecolor=color, edgecolor="#B0B0B0", label=name) for name, color in KEY_KINDS.items()]
+    patches = [
+        Patch(facecolor=color, edgecolor="#B0B0B0", label=name) for name, color in KEY_KINDS.items()
+    ]
     ax.legend(handles=patches, loc="upper right", fontsize="small")
 
 
@@ -276,17 +330,21 @@ def _evenly(number: int) -> Tensor:
 
 
 def plot_gates(ax: Any, records: Sequence[Record]) -> None:
-    """Draws the mean gate of each branch and layer as bars, and each head's mean as a dot, into a matplotlib axes; the mean is
-    over all tokens of a layer's forwards. Raises ImportError without matplotlib."""
+    """Draws the mean gate of each branch and layer as bars, and each head's mean as a dot, into
+    a matplotlib axes; the mean is over all tokens of a layer's forwards. Raises ImportError
+    without matplotlib."""
     _check_matplotlib()
     layers = by_layer(records)
     for row, entries in enumerate(layers.values()):
         gates = torch.cat([entry.gates.float() for entry in entries]).mean(0).cpu()  # [HQ or 1, 3]
         for branch, (name, color) in enumerate(zip(BRANCHES, BRANCH_COLORS, strict=True)):
             heads, x = gates[:, branch], row + (branch - 1) * 0.26
-            ax.bar(x, heads.mean().item(), width=0.24, color=color, label=name if row == 0 else None)
+            label = name if row == 0 else None
+            ax.bar(x, heads.mean().item(), width=0.24, color=color, label=label)
             if len(heads) > 1:
-                ax.scatter([x] * len(heads), heads, s=9, color="black", alpha=0.45, zorder=3, linewidths=0)
+                ax.scatter(
+                    [x] * len(heads), heads, s=9, color="black", alpha=0.45, zorder=3, linewidths=0
+                )
     ax.set(xlabel="layer", ylabel="mean gate", ylim=(0, 1), xticks=range(len(layers)))
     ax.set_xticklabels([str(row if layer is None else layer) for row, layer in enumerate(layers)])
     ax.legend(ncols=3, loc="upper center")

@@ -2,8 +2,8 @@
 
 Buffers are `[B, capacity, HKV, width]`, row b holding sequence b from its first real token on, so
 that the operators read them in place: sequence b begins at row `b * capacity` of the flattened
-buffer and counts `lengths[b]` rows. Compressed buffers are `[B, capacity // kernel_stride, HKV,
-width]`, which is where the operators expect compressed tokens.
+buffer and counts `lengths[b]` rows. Compressed buffers are
+`[B, capacity // kernel_stride, HKV, width]`, which is where the operators expect compressed tokens.
 
 Compression, by default, reads keys as they were before RoPE. The latest ones are kept as they came,
 in the buffer "recent": the key of position p in column `p % num_recent`. So that `crop` reaches as
@@ -36,13 +36,16 @@ class KeyValues(NamedTuple):
     v_swa: Tensor
     k_src: Tensor  # what compression reads
     v_src: Tensor
-    cos: Tensor | None = None  # [T, rotary_dim], where compressed keys are rotated after compression
+    # [T, rotary_dim], where compressed keys are rotated after compression
+    cos: Tensor | None = None
     sin: Tensor | None = None
 
 
 Sources = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # k_src, v_src, cos, sin
 # (*sources, layout) -> (k_cmp, v_cmp)
-Compress = Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Sequences], tuple[Tensor, Tensor]]
+Compress = Callable[
+    [Tensor, Tensor, Tensor | None, Tensor | None, Sequences], tuple[Tensor, Tensor]
+]
 
 
 class _Update(NamedTuple):
@@ -77,9 +80,13 @@ class NSACache:
         >>> y = torch.cat((prompt, rest), dim=1)  # equals attn(x)
     """
 
-    def __init__(self, config: NSAConfig, *, max_length: int | None = None, rollback: int = 128) -> None:
+    def __init__(
+        self, config: NSAConfig, *, max_length: int | None = None, rollback: int = 128
+    ) -> None:
         if not isinstance(config, NSAConfig):
-            raise ValueError(f"config={config!r:.100} must be an NSAConfig. Fix: NSACache(attn.config).")
+            raise ValueError(
+                f"config={config!r:.100} must be an NSAConfig. Fix: NSACache(attn.config)."
+            )
         if max_length is not None:
             checks.check_positive(max_length=max_length)
         checks.check_ints(0, rollback=rollback)
@@ -117,9 +124,12 @@ class NSACache:
         return self._lengths
 
     def differences(self, config: NSAConfig) -> str:
-        """The settings in which a layer's config differs from the cache's, with both values; "" where none does."""
+        """The settings in which a layer's config differs from the cache's, with both values;
+        "" where none does.
+        """
         kept, found = self.config.to_dict(), config.to_dict()
-        return ", ".join(f"{name}={kept[name]!r} (layer: {found[name]!r})" for name in kept if kept[name] != found[name])
+        others = (name for name in kept if kept[name] != found[name])
+        return ", ".join(f"{name}={kept[name]!r} (layer: {found[name]!r})" for name in others)
 
     def check_room(self, num_sequences: int, num_columns: int) -> None:
         """Raises ValueError unless that many sequences can go on by that many columns."""
@@ -198,12 +208,16 @@ class NSACache:
         _put(buffers["k_cmp"], place, k_cmp[row])
         _put(buffers["v_cmp"], place, v_cmp[row])
 
-        self._pending = _Update(buffers, lengths, num_tokens, sequence, position, new.k_src, rows is not None)
+        self._pending = _Update(
+            buffers, lengths, num_tokens, sequence, position, new.k_src, rows is not None
+        )
         if self.is_empty:
             return new, k_cmp, v_cmp, layout
         flat = {name: x.flatten(0, 1) for name, x in buffers.items()}
         k_swa, v_swa = ("k_swa", "v_swa") if self.config.kv_per_branch else ("k", "v")
-        keys = KeyValues(flat["k"], flat["v"], flat[k_swa], flat[v_swa], new.k_src, new.v_src, new.cos, new.sin)
+        keys = KeyValues(
+            flat["k"], flat["v"], flat[k_swa], flat[v_swa], new.k_src, new.v_src, new.cos, new.sin
+        )
         starts = _starts(lengths, buffers["k"].shape[1])
         everything = Sequences(starts, num_tokens, layout.cu_seqlens, lengths.int())
         return keys, flat["k_cmp"], flat["v_cmp"], everything
@@ -253,8 +267,8 @@ class NSACache:
         held = self.num_tokens
         if not (checks.is_int(num_removed) and 0 <= num_removed <= held):
             raise ValueError(
-                f"num_removed={num_removed!r:.100} must be an int from 0 to the {held} tokens held. "
-                "Fix: crop(min(n, cache.num_tokens)), or reset() to take back all of them."
+                f"num_removed={num_removed!r:.100} must be an int from 0 to the {held} tokens "
+                "held. Fix: crop(min(n, cache.num_tokens)), or reset() to take back all of them."
             )
         if num_removed == self.num_tokens:
             self.reset()
@@ -317,7 +331,9 @@ class NSACache:
     # -- buffers -----------------------------------------------------------------------------------
 
     def _places(self, layout: Sequences, num_rows: int) -> tuple[Tensor, Tensor]:
-        """Sequence and position that `num_rows` new packed tokens will take, both int64 `[num_rows]`."""
+        """Sequence and position that `num_rows` new packed tokens will take,
+        both int64 `[num_rows]`.
+        """
         sequence = sequence_ids(layout.cu_seqlens, num_rows)
         position = torch.arange(num_rows, device=sequence.device) - layout.cu_seqlens[sequence]
         return sequence, position if self.is_empty else position + self._lengths[sequence]

@@ -1,10 +1,11 @@
-"""The calling conventions of earlier NSA implementations on top of `nsa_fsa.ops`: moving over is an import change.
+"""The calling conventions of earlier NSA implementations on top of `nsa_fsa.ops`:
+moving over is an import change.
 
-| instead of | write |
+| instead of | import from `nsa_fsa.compat` |
 |---|---|
-| `from fla.ops.nsa import parallel_nsa` | `from nsa_fsa.compat import parallel_nsa` |
-| `from native_sparse_attention.ops.parallel import parallel_nsa` | `from nsa_fsa.compat import parallel_nsa` |
-| `from native_sparse_attention.ops import topk_sparse_attention` | `from nsa_fsa.compat import topk_sparse_attention` |
+| `from fla.ops.nsa import parallel_nsa` | `parallel_nsa` |
+| `from native_sparse_attention.ops.parallel import parallel_nsa` | `parallel_nsa` |
+| `from native_sparse_attention.ops import topk_sparse_attention` | `topk_sparse_attention` |
 | `FSA_topk_sparse_attention(...)`, with the same arguments | `topk_sparse_attention(...)` |
 
 Each docstring says where the result differs from the original's on purpose.

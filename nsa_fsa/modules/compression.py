@@ -1,7 +1,8 @@
 """Compression: one token for every window of keys or values (docs/spec.md, section 1).
 
-A `Compressor` adds the optional position embedding, asks the operators for pooled or gathered windows, and applies phi.
-Every learned phi but the MLP starts out as the mean, so that block scores make sense from the first step.
+A `Compressor` adds the optional position embedding, asks the operators for pooled or gathered
+windows, and applies phi. Every learned phi but the MLP starts out as the mean, so that block scores
+make sense from the first step.
 
 Shapes: T tokens, N = T // kernel_stride windows, H = HKV heads, l = kernel_size, D the head width.
 """
@@ -35,7 +36,8 @@ class PoolPhi(nn.Module):
     def __init__(self, num_heads: int, kernel_size: int, learned: bool, **factory) -> None:
         super().__init__()
         self.kernel_size = kernel_size
-        self.logits = nn.Parameter(torch.empty(num_heads, kernel_size, **factory)) if learned else None
+        logits = torch.empty(num_heads, kernel_size, **factory) if learned else None
+        self.logits = None if logits is None else nn.Parameter(logits)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -51,28 +53,37 @@ class PoolPhi(nn.Module):
         embedding: Tensor | None = None,
         pool: Callable[[Tensor, Tensor | None], Tensor] = _pool_gathered,
     ) -> Tensor:
-        """x `[T, H, D]`, embedding `[H, l, D]` -> `[N, H, D]`. pool: the operator, of x and the weights `[H, l]`.
+        """x `[T, H, D]`, embedding `[H, l, D]` -> `[N, H, D]`. pool: the operator,
+        of x and the weights `[H, l]`.
 
-        Without an operator x is windows `[N, H, l, D]`, as other phis take them: so a phi around this one calls it.
+        Without an operator x is windows `[N, H, l, D]`, as other phis take them:
+        so a phi around this one calls it.
         """
         weight = None
         if self.logits is not None:
-            weight = self.logits.to(torch.promote_types(self.logits.dtype, torch.float32)).softmax(-1)
+            wide = torch.promote_types(self.logits.dtype, torch.float32)
+            weight = self.logits.to(wide).softmax(-1)
         pooled = pool(x, weight)
         if embedding is None:
             return pooled
         # Pooling is linear, so the embedding may be pooled by itself.
-        shift = embedding.mean(1) if weight is None else torch.einsum("hl,hld->hd", weight, embedding.to(weight.dtype))
+        if weight is None:
+            shift = embedding.mean(1)
+        else:
+            shift = torch.einsum("hl,hld->hd", weight, embedding.to(weight.dtype))
         return pooled + shift.to(pooled.dtype)
 
 
 class LinearPhi(nn.Module):
     """One linear map per head from the flattened window: `[N, H, l, D] -> [N, H, D]`."""
 
-    def __init__(self, num_heads: int, kernel_size: int, head_dim: int, gain: float = 1.0, **factory) -> None:
+    def __init__(
+        self, num_heads: int, kernel_size: int, head_dim: int, gain: float = 1.0, **factory
+    ) -> None:
         super().__init__()
         self.kernel_size, self.gain = kernel_size, gain
-        self.weight = nn.Parameter(torch.empty(num_heads, kernel_size * head_dim, head_dim, **factory))
+        weight = torch.empty(num_heads, kernel_size * head_dim, head_dim, **factory)
+        self.weight = nn.Parameter(weight)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -88,9 +99,12 @@ class LinearPhi(nn.Module):
 class MLPPhi(nn.Module):
     """The NSA paper's form: the flattened window through one hidden layer, per head."""
 
-    def __init__(self, num_heads: int, kernel_size: int, head_dim: int, hidden_size: int, **factory) -> None:
+    def __init__(
+        self, num_heads: int, kernel_size: int, head_dim: int, hidden_size: int, **factory
+    ) -> None:
         super().__init__()
-        self.up = nn.Parameter(torch.empty(num_heads, kernel_size * head_dim, hidden_size, **factory))
+        up = torch.empty(num_heads, kernel_size * head_dim, hidden_size, **factory)
+        self.up = nn.Parameter(up)
         self.down = nn.Parameter(torch.empty(num_heads, hidden_size, head_dim, **factory))
         self.reset_parameters()
 
@@ -117,16 +131,19 @@ class GatedPhi(nn.Module):
 
 
 class Compressor(nn.Module):
-    """Keys or values of a packed batch to compressed tokens: `[T, H, D] -> [T // kernel_stride, H, D]`.
+    """Keys or values of a packed batch to compressed tokens:
+    `[T, H, D] -> [T // kernel_stride, H, D]`.
 
     Args:
         config: window sizes, head count, position embedding and backend.
-        kind: "mean", "weighted", "linear", "mlp" or "gated"; or an `nn.Module` mapping windows `[N, H, l, D]` to `[N, H, D]`.
-            Rows of windows that no sequence owns hold tokens of the batch; what the module makes of them is not used.
+        kind: "mean", "weighted", "linear", "mlp" or "gated"; or an `nn.Module` mapping windows
+            `[N, H, l, D]` to `[N, H, D]`. Rows of windows that no sequence owns hold tokens of the
+            batch; what the module makes of them is not used.
         head_dim: D of the tensors to compress.
 
     Raises:
-        ValueError: for another kind; in forward, for a module of your own that returns another shape.
+        ValueError: for another kind; in forward, for a module of your own that returns
+            another shape.
     """
 
     def __init__(self, config: NSAConfig, kind: str | nn.Module, head_dim: int, **factory) -> None:
@@ -134,7 +151,9 @@ class Compressor(nn.Module):
         self.kernel_size, self.kernel_stride = config.kernel_size, config.kernel_stride
         self.backend = POOL_BACKENDS.or_auto(config.backend)  # gather_windows has the same
         self.kind = None if isinstance(kind, nn.Module) else kind  # None: phi is the user's own
-        self.phi: Any = kind if self.kind is None else _make_phi(config, self.kind, head_dim, **factory)
+        self.phi: Any = (
+            kind if self.kind is None else _make_phi(config, self.kind, head_dim, **factory)
+        )
         if self.kind is not None:
             self.phi.made_as = self.kind  # type: ignore[union-attr]
         self.position_embedding = (
@@ -153,27 +172,40 @@ class Compressor(nn.Module):
 
     @property
     def is_own(self) -> bool:
-        """Whether phi is a module of the user's own rather than the kind that was asked for. So is one around that kind."""
+        """Whether phi is a module of the user's own rather than the kind that was asked for.
+        So is one around that kind.
+        """
         return self.kind is None or self._kind_now != self.kind
 
     @property
     def _kind_now(self) -> str | None:
-        """What phi was made as, if a Compressor made it. A tool's wrapper shows the attributes of what it wraps, or has PEFT's
-        `get_base_layer`; a module that merely has a phi inside does neither."""
+        """What phi was made as, if a Compressor made it. A tool's wrapper shows the attributes
+        of what it wraps, or has PEFT's `get_base_layer`; a module that merely has a phi inside
+        does neither."""
         find = getattr(self.phi, "get_base_layer", None)
         return getattr(self.phi if find is None else find(), "made_as", None)
 
     def forward(self, x: Tensor, layout: Sequences) -> Tensor:
-        sizes: dict[str, Any] = dict(kernel_size=self.kernel_size, kernel_stride=self.kernel_stride, seqused_k=layout.seqused_k)
-        how = dict(cu_seqlens=layout.cu_seqlens, max_seqlen=layout.max_seqlen, backend=self.backend, **sizes)
+        sizes: dict[str, Any] = dict(
+            kernel_size=self.kernel_size,
+            kernel_stride=self.kernel_stride,
+            seqused_k=layout.seqused_k,
+        )
+        how = dict(
+            cu_seqlens=layout.cu_seqlens,
+            max_seqlen=layout.max_seqlen,
+            backend=self.backend,
+            **sizes,
+        )
         embedding = self.position_embedding
         if self._kind_now in POOLED:
             return self.phi(x, embedding, functools.partial(ops.pool_windows, **how))
         windows = ops.gather_windows(x, **how)  # [N, H, l, D]
         is_own = self.is_own
         if is_own:
-            # Where no sequence owns a window, windows are 0. A phi that divides by their norm would make NaN of it, and
-            # 0 * NaN of its parameters' gradient: the first tokens of the batch stand there instead.
+            # Where no sequence owns a window, windows are 0. A phi that divides by their norm would
+            # make NaN of it, and 0 * NaN of its parameters' gradient: the first tokens of the batch
+            # stand there instead.
             rows, owned = reference.window_rows(x, layout.cu_seqlens, **sizes)
             first = x.detach()[rows[:1]].transpose(1, 2)  # [1, H, l, D]
             windows = torch.where(owned[:, None, None, None], windows, first)
@@ -189,18 +221,20 @@ def _check_compressed(phi: nn.Module, windows: Tensor, compressed: Any) -> None:
     """Raises ValueError unless a module of the user's own makes one token of every window."""
     expected = windows.shape[:2] + windows.shape[3:]
     if not isinstance(compressed, Tensor) or compressed.shape != expected:
-        found = tuple(compressed.shape) if isinstance(compressed, Tensor) else type(compressed).__name__
+        is_tensor = isinstance(compressed, Tensor)
+        found = tuple(compressed.shape) if is_tensor else type(compressed).__name__
         raise ValueError(
-            f"the compressor {type(phi).__name__} turned windows {tuple(windows.shape)} into {found}; it must return "
-            f"a tensor [N, HKV, D] = {tuple(expected)}. Fix: make one token of every window, by reducing axis 2."
+            f"the compressor {type(phi).__name__} turned windows {tuple(windows.shape)} "
+            f"into {found}; it must return a tensor [N, HKV, D] = {tuple(expected)}. "
+            "Fix: make one token of every window, by reducing axis 2."
         )
 
 
 def _make_phi(config: NSAConfig, kind: str, head_dim: int, **factory) -> nn.Module:
     if not isinstance(kind, str) or kind not in COMPRESSION_KINDS:
         raise ValueError(
-            f"kind={kind!r} is no compression: it must be one of {COMPRESSION_KINDS}, or an nn.Module. "
-            "Fix: pass a module that is built already, not its class."
+            f"kind={kind!r} is no compression: it must be one of {COMPRESSION_KINDS}, "
+            "or an nn.Module. Fix: pass a module that is built already, not its class."
         )
     heads, size = config.num_kv_heads, config.kernel_size
     if kind in POOLED:

@@ -22,15 +22,16 @@ from nsa_fsa.sequences import Sequences
 
 # Compute capabilities (NVIDIA, "CUDA GPU Compute Capability").
 GPUS = {
-    "v100": (7, 0), "t4": (7, 5), "a100": (8, 0), "a10": (8, 6), "rtx3090": (8, 6), "l4": (8, 9), "l40s": (8, 9),
-    "rtx4090": (8, 9), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0), "b300": (10, 3), "rtx5090": (12, 0),
+    "v100": (7, 0), "t4": (7, 5), "a100": (8, 0), "a10": (8, 6), "rtx3090": (8, 6), "l4": (8, 9),
+    "l40s": (8, 9), "rtx4090": (8, 9), "h100": (9, 0), "h200": (9, 0), "b200": (10, 0),
+    "b300": (10, 3), "rtx5090": (12, 0),
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One operator: what runs, what is known about it, and why each backend that comes before it cannot. Of "flash_attention"
-    that is which library it runs, and why the others cannot."""
+    """One operator: what runs, what is known about it, and why each backend that comes before it
+    cannot. Of "flash_attention" that is which library it runs, and why the others cannot."""
 
     operator: str
     backend: str
@@ -39,7 +40,8 @@ class Choice:
 
     def __str__(self) -> str:
         lines = [f"{self.operator}: {self.backend} ({self.why})"]
-        return "\n".join(lines + [f"    not {name}: {reason}" for name, reason in self.passed_over.items()])
+        lines += [f"    not {name}: {reason}" for name, reason in self.passed_over.items()]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -60,32 +62,38 @@ def explain(
     device: torch.device | str | None = None,
     gpu: str | None = None,
 ) -> Explanation:
-    """What the layer's operators would run for `num_tokens` packed tokens, without running anything.
+    """What the layer's operators would run for `num_tokens` packed tokens,
+    without running anything.
 
-    What the layer would refuse is refused: it is made and called, on tensors that have a shape and no memory.
+    What the layer would refuse is refused: it is made and called,
+    on tensors that have a shape and no memory.
 
     Args:
         config: the layer; of a patched model, `NSAConfig.from_pretrained_config(model.config)`.
         num_tokens: rows of q, k and v.
         dtype: of q, k and v.
         device: default the GPU where there is one.
-        gpu: what would run on another machine with such a GPU, such as "h100", "sm_90" or "9.0", and with Triton; which
-            FlashAttention it has is taken from this machine. Not together with `device`.
+        gpu: what would run on another machine with such a GPU, such as "h100", "sm_90" or "9.0",
+            and with Triton; which FlashAttention it has is taken from this machine. Not together
+            with `device`.
 
     Returns:
         An `Explanation`, to be printed or read.
 
     Raises:
-        ValueError: for what the layer would refuse, a device that is not there, or a GPU that is not known.
+        ValueError: for what the layer would refuse, a device that is not there,
+            or a GPU that is not known.
         RuntimeError: for a backend that cannot run on the machine.
     """
     if not isinstance(num_tokens, int) or not 1 <= num_tokens < 2**31:
         raise ValueError(
-            f"num_tokens={num_tokens!r} must be an int from 1 to 2 ** 31 - 1, as far as the int32 of cu_seqlens counts. "
-            "Fix: give the tokens of one batch."
+            f"num_tokens={num_tokens!r} must be an int from 1 to 2 ** 31 - 1, "
+            "as far as the int32 of cu_seqlens counts. Fix: give the tokens of one batch."
         )
     if gpu is not None and device is not None:
-        raise ValueError(f"device={str(device)!r} and gpu={gpu!r} are both given. Fix: pass one of them.")
+        raise ValueError(
+            f"device={str(device)!r} and gpu={gpu!r} are both given. Fix: pass one of them."
+        )
     with triton_backends.assuming(None if gpu is None else capability_of(gpu)):
         where = torch.device("cuda") if gpu is not None else _present(device)
         _check_layer(config, num_tokens, dtype)
@@ -106,7 +114,8 @@ def capability_of(gpu: str) -> tuple[int, int]:
         major, minor = (int(x) for x in found.groups() if x is not None)
         return major, minor
     raise ValueError(
-        f"gpu={gpu!r} is not known: allowed are {', '.join(GPUS)}, and compute capabilities. Fix: for example sm_90, or 9.0."
+        f"gpu={gpu!r} is not known: allowed are {', '.join(GPUS)}, and compute capabilities. "
+        "Fix: for example sm_90, or 9.0."
     )
 
 
@@ -115,29 +124,40 @@ def _present(device: torch.device | str | None) -> torch.device:
     try:
         found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=found)
-    except (RuntimeError, AssertionError, ImportError) as error:  # the latter two where PyTorch was built without the device
-        reason = str(error).splitlines()[0].partition(". ")[0]  # its further sentences list PyTorch's internals
+    except (RuntimeError, AssertionError, ImportError) as error:
+        # The latter two come where PyTorch was built without the device. Its further sentences list
+        # PyTorch's internals.
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise ValueError(
-            f"device={str(device)!r} is not here: {reason}. Fix: a device of this machine, or for another "
-            'machine\'s GPU gpu="h100" (on the command line: --for h100).'
+            f"device={str(device)!r} is not here: {reason}. Fix: a device of this machine, "
+            'or for another machine\'s GPU gpu="h100" (on the command line: --for h100).'
         ) from error
     return found
 
 
 def _check_layer(config: NSAConfig, num_tokens: int, dtype: torch.dtype) -> None:
-    """Makes the layer and calls it, without memory. On a CPU: without CUDA not even such parameters can be made on a GPU."""
+    """Makes the layer and calls it, without memory. On a CPU: without CUDA not even such parameters
+    can be made on a GPU.
+    """
     try:
         with FakeTensorMode():
             layer = NativeSparseAttention(config, device="cpu", dtype=dtype)
             layer(torch.empty(1, num_tokens, config.hidden_size, dtype=dtype))
     except (ValueError, RuntimeError):
         raise
-    except Exception as error:  # of torch or transformers, about a number that neither this package nor Python minds
-        raise ValueError(f"the layer cannot run with this config: {type(error).__name__}: {error}") from error
+    except Exception as error:
+        # One of torch or transformers, about a number that neither this package nor Python minds.
+        raise ValueError(
+            f"the layer cannot run with this config: {type(error).__name__}: {error}"
+        ) from error
 
 
-def _calls(config: NSAConfig, num_tokens: int, dtype: torch.dtype, device: torch.device) -> list[tuple[Backends[Any], Any]]:
-    """What the layer calls its operators with, in the order in which these run, on tensors that take no memory."""
+def _calls(
+    config: NSAConfig, num_tokens: int, dtype: torch.dtype, device: torch.device
+) -> list[tuple[Backends[Any], Any]]:
+    """What the layer calls its operators with, in the order in which these run,
+    on tensors that take no memory.
+    """
     c, stride = config, config.kernel_stride
     with FakeTensorMode():
 
@@ -155,21 +175,33 @@ def _calls(config: NSAConfig, num_tokens: int, dtype: torch.dtype, device: torch
         gates = new(num_tokens, c.num_heads, 3)
         cu_seqlens = new(2, dtype=torch.int32)
     layout = Sequences(cu_seqlens, num_tokens)
-    windows, blocks = Windows(c.kernel_size, stride), Blocks(c.block_size, c.init_blocks, c.local_blocks)
+    windows = Windows(c.kernel_size, stride)
+    blocks = Blocks(c.block_size, c.init_blocks, c.local_blocks)
     core = CoreCall(
-        q, k, v, k_cmp, v_cmp, gates, None, None, layout, default_scale(q, c.scale), windows, blocks, c.num_selected_blocks,
-        c.window_size, WORKSPACE_BYTES, (), c.backend,
-    )  # fmt: skip
+        *(q, k, v, k_cmp, v_cmp, gates, None, None),
+        layout,
+        default_scale(q, c.scale),
+        *(windows, blocks, c.num_selected_blocks, c.window_size, WORKSPACE_BYTES),
+        (),
+        c.backend,
+    )
     found: dict[str, tuple[Backends[Any], Any]] = {}
     # Where both are compressed alike, the wider one counts.
-    for kind, x in sorted(((c.compress_k, k), (c.compress_v, v)), key=lambda pair: pair[1].shape[2]):
+    pairs = ((c.compress_k, k), (c.compress_v, v))
+    for kind, x in sorted(pairs, key=lambda pair: pair[1].shape[2]):
         if kind in ("mean", "weighted"):
-            found["pool"] = (POOL_BACKENDS, PoolCall(x, layout, windows, POOL_BACKENDS.or_auto(c.backend), None))
+            pool = PoolCall(x, layout, windows, POOL_BACKENDS.or_auto(c.backend), None)
+            found["pool"] = POOL_BACKENDS, pool
         else:
-            found["gather"] = (GATHER_BACKENDS, GatherCall(x, layout, windows, GATHER_BACKENDS.or_auto(c.backend)))
+            gather = GatherCall(x, layout, windows, GATHER_BACKENDS.or_auto(c.backend))
+            found["gather"] = GATHER_BACKENDS, gather
     calls = (
-        core.compressed(), core.selection(lse), core.selected(block_indices, None), core.sliding(), core.combination(o, o, o),
-    )  # fmt: skip
+        core.compressed(),
+        core.selection(lse),
+        core.selected(block_indices, None),
+        core.sliding(),
+        core.combination(o, o, o),
+    )
     return [*found.values(), *zip(OPERATORS, calls, strict=True)]
 
 
@@ -184,21 +216,30 @@ def _explain(operator: Backends[Any], call: Any) -> Choice:
     elif chosen == "flash_attention":
         reasons = flash_attention.obstacles(call)
         libraries = [library for library, reason in reasons.items() if reason is None]
-        passed_over.update({library: reason for library, reason in reasons.items() if reason is not None})
-        one = f"{libraries[0]}, the only one that can run this"
-        why.append(one if len(libraries) == 1 else _measured(flash_attention.window_key, call, libraries))
-    return Choice(operator.operator, chosen, "; ".join(why) or "the first that can run this", passed_over)
+        passed_over |= {name: reason for name, reason in reasons.items() if reason is not None}
+        if len(libraries) == 1:
+            why.append(f"{libraries[0]}, the only one that can run this")
+        else:
+            why.append(_measured(flash_attention.window_key, call, libraries))
+    reason = "; ".join(why) or "the first that can run this"
+    return Choice(operator.operator, chosen, reason, passed_over)
 
 
 def _measured(key_of: Callable[..., str], call: Any, among: Sequence[str] = ()) -> str:
-    """What runs in each pass: what the profiler has timed before, or else the default, which is the first of `among`."""
+    """What runs in each pass: what the profiler has timed before, or else the default,
+    which is the first of `among`.
+    """
     found = []
     for direction in ("forward", "backward"):
-        entry = None if triton_backends.ASSUMED.get() else profiler.known(key_of(call, direction), call.device)
+        entry = None
+        if not triton_backends.ASSUMED.get():
+            entry = profiler.known(key_of(call, direction), call.device)
         if entry is None or (among and entry["choice"] not in among):
             default = among[0] if among else "the default tiles"
-            found.append(f"{direction}: {default}" + (", until it is first run and timed" if profiler.enabled() else ""))
+            until = ", until it is first run and timed" if profiler.enabled() else ""
+            found.append(f"{direction}: {default}{until}")
         else:
-            ms = entry["ms"][entry["choice"]]
-            found.append(f"{direction}: {entry['choice']}, {ms:.2f} ms when timed on {entry['date']}")
+            choice, date = entry["choice"], entry["date"]
+            ms = entry["ms"][choice]
+            found.append(f"{direction}: {choice}, {ms:.2f} ms when timed on {date}")
     return "; ".join(found)

@@ -1,4 +1,5 @@
-"""Existing fused kernels for what surrounds attention: those of quack, which flash-attn 4 depends on.
+"""Existing fused kernels for what surrounds attention: those of quack,
+which flash-attn 4 depends on.
 
 Only outside torch.compile: there Inductor fuses the plain operations with their neighbours.
 """
@@ -24,14 +25,18 @@ class Kernels(NamedTuple):
 
 @functools.cache
 def quack_kernels() -> Kernels | None:
-    """quack's; None, with a warning unless quack is not installed, where they cannot be imported."""
+    """quack's; None, with a warning unless quack is not installed,
+    where they cannot be imported.
+    """
     try:
         from quack import rmsnorm
         from quack.rotary import apply_rotary_emb
     except Exception as error:  # it may not fit the other packages that it imports
         if importlib.util.find_spec("quack") is not None:
             warnings.warn(
-                f"quack is installed but cannot be imported ({error}): RoPE and RMSNorm run without it, slower.", stacklevel=3
+                f"quack is installed but cannot be imported ({error}): "
+                "RoPE and RMSNorm run without it, slower.",
+                stacklevel=3,
             )
         return None
     return Kernels(on_its_device(apply_rotary_emb), on_its_device(rmsnorm))

@@ -5,23 +5,26 @@ from torch import nn
 
 from nsa_fsa.modules.start import assign
 
-# Biases of `gate_init="dense"`: sigmoid(6) = 0.9975 opens the selected branch, sigmoid(-6) = 0.0025 nearly closes the others
-# and still lets a gradient of 0.0025 through, so that training can open them.
+# Biases of `gate_init="dense"`: sigmoid(6) = 0.9975 opens the selected branch,
+# sigmoid(-6) = 0.0025 nearly closes the others and still lets a gradient of 0.0025 through, so
+# that training can open them.
 _DENSE_BIAS = (-6.0, 6.0, -6.0)
 
 
 class BranchGate(nn.Linear):
     """Linear map from the residual stream to gate logits, `[..., E] -> [..., 3 H]`.
 
-    The logits are ordered head by head, those of a head compressed, selected, sliding; the layer reshapes them. Only the
-    start differs from a Linear's, so whatever a tool puts in a Linear's place (an adapter, a quantized Linear) may stand
-    here, and tensor parallelism may split it column-wise. Its few numbers decide what a layer reads: quantizers that take
-    names to leave alone, such as transformers' `modules_to_not_convert`, know it as ".*self_attn.gate".
+    The logits are ordered head by head, those of a head compressed, selected, sliding; the layer
+    reshapes them. Only the start differs from a Linear's, so whatever a tool puts in a Linear's
+    place (an adapter, a quantized Linear) may stand here, and tensor parallelism may split it
+    column-wise. Its few numbers decide what a layer reads: quantizers that take names to leave
+    alone, such as transformers' `modules_to_not_convert`, know it as ".*self_attn.gate".
 
     Args:
         hidden_size: E.
         num_gates: H: the number of query heads, or 1 for gates shared by all heads.
-        init: "balanced" (all gates 0.5) or "dense" (the selected branch open, the others nearly closed).
+        init: "balanced" (all gates 0.5) or "dense" (the selected branch open,
+            the others nearly closed).
     """
 
     init = "balanced"

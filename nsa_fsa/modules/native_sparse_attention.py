@@ -1,6 +1,7 @@
 """NativeSparseAttention: the layer.
 
-Shapes: B sequences of up to S tokens, T tokens packed end to end, E hidden width, HQ and HKV heads, D and DV head widths.
+Shapes: B sequences of up to S tokens, T tokens packed end to end, E hidden width, HQ and HKV heads,
+D and DV head widths.
 """
 
 from collections.abc import Callable, Mapping
@@ -49,30 +50,35 @@ class Record(NamedTuple):
     gates: Tensor  # [T, HQ or 1, 3], after the sigmoid
     layout: Sequences
     config: NSAConfig  # of the layer, in that forward
-    inside: Inside | None = None  # for the recorder to look at; `nsa_fsa.visualization.record` does not keep it
+    # For the recorder to look at; `nsa_fsa.visualization.record` does not keep it.
+    inside: Inside | None = None
     details: Details | None = None  # kept on request by `nsa_fsa.visualization.record`
 
 
 class NativeSparseAttention(nn.Module):
-    """Causal self-attention that reads compressed tokens, the best-scoring blocks of keys, and a sliding window.
+    """Causal self-attention that reads compressed tokens, the best-scoring blocks of keys,
+    and a sliding window.
 
-    Native Sparse Attention (Yuan et al., 2025), with the selected branch in the Flash Sparse Attention loop order (Yan et
-    al., 2025) where a GPU backend runs it. Parameter names of the projections are Hugging Face's.
+    Native Sparse Attention (Yuan et al., 2025), with the selected branch in the Flash Sparse
+    Attention loop order (Yan et al., 2025) where a GPU backend runs it. Parameter names of the
+    projections are Hugging Face's.
 
-    With `config.gate_init="dense"` a layer that is given a dense layer's projections starts out as that layer, up to about
-    half a percent, on sequences of at most `num_selected_blocks * block_size` tokens, where the selected branch sees
-    every key.
+    With `config.gate_init="dense"` a layer that is given a dense layer's projections starts out as
+    that layer, up to about half a percent, on sequences of at most
+    `num_selected_blocks * block_size` tokens, where the selected branch sees every key.
 
     Args:
         config: the one dataclass that configures everything.
         layer_idx: position in the model, for records and caches.
-        compressor_k, compressor_v: your own phi instead of `config.compress_k` / `compress_v`: an nn.Module mapping windows
-            `[N, HKV, kernel_size, D or DV]` to `[N, HKV, D or DV]`.
-        projections: existing modules to use as `q_proj`, `k_proj`, `v_proj`, `o_proj`, `q_norm` and `k_norm`.
+        compressor_k, compressor_v: your own phi instead of `config.compress_k` / `compress_v`:
+            an nn.Module mapping windows `[N, HKV, kernel_size, D or DV]` to `[N, HKV, D or DV]`.
+        projections: existing modules to use as `q_proj`, `k_proj`, `v_proj`, `o_proj`,
+            `q_norm` and `k_norm`.
         device, dtype: where and in what precision the new parameters are made.
 
     Raises:
-        ValueError: for a backend that no operator knows, or arguments that are not what is asked for above.
+        ValueError: for a backend that no operator knows, or arguments that are not what is
+            asked for above.
         RuntimeError: for a backend that cannot run on this machine.
 
     Example:
@@ -100,7 +106,8 @@ class NativeSparseAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_modules(config, {"compressor_k": compressor_k, "compressor_v": compressor_v}, projections)
+        own = {"compressor_k": compressor_k, "compressor_v": compressor_v}
+        _check_modules(config, own, projections)
         check_known(config.backend, "NativeSparseAttention", *OPERATORS)
         for operator in OPERATORS:
             if config.backend in operator.by_name:
@@ -111,18 +118,24 @@ class NativeSparseAttention(nn.Module):
         for name, module in (projections or _make_projections(config, factory)).items():
             setattr(self, name, module)
         self.gate = BranchGate(
-            config.hidden_size, config.num_heads if config.gate == "per_head" else 1, config.gate_init, **factory
+            config.hidden_size,
+            config.num_heads if config.gate == "per_head" else 1,
+            config.gate_init,
+            **factory,
         )
         kind_k = config.compress_k if compressor_k is None else compressor_k
         kind_v = config.compress_v if compressor_v is None else compressor_v
         self.compress_k = Compressor(config, kind_k, config.head_dim, **factory)
         self.compress_v = Compressor(config, kind_v, config.v_head_dim, **factory)
         self.rotary = RotaryEmbedding(config) if config.rope_parameters is not None else None
-        # Called with a Record after every forward while set; `nsa_fsa.visualization.record` sets and clears it.
+        # Called with a Record after every forward while set; `nsa_fsa.visualization.record` sets
+        # and clears it.
         self.recorder: Callable[[Record], None] | None = None
 
     def reset_parameters(self) -> None:
-        """Every parameter as a new layer has it, the projections' and your own compressors' by their `reset_parameters`."""
+        """Every parameter as a new layer has it, the projections' and your own compressors' by
+        their `reset_parameters`.
+        """
         for module in self.modules():
             reset = getattr(module, "reset_parameters", None)
             if module is not self and callable(reset):
@@ -146,28 +159,36 @@ class NativeSparseAttention(nn.Module):
         """`[B, S, E]` -> `[B, S, E]`, in the projections' dtype (autocast's under autocast).
 
         Args:
-            hidden_states: `[B, S, E]`; with `cu_seqlens`, all sequences packed into one row, `[1, T, E]`.
-            position_embeddings: cos and sin, each `[B or 1, S, rotary_dim]`; default: computed from positions.
-            attention_mask: `[B, S]` or, with a cache, `[B, past + S]`; non-zero where a token is real. Padding may be on
-                either side; the output of a padded position is 0. Or what `sequences.pack_batch` found in such a mask,
-                which several layers can share: it reads the mask back from the device.
+            hidden_states: `[B, S, E]`; with `cu_seqlens`, all sequences packed into one row,
+                `[1, T, E]`.
+            position_embeddings: cos and sin, each `[B or 1, S, rotary_dim]`;
+                default: computed from positions.
+            attention_mask: `[B, S]` or, with a cache, `[B, past + S]`; non-zero where a token is
+                real. Padding may be on either side; the output of a padded position is 0. Or what
+                `sequences.pack_batch` found in such a mask, which several layers can share: it
+                reads the mask back from the device.
             cu_seqlens: int32 `[number of sequences + 1]`, boundaries in a packed batch.
-            max_seqlen: an upper bound on the longest packed sequence; default T, because reading it from `cu_seqlens` would
-                wait for the device. Pass it on a GPU, where FlashAttention starts as many programs for every sequence as
-                the longest may need: 130 of 500 tokens are 130 times those needed without it.
-            position_ids: int64 or int32 `[B or 1, S]`, for the rotary embedding only; default: counted from each sequence's
-                first real token.
-            cache: decode state; new tokens are appended to it, and everything it holds is attended to.
+            max_seqlen: an upper bound on the longest packed sequence; default T, because reading it
+                from `cu_seqlens` would wait for the device. Pass it on a GPU, where FlashAttention
+                starts as many programs for every sequence as the longest may need: 130 of 500
+                tokens are 130 times those needed without it.
+            position_ids: int64 or int32 `[B or 1, S]`, for the rotary embedding only;
+                default: counted from each sequence's first real token.
+            cache: decode state; new tokens are appended to it, and everything it holds is
+                attended to.
 
         Raises:
-            ValueError: for a mask that is not 2D or has negative values, packed input with a mask or a cache, arguments of
-                another kind or on another device, or shapes that do not fit.
+            ValueError: for a mask that is not 2D or has negative values, packed input with a
+                mask or a cache, arguments of another kind or on another device, or shapes
+                that do not fit.
         """
         rows, layout = self._pack(hidden_states, attention_mask, cu_seqlens, max_seqlen, cache)
         x = _take(hidden_states, rows)  # [T, E]
 
         q, k, v = self._project(x)  # [T, HQ, D]; k and v: a tensor [T, HKV, D] per branch
-        cos, sin = self._rotation(hidden_states, rows, layout, position_embeddings, position_ids, cache)
+        cos, sin = self._rotation(
+            hidden_states, rows, layout, position_embeddings, position_ids, cache
+        )
         q = _rotate(q, cos, sin)
         keys = self._branch_keys(k, v, cos, sin)
         if cache is None:
@@ -204,7 +225,8 @@ class NativeSparseAttention(nn.Module):
         )  # [T, HQ, DV]
         if self.recorder is not None:
             o, branches = o
-            gates, inside = gate_logits.detach().sigmoid(), Inside(q.detach(), k_cmp.detach(), branches)
+            gates = gate_logits.detach().sigmoid()
+            inside = Inside(q.detach(), k_cmp.detach(), branches)
             self.recorder(Record(self.layer_idx, branches.block_indices, gates, layout, c, inside))
         output = _put_back(self.o_proj(o.flatten(1).to(q.dtype)), rows, hidden_states)
         if cache is not None:
@@ -219,29 +241,37 @@ class NativeSparseAttention(nn.Module):
         max_seqlen: int | None,
         cache: NSACache | None,
     ) -> tuple[Tensor | None, Sequences]:
-        """Rows of the flattened batch that hold real tokens (None: all of them), and where the sequences lie among those."""
+        """Rows of the flattened batch that hold real tokens (None: all of them),
+        and where the sequences lie among those.
+        """
         width = self.config.hidden_size
         checks.check_tensor("hidden_states", hidden_states, f"[B, S, {width}]")
         if hidden_states.ndim != 3 or hidden_states.shape[2] != width:
             raise ValueError(
-                f"hidden_states has shape {tuple(hidden_states.shape)}; it must be [B, S, {width}]. "
-                "Fix: add the batch axis, or check hidden_size in the config."
+                f"hidden_states has shape {tuple(hidden_states.shape)}; it must "
+                f"be [B, S, {width}]. Fix: add the batch axis, or check hidden_size in the config."
             )
         checks.check_rows("hidden_states", hidden_states, 3, f"[B, S, {width}]")
         if cache is not None and not isinstance(cache, NSACache):
-            raise ValueError(f"cache is {type(cache).__name__}; it must be an NSACache. Fix: NSACache(attn.config).")
+            raise ValueError(
+                f"cache is {type(cache).__name__}; it must be an NSACache. "
+                "Fix: NSACache(attn.config)."
+            )
         if cache is not None and cache.config != self.config:
             raise ValueError(
-                f"the cache was made for a layer with other settings: {cache.differences(self.config)}. "
+                "the cache was made for a layer with other settings: "
+                f"{cache.differences(self.config)}. "
                 "Fix: start with a new cache, NSACache(attn.config), and feed all tokens again."
             )
         batch_size, length = hidden_states.shape[:2]
         if cu_seqlens is not None:
             if batch_size != 1 or attention_mask is not None or cache is not None:
                 raise ValueError(
-                    f"cu_seqlens describes sequences packed into one row [1, T, E], without attention_mask or cache, but the "
-                    f"batch has {batch_size} rows, attention_mask is {'' if attention_mask is None else 'not '}None and cache "
-                    f"is {'' if cache is None else 'not '}None. Fix: pass either cu_seqlens or a padded batch."
+                    "cu_seqlens describes sequences packed into one row [1, T, E], "
+                    f"without attention_mask or cache, but the batch has {batch_size} rows, "
+                    f"attention_mask is {'' if attention_mask is None else 'not '}None "
+                    f"and cache is {'' if cache is None else 'not '}None. "
+                    "Fix: pass either cu_seqlens or a padded batch."
                 )
             max_seqlen = length if max_seqlen is None else max_seqlen
             return None, Sequences(cu_seqlens, max_seqlen).check(hidden_states.device)
@@ -255,26 +285,30 @@ class NativeSparseAttention(nn.Module):
         checks.check_tensor("attention_mask", attention_mask, "[B, S]")
         checks.check_device("attention_mask", attention_mask, hidden_states.device)
         if attention_mask.shape not in ((batch_size, length), (batch_size, past + length)):
+            or_past = f" or [B, past + S] = {(batch_size, past + length)}" if past else ""
             raise ValueError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}; it must be [B, S] = {(batch_size, length)}"
-                + (f" or [B, past + S] = {(batch_size, past + length)}" if past else "")
-                + ". Fix: pass the 2D padding mask; this layer is causal by itself and takes no other mask."
+                f"attention_mask has shape {tuple(attention_mask.shape)}; "
+                f"it must be [B, S] = {(batch_size, length)}{or_past}. Fix: pass the 2D padding "
+                "mask; this layer is causal by itself and takes no other mask."
             )
         packing = pack_batch(batch_size, length, hidden_states.device, attention_mask)
         return _beside_cache(packing, attention_mask, length, cache)
 
     def _project(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """x `[T, E]` -> q `[T, HQ, D]`, and for each branch k `[T, HKV, D]` and v `[T, HKV, DV]`: one tensor three times, or
-        three tensors with `kv_per_branch`."""
+        """x `[T, E]` -> q `[T, HQ, D]`, and for each branch k `[T, HKV, D]` and v `[T, HKV, DV]`:
+        one tensor three times, or three tensors with `kv_per_branch`."""
         c = self.config
         q = self.q_proj(x)
         if q.shape[-1] != c.num_heads * c.head_dim:
             raise ValueError(
-                f"q_proj returns {q.shape[-1]} features; {c.num_heads} heads of {c.head_dim} need {c.num_heads * c.head_dim}. "
-                "An NSA layer cannot be split over ranks by tensor parallelism. Fix: replicate it, or shard it with FSDP."
+                f"q_proj returns {q.shape[-1]} features; "
+                f"{c.num_heads} heads of {c.head_dim} need {c.num_heads * c.head_dim}. "
+                "An NSA layer cannot be split over ranks by tensor parallelism. "
+                "Fix: replicate it, or shard it with FSDP."
             )
         q = normalize(self.q_norm, q.unflatten(-1, (c.num_heads, c.head_dim)))
-        k = normalize(self.k_norm, self.k_proj(x).unflatten(-1, (c.num_kv_heads, -1, c.head_dim)))  # [T, HKV, 1 or 3, D]
+        k = self.k_proj(x).unflatten(-1, (c.num_kv_heads, -1, c.head_dim))
+        k = normalize(self.k_norm, k)  # [T, HKV, 1 or 3, D]
         v = self.v_proj(x).unflatten(-1, (c.num_kv_heads, -1, c.v_head_dim))
         # Under autocast a norm returns float32 where the projections return 16 bits.
         q, k = q.to(v.dtype), k.to(v.dtype)
@@ -299,14 +333,17 @@ class NativeSparseAttention(nn.Module):
             return cos, sin
         if self.rotary is None:
             return None, None
-        num_rows = batch[0] * batch[1] if rows is None else rows.shape[0]  # numel() would be one number for torch.export
+        # numel() would be one number for torch.export.
+        num_rows = batch[0] * batch[1] if rows is None else rows.shape[0]
         if position_ids is not None:
             checks.check_tensor("position_ids", position_ids, "integers [B or 1, S]")
             checks.check_device("position_ids", position_ids, hidden_states.device)
-            if position_ids.shape not in (batch, (1, batch[1])) or position_ids.dtype not in (torch.int64, torch.int32):
+            is_int = position_ids.dtype in (torch.int64, torch.int32)
+            if position_ids.shape not in (batch, (1, batch[1])) or not is_int:
                 raise ValueError(
-                    f"position_ids has dtype {position_ids.dtype} and shape {tuple(position_ids.shape)}; it must be int64 or "
-                    f"int32 [B or 1, S], here {tuple(batch)}. Fix: leave it out to count from each sequence's first token."
+                    f"position_ids has dtype {position_ids.dtype} and shape "
+                    f"{tuple(position_ids.shape)}; it must be int64 or int32 [B or 1, S], here "
+                    f"{tuple(batch)}. Fix: leave it out to count from each sequence's first token."
                 )
             position = _take(position_ids.expand(batch)[..., None], rows).squeeze(-1)
         elif cache is not None:
@@ -320,8 +357,9 @@ class NativeSparseAttention(nn.Module):
         pair = position_embeddings
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
             raise ValueError(
-                f"position_embeddings is {type(pair).__name__}; it must be a pair (cos, sin) of tensors "
-                "[B or 1, S, rotary_dim]. Fix: pass (cos, sin), or leave it out to compute them here."
+                f"position_embeddings is {type(pair).__name__}; "
+                "it must be a pair (cos, sin) of tensors [B or 1, S, rotary_dim]. "
+                "Fix: pass (cos, sin), or leave it out to compute them here."
             )
         for name, x in zip(("cos", "sin"), pair, strict=True):
             name = f"{name} of position_embeddings"
@@ -337,12 +375,15 @@ class NativeSparseAttention(nn.Module):
                 or rotary_dim > self.config.head_dim
             ):
                 raise ValueError(
-                    f"{name} has shape {tuple(x.shape)}; it must be [B or 1, S, rotary_dim], here [{batch_size} or 1, "
-                    f"{length}, an even number up to head_dim={self.config.head_dim}], and cos and sin must be alike. "
-                    "Fix: pass the rotation of these tokens alone."
+                    f"{name} has shape {tuple(x.shape)}; "
+                    f"it must be [B or 1, S, rotary_dim], here [{batch_size} or 1, "
+                    f"{length}, an even number up to head_dim={self.config.head_dim}], "
+                    "and cos and sin must be alike. Fix: pass the rotation of these tokens alone."
                 )
 
-    def _branch_keys(self, k: tuple[Tensor, ...], v: tuple[Tensor, ...], cos: Tensor | None, sin: Tensor | None) -> KeyValues:
+    def _branch_keys(
+        self, k: tuple[Tensor, ...], v: tuple[Tensor, ...], cos: Tensor | None, sin: Tensor | None
+    ) -> KeyValues:
         """Rotates the keys of every branch, and puts beside them what compression reads."""
         if self.config.kv_per_branch:
             k_cmp, k_slc, k_swa = (_rotate(x, cos, sin) for x in k)
@@ -353,13 +394,21 @@ class NativeSparseAttention(nn.Module):
         return KeyValues(k_slc, v[1], k_swa, v[2], k[0], v[0], cos, sin)
 
     def _compress(
-        self, k_src: Tensor, v_src: Tensor, cos: Tensor | None, sin: Tensor | None, layout: Sequences
+        self,
+        k_src: Tensor,
+        v_src: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        layout: Sequences,
     ) -> tuple[Tensor, Tensor]:
-        """Compressed keys and values of a packed batch; keys are rotated as their window's first position."""
+        """Compressed keys and values of a packed batch; keys are rotated as their window's
+        first position.
+        """
         k_cmp = self.compress_k(k_src, layout).to(k_src.dtype)
         v_cmp = self.compress_v(v_src, layout).to(v_src.dtype)
         if cos is not None and sin is not None:
-            sizes: dict[str, Any] = dict(kernel_size=self.config.kernel_size, kernel_stride=self.config.kernel_stride)
+            c = self.config
+            sizes: dict[str, Any] = dict(kernel_size=c.kernel_size, kernel_stride=c.kernel_stride)
             first = window_starts(k_src, layout.cu_seqlens, seqused_k=layout.seqused_k, **sizes)
             k_cmp = _rotate(k_cmp, cos[first], sin[first])
         return k_cmp, v_cmp
@@ -369,35 +418,48 @@ def _check_modules(config: Any, compressors: dict[str, Any], projections: Any) -
     """Raises ValueError for wrong arguments of the constructor, before anything is built."""
     if not isinstance(config, NSAConfig):
         raise ValueError(
-            f"config is {type(config).__name__}; it must be an NSAConfig. Fix: NSAConfig.from_dict of a dict, or "
-            "NSAConfig.from_pretrained_config(model.config) of a transformers model."
+            f"config is {type(config).__name__}; it must be an NSAConfig. "
+            "Fix: NSAConfig.from_dict of a dict, "
+            "or NSAConfig.from_pretrained_config(model.config) of a transformers model."
         )
     for name, module in compressors.items():
         if module is not None and not isinstance(module, nn.Module):
             raise ValueError(
-                f"{name}={module!r} must be an nn.Module or None. Fix: pass a module that is built already, not its class; "
-                f'for a kind by name, NSAConfig({name.replace("compressor", "compress")}="mlp", ...).'
+                f"{name}={module!r} must be an nn.Module or None. "
+                "Fix: pass a module that is built already, not its class; for a kind by name, "
+                f'NSAConfig({name.replace("compressor", "compress")}="mlp", ...).'
             )
     if projections is None:
         return
     is_mapping = isinstance(projections, Mapping)
-    if not is_mapping or {*projections} != {*PROJECTIONS} or not all(isinstance(x, nn.Module) for x in projections.values()):
-        found = {name: type(x).__name__ for name, x in projections.items()} if is_mapping else projections
+    is_whole = is_mapping and {*projections} == {*PROJECTIONS}
+    if not is_whole or not all(isinstance(x, nn.Module) for x in projections.values()):
+        found = projections
+        if is_mapping:
+            found = {name: type(x).__name__ for name, x in projections.items()}
         raise ValueError(
-            f"projections={found!r} must map exactly {PROJECTIONS} to modules. Fix: nn.Identity() where there is no norm."
+            f"projections={found!r} must map exactly {PROJECTIONS} to modules. "
+            "Fix: nn.Identity() where there is no norm."
         )
 
 
 def _make_projections(config: NSAConfig, factory: dict[str, Any]) -> dict[str, nn.Module]:
     c = config
-    num_kv = c.num_kv_heads * (3 if c.kv_per_branch else 1)  # ordered head by head, then branch by branch
+    # Keys and values are ordered head by head, then branch by branch.
+    num_kv = c.num_kv_heads * (3 if c.kv_per_branch else 1)
+
+    def norm() -> nn.Module:
+        if not c.qk_norm:
+            return nn.Identity()
+        return nn.RMSNorm(c.head_dim, eps=c.qk_norm_eps, **factory)
+
     return {
         "q_proj": nn.Linear(c.hidden_size, c.num_heads * c.head_dim, bias=c.qkv_bias, **factory),
         "k_proj": nn.Linear(c.hidden_size, num_kv * c.head_dim, bias=c.qkv_bias, **factory),
         "v_proj": nn.Linear(c.hidden_size, num_kv * c.v_head_dim, bias=c.qkv_bias, **factory),
         "o_proj": nn.Linear(c.num_heads * c.v_head_dim, c.hidden_size, bias=c.o_bias, **factory),
-        "q_norm": nn.RMSNorm(c.head_dim, eps=c.qk_norm_eps, **factory) if c.qk_norm else nn.Identity(),
-        "k_norm": nn.RMSNorm(c.head_dim, eps=c.qk_norm_eps, **factory) if c.qk_norm else nn.Identity(),
+        "q_norm": norm(),
+        "k_norm": norm(),
     }
 
 
@@ -408,14 +470,18 @@ def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
 def _beside_cache(
     packing: Packing, mask: Tensor | None, length: int, cache: NSACache | None
 ) -> tuple[Tensor | None, Sequences]:
-    """Rows and layout of new tokens, after the cache has hidden what their mask `[B, past + S]` hides of it."""
+    """Rows and layout of new tokens, after the cache has hidden what their mask `[B, past + S]`
+    hides of it.
+    """
     if cache is None:
         return packing.rows, packing.layout
-    # One token is not worth a look back, and neither is a mask that hides nothing of a cache without padding.
+    # One token is not worth a look back, and neither is a mask that hides nothing of a cache
+    # without padding.
     if mask is not None and mask.shape[1] > length > 1 and (packing.padded or cache.has_padding):
         cache.hide(mask[:, : mask.shape[1] - length])
-    # A cache counts columns: as many as the batch is wide, however few of them hold real tokens. (Written out, because PyTorch
-    # 2.11's compiler hands an empty tuple across a graph break for what `_replace` returns.)
+    # A cache counts columns: as many as the batch is wide, however few of them hold real tokens.
+    # (Written out, because PyTorch 2.11's compiler hands an empty tuple across a graph break for
+    # what `_replace` returns.)
     return packing.rows, Sequences(packing.layout.cu_seqlens, length)
 
 

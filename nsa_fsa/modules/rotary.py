@@ -8,12 +8,14 @@ from torch import Tensor
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.modules.fused import kernels_for
 
-# A launch of quack's kernel has at most 65,535 programs along the sequence, each of eight tokens or more.
+# A launch of quack's kernel has at most 65,535 programs along the sequence,
+# each of eight tokens or more.
 MOST_TOKENS = 65_535 * 8
 
 
 class RotaryEmbedding:
-    """Positions to cos and sin. Holds no tensors, so that neither a cast of the model nor a meta device can spoil it.
+    """Positions to cos and sin. Holds no tensors, so that neither a cast of the model nor a meta
+    device can spoil it.
 
     The types "default" and "linear" are computed here, all others by transformers' own functions.
 
@@ -25,14 +27,20 @@ class RotaryEmbedding:
         assert config.rope_parameters is not None
         self.rope = config.rope_parameters
         self.rotary_dim = int(config.head_dim * self.rope.get("partial_rotary_factor", 1.0))
-        self.scaled = None if self.rope["rope_type"] in ("default", "linear") else _ScaledRope(config)
+        unscaled = self.rope["rope_type"] in ("default", "linear")
+        self.scaled = None if unscaled else _ScaledRope(config)
 
-    def __call__(self, positions: Tensor, max_position: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """positions `[T]` -> cos and sin, `[T, rotary_dim]` in `dtype`. "dynamic" and "longrope" look at `max_position`."""
+    def __call__(
+        self, positions: Tensor, max_position: int, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """positions `[T]` -> cos and sin, `[T, rotary_dim]` in `dtype`.
+        "dynamic" and "longrope" look at `max_position`.
+        """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         scaling = 1.0
         if self.scaled is None:
-            exponent = torch.arange(0, self.rotary_dim, 2, device=positions.device, dtype=wide) / self.rotary_dim
+            channel = torch.arange(0, self.rotary_dim, 2, device=positions.device, dtype=wide)
+            exponent = channel / self.rotary_dim
             factor = self.rope["factor"] if self.rope["rope_type"] == "linear" else 1.0
             frequency = self.rope["rope_theta"] ** -exponent / factor
         else:
@@ -52,7 +60,8 @@ class _ScaledRope:
             from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
         except ImportError as error:
             raise ImportError(
-                f"rope_type={config.rope_parameters['rope_type']!r} is computed by transformers, which is not installed. "
+                f"rope_type={config.rope_parameters['rope_type']!r} is computed by transformers, "
+                "which is not installed. "
                 'Fix: pip install "nsa-fsa[transformers]", or use rope_type "default" or "linear".'
             ) from error
         self.function: Any = ROPE_INIT_FUNCTIONS[config.rope_parameters["rope_type"]]
@@ -69,10 +78,12 @@ class _ScaledRope:
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates the first `cos.shape[-1]` channels of x `[T, H, D]` by cos and sin `[T, rotary_dim]`, whose halves are equal.
+    """Rotates the first `cos.shape[-1]` channels of x `[T, H, D]` by cos and sin `[T, rotary_dim]`,
+    whose halves are equal.
 
-    In one pass where `nsa_fsa.modules.fused` has a kernel. One H100, 65,536 tokens, 32 heads of 128,
-    forward / with backward, ms: 0.37 / 1.26; operation by operation 3.14 / 6.27, and that compiled by itself 1.23 / 2.58.
+    In one pass where `nsa_fsa.modules.fused` has a kernel. One H100, 65,536 tokens, 32 heads of
+    128, forward / with backward, ms: 0.37 / 1.26; operation by operation 3.14 / 6.27, and that
+    compiled by itself 1.23 / 2.58.
     """
     rotary_dim = cos.shape[-1]
     if rotary_dim % 8 == 0 and (kernels := kernels_for(x)) is not None:

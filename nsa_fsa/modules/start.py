@@ -6,7 +6,8 @@ from torch import Tensor, nn
 
 @torch.no_grad()
 def assign(parameter: nn.Parameter, values: Tensor) -> None:
-    """`parameter.copy_(values)`, also of a parameter that FSDP or tensor parallelism cut: each process then copies its part.
+    """`parameter.copy_(values)`, also of a parameter that FSDP or tensor parallelism cut:
+    each process then copies its part.
 
     values: the same in every process, so that none has to send them.
     """
@@ -14,5 +15,7 @@ def assign(parameter: nn.Parameter, values: Tensor) -> None:
         from torch.distributed.tensor import DTensor, distribute_tensor
 
         if isinstance(parameter, DTensor):
-            values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            values = distribute_tensor(
+                values, parameter.device_mesh, parameter.placements, src_data_rank=None
+            )
     parameter.copy_(values)

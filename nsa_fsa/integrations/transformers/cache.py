@@ -11,7 +11,8 @@ from nsa_fsa.config import NSAConfig
 
 
 class NSACacheLayer(CacheLayerMixin):
-    """An `NSACache` that transformers' generation code can handle: beams, assisted decoding, static and dynamic caches.
+    """An `NSACache` that transformers' generation code can handle:
+    beams, assisted decoding, static and dynamic caches.
 
     Args:
         config: the NSA layer's configuration.
@@ -44,15 +45,17 @@ class NSACacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to do: the state allocates its buffers at its first update."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
         raise RuntimeError(
             "a dense layer was given the cache of an NSA layer, which only that layer can fill. "
             "Fix: a new cache, filled by the model as it is now."
         )
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        length = self.state.num_tokens + query_length if self.state.max_length is None else self.state.max_length
-        return length, 0
+        most = self.state.max_length
+        return self.state.num_tokens + query_length if most is None else most, 0
 
     def get_seq_length(self) -> int:
         return self.state.num_tokens
@@ -81,44 +84,53 @@ class NSACacheLayer(CacheLayerMixin):
         self.state.crop(min(-count, length) if count <= 0 else max(0, length - count))
 
     def offload(self) -> None:
-        raise RuntimeError("NSA layers cannot be offloaded. Fix: a DynamicCache or StaticCache without offloading.")
+        raise RuntimeError(
+            "NSA layers cannot be offloaded. Fix: a DynamicCache or StaticCache without offloading."
+        )
 
     prefetch = offload
 
 
 def layer_state(cache: Cache, layer_idx: int, config: NSAConfig) -> NSACache:
-    """The NSA state of a layer, put into the cache in the place of a still unused dynamic or static layer.
+    """The NSA state of a layer, put into the cache in the place of a still unused dynamic or
+    static layer.
 
     Raises:
-        TypeError: for a kind of layer that NSA cannot stand in for, such as a quantized or sliding one.
-        ValueError: for an offloaded cache, one that a dense layer has already filled, or one of an NSA layer with other
-            settings.
+        TypeError: for a kind of layer that NSA cannot stand in for,
+            such as a quantized or sliding one.
+        ValueError: for an offloaded cache, one that a dense layer has already filled,
+            or one of an NSA layer with other settings.
     """
     if getattr(cache, "offloading", False):
-        raise ValueError("NSA layers do not support offloaded caches. Fix: cache_implementation='dynamic' or 'static'.")
+        raise ValueError(
+            "NSA layers do not support offloaded caches. "
+            "Fix: cache_implementation='dynamic' or 'static'."
+        )
     while len(cache.layers) <= layer_idx and cache.layer_class_to_replicate is not None:
         cache.layers.append(cache.layer_class_to_replicate())
     layer: Any = cache.layers[layer_idx]
     if isinstance(layer, NSACacheLayer):
         if layer.state.config != config:
             raise ValueError(
-                f"layer {layer_idx} of the cache was made for other settings than the model has now: "
-                f"{layer.state.differences(config)}. Fix: leave out past_key_values, or pass a new DynamicCache, and feed "
-                "all tokens again."
+                f"layer {layer_idx} of the cache was made for other settings than the model "
+                f"has now: {layer.state.differences(config)}. Fix: leave out past_key_values, "
+                "or pass a new DynamicCache, and feed all tokens again."
             )
         return layer.state
     if type(layer) not in (DynamicLayer, StaticLayer):
         raise TypeError(
-            f"layer {layer_idx} of the cache is a {type(layer).__name__}; an NSA layer can replace a DynamicLayer or a "
-            "StaticLayer. Fix: cache_implementation='dynamic' or 'static'."
+            f"layer {layer_idx} of the cache is a {type(layer).__name__}; an NSA layer can replace "
+            "a DynamicLayer or a StaticLayer. Fix: cache_implementation='dynamic' or 'static'."
         )
     if layer.is_initialized and layer.get_seq_length() > 0:
         raise ValueError(
-            f"layer {layer_idx} of the cache already holds a dense layer's keys and values: those of a model before it "
-            "was patched, or the virtual tokens of prefix tuning, which NSA layers cannot compress. "
-            "Fix: start with a new cache after patching; tune prompts (PromptTuningConfig) or LoRA instead of prefixes."
+            f"layer {layer_idx} of the cache already holds a dense layer's keys and values: "
+            "those of a model before it was patched, or the virtual tokens of prefix tuning, "
+            "which NSA layers cannot compress. Fix: start with a new cache after patching; "
+            "tune prompts (PromptTuningConfig) or LoRA instead of prefixes."
         )
-    replacement = NSACacheLayer(config, layer.max_cache_len if isinstance(layer, StaticLayer) else None)
+    max_length = layer.max_cache_len if isinstance(layer, StaticLayer) else None
+    replacement = NSACacheLayer(config, max_length)
     cache.layers[layer_idx] = replacement
     return replacement.state
 
@@ -134,8 +146,10 @@ def check_in_step(cache: Cache, layer_idx: int, num_columns: int) -> None:
     held, held_before = layer.state.num_tokens, before.state.num_tokens - num_columns
     if held != held_before:
         raise RuntimeError(
-            f"layer {layer_idx} of the cache holds {held} tokens where the layer before it held "
-            f"{held_before}: an earlier forward raised between them. Fix: cache.reset(), and feed all tokens again. Or keep "
-            f"the {held} tokens that all layers hold, and feed those after them again: "
-            f"for layer in cache.layers[:{layer_idx}]: layer.crop({held - before.state.num_tokens})."
+            f"layer {layer_idx} of the cache holds {held} tokens where "
+            f"the layer before it held {held_before}: an earlier forward raised between them. "
+            "Fix: cache.reset(), and feed all tokens again. "
+            f"Or keep the {held} tokens that all layers hold, and feed those after them again: "
+            f"for layer in cache.layers[:{layer_idx}]: "
+            f"layer.crop({held - before.state.num_tokens})."
         )
