@@ -18,13 +18,7 @@ from torch.nn.attention import flex_attention as flex
 
 from benchmarks.operators import PARTS, SELECTED
 from nsa_fsa.benchmarking.cases import Case, Pass
-from nsa_fsa.benchmarking.implementations import (
-    CUDNN,
-    FLASH_ATTN_4,
-    Function,
-    Implementation,
-    sdpa,
-)
+from nsa_fsa.benchmarking.implementations import CUDNN, FLASH_ATTN_4, Function, Implementation, sdpa
 
 
 def flash_attn_2(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

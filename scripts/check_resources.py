@@ -28,7 +28,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
 
-os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported: an interpreted kernel cannot be compiled
+# Before Triton is imported: an interpreted kernel cannot be compiled.
+os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 import triton
@@ -142,7 +143,8 @@ def call_operators(case: Case, enter: Callable[[str], None]) -> None:
     which one comes."""
     dtype, block_size = DTYPES[case.dtype], case.block_size
     num_kv_heads = NUM_HEADS // case.group_size
-    num_indices = max(1024 // block_size, 4)  # 1,024 keys a query, as in both of the FSA paper's settings
+    # 1,024 keys a query, as in both of the FSA paper's settings.
+    num_indices = max(1024 // block_size, 4)
 
     def new(*shape: int, dtype: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -181,7 +183,9 @@ def call_selected_attention(
     # With an unlimited workspace all heads are done at once, with a tiny one ranges of one head.
     workspace_bytes = 1 << 20 if case.variant == "chunked" else 1 << 50
     sequences, scale = Sequences(cu_seqlens, NUM_TOKENS), case.head_dim**-0.5
-    call = SelectedCall(q, k, v, sequences, scale, workspace_bytes, "triton", blocks, indices, counts, None)
+    call = SelectedCall(
+        q, k, v, sequences, scale, workspace_bytes, "triton", blocks, indices, counts, None
+    )
     enter("block_index")
     call = replace(call, index=build_block_index(IndexCall.of(call)))
 
@@ -205,9 +209,11 @@ def call_selected_attention(
     return lse
 
 
-def call_compression(k: torch.Tensor, cu_seqlens: torch.Tensor, enter: Callable[[str], None]) -> None:
-    """Windows of two hops, as in both papers, pooled with learned weights and with equal ones, and
-    gathered."""
+def call_compression(
+    k: torch.Tensor, cu_seqlens: torch.Tensor, enter: Callable[[str], None]
+) -> None:
+    """Windows of two hops, as in both papers, pooled with learned weights and with equal ones,
+    and gathered."""
     sequences, windows = Sequences(cu_seqlens, NUM_TOKENS), Windows(32, 16)
     num_windows, num_heads, width = NUM_TOKENS // 16, *k.shape[1:]
     dpooled = k.new_empty(num_windows, num_heads, width)
@@ -223,7 +229,9 @@ def call_compression(k: torch.Tensor, cu_seqlens: torch.Tensor, enter: Callable[
     compress.gather_windows_backward(dwindows, k, sequences, windows)
 
 
-def windowed_call(case: Case, q: torch.Tensor, num_sequences: int, windows: Windows, window_size: int | None) -> WindowedCall:
+def windowed_call(
+    case: Case, q: torch.Tensor, num_sequences: int, windows: Windows, window_size: int | None
+) -> WindowedCall:
     """Attention over as many windows as NUM_TOKENS keys have."""
     num_windows, num_kv_heads = NUM_TOKENS // windows.kernel_stride, q.shape[1] // case.group_size
     k, v = (q.new_empty(num_windows, num_kv_heads, x) for x in (case.head_dim, case.value_dim))
@@ -232,7 +240,9 @@ def windowed_call(case: Case, q: torch.Tensor, num_sequences: int, windows: Wind
     return WindowedCall(q, k, v, sequences, scale, workspace_bytes, "triton", windows, window_size)
 
 
-def call_compressed_attention(case: Case, q: torch.Tensor, do: torch.Tensor, enter: Callable[[str], None]) -> None:
+def call_compressed_attention(
+    case: Case, q: torch.Tensor, do: torch.Tensor, enter: Callable[[str], None]
+) -> None:
     """Of one whole sequence, of several, and of one of few heads, whose rows are cut into parts."""
     for num_sequences, num_heads in ((1, NUM_HEADS), (3, NUM_HEADS), (1, case.group_size)):
         q, do = q[:, :num_heads], do[:, :num_heads]
@@ -249,9 +259,11 @@ def call_compressed_attention(case: Case, q: torch.Tensor, do: torch.Tensor, ent
                 windowed_attention_bwd(replace(call, sequences=sequences), do, softmax, add_to)
 
 
-def call_sliding_window(case: Case, q: torch.Tensor, do: torch.Tensor, enter: Callable[[str], None]) -> None:
-    """The same kernels, to which each token is a window of its own, of one sequence and of
-    several."""
+def call_sliding_window(
+    case: Case, q: torch.Tensor, do: torch.Tensor, enter: Callable[[str], None]
+) -> None:
+    """The same kernels, to which each token is a window of its own,
+    of one sequence and of several."""
     for num_sequences in (1, 3):
         call = windowed_call(case, q, num_sequences, Windows(1, 1), 512)
         enter(f"sliding_window_fwd of {num_sequences}")
@@ -307,8 +319,8 @@ class OfflineDriver:
 
 
 def pretend_gpu(arch: str) -> None:
-    """Makes this process believe that tensors are on a GPU of that architecture. There is no way
-    back."""
+    """Makes this process believe that tensors are on a GPU of that architecture.
+    There is no way back."""
     capability = int(arch.removeprefix("sm_"))
     properties = SimpleNamespace(
         multi_processor_count=MULTIPROCESSORS[arch],
@@ -363,8 +375,8 @@ def narrow_products(source: str) -> list[str]:
 
 
 def strides_of_bundles(function: str) -> dict[str, str]:
-    """The strides that are members of bundles among a function's arguments, by their names in
-    Triton IR.
+    """The strides that are members of bundles among a function's arguments,
+    by their names in Triton IR.
 
     Triton numbers the members of a bundle after its name: of `q` the pointer is `%q`, and the
     strides are `%q_0` and `%q_1`. A bundle that begins with a pointer has no other integers.
@@ -399,12 +411,16 @@ def check_case(case: Case, skip: set[int], connection: Connection) -> None:
         nonlocal call
         call = name
 
-    def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
-        # Launches that differ in nothing but integers are compiled once, for the integers of the
-        # first.
+    def compile_only(
+        self: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any
+    ) -> None:
+        # Launches that differ in nothing but integers are compiled once,
+        # for the integers of the first.
         number, name = len(seen), self.fn.__name__
         values = zip(self.params, args, strict=False)
-        kinds = [repr(value) if parameter.is_constexpr else kind(value) for parameter, value in values]
+        kinds = [
+            repr(value) if parameter.is_constexpr else kind(value) for parameter, value in values
+        ]
         launch = (name, repr(keywords), *kinds)
         if launch in seen:
             return
@@ -434,7 +450,8 @@ def check_case(case: Case, skip: set[int], connection: Connection) -> None:
         with torch.no_grad():
             call_operators(case, enter)
     except Exception as error:
-        connection.send(("row", Row("(host code)", case, call, error=f"{type(error).__name__}: {error}")))
+        what = f"{type(error).__name__}: {error}"
+        connection.send(("row", Row("(host code)", case, call, error=what)))
     connection.close()
 
 
@@ -448,7 +465,8 @@ class Worker:
     def __post_init__(self) -> None:
         context = multiprocessing.get_context("fork")  # torch and Triton are imported already
         self.connection, child = context.Pipe(duplex=False)
-        self.process = context.Process(target=check_case, args=(self.case, self.skip, child), daemon=True)
+        arguments = (self.case, self.skip, child)
+        self.process = context.Process(target=check_case, args=arguments, daemon=True)
         self.process.start()
         child.close()
         self.since, self.number, self.kernel, self.call = time.monotonic(), -1, "", ""
@@ -479,7 +497,8 @@ def check_cases(cases: list[Case], jobs: int, compile_limit: float) -> Iterator[
                         working.remove(worker)
                         if worker.process.exitcode:
                             error = f"the compiler crashed (exit code {worker.process.exitcode})"
-                            yield Row(worker.kernel or "(start)", worker.case, worker.call, error=error)
+                            kernel = worker.kernel or "(start)"
+                            yield Row(kernel, worker.case, worker.call, error=error)
                             if worker.kernel and worker.number not in worker.skip:
                                 waiting.append((worker.case, worker.skip | {worker.number}))
                                 continue
@@ -530,7 +549,9 @@ def default_cases(archs: list[str]) -> list[Case]:
     """What `make test` checks: the settings of the FSA paper in bf16, at the smallest, the usual
     and the largest group."""
     shapes = [Case(arch, 128, 128, "bf16", 64, group) for arch in archs for group in GROUP_SIZES]
-    return shapes + [Case(arch, 128, 128, "bf16", 64, 4, "chunked") for arch in archs if arch == "sm_90"]
+    if "sm_90" in archs:
+        shapes.append(Case("sm_90", 128, 128, "bf16", 64, 4, "chunked"))
+    return shapes
 
 
 def chosen(values: list[Any] | None, everything: tuple[Any, ...], option: str) -> list[Any]:
@@ -541,18 +562,38 @@ def chosen(values: list[Any] | None, everything: tuple[Any, ...], option: str) -
 
 
 def main(
-    everything: Annotated[bool, typer.Option("--all", help="Every supported shape and dtype.")] = False,
-    arch: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(SHARED_KIB)}; repeat for several.")] = None,
-    head_dim: Annotated[list[int] | None, typer.Option(help=f"Of {HEAD_DIMS}; repeat for several.")] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every supported shape and dtype.")
+    ] = False,
+    arch: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(SHARED_KIB)}; repeat for several.")
+    ] = None,
+    head_dim: Annotated[
+        list[int] | None, typer.Option(help=f"Of {HEAD_DIMS}; repeat for several.")
+    ] = None,
     value_dim: Annotated[int | None, typer.Option(help="Default: the head width.")] = None,
-    dtype: Annotated[list[str] | None, typer.Option(help="fp16, bf16, fp32; repeat for several.")] = None,
-    block_size: Annotated[list[int] | None, typer.Option(help=f"Of {BLOCK_SIZES}; repeat for several.")] = None,
-    group_size: Annotated[list[int] | None, typer.Option(help=f"Of {GROUP_SIZES}; repeat for several.")] = None,
-    variant: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(VARIANTS)}; repeat for several.")] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help="fp16, bf16, fp32; repeat for several.")
+    ] = None,
+    block_size: Annotated[
+        list[int] | None, typer.Option(help=f"Of {BLOCK_SIZES}; repeat for several.")
+    ] = None,
+    group_size: Annotated[
+        list[int] | None, typer.Option(help=f"Of {GROUP_SIZES}; repeat for several.")
+    ] = None,
+    variant: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(VARIANTS)}; repeat for several.")
+    ] = None,
     jobs: Annotated[int, typer.Option(help="Kernels to compile at a time.", min=1)] = 1,
-    compile_limit: Annotated[float, typer.Option(help="Seconds that one kernel may take to compile.")] = 60.0,
-    failures_only: Annotated[bool, typer.Option(help="Leave what passes out of the table.")] = False,
-    output: Annotated[Path | None, typer.Option("--json", help="Also write the rows to this file.")] = None,
+    compile_limit: Annotated[
+        float, typer.Option(help="Seconds that one kernel may take to compile.")
+    ] = 60.0,
+    failures_only: Annotated[
+        bool, typer.Option(help="Leave what passes out of the table.")
+    ] = False,
+    output: Annotated[
+        Path | None, typer.Option("--json", help="Also write the rows to this file.")
+    ] = None,
 ) -> None:
     """Checks registers, spills and shared memory of every kernel. Exits with 1 if one fails."""
 
@@ -566,7 +607,8 @@ def main(
             chosen(variant, VARIANTS, "--variant") if variant or everything else ["plain"],
         )
         cases = [
-            Case(a, d, value_dim or d, t, b, g, x) for a, (d, t, b, g, x) in itertools.product(archs, itertools.product(*axes))
+            Case(a, d, value_dim or d, t, b, g, x)
+            for a, (d, t, b, g, x) in itertools.product(archs, itertools.product(*axes))
         ]
     else:
         cases = default_cases(archs)
@@ -596,9 +638,13 @@ def main(
     failed = [row for row in listed if row.failure]
     console.print(make_table(failed if failures_only else listed))
     if output is not None:
-        output.write_text(json.dumps([asdict(row) | {"failure": row.failure} for row in listed], indent=1) + "\n")
+        written = [asdict(row) | {"failure": row.failure} for row in listed]
+        output.write_text(json.dumps(written, indent=1) + "\n")
     seconds, outcome = time.monotonic() - begin, f"{len(failed)} FAILED" if failed else "all fit"
-    console.print(f"{len(listed)} kernels of {len(cases)} cases, Triton {triton.__version__}, {seconds:.0f} s: {outcome}")
+    console.print(
+        f"{len(listed)} kernels of {len(cases)} cases, "
+        f"Triton {triton.__version__}, {seconds:.0f} s: {outcome}"
+    )
     if failed:
         raise typer.Exit(1)
 

@@ -1,4 +1,5 @@
-"""What the scripts that train share: threads that wait without spinning, and progress that a log can show as well.
+"""What the scripts that train share: threads that wait without spinning,
+and progress that a log can show as well.
 
 Import it before torch, whose OpenMP library reads the environment once, while it is loaded.
 """
@@ -8,11 +9,19 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
-# By default an OpenMP thread spins for some milliseconds before it sleeps, which is the whole time slice that the thread it
-# waits for needs: beside 4 busy processes on 2 cores, fewer than 4 steps of the quickstart's NSA twin were done in 120 s.
-# Threads that sleep at once took 1.6 s a step there.
+# By default an OpenMP thread spins for some milliseconds before it sleeps, which is the whole
+# time slice that the thread it waits for needs: beside 4 busy processes on 2 cores, fewer than
+# 4 steps of the quickstart's NSA twin were done in 120 s. Threads that sleep at once took 1.6 s
+# a step there.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 FAR_SLOWER = 4  # times the first step, which had to warm up
@@ -20,7 +29,8 @@ SECONDS_BETWEEN_LINES = 30
 
 
 class Steps:
-    """Progress of a training run: a bar on a terminal; elsewhere a line for every `report`, and one now and then between.
+    """Progress of a training run: a bar on a terminal; elsewhere a line for every `report`,
+    and one now and then between.
 
     Says once if a step is far slower than the first.
 
@@ -32,9 +42,8 @@ class Steps:
     """
 
     def __init__(self, total: int, console: Console) -> None:
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(),
-        )  # fmt: skip
+        times = (TimeElapsedColumn(), TimeRemainingColumn())
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
         self._bar = Progress(*columns, console=console) if console.is_terminal else None
         self._task = None if self._bar is None else self._bar.add_task("training", total=total)
         self._console, self._total, self._done, self._said = console, total, 0, "training"
@@ -47,12 +56,16 @@ class Steps:
             self._bar.start()
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.stop()
 
     def report(self, text: str) -> None:
-        """Says how it goes; what happened since the last step, such as an evaluation, does not count as a part of one."""
+        """Says how it goes; what happened since the last step, such as an evaluation,
+        does not count as a part of one.
+        """
         self._said = text
         if self._bar is None:
             self._line()
@@ -70,8 +83,9 @@ class Steps:
         elif took > FAR_SLOWER * self._first and not self._warned:
             self._warned = True
             self._console.print(
-                f"Step {self._done} took {took:.1f} s and the first {self._first:.1f} s: other processes are using this "
-                "machine's cores, and this run takes longer for as long as they do.",
+                f"Step {self._done} took {took:.1f} s and the first {self._first:.1f} s: "
+                "other processes are using this machine's cores, "
+                "and this run takes longer for as long as they do.",
                 style="yellow",
                 highlight=False,
             )
@@ -83,7 +97,8 @@ class Steps:
     def _line(self) -> None:
         self._last_line = time.perf_counter()
         seconds = self._last_line - self._start
-        left = f", about {seconds / self._done * (self._total - self._done):.0f} s left" if self._done else ""
-        self._console.print(
-            f"step {self._done} of {self._total}: {self._said} ({seconds:.0f} s{left})", highlight=False, soft_wrap=True
-        )
+        left = ""
+        if self._done:
+            left = f", about {seconds / self._done * (self._total - self._done):.0f} s left"
+        line = f"step {self._done} of {self._total}: {self._said} ({seconds:.0f} s{left})"
+        self._console.print(line, highlight=False, soft_wrap=True)
