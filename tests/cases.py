@@ -1,6 +1,8 @@
-"""The one table of cases that drives every operator and every backend, and how to make a case's inputs and call an operator.
+"""The one table of cases that drives every operator and every backend,
+and how to make a case's inputs and call an operator.
 
-A new backend is tested as soon as it is registered: the tests are parametrised by `backends_of(operator)`.
+A new backend is tested as soon as it is registered: the tests are parametrised by
+`backends_of(operator)`.
 """
 
 import dataclasses
@@ -19,7 +21,9 @@ from tests.oracle import windows
 
 @dataclass(frozen=True)
 class Case:
-    """One problem. `small`: small enough for tests/oracle.py; otherwise the oracle is nsa_fsa.reference in float64."""
+    """One problem. `small`: small enough for tests/oracle.py; otherwise the oracle is
+    nsa_fsa.reference in float64.
+    """
 
     name: str
     lengths: tuple[int, ...]
@@ -69,10 +73,12 @@ F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
 CASES = [
     Case(*row, seed=seed, small=sum(row[1]) <= 140)
     for seed, row in enumerate([
-        # name, lengths, HKV, G, D, DV, dtype, kernel_size, kernel_stride, block_size, T_sel, init, local, window
+        # name, lengths, HKV, G, D, DV, dtype, kernel_size, kernel_stride, block_size, T_sel, init,
+        # local, window
         ("one_token", (1,), 1, 1, 32, 32, F32, 32, 16, 64, 4, 1, 2, 8),
         ("one_token_g3", (1,), 2, 3, 80, 64, BF16, 16, 16, 16, 1, 0, 1, 1),
-        ("t15", (15,), 2, 2, 32, 64, BF16, 16, 8, 16, 2, 1, 1, 4),  # shorter than a window and than a block
+        # Shorter than a window and than a block.
+        ("t15", (15,), 2, 2, 32, 64, BF16, 16, 8, 16, 2, 1, 1, 4),
         ("t15_tiny_windows", (15,), 1, 8, 64, 32, F32, 4, 2, 4, 3, 1, 1, 6),
         ("t16", (16,), 1, 3, 64, 64, F16, 16, 16, 16, 2, 1, 1, 16),
         ("t16_one_block", (16,), 1, 16, 32, 32, F32, 8, 4, 16, 1, 0, 0, 5),
@@ -93,8 +99,10 @@ CASES = [
         ("t127_d192", (127,), 1, 1, 192, 128, BF16, 16, 8, 16, 5, 1, 2, 40),
         ("empty_ends", (0, 33, 0, 0, 64, 0), 2, 2, 32, 64, F32, 16, 8, 16, 3, 1, 1, 9),
         ("nine", (1, 0, 15, 16, 17, 5, 31, 33, 2), 1, 3, 32, 32, F32, 8, 4, 8, 3, 1, 1, 6),
-        ("nine_bf16", (17, 16, 1, 0, 15, 3, 32, 31, 4), 2, 1, 64, 32, BF16, 16, 16, 16, 2, 1, 1, 16),
-        ("five", (0, 5, 17, 0, 11), 2, 2, 32, 64, F32, 8, 4, 16, 2, 1, 0, 9),  # few tokens: for tests that run it often
+        ("nine_bf16", (17, 16, 1, 0, 15, 3, 32, 31, 4), 2, 1, 64, 32, BF16,
+         16, 16, 16, 2, 1, 1, 16),
+        # Few tokens: for tests that run it often.
+        ("five", (0, 5, 17, 0, 11), 2, 2, 32, 64, F32, 8, 4, 16, 2, 1, 0, 9),
         # From here on too large for tests/oracle.py.
         ("t200_d256", (200,), 1, 2, 256, 256, F16, 32, 16, 64, 3, 1, 1, 50),
         ("t200_g16", (200,), 1, 16, 192, 128, BF16, 32, 16, 64, 3, 1, 2, 64),
@@ -105,7 +113,8 @@ CASES = [
         ("t2048", (2048,), 1, 2, 64, 64, BF16, 32, 16, 64, 16, 1, 2, 512),
         ("packed_2048", (65, 2048, 0, 127), 1, 1, 128, 64, F16, 64, 16, 128, 5, 1, 2, 100),
         ("packed_1000", (1000, 63, 1, 200, 64), 1, 2, 80, 96, F32, 16, 8, 16, 6, 0, 1, 64),
-        ("packed_nine", (64, 127, 0, 63, 65, 200, 31, 33, 32), 2, 5, 32, 32, BF16, 32, 16, 32, 3, 1, 1, 32),
+        ("packed_nine", (64, 127, 0, 63, 65, 200, 31, 33, 32), 2, 5, 32, 32, BF16,
+         32, 16, 32, 3, 1, 1, 32),
     ])
 ]
 # fmt: on
@@ -119,7 +128,9 @@ def by_name(name):
 
 @dataclass
 class Inputs:
-    """Everything that some operator takes. Rows that no compressed token owns are NaN in k_cmp and v_cmp."""
+    """Everything that some operator takes. Rows that no compressed token owns are NaN in
+    k_cmp and v_cmp.
+    """
 
     q: torch.Tensor
     k: torch.Tensor
@@ -140,7 +151,9 @@ class Inputs:
 
     def to(self, dtype, requires_grad=False):
         """The same values in another dtype, as new leaves of autograd."""
-        floats = {name: x.detach().to(dtype, copy=True) for name, x in vars(self).items() if is_float(x)}
+        floats = {
+            name: x.detach().to(dtype, copy=True) for name, x in vars(self).items() if is_float(x)
+        }
         return self.replace(**{name: x.requires_grad_(requires_grad) for name, x in floats.items()})
 
 
@@ -149,14 +162,20 @@ def is_float(x):
 
 
 def make_inputs(case, dtype=None, device="cpu", requires_grad=False):
-    """Random inputs of a case. The values are rounded to the case's dtype, so that every dtype holds the same ones."""
+    """Random inputs of a case. The values are rounded to the case's dtype,
+    so that every dtype holds the same ones.
+    """
     generator = torch.Generator().manual_seed(case.seed)
     total, heads, kv_heads = sum(case.lengths), case.num_heads, case.num_kv_heads
     cu_seqlens = list(accumulate(case.lengths, initial=0))
     rounded_to = case.dtype if dtype is None or dtype.itemsize > case.dtype.itemsize else dtype
 
     def randn(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(rounded_to).to(dtype or case.dtype)
+        return (
+            torch.randn(shape, generator=generator, dtype=torch.float64)
+            .to(rounded_to)
+            .to(dtype or case.dtype)
+        )
 
     k_cmp = randn(total // case.kernel_stride, kv_heads, case.head_dim)
     v_cmp = randn(total // case.kernel_stride, kv_heads, case.v_head_dim)
@@ -168,7 +187,9 @@ def make_inputs(case, dtype=None, device="cpu", requires_grad=False):
     for start, length in zip(cu_seqlens, case.lengths, strict=False):
         for t in range(length):
             for kv in range(kv_heads):
-                chosen = torch.randperm(t // case.block_size + 1, generator=generator)[: case.num_selected_blocks]
+                chosen = torch.randperm(t // case.block_size + 1, generator=generator)[
+                    : case.num_selected_blocks
+                ]
                 block_indices[start + t, kv, : len(chosen)] = chosen.sort().values
 
     inputs = Inputs(
@@ -207,17 +228,30 @@ ATTENTIONS = ("compressed_attention", "selected_attention", "sliding_window_atte
 
 
 def call(operator, case, x, backend="auto", **extra):
-    """Runs an operator of nsa_fsa.ops on a case's inputs; attention operators return (o, lse). `extra` goes to the operator."""
+    """Runs an operator of nsa_fsa.ops on a case's inputs; attention operators return (o, lse).
+    `extra` goes to the operator.
+    """
     layout = dict(backend=backend, **extra)
     packed = (x.cu_seqlens, x.max_seqlen)
     if operator == "compressed_attention":
-        return ops.compressed_attention(x.q, x.k_cmp, x.v_cmp, *packed, return_lse=True, **case.windows, **layout)
+        return ops.compressed_attention(
+            x.q, x.k_cmp, x.v_cmp, *packed, return_lse=True, **case.windows, **layout
+        )
     if operator == "selected_attention":
         return ops.selected_attention(
-            x.q, x.k, x.v, x.block_indices, *packed, block_size=case.block_size, return_lse=True, **layout
+            x.q,
+            x.k,
+            x.v,
+            x.block_indices,
+            *packed,
+            block_size=case.block_size,
+            return_lse=True,
+            **layout,
         )
     if operator == "sliding_window_attention":
-        return ops.sliding_window_attention(x.q, x.k, x.v, *packed, window_size=case.window_size, return_lse=True, **layout)
+        return ops.sliding_window_attention(
+            x.q, x.k, x.v, *packed, window_size=case.window_size, return_lse=True, **layout
+        )
     if operator == "gated_combine":
         return ops.gated_combine(x.gate_logits, x.o_cmp, x.o_slc, x.o_swa, **layout)
     if operator == "pool_windows":
@@ -240,7 +274,15 @@ def output(result):
 def select(case, x, lse, backend="auto", **extra):
     """Runs select_blocks on a case's inputs."""
     return ops.select_blocks(
-        x.q, x.k_cmp, lse, x.cu_seqlens, x.max_seqlen, backend=backend, **case.blocks, **case.windows, **extra
+        x.q,
+        x.k_cmp,
+        lse,
+        x.cu_seqlens,
+        x.max_seqlen,
+        backend=backend,
+        **case.blocks,
+        **case.windows,
+        **extra,
     )
 
 
@@ -254,21 +296,26 @@ def gradients(operator, o, x, do):
 
 # Libraries, which compute in 16 bits only.
 FLASH_ATTENTION = ("flash_attn_4", "torch_flash")
-# How many blocks of keys Triton's interpreter may visit in one test: about 8 s on one core. KV-major counts each (row of q,
-# block) once, query-major each (program, block), and a program's own start as one more.
+# How many blocks of keys Triton's interpreter may visit in one test: about 8 s on one core.
+# KV-major counts each (row of q, block) once, query-major each (program, block), and a program's
+# own start as one more.
 INTERPRETED_BLOCKS = {"triton_kv_major": 10_000, "triton_query_major": 500}
-# How many rows, (query, head) pairs, a "triton" backend of another operator may have in one test: about 6 s of compressed
-# attention, the slowest of them. One in float32 counts four times, because its tiles have as few rows.
+# How many rows, (query, head) pairs, a "triton" backend of another operator may have in one test:
+# about 6 s of compressed attention, the slowest of them. One in float32 counts four times, because
+# its tiles have as few rows.
 INTERPRETED_ROWS = 8_000
-INTERPRETED_WINDOW_ROWS = 600  # "triton_window": the kernels of compressed attention, which are tested under their own name
+# "triton_window": the kernels of compressed attention, which are tested under their own name.
+INTERPRETED_WINDOW_ROWS = 600
 
 
 def suited(case, backend, calls=1, dtype=None, operator=None):
-    """The case as a backend can run it here. Skips the test, with the reason, where only a GPU is fast enough.
+    """The case as a backend can run it here. Skips the test, with the reason,
+    where only a GPU is fast enough.
 
-    The Triton backends of selected attention want blocks of at least 16 keys, and the interpreter, which stands in for a GPU,
-    computes bfloat16 wrongly. `calls`: how many times forward and backward the test runs the case; `dtype`: in which, where
-    that is not the case's own; `operator`: which one, where it may be the whole.
+    The Triton backends of selected attention want blocks of at least 16 keys, and the interpreter,
+    which stands in for a GPU, computes bfloat16 wrongly. `calls`: how many times forward and
+    backward the test runs the case; `dtype`: in which, where that is not the case's own;
+    `operator`: which one, where it may be the whole.
     """
     whole = operator == "nsa_attention"
     if backend in FLASH_ATTENTION and case.dtype == F32:
@@ -279,7 +326,9 @@ def suited(case, backend, calls=1, dtype=None, operator=None):
         case = dataclasses.replace(case, block_size=max(case.block_size, 16))
     if device_of(backend) == "cuda":
         return case
-    rows = sum(case.lengths) * (case.num_kv_heads if backend == "triton_query_major" else case.num_heads)
+    rows = sum(case.lengths) * (
+        case.num_kv_heads if backend == "triton_query_major" else case.num_heads
+    )
     if backend in INTERPRETED_BLOCKS:
         visited = min(case.num_selected_blocks, -(-max(case.lengths, default=0) // case.block_size))
         too_long = calls * rows * (1 + visited) > INTERPRETED_BLOCKS[backend]
@@ -293,22 +342,31 @@ def suited(case, backend, calls=1, dtype=None, operator=None):
 
 
 def no_gradient_for_last_queries(operator, backend):
-    """Whether a backward wants queries that share the rows of the keys, although the forward does not."""
+    """Whether a backward wants queries that share the rows of the keys,
+    although the forward does not.
+    """
     if operator == "nsa_attention":
         return backend == "triton"
     return backend == "triton_query_major" or backend in FLASH_ATTENTION
 
 
 def refuses_last_queries(backend, call):
-    """Whether the backend wants queries that share the rows of the keys; `call`, whose do not, must then be refused."""
+    """Whether the backend wants queries that share the rows of the keys;
+    `call`, whose do not, must then be refused.
+    """
     if backend == "flash_attn_4":
-        return _refused(call, r"no support where seqused_k is given: it reads past the keys in use.*Fix")
-    return backend == "triton_kv_major" and _refused(call, r"no support where cu_seqlens_q or seqused_k is given.*Fix")
+        return _refused(
+            call, r"no support where seqused_k is given: it reads past the keys in use.*Fix"
+        )
+    return backend == "triton_kv_major" and _refused(
+        call, r"no support where cu_seqlens_q or seqused_k is given.*Fix"
+    )
 
 
 def refuses_unused_queries(backend, call):
-    """Whether the backend wants every key of a query's sequence to be in use, or the queries to be the last of those in use;
-    `call`, where some are not and queries lie among them, must then be refused."""
+    """Whether the backend wants every key of a query's sequence to be in use, or the queries to
+    be the last of those in use; `call`, where some are not and queries lie among them, must
+    then be refused."""
     if backend in FLASH_ATTENTION:
         return _refused(call, r"no support where seqused_k is given without cu_seqlens_q.*Fix")
     return refuses_last_queries(backend, call)
@@ -320,14 +378,20 @@ def _refused(call, match):
     return True
 
 
-# (operator, backend) without kernels of its own: whichever of the others' is fastest runs. tests/ops/test_triton_choice.py.
+# (operator, backend) without kernels of its own: whichever of the others' is fastest runs.
+# tests/ops/test_triton_choice.py.
 CHOOSERS = [("selected_attention", "triton"), ("sliding_window_attention", "flash_attention")]
 
 
 def backends_of(operator):
-    """The operator's backends as pytest parameters; one that cannot run here is skipped with its reason."""
-    # The whole takes the name of any of its operators'; compressed attention has those that several share.
-    available = BACKENDS["compressed_attention" if operator == "nsa_attention" else operator].available()
+    """The operator's backends as pytest parameters; one that cannot run here is skipped
+    with its reason.
+    """
+    # The whole takes the name of any of its operators'; compressed attention has those that
+    # several share.
+    available = BACKENDS[
+        "compressed_attention" if operator == "nsa_attention" else operator
+    ].available()
     return [
         pytest.param(name, marks=pytest.mark.skip(reason=reason) if reason else ())
         for name, reason in available.items()
@@ -337,7 +401,9 @@ def backends_of(operator):
 
 def prefer(monkeypatch, operator, backend):
     """Adds a backend to an operator, before all others."""
-    monkeypatch.setattr(BACKENDS[operator], "by_name", {backend.name: backend, **BACKENDS[operator].by_name})
+    monkeypatch.setattr(
+        BACKENDS[operator], "by_name", {backend.name: backend, **BACKENDS[operator].by_name}
+    )
 
 
 class Impossible(Backend):
@@ -355,7 +421,9 @@ class Impossible(Backend):
 def operators_and_backends(*operators):
     """(operator, backend) pairs as pytest parameters; default: every operator."""
     return [
-        pytest.param(operator, *backend.values, marks=backend.marks, id=f"{operator}-{backend.values[0]}")
+        pytest.param(
+            operator, *backend.values, marks=backend.marks, id=f"{operator}-{backend.values[0]}"
+        )
         for operator in operators or DIFFERENTIABLE
         for backend in backends_of(operator)
     ]
@@ -367,7 +435,9 @@ def device_of(backend):
 
 
 def widest_dtype(backend):
-    """The widest dtype a backend works in, for tests that ask for equality to rounding, and what rounding then means."""
+    """The widest dtype a backend works in, for tests that ask for equality to rounding,
+    and what rounding then means.
+    """
     if backend in FLASH_ATTENTION:
         return torch.float16, 2**-10
     return (torch.float64, 1e-12) if backend == "reference" else (torch.float32, 1e-5)

@@ -8,10 +8,12 @@ import pytest
 import torch
 
 if not torch.cuda.is_available():
-    # Triton decides once, while it is imported, whether it compiles kernels or runs them on the CPU.
+    # Triton decides once, while it is imported, whether it compiles kernels or runs
+    # them on the CPU.
     assert "triton" not in sys.modules, "something imported Triton before TRITON_INTERPRET was set"
     os.environ["TRITON_INTERPRET"] = "1"
-# On a GPU the profiler would time every shape that a test comes up with, and keep that in the user's cache.
+# On a GPU the profiler would time every shape that a test comes up with,
+# and keep that in the user's cache.
 os.environ["NSA_FSA_PROFILE"] = "0"
 
 
@@ -30,7 +32,9 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def seed(request):
-    """Seeds torch from the test's name, so that a test fails alone as it does in company; printed when it fails."""
+    """Seeds torch from the test's name, so that a test fails alone as it does in company;
+    printed when it fails.
+    """
     value = zlib.crc32(request.node.nodeid.encode())
     torch.manual_seed(value)
     print(f"torch.manual_seed({value})")  # pytest shows captured output only for failures
@@ -39,7 +43,9 @@ def seed(request):
 
 @pytest.fixture(autouse=True)
 def float32_products():
-    """What torch was told of them comes back: the Trainer has them rounded to tf32, in the whole process, where it compiles."""
+    """What torch was told of them comes back: the Trainer has them rounded to tf32,
+    in the whole process, where it compiles.
+    """
     matmul = torch.backends.cuda.matmul
     before = torch.backends.fp32_precision, matmul.fp32_precision
     yield

@@ -1,4 +1,6 @@
-"""Memory with guards around it: what an operator reads out of bounds shows, and so does what it writes."""
+"""Memory with guards around it: what an operator reads out of bounds shows,
+and so does what it writes.
+"""
 
 from contextlib import contextmanager
 
@@ -6,7 +8,10 @@ import pytest
 import torch
 
 GUARD = 4096  # elements before and after
-ALLOCATORS = {torch: ("empty", "empty_like", "zeros", "full"), torch.Tensor: ("new_empty", "new_zeros", "new_full")}
+ALLOCATORS = {
+    torch: ("empty", "empty_like", "zeros", "full"),
+    torch.Tensor: ("new_empty", "new_zeros", "new_full"),
+}
 _full = torch.full
 
 
@@ -25,13 +30,17 @@ def guarded(x):
 
 def assert_untouched(buffer, name):
     for end, guard in (("before", buffer[:GUARD]), ("after", buffer[-GUARD:])):
-        intact = guard.isnan() if buffer.dtype.is_floating_point else guard == fill_value(buffer.dtype)
+        intact = (
+            guard.isnan() if buffer.dtype.is_floating_point else guard == fill_value(buffer.dtype)
+        )
         assert intact.all(), f"{(~intact).sum()} elements {end} {name} were written to"
 
 
 @contextmanager
 def guarded_allocations():
-    """Whatever Python code allocates meanwhile lies between guards, which must be intact at the end, and starts as NaN or 1."""
+    """Whatever Python code allocates meanwhile lies between guards,
+    which must be intact at the end, and starts as NaN or 1.
+    """
     buffers = []
 
     def between_guards(name, allocate):

@@ -1,7 +1,8 @@
-"""The operators once more, as slowly and as plainly as spec.md can be read: one query, one head, one list of keys at a time.
+"""The operators once more, as slowly and as plainly as spec.md can be read:
+one query, one head, one list of keys at a time.
 
-Shares no code with nsa_fsa. Everything is built from torch operations on tiny vectors, so autograd gives its gradients.
-For small sizes only. Section numbers are spec.md's.
+Shares no code with nsa_fsa. Everything is built from torch operations on tiny vectors,
+so autograd gives its gradients. For small sizes only. Section numbers are spec.md's.
 """
 
 import torch
@@ -15,20 +16,25 @@ def queries(cu_seqlens, cu_seqlens_q=None, seqused_k=None):
         if cu_seqlens_q is None:
             first_row, num_queries = starts[b], length
         else:
-            first_row, num_queries = int(cu_seqlens_q[b]), int(cu_seqlens_q[b + 1]) - int(cu_seqlens_q[b])
+            first_row = int(cu_seqlens_q[b])
+            num_queries = int(cu_seqlens_q[b + 1]) - int(cu_seqlens_q[b])
         for n in range(num_queries):
             yield first_row + n, starts[b], length - num_queries + n
 
 
 def windows(cu_seqlens, kernel_size, kernel_stride, seqused_k=None):
-    """Section 1: a dict from the packed row of every compressed token to the list of key rows it covers."""
+    """Section 1: a dict from the packed row of every compressed token to the list of key
+    rows it covers.
+    """
     starts = [int(x) for x in cu_seqlens]
     covered = {}
     for b in range(len(starts) - 1):
         length = starts[b + 1] - starts[b] if seqused_k is None else int(seqused_k[b])
         i = 0
         while i * kernel_stride + kernel_size <= length:
-            covered[starts[b] // kernel_stride + i] = [starts[b] + i * kernel_stride + x for x in range(kernel_size)]
+            covered[starts[b] // kernel_stride + i] = [
+                starts[b] + i * kernel_stride + x for x in range(kernel_size)
+            ]
             i += 1
     return covered
 
@@ -51,7 +57,9 @@ def attention(q, k, v, scale, visible_rows, **layout):
             kv = h // group_size
             rows = visible_rows(row, kv, first_key_row, t)
             if rows:
-                o[row][h], lse[row][h] = attend(q[row, h], [k[r, kv] for r in rows], [v[r, kv] for r in rows], scale)
+                o[row][h], lse[row][h] = attend(
+                    q[row, h], [k[r, kv] for r in rows], [v[r, kv] for r in rows], scale
+                )
     if q.shape[0] == 0:
         return q.new_zeros(0, num_heads, v.shape[2]), q.new_zeros(0, num_heads)
     return torch.stack([torch.stack(x) for x in o]), torch.stack([torch.stack(x) for x in lse])
@@ -64,7 +72,10 @@ def compressed_tokens(t, kernel_size, kernel_stride):
 
 def oracle_compressed(q, k_cmp, v_cmp, *, kernel_size, kernel_stride, scale, **layout):
     def visible_rows(row, kv, first_key_row, t):
-        return [first_key_row // kernel_stride + i for i in compressed_tokens(t, kernel_size, kernel_stride)]
+        return [
+            first_key_row // kernel_stride + i
+            for i in compressed_tokens(t, kernel_size, kernel_stride)
+        ]
 
     return attention(q, k_cmp, v_cmp, scale, visible_rows, **layout)
 
@@ -98,28 +109,43 @@ def overlap(i, j, kernel_size, kernel_stride, block_size):
     return len(window & block) // kernel_stride
 
 
-def oracle_block_scores(q, k_cmp, max_seqlen, *, kernel_size, kernel_stride, block_size, scale, **layout):
+def oracle_block_scores(
+    q, k_cmp, max_seqlen, *, kernel_size, kernel_stride, block_size, scale, **layout
+):
     """Section 3, `[Tq, HKV, ceil(max_seqlen / block_size)]`."""
-    num_blocks, group_size = (max_seqlen + block_size - 1) // block_size, q.shape[1] // k_cmp.shape[1]
+    num_blocks = (max_seqlen + block_size - 1) // block_size
+    group_size = q.shape[1] // k_cmp.shape[1]
     scores = torch.zeros(q.shape[0], k_cmp.shape[1], num_blocks, dtype=q.dtype)
     for row, first_key_row, t in queries(**layout):
         tokens = compressed_tokens(t, kernel_size, kernel_stride)
         if not tokens:
             continue
         shared = torch.tensor(
-            [[overlap(i, j, kernel_size, kernel_stride, block_size) for j in range(num_blocks)] for i in tokens], dtype=q.dtype
+            [
+                [overlap(i, j, kernel_size, kernel_stride, block_size) for j in range(num_blocks)]
+                for i in tokens
+            ],
+            dtype=q.dtype,
         )
         for h in range(q.shape[1]):
             kv = h // group_size
             weights = torch.softmax(
-                torch.stack([scale * (q[row, h] * k_cmp[first_key_row // kernel_stride + i, kv]).sum() for i in tokens]), 0
+                torch.stack(
+                    [
+                        scale * (q[row, h] * k_cmp[first_key_row // kernel_stride + i, kv]).sum()
+                        for i in tokens
+                    ]
+                ),
+                0,
             )
             scores[row, kv] += weights @ shared
     return scores
 
 
 def forced_blocks(own, init_blocks, local_blocks):
-    """Section 4: the first init_blocks and the last local_blocks of the eligible blocks 0 .. own."""
+    """Section 4: the first init_blocks and the last local_blocks of the eligible
+    blocks 0 .. own.
+    """
     eligible = list(range(own + 1))
     return set(eligible[:init_blocks]) | set(eligible[max(0, len(eligible) - local_blocks) :])
 
@@ -145,7 +171,12 @@ def oracle_gather(x, cu_seqlens, *, kernel_size, kernel_stride, seqused_k=None):
     if num_rows == 0:
         return x.new_zeros(0, x.shape[1], kernel_size, x.shape[2])
     nothing = x.new_zeros(x.shape[1], kernel_size, x.shape[2])
-    return torch.stack([torch.stack([x[r] for r in covered[n]], dim=1) if n in covered else nothing for n in range(num_rows)])
+    return torch.stack(
+        [
+            torch.stack([x[r] for r in covered[n]], dim=1) if n in covered else nothing
+            for n in range(num_rows)
+        ]
+    )
 
 
 def oracle_pool(x, weight, cu_seqlens, *, kernel_size, kernel_stride, seqused_k=None):

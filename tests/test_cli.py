@@ -40,7 +40,11 @@ def test_info_lists_versions_and_every_backend_with_its_reason(monkeypatch):
     assert torch.__version__.split("+")[0] in printed
     for operator in cli.OPERATORS:
         for name, reason in operator.available().items():
-            (line,) = (x for x in printed.splitlines() if f" {operator.operator} " in x and f" {name} " in x)
+            (line,) = (
+                x
+                for x in printed.splitlines()
+                if f" {operator.operator} " in x and f" {name} " in x
+            )
             assert (" yes " if reason is None else f" no: {reason} ") in line
 
 
@@ -55,16 +59,45 @@ def test_info_knows_every_operator():
     assert named == {*DIFFERENTIABLE, "select_blocks"} - {"nsa_attention"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem
+)
 def test_explain_a_file(path):
-    printed = run("explain", "--config", str(path), "--tokens", "4096", "--device", "cpu", "--dtype", "float32")
-    assert str(nsa_fsa.explain(NSAConfig.from_yaml(path), 4096, device="cpu", dtype=torch.float32)) in printed
+    printed = run(
+        "explain",
+        "--config",
+        str(path),
+        "--tokens",
+        "4096",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    )
+    assert (
+        str(nsa_fsa.explain(NSAConfig.from_yaml(path), 4096, device="cpu", dtype=torch.float32))
+        in printed
+    )
 
 
 def test_explain_a_preset():
-    printed = run("explain", "--preset", "fsa-128x8", "--heads", "16", "--kv-heads", "2", "--head-dim", "64", "--device", "cpu")
+    printed = run(
+        "explain",
+        "--preset",
+        "fsa-128x8",
+        "--heads",
+        "16",
+        "--kv-heads",
+        "2",
+        "--head-dim",
+        "64",
+        "--device",
+        "cpu",
+    )
     assert "8,192 tokens, 16 query heads of 64, 2 KV heads, bfloat16:" in printed
-    config = NSAConfig.from_dict(dict(preset="fsa-128x8", hidden_size=1024, num_heads=16, num_kv_heads=2, head_dim=64))
+    config = NSAConfig.from_dict(
+        dict(preset="fsa-128x8", hidden_size=1024, num_heads=16, num_kv_heads=2, head_dim=64)
+    )
     assert str(nsa_fsa.explain(config, 8192, device="cpu")) in printed
 
 
@@ -79,11 +112,17 @@ def test_explain_a_preset():
         (("--tokens", str(2**31)), "num_tokens=2147483648 must be an int from 1 to 2 ** 31 - 1"),
         (("--tokens", "9" * 30), "must be an int from 1 to 2 ** 31 - 1"),
         (("--heads", "0"), "Invalid value for '--heads'"),
-        (("--head-dim", str(2**62)), "is not allowed: it must be an int >= 1, and one that 64 bits hold"),
+        (
+            ("--head-dim", str(2**62)),
+            "is not allowed: it must be an int >= 1, and one that 64 bits hold",
+        ),
         (("--device", "cuda:97"), "device='cuda:97' is not here"),
         (("--device", "abacus"), "device='abacus' is not here"),
         (("--device", "vulkan"), "'Vulkan' backend. Fix: a device of this machine"),
-        (("--device", "hpu"), "device='hpu' is not here: No module named 'torch.hpu'. Fix: a device of this machine"),
+        (
+            ("--device", "hpu"),
+            "device='hpu' is not here: No module named 'torch.hpu'. Fix: a device of this machine",
+        ),
         (("--for", "h101"), "gpu='h101' is not known: allowed are v100"),
         (("--for", "h100", "--device", "cpu"), "device='cpu' and gpu='h100' are both given"),
     ],
@@ -102,7 +141,7 @@ FILES = {
     "backend: cuda": "backend='cuda' is not an implementation",
     f"block_size: {2**70}": f"NSAConfig.block_size={2**70} is not allowed",
     f"window_size: {2**63}": f"NSAConfig.window_size={2**63} is not allowed",
-    "rope_parameters: {rope_type: default, rope_theta: 1e6}": "(YAML reads 1e6, without a point, as text)",
+    "rope_parameters: {rope_type: default, rope_theta: 1e6}": "YAML reads 1e6, without a point, as",
     "rope_parameters: {rope_type: yarn, factor: 4.0, beta_fast: fast}": "rope",
     "rope_parameters: {rope_type: llama3, factor: 4.0, low_freq_factor: '1', high_freq_factor: 4.0,"
     " original_max_position_embeddings: 512}": "rope",
@@ -123,8 +162,12 @@ def test_explain_refuses_what_the_layer_refuses(line, said, tmp_path):
 
 def test_options_that_a_file_makes_void_are_refused():
     path = str(ROOT / "configs" / "llama3-8b.yaml")
-    assert "so --heads, --head-dim would have no effect" in told("explain", "--config", path, "--heads=4", "--head-dim=64")
-    assert "so --preset would have no effect" in told("explain", "--config", path, "--preset", "tiny")
+    assert "so --heads, --head-dim would have no effect" in told(
+        "explain", "--config", path, "--heads=4", "--head-dim=64"
+    )
+    assert "so --preset would have no effect" in told(
+        "explain", "--config", path, "--preset", "tiny"
+    )
 
 
 def test_version():
@@ -134,18 +177,22 @@ def test_version():
 @pytest.mark.parametrize("gpu", ["h100", "NVIDIA H100", "sm_90", "sm_90a", "9.0"])
 def test_explain_what_another_machine_would_run(gpu):
     printed = run("explain", "--for", gpu, "--tokens", "65536")
-    chosen = [line.split(" (")[0] for line in printed.splitlines()[1:] if not line.startswith(" ")]  # without reasons why not
+    # Without reasons why not.
+    chosen = [line.split(" (")[0] for line in printed.splitlines()[1:] if not line.startswith(" ")]
     ran = dict(line.split(": ") for line in chosen)
     assert ran.pop("sliding_window_attention") == "flash_attention"
     assert set(ran.values()) == {"triton"}
-    assert "selected_attention: triton (forward: the default tiles" in printed  # nothing of this machine's timings
+    # Nothing of this machine's timings.
+    assert "selected_attention: triton (forward: the default tiles" in printed
 
 
 def test_explain_what_an_old_or_wrongly_asked_gpu_would_run():
     printed = run("explain", "--for", "t4")
     assert "selected_attention: reference" in printed
     assert "not triton: it needs compute capability 8.0 or newer, and this GPU has 7.5" in printed
-    assert "not triton: q has dtype torch.float64" in run("explain", "--for", "h100", "--dtype", "float64")
+    assert "not triton: q has dtype torch.float64" in run(
+        "explain", "--for", "h100", "--dtype", "float64"
+    )
 
 
 # bench and crossover
@@ -156,23 +203,29 @@ def test_explain_what_an_old_or_wrongly_asked_gpu_would_run():
     [
         (("bench", "--tokens", "-1"), "Invalid value for '--tokens'"),
         (("bench", "--tokens", str(2**31)), "Invalid value for '--tokens'"),
-        (("bench", "--kv-heads", "3"), "num_kv_heads=3 is not allowed: it must be a divisor of num_heads=32"),
+        (("bench", "--kv-heads", "3"),
+         "num_kv_heads=3 is not allowed: it must be a divisor of num_heads=32"),
         (("bench", "--kv-heads", "0"), "Invalid value for '--kv-heads'"),
         (("bench", "--head-dim", "-8"), "Invalid value for '--head-dim'"),
         (("bench", "--heads", "0"), "Invalid value for '--heads'"),
         (("bench", "--preset", "magic"), "allowed are ('fsa-64x16'"),
         (("bench", "--config", "nowhere.yaml"), "does not exist"),
-        (("bench", "--config", str(ROOT / "configs/llama3-8b.yaml"), "--kv-heads", "4"), "--kv-heads would have no effect"),
+        (("bench", "--config", str(ROOT / "configs/llama3-8b.yaml"), "--kv-heads", "4"),
+         "--kv-heads would have no effect"),
         (("bench", "--dtype", "float32"), "'float32' is not known: allowed are bfloat16, float16"),
-        (("bench", "--implementation", "magic"), "'magic' is not known: allowed are nsa_fsa, nsa_layer, flash_attn_4, cudnn"),
-        (("bench", "--pass", "sideways"), "'sideways' is not known: allowed are forward, backward, forward_backward"),
+        (("bench", "--implementation", "magic"),
+         "'magic' is not known: allowed are nsa_fsa, nsa_layer, flash_attn_4, cudnn"),
+        (("bench", "--pass", "sideways"),
+         "'sideways' is not known: allowed are forward, backward, forward_backward"),
         (("bench", "--milliseconds", "-1"), "Invalid value for '--milliseconds'"),
         (("bench", "--seed", str(2**63)), "Invalid value for '--seed'"),
         (("bench", "--output", __file__), "Invalid value for '--output'"),
         (("crossover", "--kv-heads", "5"), "it must be a divisor of num_heads=32"),
         (("crossover", "--head-dim", "0"), "Invalid value for '--head-dim'"),
-        (("crossover", "--against", "magic"), "'magic' is not known: allowed are flash_attn_4, cudnn"),
-        (("crossover", "--dtype", "float64"), "'float64' is not known: allowed are bfloat16, float16"),
+        (("crossover", "--against", "magic"),
+         "'magic' is not known: allowed are flash_attn_4, cudnn"),
+        (("crossover", "--dtype", "float64"),
+         "'float64' is not known: allowed are bfloat16, float16"),
     ],
 )  # fmt: skip
 def test_wrong_sizes_are_explained_before_a_gpu_is_looked_for(arguments, said, monkeypatch):
@@ -205,7 +258,8 @@ def gpu(monkeypatch):
     monkeypatch.setitem(cli.FULL_ATTENTION, "cudnn", math)
     monkeypatch.setitem(cli.IMPLEMENTATIONS, "cudnn", math)
     monkeypatch.setitem(sys.modules, "flash_attn", None)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # the file is named after the GPU
+    # The file is named after the GPU.
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(cli, "LENGTHS", (64,))
     monkeypatch.setattr("nsa_fsa.benchmarking.runs.Bench.crossover.__defaults__", ((64, 128),))
 
@@ -222,22 +276,44 @@ def test_bench(gpu, tmp_path):
     assert {(r["implementation"], r["group_size"], r["pass"]) for r in rows} == {
         (name, g, p) for name in ("nsa_fsa", "nsa_layer", "cudnn") for g in (1, 4) for p in PASSES
     }
-    assert {(r["num_tokens"], r["dtype"], r["block_size"]) for r in rows} == {(96, "bfloat16", 16), (96, "bfloat16", 0)}
-    assert all(0 < max(r["errors"].values()) < 0.02 for r in rows if r["implementation"] != "nsa_layer")
+    assert {(r["num_tokens"], r["dtype"], r["block_size"]) for r in rows} == {
+        (96, "bfloat16", 16),
+        (96, "bfloat16", 0),
+    }
+    assert all(
+        0 < max(r["errors"].values()) < 0.02 for r in rows if r["implementation"] != "nsa_layer"
+    )
     assert {x["implementation"] for x in document["not_timed"]} == {"flash_attn_4"}
-    for said in ("4 / 1", "4 / 4", "nsa_fsa, whole core", "nsa_fsa, whole layer", "full: cuDNN", "not timed: flash_attn_4"):
+    for said in (
+        "4 / 1",
+        "4 / 4",
+        "nsa_fsa, whole core",
+        "nsa_fsa, whole layer",
+        "full: cuDNN",
+        "not timed: flash_attn_4",
+    ):
         assert said in printed
     assert "0.25 / 0.25" in printed
 
 
 def test_bench_takes_a_part_of_it(gpu, tmp_path):
     path = str(ROOT / "configs" / "tiny-demo.yaml")
-    options = ("--implementation=nsa_fsa", "--pass=forward", "--dtype=float16", "--tokens=64", "--tokens=96")
+    options = (
+        "--implementation=nsa_fsa",
+        "--pass=forward",
+        "--dtype=float16",
+        "--tokens=64",
+        "--tokens=96",
+    )
     run("bench", "--config", path, *options, f"--output={tmp_path}")
     rows = json.loads((tmp_path / "bench_none.json").read_text())["rows"]
     config = NSAConfig.from_yaml(path)
-    assert [(r["num_tokens"], r["pass"], r["dtype"]) for r in rows] == [(t, "forward", "float16") for t in (64, 96)]
-    assert {(r["num_heads"], r["block_size"]) for r in rows} == {(config.num_heads, config.block_size)}
+    assert [(r["num_tokens"], r["pass"], r["dtype"]) for r in rows] == [
+        (t, "forward", "float16") for t in (64, 96)
+    ]
+    assert {(r["num_heads"], r["block_size"]) for r in rows} == {
+        (config.num_heads, config.block_size)
+    }
 
 
 def test_crossover(gpu, tmp_path):
@@ -287,5 +363,7 @@ def test_the_command_itself():
     result = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert result.returncode == 0, result.stderr
     assert "gated_combine: reference" in result.stdout
-    (entry,) = (x for x in (ROOT / "pyproject.toml").read_text().splitlines() if x.startswith("nsa-fsa = "))
+    (entry,) = (
+        x for x in (ROOT / "pyproject.toml").read_text().splitlines() if x.startswith("nsa-fsa = ")
+    )
     assert entry == 'nsa-fsa = "nsa_fsa.cli:app"'

@@ -14,16 +14,27 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def script():
-    specification = importlib.util.spec_from_file_location("gpu_workers", ROOT / "scripts" / "gpu_workers.py")
+    specification = importlib.util.spec_from_file_location(
+        "gpu_workers", ROOT / "scripts" / "gpu_workers.py"
+    )
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     return module
 
 
-# What cards of these sizes report, in MiB: H200, H100 and A100 of 80 GB, A100 of 40 GB, RTX 4090, T4.
+# What cards of these sizes report, in MiB: H200, H100 and A100 of 80 GB, A100 of 40 GB,
+# RTX 4090, T4.
 @pytest.mark.parametrize(
     ("mib", "cores", "expected"),
-    [(143_156, 64, 11), (81_079, 16, 6), (40_326, 16, 3), (24_080, 16, 1), (14_913, 4, 1), (143_156, 4, 4), (8_000, 8, 1)],
+    [
+        (143_156, 64, 11),
+        (81_079, 16, 6),
+        (40_326, 16, 3),
+        (24_080, 16, 1),
+        (14_913, 4, 1),
+        (143_156, 4, 4),
+        (8_000, 8, 1),
+    ],
 )
 def test_they_follow_the_memory_and_the_cores(script, mib, cores, expected):
     assert script.workers(mib * 2**20, cores) == expected
@@ -49,7 +60,11 @@ def test_without_a_gpu_nothing_is_started():
 
 def test_the_makefile_asks():
     recipe = subprocess.run(
-        ["make", "--dry-run", "test-gpu", "GPU_WORKERS=3"], capture_output=True, text=True, cwd=ROOT, timeout=60
+        ["make", "--dry-run", "test-gpu", "GPU_WORKERS=3"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=60,
     ).stdout
     assert "scripts/gpu_workers.py 3)" in recipe
     assert "pytest -n $workers" in recipe

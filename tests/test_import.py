@@ -1,4 +1,6 @@
-"""What importing the package needs, and what it leaves alone. Each test imports in a fresh interpreter."""
+"""What importing the package needs, and what it leaves alone. Each test imports in a fresh
+interpreter.
+"""
 
 import os
 import subprocess
@@ -9,22 +11,25 @@ import pytest
 
 import nsa_fsa
 
-# Behaves as if the named packages were not installed, and not as if they had been removed from a list: a package that is
-# already imported, or that another one drags in, fails just the same.
+# Behaves as if the named packages were not installed, and not as if they had been removed from a
+# list: a package that is already imported, or that another one drags in, fails just the same.
 BLOCK = """
 import sys
 
 class Block:
     def find_spec(self, name, path=None, target=None):
         if name.partition(".")[0] in {blocked!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}} (blocked by the test)", name=name)
+            message = f"No module named {{name!r}} (blocked by the test)"
+            raise ModuleNotFoundError(message, name=name)
 
 sys.meta_path.insert(0, Block())
 """
 
 
 def run_python(code: str, tmp_path: Path, blocked: tuple[str, ...] = (), **env: str) -> str:
-    """Runs code in a fresh interpreter, outside the repository, with the package under test on its path."""
+    """Runs code in a fresh interpreter, outside the repository, with the package under test
+    on its path.
+    """
     source = Path(nsa_fsa.__file__).parents[1]
     search = os.pathsep.join(filter(None, (str(source), os.environ.get("PYTHONPATH"))))
     result = subprocess.run(
@@ -51,21 +56,26 @@ else:
 import nsa_fsa
 import nsa_fsa.ops
 from nsa_fsa import NSAConfig
-print(NSAConfig(hidden_size=64, num_heads=4, num_kv_heads=2).group_size, len(nsa_fsa.ops.__all__) > 0)
+config = NSAConfig(hidden_size=64, num_heads=4, num_kv_heads=2)
+print(config.group_size, len(nsa_fsa.ops.__all__) > 0)
 """
     assert run_python(code, tmp_path, blocked=(package,)) == "2 True\n"
 
 
 def test_imports_without_a_gpu_and_asks_for_none(tmp_path):
-    # A CPU-only machine passes anything, so every way to ask about the GPU raises: a probe at import initialises CUDA in the
-    # parent of a data loader's forked workers, and costs seconds where a driver is slow.
+    # A CPU-only machine passes anything, so every way to ask about the GPU raises: a probe at
+    # import initialises CUDA in the parent of a data loader's forked workers, and costs seconds
+    # where a driver is slow.
     code = """
 import torch
 
 def probe(*args, **kwargs):
     raise AssertionError("the import asked for the GPU")
 
-for name in ("is_available", "device_count", "get_device_capability", "get_device_properties", "current_device", "_lazy_init"):
+for name in (
+    "is_available", "device_count", "get_device_capability", "get_device_properties",
+    "current_device", "_lazy_init",
+):
     assert callable(getattr(torch.cuda, name))
     setattr(torch.cuda, name, probe)
 import nsa_fsa
@@ -81,10 +91,20 @@ def imported_by(statement: str, tmp_path: Path) -> set[str]:
 
 
 def test_import_is_light(tmp_path):
-    # PyTorch itself may import Triton or yaml where they are installed: only what nsa_fsa adds counts.
+    # PyTorch itself may import Triton or yaml where they are installed:
+    # only what nsa_fsa adds counts.
     added = imported_by("import nsa_fsa", tmp_path) - imported_by("import torch", tmp_path)
     assert "nsa_fsa" in added
-    heavy = {"transformers", "flash_attn", "matplotlib", "peft", "typer", "yaml", "triton", "accelerate"}
+    heavy = {
+        "transformers",
+        "flash_attn",
+        "matplotlib",
+        "peft",
+        "typer",
+        "yaml",
+        "triton",
+        "accelerate",
+    }
     heavy |= {"pandas", "seaborn"}
     assert not added & heavy, f"import nsa_fsa imports {sorted(added & heavy)}"
 

@@ -17,17 +17,35 @@ SCRIPT = Path(__file__).parents[1] / "scripts" / "quickstart.py"
 
 
 def test_quickstart(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--steps=2", "--length=256", "--batch-size=1", f"--output={tmp_path}"]
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONUTF8": "1"}
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        "--steps=2",
+        "--length=256",
+        "--batch-size=1",
+        f"--output={tmp_path}",
+    ]
+    environment = os.environ | {
+        "CUDA_VISIBLE_DEVICES": "",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUTF8": "1",
+    }
     environment["OMP_DISPLAY_ENV"] = "TRUE"  # the OpenMP library says what it goes by
     run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     for expected in ("NSALlamaForCausalLM", "418,432", "424,752", "identical logits"):
         assert expected in " ".join(run.stdout.split())  # the console wraps lines
-    # Threads that spin while they wait take from each other what they wait for, once other processes are busy, too.
+    # Threads that spin while they wait take from each other what they wait for,
+    # once other processes are busy, too.
     assert re.search(r"OMP_WAIT_POLICY\s*=\s*'PASSIVE'", run.stderr)
-    assert re.search(r"step 2 of 2: loss dense \d\.\d+, NSA \d\.\d+ \(\d+ s", run.stdout)  # where there is no terminal
-    for file in ("loss.png", "selection_and_gates.png", "nsa_llama/config.json", "nsa_llama/model.safetensors"):
+    # Where there is no terminal.
+    assert re.search(r"step 2 of 2: loss dense \d\.\d+, NSA \d\.\d+ \(\d+ s", run.stdout)
+    for file in (
+        "loss.png",
+        "selection_and_gates.png",
+        "nsa_llama/config.json",
+        "nsa_llama/model.safetensors",
+    ):
         assert (tmp_path / file).stat().st_size > 500, file
 
 
@@ -44,7 +62,8 @@ def test_quickstart(tmp_path):
 )
 def test_what_is_wrong_is_said_first(arguments, said, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(SCRIPT.parent)
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # as the script would, and undone after the test
+    # as the script would, and undone after the test.
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     monkeypatch.chdir(tmp_path)
     app = typer.Typer()
     app.command()(importlib.import_module("quickstart").main)
@@ -66,8 +85,11 @@ class Clock:
 
 @pytest.fixture
 def training(monkeypatch):
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # as the module would, and undone after the test
-    specification = importlib.util.spec_from_file_location("training", SCRIPT.parent / "training.py")
+    # as the module would, and undone after the test.
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
+    specification = importlib.util.spec_from_file_location(
+        "training", SCRIPT.parent / "training.py"
+    )
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
     monkeypatch.setattr(module, "time", Clock())

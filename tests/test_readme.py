@@ -18,19 +18,25 @@ def blocks_of(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks_of("python"), ids=lambda code: re.findall(r"import (\w+)", code)[-1])
+@pytest.mark.parametrize(
+    "code", blocks_of("python"), ids=lambda code: re.findall(r"import (\w+)", code)[-1]
+)
 def test_python_blocks_run_as_they_stand(code, tmp_path, monkeypatch):
     """In a folder in which the checkpoint that they name is a small one."""
     monkeypatch.chdir(tmp_path)
     if "from_pretrained" in code:
         transformers = pytest.importorskip("transformers")
-        small = dict(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=1000)
+        small = dict(
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=1000
+        )
         config = transformers.LlamaConfig(hidden_size=64, intermediate_size=64, **small)
         transformers.LlamaForCausalLM(config).save_pretrained("meta-llama/Meta-Llama-3-8B")
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
 
 
-@pytest.mark.parametrize("line", [x for code in blocks_of("bash") for x in code.splitlines() if x.startswith("nsa-fsa")])
+@pytest.mark.parametrize(
+    "line", [x for code in blocks_of("bash") for x in code.splitlines() if x.startswith("nsa-fsa")]
+)
 def test_commands_run_as_they_stand(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     result = CliRunner().invoke(cli.app, shlex.split(line, comments=True)[1:])
@@ -50,8 +56,15 @@ def test_every_block_is_run():
 
 def test_one_command_installs_flash_attention():
     """README, `nsa-fsa info` and the extra in pyproject.toml ask for the same."""
-    (requirement,) = re.findall(r'^flash-attn = \["(.*)"\]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    (requirement,) = re.findall(
+        r'^flash-attn = \["(.*)"\]', (ROOT / "pyproject.toml").read_text(), re.MULTILINE
+    )
     assert f'pip install "{requirement}"' == INSTALL
-    said = [README, *(path.read_text() for path in (*ROOT.glob("docs/*.md"), *ROOT.glob("nsa_fsa/**/*.py")))]
-    commands = {x for text in said for x in re.findall(r"pip install [^`)\n]*flash.attn[^`)'\n]*", text)}
+    said = [
+        README,
+        *(path.read_text() for path in (*ROOT.glob("docs/*.md"), *ROOT.glob("nsa_fsa/**/*.py"))),
+    ]
+    commands = {
+        x for text in said for x in re.findall(r"pip install [^`)\n]*flash.attn[^`)'\n]*", text)
+    }
     assert commands == {INSTALL}

@@ -27,7 +27,9 @@ import matplotlib.pyplot as plt
 
 @pytest.fixture
 def layer():
-    config = NSAConfig.from_dict(dict(preset="tiny", hidden_size=32, num_heads=4, num_kv_heads=2, gate_init="dense"))
+    config = NSAConfig.from_dict(
+        dict(preset="tiny", hidden_size=32, num_heads=4, num_kv_heads=2, gate_init="dense")
+    )
     return NativeSparseAttention(config, layer_idx=3)
 
 
@@ -42,7 +44,10 @@ def test_record_collects_forwards_and_lets_go(layer):
     with pytest.raises(RuntimeError, match="oops"), record(model):
         raise RuntimeError("oops")
     assert layer.recorder is None
-    with pytest.raises(ValueError, match=r"Linear has no NativeSparseAttention layer\. Fix"), record(torch.nn.Linear(2, 2)):
+    with (
+        pytest.raises(ValueError, match=r"Linear has no NativeSparseAttention layer\. Fix"),
+        record(torch.nn.Linear(2, 2)),
+    ):
         pass
 
 
@@ -55,16 +60,27 @@ def test_keys_attended_counts_each_key_once(layer):
     for t in range(0, length, 7):
         per_head = []
         for indices in records[0].block_indices[t].tolist():
-            read = {p for i in indices if i >= 0 for p in range(i * c.block_size, (i + 1) * c.block_size)}
+            read = {
+                p
+                for i in indices
+                if i >= 0
+                for p in range(i * c.block_size, (i + 1) * c.block_size)
+            }
             read |= set(range(max(0, t - c.window_size + 1), t + 1))
             per_head.append(len([p for p in read if p <= t]))
         assert keys[t].item() == pytest.approx(sum(per_head) / len(per_head))
-        assert compressed[t].item() == sum(i * c.kernel_stride + c.kernel_size - 1 <= t for i in range(length))
+        assert compressed[t].item() == sum(
+            i * c.kernel_stride + c.kernel_size - 1 <= t for i in range(length)
+        )
 
 
 def test_padding_among_the_indices_selects_nothing():
     indices = torch.tensor([[[0, -1]], [[0, 1]], [[-1, -1]]], dtype=torch.int32)
-    assert selected_blocks(indices, block_size=2).tolist() == [[[True, False]], [[True, True]], [[False, False]]]
+    assert selected_blocks(indices, block_size=2).tolist() == [
+        [[True, False]],
+        [[True, True]],
+        [[False, False]],
+    ]
 
 
 @pytest.fixture
@@ -72,8 +88,9 @@ def model():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=None,
+        pad_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     patch_model(model, preset="tiny", verbose=False)
@@ -91,9 +108,13 @@ def test_a_prefill_into_an_empty_cache_is_a_forward_of_whole_sequences(model):
     assert len(cached) == len(plain) == 3
     for ours, expected in zip(cached, plain, strict=True):
         for sequence in (0, 1):
-            for found, same in zip(queries_of(ours, sequence), queries_of(expected, sequence), strict=True):
+            for found, same in zip(
+                queries_of(ours, sequence), queries_of(expected, sequence), strict=True
+            ):
                 assert torch.equal(found, same)
-            for found, same in zip(keys_attended(ours, sequence), keys_attended(expected, sequence), strict=True):
+            for found, same in zip(
+                keys_attended(ours, sequence), keys_attended(expected, sequence), strict=True
+            ):
                 assert torch.equal(found, same)
 
 
@@ -109,7 +130,9 @@ def test_steps_are_rows_below_the_prefill(model):
         cache = model(tokens, attention_mask=mask).past_key_values
         for step in range(new):
             mask = torch.nn.functional.pad(mask, (0, 1), value=1)
-            token = torch.stack([x[0, n + step : n + step + 1] for x, n in zip(text, lengths, strict=True)])
+            token = torch.stack(
+                [x[0, n + step : n + step + 1] for x, n in zip(text, lengths, strict=True)]
+            )
             cache = model(token, attention_mask=mask, past_key_values=cache).past_key_values
     for row, n in enumerate(lengths):
         with record(model) as whole:
@@ -118,7 +141,8 @@ def test_steps_are_rows_below_the_prefill(model):
             positions, block_indices = queries_of(entries, row)
             assert positions.tolist() == list(range(n + new))
             assert torch.equal(block_indices, whole[layer].block_indices)
-            keys, compressed = keys_attended(entries[-3:], row)  # the last steps alone are pictured, too
+            # The last steps alone are pictured, too.
+            keys, compressed = keys_attended(entries[-3:], row)
             expected, seen = keys_attended(whole[layer])
             assert torch.equal(keys, expected[-3:])
             assert torch.equal(compressed, seen[-3:])
@@ -133,13 +157,21 @@ def test_of_several_texts_the_last_counts_and_gaps_are_refused(model):
             cache = model(torch.randint(1, 64, (1, 1)), past_key_values=cache).past_key_values
     first, *steps = by_layer(records)[1][1:]
     assert queries_of(by_layer(records)[1]).positions.tolist() == list(range(22))
-    with pytest.raises(ValueError, match=r"without gaps: found \[0\] to \[21\]\. Fix: pass the records of every forward"):
+    with pytest.raises(
+        ValueError,
+        match=r"without gaps: found \[0\] to \[21\]\. Fix: pass the records of every forward",
+    ):
         queries_of([first, steps[-1]])
-    with pytest.raises(ValueError, match=r"records of the layers \[0, 1, 2\]; they must be of one\. Fix: by_layer"):
+    with pytest.raises(
+        ValueError, match=r"records of the layers \[0, 1, 2\]; they must be of one\. Fix: by_layer"
+    ):
         queries_of(records)
     with pytest.raises(ValueError, match=r"there are no records. Fix: call the model within"):
         queries_of([])
-    with pytest.raises(ValueError, match=r"sequence=1 must be among the 1 of this forward, counted from 0. Fix: sequence=0"):
+    with pytest.raises(
+        ValueError,
+        match=r"sequence=1 must be among the 1 of this forward, counted from 0. Fix: sequence=0",
+    ):
         queries_of(first, 1)
 
 
@@ -179,7 +211,9 @@ def test_a_compiled_layer_is_recorded_in_one_graph(layer):
 @pytest.mark.parametrize("max_queries", [1000, 7])
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_details_are_what_was_scored_and_what_each_branch_gave(layer, device, max_queries):
-    """Of two sequences, a prefill into a cache and a step: against the operators on whole sequences."""
+    """Of two sequences, a prefill into a cache and a step: against the operators on
+    whole sequences.
+    """
     x, c, layer = torch.randn(2, 100, 32, device=device), layer.config, layer.to(device)
     near = 1e-5 if device == "cpu" else 2e-2  # products of float32 in TF32
     layer.gate.weight.normal_()
@@ -197,12 +231,18 @@ def test_details_are_what_was_scored_and_what_each_branch_gave(layer, device, ma
         assert details.lse.shape == (len(details.rows), 3, 4)
         for n, row in enumerate(details.rows.tolist()):
             # The blocks that are chosen by score are the best of those that the scores say.
-            own = (row % 100 if entry is records[0] else row % 99 if entry is records[1] else 99) // c.block_size
+            own = (
+                row % 100 if entry is records[0] else row % 99 if entry is records[1] else 99
+            ) // c.block_size
             for head in range(2):
                 chosen = [i for i in entry.block_indices[row, head].tolist() if i >= 0]
-                free = [i for i in range(own + 1) if i >= c.init_blocks and i <= own - c.local_blocks]
+                free = [
+                    i for i in range(own + 1) if i >= c.init_blocks and i <= own - c.local_blocks
+                ]
                 scores = details.scores[n, head]
-                best = sorted(free, key=lambda i: -scores[i].item())[: c.num_selected_blocks - c.init_blocks - c.local_blocks]
+                best = sorted(free, key=lambda i: -scores[i].item())[
+                    : c.num_selected_blocks - c.init_blocks - c.local_blocks
+                ]
                 taken = sorted(scores[i].item() for i in chosen if i in free)
                 assert taken == pytest.approx(sorted(scores[i].item() for i in best), abs=near)
                 assert (scores[own + 1 :] == 0).all()
@@ -223,7 +263,10 @@ def test_without_details_nothing_is_kept_of_what_they_need(layer):
         layer(torch.randn(1, 40, 32))
     assert records[0].inside is None
     assert records[0].details is None
-    with pytest.raises(ValueError, match="max_queries=0 must be an int >= 1"), record(layer, max_queries=0):
+    with (
+        pytest.raises(ValueError, match="max_queries=0 must be an int >= 1"),
+        record(layer, max_queries=0),
+    ):
         pass
 
 
@@ -251,20 +294,31 @@ def test_pictures_show_what_was_read(layer):
             assert kinds[int(image[t, p])] == expected, (t, p)
     assert left.get_title() == "Keys read: layer 3, KV head 1 of 2, sequence 1"
     assert left.images[0].get_extent() == [0, length, length, 0]
-    # Every colour of the picture is in the legend, and those of the branches are the same in both panels.
-    legend = {text.get_text(): patch.get_facecolor() for text, patch in
-              zip(left.get_legend().get_texts(), left.get_legend().get_patches(), strict=True)}  # fmt: skip
+    # Every colour of the picture is in the legend, and those of the branches are the same in
+    # both panels.
+    texts, patches = left.get_legend().get_texts(), left.get_legend().get_patches()
+    legend = {
+        text.get_text(): patch.get_facecolor() for text, patch in zip(texts, patches, strict=True)
+    }
     assert list(legend) == kinds
     for kind, color in legend.items():
         assert left.images[0].cmap(kinds.index(kind)) == pytest.approx(color, abs=2 / 255)
     bars = {bar.get_label(): container.patches[0].get_facecolor() for bar, container in
             zip(right.containers, right.containers, strict=True)}  # fmt: skip
-    assert bars["selected"] == legend["selected, by score"] == matplotlib.colors.to_rgba(BRANCH_COLORS[1])
+    assert (
+        bars["selected"]
+        == legend["selected, by score"]
+        == matplotlib.colors.to_rgba(BRANCH_COLORS[1])
+    )
     assert bars["sliding"] == legend["sliding window"]
-    with pytest.raises(ValueError, match=r"kv_head=2 must be among the layer's 2, counted from 0. Fix: kv_head=0"):
+    with pytest.raises(
+        ValueError, match=r"kv_head=2 must be among the layer's 2, counted from 0. Fix: kv_head=0"
+    ):
         plot_block_selection(left, records[0], kv_head=2)
     # The dense start: the selected branch open, the others nearly closed.
-    assert [bar.get_height() for bar in right.patches] == pytest.approx([0.0025, 0.9975, 0.0025], abs=1e-4)
+    assert [bar.get_height() for bar in right.patches] == pytest.approx(
+        [0.0025, 0.9975, 0.0025], abs=1e-4
+    )
     plt.close(figure)
 
 
@@ -277,7 +331,8 @@ def test_a_record_has_the_settings_that_its_forward_ran_with(layer):
         layer.config = dataclasses.replace(before, window_size=64, num_selected_blocks=3)
         layer(torch.randn(1, 100, 32))
     assert [entry.config for entry in records] == [before, layer.config]
-    assert torch.equal(keys_attended(records)[0], keys_attended(records[1])[0])  # of several texts the last counts
+    # Of several texts the last counts.
+    assert torch.equal(keys_attended(records)[0], keys_attended(records[1])[0])
     assert keys_attended(records[1])[0][63] == 64  # all are in the window
     figure, axes = plt.subplots(1, 2)
     for ax, entry in zip(axes, records, strict=True):
@@ -293,9 +348,13 @@ def test_a_missing_matplotlib_names_the_extra(layer, monkeypatch):
         layer(torch.randn(1, 40, 32))
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)  # not importable
-    with pytest.raises(ImportError, match=r"plots need matplotlib, which is not.*Fix: pip install .nsa-fsa\[plot\]"):
+    with pytest.raises(
+        ImportError, match=r"plots need matplotlib, which is not.*Fix: pip install .nsa-fsa\[plot\]"
+    ):
         plot_block_selection(None, records)
-    with pytest.raises(ImportError, match=r"plots need matplotlib, which is not.*Fix: pip install .nsa-fsa\[plot\]"):
+    with pytest.raises(
+        ImportError, match=r"plots need matplotlib, which is not.*Fix: pip install .nsa-fsa\[plot\]"
+    ):
         plot_gates(None, records)
 
 
@@ -325,7 +384,8 @@ def test_gates_have_a_bar_a_layer_however_many_forwards():
     with record(model) as records, torch.no_grad():
         for length in (30, 1, 1):
             model(torch.randn(1, length, 32))
-    records[0] = records[0]._replace(gates=torch.ones_like(records[0].gates))  # 30 of layer 0's 32 tokens
+    # 30 of layer 0's 32 tokens.
+    records[0] = records[0]._replace(gates=torch.ones_like(records[0].gates))
     figure, ax = plt.subplots()
     plot_gates(ax, records)
     assert [text.get_text() for text in ax.get_xticklabels()] == ["0", "1"]

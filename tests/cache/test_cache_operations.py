@@ -1,4 +1,6 @@
-"""What generation does to a cache: beams reordered and repeated, tokens taken back, buffers full; and that errors are safe."""
+"""What generation does to a cache: beams reordered and repeated, tokens taken back, buffers full;
+and that errors are safe.
+"""
 
 import copy
 
@@ -23,7 +25,8 @@ def fill(layer, x, chunks=(), **cache):
 
 
 def assert_continues(layer, cache, history, steps=9, seed=9):
-    """Fed on one by one, over more than a window and a block, the cache gives what the histories in full give.
+    """Fed on one by one, over more than a window and a block, the cache gives what the histories
+    in full give.
 
     history: the tokens that every row should now hold, `[B, S, E]` or a list of `[S, E]`.
     """
@@ -38,7 +41,7 @@ def assert_continues(layer, cache, history, steps=9, seed=9):
         torch.testing.assert_close(actual[b], expected, msg=lambda m, b=b: f"row {b}: {m}", **CLOSE)
 
 
-# --- Beams ----------------------------------------------------------------------------------------------------------------
+# --- Beams ----------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -126,14 +129,16 @@ def test_beams_of_an_empty_cache():
     assert_continues(layer, cache, randn(2, 0, 24))
 
 
-# --- Taking tokens back ---------------------------------------------------------------------------------------------------
+# --- Taking tokens back ---------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("removed", [*range(14), 20, 29])
 @pytest.mark.parametrize("variant", ["default", "before-branches"])
 def test_crop(variant, removed):
-    """Any number of tokens: within a window, across window boundaries, back before the first window."""
+    """Any number of tokens: within a window, across window boundaries,
+    back before the first window.
+    """
     layer, x = make_variant(variant), randn(2, 30, 24)
     cache = fill(layer, x, [25, 3])
     cache.crop(removed)
@@ -173,9 +178,14 @@ def test_crop_always_reaches_back_rollback_tokens(rollback):
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_speculative_decoding(variant):
-    """Draft some tokens, take some back, again and again, in a growing and a fixed cache with a short rollback."""
+    """Draft some tokens, take some back, again and again, in a growing and a fixed cache with a
+    short rollback.
+    """
     layer, history = make_variant(variant), randn(2, 11, 24)
-    for cache in (fill(layer, history, rollback=5), fill(layer, history, rollback=5, max_length=100)):
+    for cache in (
+        fill(layer, history, rollback=5),
+        fill(layer, history, rollback=5, max_length=100),
+    ):
         kept = history
         for round in range(12):
             draft = randn(2, 5, 24, seed=round)
@@ -227,9 +237,14 @@ def test_crop_beyond_the_rollback(variant, rollback):
 @torch.no_grad()
 @pytest.mark.parametrize("rope", ["default", "yarn", "dynamic"])
 def test_crop_beyond_the_rollback_turns_back_any_rotation(rope):
-    """YaRN scales what it rotates; "dynamic" rotates what comes after 16 tokens otherwise than what came before."""
+    """YaRN scales what it rotates; "dynamic" rotates what comes after 16 tokens otherwise than what
+    came before.
+    """
     layer = make_layer(
-        small_config(rope_parameters={"rope_type": rope, "factor": 4.0}, max_position_embeddings=16), dtype=torch.float64
+        small_config(
+            rope_parameters={"rope_type": rope, "factor": 4.0}, max_position_embeddings=16
+        ),
+        dtype=torch.float64,
     )
     x, new = randn(1, 40, 24), randn(1, 9, 24, seed=1)
     cropped = fill(layer, x, [10], rollback=0)
@@ -242,15 +257,19 @@ def test_crop_beyond_the_rollback_turns_back_any_rotation(rope):
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["default", "mean-linear", "wide-values"])
 def test_crop_in_16_bits(variant):
-    """Within the rollback nothing is rounded. Beyond, the keys of the last window are, once, and the bound is that of
-    row 16; every block is selected there, because a choice between near-ties may fall otherwise."""
+    """Within the rollback nothing is rounded. Beyond, the keys of the last window are, once, and
+    the bound is that of row 16; every block is selected there, because a choice between near-ties
+    may fall otherwise."""
     for removed, bound, changes in ((5, 0.0, {}), (30, 2e-3, dict(num_selected_blocks=8))):
-        layer, x = make_variant(variant, torch.bfloat16, **changes), randn(2, 60, 24, dtype=torch.bfloat16)
+        layer = make_variant(variant, torch.bfloat16, **changes)
+        x = randn(2, 60, 24, dtype=torch.bfloat16)
         cropped = fill(layer, x, rollback=9)
         cropped.crop(removed)
         never_longer = fill(layer, x[:, : 60 - removed])
         new = randn(2, 20, 24, dtype=torch.bfloat16, seed=1)
-        assert rms_ratio(layer(new, cache=cropped), layer(new, cache=never_longer)) <= bound, removed
+        assert rms_ratio(layer(new, cache=cropped), layer(new, cache=never_longer)) <= bound, (
+            removed
+        )
 
 
 CONTINUATIONS = {  # the mask of five columns, fed after 30 without padding
@@ -267,7 +286,9 @@ CONTINUATIONS = {  # the mask of five columns, fed after 30 without padding
 def test_crop_after_a_padded_continuation(padding, removed, whole_mask):
     """Every row loses the real tokens among the last columns, and no other."""
     layer, x = make_variant("default"), randn(3, 35, 24)
-    mask = torch.cat((torch.ones(3, 30, dtype=torch.int64), torch.tensor(CONTINUATIONS[padding])), dim=1)
+    mask = torch.cat(
+        (torch.ones(3, 30, dtype=torch.int64), torch.tensor(CONTINUATIONS[padding])), dim=1
+    )
     cache = fill(layer, x[:, :30])
     layer(x[:, 30:], cache=cache, attention_mask=mask if whole_mask else mask[:, 30:])
     cache.crop(removed)
@@ -281,12 +302,14 @@ def test_crop_after_a_padded_continuation(padding, removed, whole_mask):
 def test_crop_of_an_impossible_number(removed):
     layer, x = make_variant("default"), randn(1, 30, 24)
     cache = fill(layer, x)
-    with pytest.raises(ValueError, match=f"num_removed={removed} must be an int from 0 to the 30 tokens held"):
+    with pytest.raises(
+        ValueError, match=f"num_removed={removed} must be an int from 0 to the 30 tokens held"
+    ):
         cache.crop(removed)
     assert_continues(layer, cache, x)
 
 
-# --- Fixed size, batch size, config ---------------------------------------------------------------------------------------
+# --- Fixed size, batch size, config ---------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -294,7 +317,9 @@ def test_crop_of_an_impossible_number(removed):
 def test_a_full_cache_raises_and_changes_nothing(too_many):
     layer, x = make_variant("default"), randn(2, 20, 24)
     cache = fill(layer, x, max_length=34)
-    with pytest.raises(ValueError, match=f"{14 + too_many} more tokens do not fit: the cache holds 20 of 34.*Fix"):
+    with pytest.raises(
+        ValueError, match=f"{14 + too_many} more tokens do not fit: the cache holds 20 of 34.*Fix"
+    ):
         layer(randn(2, 14 + too_many, 24), cache=cache)
     assert cache.num_tokens == 20
     assert cache.lengths.tolist() == [20, 20]
@@ -302,7 +327,9 @@ def test_a_full_cache_raises_and_changes_nothing(too_many):
     with pytest.raises(ValueError, match="1 more tokens do not fit: the cache holds 34 of 34"):
         layer(randn(2, 1, 24), cache=cache)
     cache.crop(3)
-    assert_continues(layer, cache, torch.cat((x, randn(2, 14, 24, seed=9)[:, :11]), dim=1), steps=3, seed=10)
+    assert_continues(
+        layer, cache, torch.cat((x, randn(2, 14, 24, seed=9)[:, :11]), dim=1), steps=3, seed=10
+    )
 
 
 @torch.no_grad()
@@ -318,7 +345,9 @@ def test_a_fixed_cache_is_allocated_once():
 
 @torch.no_grad()
 def test_a_growing_cache_reallocates_rarely():
-    """Doubling: 300 single tokens cost a handful of copies, not 300; and what is kept of the latest stays short."""
+    """Doubling: 300 single tokens cost a handful of copies, not 300;
+    and what is kept of the latest stays short.
+    """
     layer, x = make_variant("default", torch.float32), randn(1, 300, 24, dtype=torch.float32)
     cache, capacities = NSACache(layer.config, rollback=10), set()
     for i in range(300):
@@ -334,7 +363,9 @@ def test_a_growing_cache_reallocates_rarely():
 def test_another_batch_size_is_refused(batch_size):
     layer, x = make_variant("default"), randn(2, 20, 24)
     cache = fill(layer, x)
-    with pytest.raises(ValueError, match=f"batch has {batch_size} sequences but the cache holds 2.*Fix: reset"):
+    with pytest.raises(
+        ValueError, match=f"batch has {batch_size} sequences but the cache holds 2.*Fix: reset"
+    ):
         layer(randn(batch_size, 1, 24), cache=cache)
     assert_continues(layer, cache, x)
 
@@ -344,7 +375,10 @@ def test_another_config_is_refused():
     layer, x = make_variant("default"), randn(2, 20, 24)
     cache = fill(layer, x)
     other = make_variant("default", window_size=9)
-    with pytest.raises(ValueError, match=r"other settings: window_size=6 \(layer: 9\)\. Fix: .*NSACache\(attn.config\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"other settings: window_size=6 \(layer: 9\)\. Fix: .*NSACache\(attn.config\)",
+    ):
         other(x, cache=cache)
     assert_continues(layer, cache, x)
     layer(x, cache=NSACache(small_config()))  # an equal config is as good as the same one
@@ -372,7 +406,14 @@ def test_reset(max_length):
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("max_length", 0), ("max_length", 2.5), ("max_length", True), ("rollback", -1), ("rollback", "all")]
+    ("name", "value"),
+    [
+        ("max_length", 0),
+        ("max_length", 2.5),
+        ("max_length", True),
+        ("rollback", -1),
+        ("rollback", "all"),
+    ],
 )
 def test_bad_sizes(name, value):
     with pytest.raises(ValueError, match=f"{name}={value!r} must be an int >= "):
@@ -380,10 +421,14 @@ def test_bad_sizes(name, value):
 
 
 def test_what_is_no_cache_argument_is_refused():
-    with pytest.raises(ValueError, match=r"config='tiny' must be an NSAConfig\. Fix: NSACache\(attn\.config\)"):
+    with pytest.raises(
+        ValueError, match=r"config='tiny' must be an NSAConfig\. Fix: NSACache\(attn\.config\)"
+    ):
         NSACache("tiny")
     cache = NSACache(small_config())
-    with pytest.raises(ValueError, match=r"index=\[1, 0\] must be a tensor, int64 \[new B\] or bool \[B\]\. Fix"):
+    with pytest.raises(
+        ValueError, match=r"index=\[1, 0\] must be a tensor, int64 \[new B\] or bool \[B\]\. Fix"
+    ):
         cache.reorder([1, 0])
     for removed in (0.5, "1", None, True, torch.tensor(0)):
         with pytest.raises(ValueError, match=r"num_removed=.* must be an int from 0 to"):
@@ -396,5 +441,7 @@ def test_an_empty_cache():
     assert cache.num_tokens == 0
     cache.crop(0)
     cache.reset()
-    with pytest.raises(ValueError, match="num_removed=1 must be an int from 0 to the 0 tokens held"):
+    with pytest.raises(
+        ValueError, match="num_removed=1 must be an int from 0 to the 0 tokens held"
+    ):
         cache.crop(1)

@@ -1,4 +1,6 @@
-"""A mask of everything so far that hides tokens which the cache holds: obeyed as if they had never been fed, or refused."""
+"""A mask of everything so far that hides tokens which the cache holds:
+obeyed as if they had never been fed, or refused.
+"""
 
 import pytest
 import torch
@@ -26,7 +28,8 @@ def feed_all(layer, x, cache, mask, chunks):
 @pytest.mark.parametrize("fed_masked", [False, True])
 @pytest.mark.parametrize("variant", ["default", "before-branches", "branches-gated"])
 def test_rows_that_ended_early(variant, fed_masked, chunks):
-    """Batched chat: the padding after a row's answer was fed as if it were text, and is hidden from the next turn on.
+    """Batched chat: the padding after a row's answer was fed as if it were text,
+    and is hidden from the next turn on.
 
     Row 2 is left-padded. fed_masked: the padding was not fed as text, which must come to the same.
     """
@@ -66,7 +69,8 @@ def test_crop_after_hiding(removed):
 REFUSED = {  # what the mask says of (row, column), and the error
     "hidden in the middle": (
         [(1, 10, 0), (1, 11, 0), (2, 3, 0)],
-        r"attention_mask\[1, 10\] is 0, but the cache holds a token there.*Fix: crop the cache to 10 col",
+        r"attention_mask\[1, 10\] is 0, "
+        r"but the cache holds a token there.*Fix: crop the cache to 10 col",
     ),
     "hidden at the start": ([(2, 0, 0)], r"attention_mask\[2, 0\] is 0, but.*to 0 columns"),
     "padding shown": (
@@ -110,10 +114,14 @@ def test_a_full_cache_is_refused_before_anything_is_hidden():
 
 @torch.no_grad()
 def test_a_mask_that_hides_nothing_is_not_compared(monkeypatch):
-    """`generate` passes a mask of ones in every call: only where it or the cache has padding is there something to compare."""
+    """`generate` passes a mask of ones in every call: only where it or the cache has padding is
+    there something to compare.
+    """
     layer, x, looks = make_variant("default"), randn(2, 40, 24), []
     hide = NSACache.hide
-    monkeypatch.setattr(NSACache, "hide", lambda cache, mask: (looks.append(mask), hide(cache, mask)))
+    monkeypatch.setattr(
+        NSACache, "hide", lambda cache, mask: (looks.append(mask), hide(cache, mask))
+    )
     plain, mask = NSACache(layer.config), torch.ones(2, 40, dtype=torch.int64)
     feed_all(layer, x, plain, mask, [20, 5, 15])
     assert not looks

@@ -1,4 +1,5 @@
-"""Random histories of a cache: chunks, padding on either side and between, crops, hidden tokens, beams and copies.
+"""Random histories of a cache: chunks, padding on either side and between, crops, hidden tokens,
+beams and copies.
 
 After each step every row must give what its real tokens alone give in one full forward, in float64.
 """
@@ -22,7 +23,9 @@ class History:
         self.generator = torch.Generator().manual_seed(seed)
         self.layer = make_variant(list(VARIANTS)[seed % len(VARIANTS)], seed=seed)
         longest = self.pick(None, 200)
-        self.cache = NSACache(self.layer.config, max_length=longest, rollback=self.pick(0, 1, 5, 128))
+        self.cache = NSACache(
+            self.layer.config, max_length=longest, rollback=self.pick(0, 1, 5, 128)
+        )
         self.x = torch.zeros(3, 0, 24, dtype=torch.float64)
         self.mask = torch.zeros(3, 0, dtype=torch.bool)
 
@@ -46,7 +49,9 @@ class History:
             real = self.mask[b]
             expected = torch.zeros(past + length, 24, dtype=torch.float64)
             expected[real] = self.layer(self.x[b : b + 1, real])[0]
-            torch.testing.assert_close(output[b], expected[past:], msg=lambda m, b=b: f"row {b}: {m}", **CLOSE)
+            torch.testing.assert_close(
+                output[b], expected[past:], msg=lambda m, b=b: f"row {b}: {m}", **CLOSE
+            )
 
     def crop(self):
         removed = min(self.mask.shape[1], self.pick(0, 1, 2, 7, 15, 40))

@@ -1,4 +1,6 @@
-"""A cache continued in another mode than it was filled in, after an exception, or in a copy of itself."""
+"""A cache continued in another mode than it was filled in, after an exception,
+or in a copy of itself.
+"""
 
 import copy
 import pickle
@@ -11,10 +13,14 @@ from tests.cache.test_cached_forward import CLOSE, feed
 from tests.modules.layers import VARIANTS, make_variant, randn, rms, rms_ratio
 
 CLOSE = CLOSE[torch.float64]
-GRADIENT_MODES = {"inference": torch.inference_mode, "no grad": torch.no_grad, "grad": torch.enable_grad}
+GRADIENT_MODES = {
+    "inference": torch.inference_mode,
+    "no grad": torch.no_grad,
+    "grad": torch.enable_grad,
+}
 
 
-# --- Modes ----------------------------------------------------------------------------------------------------------------
+# --- Modes ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("cache", [dict(), dict(max_length=60)], ids=["growing", "fixed"])
@@ -22,7 +28,9 @@ GRADIENT_MODES = {"inference": torch.inference_mode, "no grad": torch.no_grad, "
 @pytest.mark.parametrize("first", GRADIENT_MODES)
 @pytest.mark.parametrize("variant", ["default", "before-branches"])
 def test_filled_in_one_mode_and_continued_in_another(variant, first, second, cache):
-    """And back: a prompt cache is often filled in inference_mode, and generate decodes in no_grad."""
+    """And back: a prompt cache is often filled in inference_mode,
+    and generate decodes in no_grad.
+    """
     layer, x = make_variant(variant), randn(2, 30, 24)
     state, outputs = NSACache(layer.config, **cache), []
     for mode, start, stop in ((first, 0, 20), (second, 20, 21), (second, 21, 25), (first, 25, 30)):
@@ -42,9 +50,13 @@ def test_gradients_after_a_prompt_without(first):
 
 
 @pytest.mark.parametrize("second", ["inference", "no grad"])
-@pytest.mark.parametrize("trained", ["q_proj.weight", "k_proj.weight", "gate.weight", "compress_v.phi.logits"])
+@pytest.mark.parametrize(
+    "trained", ["q_proj.weight", "k_proj.weight", "gate.weight", "compress_v.phi.logits"]
+)
 def test_a_backward_after_the_cache_went_on_without_gradients(trained, second):
-    """What a pending backward needs is not overwritten, whichever parameter it is for; nor by a crop and other tokens."""
+    """What a pending backward needs is not overwritten, whichever parameter it is for;
+    nor by a crop and other tokens.
+    """
     layer, x, do = make_variant("default"), randn(2, 30, 24), randn(2, 20, 24, seed=1)
     for name, parameter in layer.named_parameters():
         parameter.requires_grad_(name == trained)
@@ -57,7 +69,9 @@ def test_a_backward_after_the_cache_went_on_without_gradients(trained, second):
     output.backward(do)
     actual, parameter.grad = parameter.grad, None
     layer(x[:, :20]).backward(do)
-    torch.testing.assert_close(actual / rms(parameter.grad), parameter.grad / rms(parameter.grad), rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        actual / rms(parameter.grad), parameter.grad / rms(parameter.grad), rtol=0, atol=1e-9
+    )
 
 
 def test_decoding_without_no_grad_copies_nothing_when_nothing_is_trained():
@@ -74,7 +88,9 @@ def test_decoding_without_no_grad_copies_nothing_when_nothing_is_trained():
 @pytest.mark.parametrize("autocast", [(True, False), (False, True), (True, False, True)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_autocast_on_and_off(variant, autocast):
-    """As DynamicCache, which promotes. Judged against float32, as far off as the same layer under autocast throughout."""
+    """As DynamicCache, which promotes. Judged against float32, as far off as the same layer under
+    autocast throughout.
+    """
     layer, x = make_variant(variant, torch.float32, gain=1.0), randn(2, 50, 24, dtype=torch.float32)
     expected, cache, outputs = layer(x), NSACache(layer.config), []
     with torch.autocast("cpu", torch.bfloat16):
@@ -92,7 +108,9 @@ def test_autocast_on_and_off(variant, autocast):
 
 @torch.no_grad()
 def test_another_dtype():
-    """A model cast after its prompt was cached: as with DynamicCache the cache becomes as wide as the widest."""
+    """A model cast after its prompt was cached: as with DynamicCache the cache becomes as wide
+    as the widest.
+    """
     layer, x = make_variant("default", torch.float32), randn(1, 40, 24)
     cache = NSACache(layer.config)
     layer(x[:, :30].float(), cache=cache)
@@ -100,10 +118,12 @@ def test_another_dtype():
     actual = layer(x[:, 30:], cache=cache)
     assert actual.dtype == torch.float64
     expected = layer(x)[:, 30:]
-    torch.testing.assert_close(actual / rms(expected), expected / rms(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        actual / rms(expected), expected / rms(expected), rtol=1e-5, atol=1e-5
+    )
 
 
-# --- Exceptions -----------------------------------------------------------------------------------------------------------
+# --- Exceptions -----------------------------------------------------------------------------------
 
 
 class Failing:
@@ -120,8 +140,12 @@ class Failing:
 
 
 FAILURES = [
-    *((module, "forward", 1) for module in ("k_proj", "compress_k", "compress_v", "gate", "o_proj")),
-    *((None, "new_zeros", call) for call in (1, 4, 8)),  # buffers; where one needs no growth, the last is the output
+    *(
+        (module, "forward", 1)
+        for module in ("k_proj", "compress_k", "compress_v", "gate", "o_proj")
+    ),
+    # Buffers; where one needs no growth, the last is the output.
+    *((None, "new_zeros", call) for call in (1, 4, 8)),
     *((None, "index_put_", call) for call in (1, 4, 6, 7)),  # everything that is written
 ]
 
@@ -141,14 +165,23 @@ def test_a_call_that_raised_can_be_repeated(monkeypatch, failure, history):
     with monkeypatch.context() as patch:
         place = torch.Tensor if name is None else layer.get_submodule(name)
         failing = Failing(getattr(place, method), call)
-        patch.setattr(place, method, (lambda *a, **k: failing(*a, **k)) if name is None else failing)
+        patch.setattr(
+            place, method, (lambda *a, **k: failing(*a, **k)) if name is None else failing
+        )
         with pytest.raises(torch.OutOfMemoryError):
-            layer(x[:, history : history + 20], cache=cache, attention_mask=mask[:, history : history + 20])
+            layer(
+                x[:, history : history + 20],
+                cache=cache,
+                attention_mask=mask[:, history : history + 20],
+            )
     assert cache.num_tokens == history
     assert cache.lengths.tolist() == lengths
     actual = [
         layer(x[:, c], cache=cache, attention_mask=mask[:, c])
-        for c in (slice(history, history + 20), *(slice(i, i + 1) for i in range(history + 20, history + 29)))
+        for c in (
+            slice(history, history + 20),
+            *(slice(i, i + 1) for i in range(history + 20, history + 29)),
+        )
     ]
     for b, start in enumerate((0, 4)):
         real = mask[b] == 1
@@ -156,11 +189,15 @@ def test_a_call_that_raised_can_be_repeated(monkeypatch, failure, history):
         torch.testing.assert_close(torch.cat(actual, dim=1)[b, start:], expected, **CLOSE)
 
 
-# --- Copies ---------------------------------------------------------------------------------------------------------------
+# --- Copies ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, lambda cache: pickle.loads(pickle.dumps(cache))],
+    ids=["deepcopy", "pickle"],
+)
 @pytest.mark.parametrize("cache", [dict(), dict(max_length=60)], ids=["growing", "fixed"])
 def test_a_prompt_continued_twice(cache, copied):
     layer, x = make_variant("default"), randn(2, 30, 24)
@@ -176,6 +213,10 @@ def test_a_prompt_continued_twice(cache, copied):
 def test_a_batch_without_rows():
     layer = make_variant("default")
     cache = NSACache(layer.config)
-    assert feed(layer, torch.zeros(0, 12, 24, dtype=torch.float64), [9, 1, 2], cache).shape == (0, 12, 24)
+    assert feed(layer, torch.zeros(0, 12, 24, dtype=torch.float64), [9, 1, 2], cache).shape == (
+        0,
+        12,
+        24,
+    )
     cache.crop(2)
     assert cache.num_tokens == 10

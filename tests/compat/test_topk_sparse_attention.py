@@ -9,7 +9,13 @@ import torch
 
 from nsa_fsa.compat import topk_sparse_attention
 from tests.compat.loops import assert_same, attend, keys_of_blocks, leaves
-from tests.wrong_values import NO_BACKENDS, assert_refused, instead_of_int, instead_of_number, instead_of_tensor
+from tests.wrong_values import (
+    NO_BACKENDS,
+    assert_refused,
+    instead_of_int,
+    instead_of_number,
+    instead_of_tensor,
+)
 
 LENGTHS = (9, 0, 3, 17, 1)  # shorter than a block, empty, not a multiple of one
 T, HKV, D, DV, BLOCK_SIZE, T_SEL = sum(LENGTHS), 2, 5, 3, 4, 3
@@ -23,7 +29,10 @@ def oracle(q, k, v, topk_idx, block_size, cu_seqlens, softmax_scale):
         for t in range(stop - start):
             for h in range(q.shape[1]):
                 kv = h // group_size
-                seen = [start + p for p in keys_of_blocks(topk_idx[kv, start + t].tolist(), block_size, t)]
+                seen = [
+                    start + p
+                    for p in keys_of_blocks(topk_idx[kv, start + t].tolist(), block_size, t)
+                ]
                 rows.append(attend(q[start + t, h], k[seen, kv], v[seen, kv], softmax_scale)[0])
     return torch.stack(rows).unflatten(0, q.shape[:2])
 
@@ -54,7 +63,8 @@ def test_output_and_gradients(group_size):
 @pytest.mark.parametrize("block_size", [1, 3, 4, 64])
 def test_block_sizes(block_size):
     q, k, v = inputs(2)
-    topk_idx = torch.randint(-1, T // block_size + 2, (HKV, T, T_SEL), dtype=torch.int32)  # future, absent and repeated blocks
+    # Future, absent and repeated blocks.
+    topk_idx = torch.randint(-1, T // block_size + 2, (HKV, T, T_SEL), dtype=torch.int32)
     o = topk_sparse_attention(q, k, v, topk_idx, block_size, CU_SEQLENS)
     assert_same(o, oracle(q, k, v, topk_idx, block_size, CU_SEQLENS, D**-0.5), (q, k, v))
 
@@ -63,7 +73,10 @@ def test_block_sizes(block_size):
     ("padding", "dtype"),
     [
         *((padding, torch.int32) for padding in (-(2**31), T, 2**31 - 1)),
-        *((padding, torch.int64) for padding in (-1, -(2**63), T, 2**31, 2**32, 2**32 + 1, 2**63 - 1)),
+        *(
+            (padding, torch.int64)
+            for padding in (-1, -(2**63), T, 2**31, 2**32, 2**32 + 1, 2**63 - 1)
+        ),
     ],
 )
 def test_padding(padding, dtype):
@@ -79,7 +92,9 @@ def test_padding(padding, dtype):
 
 def test_nothing_selected_is_zero():
     q, k, v = inputs(2)
-    o = topk_sparse_attention(q, k, v, torch.full((HKV, T, T_SEL), -1, dtype=torch.int32), BLOCK_SIZE, CU_SEQLENS)
+    o = topk_sparse_attention(
+        q, k, v, torch.full((HKV, T, T_SEL), -1, dtype=torch.int32), BLOCK_SIZE, CU_SEQLENS
+    )
     o.sum().backward()
     assert all(torch.equal(x, torch.zeros_like(x)) for x in (o, q.grad, k.grad, v.grad))
 
@@ -87,13 +102,28 @@ def test_nothing_selected_is_zero():
 def test_keywords_and_their_order():
     """Calls written for the originals name any of these, or none."""
     parameters = inspect.signature(topk_sparse_attention).parameters
-    assert [*parameters] == ["q", "k", "v", "topk_idx", "block_size", "cu_seqlens", "softmax_scale", "backend"]
+    assert [*parameters] == [
+        "q",
+        "k",
+        "v",
+        "topk_idx",
+        "block_size",
+        "cu_seqlens",
+        "softmax_scale",
+        "backend",
+    ]
     assert parameters["softmax_scale"].default is None
     assert parameters["backend"].kind is inspect.Parameter.KEYWORD_ONLY
     q, k, v = inputs(2)
     topk_idx = random_indices()
     o = topk_sparse_attention(
-        q=q, k=k, v=v, topk_idx=topk_idx, block_size=BLOCK_SIZE, cu_seqlens=CU_SEQLENS.long(), softmax_scale=None
+        q=q,
+        k=k,
+        v=v,
+        topk_idx=topk_idx,
+        block_size=BLOCK_SIZE,
+        cu_seqlens=CU_SEQLENS.long(),
+        softmax_scale=None,
     )
     assert torch.equal(o, topk_sparse_attention(q, k, v, topk_idx, BLOCK_SIZE, CU_SEQLENS))
 
@@ -102,7 +132,9 @@ def test_gradcheck():
     q, k, v = leaves((7, 2, 2), (7, 1, 2), (7, 1, 2))
     topk_idx = torch.randint(-1, 4, (1, 7, 2), dtype=torch.int32)
     cu_seqlens = torch.tensor([0, 2, 7], dtype=torch.int32)
-    assert torch.autograd.gradcheck(lambda *x: topk_sparse_attention(*x, topk_idx, 2, cu_seqlens), (q, k, v))
+    assert torch.autograd.gradcheck(
+        lambda *x: topk_sparse_attention(*x, topk_idx, 2, cu_seqlens), (q, k, v)
+    )
 
 
 def test_compiles_without_a_graph_break():
@@ -127,9 +159,18 @@ BAD = [
         dict(topk_idx=torch.zeros(T, HKV, T_SEL, dtype=torch.int32)),
         rf"topk_idx has shape \({T}, {HKV}, .*\[{HKV}, {T}, T_sel\]",
     ),
-    (dict(topk_idx=torch.zeros(HKV, T, dtype=torch.int32)), rf"topk_idx has shape \({HKV}, {T}\).*Fix"),
-    (dict(topk_idx=torch.zeros(HKV, T, T_SEL)), r"topk_idx is torch.float32; it must be an int32 or int64"),
-    (dict(cu_seqlens=CU_SEQLENS.float()), r"cu_seqlens is torch.float32; it must be an int32 or int64"),
+    (
+        dict(topk_idx=torch.zeros(HKV, T, dtype=torch.int32)),
+        rf"topk_idx has shape \({HKV}, {T}\).*Fix",
+    ),
+    (
+        dict(topk_idx=torch.zeros(HKV, T, T_SEL)),
+        r"topk_idx is torch.float32; it must be an int32 or int64",
+    ),
+    (
+        dict(cu_seqlens=CU_SEQLENS.float()),
+        r"cu_seqlens is torch.float32; it must be an int32 or int64",
+    ),
     (dict(cu_seqlens=[0, T]), rf"cu_seqlens is \[0, {T}\]; it must be an int32 or int64 tensor"),
     (dict(cu_seqlens=torch.tensor([0, T + 1])), r"cu_seqlens=\[0, 31\] must rise from 0 to .*30"),
     (dict(block_size=0), r"block_size=0 must be an int >= 1"),
@@ -150,6 +191,12 @@ def test_bad_arguments_are_refused(changes, message):
 
 @pytest.mark.parametrize("name", inspect.signature(topk_sparse_attention).parameters)
 def test_no_argument_fails_from_inside(name):
-    values = {"block_size": instead_of_int(1), "softmax_scale": instead_of_number(), "backend": NO_BACKENDS}
+    values = {
+        "block_size": instead_of_int(1),
+        "softmax_scale": instead_of_number(),
+        "backend": NO_BACKENDS,
+    }
     for value in values.get(name) or instead_of_tensor(GOOD[name]):
-        assert_refused(lambda value=value: topk_sparse_attention(**{**GOOD, name: value}), name, value)
+        assert_refused(
+            lambda value=value: topk_sparse_attention(**{**GOOD, name: value}), name, value
+        )

@@ -1,4 +1,6 @@
-"""What every test on a GPU leaves behind: no memory, for the next one's to be measured or to fit; and what several need."""
+"""What every test on a GPU leaves behind: no memory, for the next one's to be measured or to fit;
+and what several need.
+"""
 
 import gc
 import os

@@ -1,4 +1,6 @@
-"""Problems too large for tests/cases.py, made on the GPU, and in float64 what some of their queries and keys should get."""
+"""Problems too large for tests/cases.py, made on the GPU, and in float64 what some of their queries
+and keys should get.
+"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -44,7 +46,9 @@ class Problem:
 
     def forward(self, backend, **extra):
         """o and lse."""
-        return ops.selected_attention(self.q, self.k, self.v, self.block_indices, **self.arguments(), backend=backend, **extra)
+        return ops.selected_attention(
+            self.q, self.k, self.v, self.block_indices, **self.arguments(), backend=backend, **extra
+        )
 
     def run(self, backend, **extra):
         """RESULTS."""
@@ -55,19 +59,33 @@ class Problem:
         """Sequence b by itself."""
         start = sum(self.lengths[:b])
         rows = slice(start, start + self.lengths[b])
-        parts = {name: getattr(self, name).detach()[rows].clone() for name in ("q", "k", "v", "do", "block_indices")}
+        parts = {
+            name: getattr(self, name).detach()[rows].clone()
+            for name in ("q", "k", "v", "do", "block_indices")
+        }
         for name in ("q", "k", "v"):
             parts[name].requires_grad_()
-        return dataclasses.replace(self, **parts, lengths=self.lengths[b : b + 1], cu_seqlens=starts(self.lengths[b : b + 1]))
+        return dataclasses.replace(
+            self,
+            **parts,
+            lengths=self.lengths[b : b + 1],
+            cu_seqlens=starts(self.lengths[b : b + 1]),
+        )
 
 
 def starts(lengths):
     return torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32, device="cuda")
 
 
-def random_selection(lengths, num_kv_heads, block_size, num_indices, init_blocks, local_blocks, generator):
-    """The forced blocks, then any others up to the query's own, some of them twice: int32 `[T, HKV, num_indices]`."""
-    own = torch.cat([torch.arange(n, device="cuda") for n in lengths])[:, None] // block_size  # [T, 1]
+def random_selection(
+    lengths, num_kv_heads, block_size, num_indices, init_blocks, local_blocks, generator
+):
+    """The forced blocks, then any others up to the query's own, some of them twice:
+    int32 `[T, HKV, num_indices]`.
+    """
+    own = (
+        torch.cat([torch.arange(n, device="cuda") for n in lengths])[:, None] // block_size
+    )  # [T, 1]
     shape = (sum(lengths), num_kv_heads, num_indices)
     indices = torch.rand(shape, device="cuda", generator=generator).mul_(own[..., None] + 1).int()
     forced = init_blocks + local_blocks
@@ -77,8 +95,8 @@ def random_selection(lengths, num_kv_heads, block_size, num_indices, init_blocks
 
 
 def make_problem(
-    lengths, num_kv_heads, group_size, *, head_dim=128, dtype=torch.bfloat16, block_size=64, num_indices=16, init_blocks=1,
-    local_blocks=2, seed=0,
+    lengths, num_kv_heads, group_size, *, head_dim=128, dtype=torch.bfloat16, block_size=64,
+    num_indices=16, init_blocks=1, local_blocks=2, seed=0,
 ):  # fmt: skip
     generator = torch.Generator("cuda").manual_seed(seed)
     total = sum(lengths)
@@ -86,12 +104,15 @@ def make_problem(
     def randn(heads):
         return torch.randn(total, heads, head_dim, dtype=dtype, device="cuda", generator=generator)
 
-    q, k, v = (randn(heads).requires_grad_() for heads in (num_kv_heads * group_size, num_kv_heads, num_kv_heads))
+    q, k, v = (
+        randn(heads).requires_grad_()
+        for heads in (num_kv_heads * group_size, num_kv_heads, num_kv_heads)
+    )
     blocks = (block_size, num_indices, init_blocks, local_blocks)
     block_indices = random_selection(lengths, num_kv_heads, *blocks, generator)
     return Problem(
-        q, k, v, randn(num_kv_heads * group_size), block_indices, tuple(lengths), starts(lengths), block_size, init_blocks,
-        local_blocks,
+        q, k, v, randn(num_kv_heads * group_size), block_indices, tuple(lengths), starts(lengths),
+        block_size, init_blocks, local_blocks,
     )  # fmt: skip
 
 
@@ -112,7 +133,8 @@ def expected_of_query(p, row):
     counts = (index >= 0) & (index <= t // p.block_size) & ~repeated
     position = index[..., None] * p.block_size + torch.arange(p.block_size, device="cuda")
     seen = (counts[..., None] & (position <= t)).flatten(1)  # [HKV, N]
-    at, head = start + position.clamp(0, t).flatten(1), torch.arange(num_kv_heads, device="cuda")[:, None]
+    at = start + position.clamp(0, t).flatten(1)
+    head = torch.arange(num_kv_heads, device="cuda")[:, None]
     k, v = p.k[at, head].double(), p.v[at, head].double()  # [HKV, N, D]
     q, do = (x[row].double().unflatten(0, (num_kv_heads, -1)) for x in (p.q, p.do))  # [HKV, G, D]
     s = (q @ k.mT * scale).masked_fill(~seen[:, None], -torch.inf)
@@ -124,12 +146,17 @@ def expected_of_query(p, row):
 
 @torch.no_grad()
 def expected_of_key(p, row, head, o, lse):
-    """dk `[D]` and dv `[DV]` of one key of one KV head, in float64, from the o and lse of the queries that see it."""
+    """dk `[D]` and dv `[DV]` of one key of one KV head, in float64,
+    from the o and lse of the queries that see it.
+    """
     start, stop = sequence_of(p, row)
     position, group_size, scale = row - start, p.q.shape[1] // p.k.shape[1], p.q.shape[2] ** -0.5
     chosen = (p.block_indices[row:stop, head] == position // p.block_size).any(-1)
-    queries, heads = row + chosen.nonzero().flatten(), slice(head * group_size, (head + 1) * group_size)
-    q, do, o, lse = (x[:, heads].index_select(0, queries).double() for x in (p.q, p.do, o, lse))  # [M, G, D]
+    queries = row + chosen.nonzero().flatten()
+    heads = slice(head * group_size, (head + 1) * group_size)
+    q, do, o, lse = (
+        x[:, heads].index_select(0, queries).double() for x in (p.q, p.do, o, lse)
+    )  # [M, G, D]
     weights = (q @ p.k[row, head].double() * scale - lse).exp()  # [M, G]
     ds = weights * (do @ p.v[row, head].double() - (do * o).sum(-1))
     return torch.einsum("mg,mgd->d", ds, q) * scale, torch.einsum("mg,mgd->d", weights, do)
@@ -147,12 +174,17 @@ def assert_rms_close(name, found, expected, dtype=torch.bfloat16):
 def check_samples(p, results, query_rows, keys):
     """Some queries, all of their heads, and some (row, KV head) keys, against float64."""
     o, lse, dq, dk, dv = results
-    expected = [torch.stack(x) for x in zip(*(expected_of_query(p, row) for row in query_rows), strict=True)]
+    expected = [
+        torch.stack(x) for x in zip(*(expected_of_query(p, row) for row in query_rows), strict=True)
+    ]
     assert_rms_close("o", o[query_rows], expected[0], o.dtype)
     # float32, and sums of 128 products of numbers around 1.
     torch.testing.assert_close(lse[query_rows].double(), expected[1], rtol=1e-4, atol=1e-4)
     assert_rms_close("dq", dq[query_rows], expected[2], o.dtype)
-    expected = [torch.stack(x) for x in zip(*(expected_of_key(p, row, head, o, lse) for row, head in keys), strict=True)]
+    expected = [
+        torch.stack(x)
+        for x in zip(*(expected_of_key(p, row, head, o, lse) for row, head in keys), strict=True)
+    ]
     rows, heads = (list(x) for x in zip(*keys, strict=True))
     assert_rms_close("dk", dk[rows, heads], expected[0], o.dtype)
     assert_rms_close("dv", dv[rows, heads], expected[1], o.dtype)

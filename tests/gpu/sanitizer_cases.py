@@ -1,4 +1,5 @@
-"""Small cases of every operator that has kernels, forward and backward: what test_sanitizer.py lets compute-sanitizer watch.
+"""Small cases of every operator that has kernels, forward and backward:
+what test_sanitizer.py lets compute-sanitizer watch.
 
 compute-sanitizer --tool memcheck python -m tests.gpu.sanitizer_cases
 """
@@ -9,16 +10,29 @@ import sys
 import torch
 
 from nsa_fsa.ops.common import tuning
-from tests.cases import BF16, F16, Case, by_name, call, gradients, make_inputs, output, select, suited
+from tests.cases import (
+    BF16,
+    F16,
+    Case,
+    by_name,
+    call,
+    gradients,
+    make_inputs,
+    output,
+    select,
+    suited,
+)
 
-# name, lengths, HKV, G, D, DV, dtype, kernel_size, kernel_stride, block_size, T_sel, init, local, window, seed
+# name, lengths, HKV, G, D, DV, dtype, kernel_size, kernel_stride, block_size, T_sel, init, local,
+# window, seed
 WIDE = Case("wide", (200, 0, 65), 2, 3, 128, 128, BF16, 32, 16, 64, 4, 1, 2, 64, 60)
 NARROW = Case("narrow", (300,), 1, 4, 64, 64, F16, 32, 16, 128, 3, 1, 1, 64, 61)
 PAIRS = Case("pairs", (200, 0, 65), 2, 2, 128, 128, BF16, 32, 16, 64, 4, 1, 2, 64, 63)
 PLAIN = Case("plain", (200, 0, 65), 2, 3, 96, 80, BF16, 32, 16, 64, 4, 1, 2, 64, 62)
 LITTLE, MUCH = 1, 2**30  # workspace
 
-# Backend of selected attention, on the blocks that the kernels of compressed attention and of selection choose.
+# Backend of selected attention, on the blocks that the kernels of compressed attention and of
+# selection choose.
 SELECTED = [
     ("triton_kv_major", WIDE, MUCH),
     ("triton_kv_major", WIDE, LITTLE),
@@ -45,7 +59,8 @@ OTHERS = [
     ("nsa_attention", NARROW),
     ("nsa_attention", PLAIN),
 ]
-# Compressed attention, backward in one pass, which long sequences have; where the kernels for Hopper can run.
+# Compressed attention, backward in one pass, which long sequences have;
+# where the kernels for Hopper can run.
 IN_ONE_PASS = [(PAIRS,), (NARROW,)]
 RUNS = [*SELECTED, *OTHERS, *IN_ONE_PASS]
 
@@ -64,7 +79,8 @@ def run_other(operator, case):
     x = make_inputs(case, device="cuda", requires_grad=True)
     o = output(call(operator, case, x, "triton"))
     grads = gradients(operator, o, x, torch.ones_like(o))
-    return grads if operator.endswith("_windows") else (o, *grads)  # rows that no window owns are unspecified
+    # Rows that no window owns are unspecified.
+    return grads if operator.endswith("_windows") else (o, *grads)
 
 
 def run_in_one_pass(case):
@@ -81,10 +97,14 @@ def run_in_one_pass(case):
 
 
 def main():
-    # FlashAttention 4 is others' work, and compiles for minutes under the tool: the window of the whole goes to PyTorch's,
-    # whose kernels the tool is told to leave out.
+    # FlashAttention 4 is others' work, and compiles for minutes under the tool:
+    # the window of the whole goes to PyTorch's, whose kernels the tool is told to leave out.
     sys.modules["flash_attn"] = None  # type: ignore[assignment]
-    for run, cases in ((run_selected, SELECTED), (run_other, OTHERS), (run_in_one_pass, IN_ONE_PASS)):
+    for run, cases in (
+        (run_selected, SELECTED),
+        (run_other, OTHERS),
+        (run_in_one_pass, IN_ONE_PASS),
+    ):
         for case in cases:
             for result in run(*case):
                 assert torch.isfinite(result).all(), case

@@ -44,8 +44,13 @@ class Selection:
             "kernel_size",
             "kernel_stride",
         )
-        arguments = dict(max_seqlen=max(self.lengths), **{name: getattr(self, name) for name in names}) | changed
-        return ops.select_blocks(self.q, self.k_cmp, self.lse, self.cu_seqlens, backend="triton", **arguments)
+        arguments = (
+            dict(max_seqlen=max(self.lengths), **{name: getattr(self, name) for name in names})
+            | changed
+        )
+        return ops.select_blocks(
+            self.q, self.k_cmp, self.lse, self.cu_seqlens, backend="triton", **arguments
+        )
 
     def alone(self, b):
         """Sequence b by itself."""
@@ -66,7 +71,9 @@ def make(lengths, num_kv_heads, group_size, *, head_dim=128, dtype=torch.bfloat1
     generator = torch.Generator("cuda").manual_seed(seed)
     total, options = sum(lengths), dict(device="cuda", generator=generator)
     q = torch.randn(total, num_kv_heads * group_size, head_dim, dtype=dtype, **options)
-    k_cmp = torch.randn(total // sizes.get("kernel_stride", 16), num_kv_heads, head_dim, dtype=dtype, **options)
+    k_cmp = torch.randn(
+        total // sizes.get("kernel_stride", 16), num_kv_heads, head_dim, dtype=dtype, **options
+    )
     lse = torch.rand(q.shape[:2], **options) * 2 + 7
     return Selection(q, k_cmp, lse, tuple(lengths), starts(lengths), **sizes)
 
@@ -78,17 +85,23 @@ def scores_of(p, rows):
     last, stride = int(rows[-1]) - start, p.kernel_stride
     n, num_blocks = (last + 1 - p.kernel_size) // stride + 1, last // p.block_size + 1
     t = rows - start
-    scores = torch.zeros(len(rows), p.k_cmp.shape[1], num_blocks, dtype=torch.float64, device="cuda")
+    scores = torch.zeros(
+        len(rows), p.k_cmp.shape[1], num_blocks, dtype=torch.float64, device="cuda"
+    )
     if n > 0:
         k = p.k_cmp[start // stride : start // stride + n].double()  # [n, HKV, D]
         q = p.q[rows].double().unflatten(1, (k.shape[1], -1))  # [M, HKV, G, D]
         s = torch.einsum("mhgd,nhd->mhgn", q, k) * p.q.shape[2] ** -0.5
-        weights = (s - p.lse[rows].double().unflatten(1, (k.shape[1], -1))[..., None]).exp_().sum(2)  # [M, HKV, n]
+        weights = (
+            (s - p.lse[rows].double().unflatten(1, (k.shape[1], -1))[..., None]).exp_().sum(2)
+        )  # [M, HKV, n]
         window = torch.arange(n, device="cuda")
         weights.masked_fill_((window * stride + p.kernel_size - 1 > t[:, None])[:, None], 0)
         for unit in range(p.kernel_size // stride):
             block = (window + unit) // (p.block_size // stride)
-            scores.index_add_(2, block.clamp(max=num_blocks - 1), weights.masked_fill(block >= num_blocks, 0))
+            scores.index_add_(
+                2, block.clamp(max=num_blocks - 1), weights.masked_fill(block >= num_blocks, 0)
+            )
     return scores, t // p.block_size
 
 
@@ -107,7 +120,9 @@ def assert_rules_and_scores(p, indices, rows):
     for forced in (*range(p.init_blocks), *(own - n for n in range(p.local_blocks))):
         forced = torch.as_tensor(forced, device="cuda")
         found = (indices == forced).any(-1)
-        assert (found | ((forced < 0) | (forced > own)).expand_as(indices)[..., 0]).all(), "a forced block is missing"
+        assert (found | ((forced < 0) | (forced > own)).expand_as(indices)[..., 0]).all(), (
+            "a forced block is missing"
+        )
 
     block = torch.arange(scores.shape[2], device="cuda")
     free = ((block >= p.init_blocks) & (block <= own - p.local_blocks)).expand_as(scores)
@@ -115,7 +130,9 @@ def assert_rules_and_scores(p, indices, rows):
     best = scores.topk(min(places - p.init_blocks - p.local_blocks, scores.shape[2])).values.sum(-1)
     found = scores.gather(2, indices.clamp(min=0).long()).mul(valid).sum(-1)
     chosen_all = (own < places)[..., 0]
-    assert (chosen_all | (found >= 0.995 * best)).all(), f"{(found / best).masked_fill(chosen_all, 1).min()}"
+    assert (chosen_all | (found >= 0.995 * best)).all(), (
+        f"{(found / best).masked_fill(chosen_all, 1).min()}"
+    )
 
 
 @pytest.mark.parametrize(("block_size", "num_selected_blocks"), FSA)
@@ -163,7 +180,9 @@ def test_float32_chooses_exactly():
         best = scores.masked_fill(~free, -1).sort(-1, descending=True)
         apart = best.values[..., 12] > best.values[..., 13] * (1 + 1e-5)
         assert apart.float().mean() > 0.9
-        assert torch.equal(indices[rows][..., 1:14][apart].long(), best.indices[..., :13].sort(-1).values[apart])
+        assert torch.equal(
+            indices[rows][..., 1:14][apart].long(), best.indices[..., :13].sort(-1).values[apart]
+        )
 
 
 LENGTHS = (1000, 37, 0, 3000, 64)
@@ -185,7 +204,9 @@ def test_a_sequence_alone_and_among_others(group_size, head_dim):
         packed = p.run(max_seqlen=max_seqlen)
         for b, length in enumerate(LENGTHS):
             start = sum(LENGTHS[:b])
-            assert torch.equal(p.alone(b).run(), packed[start : start + length]), f"sequence {b} of {length} tokens"
+            assert torch.equal(p.alone(b).run(), packed[start : start + length]), (
+                f"sequence {b} of {length} tokens"
+            )
 
 
 @needs(90)
@@ -199,7 +220,9 @@ def test_offsets_past_2_31(num_kv_heads, group_size):
 
 
 @needs(40)
-@pytest.mark.parametrize("lengths", [(2**20,), (700_000, 0, 2**20 - 700_000)], ids=["one", "packed"])
+@pytest.mark.parametrize(
+    "lengths", [(2**20,), (700_000, 0, 2**20 - 700_000)], ids=["one", "packed"]
+)
 def test_a_million_tokens(lengths):
     """With keys of 64 bits, which number 2,048 steps."""
     p = make(lengths, 1, 4)
@@ -210,7 +233,9 @@ def test_a_million_tokens(lengths):
 
 @pytest.mark.parametrize(("group_size", "head_dim"), [(1, 128), (4, 128), (3, 80)])
 def test_nothing_waits_for_the_gpu(group_size, head_dim):
-    warm, other = (make(lengths, 2, group_size, head_dim=head_dim) for lengths in (LENGTHS, (50, 1400)))
+    warm, other = (
+        make(lengths, 2, group_size, head_dim=head_dim) for lengths in (LENGTHS, (50, 1400))
+    )
     warm.run()
     with syncs_forbidden():
         warm.run()
@@ -218,8 +243,8 @@ def test_nothing_waits_for_the_gpu(group_size, head_dim):
 
 
 def test_cuda_graph():
-    """Recorded once; replayed with other values and lengths it gives the same bits as running
-    anew."""
+    """Recorded once; replayed with other values and lengths it gives the same bits as
+    running anew."""
     p = make(LENGTHS, 2, 4)
     p.lengths = (sum(LENGTHS),)  # as an upper bound, which holds for every way to cut the rows
     graph, recorded = record(p.run)

@@ -10,11 +10,14 @@ from tests.gpu.problems import BACKENDS, RESULTS, assert_rms_close, make_problem
 
 pytestmark = pytest.mark.gpu
 
-SHAPES = [(4, 128, 64), (12, 128, 64), (3, 64, 128), (3, 80, 32)]  # group size, head width, block size
+# Group size, head width, block size.
+SHAPES = [(4, 128, 64), (12, 128, 64), (3, 64, 128), (3, 80, 32)]
 
 
 def problem(group_size, head_dim, block_size):
-    return make_problem((1500, 0, 700), 2, group_size, head_dim=head_dim, block_size=block_size, num_indices=6)
+    return make_problem(
+        (1500, 0, 700), 2, group_size, head_dim=head_dim, block_size=block_size, num_indices=6
+    )
 
 
 def exact(p):
@@ -50,14 +53,17 @@ def test_candidates(direction, group_size, head_dim, block_size, monkeypatch):
 def test_plain_tiles(head_dim, block_size, dtype, cramped, monkeypatch):
     """Every tile of the plain kernels that tuning chooses on some GPU, on this one.
 
-    With one stage dq was wrong on an H200 with Triton 3.6, of which no compiler said anything: whether a tile that nobody ran
-    on a GPU of this kind and with this Triton computes what it should only a run can tell.
+    With one stage dq was wrong on an H200 with Triton 3.6, of which no compiler said anything:
+    whether a tile that nobody ran on a GPU of this kind and with this Triton computes what it
+    should only a run can tell.
     """
     from nsa_fsa.ops.common import tuning
 
     if cramped and head_dim <= 128:
         pytest.skip("these tiles do not depend on the shared memory")
-    p = make_problem((1500, 0, 700), 2, 4, head_dim=head_dim, dtype=dtype, block_size=block_size, num_indices=6)
+    p = make_problem(
+        (1500, 0, 700), 2, 4, head_dim=head_dim, dtype=dtype, block_size=block_size, num_indices=6
+    )
     expected = exact(p)
     monkeypatch.setattr(tuning, "is_cramped", lambda x: cramped)
     config = tuning.plain_config.__wrapped__(p.q, p.v, block_size)
@@ -80,7 +86,10 @@ def test_the_profiler_chooses_once(monkeypatch, tmp_path):
     found = [json.loads(text) for text in files.values()]
     assert sorted(entry["key"].split()[1] for entry in found) == ["backward", "forward"]
     for entry in found:
-        assert sum(ms is not None for ms in entry["ms"].values()) > 1, entry  # some may need what this GPU lacks
+        # Some may need what this GPU lacks.
+        assert sum(ms is not None for ms in entry["ms"].values()) > 1, entry
     for name, a, b in zip(RESULTS, p.run("auto"), p.run("triton"), strict=True):
         assert torch.equal(a, b), f"{name}: auto is not triton"
-    assert {file: file.read_text() for file in tmp_path.glob("*/*.json")} == files, "it was timed again"
+    assert {file: file.read_text() for file in tmp_path.glob("*/*.json")} == files, (
+        "it was timed again"
+    )

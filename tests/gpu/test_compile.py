@@ -1,4 +1,6 @@
-"""Row 12 of reliability.md with the compiler that users run: the kernels inside a graph that Inductor compiles."""
+"""Row 12 of reliability.md with the compiler that users run: the kernels inside a graph that
+Inductor compiles.
+"""
 
 import pytest
 import torch
@@ -26,7 +28,9 @@ def test_one_graph_for_every_length(backend):
 
     def layer(q, k, v, block_indices, **arguments):
         # Powers of two: exact, so that whatever Inductor makes of them the bits are the same.
-        o, lse = ops.selected_attention(q * 0.5, k, v * 2, block_indices, backend=backend, **arguments)
+        o, lse = ops.selected_attention(
+            q * 0.5, k, v * 2, block_indices, backend=backend, **arguments
+        )
         return o * 4, lse
 
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
@@ -46,8 +50,8 @@ def test_one_graph_for_every_length(backend):
 
 @pytest.mark.parametrize("shape", [(4, 128, 128), (3, 96, 80)], ids=str)
 def test_the_compressed_branch_is_one_graph_for_every_length(shape):
-    """Pooling, compressed attention and selection. tests/ops/test_registration.py has each alone, and gather_windows, with
-    heads so narrow that no kernel written for Hopper runs."""
+    """Pooling, compressed attention and selection. tests/ops/test_registration.py has each alone,
+    and gather_windows, with heads so narrow that no kernel written for Hopper runs."""
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("inductor")
     sizes = dict(kernel_size=32, kernel_stride=16, backend="triton")
@@ -56,8 +60,12 @@ def test_the_compressed_branch_is_one_graph_for_every_length(shape):
         k_cmp = ops.pool_windows(k, weight, cu_seqlens, max_seqlen, **sizes)
         v_cmp = ops.pool_windows(v, None, cu_seqlens, max_seqlen, **sizes)
         packed = (cu_seqlens, max_seqlen)
-        o, lse = ops.compressed_attention(q * 0.5, k_cmp, v_cmp * 2, *packed, return_lse=True, **sizes)
-        indices = ops.select_blocks(q * 0.5, k_cmp, lse, *packed, block_size=64, num_selected_blocks=6, **sizes)
+        o, lse = ops.compressed_attention(
+            q * 0.5, k_cmp, v_cmp * 2, *packed, return_lse=True, **sizes
+        )
+        indices = ops.select_blocks(
+            q * 0.5, k_cmp, lse, *packed, block_size=64, num_selected_blocks=6, **sizes
+        )
         return o * 4, lse, indices
 
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
@@ -70,7 +78,9 @@ def test_the_compressed_branch_is_one_graph_for_every_length(shape):
         for function in (compiled, layer):
             o, lse, indices = function(*p.leaves(), weight, p.cu_seqlens, max(lengths))
             results.append([o, lse, indices, *torch.autograd.grad(o, (*p.leaves(), weight), p.do)])
-        for name, a, b in zip(("o", "lse", "block_indices", "dq", "dk", "dv", "dweight"), *results, strict=True):
+        for name, a, b in zip(
+            ("o", "lse", "block_indices", "dq", "dk", "dv", "dweight"), *results, strict=True
+        ):
             assert torch.equal(a, b), f"{name} of {lengths}"
         frames.append(counter.frame_count)
     check_frames(frames)

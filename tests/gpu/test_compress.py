@@ -63,15 +63,21 @@ class Problem:
     def of_heads(self, heads):
         """Some heads, in float64."""
         x, do = self.x.detach()[:, heads].double().requires_grad_(), self.do[:, heads].double()
-        weight = None if self.weight is None else self.weight.detach()[heads].double().requires_grad_()
+        weight = (
+            None if self.weight is None else self.weight.detach()[heads].double().requires_grad_()
+        )
         return dataclasses.replace(self, x=x, do=do, weight=weight)
 
 
 def owned_windows(p):
-    return reference.window_rows(p.x.detach(), p.cu_seqlens, p.kernel_size, p.kernel_stride, None)[1]
+    return reference.window_rows(p.x.detach(), p.cu_seqlens, p.kernel_size, p.kernel_stride, None)[
+        1
+    ]
 
 
-def make(operator, lengths, num_heads, dim, kernel_size, kernel_stride, dtype=torch.bfloat16, seed=0):
+def make(
+    operator, lengths, num_heads, dim, kernel_size, kernel_stride, dtype=torch.bfloat16, seed=0
+):
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def randn(*shape, dtype=dtype):
@@ -79,10 +85,16 @@ def make(operator, lengths, num_heads, dim, kernel_size, kernel_stride, dtype=to
 
     total = sum(lengths)
     x = randn(total, num_heads, dim).requires_grad_()
-    weight = randn(num_heads, kernel_size, dtype=torch.float32).requires_grad_() if operator == "pool_windows" else None
+    weight = (
+        randn(num_heads, kernel_size, dtype=torch.float32).requires_grad_()
+        if operator == "pool_windows"
+        else None
+    )
     inner = (kernel_size, dim) if operator == "gather_windows" else (dim,)
     do = randn(total // kernel_stride, num_heads, *inner)
-    p = Problem(operator, x, weight, do, tuple(lengths), starts(lengths), kernel_size, kernel_stride)
+    p = Problem(
+        operator, x, weight, do, tuple(lengths), starts(lengths), kernel_size, kernel_stride
+    )
     do[~owned_windows(p)] = torch.nan
     return p
 
@@ -129,11 +141,13 @@ def test_a_sequence_alone_and_among_others(operator, shape):
         number = max(0, (length - p.kernel_size) // p.kernel_stride + 1)
         found = p.alone(b).run()
         expected = [output[first : first + number], dx[start : start + length]]
-        assert_same_bits([found[0][:number], found[1]], expected, f"sequence {b} of {length} tokens")
+        assert_same_bits(
+            [found[0][:number], found[1]], expected, f"sequence {b} of {length} tokens"
+        )
 
 
-# Row 10: more than 2^31 elements, of x, of the windows, and, where the step is 1, of pooled windows
-# too.
+# Row 10: more than 2^31 elements, of x, of the windows, and, where the step is 1,
+# of pooled windows too.
 
 
 @needs(60)
@@ -184,8 +198,8 @@ def test_no_host_syncs(operator):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_cuda_graph(operator):
-    """Recorded once; replayed with other values and lengths it gives the same bits as running
-    anew."""
+    """Recorded once; replayed with other values and lengths it gives the same bits as
+    running anew."""
     lengths = (1000, 0, 77, 2000)
     p = make(operator, lengths, 2, *SHAPES[0])
     p.lengths = (sum(lengths),)  # as an upper bound, which holds for every way to cut the rows
@@ -215,8 +229,8 @@ def test_no_growth_over_50_steps(operator):
 @pytest.mark.parametrize("expanded", [False, True], ids=["dense", "expanded"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_peak(operator, expanded):
-    """x takes 64 MiB and its windows 128; the gradient of a sum, one number expanded, is not copied
-    either."""
+    """x takes 64 MiB and its windows 128; the gradient of a sum, one number expanded,
+    is not copied either."""
     p = make(operator, (20_000, 0, 12_768), 8, *SHAPES[0])
     if expanded:
         p.do = torch.ones((), dtype=p.do.dtype, device="cuda").expand(p.do.shape)
@@ -225,6 +239,7 @@ def test_peak(operator, expanded):
     allowed = num_bytes(o) + MIB
     assert peak <= allowed, f"forward: {peak / MIB:.1f} MiB, allowed are {allowed / MIB:.1f}"
     grads, peak = extra(lambda: torch.autograd.grad(o, p.leaves(), p.do))
-    allowed = num_bytes(*grads) + 4 * MIB  # the parts of the weights' gradient: 512 x 8 heads x 32 positions x 4 bytes
+    # The parts of the weights' gradient: 512 x 8 heads x 32 positions x 4 bytes.
+    allowed = num_bytes(*grads) + 4 * MIB
     assert peak <= allowed, f"backward: {peak / MIB:.1f} MiB, allowed are {allowed / MIB:.1f}"
     assert all(torch.isfinite(grad).all() for grad in grads)

@@ -1,4 +1,6 @@
-"""Compressed attention on a GPU: rows 1, 5, 9, 10, 11 and 13 of reliability.md at lengths that only a GPU runs."""
+"""Compressed attention on a GPU: rows 1, 5, 9, 10, 11 and 13 of reliability.md at lengths that
+only a GPU runs.
+"""
 
 import dataclasses
 from dataclasses import dataclass
@@ -17,15 +19,26 @@ from tests.gpu.test_size import needs, sampled_rows
 pytestmark = pytest.mark.gpu
 
 LENGTHS = (1000, 37, 0, 3000, 64)
-# G, D, DV. Heads of 64 and 128, for keys and values alike, take the kernels written for Hopper where these can run.
+# G, D, DV. Heads of 64 and 128, for keys and values alike, take the kernels written for Hopper
+# where these can run.
 HOPPER = [(g, d, d) for d in (64, 128) for g in (1, 3, 4, 5, 16, 64)]
-PLAIN = [(4, 96, 96), (1, 128, 64), (3, 64, 128), (5, 80, 80), (2, 256, 256), (64, 96, 32), (16, 192, 128)]
+PLAIN = [
+    (4, 96, 96),
+    (1, 128, 64),
+    (3, 64, 128),
+    (5, 80, 80),
+    (2, 256, 256),
+    (64, 96, 32),
+    (16, 192, 128),
+]
 SHAPES = [(1, 128, 128), (4, 128, 128), (5, 64, 64), (6, 96, 96)]
 
 
 @dataclass
 class Problem:
-    """Compressed attention on packed sequences. Compressed keys and values are NaN in rows that no window owns."""
+    """Compressed attention on packed sequences. Compressed keys and values are NaN in rows that no
+    window owns.
+    """
 
     q: torch.Tensor
     k_cmp: torch.Tensor
@@ -42,8 +55,8 @@ class Problem:
     def arguments(self):
         return dict(
             cu_seqlens=self.cu_seqlens, max_seqlen=max(self.lengths), kernel_size=self.kernel_size,
-            kernel_stride=self.kernel_stride, cu_seqlens_q=self.cu_seqlens_q, seqused_k=self.seqused_k,
-            workspace_bytes=self.workspace_bytes, return_lse=True,
+            kernel_stride=self.kernel_stride, cu_seqlens_q=self.cu_seqlens_q,
+            seqused_k=self.seqused_k, workspace_bytes=self.workspace_bytes, return_lse=True,
         )  # fmt: skip
 
     def leaves(self):
@@ -61,7 +74,8 @@ class Problem:
     def rows(self, b):
         """Of sequence b: its tokens, and its windows among the compressed rows."""
         start, length = sum(self.lengths[:b]), self.lengths[b]
-        first, number = start // self.kernel_stride, max(0, (length - self.kernel_size) // self.kernel_stride + 1)
+        first = start // self.kernel_stride
+        number = max(0, (length - self.kernel_size) // self.kernel_stride + 1)
         return slice(start, start + length), slice(first, first + number)
 
     def alone(self, b):
@@ -72,11 +86,15 @@ class Problem:
         parts = dict(q=tokens, do=tokens, k_cmp=compressed, v_cmp=compressed)
         parts = {name: getattr(self, name).detach()[rows].clone() for name, rows in parts.items()}
         length = self.lengths[b : b + 1]
-        return dataclasses.replace(self, **parts, lengths=length, cu_seqlens=starts(length)).differentiable()
+        return dataclasses.replace(
+            self, **parts, lengths=length, cu_seqlens=starts(length)
+        ).differentiable()
 
     def double(self):
         names = ("q", "k_cmp", "v_cmp", "do")
-        return dataclasses.replace(self, **{name: getattr(self, name).detach().double() for name in names}).differentiable()
+        return dataclasses.replace(
+            self, **{name: getattr(self, name).detach().double() for name in names}
+        ).differentiable()
 
     def differentiable(self):
         for x in self.leaves():
@@ -86,25 +104,30 @@ class Problem:
 
 def owned_windows(p):
     tokens = torch.empty(sum(p.lengths), 0, device="cuda")
-    return reference.window_rows(tokens, p.cu_seqlens, p.kernel_size, p.kernel_stride, p.seqused_k)[1]
+    return reference.window_rows(tokens, p.cu_seqlens, p.kernel_size, p.kernel_stride, p.seqused_k)[
+        1
+    ]
 
 
 def make(
-    lengths, num_kv_heads, group_size, head_dim=128, v_dim=None, *, dtype=torch.bfloat16, windows=(32, 16), seed=0,
-    num_queries=None, used=None,
+    lengths, num_kv_heads, group_size, head_dim=128, v_dim=None, *, dtype=torch.bfloat16,
+    windows=(32, 16), seed=0, num_queries=None, used=None,
 ):  # fmt: skip
-    """num_queries, used: of every sequence's `lengths` rows of keys, how many last queries there are and rows that count."""
+    """num_queries, used: of every sequence's `lengths` rows of keys,
+    how many last queries there are and rows that count.
+    """
     generator = torch.Generator("cuda").manual_seed(seed)
 
     def randn(rows, heads, width):
         return torch.randn(rows, heads, width, dtype=dtype, device="cuda", generator=generator)
 
     num_heads, v_dim = num_kv_heads * group_size, head_dim if v_dim is None else v_dim
-    num_rows, num_windows = sum(lengths if num_queries is None else num_queries), sum(lengths) // windows[1]
+    num_rows = sum(lengths if num_queries is None else num_queries)
+    num_windows = sum(lengths) // windows[1]
     p = Problem(
         randn(num_rows, num_heads, head_dim), randn(num_windows, num_kv_heads, head_dim),
-        randn(num_windows, num_kv_heads, v_dim), randn(num_rows, num_heads, v_dim), tuple(lengths), starts(lengths), *windows,
-        None if num_queries is None else starts(num_queries),
+        randn(num_windows, num_kv_heads, v_dim), randn(num_rows, num_heads, v_dim), tuple(lengths),
+        starts(lengths), *windows, None if num_queries is None else starts(num_queries),
         None if used is None else torch.tensor(used, dtype=torch.int32, device="cuda"),
     )  # fmt: skip
     for x in (p.k_cmp, p.v_cmp):
@@ -144,12 +167,16 @@ def test_against_float64(dtype, shape, lengths):
     check(make(lengths, 2, *shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("shape", [(1, 128, 128), (3, 80, 96), (16, 64, 64), (4, 256, 256)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 128, 128), (3, 80, 96), (16, 64, 64), (4, 256, 256)], ids=str
+)
 def test_float32_against_float64(shape):
     check(make((1000, 0, 37, 1200), 2, *shape, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("windows", [(16, 16), (64, 16), (64, 64), (12, 4), (2, 1), (1, 1), (7, 7)], ids=str)
+@pytest.mark.parametrize(
+    "windows", [(16, 16), (64, 16), (64, 64), (12, 4), (2, 1), (1, 1), (7, 7)], ids=str
+)
 @pytest.mark.parametrize("shape", [(4, 128, 128), (3, 64, 64), (2, 96, 80)], ids=str)
 def test_windows(shape, windows):
     check(make((1500, 0, 37, 2000, 31, 300), 1, *shape, windows=windows))
@@ -158,7 +185,9 @@ def test_windows(shape, windows):
 @pytest.mark.parametrize("num_kv_heads", [1, 3, 8, 24, 40])
 @pytest.mark.parametrize("shape", [(2, 128, 128), (2, 96, 96)], ids=str)
 def test_any_number_of_heads(shape, num_kv_heads):
-    """Programs take 16 heads, or what divides their number, at a time; few heads have their rows cut into parts."""
+    """Programs take 16 heads, or what divides their number, at a time;
+    few heads have their rows cut into parts.
+    """
     check(make((1500, 0, 700), num_kv_heads, *shape))
 
 
@@ -202,14 +231,22 @@ def test_repeatable_backward(shape):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_sequence_alone_and_among_others(shape):
-    """What a query gets is the same bit by bit; what a key gets is summed in parts, whose number depends on the batch."""
+    """What a query gets is the same bit by bit; what a key gets is summed in parts,
+    whose number depends on the batch.
+    """
     p = make(LENGTHS, 2, *shape)
     o, lse, dq, dk, dv = p.run()
-    sums = dict(dk=[], dv=[])  # judged together: of a sequence with a single window dk is exactly 0, and found are roundings
+    # Judged together: of a sequence with a single window dk is exactly 0, and found are roundings.
+    sums = dict(dk=[], dv=[])
     for b, length in enumerate(LENGTHS):
         tokens, windows = p.rows(b)
         *found, dk_alone, dv_alone = p.alone(b).run()
-        assert_same_bits(found, [x[tokens] for x in (o, lse, dq)], f"sequence {b} of {length} tokens", RESULTS[:3])
+        assert_same_bits(
+            found,
+            [x[tokens] for x in (o, lse, dq)],
+            f"sequence {b} of {length} tokens",
+            RESULTS[:3],
+        )
         for name, alone, packed in (("dk", dk_alone, dk), ("dv", dv_alone, dv)):
             sums[name].append((alone[: windows.stop - windows.start], packed[windows]))
     for name, pairs in sums.items():
@@ -217,7 +254,9 @@ def test_a_sequence_alone_and_among_others(shape):
 
 
 def check_nan_stays(p, spoiled, assert_equal):
-    """assert_equal(found, expected, name, names) of lists of tensors: what other sequences get with NaN in one, and without."""
+    """assert_equal(found, expected, name, names) of lists of tensors:
+    what other sequences get with NaN in one, and without.
+    """
     expected = p.run()
     tokens, windows = p.rows(spoiled)
     with torch.no_grad():
@@ -228,7 +267,12 @@ def check_nan_stays(p, spoiled, assert_equal):
         rows = windows if name in ("dk", "dv") else tokens
         if name != "lse" and windows.stop > windows.start:
             assert a[rows].isnan().any(), f"{name}: NaN was not there"
-        assert_equal([a[: rows.start], a[rows.stop :]], [b[: rows.start], b[rows.stop :]], name, ("before", "after"))
+        assert_equal(
+            [a[: rows.start], a[rows.stop :]],
+            [b[: rows.start], b[rows.stop :]],
+            name,
+            ("before", "after"),
+        )
 
 
 @pytest.mark.parametrize("spoiled", range(len(LENGTHS)))
@@ -257,7 +301,9 @@ def expected_of_query(p, row, head):
 
 @torch.no_grad()
 def expected_of_window(p, b, window, kv_head, o, lse):
-    """dk `[D]` and dv `[DV]` of window number `window` of sequence b, in float64, from the o and lse of who sees it."""
+    """dk `[D]` and dv `[DV]` of window number `window` of sequence b, in float64,
+    from the o and lse of who sees it.
+    """
     tokens, windows = p.rows(b)
     group_size, scale = p.q.shape[1] // p.k_cmp.shape[1], p.q.shape[2] ** -0.5
     rows = slice(tokens.start + window * p.kernel_stride + p.kernel_size - 1, tokens.stop)
@@ -266,7 +312,9 @@ def expected_of_window(p, b, window, kv_head, o, lse):
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     for at in torch.arange(rows.start, rows.stop).split(2**17):  # 512 MiB of each tensor in float64
         part = slice(int(at[0]), int(at[-1]) + 1)
-        q, do, o_seen, lse_seen = (x[part, heads].double() for x in (p.q, p.do, o, lse))  # [M, G, D]
+        q, do, o_seen, lse_seen = (
+            x[part, heads].double() for x in (p.q, p.do, o, lse)
+        )  # [M, G, D]
         weights = (q @ k * scale - lse_seen).exp()  # [M, G]
         ds = weights * (do @ v - (do * o_seen).sum(-1))
         dk += torch.einsum("mg,mgd->d", ds, q) * scale
@@ -275,14 +323,23 @@ def expected_of_window(p, b, window, kv_head, o, lse):
 
 
 def check_samples(p, results, number=24):
-    """First, last and random queries and windows of the sequences, of the first, the last and a random head."""
+    """First, last and random queries and windows of the sequences, of the first,
+    the last and a random head.
+    """
     o, lse, dq, dk, dv = results
     for x in (o, dq, dk, dv):
         assert torch.isfinite(x).all()
     num_heads, num_kv_heads = p.q.shape[1], p.k_cmp.shape[1]
     rows = sampled_rows(p.lengths, number)
-    queries = [(row, head) for row in rows for head in (0, num_heads - 1, int(torch.randint(num_heads, ())))]
-    expected = [torch.stack(x) for x in zip(*(expected_of_query(p, *query) for query in queries), strict=True)]
+    queries = [
+        (row, head)
+        for row in rows
+        for head in (0, num_heads - 1, int(torch.randint(num_heads, ())))
+    ]
+    expected = [
+        torch.stack(x)
+        for x in zip(*(expected_of_query(p, *query) for query in queries), strict=True)
+    ]
     at, heads = (list(x) for x in zip(*queries, strict=True))
     assert_rms_close("o", o[at, heads], expected[0])
     # float32, and sums of 128 products of numbers around 1.
@@ -294,9 +351,18 @@ def check_samples(p, results, number=24):
         count = windows.stop - windows.start
         if count == 0:
             continue
-        sampled = sorted({0, min(1, count - 1), count - 1, *torch.randint(count, (number // 4,)).tolist()})
-        keys = [(i, head) for i in sampled for head in {0, num_kv_heads - 1, int(torch.randint(num_kv_heads, ()))}]
-        expected = [torch.stack(x) for x in zip(*(expected_of_window(p, b, *key, o, lse) for key in keys), strict=True)]
+        sampled = sorted(
+            {0, min(1, count - 1), count - 1, *torch.randint(count, (number // 4,)).tolist()}
+        )
+        keys = [
+            (i, head)
+            for i in sampled
+            for head in {0, num_kv_heads - 1, int(torch.randint(num_kv_heads, ()))}
+        ]
+        expected = [
+            torch.stack(x)
+            for x in zip(*(expected_of_window(p, b, *key, o, lse) for key in keys), strict=True)
+        ]
         at, heads = [windows.start + i for i, _ in keys], [head for _, head in keys]
         assert_rms_close(f"dk of sequence {b}", dk[at, heads], expected[0])
         assert_rms_close(f"dv of sequence {b}", dv[at, heads], expected[1])
@@ -310,7 +376,9 @@ def test_samples_are_judged_like_everything():
 
 @needs(60)
 @pytest.mark.parametrize(
-    ("num_kv_heads", "group_size", "head_dim"), [(256, 1, 128), (64, 4, 128), (344, 1, 96)], ids=["G1", "G4", "plain"]
+    ("num_kv_heads", "group_size", "head_dim"),
+    [(256, 1, 128), (64, 4, 128), (344, 1, 96)],
+    ids=["G1", "G4", "plain"],
 )
 def test_offsets_past_2_31(num_kv_heads, group_size, head_dim):
     """q, o and their gradients have more elements than an int32 counts."""
@@ -322,7 +390,9 @@ def test_offsets_past_2_31(num_kv_heads, group_size, head_dim):
 @needs(60)
 @pytest.mark.parametrize("head_dim", [128, 96])
 def test_windows_past_2_31(head_dim):
-    """With a window at every token the compressed keys and values, and their gradients, have as many."""
+    """With a window at every token the compressed keys and values, and their gradients,
+    have as many.
+    """
     p = make((41_000, 0, 29_000), 2**31 // (70_000 * head_dim) + 1, 1, head_dim, windows=(2, 1))
     assert p.k_cmp.numel() > 2**31
     check_samples(p, p.run(), number=12)
@@ -330,7 +400,9 @@ def test_windows_past_2_31(head_dim):
 
 @needs(40)
 @pytest.mark.parametrize("head_dim", [128, 96])
-@pytest.mark.parametrize("lengths", [(2**20,), (700_000, 0, 2**20 - 700_000)], ids=["one", "packed"])
+@pytest.mark.parametrize(
+    "lengths", [(2**20,), (700_000, 0, 2**20 - 700_000)], ids=["one", "packed"]
+)
 def test_a_million_tokens(lengths, head_dim):
     p = make(lengths, 1, 4, head_dim)
     check_samples(p, p.run())
@@ -349,7 +421,10 @@ def test_where_one_pass_begins(fewer):
 def test_no_host_syncs(shape):
     sizes = [dict(lengths=lengths) for lengths in ((1000,), LENGTHS, (50, 1400))]
     sizes += [dict(lengths=c, num_queries=n, used=u) for c, n, u in CACHED]
-    problems = [make(num_kv_heads=2, group_size=shape[0], head_dim=shape[1], v_dim=shape[2], **size) for size in sizes]
+    problems = [
+        make(num_kv_heads=2, group_size=shape[0], head_dim=shape[1], v_dim=shape[2], **size)
+        for size in sizes
+    ]
     for p in problems[:2]:  # one sequence, and several
         p.run()
     with syncs_forbidden():
@@ -359,7 +434,9 @@ def test_no_host_syncs(shape):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_cuda_graph(shape):
-    """Recorded once; replayed with other values and lengths it gives the same bits as running anew."""
+    """Recorded once; replayed with other values and lengths it gives the same bits as
+    running anew.
+    """
     lengths = (1000, 0, 77, 2000)
     p = make(lengths, 2, *shape)
     p.lengths = (sum(lengths),)  # as an upper bound, which holds for every way to cut the rows
@@ -409,7 +486,9 @@ def test_plain_tiles(head_dim, group_size, dtype, cramped, monkeypatch):
 
 @pytest.mark.parametrize("dim", [0, 1])
 def test_a_gradient_that_is_one_row_many_times(dim):
-    """o.sum(0) and o.sum(1) have such. Bulk copies of the kernels for Hopper take strides of 0, although no manual says so."""
+    """o.sum(0) and o.sum(1) have such. Bulk copies of the kernels for Hopper take strides of 0,
+    although no manual says so.
+    """
     p = make(LENGTHS, 2, 4, 128, 128)
     row = p.do.narrow(dim, 0, 1).clone()
     found = []
@@ -430,20 +509,23 @@ def test_no_growth_over_50_steps(shape):
 
 
 def partial_sums_bound(p):
-    """Bytes that sums of dk and dv may take before they are added: float32, in so many parts that there are `dkdv_programs`
-    programs, each of which writes a tile of `dkdv_n` windows, at most; rounding that number up adds one part at most, which is
-    as large as dk and dv are in float32. Tiles of 128 windows of 128 wide heads make that 132 MiB and twice the size of dk and
-    dv; where there are many heads or long sequences, there are no parts."""
+    """Bytes that sums of dk and dv may take before they are added: float32, in so many parts that
+    there are `dkdv_programs` programs, each of which writes a tile of `dkdv_n` windows, at most;
+    rounding that number up adds one part at most, which is as large as dk and dv are in float32.
+    Tiles of 128 windows of 128 wide heads make that 132 MiB and twice the size of dk and dv; where
+    there are many heads or long sequences, there are no parts."""
     config = tuning.compressed_config(p.q, p.v_cmp, p.q.shape[1] // p.k_cmp.shape[1])
     tile = config.dkdv_n * (p.k_cmp.shape[2] + p.v_cmp.shape[2]) * 4
     return config.dkdv_programs * tile + 4 * (p.k_cmp.numel() + p.v_cmp.numel())
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 8])
-@pytest.mark.parametrize("shape", [(1, 128, 128), (4, 128, 128), (16, 64, 64), (4, 96, 96)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 128, 128), (4, 128, 128), (16, 64, 64), (4, 96, 96)], ids=str
+)
 def test_peak(shape, num_kv_heads):
-    """Beside the results: tables of tiles, statistics of 8 bytes a query head, and bounded partial sums. Weights of every
-    query and window would take more than 128 MiB a head here."""
+    """Beside the results: tables of tiles, statistics of 8 bytes a query head, and bounded partial
+    sums. Weights of every query and window would take more than 128 MiB a head here."""
     p = make((20_000, 0, 12_768), num_kv_heads, *shape)
     p.run()  # loads the kernels
     (o, lse), peak = extra(p.forward)

@@ -1,4 +1,6 @@
-"""nsa_attention on a GPU: rows 1, 9, 10, 11 and 13 of reliability.md for the whole core, with the backends that users get."""
+"""nsa_attention on a GPU: rows 1, 9, 10, 11 and 13 of reliability.md for the whole core,
+with the backends that users get.
+"""
 
 from dataclasses import dataclass
 
@@ -19,12 +21,15 @@ RESULTS = ("o", "dq", "dk", "dv", "dk_cmp", "dv_cmp", "dgate", "dk_swa", "dv_swa
 WINDOWS = dict(kernel_size=32, kernel_stride=16)
 SIZES = dict(**WINDOWS, block_size=64, num_selected_blocks=16, window_size=512)
 LENGTHS = (1000, 37, 0, 2000, 64)
-SHAPES = [(1, 128), (4, 128), (16, 64), (3, 96)]  # group size and width; 96 has no kernels written for Hopper
+# Group size and width; 96 has no kernels written for Hopper.
+SHAPES = [(1, 128), (4, 128), (16, 64), (3, 96)]
 
 
 @dataclass
 class Core:
-    """Inputs of nsa_attention: k_cmp and v_cmp are any numbers. With `own`, the window has keys and values of its own."""
+    """Inputs of nsa_attention: k_cmp and v_cmp are any numbers. With `own`,
+    the window has keys and values of its own.
+    """
 
     lengths: tuple[int, ...]
     cu_seqlens: torch.Tensor
@@ -45,13 +50,19 @@ class Core:
     def alone(self, b):
         """Sequence b by itself; its compressed rows are those of the batch."""
         start, length = sum(self.lengths[:b]), self.lengths[b]
-        rows, compressed = slice(start, start + length), slice(start // 16, start // 16 + length // 16)
-        taken = [x.detach()[compressed if i in (3, 4) else rows].clone() for i, x in enumerate(self.leaves)]
+        rows = slice(start, start + length)
+        compressed = slice(start // 16, start // 16 + length // 16)
+        taken = [
+            x.detach()[compressed if i in (3, 4) else rows].clone()
+            for i, x in enumerate(self.leaves)
+        ]
         leaves = [x.requires_grad_() for x in taken]
         return Core((length,), starts((length,)), leaves, self.do[rows].clone())
 
 
-def make_core(lengths, num_kv_heads, group_size, head_dim=128, dtype=torch.bfloat16, own=False, seed=0):
+def make_core(
+    lengths, num_kv_heads, group_size, head_dim=128, dtype=torch.bfloat16, own=False, seed=0
+):
     generator = torch.Generator("cuda").manual_seed(seed)
     total, num_heads = sum(lengths), num_kv_heads * group_size
 
@@ -59,9 +70,16 @@ def make_core(lengths, num_kv_heads, group_size, head_dim=128, dtype=torch.bfloa
         return torch.randn(rows, heads, width, dtype=dtype, device="cuda", generator=generator)
 
     rows = (total, total, total, total // 16, total // 16)
-    leaves = [randn(n, num_kv_heads if i else num_heads) for i, n in enumerate(rows)] + [randn(total, num_heads, 3)]
+    leaves = [randn(n, num_kv_heads if i else num_heads) for i, n in enumerate(rows)] + [
+        randn(total, num_heads, 3)
+    ]
     leaves += [randn(total, num_kv_heads) for _ in range(2 * own)]
-    return Core(tuple(lengths), starts(lengths), [x.requires_grad_() for x in leaves], randn(total, num_heads))
+    return Core(
+        tuple(lengths),
+        starts(lengths),
+        [x.requires_grad_() for x in leaves],
+        randn(total, num_heads),
+    )
 
 
 def assert_same_bits(found, expected, what):
@@ -70,14 +88,20 @@ def assert_same_bits(found, expected, what):
 
 
 def separately(core, block_indices):
-    """RESULTS from the branches one by one, in float64 by the reference, with blocks that are given."""
+    """RESULTS from the branches one by one, in float64 by the reference,
+    with blocks that are given.
+    """
     leaves = [x.detach().double().requires_grad_() for x in core.leaves]
     q, k, v, k_cmp, v_cmp, gates, *own = leaves
     k_swa, v_swa = own or (k, v)
     packed, reference = (core.cu_seqlens, max(core.lengths)), dict(backend="reference")
     o_cmp = ops.compressed_attention(q, k_cmp, v_cmp, *packed, **WINDOWS, **reference)
-    o_slc = ops.selected_attention(q, k, v, block_indices, *packed, block_size=SIZES["block_size"], **reference)
-    o_swa = ops.sliding_window_attention(q, k_swa, v_swa, *packed, window_size=SIZES["window_size"], **reference)
+    o_slc = ops.selected_attention(
+        q, k, v, block_indices, *packed, block_size=SIZES["block_size"], **reference
+    )
+    o_swa = ops.sliding_window_attention(
+        q, k_swa, v_swa, *packed, window_size=SIZES["window_size"], **reference
+    )
     o = ops.gated_combine(gates, o_cmp, o_slc, o_swa, **reference)
     return [o.detach(), *torch.autograd.grad(o, leaves, core.do.double())]
 
@@ -106,7 +130,9 @@ def test_the_same_forward_in_100_runs(group_size, head_dim):
 
 @pytest.mark.parametrize("workspace_bytes", [2**22, 2**31], ids=["ranges", "at_once"])
 @pytest.mark.parametrize(("group_size", "head_dim"), SHAPES)
-def test_the_same_backward_with_deterministic_algorithms(deterministic_only, group_size, head_dim, workspace_bytes):
+def test_the_same_backward_with_deterministic_algorithms(
+    deterministic_only, group_size, head_dim, workspace_bytes
+):
     core = make_core(LENGTHS, 2, group_size, head_dim)
     first = core.run(workspace_bytes=workspace_bytes)
     for run in range(1, 20):
@@ -120,7 +146,11 @@ def test_a_sequence_alone_and_among_others(group_size, head_dim):
         packed = core.call()
         for b, length in enumerate(LENGTHS):
             start = sum(LENGTHS[:b])
-            assert_same_bits([core.alone(b).call()], [packed[start : start + length]], f"sequence {b} of {length} tokens")
+            assert_same_bits(
+                [core.alone(b).call()],
+                [packed[start : start + length]],
+                f"sequence {b} of {length} tokens",
+            )
 
 
 @pytest.mark.parametrize("recompute", [(), BRANCHES], ids=["keep", "recompute"])
@@ -136,14 +166,20 @@ def test_no_host_syncs(group_size, head_dim, recompute):
 
 @pytest.mark.parametrize("group_size", [1, 4])
 def test_cuda_graph(deterministic_only, group_size):
-    """Recorded once; replayed with other values and lengths it gives the same bits as running anew."""
+    """Recorded once; replayed with other values and lengths it gives the same bits as
+    running anew.
+    """
     core = make_core(LENGTHS, 2, group_size)
     core.lengths = (sum(LENGTHS),)  # as an upper bound, which holds for every way to cut the rows
     graph, recorded = record(core.run)
     for seed, lengths in ((1, LENGTHS), (2, (3000, 101, 0, 0, 0)), (3, (0, 1, 64, 3036, 0))):
         other = make_core(lengths, 2, group_size, seed=seed)
         with torch.no_grad():
-            for a, b in zip((*core.leaves, core.do, core.cu_seqlens), (*other.leaves, other.do, other.cu_seqlens), strict=True):
+            for a, b in zip(
+                (*core.leaves, core.do, core.cu_seqlens),
+                (*other.leaves, other.do, other.cu_seqlens),
+                strict=True,
+            ):
                 a.copy_(b)
         graph.replay()
         replayed = [x.clone() for x in recorded]
@@ -157,19 +193,26 @@ def test_no_growth_over_50_steps(recompute):
 
 
 @needs(90)
-@pytest.mark.skipif(FLASH_ATTN_4.missing() is not None, reason="the bounds hold with flash-attn 4 alone")
+@pytest.mark.skipif(
+    FLASH_ATTN_4.missing() is not None, reason="the bounds hold with flash-attn 4 alone"
+)
 @pytest.mark.parametrize("recompute", [(), BRANCHES], ids=["keep", "recompute"])
 def test_peak_at_131072_tokens(recompute):
-    """64 query and 4 key heads of 128. Full attention's own tensors: q, k, v, o, their gradients, and lse."""
+    """64 query and 4 key heads of 128. Full attention's own tensors:
+    q, k, v, o, their gradients, and lse.
+    """
     core = make_core((131_072,), 4, 16)
     q, k, v = core.leaves[:3]
     full = 2 * num_bytes(q, q, k, v) + 4 * q.shape[0] * q.shape[1]
     core.run(recompute=recompute)  # loads the kernels
     results, more = extra(lambda: core.run(recompute=recompute))
-    # The inputs were there before: q, k, v and the gradient of o. What only NSA reads and returns is counted as ours.
+    # The inputs were there before: q, k, v and the gradient of o.
+    # What only NSA reads and returns is counted as ours.
     peak = more + num_bytes(*core.leaves, core.do)
     assert all(torch.isfinite(x).all() for x in results)
-    assert peak <= (1.5 if recompute else 2.0) * full, f"{peak / MIB:.0f} MiB, full attention's tensors {full / MIB:.0f}"
+    assert peak <= (1.5 if recompute else 2.0) * full, (
+        f"{peak / MIB:.0f} MiB, full attention's tensors {full / MIB:.0f}"
+    )
 
 
 @needs(70)
@@ -178,9 +221,9 @@ def test_peak_at_131072_tokens(recompute):
 def test_peak_keeps_to_the_budget_at_any_size(lengths, workspace_bytes):
     """Of 16 query and 4 key heads: with 64 the branches alone would fill an 80 GB card.
 
-    On top come what the forward keeps, what `selected_attention` says is not counted, of every branch, and 64 MiB; in the
-    backward the sums of one KV head of compressed attention, which it does at least, and FlashAttention's own float32 sums
-    of dq beside the window's gradients.
+    On top come what the forward keeps, what `selected_attention` says is not counted, of every
+    branch, and 64 MiB; in the backward the sums of one KV head of compressed attention, which it
+    does at least, and FlashAttention's own float32 sums of dq beside the window's gradients.
     """
     core = make_core(lengths, 4, 4)
     core.do = core.leaves[0].detach()
@@ -197,15 +240,20 @@ def test_peak_keeps_to_the_budget_at_any_size(lengths, workspace_bytes):
     one_head = 4 * tokens * 128 * num_heads // num_kv_heads + 4 * 16 * (tokens // 16) * 2 * 128
     flash = 4 * q.numel() + num_bytes(q, k, k)
     allowed = max(workspace_bytes, one_head, flash) + num_bytes(*grads) + uncounted
-    allowed += max(0, 4 * tokens * 2 * 128 - workspace_bytes // 2)  # of selected attention, as documented
+    # Of selected attention, as documented.
+    allowed += max(0, 4 * tokens * 2 * 128 - workspace_bytes // 2)
     assert peak <= allowed, f"backward: {peak / MIB:.0f} MiB, allowed are {allowed / MIB:.0f}"
 
 
 @torch.no_grad()
 def expected_of_query(core, row, block_indices):
-    """o `[HQ, DV]` of one query of a single sequence, in float64, with blocks that are given `[HKV, T_sel]`."""
+    """o `[HQ, DV]` of one query of a single sequence, in float64,
+    with blocks that are given `[HKV, T_sel]`.
+    """
     q, k, v, k_cmp, v_cmp, gates = (x.detach() for x in core.leaves)
-    num_kv_heads, scale, head = k.shape[1], q.shape[2] ** -0.5, torch.arange(k.shape[1], device="cuda")[:, None]
+    num_kv_heads = k.shape[1]
+    scale = q.shape[2] ** -0.5
+    head = torch.arange(k.shape[1], device="cuda")[:, None]
     q = q[row].double().unflatten(0, (num_kv_heads, -1))
 
     def attend(keys, values, at, seen):
@@ -234,7 +282,9 @@ def test_a_million_tokens():
     with torch.no_grad():
         o, branches = core.call(return_branches=True)
         rows = sampled_rows(core.lengths, 24)
-        expected = torch.stack([expected_of_query(core, row, branches.block_indices[row]) for row in rows])
+        expected = torch.stack(
+            [expected_of_query(core, row, branches.block_indices[row]) for row in rows]
+        )
     assert_rms_close("o", o[rows], expected)
     del o, branches
     for name, result in zip(RESULTS, core.run(recompute=BRANCHES), strict=False):

@@ -1,4 +1,6 @@
-"""Operators, the layer and models where the caller has not made the tensors' GPU the current one, or is new to CUDA."""
+"""Operators, the layer and models where the caller has not made the tensors' GPU the current one,
+or is new to CUDA.
+"""
 
 import copy
 import dataclasses
@@ -10,15 +12,27 @@ import torch
 from nsa_fsa import NativeSparseAttention, NSAConfig, patch_model
 from nsa_fsa.config import BRANCHES
 from nsa_fsa.ops.common.backends import Backends
-from tests.cases import DIFFERENTIABLE, Case, call, gradients, make_inputs, operators_and_backends, output, select
+from tests.cases import (
+    DIFFERENTIABLE,
+    Case,
+    call,
+    gradients,
+    make_inputs,
+    operators_and_backends,
+    output,
+    select,
+)
 
 pytestmark = pytest.mark.gpu
 
-CASE = Case("devices", (300, 0, 65), 2, 2, 128, 128, torch.bfloat16, 32, 16, 64, 2, 1, 1, 100, seed=5)
+CASE = Case(
+    "devices", (300, 0, 65), 2, 2, 128, 128, torch.bfloat16, 32, 16, 64, 2, 1, 1, 100, seed=5
+)
 ON_ITS_GPU = [pair for pair in operators_and_backends() if pair.values[1] != "reference"]
 LAYERS = [dict(), dict(qk_norm=True, kv_per_branch=True, recompute=BRANCHES)]
 two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-same_bits = pytest.mark.usefixtures("deterministic_only")  # FlashAttention's backward sums in a fixed order only so
+# FlashAttention's backward sums in a fixed order only so.
+same_bits = pytest.mark.usefixtures("deterministic_only")
 
 
 def run_operator(operator, backend, device="cuda"):
@@ -42,7 +56,11 @@ def make_layer(**changes):
 
 def run_layer(layer, device="cuda"):
     layer = copy.deepcopy(layer).to(device)
-    x = torch.randn(2, 300, 256, generator=torch.Generator().manual_seed(1)).to(device, torch.bfloat16).requires_grad_()
+    x = (
+        torch.randn(2, 300, 256, generator=torch.Generator().manual_seed(1))
+        .to(device, torch.bfloat16)
+        .requires_grad_()
+    )
     y = layer(x)
     return [y.detach(), *torch.autograd.grad(y, [x, *layer.parameters()], torch.ones_like(y))]
 
@@ -68,16 +86,26 @@ def in_a_new_thread(run):
 def assert_same_bits(found, expected):
     assert len(found) == len(expected)
     for number, (a, b) in enumerate(zip(found, expected, strict=True)):
-        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=0, atol=0, equal_nan=True, msg=lambda text, n=number: f"{n}: {text}")
+        torch.testing.assert_close(
+            a.cpu(),
+            b.cpu(),
+            rtol=0,
+            atol=0,
+            equal_nan=True,
+            msg=lambda text, n=number: f"{n}: {text}",
+        )
 
 
-# In the threads nothing but the operator may use CUDA: neither the making of inputs, nor the filling of new memory under
-# deterministic algorithms, nor the compiler; and several sequences would take a kernel without bulk copies first.
+# In the threads nothing but the operator may use CUDA: neither the making of inputs, nor the
+# filling of new memory under deterministic algorithms, nor the compiler; and several sequences
+# would take a kernel without bulk copies first.
 ONE_SEQUENCE = dataclasses.replace(CASE, lengths=(300,))
 
 
 def twice(run):
-    """What `run` returns. A second result is dropped, for the thread to find its memory: to ask CUDA for more is to use it."""
+    """What `run` returns. A second result is dropped, for the thread to find its memory:
+    to ask CUDA for more is to use it.
+    """
     result, _ = run(), run()
     return result
 
@@ -130,14 +158,16 @@ def test_the_layer_on_another_gpu(changes):
 @two_gpus
 @same_bits
 def test_a_model_over_two_gpus(monkeypatch):
-    """As `device_map="auto"` lays a model out. Once tensors have gone from GPU to GPU either can read the other's memory, so
-    that results would be right if the wrong one computed."""
+    """As `device_map="auto"` lays a model out. Once tensors have gone from GPU to GPU either can
+    read the other's memory, so that results would be right if the wrong one computed."""
     accelerate = pytest.importorskip("accelerate")
     transformers = pytest.importorskip("transformers")
     sizes = dict(hidden_size=256, intermediate_size=256, num_hidden_layers=2, vocab_size=64)
     heads = dict(num_attention_heads=4, num_key_value_heads=2, head_dim=64)
     torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).to(torch.bfloat16)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, **heads)).to(
+        torch.bfloat16
+    )
     patch_model(model)
     tokens = torch.randint(64, (1, 300), generator=torch.Generator().manual_seed(1))
 
@@ -147,7 +177,13 @@ def test_a_model_over_two_gpus(monkeypatch):
         result.loss.backward()
         return [result.logits.detach(), *(parameter.grad for parameter in model.parameters())]
 
-    places = {"model.embed_tokens": 0, "model.layers.0": 0, "model.layers.1": 1, "model.norm": 1, "model.rotary_emb": 0}
+    places = {
+        "model.embed_tokens": 0,
+        "model.layers.0": 0,
+        "model.layers.1": 1,
+        "model.norm": 1,
+        "model.rotary_emb": 0,
+    }
     expected = run(copy.deepcopy(model).cuda())
     choose, where = Backends.choose, set()
 

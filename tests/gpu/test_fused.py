@@ -13,22 +13,32 @@ from tests.gpu.test_size import needs
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.skipif(quack_kernels() is None, reason="quack, which flash-attn 4 depends on, is not installed or not usable"),
+    pytest.mark.skipif(
+        quack_kernels() is None,
+        reason="quack, which flash-attn 4 depends on, is not installed or not usable",
+    ),
 ]
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
-SHAPES = [(1000, 8, 128, 128), (77, 3, 96, 48), (1, 2, 64, 64), (0, 2, 64, 64)]  # tokens, heads, width, rotated width
+# Tokens, heads, width, rotated width.
+SHAPES = [(1000, 8, 128, 128), (77, 3, 96, 48), (1, 2, 64, 64), (0, 2, 64, 64)]
 
 
 def branches_of(num_tokens, heads, width, dtype):
     """Three branches' keys, as kv_per_branch slices them, and the gradient of one branch's."""
     generator = torch.Generator("cuda").manual_seed(0)
-    keys = torch.randn(num_tokens, heads, 3, width, device="cuda", generator=generator).to(dtype).requires_grad_()
+    keys = (
+        torch.randn(num_tokens, heads, 3, width, device="cuda", generator=generator)
+        .to(dtype)
+        .requires_grad_()
+    )
     return keys, torch.randn(num_tokens, heads, width, device="cuda", generator=generator).to(dtype)
 
 
 def rotation_of(num_tokens, rotary_dim, dtype):
-    angle = 7 * torch.randn(num_tokens, rotary_dim // 2, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    angle = 7 * torch.randn(
+        num_tokens, rotary_dim // 2, device="cuda", generator=torch.Generator("cuda").manual_seed(1)
+    )
     return angle.repeat(1, 2).cos().to(dtype), angle.repeat(1, 2).sin().to(dtype)
 
 
@@ -59,7 +69,10 @@ def test_rotary_against_float64(shape, dtype):
     keys, do = branches_of(num_tokens, heads, width, dtype)
     rotation = rotation_of(num_tokens, rotary_dim, dtype)
     found = []
-    for x, cos_sin, dx in ((keys, rotation, do), (keys.double(), (part.double() for part in rotation), do.double())):
+    for x, cos_sin, dx in (
+        (keys, rotation, do),
+        (keys.double(), (part.double() for part in rotation), do.double()),
+    ):
         rotated = apply_rotary(x.unbind(2)[1], *cos_sin)
         found.append((rotated, *torch.autograd.grad(rotated, keys, dx)))
     assert_all_close(("rotated", "gradient"), *found, dtype)
@@ -135,13 +148,19 @@ def test_in_a_graph():
 def test_beyond_32_bits():
     """More than 2**31 numbers; the last rows equal the same rows alone."""
     generator = torch.Generator("cuda").manual_seed(0)
-    x = torch.randn(2**20, 17, 128, dtype=torch.bfloat16, device="cuda", generator=generator).requires_grad_()
+    x = torch.randn(
+        2**20, 17, 128, dtype=torch.bfloat16, device="cuda", generator=generator
+    ).requires_grad_()
     do = torch.randn_like(x)
     norm, rotation = rms_norm(128, torch.bfloat16), rotation_of(2**20, 128, torch.bfloat16)
     last = x[-9:].detach().requires_grad_()
-    for run in (lambda x: normalize(norm, x), lambda x: apply_rotary(x, *(part[-x.shape[0] :] for part in rotation))):
+    for run in (
+        lambda x: normalize(norm, x),
+        lambda x: apply_rotary(x, *(part[-x.shape[0] :] for part in rotation)),
+    ):
         found, expected = run(x), run(last)
         assert torch.equal(found[-9:], expected)
-        dx, expected_dx = torch.autograd.grad(found, x, do)[0], torch.autograd.grad(expected, last, do[-9:])[0]
+        dx = torch.autograd.grad(found, x, do)[0]
+        expected_dx = torch.autograd.grad(expected, last, do[-9:])[0]
         assert torch.equal(dx[-9:], expected_dx)
         del found, dx

@@ -12,12 +12,8 @@ from tests.gpu.test_size import needs
 pytestmark = pytest.mark.gpu
 
 RESULTS = ("o", "dgate", "do_cmp", "do_slc", "do_swa")
-SHAPES = [
-    (64, 64, 128),
-    (64, 1, 128),
-    (7, 7, 80),
-    (3, 1, 96),
-]  # query heads, gates, width of values
+# Query heads, gates, width of values.
+SHAPES = [(64, 64, 128), (64, 1, 128), (7, 7, 80), (3, 1, 96)]
 
 
 def make(num_tokens, num_heads, num_gates, dim, dtype=torch.bfloat16, seed=0):
@@ -64,7 +60,8 @@ def test_memory():
     leaves, do = make(20_000, 16, 16, 128)
     run(leaves, do)  # loads the kernels
     results, used = extra(lambda: run(leaves, do))
-    assert used <= num_bytes(*results) + 2**20  # which the allocator may leave unused at the end of a large block
+    # Which the allocator may leave unused at the end of a large block.
+    assert used <= num_bytes(*results) + 2**20
     assert_no_growth(lambda: run(leaves, do))
 
 
@@ -74,6 +71,8 @@ def test_offsets_past_2_31():
     num_tokens, tail = 2**18 + 128, 100
     leaves, do = make(num_tokens, 64, 64, 128)
     found = run(leaves, do)
-    expected = run([x.detach()[-tail:].clone().requires_grad_() for x in leaves], do[-tail:].clone())
+    expected = run(
+        [x.detach()[-tail:].clone().requires_grad_() for x in leaves], do[-tail:].clone()
+    )
     for name, a, b in zip(RESULTS, found, expected, strict=True):
         assert torch.equal(a[-tail:], b), name

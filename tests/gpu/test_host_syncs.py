@@ -25,7 +25,9 @@ def syncs_forbidden():
 
 
 def record(run):
-    """A CUDA graph of one run, after some on a stream of its own, as PyTorch asks for; and what that run returned."""
+    """A CUDA graph of one run, after some on a stream of its own, as PyTorch asks for;
+    and what that run returned.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -49,11 +51,14 @@ def test_a_sync_is_noticed():
 @pytest.mark.parametrize(("group_size", "head_dim"), [(1, 128), (4, 128), (3, 80)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forward_and_backward(backend, group_size, head_dim, workspace_bytes):
-    warm, other = (make_problem(lengths, 2, group_size, head_dim=head_dim) for lengths in (LENGTHS, (50, 1400)))
+    warm, other = (
+        make_problem(lengths, 2, group_size, head_dim=head_dim) for lengths in (LENGTHS, (50, 1400))
+    )
     warm.run(backend, workspace_bytes=workspace_bytes)
     with syncs_forbidden():
         warm.run(backend, workspace_bytes=workspace_bytes)
-        other.run(backend, workspace_bytes=workspace_bytes)  # other lengths, another number of sequences
+        # other lengths, another number of sequences.
+        other.run(backend, workspace_bytes=workspace_bytes)
 
 
 @torch.no_grad()
@@ -83,7 +88,8 @@ def test_decoding():
     p = make_problem((300, 500), 2, 4)
     arguments = dict(
         cu_seqlens=p.cu_seqlens, max_seqlen=500, block_size=64, cu_seqlens_q=starts((1, 1)),
-        seqused_k=torch.tensor([260, 500], dtype=torch.int32, device="cuda"), backend="triton_query_major",
+        seqused_k=torch.tensor([260, 500], dtype=torch.int32, device="cuda"),
+        backend="triton_query_major",
     )  # fmt: skip
     rows = torch.tensor([259, 799], device="cuda")
     q, indices = p.q.detach()[rows], p.block_indices[rows]
@@ -98,7 +104,9 @@ def test_decoding():
 @pytest.mark.parametrize("group_size", [1, 4])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_cuda_graph(backend, group_size, workspace_bytes):
-    """Recorded once; replayed with other values, indices and lengths it gives the same bits as running anew."""
+    """Recorded once; replayed with other values, indices and lengths it gives the same bits as
+    running anew.
+    """
     p = make_problem(LENGTHS, 2, group_size)
 
     def step():

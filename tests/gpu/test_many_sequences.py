@@ -13,11 +13,18 @@ LENGTH = 4
 
 
 def attend(num_sequences, backend):
-    """Output and gradients of sequences that are shorter than the window, and what a dense softmax gives in float32."""
+    """Output and gradients of sequences that are shorter than the window,
+    and what a dense softmax gives in float32.
+    """
     shape = (num_sequences * LENGTH, 2, 64)
-    tensors = [torch.randn(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True) for _ in range(3)]
+    tensors = [
+        torch.randn(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True)
+        for _ in range(3)
+    ]
     cu_seqlens = torch.arange(num_sequences + 1, dtype=torch.int32, device="cuda") * LENGTH
-    o = ops.sliding_window_attention(*tensors, cu_seqlens, LENGTH, window_size=LENGTH, backend=backend)
+    o = ops.sliding_window_attention(
+        *tensors, cu_seqlens, LENGTH, window_size=LENGTH, backend=backend
+    )
     do = torch.randn_like(o)
     found = [o, *torch.autograd.grad(o, tensors, do)]
     wide = [x.detach().float().requires_grad_() for x in tensors]
@@ -28,12 +35,18 @@ def attend(num_sequences, backend):
     return found, [o, *torch.autograd.grad(o, wide, do.float())]
 
 
-@pytest.mark.parametrize(("num_sequences", "backend"), [(MOST, "torch_flash"), (MOST, "auto"), (MOST + 1, "auto")])
+@pytest.mark.parametrize(
+    ("num_sequences", "backend"), [(MOST, "torch_flash"), (MOST, "auto"), (MOST + 1, "auto")]
+)
 def test_as_many_as_there_are(num_sequences, backend):
-    for name, found, expected in zip(("o", "dq", "dk", "dv"), *attend(num_sequences, backend), strict=True):
+    for name, found, expected in zip(
+        ("o", "dq", "dk", "dv"), *attend(num_sequences, backend), strict=True
+    ):
         assert_rms_close(name, found, expected)
 
 
 def test_too_many_for_torch_flash_are_refused_by_name():
-    with pytest.raises(ValueError, match=rf"torch_flash.*{MOST + 1} sequences; supported are at most {MOST}.*Fix"):
+    with pytest.raises(
+        ValueError, match=rf"torch_flash.*{MOST + 1} sequences; supported are at most {MOST}.*Fix"
+    ):
         attend(MOST + 1, "torch_flash")

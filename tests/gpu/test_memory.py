@@ -25,7 +25,8 @@ def assert_no_growth(run, steps=50):
         for _ in range(steps):
             run()
         torch.cuda.synchronize()
-        # The thread that ran the last backward may still hold its gradients when the caller already has them.
+        # The thread that ran the last backward may still hold its gradients when the caller
+        # already has them.
         time.sleep(0.2)
         return torch.cuda.memory_allocated()
 
@@ -54,7 +55,9 @@ def num_bytes(*tensors):
 
 
 def unaccounted(p):
-    """12 bytes a query (where it lies), 8 a query head (statistics), and, below a MiB each, some dozen tables."""
+    """12 bytes a query (where it lies), 8 a query head (statistics), and, below a MiB each,
+    some dozen tables.
+    """
     return p.q.shape[0] * (12 + 8 * p.q.shape[1]) + 12 * MIB
 
 
@@ -65,7 +68,9 @@ def test_peak_keeps_to_the_budget(group_size, workspace_bytes):
     p = make_problem(LENGTHS, 8, group_size)
     p.run("triton_kv_major", workspace_bytes=workspace_bytes)  # loads the kernels
     index, index_peak = extra(lambda: build_block_index(p.index_call()))
-    assert index_peak < 512 * MIB + 4 * num_bytes(*index), "the bitmap of block_index has a budget of its own, 512 MiB"
+    assert index_peak < 512 * MIB + 4 * num_bytes(*index), (
+        "the bitmap of block_index has a budget of its own, 512 MiB"
+    )
     del index
     (o, lse), peak = extra(lambda: p.forward("triton_kv_major", workspace_bytes=workspace_bytes))
     allowed = workspace_bytes + index_peak + num_bytes(o, lse) + unaccounted(p)
@@ -78,9 +83,13 @@ def test_peak_keeps_to_the_budget(group_size, workspace_bytes):
 # A million tokens of 64 query and 4 key heads, and 100,000 sequences of 16 tokens.
 @needs(70)
 @pytest.mark.parametrize("workspace_bytes", [256 * MIB, WORKSPACE_BYTES], ids=["small", "default"])
-@pytest.mark.parametrize(("lengths", "group_size"), [((2**20,), 16), ((16,) * 100_000, 4)], ids=["million", "short"])
+@pytest.mark.parametrize(
+    ("lengths", "group_size"), [((2**20,), 16), ((16,) * 100_000, 4)], ids=["million", "short"]
+)
 def test_peak_keeps_to_the_budget_at_any_size(lengths, group_size, workspace_bytes):
-    """What `selected_attention` says is not counted comes on top, and 64 MiB for tables and for how memory is cut."""
+    """What `selected_attention` says is not counted comes on top,
+    and 64 MiB for tables and for how memory is cut.
+    """
     p = make_problem(lengths, 4, group_size)
     p = dataclasses.replace(p, do=p.q.detach())  # for both to fit
     tokens, num_heads, num_kv_heads = p.q.shape[0], p.q.shape[1], p.k.shape[1]
@@ -101,11 +110,15 @@ def test_peak_keeps_to_the_budget_at_any_size(lengths, group_size, workspace_byt
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("group_size", [1, 3, 4])
 def test_budget_does_not_show(backend, group_size):
-    """What a query gets is computed alike, bit by bit; what a key gets is summed range by range, in another order."""
+    """What a query gets is computed alike, bit by bit; what a key gets is summed range by range,
+    in another order.
+    """
     p = make_problem(LENGTHS, 4, group_size)
     expected = p.run(backend, workspace_bytes=4096 * MIB)
     for budget in BUDGETS:
-        for name, a, b in zip(RESULTS, p.run(backend, workspace_bytes=budget), expected, strict=True):
+        for name, a, b in zip(
+            RESULTS, p.run(backend, workspace_bytes=budget), expected, strict=True
+        ):
             if name in ("dk", "dv"):
                 assert_rms_close(f"{name} with {budget / MIB:.0f} MiB", a, b)
             else:

@@ -11,7 +11,9 @@ pytestmark = pytest.mark.gpu
 
 
 def test_the_host_is_told_apart():
-    """A call that takes 2 ms to launch next to nothing, and 0.5 GiB overwritten with and without such a delay."""
+    """A call that takes 2 ms to launch next to nothing, and 0.5 GiB overwritten with and without
+    such a delay.
+    """
     meter = CudaMeter(milliseconds=5)
     x = torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
 

@@ -1,4 +1,6 @@
-"""A patched transformers model on a GPU: how often its forward waits, and its dense layers through FlashAttention."""
+"""A patched transformers model on a GPU: how often its forward waits,
+and its dense layers through FlashAttention.
+"""
 
 import itertools
 import warnings
@@ -18,7 +20,9 @@ WAITS = {"plain": 0, "boundaries given": 0, "padded": 1, "packed by positions": 
 def make_model(layers, num_layers=4):
     from nsa_fsa.integrations.transformers import patch_model
 
-    sizes = dict(vocab_size=128, hidden_size=512, intermediate_size=512, num_hidden_layers=num_layers)
+    sizes = dict(
+        vocab_size=128, hidden_size=512, intermediate_size=512, num_hidden_layers=num_layers
+    )
     heads = dict(num_attention_heads=8, num_key_value_heads=2, head_dim=64)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**sizes, **heads, max_position_embeddings=LENGTH)
@@ -65,7 +69,9 @@ def test_a_forward_waits_once_at_most(kind, layers):
 @pytest.mark.parametrize("kind", WAITS)
 @torch.no_grad()
 def test_sequences_together_equal_each_alone(kind):
-    """One dense layer beside one sparse, which reads every block of at most 1,024 tokens: rounding cannot choose others."""
+    """One dense layer beside one sparse, which reads every block of at most 1,024 tokens:
+    rounding cannot choose others.
+    """
     model, batch = make_model([1], num_layers=2).eval(), batch_of(kind)
     cuts = {"plain": (0, LENGTH), "padded": (PADDING, LENGTH)}.get(kind, (0, 1000, 1048, LENGTH))
     logits = model(**batch, use_cache=False).logits[0].float()

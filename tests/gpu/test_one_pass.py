@@ -8,7 +8,14 @@ import torch
 from nsa_fsa.ops.common import tuning
 from nsa_fsa.ops.common.windowed_attention import backward
 from tests.gpu.problems import assert_rms_close
-from tests.gpu.test_compressed_attention import CACHED, LENGTHS, assert_same_bits, check, check_nan_stays, make
+from tests.gpu.test_compressed_attention import (
+    CACHED,
+    LENGTHS,
+    assert_same_bits,
+    check,
+    check_nan_stays,
+    make,
+)
 from tests.gpu.test_host_syncs import record, syncs_forbidden
 from tests.gpu.test_memory import MIB, assert_no_growth, extra, num_bytes
 
@@ -39,7 +46,9 @@ def launches(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "lengths", [(2500,), (64 + 31,), (1500, 0, 37, 2000, 31, 300, 33)], ids=["one", "whole_tiles", "packed"]
+    "lengths",
+    [(2500,), (64 + 31,), (1500, 0, 37, 2000, 31, 300, 33)],
+    ids=["one", "whole_tiles", "packed"],
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -48,7 +57,9 @@ def test_against_float64(launches, dtype, shape, lengths):
     assert launches == [True]
 
 
-@pytest.mark.parametrize("windows", [(16, 16), (64, 16), (64, 64), (12, 4), (2, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "windows", [(16, 16), (64, 16), (64, 64), (12, 4), (2, 1), (1, 1)], ids=str
+)
 @pytest.mark.parametrize("shape", FEW, ids=str)
 def test_windows(shape, windows):
     check(make((1500, 0, 37, 2000, 31, 300), 1, *shape, windows=windows))
@@ -74,7 +85,11 @@ def test_heads_in_turn(launches, shape, num_kv_heads):
     group_size, head_dim, v_dim = shape
     parts = -(-max(p.lengths) * group_size // 4096)
     of_parts = parts * p.k_cmp.shape[0] * (head_dim + v_dim) if parts > 1 else 0
-    check(dataclasses.replace(p, workspace_bytes=2 * 4 * (sum(p.lengths) * group_size * head_dim + of_parts)))
+    check(
+        dataclasses.replace(
+            p, workspace_bytes=2 * 4 * (sum(p.lengths) * group_size * head_dim + of_parts)
+        )
+    )
     assert launches == [True] * -(-num_kv_heads // 2)
 
 
@@ -99,7 +114,8 @@ def test_deterministic_algorithms(launches, shape):
 @pytest.mark.parametrize("shape", FEW, ids=str)
 def test_nan_stays_in_its_sequence(shape, spoiled):
     def assert_close(found, expected, name, names):
-        if name in ("o", "lse"):  # of the forward, whose bits do not depend on the order of additions; lse may be -inf
+        # Of the forward, whose bits do not depend on the order of additions; lse may be -inf.
+        if name in ("o", "lse"):
             assert_same_bits(found, expected, name, names)
         else:
             assert_rms_close(name, torch.cat(found), torch.cat(expected))
@@ -134,8 +150,12 @@ def test_no_growth_over_50_steps():
 
 @pytest.mark.parametrize("shape", FEW, ids=str)
 def test_peak(shape):
-    """Beside the gradients and statistics of 8 bytes a query head, sums within the workspace: of two KV heads, or of one."""
-    p = dataclasses.replace(make((20_000, 0, 12_768), 8, *shape), workspace_bytes=shape[0] * 8 * MIB + 56 * MIB)
+    """Beside the gradients and statistics of 8 bytes a query head, sums within the workspace:
+    of two KV heads, or of one.
+    """
+    p = dataclasses.replace(
+        make((20_000, 0, 12_768), 8, *shape), workspace_bytes=shape[0] * 8 * MIB + 56 * MIB
+    )
     p.run()  # loads the kernels
     o, _ = p.forward()
     grads, peak = extra(lambda: torch.autograd.grad(o, p.leaves(), p.do))

@@ -1,4 +1,6 @@
-"""The layer on a GPU with its parameters elsewhere until a module runs: offloaded by accelerate, sharded by FSDP2."""
+"""The layer on a GPU with its parameters elsewhere until a module runs:
+offloaded by accelerate, sharded by FSDP2.
+"""
 
 import copy
 
@@ -14,7 +16,9 @@ pytestmark = pytest.mark.gpu
 
 
 def assert_same(found, expected, variant):
-    """The same bits; but one kernel normalises only where it may read the weight, and rounds elsewhere than nn.RMSNorm."""
+    """The same bits; but one kernel normalises only where it may read the weight,
+    and rounds elsewhere than nn.RMSNorm.
+    """
     assert rms_ratio(found, expected) <= 0.01
     if variant != "qwen3":
         assert torch.equal(found, expected)

@@ -51,5 +51,7 @@ def test_a_sequence_alone_and_among_others(backend, group_size, head_dim):
         for b, length in enumerate(LENGTHS):
             start = sum(LENGTHS[:b])
             assert_same_bits(
-                p.alone(b).forward(backend), [x[start : start + length] for x in packed], f"sequence {b} of {length} tokens"
+                p.alone(b).forward(backend),
+                [x[start : start + length] for x in packed],
+                f"sequence {b} of {length} tokens",
             )

@@ -14,6 +14,8 @@ def quiet_transformers():
 
 @pytest.fixture(scope="session", autouse=True)
 def small_heap():
-    """patch_model looks through all live objects for a model around its own: here, hundreds of times in one process."""
+    """patch_model looks through all live objects for a model around its own:
+    here, hundreds of times in one process.
+    """
     gc.collect()
     gc.freeze()

@@ -13,7 +13,8 @@ FAMILIES = {
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM, transformers.Qwen2Model),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM, transformers.Qwen3Model),
 }
-TINY_REACH = 96  # keys that a query of the preset "tiny" selects: longer sequences are really sparse
+# Keys that a query of the preset "tiny" selects: longer sequences are really sparse.
+TINY_REACH = 96
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -42,25 +43,32 @@ def dense_model(family="llama", base=False, seed=0, **changes):
     model = FAMILIES[family][2 if base else 1](dense_config(family, **changes)).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith(("bias", "norm.weight")):  # as initialised, they would be zeros and ones
+            # As initialised, they would be zeros and ones.
+            if name.endswith(("bias", "norm.weight")):
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model
 
 
 def scramble(model, seed=1):
-    """Random gates and compressors in place of gates that leave one branch open and compressors that are means."""
+    """Random gates and compressors in place of gates that leave one branch open and compressors
+    that are means.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if any(part in name for part in (".gate.", ".compress_k.", ".compress_v.")):
-                parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator).to(parameter))
+                parameter.add_(
+                    0.5 * torch.randn(parameter.shape, generator=generator).to(parameter)
+                )
     return model
 
 
 def sparse_model(family="llama", base=False, seed=0, layers=None, nsa=None, **changes):
     """A patched model all of whose branches matter."""
     model = dense_model(family, base, seed, **changes)
-    config = NSAConfig.from_pretrained_config(model.config, "tiny", **{"gate_init": "balanced", **(nsa or {})})
+    config = NSAConfig.from_pretrained_config(
+        model.config, "tiny", **{"gate_init": "balanced", **(nsa or {})}
+    )
     patch_model(model, config, layers=layers, verbose=False)
     return scramble(model)
 
@@ -75,7 +83,9 @@ def attentions(model):
 
 
 def sparse_layers(model):
-    return [i for i, attention in enumerate(attentions(model)) if isinstance(attention, NSAAttention)]
+    return [
+        i for i, attention in enumerate(attentions(model)) if isinstance(attention, NSAAttention)
+    ]
 
 
 def snapshot(model):
@@ -86,7 +96,11 @@ def snapshot(model):
         config_values=model.config.to_dict(),
         attention_name=model.config._attn_implementation,
         modules={name: id(module) for name, module in model.named_modules()},
-        configs={name: id(module.__dict__["config"]) for name, module in model.named_modules() if "config" in module.__dict__},
+        configs={
+            name: id(module.__dict__["config"])
+            for name, module in model.named_modules()
+            if "config" in module.__dict__
+        },
         parameters={name: (id(p), p.data_ptr()) for name, p in model.named_parameters()},
         values={name: value.clone() for name, value in model.state_dict().items()},
         attributes=set(model.__dict__),
@@ -105,12 +119,16 @@ def assert_same(before, after):
 
 @torch.no_grad()
 def greedy(model, input_ids, steps, attention_mask=None):
-    """The continuation by full forwards without any cache: what every way of generating must give."""
+    """The continuation by full forwards without any cache: what every way of
+    generating must give.
+    """
     for _ in range(steps):
         logits = model(input_ids, attention_mask=attention_mask, use_cache=False).logits[:, -1]
         input_ids = torch.cat((input_ids, logits.argmax(-1, keepdim=True)), dim=1)
         if attention_mask is not None:
-            attention_mask = torch.cat((attention_mask, attention_mask.new_ones(len(attention_mask), 1)), dim=1)
+            attention_mask = torch.cat(
+                (attention_mask, attention_mask.new_ones(len(attention_mask), 1)), dim=1
+            )
     return input_ids
 
 

@@ -10,9 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from nsa_fsa.integrations.transformers import NSALlamaForCausalLM, patch_model, unpatch_model
 from tests.integrations.models import dense_model, output, sparse_model, tokens
 
-peft = pytest.importorskip("peft", reason="PEFT is not installed, and these tests are of its adapters")
+peft = pytest.importorskip(
+    "peft", reason="PEFT is not installed, and these tests are of its adapters"
+)
 
-LORA = dict(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["gate"], task_type="CAUSAL_LM")
+LORA = dict(
+    r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["gate"], task_type="CAUSAL_LM"
+)
 
 
 def save_adapter(model, folder):
@@ -37,19 +41,28 @@ LOADERS = {
     "transformers": AutoModelForCausalLM.from_pretrained,
 }
 LOADS_SAVED_MODULES = pytest.mark.skipif(
-    transformers.__version__ < "5.24", reason="transformers 5.17 drops an adapter's modules_to_save, of dense models, too"
+    transformers.__version__ < "5.24",
+    reason="transformers 5.17 drops an adapter's modules_to_save, of dense models, too",
 )
 
 
 @pytest.mark.parametrize(
-    "load", [LOADERS["peft"], pytest.param(LOADERS["transformers"], marks=LOADS_SAVED_MODULES)], ids=LOADERS
+    "load",
+    [LOADERS["peft"], pytest.param(LOADERS["transformers"], marks=LOADS_SAVED_MODULES)],
+    ids=LOADERS,
 )
 def test_an_adapter_of_a_saved_sparse_model_loads_by_itself(tmp_path, load):
-    expected = save_adapter(checkpoint(tmp_path / "sparse", sparse_model(layers=[1])), tmp_path / "adapter")
+    expected = save_adapter(
+        checkpoint(tmp_path / "sparse", sparse_model(layers=[1])), tmp_path / "adapter"
+    )
     assert torch.equal(output(load(tmp_path / "adapter").eval(), ADAPTED), expected)
 
 
-@pytest.mark.parametrize("nsa", [dict(window_size=32), dict(preset="tiny"), dict(per_layer={0: dict(window_size=32)})], ids=str)
+@pytest.mark.parametrize(
+    "nsa",
+    [dict(window_size=32), dict(preset="tiny"), dict(per_layer={0: dict(window_size=32)})],
+    ids=str,
+)
 def test_settings_that_a_sparse_checkpoint_has_anyway_change_nothing(tmp_path, nsa):
     sparse_model().save_pretrained(tmp_path)
     assert AutoModelForCausalLM.from_pretrained(tmp_path, nsa=nsa).name_or_path == str(tmp_path)
@@ -85,7 +98,9 @@ def read_with_settings(folder):
 
 def read_with_a_config(folder):
     sparse_model().save_pretrained(folder)
-    config = copy.deepcopy(AutoConfig.from_pretrained(folder, nsa=dict(per_layer={1: dict(num_selected_blocks=3)})))
+    config = copy.deepcopy(
+        AutoConfig.from_pretrained(folder, nsa=dict(per_layer={1: dict(num_selected_blocks=3)}))
+    )
     return AutoModelForCausalLM.from_pretrained(folder, config=config)
 
 
@@ -118,33 +133,47 @@ CHANGED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Could not find a config file")  # PEFT, to see whether the vocabulary was resized
+# PEFT, to see whether the vocabulary was resized.
+@pytest.mark.filterwarnings("ignore:Could not find a config file")
 @pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
 @pytest.mark.parametrize("make", CHANGED, ids=lambda make: make.__name__)
 def test_an_adapter_does_not_load_onto_a_checkpoint_that_is_another_model(tmp_path, make, load):
-    """Its base model is not what the checkpoint of that name holds, and dense instead of sparse it would run as well."""
+    """Its base model is not what the checkpoint of that name holds,
+    and dense instead of sparse it would run as well.
+    """
     model = make(tmp_path / "base")
     if make is unpatched:
-        adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+        adapted = peft.get_peft_model(
+            model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+        )
         adapted.save_pretrained(tmp_path / "adapter")
     else:
         save_adapter(model, tmp_path / "adapter")
-    with pytest.raises(OSError, match=rf"base, changed by {CHANGED[make]}: load and change it alike, then PeftModel"):
+    with pytest.raises(
+        OSError,
+        match=rf"base, changed by {CHANGED[make]}: load and change it alike, then PeftModel",
+    ):
         load(tmp_path / "adapter")
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
 def test_an_adapter_of_a_patched_model_loads_onto_one_patched_alike(tmp_path):
     expected = save_adapter(patched(tmp_path / "dense"), tmp_path / "adapter")
-    loaded = peft.PeftModel.from_pretrained(patched(tmp_path / "dense"), tmp_path / "adapter").eval()
+    loaded = peft.PeftModel.from_pretrained(
+        patched(tmp_path / "dense"), tmp_path / "adapter"
+    ).eval()
     assert torch.equal(output(loaded, ADAPTED), expected)
 
 
 def test_an_unpatched_model_is_what_its_checkpoint_holds(tmp_path):
     model = patched(tmp_path / "dense")
     model = unpatch_model(model)
-    assert {m.name_or_path for m in model.modules() if hasattr(m, "name_or_path")} == {str(tmp_path / "dense")}
-    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    assert {m.name_or_path for m in model.modules() if hasattr(m, "name_or_path")} == {
+        str(tmp_path / "dense")
+    }
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    )
     adapted.save_pretrained(tmp_path / "adapter")
     loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
     assert torch.equal(output(loaded, ADAPTED), output(adapted.eval(), ADAPTED))
@@ -152,7 +181,9 @@ def test_an_unpatched_model_is_what_its_checkpoint_holds(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file")
 def test_a_resized_vocabulary_is_saved_with_the_adapter_on_request(tmp_path):
-    """PEFT cannot see by itself that a patched model's was resized: its base model has no file to compare with."""
+    """PEFT cannot see by itself that a patched model's was resized:
+    its base model has no file to compare with.
+    """
     model = patched(tmp_path / "dense")
     model.resize_token_embeddings(100)
     adapted = peft.get_peft_model(model, peft.LoraConfig(**LORA, init_lora_weights=False)).eval()
@@ -165,7 +196,9 @@ def test_a_resized_vocabulary_is_saved_with_the_adapter_on_request(tmp_path):
 
 
 def test_peft_loads_an_adapter_of_a_sparse_model_onto_a_dense_one(tmp_path):
-    """No file of an adapter can prevent it, so README warns of it; should PEFT come to refuse it, that line can go."""
+    """No file of an adapter can prevent it, so README warns of it;
+    should PEFT come to refuse it, that line can go.
+    """
     save_adapter(checkpoint(tmp_path / "sparse", sparse_model()), tmp_path / "adapter")
     loaded = peft.PeftModel.from_pretrained(dense_model(), tmp_path / "adapter")
     assert not any("gate" in name.split(".") for name, _ in loaded.named_parameters())

@@ -35,9 +35,21 @@ from tests.integrations.models import (
 )
 
 CLASSES = {
-    "llama": (integration.NSALlamaConfig, integration.NSALlamaForCausalLM, integration.NSALlamaModel),
-    "qwen2": (integration.NSAQwen2Config, integration.NSAQwen2ForCausalLM, integration.NSAQwen2Model),
-    "qwen3": (integration.NSAQwen3Config, integration.NSAQwen3ForCausalLM, integration.NSAQwen3Model),
+    "llama": (
+        integration.NSALlamaConfig,
+        integration.NSALlamaForCausalLM,
+        integration.NSALlamaModel,
+    ),
+    "qwen2": (
+        integration.NSAQwen2Config,
+        integration.NSAQwen2ForCausalLM,
+        integration.NSAQwen2Model,
+    ),
+    "qwen3": (
+        integration.NSAQwen3Config,
+        integration.NSAQwen3ForCausalLM,
+        integration.NSAQwen3Model,
+    ),
 }
 IDS = tokens(2, 150)
 
@@ -73,13 +85,20 @@ def test_round_trip(tmp_path, family, base, layers):
     assert type(config) is CLASSES[family][0]
     assert config.model_type == f"nsa_{family}"
     assert config.nsa["layers"] == layers
-    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [type(model).__name__]
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
+        type(model).__name__
+    ]
 
 
 @pytest.mark.parametrize(
     "nsa",
     [
-        dict(compress_k="mlp", compress_v="gated", compress_position_embedding=True, compress_hidden_size=12),
+        dict(
+            compress_k="mlp",
+            compress_v="gated",
+            compress_position_embedding=True,
+            compress_hidden_size=12,
+        ),
         dict(compress_k="mean", compress_v="linear", compress_rope="before", gate="per_token"),
         dict(window_size=7, num_selected_blocks=3, init_blocks=0, gate_init="dense"),
     ],
@@ -108,12 +127,16 @@ def test_bfloat16_and_sharded(tmp_path):
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     model.save_pretrained(tmp_path / "second", max_shard_size="20KB")
     assert len(list((tmp_path / "second").glob("*.safetensors"))) > 1
-    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path / "second", dtype=torch.bfloat16), model)
+    assert_same_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "second", dtype=torch.bfloat16), model
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patching_what_was_loaded(tmp_path, family):
-    """What users do: load a dense checkpoint, patch, save, load; and unpatch, which gives the dense checkpoint back."""
+    """What users do: load a dense checkpoint, patch, save, load;
+    and unpatch, which gives the dense checkpoint back.
+    """
     dense_model(family).save_pretrained(tmp_path / "dense")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     expected = output(model)
@@ -125,7 +148,9 @@ def test_patching_what_was_loaded(tmp_path, family):
     assert model.config.model_type == family
     assert torch.equal(output(model), expected)
     model.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again" / "config.json").read_bytes() == (tmp_path / "dense" / "config.json").read_bytes()
+    assert (tmp_path / "again" / "config.json").read_bytes() == (
+        tmp_path / "dense" / "config.json"
+    ).read_bytes()
     assert torch.equal(output(AutoModelForCausalLM.from_pretrained(tmp_path / "again")), expected)
 
 
@@ -158,26 +183,47 @@ def test_base_model_from_a_causal_checkpoint(tmp_path):
     assert torch.equal(output(base.eval()), output(model.model))
 
 
-# --- Sparse, or not at all ------------------------------------------------------------------------------------------------
+# --- Sparse, or not at all ------------------------------------------------------------------------
 
 
 def llava():
-    vision = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4)
+    vision = dict(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=8,
+        patch_size=4,
+    )
     vision_config = transformers.CLIPVisionConfig(**vision)
-    config = transformers.LlavaConfig(text_config=dense_config(), vision_config=vision_config, image_token_index=96)
+    config = transformers.LlavaConfig(
+        text_config=dense_config(), vision_config=vision_config, image_token_index=96
+    )
     torch.manual_seed(0)
     return transformers.LlavaForConditionalGeneration(config).eval()
 
 
-STOCK = ["LlamaForCausalLM", "LlamaModel", "LlamaForSequenceClassification", "MistralForCausalLM", "Qwen3ForCausalLM"]
+STOCK = [
+    "LlamaForCausalLM",
+    "LlamaModel",
+    "LlamaForSequenceClassification",
+    "MistralForCausalLM",
+    "Qwen3ForCausalLM",
+]
 
 
-@pytest.mark.parametrize("arguments", [{}, dict(attn_implementation="sdpa"), dict(attn_implementation="nsa_fsa")], ids=str)
+@pytest.mark.parametrize(
+    "arguments",
+    [{}, dict(attn_implementation="sdpa"), dict(attn_implementation="nsa_fsa")],
+    ids=str,
+)
 @pytest.mark.parametrize("name", STOCK)
 def test_a_stock_class_refuses_the_checkpoint(tmp_path, name, arguments):
     """Here with this package imported, and with what users pass to from_pretrained."""
     sparse_model("qwen3" if "Qwen3" in name else "llama", layers=[1]).save_pretrained(tmp_path)
-    with pytest.raises(Exception, match=r"sparse: import nsa_fsa\.integrations\.transformers, then load with Auto"):
+    with pytest.raises(
+        Exception, match=r"sparse: import nsa_fsa\.integrations\.transformers, then load with Auto"
+    ):
         getattr(transformers, name).from_pretrained(tmp_path, **arguments)
 
 
@@ -193,7 +239,8 @@ def test_a_stock_class_given_the_sparse_config_refuses_to_run(tmp_path, name):
     """In whatever way it is given, and whatever attention it is told to use."""
     model = sparse_model(layers=[1])
     model.save_pretrained(tmp_path)
-    stock, arguments = transformers.LlamaForCausalLM, {} if name is None else dict(attn_implementation=name)
+    stock = transformers.LlamaForCausalLM
+    arguments = {} if name is None else dict(attn_implementation=name)
     config = AutoConfig.from_pretrained(tmp_path, **arguments)
     assigned = copy.deepcopy(model.config)
     assigned._attn_implementation = name
@@ -205,11 +252,15 @@ def test_a_stock_class_given_the_sparse_config_refuses_to_run(tmp_path, name):
         stock.from_pretrained(tmp_path, config=config, **arguments),
         stock.from_pretrained(tmp_path, config=model.config, **arguments),
     ):
-        with pytest.raises(RuntimeError, match=r"layer [01] is dense, but its config, a NSALlamaConfig.*Fix: build"):
+        with pytest.raises(
+            RuntimeError, match=r"layer [01] is dense, but its config, a NSALlamaConfig.*Fix: build"
+        ):
             dense(IDS)
         if name is not None:
             dense.set_attn_implementation(name)
-        with pytest.raises(RuntimeError, match=r"layer [01] is dense, but its config, a NSALlamaConfig.*Fix: build"):
+        with pytest.raises(
+            RuntimeError, match=r"layer [01] is dense, but its config, a NSALlamaConfig.*Fix: build"
+        ):
             dense(IDS)
 
 
@@ -219,21 +270,28 @@ def test_another_attention_implementation_is_no_matter_for_sparse_layers(tmp_pat
     """What users pass to every model, and what a larger model is told for its other parts."""
     model = sparse_model(layers=[1])
     model.save_pretrained(tmp_path / "llama")
-    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path / "llama", attn_implementation=name), model)
+    assert_same_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "llama", attn_implementation=name), model
+    )
     model = llava_around_a_patched_base()
     model.save_pretrained(tmp_path / "llava")
     kind = transformers.AutoModelForImageTextToText
     loaded = kind.from_pretrained(tmp_path / "llava", attn_implementation=name).eval()
     assert loaded.config.vision_config._attn_implementation == name
     assert torch.equal(output(loaded), output(model))
-    with pytest.warns(UserWarning, match=f"attn_implementation='{name}' changes nothing in a model with NSA layers"):
+    with pytest.warns(
+        UserWarning,
+        match=f"attn_implementation='{name}' changes nothing in a model with NSA layers",
+    ):
         model.set_attn_implementation(name)
     assert model.config.vision_config._attn_implementation == name
     assert torch.equal(output(loaded), output(model))
 
 
 def test_a_sparse_language_model_inside_a_llava(tmp_path):
-    """The whole loads sparse, and unpatching the part undoes what was written into the whole's config."""
+    """The whole loads sparse, and unpatching the part undoes what was written into the
+    whole's config.
+    """
     model, other = llava(), llava()
     config = other.config = other.model.config = model.config  # both are made from one config
     expected = output(model)
@@ -264,18 +322,19 @@ def test_plain_transformers_refuses_the_checkpoint(tmp_path):
         "llava": ("LlavaForConditionalGeneration",),
     }
     code = (
-        "import sys, transformers\n"
-        f"for folder, names in {attempts!r}.items():\n"
-        "    for name in names:\n"
-        "        try:\n"
-        f"            getattr(transformers, name).from_pretrained({str(tmp_path)!r} + '/' + folder)\n"
-        "            print(name, 'loaded')\n"
-        "        except Exception as error:\n"
-        "            print(name, 'nsa_llama' in str(error) or 'import nsa_fsa' in str(error), 'nsa_fsa' in sys.modules)\n"
+        f"import sys, transformers\nfor folder, names in {attempts!r}.items():\n    "
+        "for name in names:\n        try:\n            getattr(transformers, "
+        f"name).from_pretrained({str(tmp_path)!r} + '/' + folder)\n            "
+        "print(name, 'loaded')\n        except Exception as error:\n            print(name, "
+        "'nsa_llama' in str(error) or 'import nsa_fsa' in str(error), 'nsa_fsa' in sys.modules)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
+    )
     names = [name for group in attempts.values() for name in group]
-    assert done.stdout.splitlines() == [f"{name} True False" for name in names], done.stdout + done.stderr
+    assert done.stdout.splitlines() == [f"{name} True False" for name in names], (
+        done.stdout + done.stderr
+    )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -295,7 +354,12 @@ def test_checkpoints_of_older_versions(tmp_path, family):
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
 def test_layers_that_were_set_to_full_attention(tmp_path, family):
     """By hand, against what the class would fill in."""
-    settings = dict(use_sliding_window=True, sliding_window=32, max_window_layers=1, layer_types=["full_attention"] * 2)
+    settings = dict(
+        use_sliding_window=True,
+        sliding_window=32,
+        max_window_layers=1,
+        layer_types=["full_attention"] * 2,
+    )
     model = sparse_model(family, **settings)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
@@ -303,7 +367,7 @@ def test_layers_that_were_set_to_full_attention(tmp_path, family):
     assert unpatch_model(loaded).config.layer_types == ["full_attention"] * 2
 
 
-# --- What runs is what is saved -------------------------------------------------------------------------------------------
+# --- What runs is what is saved -------------------------------------------------------------------
 
 
 def test_settings_changed_while_training(tmp_path):
@@ -338,9 +402,17 @@ def pickled(model):
     return pickle.loads(pickle.dumps(model))
 
 
-@pytest.mark.parametrize("how", [lambda model: model, copy.deepcopy, pickled], ids=["itself", "deepcopy", "pickle"])
 @pytest.mark.parametrize(
-    "make", [sparse_model, of_another_config_object, llama_around_a_patched_base, llava_around_a_patched_base]
+    "how", [lambda model: model, copy.deepcopy, pickled], ids=["itself", "deepcopy", "pickle"]
+)
+@pytest.mark.parametrize(
+    "make",
+    [
+        sparse_model,
+        of_another_config_object,
+        llama_around_a_patched_base,
+        llava_around_a_patched_base,
+    ],
 )
 def test_settings_changed_while_training_whoever_saves(tmp_path, make, how):
     """A larger model knows nothing of its sparse part, and a copy must not follow its original."""
@@ -350,9 +422,17 @@ def test_settings_changed_while_training_whoever_saves(tmp_path, make, how):
     sparse[0].config = dataclasses.replace(sparse[0].config, num_selected_blocks=3)
     for saved, count in [(model, 3), (original, 3 if model is original else 6)]:
         saved.save_pretrained(tmp_path)
-        kind = transformers.AutoModelForImageTextToText if hasattr(saved.model, "language_model") else AutoModelForCausalLM
+        kind = (
+            transformers.AutoModelForImageTextToText
+            if hasattr(saved.model, "language_model")
+            else AutoModelForCausalLM
+        )
         loaded = kind.from_pretrained(tmp_path).eval()
-        configs = [module.config for module in loaded.modules() if isinstance(module, integration.NSAAttention)]
+        configs = [
+            module.config
+            for module in loaded.modules()
+            if isinstance(module, integration.NSAAttention)
+        ]
         assert [config.num_selected_blocks for config in configs] == [count, 6]
         assert torch.equal(output(loaded), output(saved))
 
@@ -372,7 +452,11 @@ def test_models_made_from_the_config_of_another(tmp_path):
 
 def test_settings_by_layer_round_trip(tmp_path):
     model = dense_model(num_hidden_layers=4)
-    patch_model(model, {0: "tiny", 1: dict(preset="tiny", window_size=8, compress_k="linear"), 3: "tiny"}, verbose=False)
+    patch_model(
+        model,
+        {0: "tiny", 1: dict(preset="tiny", window_size=8, compress_k="linear"), 3: "tiny"},
+        verbose=False,
+    )
     scramble(model).save_pretrained(tmp_path)
     nsa = json.loads((tmp_path / "config.json").read_text())["nsa"]
     assert nsa["per_layer"] == {"1": {"window_size": 8, "compress_k": "linear"}}
@@ -382,13 +466,17 @@ def test_settings_by_layer_round_trip(tmp_path):
     loaded.save_pretrained(tmp_path / "again")
     assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path / "again"), model)
     prompt = IDS[:1, :120]
-    assert torch.equal(loaded.generate(prompt, max_new_tokens=5, do_sample=False), greedy(model, prompt, 5))
+    assert torch.equal(
+        loaded.generate(prompt, max_new_tokens=5, do_sample=False), greedy(model, prompt, 5)
+    )
 
 
 @pytest.mark.parametrize("key", [1, "1", -1, "-1"])
 def test_settings_by_layer_of_a_config(tmp_path, key):
     nsa = dict(preset="tiny", per_layer={key: dict(window_size=3)})
-    model = integration.NSALlamaForCausalLM(integration.NSALlamaConfig(**dense_config().to_dict(), nsa=nsa)).eval()
+    model = integration.NSALlamaForCausalLM(
+        integration.NSALlamaConfig(**dense_config().to_dict(), nsa=nsa)
+    ).eval()
     assert [attention.config.window_size for attention in attentions(model)] == [32, 3]
     model.save_pretrained(tmp_path)
     assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path), model)
@@ -396,7 +484,9 @@ def test_settings_by_layer_of_a_config(tmp_path, key):
 
 def test_a_preset_of_one_layer_stands_for_its_fields():
     nsa = dict(window_size=64, gate="per_token", per_layer={1: dict(preset="tiny", init_blocks=0)})
-    model = integration.NSALlamaForCausalLM(integration.NSALlamaConfig(**dense_config().to_dict(), nsa=nsa))
+    model = integration.NSALlamaForCausalLM(
+        integration.NSALlamaConfig(**dense_config().to_dict(), nsa=nsa)
+    )
     first, second = configs(model)
     assert (first.window_size, first.block_size, first.gate) == (64, 64, "per_token")
     assert second == dataclasses.replace(first, **{**PRESETS["tiny"], "init_blocks": 0})
@@ -407,8 +497,14 @@ def test_a_preset_of_one_layer_stands_for_its_fields():
     [
         (dict(per_layer={9: dict(window_size=3)}), "layers=9 must be an index.*0 .. 1"),
         (dict(per_layer={"first": dict(window_size=3)}), "layers='first' must be an index.*0 .. 1"),
-        (dict(per_layer={0: dict(window_size=3)}, layers=[1]), r"per_layer names layers \[0\].*layers=\[1\].*Fix"),
-        (dict(per_layer={1: dict(window_size=3), "-1": dict(window_size=5)}), r"layer 1 is named twice.*Fix"),
+        (
+            dict(per_layer={0: dict(window_size=3)}, layers=[1]),
+            r"per_layer names layers \[0\].*layers=\[1\].*Fix",
+        ),
+        (
+            dict(per_layer={1: dict(window_size=3), "-1": dict(window_size=5)}),
+            r"layer 1 is named twice.*Fix",
+        ),
         (dict(per_layer=[dict(window_size=3)]), r"per_layer=\[.* is not allowed.*Fix: per_layer="),
         (dict(per_layer={0: 3}), r"per_layer=\{0: 3\} is not allowed.*Fix: per_layer="),
     ],
@@ -445,12 +541,20 @@ class LastToken(torch.nn.Module):
 def test_a_compressor_of_ones_own(tmp_path, how):
     """No file holds a class: refused, unless it is given again."""
     model = dense_model()
-    patch_model(model, "tiny", gate_init="balanced", compressor_k=LastToken if how == "argument" else None, verbose=False)
+    patch_model(
+        model,
+        "tiny",
+        gate_init="balanced",
+        compressor_k=LastToken if how == "argument" else None,
+        verbose=False,
+    )
     for attention in attentions(model)[: {"argument": 0, "by hand": 2, "for one layer": 1}[how]]:
         c = attention.config
         attention.compress_k = Compressor(c, LastToken(c), c.head_dim)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"compressor_k of its own, tests.*LastToken.*Fix: from_pretrained\("):
+    with pytest.raises(
+        ValueError, match=r"compressor_k of its own, tests.*LastToken.*Fix: from_pretrained\("
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, compressor_k=LastToken)
     assert_same_model(loaded, model)
@@ -459,7 +563,9 @@ def test_a_compressor_of_ones_own(tmp_path, how):
 
 
 class Blend(torch.nn.Module):
-    """A compressor of one's own whose parts start in four ways: a number, torch's own start, a buffer, and one not saved."""
+    """A compressor of one's own whose parts start in four ways: a number, torch's own start,
+    a buffer, and one not saved.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -474,7 +580,9 @@ class Blend(torch.nn.Module):
 
 
 @pytest.mark.parametrize("missing", [None, "share", "map.weight", "map.bias", "scale"])
-def test_what_a_checkpoint_lacks_of_a_compressor_of_ones_own_starts_as_it_is_made(tmp_path, missing):
+def test_what_a_checkpoint_lacks_of_a_compressor_of_ones_own_starts_as_it_is_made(
+    tmp_path, missing
+):
     """Of a dense checkpoint that is all of it."""
     path, dense = tmp_path / "model.safetensors", dense_model(num_hidden_layers=1)
     torch.manual_seed(0)
@@ -484,7 +592,11 @@ def test_what_a_checkpoint_lacks_of_a_compressor_of_ones_own_starts_as_it_is_mad
     if missing is not None:
         patch_model(dense, "tiny", gate_init="balanced", compressor_k=Blend, verbose=False)
         scramble(dense).save_pretrained(tmp_path)
-        kept = {name: value for name, value in load_file(path).items() if not name.endswith(f"compress_k.phi.{missing}")}
+        kept = {
+            name: value
+            for name, value in load_file(path).items()
+            if not name.endswith(f"compress_k.phi.{missing}")
+        }
         assert len(kept) == len(load_file(path)) - 1
         save_file(kept, path, metadata={"format": "pt"})
     torch.manual_seed(0)
@@ -516,7 +628,9 @@ class Tied(torch.nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.first, self.second = (torch.nn.Linear(config.head_dim, config.head_dim, bias=False) for _ in range(2))
+        self.first, self.second = (
+            torch.nn.Linear(config.head_dim, config.head_dim, bias=False) for _ in range(2)
+        )
         self.second.weight = self.first.weight
 
     def forward(self, windows):
@@ -528,8 +642,12 @@ class FromNumpy(torch.nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.weight = torch.nn.Parameter(torch.from_numpy(np.linspace(0, 1, config.kernel_size, dtype=np.float32)))
-        self.register_buffer("offset", torch.from_numpy(np.full(1, 0.5, dtype=np.float32)), persistent=False)
+        self.weight = torch.nn.Parameter(
+            torch.from_numpy(np.linspace(0, 1, config.kernel_size, dtype=np.float32))
+        )
+        self.register_buffer(
+            "offset", torch.from_numpy(np.full(1, 0.5, dtype=np.float32)), persistent=False
+        )
 
     def forward(self, windows):
         return torch.einsum("nhld,l->nhd", windows, self.weight) + self.offset
@@ -546,14 +664,18 @@ def made_before(kind):
 
 
 @pytest.mark.parametrize("kind", [Tied, FromNumpy, Blend])
-@pytest.mark.parametrize("how", [None, one_for_all_layers, made_before], ids=["each", "one", "before"])
+@pytest.mark.parametrize(
+    "how", [None, one_for_all_layers, made_before], ids=["each", "one", "before"]
+)
 def test_a_compressor_of_ones_own_starts_as_it_is_made_however_it_is_made(tmp_path, kind, how):
     dense_model(num_hidden_layers=2 if how else 1).save_pretrained(tmp_path)
     torch.manual_seed(0)
     expected = kind(NSAConfig.from_pretrained_config(dense_config(), "tiny"))
     torch.manual_seed(0)
     make = kind if how is None else how(kind)
-    loaded = integration.NSALlamaForCausalLM.from_pretrained(tmp_path, nsa=dict(preset="tiny"), compressor_k=make)
+    loaded = integration.NSALlamaForCausalLM.from_pretrained(
+        tmp_path, nsa=dict(preset="tiny"), compressor_k=make
+    )
     phis = [attention.compress_k.phi for attention in attentions(loaded)]
     assert all(phi is phis[0] for phi in phis)
     for found in ("named_parameters", "named_buffers"):
@@ -575,23 +697,33 @@ class OnTopOfLast(torch.nn.Module):
 
 
 def test_a_compressor_with_a_built_in_inside(tmp_path):
-    """It is not what the config names: refused like every other, and never loaded as the plain kind."""
+    """It is not what the config names: refused like every other,
+    and never loaded as the plain kind.
+    """
     model = dense_model()
     patch_model(model, "tiny", gate_init="balanced", compressor_v=OnTopOfLast, verbose=False)
     model.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"compressor_v of its own, tests.*OnTopOfLast.*Fix: from_pretrained\("):
+    with pytest.raises(
+        ValueError, match=r"compressor_v of its own, tests.*OnTopOfLast.*Fix: from_pretrained\("
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path, compressor_v=OnTopOfLast), model)
+    assert_same_model(
+        AutoModelForCausalLM.from_pretrained(tmp_path, compressor_v=OnTopOfLast), model
+    )
 
 
-# --- Built directly -------------------------------------------------------------------------------------------------------
+# --- Built directly -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("base", [False, True], ids=["causal", "base"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_constructed_with_defaults(family, base):
     config_class, causal, base_class = CLASSES[family]
-    values = {k: v for k, v in dense_config(family).to_dict().items() if k not in ("model_type", "architectures")}
+    values = {
+        k: v
+        for k, v in dense_config(family).to_dict().items()
+        if k not in ("model_type", "architectures")
+    }
     model = (base_class if base else causal)(config_class(**values))
     assert sparse_layers(model) == [0, 1]
     config = attentions(model)[0].config
@@ -602,26 +734,36 @@ def test_constructed_with_defaults(family, base):
 
 
 def assert_new_parts_are_at_their_start(model, gate=6.0):
-    """Gates at sigmoid(-gate, gate, -gate) whatever the input, weighted compressors at the mean: not transformers' normal."""
+    """Gates at sigmoid(-gate, gate, -gate) whatever the input, weighted compressors at the mean:
+    not transformers' normal.
+    """
     for i in sparse_layers(model):
         attention = attentions(model)[i]
         assert (attention.gate.weight == 0).all()
-        assert torch.equal(attention.gate.bias.view(-1, 3), torch.tensor([-gate, gate, -gate]).expand(8, 3))
+        assert torch.equal(
+            attention.gate.bias.view(-1, 3), torch.tensor([-gate, gate, -gate]).expand(8, 3)
+        )
         assert (attention.compress_k.phi.logits == 0).all()
         assert (attention.compress_v.phi.logits == 0).all()
 
 
 def test_from_scratch():
-    """Sizes come from the model's own config, the preset fills in the rest, and every gate starts at 1/2."""
-    config = integration.NSALlamaConfig(**dense_config().to_dict(), nsa=dict(preset="tiny", window_size=64, layers=[-1]))
+    """Sizes come from the model's own config, the preset fills in the rest,
+    and every gate starts at 1/2.
+    """
+    config = integration.NSALlamaConfig(
+        **dense_config().to_dict(), nsa=dict(preset="tiny", window_size=64, layers=[-1])
+    )
     model = integration.NSALlamaForCausalLM(config)
     assert sparse_layers(model) == [1]
-    expected = NSAConfig.from_pretrained_config(dense_config(), "tiny", window_size=64, gate_init="balanced")
+    expected = NSAConfig.from_pretrained_config(
+        dense_config(), "tiny", window_size=64, gate_init="balanced"
+    )
     assert attentions(model)[1].config == expected
     assert type(AutoModelForCausalLM.from_config(config)) is integration.NSALlamaForCausalLM
 
 
-# --- From a config to its NSAConfig ---------------------------------------------------------------------------------------
+# --- From a config to its NSAConfig ---------------------------------------------------------------
 
 
 def test_the_config_of_a_patched_model_gives_the_settings_of_its_layers(tmp_path):
@@ -632,11 +774,16 @@ def test_the_config_of_a_patched_model_gives_the_settings_of_its_layers(tmp_path
         assert NSAConfig.from_pretrained_config(hf_config) == config
         assert NSAConfig.from_pretrained_config(hf_config, layer=-1) == config
         changed = NSAConfig.from_pretrained_config(hf_config, "fsa-128x8", num_selected_blocks=9)
-        assert changed == dataclasses.replace(config, **{**PRESETS["fsa-128x8"], "num_selected_blocks": 9})
-    attentions(model)[1].config = dataclasses.replace(config, window_size=9)  # and it is what runs now
+        assert changed == dataclasses.replace(
+            config, **{**PRESETS["fsa-128x8"], "num_selected_blocks": 9}
+        )
+    # and it is what runs now.
+    attentions(model)[1].config = dataclasses.replace(config, window_size=9)
     assert NSAConfig.from_pretrained_config(model.config).window_size == 9
     for layer in (0, 2, -2, "1"):
-        with pytest.raises(ValueError, match=rf"layer={layer!r} is not allowed.*one of \[1\].*Fix: layer=1"):
+        with pytest.raises(
+            ValueError, match=rf"layer={layer!r} is not allowed.*one of \[1\].*Fix: layer=1"
+        ):
             NSAConfig.from_pretrained_config(model.config, layer=layer)
 
 
@@ -644,14 +791,24 @@ def test_layers_with_different_settings_have_to_be_named():
     model = dense_model(num_hidden_layers=4)
     patch_model(model, {0: "tiny", 2: dict(preset="tiny", window_size=8), 3: "tiny"}, verbose=False)
     for i in (0, 2, 3):
-        assert NSAConfig.from_pretrained_config(model.config, layer=i) == attentions(model)[i].config
-    with pytest.raises(ValueError, match=r"the layers \[2\] have other settings.*one of \[0, 2, 3\]. Fix: layer=0"):
+        assert (
+            NSAConfig.from_pretrained_config(model.config, layer=i) == attentions(model)[i].config
+        )
+    with pytest.raises(
+        ValueError, match=r"the layers \[2\] have other settings.*one of \[0, 2, 3\]. Fix: layer=0"
+    ):
         NSAConfig.from_pretrained_config(model.config)
-    with pytest.raises(ValueError, match=r"layer=0 is not allowed with a LlamaConfig, which is dense.*Fix"):
+    with pytest.raises(
+        ValueError, match=r"layer=0 is not allowed with a LlamaConfig, which is dense.*Fix"
+    ):
         NSAConfig.from_pretrained_config(unpatch_model(model).config, layer=0)
 
 
-@pytest.mark.parametrize("nsa", [None, dict(preset="tiny"), dict(preset="tiny", window_size=64, gate_init="dense")], ids=str)
+@pytest.mark.parametrize(
+    "nsa",
+    [None, dict(preset="tiny"), dict(preset="tiny", window_size=64, gate_init="dense")],
+    ids=str,
+)
 def test_a_config_gives_the_settings_of_the_model_that_it_makes(nsa):
     config = integration.NSALlamaConfig(**dense_config().to_dict(), nsa=nsa)
     before = NSAConfig.from_pretrained_config(config)
@@ -661,8 +818,13 @@ def test_a_config_gives_the_settings_of_the_model_that_it_makes(nsa):
 def test_the_config_of_a_sparse_model_inside_a_llava():
     model = llava_around_a_patched_base()
     language_model = model.model.language_model
-    assert NSAConfig.from_pretrained_config(model.config.text_config) == attentions(language_model)[0].config
-    with pytest.raises(ValueError, match=r"model_type='llava' is not supported.*Fix: pass its text_config"):
+    assert (
+        NSAConfig.from_pretrained_config(model.config.text_config)
+        == attentions(language_model)[0].config
+    )
+    with pytest.raises(
+        ValueError, match=r"model_type='llava' is not supported.*Fix: pass its text_config"
+    ):
         NSAConfig.from_pretrained_config(model.config)
 
 
@@ -672,7 +834,7 @@ def test_a_compressor_of_ones_own_is_no_setting():
     assert NSAConfig.from_pretrained_config(model.config) == attentions(model)[0].config
 
 
-# --- Settings given to from_pretrained ------------------------------------------------------------------------------------
+# --- Settings given to from_pretrained ------------------------------------------------------------
 
 
 def configs(model):
@@ -683,54 +845,86 @@ def configs(model):
 def test_settings_given_to_from_pretrained_change_only_themselves(tmp_path, of):
     model = dense_model(num_hidden_layers=3)
     own = dict(preset="tiny", compress_k="linear", gate_init="balanced")
-    patch_model(model, {0: own, 2: {**own, "window_size": 8, "num_selected_blocks": 4}}, verbose=False)
+    patch_model(
+        model, {0: own, 2: {**own, "window_size": 8, "num_selected_blocks": 4}}, verbose=False
+    )
     scramble(model).save_pretrained(tmp_path)
     nsa = dict(window_size=64)
     if of == "config":
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path, config=AutoConfig.from_pretrained(tmp_path, nsa=nsa))
+        loaded = AutoModelForCausalLM.from_pretrained(
+            tmp_path, config=AutoConfig.from_pretrained(tmp_path, nsa=nsa)
+        )
     else:
         cls = integration.NSALlamaForCausalLM if of == "model" else AutoModelForCausalLM
         loaded = cls.from_pretrained(tmp_path, nsa=nsa)
     assert sparse_layers(loaded) == [0, 2]
-    assert configs(loaded) == [dataclasses.replace(config, window_size=64) for config in configs(model)]
+    assert configs(loaded) == [
+        dataclasses.replace(config, window_size=64) for config in configs(model)
+    ]
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
     assert configs(AutoModelForCausalLM.from_pretrained(tmp_path, nsa={})) == configs(model)
     assert configs(AutoModelForCausalLM.from_pretrained(tmp_path, nsa=None)) == configs(model)
-    one = AutoModelForCausalLM.from_pretrained(tmp_path, nsa=dict(per_layer={2: dict(window_size=16)}))
+    one = AutoModelForCausalLM.from_pretrained(
+        tmp_path, nsa=dict(per_layer={2: dict(window_size=16)})
+    )
     assert [config.window_size for config in configs(one)] == [32, 16]
 
 
 def test_settings_given_for_one_layer_keep_what_that_layer_and_others_have(tmp_path):
     model = dense_model(num_hidden_layers=3)
     own = dict(preset="tiny", gate_init="balanced")
-    patch_model(model, {0: own, 1: {**own, "window_size": 8}, 2: {**own, "compress_k": "linear"}}, verbose=False)
+    patch_model(
+        model,
+        {0: own, 1: {**own, "window_size": 8}, 2: {**own, "compress_k": "linear"}},
+        verbose=False,
+    )
     patch_model(model, layers=[2], compressor_v=LastToken, verbose=False)
     scramble(model).save_pretrained(tmp_path)
     nsa = dict(num_selected_blocks=5, per_layer={-1: dict(window_size=16)})
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, nsa=nsa, compressor_v=LastToken)
-    first, second, third = (dataclasses.replace(config, num_selected_blocks=5) for config in configs(model))
+    first, second, third = (
+        dataclasses.replace(config, num_selected_blocks=5) for config in configs(model)
+    )
     assert configs(loaded) == [first, second, dataclasses.replace(third, window_size=16)]
-    assert [type(x.compress_v.phi).__name__ for x in attentions(loaded)] == ["PoolPhi", "PoolPhi", "LastToken"]
+    assert [type(x.compress_v.phi).__name__ for x in attentions(loaded)] == [
+        "PoolPhi",
+        "PoolPhi",
+        "LastToken",
+    ]
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value), name
-    assert sparse_layers(AutoModelForCausalLM.from_pretrained(tmp_path, nsa=dict(layers=[0, -2]))) == [0, 1]
-    fewer = AutoModelForCausalLM.from_pretrained(tmp_path, num_hidden_layers=2, nsa=dict(layers=[-1]))
+    assert sparse_layers(
+        AutoModelForCausalLM.from_pretrained(tmp_path, nsa=dict(layers=[0, -2]))
+    ) == [0, 1]
+    fewer = AutoModelForCausalLM.from_pretrained(
+        tmp_path, num_hidden_layers=2, nsa=dict(layers=[-1])
+    )
     assert configs(fewer) == configs(model)[1:2]
 
 
 def test_settings_given_win_over_a_preset_of_one_layer():
-    values = dict(**dense_config().to_dict(), nsa=dict(preset="fsa-64x16", per_layer={0: dict(preset="tiny")}))
+    values = dict(
+        **dense_config().to_dict(), nsa=dict(preset="fsa-64x16", per_layer={0: dict(preset="tiny")})
+    )
     config = integration.NSALlamaConfig.from_dict(values, nsa=dict(window_size=64))
-    windows = [(c.window_size, c.block_size) for c in configs(integration.NSALlamaForCausalLM(config))]
+    windows = [
+        (c.window_size, c.block_size) for c in configs(integration.NSALlamaForCausalLM(config))
+    ]
     assert windows == [(64, 16), (64, 64)]
 
 
 def test_a_preset_given_to_from_pretrained_stands_for_its_fields(tmp_path):
-    model = sparse_model(nsa=dict(kernel_size=32, kernel_stride=16, block_size=64, gate="per_token"))
+    model = sparse_model(
+        nsa=dict(kernel_size=32, kernel_stride=16, block_size=64, gate="per_token")
+    )
     model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, nsa=dict(preset="fsa-64x16", window_size=100))
-    expected = dataclasses.replace(attentions(model)[0].config, **{**PRESETS["fsa-64x16"], "window_size": 100})
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, nsa=dict(preset="fsa-64x16", window_size=100)
+    )
+    expected = dataclasses.replace(
+        attentions(model)[0].config, **{**PRESETS["fsa-64x16"], "window_size": 100}
+    )
     assert configs(loaded) == [expected, expected]
 
 
@@ -738,7 +932,9 @@ def test_settings_that_are_none_are_refused_by_from_pretrained(tmp_path):
     sparse_model().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"no field 'window'; did you mean 'window_size'"):
         AutoModelForCausalLM.from_pretrained(tmp_path, nsa=dict(window=64))
-    with pytest.raises(ValueError, match=r"nsa='tiny' is not allowed.*Fix: nsa=\{\"preset\": \"tiny\"\}"):
+    with pytest.raises(
+        ValueError, match=r"nsa='tiny' is not allowed.*Fix: nsa=\{\"preset\": \"tiny\"\}"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path, nsa="tiny")
 
 
@@ -750,16 +946,25 @@ def test_a_dense_checkpoint_loaded_sparse_starts_dense(tmp_path):
 
 
 def test_what_is_no_sparse_config_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"NSALlamaForCausalLM needs an NSALlamaConfig, but got a LlamaConfig. Fix: "):
+    with pytest.raises(
+        ValueError,
+        match=r"NSALlamaForCausalLM needs an NSALlamaConfig, but got a LlamaConfig. Fix: ",
+    ):
         integration.NSALlamaForCausalLM(dense_config())
     with pytest.raises(ValueError, match=r"nsa=\['tiny'\] is not allowed.*a dict.*Fix"):
         integration.NSALlamaConfig(nsa=["tiny"])
-    with pytest.raises(ValueError, match=r"nsa='tiny' is not allowed.*a dict.*Fix: nsa=\{\"preset\": \"tiny\"\}"):
+    with pytest.raises(
+        ValueError, match=r"nsa='tiny' is not allowed.*a dict.*Fix: nsa=\{\"preset\": \"tiny\"\}"
+    ):
         integration.NSALlamaConfig(nsa="tiny")
-    with pytest.raises(ValueError, match=r"nsa=NSAConfig\(.*is not allowed.*a dict.*Fix: nsa=config.to_dict\(\)"):
+    with pytest.raises(
+        ValueError, match=r"nsa=NSAConfig\(.*is not allowed.*a dict.*Fix: nsa=config.to_dict\(\)"
+    ):
         integration.NSALlamaConfig(nsa=NSAConfig(hidden_size=64, num_heads=8))
     for key in (0, "0"):
-        with pytest.raises(ValueError, match=r"nsa=\{'?0'?: .*is not allowed.*`per_layer`.*Fix: .*per_layer"):
+        with pytest.raises(
+            ValueError, match=r"nsa=\{'?0'?: .*is not allowed.*`per_layer`.*Fix: .*per_layer"
+        ):
             integration.NSALlamaConfig(nsa={key: dict(preset="tiny")})
     config = integration.NSALlamaConfig(**dense_config().to_dict())
     config.nsa = "tiny"
@@ -785,7 +990,9 @@ def test_loading_a_dense_checkpoint_sparse(tmp_path, family):
     dense = dense_model(family)
     dense.save_pretrained(tmp_path)
     config_class, causal, _ = CLASSES[family]
-    values = {k: v for k, v in dense.config.to_dict().items() if k not in ("model_type", "architectures")}
+    values = {
+        k: v for k, v in dense.config.to_dict().items() if k not in ("model_type", "architectures")
+    }
     nsa = NSAConfig.from_pretrained_config(dense.config, "tiny").to_dict()
     loaded = causal.from_pretrained(tmp_path, config=config_class(**values, nsa=nsa)).eval()
     assert_new_parts_are_at_their_start(loaded)
@@ -801,7 +1008,9 @@ def test_every_compressor_starts_as_its_own_module_does(tmp_path, kind):
     """_init_weights must know every new kind of parameter; a dense checkpoint has none of them."""
     dense = dense_model()
     dense.save_pretrained(tmp_path)
-    values = {k: v for k, v in dense.config.to_dict().items() if k not in ("model_type", "architectures")}
+    values = {
+        k: v for k, v in dense.config.to_dict().items() if k not in ("model_type", "architectures")
+    }
     nsa = NSAConfig.from_pretrained_config(
         dense.config, "tiny", compress_k=kind, compress_v=kind, compress_position_embedding=True
     )
@@ -810,7 +1019,8 @@ def test_every_compressor_starts_as_its_own_module_does(tmp_path, kind):
     patch_model(dense, nsa, verbose=False)
     expected = dense.state_dict()
     for name, value in loaded.state_dict().items():
-        if kind == "mlp" and name.endswith(("phi.up", "phi.down")):  # random: the right spread, and nothing left out
+        # Random: the right spread, and nothing left out.
+        if kind == "mlp" and name.endswith(("phi.up", "phi.down")):
             assert value.std().item() == pytest.approx(value.shape[1] ** -0.5, rel=0.2), name
         else:
             assert torch.equal(value, expected[name]), name
@@ -819,20 +1029,28 @@ def test_every_compressor_starts_as_its_own_module_does(tmp_path, kind):
 @pytest.mark.parametrize("kind", ["linear", "mlp", "gated", "weighted"])
 @pytest.mark.parametrize("start", ["balanced", "dense"])
 def test_a_missing_parameter_starts_and_the_others_are_loaded(tmp_path, kind, start):
-    """Whichever one of NSA's parameters a checkpoint lacks: also those beside it in the same module."""
+    """Whichever one of NSA's parameters a checkpoint lacks: also those beside it in the
+    same module.
+    """
     nsa = dict(compress_k=kind, compress_v=kind, compress_position_embedding=True, gate_init=start)
     model = sparse_model(num_hidden_layers=1, nsa=nsa)
     model.save_pretrained(tmp_path)
     fresh = integration.NSALlamaForCausalLM(model.config).state_dict()
     tensors = load_file(tmp_path / "model.safetensors")
-    added = [name for name in tensors if any(part in name for part in (".gate.", ".compress_k.", ".compress_v."))]
+    added = [
+        name
+        for name in tensors
+        if any(part in name for part in (".gate.", ".compress_k.", ".compress_v."))
+    ]
     assert len(added) == (2 + 2 * 3 if kind in ("mlp", "gated") else 2 + 2 * 2)
     for missing in added:
         kept = {name: value for name, value in tensors.items() if name != missing}
         save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
         loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
         if missing.endswith((".up", ".down")):  # random
-            assert loaded[missing].std().item() == pytest.approx(loaded[missing].shape[1] ** -0.5, rel=0.2), missing
+            assert loaded[missing].std().item() == pytest.approx(
+                loaded[missing].shape[1] ** -0.5, rel=0.2
+            ), missing
         else:
             assert torch.equal(loaded[missing], fresh[missing]), missing
         for name, value in kept.items():

@@ -1,4 +1,6 @@
-"""gate_init="dense": a patched model starts out as the dense one, on sequences that the selected branch sees whole."""
+"""gate_init="dense": a patched model starts out as the dense one,
+on sequences that the selected branch sees whole.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,9 @@ STEPS, LENGTH = 100, 90
 
 
 def stories():
-    """Four sentences, repeated: a model of two layers soon knows them by heart, and its logits become peaked."""
+    """Four sentences, repeated: a model of two layers soon knows them by heart,
+    and its logits become peaked.
+    """
     rng = torch.Generator().manual_seed(0)
     return torch.randint(1, 97, (4, 15), generator=rng).repeat(1, 8)
 
@@ -34,7 +38,9 @@ def trained():
 
 @torch.no_grad()
 def test_dense_start_is_close_to_the_dense_model(trained):
-    """Gates of sigmoid(-6), sigmoid(6), sigmoid(-6) change each layer's output by about half a percent."""
+    """Gates of sigmoid(-6), sigmoid(6), sigmoid(-6) change each layer's output by about
+    half a percent.
+    """
     ids = stories()[:, 3 : 3 + TINY_REACH]
     expected = trained(ids, use_cache=False).logits
     patch_model(trained, preset="tiny", verbose=False)
@@ -52,7 +58,8 @@ def test_dense_start_continues_like_the_dense_model(trained):
     """The same twenty tokens, cached and not, for every sentence."""
     prompt = stories()[:, :70]
     expected = greedy(trained, prompt, 20)
-    assert (expected[:, 70:] == stories()[:, 70:90]).float().mean() > 0.9  # and they are what it learned
+    # And they are what it learned.
+    assert (expected[:, 70:] == stories()[:, 70:90]).float().mean() > 0.9
     patch_model(trained, preset="tiny", verbose=False)
     try:
         assert torch.equal(greedy(trained, prompt, 20), expected)
@@ -66,7 +73,11 @@ def test_balanced_start_is_not(trained):
     """That the tests above can fail: with all gates at one half the model is another one."""
     ids = stories()[:, 3 : 3 + TINY_REACH]
     expected = trained(ids, use_cache=False).logits
-    patch_model(trained, NSAConfig.from_pretrained_config(trained.config, "tiny", gate_init="balanced"), verbose=False)
+    patch_model(
+        trained,
+        NSAConfig.from_pretrained_config(trained.config, "tiny", gate_init="balanced"),
+        verbose=False,
+    )
     try:
         records = []
         attentions(trained)[1].recorder = records.append

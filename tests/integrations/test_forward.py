@@ -1,4 +1,6 @@
-"""What a forward of a patched model is given beside tokens: masks, positions, boundaries; and how often it looks at them."""
+"""What a forward of a patched model is given beside tokens: masks, positions, boundaries;
+and how often it looks at them.
+"""
 
 import copy
 import warnings
@@ -11,7 +13,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import DynamicCache, StaticCache
 
 from nsa_fsa.integrations.transformers import attention, patch_model, unpatch_model
-from tests.integrations.models import FAMILIES, TINY_REACH, dense_model, sparse_layers, sparse_model, tokens
+from tests.integrations.models import (
+    FAMILIES,
+    TINY_REACH,
+    dense_model,
+    sparse_layers,
+    sparse_model,
+    tokens,
+)
 
 PARTIAL = [None, [1], [0]]
 LENGTHS = [60, 1, 50, 29]
@@ -32,13 +41,18 @@ def separately(model, parts):
 
 
 def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)  # float32 through two layers; logits of size 10
+    # float32 through two layers; logits of size 10.
+    torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
-# --- Masks ----------------------------------------------------------------------------------------------------------------
+# --- Masks ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bool, torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32],
+    ids=str,
+)
 @torch.no_grad()
 def test_masks_of_every_dtype(dtype):
     """Floating masks of 0 and 1 included: PEFT's prompt tuning makes them."""
@@ -54,7 +68,9 @@ def additive(mask, kind):
         return (mask - 1) * 10000
     if kind == "no padding":
         return torch.zeros(mask.shape)
-    return torch.where(mask == 0, -torch.inf if kind == "inf" else torch.finfo(torch.float32).min, 0.0)
+    return torch.where(
+        mask == 0, -torch.inf if kind == "inf" else torch.finfo(torch.float32).min, 0.0
+    )
 
 
 @pytest.mark.parametrize("kind", ["inf", "min", "int", "no padding"])
@@ -83,7 +99,9 @@ def test_masks_of_another_width_are_refused(width):
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @torch.no_grad()
 def test_a_padded_batch_in_chunks(layers, static):
-    """Masks `[B, past + S]` beside either cache: every chunk gives what a forward of all of it gives."""
+    """Masks `[B, past + S]` beside either cache: every chunk gives what a forward of all
+    of it gives.
+    """
     model, ids = sparse_model(layers=layers), tokens(2, 90)
     mask = torch.ones_like(ids)
     mask[0, :37] = 0
@@ -91,7 +109,11 @@ def test_a_padded_batch_in_chunks(layers, static):
     found, past = [], 0
     for size in (50, 1, 1, 30, 8):
         columns = slice(past, past + size)
-        found.append(model(ids[:, columns], attention_mask=mask[:, : past + size], past_key_values=cache).logits)
+        found.append(
+            model(
+                ids[:, columns], attention_mask=mask[:, : past + size], past_key_values=cache
+            ).logits
+        )
         past += size
     for row, start in ((0, 37), (1, 0)):
         expected = model(ids[row : row + 1, start:], use_cache=False).logits[0]
@@ -101,19 +123,26 @@ def test_a_padded_batch_in_chunks(layers, static):
 @pytest.mark.parametrize("layers", PARTIAL, ids=str)
 @torch.no_grad()
 def test_a_mask_that_shows_padding_of_the_past_is_refused(layers):
-    """A chunk's mask is compared with what the cache was fed, though all of it is real to the layers."""
+    """A chunk's mask is compared with what the cache was fed, though all of it is real
+    to the layers.
+    """
     model, ids, cache = sparse_model(layers=layers), tokens(2, 40), DynamicCache()
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
     model(ids[:, :30], attention_mask=mask[:, :30], past_key_values=cache)
-    with pytest.raises(ValueError, match=r"attention_mask\[0, 0\] is not 0, but the cache holds no token there.*Fix"):
+    with pytest.raises(
+        ValueError,
+        match=r"attention_mask\[0, 0\] is not 0, but the cache holds no token there.*Fix",
+    ):
         model(ids[:, 30:], attention_mask=torch.ones_like(ids), past_key_values=cache)
 
 
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_other_attention_implementations_are_refused(name, padded):
-    """Under "sdpa" Trainer would cut the sequence for context parallelism, and masks would be 4D or missing."""
+    """Under "sdpa" Trainer would cut the sequence for context parallelism,
+    and masks would be 4D or missing.
+    """
     model, ids = sparse_model(layers=[1]), tokens(2, 20)
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
@@ -125,7 +154,7 @@ def test_other_attention_implementations_are_refused(name, padded):
     model(ids, attention_mask=mask)
 
 
-# --- Packed batches -------------------------------------------------------------------------------------------------------
+# --- Packed batches -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", PARTIAL, ids=str)
@@ -138,21 +167,33 @@ def test_packed_positions_beside_a_mask(family, layers, side):
     ids, position_ids = packed_row(parts)
     pads = {"right": (0, 11), "left": (11, 0), "both": (5, 9), "none": (0, 0)}[side]
     pad = lambda x: torch.nn.functional.pad(x, pads)  # noqa: E731
-    logits = model(pad(ids), attention_mask=pad(torch.ones_like(ids)), position_ids=pad(position_ids), use_cache=False).logits
+    logits = model(
+        pad(ids),
+        attention_mask=pad(torch.ones_like(ids)),
+        position_ids=pad(position_ids),
+        use_cache=False,
+    ).logits
     close(logits[0, pads[0] : pads[0] + ids.shape[1]], separately(model, parts))
 
 
 @pytest.mark.parametrize("counted", [True, False], ids=["hidden tokens counted", "not counted"])
 @torch.no_grad()
 def test_hidden_tokens_do_not_end_a_sequence(counted):
-    """Positions that go on after a hole in the mask, whether they count the tokens in it or not: one sequence."""
+    """Positions that go on after a hole in the mask, whether they count the tokens in it or not:
+    one sequence.
+    """
     model, ids = sparse_model(), tokens(1, 50)
     mask = torch.ones_like(ids)
     mask[0, 20:26] = 0
     position_ids = torch.arange(50)[None] if counted else mask.cumsum(1) - 1
     logits = model(ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
-    expected = model(ids[mask.bool()][None], position_ids=position_ids[mask.bool()][None], use_cache=False)
-    assert torch.equal(logits[mask.bool()], model(ids, attention_mask=mask, position_ids=position_ids[:1]).logits[mask.bool()])
+    expected = model(
+        ids[mask.bool()][None], position_ids=position_ids[mask.bool()][None], use_cache=False
+    )
+    assert torch.equal(
+        logits[mask.bool()],
+        model(ids, attention_mask=mask, position_ids=position_ids[:1]).logits[mask.bool()],
+    )
     if not counted:
         close(logits[mask.bool()], expected.logits[0])
 
@@ -165,7 +206,11 @@ def test_rows_of_different_documents_and_padding(layers):
     ids, mask, position_ids = torch.zeros(3, 3, 100, dtype=torch.long).unbind(0)
     for b, parts in enumerate(rows):
         row, positions = packed_row(parts)
-        ids[b, : row.shape[1]], mask[b, : row.shape[1]], position_ids[b, : row.shape[1]] = row, 1, positions
+        ids[b, : row.shape[1]], mask[b, : row.shape[1]], position_ids[b, : row.shape[1]] = (
+            row,
+            1,
+            positions,
+        )
     logits = model(ids, attention_mask=mask, position_ids=position_ids, use_cache=False).logits
     for b, parts in enumerate(rows):
         close(logits[b, : int(mask[b].sum())], separately(model, parts))
@@ -176,8 +221,12 @@ def test_one_row_of_positions_for_the_batch():
     """`[1, S]` beside two rows of tokens: plain positions change nothing, packed ones pack both."""
     model, ids = sparse_model(), tokens(2, 60)
     plain = model(ids, use_cache=False).logits
-    assert torch.equal(model(ids, position_ids=torch.arange(60)[None], use_cache=False).logits, plain)
-    packed = model(ids, position_ids=torch.cat((torch.arange(25), torch.arange(35)))[None], use_cache=False).logits
+    assert torch.equal(
+        model(ids, position_ids=torch.arange(60)[None], use_cache=False).logits, plain
+    )
+    packed = model(
+        ids, position_ids=torch.cat((torch.arange(25), torch.arange(35)))[None], use_cache=False
+    ).logits
     for b in range(2):
         close(packed[b], separately(model, [ids[b, :25], ids[b, 25:]]))
 
@@ -195,12 +244,14 @@ def test_a_cache_that_nobody_asked_for(train):
     assert output.get("past_key_values") is None
 
 
-# --- How often a forward looks --------------------------------------------------------------------------------------------
+# --- How often a forward looks --------------------------------------------------------------------
 
 
 @pytest.fixture
 def looks(monkeypatch):
-    """Counts the calls of the functions that read masks and positions back from the device, which still do their work."""
+    """Counts the calls of the functions that read masks and positions back from the device,
+    which still do their work.
+    """
     calls = []
 
     def count(module, name, looks):
@@ -220,7 +271,9 @@ def looks(monkeypatch):
 @pytest.mark.parametrize("layers", [None, [1]], ids=str)
 @pytest.mark.parametrize("base", [False, True], ids=["causal lm", "base"])
 def test_one_look_a_forward(looks, layers, base):
-    """Whatever the number of layers: none for a plain batch or given boundaries, one for a mask or positions."""
+    """Whatever the number of layers: none for a plain batch or given boundaries,
+    one for a mask or positions.
+    """
     model = sparse_model(layers=layers, base=base, num_hidden_layers=4 if layers is None else 2)
     ids, mask = tokens(2, 40), torch.ones(2, 40)
     row, position_ids = packed_row(documents([25, 15]))
@@ -256,16 +309,22 @@ def test_one_look_a_step_of_generation(looks):
 
 
 def test_a_layer_past_the_hook_looks_for_itself(looks):
-    """PEFT calls the forward of a base model directly, which runs no hooks: padding must not be lost there."""
+    """PEFT calls the forward of a base model directly, which runs no hooks:
+    padding must not be lost there.
+    """
     model, ids = sparse_model(base=True), tokens(2, 40)
     mask = torch.ones_like(ids)
     mask[0, :7] = 0
     expected = model(ids, attention_mask=mask, use_cache=False)[0]
-    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="FEATURE_EXTRACTION"))
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj"], task_type="FEATURE_EXTRACTION")
+    )
     assert torch.equal(adapted(input_ids=ids, attention_mask=mask, use_cache=False)[0], expected)
     row, position_ids = packed_row(documents(LENGTHS))
     expected = sparse_model(base=True)(row, position_ids=position_ids, use_cache=False)[0]
-    torch.testing.assert_close(adapted(input_ids=row, position_ids=position_ids, use_cache=False)[0], expected)
+    torch.testing.assert_close(
+        adapted(input_ids=row, position_ids=position_ids, use_cache=False)[0], expected
+    )
 
 
 def test_unpatching_leaves_no_hook(looks):
@@ -276,7 +335,7 @@ def test_unpatching_leaves_no_hook(looks):
     assert not model.base_model._forward_pre_hooks_with_kwargs
 
 
-# --- Tracing --------------------------------------------------------------------------------------------------------------
+# --- Tracing --------------------------------------------------------------------------------------
 
 
 def arguments_of(kind):
@@ -284,7 +343,9 @@ def arguments_of(kind):
     ids, position_ids = packed_row(parts)
     if kind == "packed, boundaries given":
         ends = torch.tensor([0, *LENGTHS]).cumsum(0).int()
-        return dict(input_ids=ids, position_ids=position_ids, cu_seq_lens_q=ends, max_length_q=max(LENGTHS))
+        return dict(
+            input_ids=ids, position_ids=position_ids, cu_seq_lens_q=ends, max_length_q=max(LENGTHS)
+        )
     if kind == "packed by positions":
         return dict(input_ids=ids, position_ids=position_ids)
     ids = tokens(2, 140)
@@ -311,12 +372,16 @@ def test_a_patched_model_compiles_to_one_graph(kind):
         output.logits[real].square().mean().backward()
         results.append([output.logits[real], *(p.grad for p in model.parameters())])
     for found, expected in zip(*results, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max()))
+        torch.testing.assert_close(
+            found, expected, rtol=1e-4, atol=1e-4 * float(expected.detach().abs().max())
+        )
 
 
 @torch.no_grad()
 def test_a_compiled_model_generates():
-    """`generate` passes positions beside the cache that the prompt fills: they bound no documents there."""
+    """`generate` passes positions beside the cache that the prompt fills:
+    they bound no documents there.
+    """
     torch._dynamo.reset()
     model, ids = sparse_model(num_hidden_layers=1), tokens(2, 60)
     mask = torch.ones_like(ids)
@@ -335,7 +400,9 @@ def test_a_compiled_prompt_beside_positions_fills_a_cache(hooked):
     model, ids = sparse_model(base=True), tokens(1, 41)
     expected = model(ids, use_cache=False)[0]
     compiled = torch.compile(model if hooked else model.forward, fullgraph=True, backend="eager")
-    output = compiled(ids[:, :40], position_ids=torch.arange(40)[None] if hooked else None, use_cache=True)
+    output = compiled(
+        ids[:, :40], position_ids=torch.arange(40)[None] if hooked else None, use_cache=True
+    )
     close(output[0], expected[:, :40])
     close(model(ids[:, 40:], past_key_values=output.past_key_values)[0], expected[:, 40:])
 
@@ -346,14 +413,21 @@ def test_a_patched_model_exports_with_a_dynamic_length():
     length = torch.export.Dim("length", min=8, max=400)  # 8: a compression window of this model
     shapes = {"input_ids": {1: length}, "use_cache": None}
     program = torch.export.export(
-        model, (), dict(input_ids=tokens(2, 40), use_cache=False), dynamic_shapes=shapes, strict=False
+        model,
+        (),
+        dict(input_ids=tokens(2, 40), use_cache=False),
+        dynamic_shapes=shapes,
+        strict=False,
     )
     for size in (40, TINY_REACH + 30):
         ids = tokens(2, size, seed=size)
-        close(program.module()(input_ids=ids, use_cache=False).logits, model(ids, use_cache=False).logits)
+        close(
+            program.module()(input_ids=ids, use_cache=False).logits,
+            model(ids, use_cache=False).logits,
+        )
 
 
-# --- Layers left dense ----------------------------------------------------------------------------------------------------
+# --- Layers left dense ----------------------------------------------------------------------------
 
 
 class LargestTensor(TorchDispatchMode):
@@ -385,7 +459,11 @@ def long_batch(kind):
     if kind == "packed by positions":
         return dict(input_ids=ids, position_ids=torch.arange(LONG // 2).repeat(2)[None])
     if kind == "packed, boundaries given":
-        return dict(input_ids=ids, cu_seq_lens_q=torch.tensor([0, 1000, LONG], dtype=torch.int32), max_length_q=1048)
+        return dict(
+            input_ids=ids,
+            cu_seq_lens_q=torch.tensor([0, 1000, LONG], dtype=torch.int32),
+            max_length_q=1048,
+        )
     if kind == "plain":
         return dict(input_ids=ids)
     mask[:, -100:] = 0
@@ -396,7 +474,9 @@ def long_batch(kind):
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_dense_layers_make_no_square_mask(kind, cached):
-    """One of two layers is dense, and the other's blocks and windows are small: nothing is near S x S."""
+    """One of two layers is dense, and the other's blocks and windows are small:
+    nothing is near S x S.
+    """
     if cached and "packed" in kind:
         pytest.skip("packed batches fill no cache")
     model = sparse_model(layers=[1])
@@ -416,30 +496,39 @@ def test_dense_layers_make_no_square_mask(kind, cached):
         attention.AttentionInterface.register("nsa_fsa", dense_attention)
     assert len(sizes) == 1
     assert sizes[0] <= LONG * 64 * 2  # q is S x 64
-    assert largest(dense_model(), **long_batch("plain"), use_cache=cached) < LONG * LONG  # as before patching
+    # as before patching.
+    assert largest(dense_model(), **long_batch("plain"), use_cache=cached) < LONG * LONG
 
 
-# --- Other tools ----------------------------------------------------------------------------------------------------------
+# --- Other tools ----------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def test_prompt_tuning():
     """Virtual tokens are embeddings before the prompt: what a forward of all of them gives."""
     model, ids = sparse_model(layers=[1]), tokens(2, 60)
-    adapted = peft.get_peft_model(model, peft.PromptTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM"))
+    adapted = peft.get_peft_model(
+        model, peft.PromptTuningConfig(num_virtual_tokens=20, task_type="CAUSAL_LM")
+    )
     virtual = adapted.get_prompt(batch_size=2)
     embeds = torch.cat((virtual, model.get_input_embeddings()(ids)), dim=1)
     expected = model(inputs_embeds=embeds, use_cache=False).logits
     mask = torch.ones_like(ids)
     close(adapted(input_ids=ids, attention_mask=mask, use_cache=False).logits, expected)
-    generated = adapted.generate(input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    generated = adapted.generate(
+        input_ids=ids, attention_mask=mask, max_new_tokens=5, do_sample=False
+    )
     assert torch.equal(generated[:, 60], expected[:, -1].argmax(-1))
 
 
 @pytest.mark.parametrize("layers", PARTIAL, ids=str)
 def test_prefix_tuning_is_refused(layers):
     settings = peft.PrefixTuningConfig(
-        num_virtual_tokens=12, task_type="CAUSAL_LM", num_layers=2, token_dim=16, num_attention_heads=2
+        num_virtual_tokens=12,
+        task_type="CAUSAL_LM",
+        num_layers=2,
+        token_dim=16,
+        num_attention_heads=2,
     )
     adapted = peft.get_peft_model(sparse_model(layers=layers), settings)
     ids = tokens(2, 40)
@@ -452,7 +541,9 @@ def warnings_of(call):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         call()
-    return [str(x.message) for x in caught if "gates of the NSA layers are frozen" in str(x.message)]
+    return [
+        str(x.message) for x in caught if "gates of the NSA layers are frozen" in str(x.message)
+    ]
 
 
 @pytest.mark.parametrize("train", [False, True])
@@ -461,8 +552,11 @@ def test_adapters_beside_frozen_gates_are_said_once(base, train):
     """In train() or else in the first forward with gradients: not every loop calls train()."""
     ids, settings = tokens(1, 20), dict(target_modules=["q_proj"])
     model = sparse_model(base=base)
-    adapted = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(modules_to_save=["gate"], **settings))
-    for learns in (model, adapted, sparse_model(base=base).requires_grad_(False)):  # whole; gates, too; nothing at all
+    adapted = peft.get_peft_model(
+        copy.deepcopy(model), peft.LoraConfig(modules_to_save=["gate"], **settings)
+    )
+    # Whole; gates, too; nothing at all.
+    for learns in (model, adapted, sparse_model(base=base).requires_grad_(False)):
         assert warnings_of(learns.train) == warnings_of(lambda: learns(input_ids=ids)) == []  # noqa: B023
     adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
     with torch.no_grad():
@@ -475,7 +569,9 @@ def test_adapters_beside_frozen_gates_are_said_once(base, train):
 
 @pytest.mark.parametrize("place", ["itself", "patched inside", "put inside"])
 def test_continuous_batching_is_refused_in_the_callers_thread(place):
-    """Whichever model holds the NSA layers, and however its manager comes about: in a thread an error is only logged."""
+    """Whichever model holds the NSA layers, and however its manager comes about:
+    in a thread an error is only logged.
+    """
     model = sparse_model() if place == "itself" else dense_model()
     if place == "patched inside":
         patch_model(model.model, "tiny", verbose=False)

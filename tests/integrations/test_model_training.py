@@ -18,10 +18,12 @@ def loss_and_gradients(model, **batch):
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()
-    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return loss.detach(), {
+        name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None
+    }
 
 
-# --- Gradient checkpointing -----------------------------------------------------------------------------------------------
+# --- Gradient checkpointing -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -37,23 +39,31 @@ def test_gradient_checkpointing(layers, use_reentrant):
     assert torch.equal(loss_again, loss)
     assert set(grads_again) == set(grads) == {name for name, _ in model.named_parameters()}
     for name, grad in grads.items():
-        torch.testing.assert_close(grads_again[name], grad, msg=lambda m, name=name: f"{name}: {m}", rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            grads_again[name], grad, msg=lambda m, name=name: f"{name}: {m}", rtol=1e-5, atol=1e-6
+        )
 
 
-# --- Packed batches -------------------------------------------------------------------------------------------------------
+# --- Packed batches -------------------------------------------------------------------------------
 
 
 def collate(lengths, **arguments):
     sequences = [tokens(n, seed=n) for n in lengths]
-    batch = DataCollatorWithFlattening(return_tensors="pt", **arguments)([{"input_ids": s} for s in sequences])
+    batch = DataCollatorWithFlattening(return_tensors="pt", **arguments)(
+        [{"input_ids": s} for s in sequences]
+    )
     return sequences, batch
 
 
-@pytest.mark.parametrize("flash", [True, False], ids=["boundaries given", "boundaries from position_ids"])
+@pytest.mark.parametrize(
+    "flash", [True, False], ids=["boundaries given", "boundaries from position_ids"]
+)
 @pytest.mark.parametrize("layers", PARTIAL, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_equals_separate(family, layers, flash):
-    """Logits, loss and every gradient. The collator gives position_ids in both cases, cu_seq_lens only when asked."""
+    """Logits, loss and every gradient. The collator gives position_ids in both cases,
+    cu_seq_lens only when asked.
+    """
     model = sparse_model(family, layers=layers)
     sequences, batch = collate(LENGTHS, return_flash_attn_kwargs=flash)
     assert ("cu_seq_lens_q" in batch) == flash
@@ -71,7 +81,11 @@ def test_packed_equals_separate(family, layers, flash):
     expected_loss = 0
     for sequence in sequences:
         if len(sequence) > 1:
-            part = model(sequence[None], labels=sequence[None], use_cache=False).loss * (len(sequence) - 1) / num_targets
+            part = (
+                model(sequence[None], labels=sequence[None], use_cache=False).loss
+                * (len(sequence) - 1)
+                / num_targets
+            )
             part.backward()
             expected_loss += part.detach()
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
@@ -113,19 +127,25 @@ def test_packed_batch_with_a_cache(layers, flash):
     _, batch = collate(LENGTHS, return_flash_attn_kwargs=flash)
     cache = transformers.DynamicCache()
     for arguments in (dict(use_cache=True), dict(past_key_values=cache)):
-        with pytest.raises(ValueError, match=r"packed batch cannot fill a cache.*Fix: pass neither"):
+        with pytest.raises(
+            ValueError, match=r"packed batch cannot fill a cache.*Fix: pass neither"
+        ):
             model(**batch, **arguments)
     assert cache.get_seq_length() == 0
 
 
-# --- Trainer --------------------------------------------------------------------------------------------------------------
+# --- Trainer --------------------------------------------------------------------------------------
 
 
 class Sentences(torch.utils.data.Dataset):
-    """Four sentences over and over, from different starts, so that one epoch is enough to learn much of them."""
+    """Four sentences over and over, from different starts, so that one epoch is enough to learn
+    much of them.
+    """
 
     def __init__(self, size, length):
-        text = torch.randint(1, 97, (4, 20), generator=torch.Generator().manual_seed(0)).repeat(1, 10)
+        text = torch.randint(1, 97, (4, 20), generator=torch.Generator().manual_seed(0)).repeat(
+            1, 10
+        )
         self.items = [text[i % 4, i % 20 : i % 20 + length - i % 3] for i in range(size)]
 
     def __len__(self):
@@ -139,7 +159,11 @@ def pad(items):
     width = max(len(item["input_ids"]) for item in items)
     rows = [[0] * (width - len(item["input_ids"])) + item["input_ids"] for item in items]
     ids = torch.tensor(rows)
-    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": ids.masked_fill(ids == 0, -100)}
+    return {
+        "input_ids": ids,
+        "attention_mask": (ids != 0).long(),
+        "labels": ids.masked_fill(ids == 0, -100),
+    }
 
 
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
@@ -195,7 +219,10 @@ def test_trainer_resumes(tmp_path, family):
 
     def trainer(seed):
         return Trainer(
-            sparse_model(family, seed=seed, layers=[1]), arguments, train_dataset=Sentences(16, 40), data_collator=pad
+            sparse_model(family, seed=seed, layers=[1]),
+            arguments,
+            train_dataset=Sentences(16, 40),
+            data_collator=pad,
         )
 
     first, second = trainer(seed=0), trainer(seed=1)
@@ -206,7 +233,9 @@ def test_trainer_resumes(tmp_path, family):
 
 
 def test_trainer_compiles_few_graphs(tmp_path):
-    """One, and one more when lengths turn out to vary; no break, so that none is added by a layer or a step."""
+    """One, and one more when lengths turn out to vary; no break,
+    so that none is added by a layer or a step.
+    """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     arguments = TrainingArguments(
@@ -220,18 +249,22 @@ def test_trainer_compiles_few_graphs(tmp_path):
         torch_compile=True,
         torch_compile_backend="eager",
     )
-    Trainer(sparse_model(layers=[1]), arguments, train_dataset=Sentences(16, 40), data_collator=pad).train()
+    Trainer(
+        sparse_model(layers=[1]), arguments, train_dataset=Sentences(16, 40), data_collator=pad
+    ).train()
     counters = torch._dynamo.utils.counters
     assert not counters["graph_break"]
     assert 1 <= counters["stats"]["unique_graphs"] <= 3
 
 
-# --- PEFT -----------------------------------------------------------------------------------------------------------------
+# --- PEFT -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", PARTIAL, ids=str)
 def test_lora(tmp_path, layers):
-    """Adapters on the projections; gates and compressors trained whole and saved with the adapter."""
+    """Adapters on the projections; gates and compressors trained whole and saved with
+    the adapter.
+    """
     model, ids = sparse_model(layers=layers), tokens(2, 130)
     base = {name: p.detach().clone() for name, p in model.named_parameters()}
     settings = peft.LoraConfig(
@@ -242,7 +275,8 @@ def test_lora(tmp_path, layers):
     )
     adapted = peft.get_peft_model(model, settings)
     trainable = {name for name, p in adapted.named_parameters() if p.requires_grad}
-    assert len(trainable) == 2 * 2 * 4 + 4 * len(layers or [0, 1])  # A and B of 4 projections; gate (2), compressors (2)
+    # A and B of 4 projections; gate (2), compressors (2)
+    assert len(trainable) == 2 * 2 * 4 + 4 * len(layers or [0, 1])
     optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
     losses, start = [], {name: p.detach().clone() for name, p in adapted.named_parameters()}
     for _ in range(8):
@@ -272,12 +306,16 @@ def test_lora(tmp_path, layers):
     )
 
 
-# --- Every backend --------------------------------------------------------------------------------------------------------
+# --- Every backend --------------------------------------------------------------------------------
 
 
 def training_losses(backend, steps=100):
     device = device_of(backend)
-    model = sparse_model(nsa=dict(backend=backend, gate_init="dense"), initializer_range=0.05).to(device).train()
+    model = (
+        sparse_model(nsa=dict(backend=backend, gate_init="dense"), initializer_range=0.05)
+        .to(device)
+        .train()
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     data, losses = Sentences(40, 112), []
     for step in range(steps):
@@ -291,8 +329,14 @@ def training_losses(backend, steps=100):
     return torch.tensor(losses)
 
 
-@pytest.mark.parametrize("backend", [backend for backend in backends_of("nsa_attention") if backend.values[0] != "reference"])
+@pytest.mark.parametrize(
+    "backend",
+    [backend for backend in backends_of("nsa_attention") if backend.values[0] != "reference"],
+)
 def test_training_a_model_tracks_the_reference(backend):
     if device_of(backend) == "cpu":
         pytest.skip("100 steps take Triton's interpreter hours: on a GPU only")
-    torch.testing.assert_close(training_losses(backend), training_losses("reference"), rtol=0, atol=1e-2)  # row 16 of the bars
+    # row 16 of the bars.
+    torch.testing.assert_close(
+        training_losses(backend), training_losses("reference"), rtol=0, atol=1e-2
+    )

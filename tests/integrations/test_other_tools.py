@@ -1,4 +1,6 @@
-"""Patched models in the hands of quantizers and of DeepSpeed's ZeRO-3, where these are installed."""
+"""Patched models in the hands of quantizers and of DeepSpeed's ZeRO-3,
+where these are installed.
+"""
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from nsa_fsa.integrations.transformers import NSALlamaForCausalLM, patch_model
 from nsa_fsa.modules import BranchGate
 from tests.integrations.models import attentions, dense_model, greedy, output, sparse_model, tokens
 
-# --- Quantizers -----------------------------------------------------------------------------------------------------------
+# --- Quantizers -----------------------------------------------------------------------------------
 
 GATES = ".*self_attn.gate"  # of the README
 
@@ -20,7 +22,9 @@ def dequantized(linear):
     """The weight that a quantized Linear multiplies by, or a Linear's own."""
     weight = linear.weight
     if type(weight).__name__ == "Params4bit":
-        return pytest.importorskip("bitsandbytes").functional.dequantize_4bit(weight.data, weight.quant_state)
+        return pytest.importorskip("bitsandbytes").functional.dequantize_4bit(
+            weight.data, weight.quant_state
+        )
     return weight if type(weight) is nn.Parameter else weight.dequantize()
 
 
@@ -32,14 +36,18 @@ def quanto(skipped):
 def torchao(name):
     def make(skipped):
         quantization = pytest.importorskip("torchao.quantization")
-        return transformers.TorchAoConfig(getattr(quantization, name)(), modules_to_not_convert=skipped)
+        return transformers.TorchAoConfig(
+            getattr(quantization, name)(), modules_to_not_convert=skipped
+        )
 
     return make
 
 
 def bitsandbytes(skipped):
     pytest.importorskip("bitsandbytes")
-    return transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skipped)
+    return transformers.BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", llm_int8_skip_modules=skipped
+    )
 
 
 QUANTIZERS = {
@@ -54,10 +62,14 @@ QUANTIZERS = {
 @pytest.mark.parametrize("skipped", [None, [GATES, "lm_head"]], ids=["default", "not the gates"])
 @pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS)
 def test_a_quantized_checkpoint(quantizer, skipped, tmp_path):
-    """Loaded quantized: the logits, gradients and tokens of a model with the dequantized weights."""
+    """Loaded quantized: the logits, gradients and tokens of a model with the
+    dequantized weights.
+    """
     plain, ids = sparse_model(), tokens(1, 200)
     plain.save_pretrained(tmp_path)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=quantizer(skipped), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=quantizer(skipped), dtype=torch.float32
+    )
     parts = dict(model.named_modules())
     for name, module in plain.named_modules():
         if isinstance(module, nn.Linear):
@@ -68,17 +80,23 @@ def test_a_quantized_checkpoint(quantizer, skipped, tmp_path):
             with torch.no_grad():
                 module.weight.copy_(weight)
     torch.testing.assert_close(output(model, ids), output(plain, ids), rtol=1e-4, atol=1e-4)
-    assert torch.equal(model.generate(ids, max_new_tokens=3, do_sample=False), greedy(plain, ids, 3))
+    assert torch.equal(
+        model.generate(ids, max_new_tokens=3, do_sample=False), greedy(plain, ids, 3)
+    )
     for each in (model, plain):
         each(ids, labels=ids, use_cache=False).loss.backward()
     for found, expected in zip(attentions(model), attentions(plain), strict=True):
-        torch.testing.assert_close(found.gate.bias.grad, expected.gate.bias.grad, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(
+            found.gate.bias.grad, expected.gate.bias.grad, rtol=1e-3, atol=1e-5
+        )
         if skipped:
             assert type(found.gate) is BranchGate
-            torch.testing.assert_close(found.gate.weight.grad, expected.gate.weight.grad, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(
+                found.gate.weight.grad, expected.gate.weight.grad, rtol=1e-3, atol=1e-5
+            )
 
 
-# --- Weights that nobody initialises in a constructor ---------------------------------------------------------------------
+# --- Weights that nobody initialises in a constructor ---------------------------------------------
 
 KINDS = ["linear", "mlp", "gated", "weighted"]
 
@@ -89,19 +107,25 @@ def assert_started(model, expected):
     for name, value in model.state_dict().items():
         if any(part in name for part in (".gate.", ".compress_k.", ".compress_v.")):
             if name.endswith(("phi.up", "phi.down")):
-                torch.testing.assert_close(value.std(), expected[name].std(), rtol=0.3, atol=0, msg=name)
+                torch.testing.assert_close(
+                    value.std(), expected[name].std(), rtol=0.3, atol=0, msg=name
+                )
             else:
                 assert torch.equal(value, expected[name]), name
 
 
 def new_config(kind):
-    config = sparse_model(nsa=dict(compress_k=kind, compress_v=kind, compress_position_embedding=True)).config
+    config = sparse_model(
+        nsa=dict(compress_k=kind, compress_v=kind, compress_position_embedding=True)
+    ).config
     return config
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_starts_where_torchs_init_is_off(kind):
-    """As `from_config` does with ZeRO-3: constructors without torch.nn.init, then transformers initialises every module."""
+    """As `from_config` does with ZeRO-3: constructors without torch.nn.init,
+    then transformers initialises every module.
+    """
     initialization = pytest.importorskip("transformers.initialization")
     config = new_config(kind)
     with initialization.no_init_weights():
@@ -110,13 +134,14 @@ def test_a_model_starts_where_torchs_init_is_off(kind):
     assert_started(model, NSALlamaForCausalLM(config))
 
 
-# --- DeepSpeed's ZeRO-3 ---------------------------------------------------------------------------------------------------
+# --- DeepSpeed's ZeRO-3 ---------------------------------------------------------------------------
 
 ZERO3 = dict(
     train_micro_batch_size_per_gpu=1,
     gradient_clipping=0.0,
     zero_allow_untested_optimizer=True,
-    zero_optimization=dict(stage=3, stage3_param_persistence_threshold=0),  # every parameter, however small
+    # Every parameter, however small.
+    zero_optimization=dict(stage=3, stage3_param_persistence_threshold=0),
 )
 
 
@@ -173,20 +198,30 @@ def test_zero3_from_a_config(kind, deepspeed):
 
 @pytest.mark.filterwarnings("ignore")
 def test_patching_what_zero3_has_partitioned(deepspeed):
-    """The report counts whole parameters, and a compressor's learned values are not lost without a word."""
+    """The report counts whole parameters, and a compressor's learned values are not lost
+    without a word.
+    """
 
     def flat(config):
-        return nn.Sequential(nn.Flatten(2), nn.Linear(config.kernel_size * config.head_dim, config.head_dim))
+        return nn.Sequential(
+            nn.Flatten(2), nn.Linear(config.kernel_size * config.head_dim, config.head_dim)
+        )
 
     expected = patch_model(dense_model(), "tiny", verbose=False)
     model = dense_model()
     partition(deepspeed, model)
     report = patch_model(model, "tiny", verbose=False)
-    assert (report.new_parameters, report.total_parameters) == (expected.new_parameters, expected.total_parameters)
+    assert (report.new_parameters, report.total_parameters) == (
+        expected.new_parameters,
+        expected.total_parameters,
+    )
 
     model = dense_model()
     patch_model(model, "tiny", compressor_k=flat, verbose=False)
     partition(deepspeed, model)
-    with pytest.raises(ValueError, match=r"compress_k of layer 0 is partitioned by ZeRO-3.*Fix: leave out compressor_k"):
+    with pytest.raises(
+        ValueError,
+        match=r"compress_k of layer 0 is partitioned by ZeRO-3.*Fix: leave out compressor_k",
+    ):
         patch_model(model, compressor_k=flat, window_size=7, verbose=False)
     assert attentions(model)[0].config.window_size != 7

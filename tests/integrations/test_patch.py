@@ -40,30 +40,36 @@ from tests.integrations.models import (
 ALL_MODELS = [(family, base) for family in FAMILIES for base in (False, True)]
 
 
-# --- What a patched model computes ----------------------------------------------------------------------------------------
+# --- What a patched model computes ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("family", "base"), ALL_MODELS)
 def test_selected_branch_alone_is_the_dense_model(family, base):
-    """Up to 96 tokens the selected branch sees every key: checks projections, norms, biases, RoPE, scale and head order."""
+    """Up to 96 tokens the selected branch sees every key: checks projections, norms, biases, RoPE,
+    scale and head order.
+    """
     model, ids = dense_model(family, base), tokens(2, TINY_REACH)
     expected = output(model, ids)
     patch_model(model, preset="tiny", verbose=False)
     open_only_the_selected_branch(model)
-    torch.testing.assert_close(output(model, ids), expected, rtol=1e-4, atol=1e-4)  # float32 through two layers
+    # float32 through two layers.
+    torch.testing.assert_close(output(model, ids), expected, rtol=1e-4, atol=1e-4)
     longer = tokens(2, 3 * TINY_REACH)
-    assert (output(model, longer) - output(unpatch_model(model), longer)).abs().max() > 0.1  # beyond, it is sparse
+    # Beyond, it is sparse.
+    assert (output(model, longer) - output(unpatch_model(model), longer)).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("rope", [
     {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-    {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64},
-    {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
      "original_max_position_embeddings": 64},
-    {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64, "attn_factor": 1.0,
-     "finetuned": True},
-    {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 64,
-     "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": [1.0, 2.0, 4.0, 8.0]},
+    {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0,
+     "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0,
+     "original_max_position_embeddings": 64, "attn_factor": 1.0, "finetuned": True},
+    {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 8.0,
+     "original_max_position_embeddings": 64, "short_factor": [1.0, 1.1, 1.2, 1.3],
+     "long_factor": [1.0, 2.0, 4.0, 8.0]},
     {"rope_type": "proportional", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
 ], ids=lambda rope: f"{rope['rope_type']} {len(rope)}")  # fmt: skip
@@ -77,7 +83,10 @@ def test_models_with_scaled_rope(rope):
 
 def test_a_rope_type_of_somebody_elses(monkeypatch, tmp_path):
     """Only the model can compute it, and it hands cos and sin to its layers."""
-    halved = lambda config, device=None, **_: (0.5 ** torch.arange(config.head_dim // 2).float(), 0.9)  # noqa: E731
+
+    def halved(config, device=None, **_):
+        return 0.5 ** torch.arange(config.head_dim // 2).float(), 0.9
+
     monkeypatch.setitem(ROPE_INIT_FUNCTIONS, "halved", halved)
     model = dense_model(rope_parameters={"rope_type": "halved", "rope_theta": 1e4})
     ids = tokens(1, TINY_REACH)
@@ -93,7 +102,9 @@ def test_a_rope_type_of_somebody_elses(monkeypatch, tmp_path):
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
 def test_patched_attention_is_the_layer(family):
-    """The attention inside a model, given transformers' cos and sin, equals the layer that counts positions itself."""
+    """The attention inside a model, given transformers' cos and sin,
+    equals the layer that counts positions itself.
+    """
     model = sparse_model(family)
     attention, x = attentions(model)[1], torch.randn(2, 200, 64)
     seen = []
@@ -121,7 +132,8 @@ def test_padded_rows_equal_rows_alone(family, side, layers):
         ids[b, columns] = 0
     position_ids = (mask.cumsum(1) - 1).clamp(min=0)
     logits = output(model, ids, attention_mask=mask, position_ids=position_ids)
-    shifted = output(model, ids, attention_mask=mask)  # positions counted from the left edge: RoPE is relative
+    # Positions counted from the left edge: RoPE is relative.
+    shifted = output(model, ids, attention_mask=mask)
     for b in range(3):
         real = mask[b] == 1
         alone = output(model, ids[b : b + 1, real])[0]
@@ -132,7 +144,9 @@ def test_padded_rows_equal_rows_alone(family, side, layers):
 @pytest.mark.parametrize("layers", [[0], [1]], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_dense_layers_of_a_partial_patch_are_dense(family, layers):
-    """With the sparse layer's selected branch alone, the whole model is the dense one, padded or not."""
+    """With the sparse layer's selected branch alone, the whole model is the dense one,
+    padded or not.
+    """
     model, ids = dense_model(family), tokens(2, 90)
     mask = torch.ones_like(ids)
     mask[1, :40] = 0
@@ -147,14 +161,18 @@ def test_dense_layers_of_a_partial_patch_are_dense(family, layers):
     torch.testing.assert_close(padded[mask == 1], expected_padded[mask == 1], rtol=1e-4, atol=1e-4)
 
 
-# --- What patching changes ------------------------------------------------------------------------------------------------
+# --- What patching changes ------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("family", "base"), ALL_MODELS)
 def test_patching_keeps_parameters_and_adds_gates_and_compressors(family, base):
     model = dense_model(family, base)
     before = {name: (p, p.data_ptr(), p.detach().clone()) for name, p in model.named_parameters()}
-    modules = {f"{i}.{name}": getattr(a, name) for i, a in enumerate(attentions(model)) for name in PROJECTIONS}
+    modules = {
+        f"{i}.{name}": getattr(a, name)
+        for i, a in enumerate(attentions(model))
+        for name in PROJECTIONS
+    }
     patch_model(model, preset="tiny", verbose=False)
     after = dict(model.named_parameters())
     for name, (parameter, address, value) in before.items():
@@ -211,7 +229,9 @@ def test_unpatching_keeps_what_was_trained():
 
 @pytest.mark.parametrize("built", ["patched", "from its config"])
 def test_unpatching_keeps_what_was_changed_in_the_config(built, tmp_path):
-    """The embeddings have grown: an old vocab_size beside them would make the next checkpoint unreadable."""
+    """The embeddings have grown: an old vocab_size beside them would make the next
+    checkpoint unreadable.
+    """
     dense = dense_model()
     original, size = dense.config, dense.config.vocab_size
     patch_model(dense, preset="tiny", verbose=False)
@@ -247,7 +267,9 @@ def test_unpatching_frees_gates_and_compressors():
 
 
 def test_other_models_in_the_process_do_not_matter():
-    """One whose constructor raised, kept alive by its traceback, and one that the garbage collector does not look at."""
+    """One whose constructor raised, kept alive by its traceback,
+    and one that the garbage collector does not look at.
+    """
     half_built = NSALlamaForCausalLM.__new__(NSALlamaForCausalLM)
     assert not hasattr(half_built, "_modules")
     model = dense_model()
@@ -264,7 +286,9 @@ def test_other_models_in_the_process_do_not_matter():
 
 
 def test_only_this_instance_is_patched():
-    """Not the class, not its attention class, not another model, not even one made from the same config object."""
+    """Not the class, not its attention class, not another model,
+    not even one made from the same config object.
+    """
     config = dense_config()
     torch.manual_seed(0)
     first, second = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
@@ -289,7 +313,7 @@ def test_all_submodules_share_one_config():
     assert isinstance(model.config, NSALlamaConfig)
 
 
-# --- The report -----------------------------------------------------------------------------------------------------------
+# --- The report -----------------------------------------------------------------------------------
 
 
 def test_report(capsys):
@@ -303,7 +327,11 @@ def test_report(capsys):
     assert report.config == attentions(model)[0].config
     gate, compressors = 64 * 24 + 24, 2 * 2 * 16
     assert report.new_parameters == 3 * (gate + compressors)
-    assert report.total_parameters == model.num_parameters() == dense_parameters + report.new_parameters
+    assert (
+        report.total_parameters
+        == model.num_parameters()
+        == dense_parameters + report.new_parameters
+    )
     assert not report.dry_run
     assert not report.already_patched
     text = str(report)
@@ -373,7 +401,7 @@ def test_patching_twice_does_nothing():
         assert_same(before, snapshot(model))
 
 
-# --- Errors leave the model untouched -------------------------------------------------------------------------------------
+# --- Errors leave the model untouched -------------------------------------------------------------
 
 
 def with_config(**changes):
@@ -382,7 +410,10 @@ def with_config(**changes):
 
 REFUSED = {
     "another head count": (with_config(num_kv_heads=4), "num_kv_heads=4 does not fit.*2.*Fix"),
-    "another width": (with_config(hidden_size=128), "hidden_size=128 does not fit.*64.*Fix: leave hidden_size out"),
+    "another width": (
+        with_config(hidden_size=128),
+        "hidden_size=128 does not fit.*64.*Fix: leave hidden_size out",
+    ),
     "another head width": (with_config(head_dim=16), "head_dim=16 does not fit.*8.*Fix"),
     "wide values": (with_config(v_head_dim=16), "v_head_dim=16 does not fit.*8.*Fix"),
     "another scale": (with_config(scale=1.0), "scale=1.0 does not fit.*Fix"),
@@ -392,24 +423,63 @@ REFUSED = {
     "kv_per_branch": (with_config(kv_per_branch=True), "kv_per_branch=True.*must be False.*Fix"),
     "unknown backend": (with_config(backend="quantum"), "backend='quantum'.*allowed are.*Fix"),
     "unknown preset": (lambda model: dict(preset="huge"), "preset='huge'.*allowed are.*tiny.*Fix"),
-    "preset and config": (lambda model: dict(config=tiny_nsa(model), preset="tiny"), "preset='tiny' and config.*Fix"),
-    "layer past the end": (lambda model: dict(preset="tiny", layers=[0, 2]), r"layers=\[0, 2\] must be .*among 0 .. 1.*Fix"),
-    "layer before the first": (lambda model: dict(preset="tiny", layers=-3), r"layers=-3 must be .*among 0 .. 1.*Fix"),
-    "layer 7 by name": (lambda model: dict(config={7: "tiny"}), "layers=7 must be .*among 0 .. 1.*Fix: name layers that"),
+    "preset and config": (
+        lambda model: dict(config=tiny_nsa(model), preset="tiny"),
+        "preset='tiny' and config.*Fix",
+    ),
+    "layer past the end": (
+        lambda model: dict(preset="tiny", layers=[0, 2]),
+        r"layers=\[0, 2\] must be .*among 0 .. 1.*Fix",
+    ),
+    "layer before the first": (
+        lambda model: dict(preset="tiny", layers=-3),
+        r"layers=-3 must be .*among 0 .. 1.*Fix",
+    ),
+    "layer 7 by name": (
+        lambda model: dict(config={7: "tiny"}),
+        "layers=7 must be .*among 0 .. 1.*Fix: name layers that",
+    ),
     "no layer": (lambda model: dict(preset="tiny", layers=[]), r"layers=\[\].*at least one"),
-    "layers as text": (lambda model: dict(preset="tiny", layers="all"), r"layers='all' must be .*Fix: name layers that"),
-    "half a layer": (lambda model: dict(preset="tiny", layers=[0.5]), r"layers=\[0.5\] must be an index.*Fix"),
-    "a fraction of them": (lambda model: dict(preset="tiny", layers=0.5), r"layers=0.5 must be an index.*Fix"),
-    "a mask": (lambda model: dict(preset="tiny", layers=[True, False]), r"layers=\[True, False\] must be an index.*Fix"),
+    "layers as text": (
+        lambda model: dict(preset="tiny", layers="all"),
+        r"layers='all' must be .*Fix: name layers that",
+    ),
+    "half a layer": (
+        lambda model: dict(preset="tiny", layers=[0.5]),
+        r"layers=\[0.5\] must be an index.*Fix",
+    ),
+    "a fraction of them": (
+        lambda model: dict(preset="tiny", layers=0.5),
+        r"layers=0.5 must be an index.*Fix",
+    ),
+    "a mask": (
+        lambda model: dict(preset="tiny", layers=[True, False]),
+        r"layers=\[True, False\] must be an index.*Fix",
+    ),
     "a mask tensor": (
         lambda model: dict(preset="tiny", layers=torch.tensor([True, False])),
         r"layers=tensor.*must be an index",
     ),
-    "misspelt preset": (lambda model: dict(config="tinny"), r"config='tinny' is neither a preset nor a file.*tiny.*Fix"),
-    "a list of configs": (lambda model: dict(config=["tiny", "tiny"]), r"config=\['tiny', 'tiny'\] is not allowed.*Fix"),
-    "misspelt override": (lambda model: dict(windw_size=64), "no field 'windw_size'; did you mean 'window_size'"),
-    "misspelt field": (lambda model: dict(config=dict(windw_size=64)), "no field 'windw_size'; did you mean 'window_size'"),
-    "two presets": (lambda model: dict(config="tiny", preset="tiny"), "preset='tiny' and config.*Fix"),
+    "misspelt preset": (
+        lambda model: dict(config="tinny"),
+        r"config='tinny' is neither a preset nor a file.*tiny.*Fix",
+    ),
+    "a list of configs": (
+        lambda model: dict(config=["tiny", "tiny"]),
+        r"config=\['tiny', 'tiny'\] is not allowed.*Fix",
+    ),
+    "misspelt override": (
+        lambda model: dict(windw_size=64),
+        "no field 'windw_size'; did you mean 'window_size'",
+    ),
+    "misspelt field": (
+        lambda model: dict(config=dict(windw_size=64)),
+        "no field 'windw_size'; did you mean 'window_size'",
+    ),
+    "two presets": (
+        lambda model: dict(config="tiny", preset="tiny"),
+        "preset='tiny' and config.*Fix",
+    ),
     "a layer twice": (
         lambda model: dict(config={0: "tiny", (-2, 1): "tiny"}),
         r"layer 0 is named twice in \[0, \(-2, 1\)\].*Fix",
@@ -418,9 +488,18 @@ REFUSED = {
         lambda model: dict(config={0: "tiny", "window_size": 3}),
         r"has the keys \[0\] where names.*Fix: config=\{0: ..., 1: ...\}",
     ),
-    "layers in a layer": (lambda model: dict(config={0: {1: "tiny"}}), r"has the keys \[1\] where names of settings.*Fix"),
-    "layers twice": (lambda model: dict(config={0: "tiny"}, layers=[0]), r"layers=\[0\] and a config for each.*Fix"),
-    "one layer does not fit": (lambda model: dict(config={0: "tiny", 1: dict(num_kv_heads=4)}), "num_kv_heads=4 does not fit"),
+    "layers in a layer": (
+        lambda model: dict(config={0: {1: "tiny"}}),
+        r"has the keys \[1\] where names of settings.*Fix",
+    ),
+    "layers twice": (
+        lambda model: dict(config={0: "tiny"}, layers=[0]),
+        r"layers=\[0\] and a config for each.*Fix",
+    ),
+    "one layer does not fit": (
+        lambda model: dict(config={0: "tiny", 1: dict(num_kv_heads=4)}),
+        "num_kv_heads=4 does not fit",
+    ),
 }
 
 
@@ -456,7 +535,9 @@ def unsupported():
         "GPT2LMHeadModel": transformers.GPT2LMHeadModel(
             transformers.GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2)
         ),
-        "LlamaForSequenceClassification": transformers.LlamaForSequenceClassification(dense_config()),
+        "LlamaForSequenceClassification": transformers.LlamaForSequenceClassification(
+            dense_config()
+        ),
     }
 
 
@@ -483,25 +564,39 @@ def test_a_subclass_is_refused():
 def test_windowed_models_are_refused_by_name(kind):
     """A window in the config must never be taken for full attention."""
     cls = getattr(transformers, kind)
-    sizes = {k: v for k, v in dense_config().to_dict().items() if k in cls.config_class.__dataclass_fields__}
+    sizes = {
+        k: v
+        for k, v in dense_config().to_dict().items()
+        if k in cls.config_class.__dataclass_fields__
+    }
     with pytest.raises(TypeError, match=f"{kind} cannot be patched"):
-        patch_model(cls(cls.config_class(**{**sizes, "layer_types": None, "sliding_window": 32})), "tiny", verbose=False)
+        patch_model(
+            cls(cls.config_class(**{**sizes, "layer_types": None, "sliding_window": 32})),
+            "tiny",
+            verbose=False,
+        )
 
 
 def test_tensor_parallel_models_are_refused():
     model = dense_model()
     model.config.distributed_config = DistributedConfig(tp_size=2)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"tensor-parallel.*Fix: load it without tp_plan; patch_model before fully_shard"):
+    with pytest.raises(
+        ValueError,
+        match=r"tensor-parallel.*Fix: load it without tp_plan; patch_model before fully_shard",
+    ):
         patch_model(model, "tiny", verbose=False)
     assert_same(before, snapshot(model))
-    config = NSALlamaConfig(hidden_size=64, num_attention_heads=8, num_hidden_layers=1, nsa=dict(preset="tiny"))
-    config.distributed_config = DistributedConfig(tp_size=2)  # what from_pretrained(tp_plan="auto") sets
+    config = NSALlamaConfig(
+        hidden_size=64, num_attention_heads=8, num_hidden_layers=1, nsa=dict(preset="tiny")
+    )
+    # What from_pretrained(tp_plan="auto") sets.
+    config.distributed_config = DistributedConfig(tp_size=2)
     with pytest.raises(ValueError, match="tensor-parallel"):
         NSALlamaForCausalLM(config)
 
 
-# --- Training -------------------------------------------------------------------------------------------------------------
+# --- Training -------------------------------------------------------------------------------------
 
 
 def test_patching_after_gradient_checkpointing():
@@ -521,7 +616,9 @@ def test_patching_after_gradient_checkpointing():
 
 
 def test_a_signature_that_no_longer_fits(monkeypatch):
-    """The transformers of the future: the error names its version and the parameters that are gone."""
+    """The transformers of the future: the error names its version and the parameters
+    that are gone.
+    """
 
     def forward(self, hidden_states, rotary, attention_mask=None, past=None):
         raise NotImplementedError
@@ -531,7 +628,8 @@ def test_a_signature_that_no_longer_fits(monkeypatch):
     monkeypatch.setattr(LlamaAttention, "forward", forward)
     version = transformers.__version__
     with pytest.raises(
-        RuntimeError, match=rf"transformers {version} lacks.*past_key_values.*position_embeddings.*Fix: install"
+        RuntimeError,
+        match=rf"transformers {version} lacks.*past_key_values.*position_embeddings.*Fix: install",
     ):
         patch_model(model, preset="tiny", verbose=False)
     assert_same(before, snapshot(model))
@@ -539,12 +637,23 @@ def test_a_signature_that_no_longer_fits(monkeypatch):
 
 @pytest.mark.parametrize("name", ["past_key_values", "cache"])
 def test_either_name_of_the_cache(monkeypatch, name):
-    """transformers renamed it in 5.24: the layer takes the cache by both names, and a model with either can be patched."""
+    """transformers renamed it in 5.24: the layer takes the cache by both names,
+    and a model with either can be patched.
+    """
 
-    def old(self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, **kwargs):
+    def old(
+        self,
+        hidden_states,
+        position_embeddings=None,
+        attention_mask=None,
+        past_key_values=None,
+        **kwargs,
+    ):
         raise NotImplementedError
 
-    def new(self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, **kwargs):
+    def new(
+        self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, **kwargs
+    ):
         raise NotImplementedError
 
     model = dense_model()
@@ -556,17 +665,20 @@ def test_either_name_of_the_cache(monkeypatch, name):
 
     def of(rows):
         embeddings = [x[:, rows] for x in rotary]
-        return layer(hidden_states=hidden[:, rows], position_embeddings=embeddings, **{name: cache})[0]
+        return layer(
+            hidden_states=hidden[:, rows], position_embeddings=embeddings, **{name: cache}
+        )[0]
 
     with torch.no_grad():
         found = torch.cat([of(slice(0, 30)), of(slice(30, 40))], dim=1)
         expected, _ = layer(hidden_states=hidden, position_embeddings=rotary)
-    # float32, some hundred terms of size 1; without the cache the last ten rows see thirty keys fewer.
+    # float32, some hundred terms of size 1; without the cache the last ten rows see
+    # thirty keys fewer.
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     assert cache.get_seq_length() == 40
 
 
-# --- Masks and attention weights ------------------------------------------------------------------------------------------
+# --- Masks and attention weights ------------------------------------------------------------------
 
 
 def test_4d_masks_are_refused():
@@ -590,11 +702,15 @@ def test_output_hidden_states_still_works(family, base):
     assert [tuple(x.shape) for x in states] == [(1, 20, 64)] * 3
 
 
-# --- Copies ---------------------------------------------------------------------------------------------------------------
+# --- Copies ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", [None, [1]], ids=str)
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "how",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))],
+    ids=["deepcopy", "pickle"],
+)
 def test_copies_of_a_patched_model(how, layers):
     model, ids = sparse_model(layers=layers), tokens(1, 130)
     copied, expected = how(model), output(model, ids)

@@ -11,11 +11,7 @@ import transformers
 import yaml
 
 from nsa_fsa import NSAConfig
-from nsa_fsa.integrations.transformers import (
-    patch_model,
-    supported_models,
-    unpatch_model,
-)
+from nsa_fsa.integrations.transformers import patch_model, supported_models, unpatch_model
 from tests.integrations.models import (
     FAMILIES,
     assert_same,
@@ -40,7 +36,10 @@ def yaml_of(config, folder):
     return path
 
 
-@pytest.mark.parametrize("form", ["name", "path", "text path", "dict", "keywords", "config and keyword", "preset and dict"])
+@pytest.mark.parametrize(
+    "form",
+    ["name", "path", "text path", "dict", "keywords", "config and keyword", "preset and dict"],
+)
 def test_every_form_of_the_settings(tmp_path, form):
     model = dense_model()
     wanted = tiny_nsa(model, window_size=64)
@@ -58,19 +57,47 @@ def test_every_form_of_the_settings(tmp_path, form):
 
 
 def test_the_yaml_file_of_a_known_model():
-    """What configs/ has for Llama 3 8B patches a model of that shape; no memory is needed for one on the meta device."""
-    sizes = dict(hidden_size=4096, num_attention_heads=32, num_key_value_heads=8, num_hidden_layers=1, vocab_size=100)
+    """What configs/ has for Llama 3 8B patches a model of that shape;
+    no memory is needed for one on the meta device.
+    """
+    sizes = dict(
+        hidden_size=4096,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        num_hidden_layers=1,
+        vocab_size=100,
+    )
     rope = {"rope_type": "default", "rope_theta": 500000.0}
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, head_dim=128, rope_parameters=rope))
+        model = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(**sizes, head_dim=128, rope_parameters=rope)
+        )
         patch_model(model, Path(__file__).parents[2] / "configs" / "llama3-8b.yaml", verbose=False)
-    assert settings_of(model) == [NSAConfig.from_yaml(Path(__file__).parents[2] / "configs" / "llama3-8b.yaml")]
+    assert settings_of(model) == [
+        NSAConfig.from_yaml(Path(__file__).parents[2] / "configs" / "llama3-8b.yaml")
+    ]
 
 
-LAYERS = [1, -1, [-1], (1,), {1}, range(1, 2), np.array([1]), np.int64(1), torch.tensor([1]), torch.tensor(1), iter([1])]
+LAYERS = [
+    1,
+    -1,
+    [-1],
+    (1,),
+    {1},
+    range(1, 2),
+    np.array([1]),
+    np.int64(1),
+    torch.tensor([1]),
+    torch.tensor(1),
+    iter([1]),
+]
 
 
-@pytest.mark.parametrize("layers", LAYERS, ids=lambda x: f"{type(x).__name__} {x}" if isinstance(x, int) else type(x).__name__)
+@pytest.mark.parametrize(
+    "layers",
+    LAYERS,
+    ids=lambda x: f"{type(x).__name__} {x}" if isinstance(x, int) else type(x).__name__,
+)
 def test_every_form_of_layers(tmp_path, layers):
     model = dense_model()
     report = patch_model(model, "tiny", layers=layers, verbose=False)
@@ -100,7 +127,9 @@ def test_settings_by_layer():
     assert sparse_layers(model) == []
 
 
-@pytest.mark.parametrize("settings", [{"0": "tiny", "-1": dict(preset="tiny", window_size=64)}, {0: "tiny", "2": "tiny"}])
+@pytest.mark.parametrize(
+    "settings", [{"0": "tiny", "-1": dict(preset="tiny", window_size=64)}, {0: "tiny", "2": "tiny"}]
+)
 def test_settings_by_layer_with_the_keys_of_json(settings):
     model = dense_model(num_hidden_layers=3)
     patch_model(model, settings, verbose=False)
@@ -111,8 +140,14 @@ def test_settings_by_layer_with_the_keys_of_json(settings):
     ("settings", "message"),
     [
         ({}, r"config=\{\} is not allowed: it names no layer and no setting. Fix: leave it out"),
-        ({"0": "tiny", "window_size": 64}, r"has the keys \['0'\] where names of settings must be. Fix: config=\{0: "),
-        ({0: "tiny", "window_size": 64}, r"has the keys \[0\] where names of settings must be. Fix: config=\{0: "),
+        (
+            {"0": "tiny", "window_size": 64},
+            r"has the keys \['0'\] where names of settings must be. Fix: config=\{0: ",
+        ),
+        (
+            {0: "tiny", "window_size": 64},
+            r"has the keys \[0\] where names of settings must be. Fix: config=\{0: ",
+        ),
         ({"2": "tiny"}, r"layers=2 must be an index.*0 .. 1"),
         ({"0": "tiny", 0: "tiny"}, r"layer 0 is named twice"),
     ],
@@ -136,22 +171,31 @@ def test_settings_for_several_layers_at_once(key):
 
 
 CHANGES = [
-    dict(kernel_size=8, kernel_stride=4), dict(kernel_stride=4), dict(compress_k="linear"), dict(compress_v="mean"),
-    dict(gate="per_token"), dict(num_kv_heads=4), dict(compress_position_embedding=True), dict(backend="reference"),
+    dict(kernel_size=8, kernel_stride=4), dict(kernel_stride=4), dict(compress_k="linear"),
+    dict(compress_v="mean"), dict(gate="per_token"), dict(num_kv_heads=4),
+    dict(compress_position_embedding=True), dict(backend="reference"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)
 def test_a_config_that_does_not_fit_the_modules_is_refused(changes):
-    """Assigned to a layer, half of it would run: compressors and gates are made for what they were built with."""
+    """Assigned to a layer, half of it would run: compressors and gates are made for what they
+    were built with.
+    """
     model, ids = sparse_model(), tokens(1, 130)
-    attention, before, expected = attentions(model)[0], attentions(model)[0].config, output(model, ids)
+    attention = attentions(model)[0]
+    before = attentions(model)[0].config
+    expected = output(model, ids)
     names = ", ".join(f"{name}={value!r}" for name, value in changes.items())
-    with pytest.raises(ValueError, match=rf"config of layer 0 cannot be.*{names}.*Fix: patch_model"):
+    with pytest.raises(
+        ValueError, match=rf"config of layer 0 cannot be.*{names}.*Fix: patch_model"
+    ):
         attention.config = dataclasses.replace(before, window_size=7, **changes)
     assert attention.config is before
     assert torch.equal(output(model, ids), expected)
-    attention.config = dataclasses.replace(before, window_size=7, num_selected_blocks=3, block_size=32)
+    attention.config = dataclasses.replace(
+        before, window_size=7, num_selected_blocks=3, block_size=32
+    )
     assert (output(model, ids) - expected).abs().max() > 1e-3
 
 
@@ -161,7 +205,9 @@ def test_patching_again_keeps_what_was_learned():
     learned, before = dict(model.named_parameters()), output(model, ids)
     report = patch_model(model, window_size=64, num_selected_blocks=3, verbose=False)
     assert (report.layers, report.started_anew, report.already_patched) == ((1,), (), False)
-    assert report.config == tiny_nsa(model, window_size=64, num_selected_blocks=3, gate_init="balanced")
+    assert report.config == tiny_nsa(
+        model, window_size=64, num_selected_blocks=3, gate_init="balanced"
+    )
     for name, parameter in model.named_parameters():
         assert parameter is learned[name], name  # an optimizer goes on with them
         assert parameter.requires_grad == (".gate." not in name)
@@ -181,7 +227,9 @@ def test_the_report_says_that_gates_are_kept():
 def test_patching_again_says_what_starts_anew():
     model = sparse_model()
     gates = [attention.gate.weight for attention in attentions(model)]
-    report = patch_model(model, {1: dict(preset="tiny", kernel_size=8, compress_v="linear")}, verbose=False)
+    report = patch_model(
+        model, {1: dict(preset="tiny", kernel_size=8, compress_v="linear")}, verbose=False
+    )
     assert report.started_anew == ("1.compress_k", "1.compress_v")
     assert "started anew because the shape changed: 1.compress_k, 1.compress_v" in str(report)
     assert [attention.gate.weight for attention in attentions(model)] == gates
@@ -209,20 +257,29 @@ def test_a_part_of_a_patched_model_is_refused():
 
 
 def test_what_is_no_model_is_refused():
-    with pytest.raises(TypeError, match=r"str cannot be patched: supported are .*Fix: patch one of those"):
+    with pytest.raises(
+        TypeError, match=r"str cannot be patched: supported are .*Fix: patch one of those"
+    ):
         patch_model("a/name", "tiny")
 
 
 @pytest.mark.parametrize("wrong", [torch.nn.Identity(), "mean"], ids=["module", "text"])
 @pytest.mark.parametrize("name", ["compressor_k", "compressor_v"])
 def test_a_compressor_that_makes_none_is_refused(name, wrong):
-    """Every layer has its own, so patch_model wants what makes it, where the layer wants the module."""
+    """Every layer has its own, so patch_model wants what makes it,
+    where the layer wants the module.
+    """
     model = dense_model()
-    with pytest.raises(ValueError, match=rf"{name} is a {type(wrong).__name__}; it must be a class or a function.*Fix"):
+    with pytest.raises(
+        ValueError,
+        match=rf"{name} is a {type(wrong).__name__}; it must be a class or a function.*Fix",
+    ):
         patch_model(model, "tiny", **{name: wrong})
     assert type(model) is transformers.LlamaForCausalLM
 
 
 def test_supported_models():
     names = supported_models()
-    assert sorted(names) == sorted(cls.__name__ for _, *classes in FAMILIES.values() for cls in classes)
+    assert sorted(names) == sorted(
+        cls.__name__ for _, *classes in FAMILIES.values() for cls in classes
+    )

@@ -1,4 +1,6 @@
-"""patch_model and unpatch_model where something stands around a model, its layers or its weights."""
+"""patch_model and unpatch_model where something stands around a model,
+its layers or its weights.
+"""
 
 import copy
 
@@ -7,15 +9,14 @@ import peft
 import pytest
 import torch
 import transformers
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing, checkpoint_wrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+    checkpoint_wrapper,
+)
 from torch.distributed.device_mesh import init_device_mesh
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from nsa_fsa.integrations.transformers import (
-    NSALlamaForCausalLM,
-    patch_model,
-    unpatch_model,
-)
+from nsa_fsa.integrations.transformers import NSALlamaForCausalLM, patch_model, unpatch_model
 from nsa_fsa.modules import Compressor
 from nsa_fsa.modules.gating import BranchGate
 from tests.integrations.models import (
@@ -33,7 +34,7 @@ from tests.integrations.models import (
     tokens,
 )
 
-# --- Wrapped models -------------------------------------------------------------------------------------------------------
+# --- Wrapped models -------------------------------------------------------------------------------
 
 
 def lora(model, **settings):
@@ -68,33 +69,51 @@ def test_patching_a_wrapped_model_is_refused(wrap):
     model = dense_model()
     wrapped = wrap(model)
     before = snapshot(model)
-    with pytest.raises(TypeError, match=r"cannot be patched.*LlamaForCausalLM inside it before wrapping.*get_peft_model"):
+    with pytest.raises(
+        TypeError,
+        match=r"cannot be patched.*LlamaForCausalLM inside it before wrapping.*get_peft_model",
+    ):
         patch_model(wrapped, "tiny", verbose=False)
     assert_same(before, snapshot(model))
 
 
 def test_what_cannot_be_unpatched_is_refused_by_name(tmp_path):
-    """A wrapper that keeps a list of the parameters, a part of a patched model, and a class of somebody else's."""
+    """A wrapper that keeps a list of the parameters, a part of a patched model,
+    and a class of somebody else's.
+    """
 
     class MyNSA(NSALlamaForCausalLM):
         pass
 
     model, other = sparse_model(), sparse_model()
     other.__class__ = MyNSA
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
+    )
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(model)
-        for whole, name in ((wrapped, "DistributedDataParallel"), (model.model, "LlamaModel"), (other, "MyNSA")):
+        for whole, name in (
+            (wrapped, "DistributedDataParallel"),
+            (model.model, "LlamaModel"),
+            (other, "MyNSA"),
+        ):
             before = snapshot(model)
-            with pytest.raises(TypeError, match=f"{name} cannot be unpatched.*Fix: call unpatch_model with the whole"):
+            with pytest.raises(
+                TypeError,
+                match=f"{name} cannot be unpatched.*Fix: call unpatch_model with the whole",
+            ):
                 unpatch_model(whole)
             assert_same(before, snapshot(model))
         sharded = dense_model()
-        torch.distributed.fsdp.fully_shard(sharded.model.layers[0], mesh=init_device_mesh("cpu", (1,)))
+        torch.distributed.fsdp.fully_shard(
+            sharded.model.layers[0], mesh=init_device_mesh("cpu", (1,))
+        )
         with pytest.raises(ValueError, match="sharded already"):
             patch_model(sharded, "tiny", verbose=False)
         patch_model(sharded := dense_model(), "tiny", verbose=False)
-        torch.distributed.fsdp.fully_shard(sharded.model.layers[0], mesh=init_device_mesh("cpu", (1,)))
+        torch.distributed.fsdp.fully_shard(
+            sharded.model.layers[0], mesh=init_device_mesh("cpu", (1,))
+        )
         with pytest.raises(TypeError, match="FSDPLlamaDecoderLayer cannot be unpatched"):
             unpatch_model(sharded)
     finally:
@@ -102,7 +121,9 @@ def test_what_cannot_be_unpatched_is_refused_by_name(tmp_path):
 
 
 def test_a_base_model_patched_inside_its_causal_model(tmp_path):
-    """The causal model's config says so, and the checkpoint loads sparse; other models of that config stay as they are."""
+    """The causal model's config says so, and the checkpoint loads sparse;
+    other models of that config stay as they are.
+    """
     config = dense_config()
     torch.manual_seed(0)
     model, other = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
@@ -119,11 +140,13 @@ def test_a_base_model_patched_inside_its_causal_model(tmp_path):
     assert torch.equal(output(model, ids), expected)
 
 
-# --- Quantized and offloaded weights --------------------------------------------------------------------------------------
+# --- Quantized and offloaded weights --------------------------------------------------------------
 
 
 class Int8Linear(torch.nn.Module):
-    """Weights that are packed: as bitsandbytes keeps them, in `weight`, or as GPTQ does, in a buffer of another name."""
+    """Weights that are packed: as bitsandbytes keeps them, in `weight`, or as GPTQ does,
+    in a buffer of another name.
+    """
 
     def __init__(self, linear, name):
         super().__init__()
@@ -135,7 +158,9 @@ class Int8Linear(torch.nn.Module):
             self.register_buffer(name, packed)
 
     def forward(self, x):
-        return torch.nn.functional.linear(x, getattr(self, self.name).to(x.dtype) * self.scale.to(x.dtype))
+        return torch.nn.functional.linear(
+            x, getattr(self, self.name).to(x.dtype) * self.scale.to(x.dtype)
+        )
 
 
 def pack(model, name="weight"):
@@ -154,10 +179,14 @@ CHANGED = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:.*quantize_dynamic")
+@pytest.mark.filterwarnings(
+    "ignore:torch.ao.quantization is deprecated", "ignore:.*quantize_dynamic"
+)
 @pytest.mark.parametrize("change", CHANGED.values(), ids=CHANGED)
 def test_quantized_and_offloaded_models(change):
-    """New parameters are real, in the precision of the rest; with the selected branch alone it is the same model."""
+    """New parameters are real, in the precision of the rest; with the selected branch alone it is
+    the same model.
+    """
     model, ids = change(dense_model()), tokens(1, TINY_REACH)
     expected = output(model, ids)
     patch_model(model, "tiny", verbose=False)
@@ -170,8 +199,12 @@ def test_quantized_and_offloaded_models(change):
 
 
 WRAPPED = {
-    "modules_to_save": lambda model: lora(model, modules_to_save=["gate", "compress_k", "compress_v"]),
-    "LoRA on the gate": lambda model: peft.get_peft_model(model, peft.LoraConfig(target_modules=["gate", "k_proj"])),
+    "modules_to_save": lambda model: lora(
+        model, modules_to_save=["gate", "compress_k", "compress_v"]
+    ),
+    "LoRA on the gate": lambda model: peft.get_peft_model(
+        model, peft.LoraConfig(target_modules=["gate", "k_proj"])
+    ),
     "offloaded": lambda model: accelerate.cpu_offload(model),
 }
 
@@ -180,7 +213,8 @@ WRAPPED = {
 def test_patching_again_keeps_what_is_around_the_layers(wrap):
     """Adapters and offloaded weights go on with the new settings, as a model without them would."""
     model, ids = sparse_model(), tokens(1, 200)
-    plain, settings = copy.deepcopy(model), dict(window_size=7, kernel_stride=4, gate_init="dense", backend="reference")
+    plain = copy.deepcopy(model)
+    settings = dict(window_size=7, kernel_stride=4, gate_init="dense", backend="reference")
     wrapped = wrap(model)
     if isinstance(wrapped, peft.PeftModel):
         for parameter in wrapped.parameters():
@@ -194,16 +228,23 @@ def test_patching_again_keeps_what_is_around_the_layers(wrap):
     assert report.started_anew == ()
     parts = [module for module in wrapped.modules() if isinstance(module, (BranchGate, Compressor))]
     assert {getattr(part, "backend", "reference") for part in parts} == {"reference"}
-    assert {getattr(part, "init", "dense") for part in parts} == {"dense"}  # where a reset would start
+    # Where a reset would start.
+    assert {getattr(part, "init", "dense") for part in parts} == {"dense"}
     found = dict(wrapped.named_modules())
-    assert [name for name in modules if found[name] is not modules[name] and "rotary" not in name] == []
+    assert [
+        name for name in modules if found[name] is not modules[name] and "rotary" not in name
+    ] == []
     assert all(dict(wrapped.named_parameters())[name] is p for name, p in learned.items())
     torch.testing.assert_close(output(wrapped, ids), output(plain, ids), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(output(unpatch_model(wrapped), ids), output(unpatch_model(plain), ids), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        output(unpatch_model(wrapped), ids), output(unpatch_model(plain), ids), rtol=1e-4, atol=1e-4
+    )
 
 
 def wrap_layers(model):
-    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
+    apply_activation_checkpointing(
+        model, check_fn=lambda module: isinstance(module, LlamaDecoderLayer)
+    )
 
 
 def wrap_attention(model):
@@ -242,7 +283,10 @@ def test_a_compiled_attention_module_is_refused():
         layer, change = model.model.layers[1], unpatch_model if patched else patch_model
         layer.self_attn = torch.compile(layer.self_attn, backend="eager")
         before = snapshot(model)
-        with pytest.raises(TypeError, match=r"attention of layers \[1\] is inside an OptimizedModule.*Fix: torch.compile"):
+        with pytest.raises(
+            TypeError,
+            match=r"attention of layers \[1\] is inside an OptimizedModule.*Fix: torch.compile",
+        ):
             change(model)
         assert_same(before, snapshot(model))
 
@@ -257,11 +301,16 @@ def test_a_wrapped_part_that_would_start_anew_is_refused():
         ("compress_v", dict(compress_v="linear")),
         ("compress_v", dict(compressor_v=own)),
     ):
-        message = rf"{part} of layer 0 has to be made anew.*ModulesToSaveWrapper.*Fix: merge or unload"
+        message = (
+            rf"{part} of layer 0 has to be made anew.*ModulesToSaveWrapper.*Fix: merge or unload"
+        )
         with pytest.raises(ValueError, match=message):
             patch_model(model, **settings, verbose=False)
     assert_same(before, snapshot(wrapped))
-    assert patch_model(model, compress_k="linear", verbose=False).started_anew == ("0.compress_k", "1.compress_k")
+    assert patch_model(model, compress_k="linear", verbose=False).started_anew == (
+        "0.compress_k",
+        "1.compress_k",
+    )
 
 
 class Scaled(torch.nn.Module):
@@ -276,7 +325,9 @@ class Scaled(torch.nn.Module):
 
 
 def test_a_compressor_given_again():
-    """Takes over what its predecessor learned, and whether it still learns; of an offloaded one it cannot."""
+    """Takes over what its predecessor learned, and whether it still learns;
+    of an offloaded one it cannot.
+    """
     model = dense_model()
     patch_model(model, "tiny", compressor_k=Scaled, verbose=False)
     parameters = [attention.compress_k.phi.scale for attention in attentions(scramble(model))]
@@ -289,7 +340,9 @@ def test_a_compressor_given_again():
     assert [p.item() for p in parameters] == before
     assert [p.requires_grad for p in parameters] == [False, True]
     accelerate.cpu_offload(model)
-    with pytest.raises(ValueError, match=r"compress_k of layer 0 is offloaded.*Fix: leave out compressor_k"):
+    with pytest.raises(
+        ValueError, match=r"compress_k of layer 0 is offloaded.*Fix: leave out compressor_k"
+    ):
         patch_model(model, window_size=9, compressor_k=Scaled, verbose=False)
     patch_model(model, window_size=9, verbose=False)
     assert output(model, tokens(1, 130)).isfinite().all()

@@ -18,7 +18,15 @@ INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 LENGTHS = (40, 0, 17, 3, 0, 33)
 
 
-def build(block_indices, block_counts, lengths, block_size, forced, max_seqlen=None, workspace_bytes=WORKSPACE_BYTES):
+def build(
+    block_indices,
+    block_counts,
+    lengths,
+    block_size,
+    forced,
+    max_seqlen=None,
+    workspace_bytes=WORKSPACE_BYTES,
+):
     cu_seqlens = torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32, device=DEVICE)
     longest = max(lengths, default=0) if max_seqlen is None else max_seqlen
     indices, counts = (None if x is None else x.to(DEVICE) for x in (block_indices, block_counts))
@@ -28,7 +36,9 @@ def build(block_indices, block_counts, lengths, block_size, forced, max_seqlen=N
 
 
 def chosen(block_indices, block_counts, lengths, block_size, forced):
-    """By (head, row): the number that the row's block 0 has, its own block, and the sets of all and of sparse chosen blocks."""
+    """By (head, row): the number that the row's block 0 has, its own block,
+    and the sets of all and of sparse chosen blocks.
+    """
     init_blocks, local_blocks = forced
     found, row = {}, 0
     for b, (start, length) in enumerate(zip(accumulate(lengths, initial=0), lengths, strict=False)):
@@ -46,21 +56,31 @@ def chosen(block_indices, block_counts, lengths, block_size, forced):
 
 
 def check(index, block_indices, block_counts, lengths, block_size, forced):
-    """The index says what the indices say; where they hold more sparse blocks than were promised, a part of it."""
+    """The index says what the indices say; where they hold more sparse blocks than were promised,
+    a part of it.
+    """
     entries, first_entry, num_entries, num_sparse, *_ = index
     slots = num_slots(block_indices.shape[2], Blocks(block_size, *forced))
     expected = chosen(block_indices, block_counts, lengths, block_size, forced)
     for head in range(block_indices.shape[1]):
         segments = sorted(
-            (first, count) for first, count in zip(first_entry[head].tolist(), num_entries[head].tolist(), strict=True) if count
+            (first, count)
+            for first, count in zip(
+                first_entry[head].tolist(), num_entries[head].tolist(), strict=True
+            )
+            if count
         )
         ends = [first + count for first, count in segments]
-        assert all(end <= first for end, (first, _) in zip(ends, segments[1:], strict=False)), "lists overlap"
+        assert all(end <= first for end, (first, _) in zip(ends, segments[1:], strict=False)), (
+            "lists overlap"
+        )
         assert all(first >= 0 for first, _ in segments)
         assert max(ends, default=0) <= entries.shape[1]
 
         listed, used_slots = defaultdict(list), defaultdict(list)
-        for number, (first, count) in enumerate(zip(first_entry[head].tolist(), num_entries[head].tolist(), strict=True)):
+        for number, (first, count) in enumerate(
+            zip(first_entry[head].tolist(), num_entries[head].tolist(), strict=True)
+        ):
             for entry in entries[head, first : first + count].tolist():
                 listed[number].append(entry // slots)
                 used_slots[entry // slots].append(entry % slots)
@@ -74,15 +94,25 @@ def check(index, block_indices, block_counts, lengths, block_size, forced):
         for row in range(block_indices.shape[0]):
             _, own, blocks, sparse = expected[head, row]
             found = by_row[row]
-            assert found == sparse if len(sparse) <= slots else (found < sparse and len(found) == slots), (head, row)
-            assert sorted(used_slots[row]) == list(range(len(found))), "each sparse block of a query has a slot of its own"
+            assert (
+                found == sparse
+                if len(sparse) <= slots
+                else (found < sparse and len(found) == slots)
+            ), (head, row)
+            assert sorted(used_slots[row]) == list(range(len(found))), (
+                "each sparse block of a query has a slot of its own"
+            )
             flags = int(num_sparse[head, row])
             assert (flags & INT_MAX, flags < 0) == (len(found), own in blocks), (head, row)
 
 
-def random_indices(lengths, num_heads, width, values=(INT_MIN, -1, 0, 0, 1, 1, 2, 2, 3, 4, 2**28, INT_MAX)):
+def random_indices(
+    lengths, num_heads, width, values=(INT_MIN, -1, 0, 0, 1, 1, 2, 2, 3, 4, 2**28, INT_MAX)
+):
     """Unsorted, repeated, out of range."""
-    return torch.tensor(values, dtype=torch.int32)[torch.randint(len(values), (sum(lengths), num_heads, width))]
+    return torch.tensor(values, dtype=torch.int32)[
+        torch.randint(len(values), (sum(lengths), num_heads, width))
+    ]
 
 
 @pytest.mark.parametrize("forced", [(0, 0), (0, 1), (1, 0), (1, 2), (2, 1)], ids=str)
@@ -111,7 +141,9 @@ def test_the_same_blocks_in_any_order():
 
 @pytest.mark.parametrize("workspace_bytes", [1, 100, 1000], ids=str)
 def test_passes_do_not_show(workspace_bytes):
-    """A bitmap for one block of one head at a time, for some blocks of a head, and for some heads."""
+    """A bitmap for one block of one head at a time, for some blocks of a head,
+    and for some heads.
+    """
     indices = random_indices(LENGTHS, 3, 4)
     found = build(indices, None, LENGTHS, 16, (1, 1), workspace_bytes=workspace_bytes)
     check(found, indices, None, LENGTHS, 16, (1, 1))
@@ -143,14 +175,18 @@ def test_nearly_nothing(lengths, width):
 
 
 def test_more_queries_than_one_read_of_the_bitmap():
-    """17,000 queries, many more than a program looks at together; a few of them chose block 0, and a few one other."""
+    """17,000 queries, many more than a program looks at together;
+    a few of them chose block 0, and a few one other.
+    """
     length, block_size = 17_000, 128
     t = torch.arange(length)
     own = t // block_size
     first = torch.where((t % 32 == 31) | (t % 32 == 0) | (t > 16_900), 0, -1)
     second = torch.where(torch.rand(length) < 0.1, torch.randint(2**30, (length,)) % (own + 1), -1)
     indices = torch.stack([second, first], dim=1).int()[:, None]
-    entries, first_entry, num_entries, num_sparse, *_ = build(indices, None, (length,), block_size, (0, 0))
+    entries, first_entry, num_entries, num_sparse, *_ = build(
+        indices, None, (length,), block_size, (0, 0)
+    )
     sparse = torch.stack([second, first.masked_fill(second == 0, -1)])
     sparse[(sparse == own)] = -1
     assert torch.equal(num_sparse[0] & INT_MAX, (sparse >= 0).sum(0).int())

@@ -61,12 +61,16 @@ def make(setting, dtype, seed=0):
     cu_seqlens = [*itertools.accumulate(lengths, initial=0)]
     q = torch.randn(total, num_kv_heads * group_size, width, generator=generator).to(dtype)
     k_cmp = torch.randn(total // kernel_stride, num_kv_heads, width, generator=generator).to(dtype)
-    unowned = set(range(len(k_cmp))) - set(windows(cu_seqlens, kernel_size=kernel_size, kernel_stride=kernel_stride))
+    unowned = set(range(len(k_cmp))) - set(
+        windows(cu_seqlens, kernel_size=kernel_size, kernel_stride=kernel_stride)
+    )
     k_cmp[sorted(unowned)] = torch.nan
     cu_seqlens = torch.tensor(cu_seqlens, dtype=torch.int32)
     sizes = dict(kernel_size=kernel_size, kernel_stride=kernel_stride, scale=0.5)
     packed = (cu_seqlens, max(lengths))
-    _, lse = ops.compressed_attention(q.double(), k_cmp.double(), k_cmp.double(), *packed, return_lse=True, **sizes)
+    _, lse = ops.compressed_attention(
+        q.double(), k_cmp.double(), k_cmp.double(), *packed, return_lse=True, **sizes
+    )
     blocks = dict(
         block_size=block_size,
         num_selected_blocks=num_selected_blocks,
@@ -83,7 +87,9 @@ def call_of(q, k_cmp, lse, packed, sizes, blocks):
     forced = Blocks(blocks["block_size"], blocks["init_blocks"], blocks["local_blocks"])
     sequences = Sequences(cu_seqlens, packed[1])
     num_selected = blocks["num_selected_blocks"]
-    return SelectionCall(q, k_cmp, lse, sequences, sizes["scale"], windows, forced, num_selected, "triton")
+    return SelectionCall(
+        q, k_cmp, lse, sequences, sizes["scale"], windows, forced, num_selected, "triton"
+    )
 
 
 def select(*problem, **options):
@@ -109,7 +115,9 @@ def assert_best(indices, q, k_cmp, lse, packed, sizes, blocks, tolerance):
     ascending = indices.masked_fill(indices < 0, 2**31 - 1).diff(dim=-1) > 0
     assert (ascending | (indices[..., 1:] < 0)).all()
     chosen = torch.zeros(*scores.shape[:2], scores.shape[2] + 1, dtype=torch.bool)
-    chosen = chosen.scatter(2, indices.masked_fill(indices < 0, scores.shape[2]).long(), True)[..., :-1]
+    chosen = chosen.scatter(2, indices.masked_fill(indices < 0, scores.shape[2]).long(), True)[
+        ..., :-1
+    ]
     assert not (chosen & ~eligible).any(), "a future block"
     assert (chosen | ~forced).all(), "a forced block is missing"
     worst = scores.masked_fill(~chosen | forced, torch.inf).amin(-1)
@@ -125,7 +133,9 @@ def test_how_work_is_cut_does_not_show(setting, tile, wide):
     """float32 products round to about 1e-6 of a weight, and at most 6 of a narrow key's 23 bits
     number a column's steps."""
     problem = make(setting, torch.float32)
-    assert_best(select(*problem, tile=tile, wide=wide), *problem, tolerance=1e-5 if wide else 2.0**-16)
+    assert_best(
+        select(*problem, tile=tile, wide=wide), *problem, tolerance=1e-5 if wide else 2.0**-16
+    )
 
 
 @pytest.mark.parametrize(("tile", "wide"), CUTS)
@@ -150,16 +160,20 @@ def test_wide_keys_choose_as_narrow_ones(dtype):
     # Scores that differ by a millionth: keys that keep all of their bits choose others.
     k_cmp[:] = k_cmp[:1]
     q[..., 0], k_cmp[..., 0] = 1.0, torch.arange(len(k_cmp))[:, None] % 5 * 2.0**-20
-    narrow, wide = (select(q, k_cmp, lse, *rest, tile=TILES[-1], wide=wide) for wide in (False, True))
+    narrow, wide = (
+        select(q, k_cmp, lse, *rest, tile=TILES[-1], wide=wide) for wide in (False, True)
+    )
     assert torch.equal(narrow, wide) == (dtype == torch.float16)
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="looks into Triton's interpreter; on a GPU compute-sanitizer sees it")
+@pytest.mark.skipif(
+    DEVICE == "cuda", reason="looks into Triton's interpreter; on a GPU compute-sanitizer sees it"
+)
 @pytest.mark.parametrize("local_blocks", [0, 2])
 @pytest.mark.parametrize("tile", TILES, ids=range(len(TILES)))
 def test_only_tokens_of_the_sequence_are_read(tile, local_blocks, monkeypatch):
-    """Columns begin a block early and end where the longest of them does, which in memory may be
-    anywhere."""
+    """Columns begin a block early and end where the longest of them does,
+    which in memory may be anywhere."""
     read, load_rows = [], block_selection.load_rows
 
     def watched(ptr, offsets, inside, DIM, PADDED_DIM, MASKED):
@@ -203,7 +217,9 @@ def test_nothing_to_choose(num_selected_blocks):
     """All places are forced, or there are as many as blocks: no score is looked at."""
     q, k_cmp, lse, packed, sizes, _ = make((8, 4, 8, 1, 0, 0, 2, (100, 7)), torch.float32)
     local = min(num_selected_blocks, 3)
-    blocks = dict(block_size=8, num_selected_blocks=num_selected_blocks, init_blocks=0, local_blocks=local)
+    blocks = dict(
+        block_size=8, num_selected_blocks=num_selected_blocks, init_blocks=0, local_blocks=local
+    )
     nothing = torch.full_like(k_cmp, torch.nan)
     indices = select(q, nothing, lse, packed, sizes, blocks)
     expected = reference.select_blocks(q, torch.zeros_like(k_cmp), lse, *packed, **sizes, **blocks)

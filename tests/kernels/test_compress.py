@@ -63,7 +63,9 @@ def test_small_tiles(windows, tile, monkeypatch):
     check([pooled], [reference.pool_windows(wide, weight.double(), cu_seqlens, **sizes)])
     do = random_gradient(pooled, x, cu_seqlens, **sizes)
     check(
-        compress.pool_windows_backward(do, x, weight, *where(cu_seqlens, **sizes), tile_dx=tile, tile_dweight=tile),
+        compress.pool_windows_backward(
+            do, x, weight, *where(cu_seqlens, **sizes), tile_dx=tile, tile_dweight=tile
+        ),
         reference.pool_windows_backward(do.double(), wide, weight.double(), cu_seqlens, **sizes),
     )
 
@@ -78,16 +80,20 @@ def test_small_tiles(windows, tile, monkeypatch):
 
 @pytest.mark.parametrize("max_windows", [1, 3, 128])
 def test_windows_of_a_program(max_windows, monkeypatch):
-    """However many windows a program adds up, the gradient of the weights is the same to
-    rounding."""
+    """However many windows a program adds up, the gradient of the weights is the same
+    to rounding."""
     monkeypatch.setattr(compress, "WEIGHT_MIN_WINDOWS", 1)
     monkeypatch.setattr(compress, "WEIGHT_PROGRAMS", 2)
     monkeypatch.setattr(compress, "WEIGHT_MAX_WINDOWS", max_windows)
     sizes = dict(kernel_size=4, kernel_stride=2)
     x, weight, cu_seqlens = make(16, 4)
-    do = random_gradient(compress.pool_windows(x, weight, *where(cu_seqlens, **sizes)), x, cu_seqlens, **sizes)
+    do = random_gradient(
+        compress.pool_windows(x, weight, *where(cu_seqlens, **sizes)), x, cu_seqlens, **sizes
+    )
     _, found = compress.pool_windows_backward(do, x, weight, *where(cu_seqlens, **sizes))
-    _, expected = reference.pool_windows_backward(do.double(), x.double(), weight.double(), cu_seqlens, **sizes)
+    _, expected = reference.pool_windows_backward(
+        do.double(), x.double(), weight.double(), cu_seqlens, **sizes
+    )
     check([found], [expected])
 
 
@@ -107,8 +113,8 @@ def test_mean():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_weights(dtype):
-    """Of any dtype and strides, which their gradient's dtype follows; all arithmetic is in
-    float32."""
+    """Of any dtype and strides, which their gradient's dtype follows;
+    all arithmetic is in float32."""
     sizes = dict(kernel_size=8, kernel_stride=4)
     x, weight, cu_seqlens = make(16, 8)
     weight = weight.to(dtype).T.contiguous().T
@@ -116,7 +122,9 @@ def test_weights(dtype):
     check([pooled], [reference.pool_windows(x.double(), weight.double(), cu_seqlens, **sizes)])
     do = random_gradient(pooled, x, cu_seqlens, **sizes)
     dx, dweight = compress.pool_windows_backward(do, x, weight, *where(cu_seqlens, **sizes))
-    expected = reference.pool_windows_backward(do.double(), x.double(), weight.double(), cu_seqlens, **sizes)
+    expected = reference.pool_windows_backward(
+        do.double(), x.double(), weight.double(), cu_seqlens, **sizes
+    )
     check([dx], expected[:1])
     assert dweight.dtype == dtype
     rounding = max(torch.finfo(dtype).eps, 1e-5)
@@ -144,7 +152,9 @@ def test_what_it_cannot_run(operator, shape, dtype, reason):
     x = torch.ones(shape, dtype=dtype, device=DEVICE, requires_grad=True)
     arguments = (x, None) if operator == "pool_windows" else (x,)
     rest = dict(cu_seqlens=starts((9,)), max_seqlen=9, kernel_size=4, kernel_stride=2)
-    with pytest.raises(ValueError, match=f"backend='triton' of {operator} does not support this: .*{reason}.*Fix"):
+    with pytest.raises(
+        ValueError, match=f"backend='triton' of {operator} does not support this: .*{reason}.*Fix"
+    ):
         getattr(ops, operator)(*arguments, **rest, backend="triton")
     getattr(ops, operator)(*arguments, **rest).sum().backward()  # "auto" takes the reference
     assert (x.grad[-1] == 0).all()
@@ -157,5 +167,7 @@ def test_sequences_end_where_cu_seqlens_does():
     x, weight = torch.randn(24, 1, 16, device=DEVICE), torch.randn(1, 8, device=DEVICE)
     cu_seqlens, dpooled = starts((13, 11))[:2], torch.randn(6, 1, 16, device=DEVICE)
     _, found = compress.pool_windows_backward(dpooled, x, weight, *where(cu_seqlens, **sizes))
-    _, expected = compress.pool_windows_backward(dpooled[:3], x[:13], weight, *where(cu_seqlens, **sizes))
+    _, expected = compress.pool_windows_backward(
+        dpooled[:3], x[:13], weight, *where(cu_seqlens, **sizes)
+    )
     assert torch.equal(found, expected)

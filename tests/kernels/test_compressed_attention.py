@@ -1,4 +1,6 @@
-"""Tiles so small that short sequences are cut as only long ones otherwise are: into many steps, tiles and parts."""
+"""Tiles so small that short sequences are cut as only long ones otherwise are:
+into many steps, tiles and parts.
+"""
 
 import dataclasses
 from itertools import accumulate
@@ -25,10 +27,13 @@ RESULTS = ("o", "lse", "dq", "dk", "dv")
 WARPS = dict(fwd_warps=4, dq_warps=4, dkdv_warps=4, fwd_stages=2, dq_stages=2, dkdv_stages=2)
 # Rows cut into parts of 32 and more, two heads of keys at a time; steps and tiles of 16.
 SMALL = CompressedConfig(
-    fwd_m=16, fwd_n=16, dq_m=16, dq_n=16, dkdv_m=16, dkdv_n=16, dkdv_heads=2, dkdv_programs=1000, dkdv_part_rows=32, **WARPS
+    fwd_m=16, fwd_n=16, dq_m=16, dq_n=16, dkdv_m=16, dkdv_n=16, dkdv_heads=2, dkdv_programs=1000,
+    dkdv_part_rows=32, **WARPS
 )  # fmt: skip
 # A tile of keys whose parts are summed in two pieces, every row in one part.
-WHOLE = dataclasses.replace(SMALL, fwd_m=32, fwd_n=32, dq_m=32, dkdv_n=32, dkdv_m=32, dkdv_part_rows=2**20)
+WHOLE = dataclasses.replace(
+    SMALL, fwd_m=32, fwd_n=32, dq_m=32, dkdv_n=32, dkdv_m=32, dkdv_part_rows=2**20
+)
 PIECES = dataclasses.replace(WHOLE, dkdv_part_rows=64, dkdv_heads=16)
 
 # lengths, last queries or None for as many, used rows or None for all
@@ -66,15 +71,19 @@ def ints(values):
 
 
 def make(layout, num_kv_heads, group_size, head_dim, v_dim, kernel_size, kernel_stride):
-    """Tensors in float32 and keywords. Compressed rows that no window owns are NaN; max_seqlen is an upper bound."""
+    """Tensors in float32 and keywords. Compressed rows that no window owns are NaN;
+    max_seqlen is an upper bound.
+    """
     lengths, num_queries, used = layout
     cu_seqlens = [*accumulate(lengths, initial=0)]
     keywords = dict(
-        cu_seqlens=ints(cu_seqlens), max_seqlen=max(lengths) + 20, kernel_size=kernel_size, kernel_stride=kernel_stride,
+        cu_seqlens=ints(cu_seqlens), max_seqlen=max(lengths) + 20, kernel_size=kernel_size,
+        kernel_stride=kernel_stride,
         cu_seqlens_q=None if num_queries is None else ints(accumulate(num_queries, initial=0)),
         seqused_k=None if used is None else ints(used),
     )  # fmt: skip
-    rows, compressed = sum(lengths if num_queries is None else num_queries), sum(lengths) // kernel_stride
+    rows = sum(lengths if num_queries is None else num_queries)
+    compressed = sum(lengths) // kernel_stride
     q, do = (torch.randn(rows, num_kv_heads * group_size, width) for width in (head_dim, v_dim))
     k, v = (torch.randn(compressed, num_kv_heads, width) for width in (head_dim, v_dim))
     owned = set(owned_rows(cu_seqlens, kernel_size, kernel_stride, seqused_k=keywords["seqused_k"]))
@@ -85,7 +94,9 @@ def make(layout, num_kv_heads, group_size, head_dim, v_dim, kernel_size, kernel_
 
 def run(tensors, keywords, backend, dtype, device):
     q, k, v = (x.to(device, dtype, copy=True).requires_grad_() for x in tensors[:3])
-    keywords = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in keywords.items()}
+    keywords = {
+        name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in keywords.items()
+    }
     o, lse = ops.compressed_attention(q, k, v, **keywords, return_lse=True, backend=backend)
     grads = torch.autograd.grad(o, (q, k, v), tensors[3].to(o))
     return [x.detach().cpu().double() for x in (o, lse, *grads)]
@@ -105,7 +116,9 @@ def run(tensors, keywords, backend, dtype, device):
         (PIECES, CACHED, 1, 20, (2, 1), 25, 1),
     ],
 )
-@pytest.mark.parametrize("backend", [b for b in backends_of("compressed_attention") if b.values[0] != "reference"])
+@pytest.mark.parametrize(
+    "backend", [b for b in backends_of("compressed_attention") if b.values[0] != "reference"]
+)
 def test_how_work_is_cut_does_not_show(
     monkeypatch, launches, backend, config, layout, num_kv_heads, group_size, windows, parts, heads
 ):
@@ -128,7 +141,9 @@ def test_how_work_is_cut_does_not_show(
 
 
 def test_the_cuts_really_cut():
-    """Otherwise the test above would prove nothing: of the longest sequence, several tiles and steps with and without mask."""
+    """Otherwise the test above would prove nothing: of the longest sequence,
+    several tiles and steps with and without mask.
+    """
     rows, windows = 50 * 5, 50 - 2 + 1
     assert rows > 3 * SMALL.fwd_m
     assert windows > 3 * SMALL.fwd_n  # the last tiles' first query sees three whole steps
@@ -141,7 +156,9 @@ def test_every_group_has_a_row_of_its_own(head_dim, dtype):
     """A tile holds whole groups of query heads, for every group size that the operator allows."""
     for gluon, cramped in ((False, False), (False, True), (True, False)):
         for group_size in range(1, MAX_GROUP_SIZE + 1):
-            config = tuning._compressed_config(dtype, head_dim, head_dim, group_size, gluon and dtype.itemsize == 2, cramped)
+            config = tuning._compressed_config(
+                dtype, head_dim, head_dim, group_size, gluon and dtype.itemsize == 2, cramped
+            )
             assert min(config.fwd_m, config.dq_m) >= group_size
             assert config.dkdv_n % 16 == 0  # sum_parts adds 16 windows at a time
 
@@ -150,7 +167,9 @@ def test_every_group_has_a_row_of_its_own(head_dim, dtype):
 @pytest.mark.parametrize("max_seqlen", [0, 1, 2500, 65_536])
 @pytest.mark.parametrize("num_tiles", [1, 17, 5000])
 def test_parts_are_whole_queries(num_tiles, max_seqlen, group_size):
-    """A part that began inside a query gave wrong dk and dv in the kernel for Hopper, which no interpreter runs."""
+    """A part that began inside a query gave wrong dk and dv in the kernel for Hopper,
+    which no interpreter runs.
+    """
     config = CompressedConfig(dkdv_m=64)
     parts, part_rows = backward.cut_rows(max_seqlen, group_size, num_tiles, config)
     assert part_rows % group_size == 0
@@ -181,7 +200,9 @@ def test_in_one_pass():
 @pytest.mark.parametrize("parts", [1, 5])
 @pytest.mark.parametrize("num_kv_heads", [1, 7])
 def test_bytes_of_one_pass(num_kv_heads, parts):
-    """Of a KV head: float32 sums of dq, and of dk and dv in parts, unless there is one, which is written in place."""
+    """Of a KV head: float32 sums of dq, and of dk and dv in parts, unless there is one,
+    which is written in place.
+    """
     rows, windows, group_size, width = 100, 6, 4, 128
     config = CompressedConfig(dkdv_m=64, one_pass_part_rows=rows * group_size // parts)
     q = torch.empty(rows, num_kv_heads * group_size, width, device="meta")
@@ -199,7 +220,9 @@ def test_scale_rows(accumulate, head_dim):
     """Some heads of a gradient; the others stay."""
     device = device_of("triton")
     generator = torch.Generator().manual_seed(0)
-    whole, sums = (torch.randn(50, heads, head_dim, generator=generator).to(device) for heads in (5, 2))
+    whole, sums = (
+        torch.randn(50, heads, head_dim, generator=generator).to(device) for heads in (5, 2)
+    )
     before = whole.clone()
     backward.scale_rows(whole[:, 1:3], sums, 0.3, accumulate)
     expected = before.clone()

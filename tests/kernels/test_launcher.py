@@ -1,5 +1,6 @@
-"""What the launcher of kernels takes for the same compiled kernel. That it launches what Triton would, every test on a GPU
-shows; here stands a function in for Triton's, which counts how often it is asked."""
+"""What the launcher of kernels takes for the same compiled kernel. That it launches what Triton
+would, every test on a GPU shows; here stands a function in for Triton's, which counts how often
+it is asked."""
 
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -33,15 +34,28 @@ class Compiled:
 
 
 class Function:
-    """Triton's side: parameters x, count, stride, TILE and WIDTH, and a compilation each time it is asked."""
+    """Triton's side: parameters x, count, stride, TILE and WIDTH,
+    and a compilation each time it is asked.
+    """
 
     device_caches = None
 
     def __init__(self):
         self.compiled = []
-        kinds = dict(x=(False, False), count=(True, False), stride=(False, False), TILE=(False, False), WIDTH=(False, False))
+        kinds = dict(
+            x=(False, False),
+            count=(True, False),
+            stride=(False, False),
+            TILE=(False, False),
+            WIDTH=(False, False),
+        )
         self.params = [
-            SimpleNamespace(name=name, is_constexpr=name.isupper(), do_not_specialize=x, do_not_specialize_on_alignment=y)
+            SimpleNamespace(
+                name=name,
+                is_constexpr=name.isupper(),
+                do_not_specialize=x,
+                do_not_specialize_on_alignment=y,
+            )
             for name, (x, y) in kinds.items()
         ]
 

@@ -1,6 +1,8 @@
-"""The default configurations of the Triton kernels fit every GPU generation: no spills, no more shared memory than there is.
+"""The default configurations of the Triton kernels fit every GPU generation:
+no spills, no more shared memory than there is.
 
-In processes of their own: Triton compiles or interprets, decided when it is imported, and these tests interpret.
+In processes of their own: Triton compiles or interprets, decided when it is imported,
+and these tests interpret.
 """
 
 import importlib.util
@@ -17,15 +19,23 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "scripts" / "check_resources.py"
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None or platform.system() != "Linux", reason="needs Triton, which is made for Linux"
+    importlib.util.find_spec("triton") is None or platform.system() != "Linux",
+    reason="needs Triton, which is made for Linux",
 )
 
 
 def run(*arguments: str, code: str | None = None) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(SCRIPT.parent), str(ROOT)])
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUTF8": "1", "COLUMNS": "220", "PYTHONPATH": path}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "PYTHONUTF8": "1",
+        "COLUMNS": "220",
+        "PYTHONPATH": path,
+    }
     command = [sys.executable, str(SCRIPT)] if code is None else [sys.executable, "-c", code]
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=900)
+    return subprocess.run(
+        [*command, *arguments], capture_output=True, text=True, env=environment, timeout=900
+    )
 
 
 @pytest.mark.slow
@@ -36,7 +46,13 @@ def test_default_configurations_fit(arch, tmp_path):
     rows = json.loads(path.read_text())
     kernels = {row["kernel"] for row in rows}
     # What the host functions launched: nothing slipped past the capture.
-    assert {"mark_kernel", "collect_kernel", "plan_kernel", "merge_fwd_kernel", "query_fwd_kernel"} <= kernels
+    assert {
+        "mark_kernel",
+        "collect_kernel",
+        "plan_kernel",
+        "merge_fwd_kernel",
+        "query_fwd_kernel",
+    } <= kernels
     twin = "hopper_" if arch == "sm_90" else ""
     names = ("fwd", "bwd_dq", "bwd_dkdv")
     assert {"sum_parts_kernel", *(f"compressed_{name}_{twin}kernel" for name in names)} <= kernels
@@ -47,7 +63,9 @@ def test_default_configurations_fit(arch, tmp_path):
 
 @pytest.mark.slow
 def test_wide_heads_fit_gpus_with_less_shared_memory():
-    """The GPUs most people have: GeForce RTX 3090, 4090 and 5090, A10, L4, L40S. `make resources` compiles for the others."""
+    """The GPUs most people have: GeForce RTX 3090, 4090 and 5090, A10, L4, L40S.
+    `make resources` compiles for the others.
+    """
     checked = run("--arch=sm_86", "--head-dim=256", "--failures-only")
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
@@ -57,7 +75,9 @@ def test_a_kernel_that_does_not_compile_in_time_fails_the_check():
     assert checked.returncode == 1
     # Each kernel that is given up on is named, and the others are still compiled.
     for kernel in ("mark_kernel", "gather_bwd_kernel", "query_bwd_dq_kernel"):
-        assert re.search(rf"{kernel} .*not compiled after 0.001 s", checked.stdout), checked.stdout + checked.stderr
+        assert re.search(rf"{kernel} .*not compiled after 0.001 s", checked.stdout), (
+            checked.stdout + checked.stderr
+        )
 
 
 def test_what_counts_as_a_failure():
@@ -114,11 +134,12 @@ sys.path.insert(0, sys.argv[1])
 import check_resources as check, strided, triton
 from triton.compiler import ASTSource
 signature = {"ptr": "*fp32", "stride_head": "i32", "stride_token": "i32", "stride_batch": "i32"}
-kernel = triton.compile(ASTSource(strided.strided, signature), target=check.GPUTarget("cuda", 90, 32))
+target = check.GPUTarget("cuda", 90, 32)
+kernel = triton.compile(ASTSource(strided.strided, signature), target=target)
 found = check.narrow_products(kernel.asm["source"])
 assert found == ["stride_head", "stride_row"], found
 signature = {"x": strided.Heads("*fp32", "i32", "i32"), "factor": "i32"}
-kernel = triton.compile(ASTSource(strided.bundled, signature), target=check.GPUTarget("cuda", 90, 32))
+kernel = triton.compile(ASTSource(strided.bundled, signature), target=target)
 found = check.narrow_products(kernel.asm["source"])
 assert found == ["x.stride"], found
 """,
@@ -146,8 +167,10 @@ sys.path.insert(0, sys.argv[1])
 import check_resources as check, hoard, triton
 from triton.compiler import ASTSource
 def stack(**options):
-    source = ASTSource(hoard.hoard, {"ptr": "*fp32", "N": "constexpr"}, {"N": 2048}, {(0,): [["tt.divisibility", 16]]})
-    kernel = triton.compile(source, target=check.GPUTarget("cuda", 90, 32), options=dict(num_warps=1, **options))
+    signature, aligned = {"ptr": "*fp32", "N": "constexpr"}, {(0,): [["tt.divisibility", 16]]}
+    source = ASTSource(hoard.hoard, signature, {"N": 2048}, aligned)
+    options = dict(num_warps=1, **options)
+    kernel = triton.compile(source, target=check.GPUTarget("cuda", 90, 32), options=options)
     return check.resources(kernel.asm["cubin"])[1]
 print(stack(), stack(maxnreg=32))
 assert stack() == 0

@@ -68,7 +68,9 @@ def test_blocks(lengths, block_size):
     assert len(owned) == sum(-(-n // block_size) for n in lengths)
     numbers = found.T.tolist()
     assert {number: values for number, values in enumerate(numbers) if number in owned} == owned
-    assert all(num_rows == 0 for number, (_, num_rows, *_) in enumerate(numbers) if number not in owned)
+    assert all(
+        num_rows == 0 for number, (_, num_rows, *_) in enumerate(numbers) if number not in owned
+    )
 
 
 CACHED = [
@@ -85,36 +87,58 @@ CACHED = [
 @pytest.mark.parametrize(("capacities", "used", "num_queries"), CACHED, ids=str)
 def test_rows_of_queries_over_a_cache(capacities, used, num_queries, block_size):
     """The queries are the last positions among the used ones."""
-    found = locate_rows(sum(num_queries), ints(starts(capacities)), block_size, ints(starts(num_queries)), ints(used))
+    found = locate_rows(
+        sum(num_queries),
+        ints(starts(capacities)),
+        block_size,
+        ints(starts(num_queries)),
+        ints(used),
+    )
     expected = [
         [n - count + i, start, first_number(b, start, block_size)]
-        for b, (start, n, count) in enumerate(zip(starts(capacities), used, num_queries, strict=False))
+        for b, (start, n, count) in enumerate(
+            zip(starts(capacities), used, num_queries, strict=False)
+        )
         for i in range(count)
     ]
     assert found.T.tolist() == expected
 
 
-@pytest.mark.parametrize(("lengths", "num_queries"), [((33, 0, 9), (2, 0, 9)), ((300,), (290,))], ids=str)
+@pytest.mark.parametrize(
+    ("lengths", "num_queries"), [((33, 0, 9), (2, 0, 9)), ((300,), (290,))], ids=str
+)
 def test_rows_of_the_last_queries_of_full_sequences(lengths, num_queries):
     """cu_seqlens_q alone: every row of the keys is used."""
     found = locate_rows(sum(num_queries), ints(starts(lengths)), 16, ints(starts(num_queries)))
-    positions = [n - count + i for n, count in zip(lengths, num_queries, strict=True) for i in range(count)]
+    positions = [
+        n - count + i for n, count in zip(lengths, num_queries, strict=True) for i in range(count)
+    ]
     assert found[0].tolist() == positions
 
 
 def test_rows_beyond_the_used_ones():
-    """seqused_k alone: query rows are key rows, and those past the used ones stand before every key."""
+    """seqused_k alone: query rows are key rows, and those past the used ones stand
+    before every key.
+    """
     capacities, used = (20, 0, 16, 5), (17, 0, 16, 0)
-    position, first_key, _ = locate_rows(sum(capacities), ints(starts(capacities)), 16, None, ints(used))
-    expected = [t if t < n else None for c, n in zip(capacities, used, strict=True) for t in range(c)]
+    position, first_key, _ = locate_rows(
+        sum(capacities), ints(starts(capacities)), 16, None, ints(used)
+    )
+    expected = [
+        t if t < n else None for c, n in zip(capacities, used, strict=True) for t in range(c)
+    ]
     assert [p if p >= 0 else None for p in position.tolist()] == expected
-    assert first_key.tolist() == [start for start, c in zip(starts(capacities), capacities, strict=False) for _ in range(c)]
+    assert first_key.tolist() == [
+        start for start, c in zip(starts(capacities), capacities, strict=False) for _ in range(c)
+    ]
 
 
 def expected_tiles(lengths, tile_rows, num_queries=None, used=None, of_keys=False):
-    """The fields of `Tile` of every tile that exists, the most work first: keys that its first query sees, or, of tiles of
-    keys, positions from its first key on. Equal ones in the order of their sequences."""
-    key_starts, query_starts = starts(lengths), starts(lengths if num_queries is None else num_queries)
+    """The fields of `Tile` of every tile that exists, the most work first: keys that its first
+    query sees, or, of tiles of keys, positions from its first key on. Equal ones in the order of
+    their sequences."""
+    key_starts = starts(lengths)
+    query_starts = starts(lengths if num_queries is None else num_queries)
     found = []
     for b, length in enumerate(lengths):
         queries = query_starts[b + 1] - query_starts[b]
@@ -132,7 +156,8 @@ TILED = [
     *OVER_A_CACHE,
     ((33, 0, 9), (2, 0, 9), None),  # full sequences
     ((300,), (290,), None),
-    ((20, 0, 16, 5), None, (17, 0, 16, 0)),  # queries share the rows of the keys, of which some are not used
+    # queries share the rows of the keys, of which some are not used.
+    ((20, 0, 16, 5), None, (17, 0, 16, 0)),
     ((20,), None, (20,)),
 ]
 
@@ -152,7 +177,9 @@ def test_tiles(lengths, num_queries, used, tile_rows, of_keys):
 
 
 @triton.jit
-def load_tiles_kernel(tiles_ptr, out_ptr, num_tiles, num_rows, OF_KEYS: tl.constexpr, SINGLE: tl.constexpr):
+def load_tiles_kernel(
+    tiles_ptr, out_ptr, num_tiles, num_rows, OF_KEYS: tl.constexpr, SINGLE: tl.constexpr
+):
     number = tl.program_id(0)
     tile = load_tile(tiles_ptr, num_tiles, number, num_rows, OF_KEYS, SINGLE)
     out_ptr += number * 6
@@ -166,7 +193,9 @@ def load_tiles_kernel(tiles_ptr, out_ptr, num_tiles, num_rows, OF_KEYS: tl.const
 
 def loaded(tiles, num_tiles, num_rows, of_keys):
     out = torch.full((num_tiles, 6), -7, dtype=torch.int32, device=DEVICE)
-    load_tiles_kernel[(num_tiles,)](tiles, out, num_tiles, num_rows, OF_KEYS=of_keys, SINGLE=tiles is None)
+    load_tiles_kernel[(num_tiles,)](
+        tiles, out, num_tiles, num_rows, OF_KEYS=of_keys, SINGLE=tiles is None
+    )
     return out.tolist()
 
 
@@ -184,11 +213,15 @@ def test_a_table_is_loaded_as_it_is(lengths, num_queries, used, of_keys):
 def test_one_whole_sequence_needs_no_table(length, of_keys):
     assert locate_tiles(length, ints((0, length)), 16, of_keys=of_keys) is None
     num_tiles = -(-length // 16)
-    assert loaded(None, num_tiles, length, of_keys) == expected_tiles((length,), 16, of_keys=of_keys)
+    assert loaded(None, num_tiles, length, of_keys) == expected_tiles(
+        (length,), 16, of_keys=of_keys
+    )
 
 
 @pytest.mark.parametrize(
-    "arguments", [((0, 5, 9),), ((0, 0, 9),), ((0, 9), (0, 9)), ((0, 9), None, (9,)), ((0, 9), (0, 2), (9,))], ids=str
+    "arguments",
+    [((0, 5, 9),), ((0, 0, 9),), ((0, 9), (0, 9)), ((0, 9), None, (9,)), ((0, 9), (0, 2), (9,))],
+    ids=str,
 )
 def test_everything_else_needs_one(arguments):
     cu_seqlens, *cached = (None if x is None else ints(x) for x in arguments)

@@ -1,4 +1,6 @@
-"""Tiles and items so small that shapes an interpreter can run are cut as only long sequences and wide heads otherwise are."""
+"""Tiles and items so small that shapes an interpreter can run are cut as only long sequences and
+wide heads otherwise are.
+"""
 
 import dataclasses
 from types import SimpleNamespace
@@ -14,15 +16,17 @@ from tests.promised import assert_results_close, output_gradient, run, selection
 
 CASE = Case("tiles", (5, 0, 50, 33), 2, 1, 32, 16, F32, 8, 4, 16, 4, 1, 1, 8, seed=9)
 SHORT = Case("tiles_short", (20, 0, 17), 2, 1, 16, 16, F32, 8, 4, 16, 2, 1, 0, 8, seed=10)
-# Blocks of two pieces, some with keys in the first piece only: all of them sparse, and some of them dense.
+# Blocks of two pieces, some with keys in the first piece only:
+# all of them sparse, and some of them dense.
 PIECES = Case("pieces", (37, 0, 70), 1, 1, 32, 16, F32, 8, 4, 32, 3, 0, 0, 8, seed=11)
 PIECES_FORCED = dataclasses.replace(PIECES, name="pieces_forced", init_blocks=1, local_blocks=1)
 
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    """Tiles of 16 rows and items of 48: a block with more than 48 rows, (query, head) pairs, is shared by several programs.
-    Pieces and steps of 16 keys: so are those of a block that has more."""
+    """Tiles of 16 rows and items of 48: a block with more than 48 rows, (query, head)
+    pairs, is shared by several programs. Pieces and steps of 16 keys: so are those of a
+    block that has more."""
 
     def small(make_config):
         def made(*args, **kwargs):
@@ -45,12 +49,16 @@ def small_tiles(monkeypatch):
 @pytest.mark.parametrize("workspace_bytes", [60_000, 2**30])
 @pytest.mark.parametrize("group_size", [1, 5])
 @pytest.mark.parametrize("case", [CASE, SHORT, PIECES, PIECES_FORCED], ids=str)
-@pytest.mark.parametrize("backend", [b for b in backends_of("selected_attention") if b.values[0] != "reference"])
+@pytest.mark.parametrize(
+    "backend", [b for b in backends_of("selected_attention") if b.values[0] != "reference"]
+)
 def test_how_work_is_cut_does_not_show(backend, case, group_size, workspace_bytes):
     case, x, indices = selection(dataclasses.replace(case, group_size=group_size), backend)
     do = output_gradient(case)
     expected = run("reference", case, x, indices, do)
-    assert_results_close(backend, run(backend, case, x, indices, do, workspace_bytes=workspace_bytes), expected)
+    assert_results_close(
+        backend, run(backend, case, x, indices, do, workspace_bytes=workspace_bytes), expected
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -83,8 +91,12 @@ def test_a_remembered_choice_is_the_choice_for_these_arguments():
         for block_size in (128, 16, 64, 32)
     ]
     for q, v, block_size in problems:
-        assert tuning.plain_config(q, v, block_size) == tuning.plain_config.__wrapped__(q, v, block_size)
-        assert tuning.default_config(q, v, block_size) == tuning.default_config.__wrapped__(q, v, block_size)
+        assert tuning.plain_config(q, v, block_size) == tuning.plain_config.__wrapped__(
+            q, v, block_size
+        )
+        assert tuning.default_config(q, v, block_size) == tuning.default_config.__wrapped__(
+            q, v, block_size
+        )
         for direction in ("forward", "backward"):
             found = tuning.candidates(q, v, block_size, direction)
             assert found == tuning.candidates.__wrapped__(q, v, block_size, direction)

@@ -1,4 +1,6 @@
-"""The sliding window by the kernels of compressed attention, in tiles so small that windows begin and end in all parts."""
+"""The sliding window by the kernels of compressed attention, in tiles so small that windows begin
+and end in all parts.
+"""
 
 from itertools import accumulate
 
@@ -21,16 +23,31 @@ def ints(values):
 # lengths, last queries or None for as many, used rows or None for all
 @pytest.mark.parametrize(
     ("lengths", "last", "used"),
-    [((37, 0, 41), None, None), ((45,), None, None), ((40, 0, 9, 30), (1, 0, 3, 30), (35, 0, 9, 30))],
+    [
+        ((37, 0, 41), None, None),
+        ((45,), None, None),
+        ((40, 0, 9, 30), (1, 0, 3, 30), (35, 0, 9, 30)),
+    ],
     ids=["packed", "one", "cached"],
 )
-@pytest.mark.parametrize(("num_kv_heads", "group_size", "window_size"), [(1, 1, 16), (1, 3, 21), (1, 2, 1), (1, 2, 2**31)])
+@pytest.mark.parametrize(
+    ("num_kv_heads", "group_size", "window_size"),
+    [(1, 1, 16), (1, 3, 21), (1, 2, 1), (1, 2, 2**31)],
+)
 def test_window(lengths, last, used, num_kv_heads, group_size, window_size, monkeypatch):
     monkeypatch.setattr(tuning, "compressed_config", lambda *_: SMALL)
     heads = num_kv_heads * group_size
-    shapes = ((sum(last or lengths), heads, 32), (sum(lengths), num_kv_heads, 32), (sum(lengths), num_kv_heads, 16))
+    shapes = (
+        (sum(last or lengths), heads, 32),
+        (sum(lengths), num_kv_heads, 32),
+        (sum(lengths), num_kv_heads, 16),
+    )
     leaves = [torch.randn(shape, device=DEVICE).requires_grad_() for shape in shapes]
-    layout = dict(cu_seqlens=ints(accumulate(lengths, initial=0)), max_seqlen=max(lengths), window_size=window_size)
+    layout = dict(
+        cu_seqlens=ints(accumulate(lengths, initial=0)),
+        max_seqlen=max(lengths),
+        window_size=window_size,
+    )
     if last is not None:
         layout |= dict(cu_seqlens_q=ints(accumulate(last, initial=0)), seqused_k=ints(used))
     do, found = torch.randn(shapes[0][0], heads, 16, device=DEVICE), []

@@ -1,4 +1,5 @@
-"""workspace_bytes is what the kernels' host functions allocate at most, at sizes that only a large GPU could run.
+"""workspace_bytes is what the kernels' host functions allocate at most,
+at sizes that only a large GPU could run.
 
 On tensors that have a shape and no memory, with kernels that are not launched.
 """
@@ -33,7 +34,11 @@ class Allocated(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        if function.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.empty_strided, torch.ops.aten.new_empty):
+        if function.overloadpacket in (
+            torch.ops.aten.empty,
+            torch.ops.aten.empty_strided,
+            torch.ops.aten.new_empty,
+        ):
             storage = result.untyped_storage()
             self.now += storage.nbytes()
             self.peak = max(self.peak, self.now)
@@ -50,7 +55,14 @@ def no_launches(monkeypatch):
         def __getitem__(self, grid):
             return lambda *args, **keywords: None
 
-    for module in (block_index, kv_major_forward, kv_major_backward, work, softmax_statistics, locate):
+    for module in (
+        block_index,
+        kv_major_forward,
+        kv_major_backward,
+        work,
+        softmax_statistics,
+        locate,
+    ):
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Nothing())
     monkeypatch.setattr(tuning, "is_cramped", lambda x: False)
@@ -67,7 +79,9 @@ def index_call(indices, cu_seqlens, max_seqlen, workspace_bytes=WORKSPACE_BYTES)
 def selected_call(q, k, index_of, workspace_bytes, index):
     """Selected attention of k as keys and values, as `index_of` says."""
     indices, sequences = index_of.block_indices, index_of.sequences
-    return SelectedCall(q, k, k, sequences, 0.1, workspace_bytes, "triton", BLOCKS, indices, None, index)
+    return SelectedCall(
+        q, k, k, sequences, 0.1, workspace_bytes, "triton", BLOCKS, indices, None, index
+    )
 
 
 def num_bytes(tensors):
@@ -76,12 +90,17 @@ def num_bytes(tensors):
 
 @pytest.mark.usefixtures("no_launches")
 @pytest.mark.parametrize(
-    ("tokens", "sequences", "num_kv_heads"), [(2**20, 1, 2), (1_600_000, 100_000, 2)], ids=["million", "short"]
+    ("tokens", "sequences", "num_kv_heads"),
+    [(2**20, 1, 2), (1_600_000, 100_000, 2)],
+    ids=["million", "short"],
 )
 def test_selected_attention_keeps_to_its_workspace(tokens, sequences, num_kv_heads):
     workspace_bytes = 256 * MIB
-    q, k, lse = new(tokens, num_kv_heads, 128), new(tokens, num_kv_heads, 128), new(tokens, num_kv_heads, dtype=torch.float32)
-    indices, cu_seqlens = new(tokens, num_kv_heads, 16, dtype=torch.int32), new(sequences + 1, dtype=torch.int32)
+    q = new(tokens, num_kv_heads, 128)
+    k = new(tokens, num_kv_heads, 128)
+    lse = new(tokens, num_kv_heads, dtype=torch.float32)
+    indices = new(tokens, num_kv_heads, 16, dtype=torch.int32)
+    cu_seqlens = new(sequences + 1, dtype=torch.int32)
     longest, num_blocks = tokens // sequences, tokens // 64 + sequences
     # Grows with rows, or with blocks, alone.
     linear = 8 * tokens * num_kv_heads + 36 * num_blocks * num_kv_heads + 12 * tokens + 16 * MIB
@@ -90,7 +109,8 @@ def test_selected_attention_keeps_to_its_workspace(tokens, sequences, num_kv_hea
         index = build_block_index(index_of)
     table = 2 * tokens * num_kv_heads * 16  # the sparse blocks of every query
     assert of_index.peak <= num_bytes(index) + table + workspace_bytes + linear
-    call, way = selected_call(q, k, index_of, workspace_bytes, index), KVMajor(tuning.default_config(q, k, 64))
+    call = selected_call(q, k, index_of, workspace_bytes, index)
+    way = KVMajor(tuning.default_config(q, k, 64))
     with Allocated() as forward:
         o = way.forward(call)
     assert forward.peak <= num_bytes(o) + workspace_bytes + linear, forward.peak / MIB
@@ -103,7 +123,9 @@ def test_selected_attention_keeps_to_its_workspace(tokens, sequences, num_kv_hea
 
 @pytest.mark.usefixtures("no_launches")
 def test_the_bitmap_does_not_grow_with_the_square_of_the_batch():
-    """A block is chosen inside its own sequence alone: 8,192 of them once took 3.2 GB a head, cleared in six rounds."""
+    """A block is chosen inside its own sequence alone: 8,192 of them once took 3.2 GB a head,
+    cleared in six rounds.
+    """
     tokens = 8192 * 128
     indices, cu_seqlens = new(tokens, 1, 16, dtype=torch.int32), new(8193, dtype=torch.int32)
     with Allocated() as of_index:
@@ -125,8 +147,11 @@ def units_of_launches(monkeypatch, tokens, num_kv_heads, workspace_bytes):
 
     monkeypatch.setattr(work, "plan_kernel", Counting("plan_kernel"))
     monkeypatch.setattr(kv_major_backward, "gather_bwd_kernel", Counting("gather_bwd_kernel"))
-    q, k, lse = new(tokens, 64, 128), new(tokens, num_kv_heads, 128), new(tokens, 64, dtype=torch.float32)
-    indices, cu_seqlens = new(tokens, num_kv_heads, 16, dtype=torch.int32), new(2, dtype=torch.int32)
+    q = new(tokens, 64, 128)
+    k = new(tokens, num_kv_heads, 128)
+    lse = new(tokens, 64, dtype=torch.float32)
+    indices = new(tokens, num_kv_heads, 16, dtype=torch.int32)
+    cu_seqlens = new(2, dtype=torch.int32)
     index_of = index_call(indices, cu_seqlens, tokens)
     call = selected_call(q, k, index_of, workspace_bytes, build_block_index(index_of))
     KVMajor(AS_ON_HOPPER).backward(call, q, Softmax(q, lse), NOTHING)

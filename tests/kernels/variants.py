@@ -41,8 +41,8 @@ def record(self, *args, grid, warmup=False, **keywords):
     """What Triton would compile a kernel anew for."""
     _, _, _, _, binder = self.device_caches[0]
     _, specialization, options = binder(*args, **keywords)
-    # Memory is imagined: where a tensor begins inside of what was allocated says how it would be
-    # aligned.
+    # Memory is imagined: where a tensor begins inside of what was allocated says how it
+    # would be aligned.
     tensors = [x for x in members(args) if isinstance(x, torch.Tensor)]
     aligned = [x.storage_offset() * x.element_size() % 16 == 0 for x in tensors]
     found[self.fn.__name__].add(str((specialization, options, aligned)))
@@ -70,7 +70,9 @@ def step(lengths, num_heads, num_kv_heads, head_dim=128):
     compress.pool_windows(k, weight, sequences, WINDOWS)
     compressed = WindowedCall(q, k_cmp, k_cmp, sequences, *SHARED, WINDOWS, None)
     windowed_attention_fwd(compressed)
-    indices = select_blocks(SelectionCall(q, k_cmp, lse, sequences, SCALE, WINDOWS, BLOCKS, 16, "triton"))
+    indices = select_blocks(
+        SelectionCall(q, k_cmp, lse, sequences, SCALE, WINDOWS, BLOCKS, 16, "triton")
+    )
     selected = SelectedCall(q, k, v, sequences, *SHARED, BLOCKS, indices, None, None)
     selected = replace(selected, index=build_block_index(IndexCall.of(selected)))
     way = KVMajor(tuning.default_config(q, v, BLOCKS.block_size))
@@ -93,7 +95,9 @@ def decode(tokens, num_heads, num_kv_heads, head_dim=128, batch=4):
     sequences = Sequences(cu_seqlens, tokens, cu_seqlens_q, new(batch, dtype=torch.int32))
 
     windowed_attention_fwd(WindowedCall(q, k_cmp, k_cmp, sequences, *SHARED, WINDOWS, None))
-    indices = select_blocks(SelectionCall(q, k_cmp, lse, sequences, SCALE, WINDOWS, BLOCKS, 16, "triton"))
+    indices = select_blocks(
+        SelectionCall(q, k_cmp, lse, sequences, SCALE, WINDOWS, BLOCKS, 16, "triton")
+    )
     QueryMajor().forward(SelectedCall(q, k, k, sequences, *SHARED, BLOCKS, indices, None, None))
 
 

@@ -1,4 +1,6 @@
-"""Small layers with every parameter random, and the layer's forward once more, as plainly as spec.md can be read."""
+"""Small layers with every parameter random, and the layer's forward once more,
+as plainly as spec.md can be read.
+"""
 
 import math
 
@@ -24,15 +26,33 @@ SMALL = dict(
     window_size=6,
 )
 
-# Between them: every compression kind for keys and for values, both RoPE orders, shared and separate keys and values, both
-# kinds of gate, and every switch on and off. `phi`: an nn.Module of the user's own instead.
+# Between them: every compression kind for keys and for values, both RoPE orders, shared and
+# separate keys and values, both kinds of gate, and every switch on and off. `phi`: an nn.Module of
+# the user's own instead.
 VARIANTS = {
     "default": dict(),
     "mean-linear": dict(compress_k="mean", compress_v="linear", gate="per_token"),
-    "before-mlp": dict(compress_k="mlp", compress_v="mean", compress_rope="before", qk_norm=True, qkv_bias=True, o_bias=True),
-    "branches-gated": dict(compress_k="gated", compress_v="weighted", kv_per_branch=True, compress_position_embedding=True),
+    "before-mlp": dict(
+        compress_k="mlp",
+        compress_v="mean",
+        compress_rope="before",
+        qk_norm=True,
+        qkv_bias=True,
+        o_bias=True,
+    ),
+    "branches-gated": dict(
+        compress_k="gated",
+        compress_v="weighted",
+        kv_per_branch=True,
+        compress_position_embedding=True,
+    ),
     "before-branches": dict(
-        compress_k="linear", compress_v="mlp", compress_rope="before", kv_per_branch=True, v_head_dim=12, gate="per_token"
+        compress_k="linear",
+        compress_v="mlp",
+        compress_rope="before",
+        kv_per_branch=True,
+        v_head_dim=12,
+        gate="per_token",
     ),
     "wide-values": dict(
         compress_k="weighted",
@@ -40,13 +60,20 @@ VARIANTS = {
         v_head_dim=4,
         qk_norm=True,
         compress_position_embedding=True,
-        rope_parameters={"rope_type": "linear", "factor": 3.0, "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+        rope_parameters={
+            "rope_type": "linear",
+            "factor": 3.0,
+            "rope_theta": 500.0,
+            "partial_rotary_factor": 0.5,
+        },
     ),
     "no-rope": dict(
         rope_parameters=None,
         scale=0.2,
         compress_position_embedding=True,
-        compress_k="gated",  # without RoPE, the embeddings of a linear phi would shift all keys alike and change nothing
+        # Without RoPE, the embeddings of a linear phi would shift all keys alike and
+        # change nothing.
+        compress_k="gated",
         compress_v="mlp",
         compress_hidden_size=5,
     ),
@@ -55,7 +82,9 @@ VARIANTS = {
 
 
 class FirstPlusTanhOfLast(torch.nn.Module):
-    """A phi of the user's own, which no built-in kind can imitate: windows `[N, H, l, D]` to `[N, H, D]`."""
+    """A phi of the user's own, which no built-in kind can imitate:
+    windows `[N, H, l, D]` to `[N, H, D]`.
+    """
 
     def __init__(self):
         super().__init__()
@@ -71,9 +100,11 @@ def small_config(**changes):
 
 
 def make_layer(config, dtype=torch.float64, seed=0, gain=2.0, **arguments):
-    """A layer whose parameters all matter: as initialised, gates ignore their input and compressors are means.
+    """A layer whose parameters all matter: as initialised, gates ignore their input and
+    compressors are means.
 
-    gain: 1 keeps the variance. 2 gives peaked softmax weights and block scores far apart, which no rounding reorders.
+    gain: 1 keeps the variance. 2 gives peaked softmax weights and block scores far apart,
+    which no rounding reorders.
     """
     layer = NativeSparseAttention(config, **arguments).to(dtype)
     generator = torch.Generator().manual_seed(seed)
@@ -91,12 +122,18 @@ def make_layer(config, dtype=torch.float64, seed=0, gain=2.0, **arguments):
 
 
 def make_variant(name, dtype=torch.float64, seed=0, gain=2.0, **changes):
-    own = dict(compressor_k=FirstPlusTanhOfLast(), compressor_v=FirstPlusTanhOfLast()) if name == "own-modules" else {}
+    own = (
+        dict(compressor_k=FirstPlusTanhOfLast(), compressor_v=FirstPlusTanhOfLast())
+        if name == "own-modules"
+        else {}
+    )
     return make_layer(small_config(**{**VARIANTS[name], **changes}), dtype, seed, gain, **own)
 
 
 def randn(*shape, dtype=torch.float64, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(
+        shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    ).to(dtype)
 
 
 def rms(x):
@@ -108,11 +145,13 @@ def rms_ratio(actual, expected):
     return rms(actual.double() - expected.double()) / rms(expected)
 
 
-# --- The layer's forward from spec.md, one sequence at a time -------------------------------------------------------------
+# --- The layer's forward from spec.md, one sequence at a time -------------------------------------
 
 
 def rotate(vector, position, rope):
-    """RoPE in the half-split convention: channels c and c + d/2 are a point in the plane, turned by position * frequency."""
+    """RoPE in the half-split convention: channels c and c + d/2 are a point in the plane,
+    turned by position * frequency.
+    """
     if rope is None:
         return vector
     d = int(len(vector) * rope.get("partial_rotary_factor", 1.0))
@@ -147,7 +186,9 @@ def compress_window(compressor, kind, window, head):
 
 
 def expected_output(layer, x):
-    """What the layer should return for one sequence x `[S, E]`, and the blocks it should select `[S, HKV, T_sel]`."""
+    """What the layer should return for one sequence x `[S, E]`, and the blocks it should select
+    `[S, HKV, T_sel]`.
+    """
     c = layer.config
     num_branches = 3 if c.kv_per_branch else 1
 
@@ -156,7 +197,11 @@ def expected_output(layer, x):
         return [linear.weight @ x[t] + bias for t in range(len(x))]
 
     def normalise(vector, norm):
-        return vector / torch.sqrt((vector**2).mean() + c.qk_norm_eps) * norm.weight if c.qk_norm else vector
+        return (
+            vector / torch.sqrt((vector**2).mean() + c.qk_norm_eps) * norm.weight
+            if c.qk_norm
+            else vector
+        )
 
     def head(rows, t, index, width):
         return rows[t][index * width : (index + 1) * width]
@@ -166,7 +211,11 @@ def expected_output(layer, x):
         [
             torch.stack(
                 [
-                    rotate(normalise(head(queries, t, h, c.head_dim), layer.q_norm), t, c.rope_parameters)
+                    rotate(
+                        normalise(head(queries, t, h, c.head_dim), layer.q_norm),
+                        t,
+                        c.rope_parameters,
+                    )
                     for h in range(c.num_heads)
                 ]
             )
@@ -190,7 +239,10 @@ def expected_output(layer, x):
         return torch.stack(
             [
                 torch.stack(
-                    [head(values, t, kv * num_branches + branch % num_branches, c.v_head_dim) for kv in range(c.num_kv_heads)]
+                    [
+                        head(values, t, kv * num_branches + branch % num_branches, c.v_head_dim)
+                        for kv in range(c.num_kv_heads)
+                    ]
                 )
                 for t in range(len(x))
             ]
@@ -204,14 +256,20 @@ def expected_output(layer, x):
     while i * c.kernel_stride + c.kernel_size <= len(x):
         covered = range(i * c.kernel_stride, i * c.kernel_stride + c.kernel_size)
         for kv in range(c.num_kv_heads):
-            key = compress_window(layer.compress_k, c.compress_k, [k_src[p, kv] for p in covered], kv)
+            key = compress_window(
+                layer.compress_k, c.compress_k, [k_src[p, kv] for p in covered], kv
+            )
             k_cmp[i, kv] = rotate(key, i * c.kernel_stride, c.rope_parameters) if after else key
-            v_cmp[i, kv] = compress_window(layer.compress_v, c.compress_v, [v_src[p, kv] for p in covered], kv)
+            v_cmp[i, kv] = compress_window(
+                layer.compress_v, c.compress_v, [v_src[p, kv] for p in covered], kv
+            )
         i += 1
 
     cu_seqlens = [0, len(x)]
     windows = dict(kernel_size=c.kernel_size, kernel_stride=c.kernel_stride)
-    o_cmp, _ = oracle.oracle_compressed(q, k_cmp, v_cmp, scale=c.scale, cu_seqlens=cu_seqlens, **windows)
+    o_cmp, _ = oracle.oracle_compressed(
+        q, k_cmp, v_cmp, scale=c.scale, cu_seqlens=cu_seqlens, **windows
+    )
     scores = oracle.oracle_block_scores(
         q, k_cmp, len(x), block_size=c.block_size, scale=c.scale, cu_seqlens=cu_seqlens, **windows
     )
@@ -228,7 +286,12 @@ def expected_output(layer, x):
         block_size=c.block_size, scale=c.scale, cu_seqlens=cu_seqlens,
     )  # fmt: skip
     o_swa, _ = oracle.oracle_sliding(
-        q, branch_keys(SLIDING), branch_values(SLIDING), window_size=c.window_size, scale=c.scale, cu_seqlens=cu_seqlens
+        q,
+        branch_keys(SLIDING),
+        branch_values(SLIDING),
+        window_size=c.window_size,
+        scale=c.scale,
+        cu_seqlens=cu_seqlens,
     )
 
     rows = []
@@ -237,8 +300,13 @@ def expected_output(layer, x):
         heads = []
         for h in range(c.num_heads):
             first = 3 * h if c.gate == "per_head" else 0
-            g = [1 / (1 + torch.exp(-logits[first + branch])) for branch in (COMPRESSED, SELECTED, SLIDING)]
-            heads.append(g[COMPRESSED] * o_cmp[t, h] + g[SELECTED] * o_slc[t, h] + g[SLIDING] * o_swa[t, h])
+            g = [
+                1 / (1 + torch.exp(-logits[first + branch]))
+                for branch in (COMPRESSED, SELECTED, SLIDING)
+            ]
+            heads.append(
+                g[COMPRESSED] * o_cmp[t, h] + g[SELECTED] * o_slc[t, h] + g[SLIDING] * o_swa[t, h]
+            )
         out = layer.o_proj.weight @ torch.cat(heads)
         rows.append(out if layer.o_proj.bias is None else out + layer.o_proj.bias)
     return torch.stack(rows), chosen

@@ -13,11 +13,13 @@ from tests.cases import BACKENDS
 
 CONFIG = NSAConfig(hidden_size=256, num_heads=4, num_kv_heads=2)
 OPERATORS = (
-    "pool_windows", "compressed_attention", "select_blocks", "selected_attention", "sliding_window_attention", "gated_combine",
+    "pool_windows", "compressed_attention", "select_blocks", "selected_attention",
+    "sliding_window_attention", "gated_combine",
 )  # fmt: skip
 WITH_TRITON = tuple(operator for operator in OPERATORS if operator != "sliding_window_attention")
 needs_triton = pytest.mark.skipif(
-    triton_backends.unavailable() is not None, reason=f"what the kernels refuse: {triton_backends.unavailable()}"
+    triton_backends.unavailable() is not None,
+    reason=f"what the kernels refuse: {triton_backends.unavailable()}",
 )
 
 
@@ -29,7 +31,9 @@ def choice(found, operator="selected_attention"):
 def test_on_a_cpu_the_reference_runs_and_every_backend_before_it_says_why_not(operator):
     found = choice(nsa_fsa.explain(CONFIG, 1024, device="cpu"), operator)
     assert found.backend == "reference"
-    assert list(found.passed_over) == [name for name in BACKENDS[operator].by_name if name != "reference"]
+    assert list(found.passed_over) == [
+        name for name in BACKENDS[operator].by_name if name != "reference"
+    ]
     assert all(found.passed_over.values())
     for reason in found.passed_over.values():
         assert reason in str(found)
@@ -56,7 +60,8 @@ def test_compression_as_the_layer_does_it(compress_k, compress_v, expected):
     assert tuple(c.operator for c in found.choices if c.operator.endswith("_windows")) == expected
 
 
-# What the kernels refuse of a config or a dtype, and by which operators: each is asked with its own arguments.
+# What the kernels refuse of a config or a dtype, and by which operators:
+# each is asked with its own arguments.
 REFUSED = [
     (dict(), torch.float64, "has dtype torch.float64", WITH_TRITON),
     (dict(head_dim=272), torch.float16, "272", WITH_TRITON[:-1]),  # the gates see values only
@@ -72,10 +77,16 @@ REFUSED = [
 
 
 @needs_triton
-@pytest.mark.parametrize(("changes", "dtype", "reason", "operators"), REFUSED, ids=[reason for *_, reason, _ in REFUSED])
-def test_what_the_kernels_refuse_is_said_by_the_operators_that_refuse_it(changes, dtype, reason, operators):
+@pytest.mark.parametrize(
+    ("changes", "dtype", "reason", "operators"), REFUSED, ids=[reason for *_, reason, _ in REFUSED]
+)
+def test_what_the_kernels_refuse_is_said_by_the_operators_that_refuse_it(
+    changes, dtype, reason, operators
+):
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = nsa_fsa.explain(dataclasses.replace(CONFIG, **changes), 1024, device=device, dtype=dtype)
+    found = nsa_fsa.explain(
+        dataclasses.replace(CONFIG, **changes), 1024, device=device, dtype=dtype
+    )
     refusing = [c.operator for c in found.choices if reason in c.passed_over.get("triton", "")]
     assert tuple(refusing) == operators
     for operator in WITH_TRITON:
@@ -121,7 +132,9 @@ def test_which_flash_attention_runs_the_window(gpu, library, backend):
 
 
 def test_the_window_of_float32_is_for_a_triton_kernel():
-    found = choice(nsa_fsa.explain(CONFIG, 1024, gpu="h100", dtype=torch.float32), "sliding_window_attention")
+    found = choice(
+        nsa_fsa.explain(CONFIG, 1024, gpu="h100", dtype=torch.float32), "sliding_window_attention"
+    )
     assert found.backend == "triton_window"
     assert "supported are float16 and bfloat16" in found.passed_over["flash_attention"]
 
@@ -136,15 +149,29 @@ def test_a_backend_asked_for_by_name():
 def test_nothing_is_allocated():
     """A million tokens of 64 heads would be 16 GiB."""
     config = NSAConfig(hidden_size=8192, num_heads=64, num_kv_heads=4)
-    assert choice(nsa_fsa.explain(config, 1 << 20, device="cpu", dtype=torch.float16)).backend == "reference"
+    assert (
+        choice(nsa_fsa.explain(config, 1 << 20, device="cpu", dtype=torch.float16)).backend
+        == "reference"
+    )
 
 
 def test_a_models_config_is_told_the_way_to_one():
-    """The fix that the message gives works as it stands, for a dense model and for a patched one."""
+    """The fix that the message gives works as it stands, for a dense model and for a
+    patched one.
+    """
     transformers = pytest.importorskip("transformers")
-    small = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    small = dict(
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**small, vocab_size=64))
-    with pytest.raises(ValueError, match=r"config is LlamaConfig; .*Fix: .*NSAConfig.from_pretrained_config\(model.config\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"config is LlamaConfig; .*Fix: .*NSAConfig.from_pretrained_config\(model.config\)",
+    ):
         nsa_fsa.explain(model.config, 1024)
     assert nsa_fsa.explain(NSAConfig.from_pretrained_config(model.config), 1024)
     nsa_fsa.patch_model(model, "tiny", verbose=False)

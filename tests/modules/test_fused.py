@@ -12,24 +12,34 @@ from nsa_fsa.modules.rotary import apply_rotary
 
 
 def test_a_quack_that_cannot_be_imported_is_named(tmp_path, monkeypatch):
-    """One that is not installed is no news; a broken one costs time that somebody will wonder about."""
+    """One that is not installed is no news; a broken one costs time that somebody will
+    wonder about.
+    """
     monkeypatch.delitem(sys.modules, "quack", raising=False)
     (tmp_path / "quack").mkdir()
     (tmp_path / "quack" / "__init__.py").write_text("import a_package_that_it_needs")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.warns(UserWarning, match="quack is installed but cannot be imported .*a_package_that_it_needs"):
+    with pytest.warns(
+        UserWarning, match="quack is installed but cannot be imported .*a_package_that_it_needs"
+    ):
         assert fused.quack_kernels.__wrapped__() is None
 
 
 def test_the_norm_is_called_as_quack_takes_it(tmp_path, monkeypatch):
-    """With a stand-in of quack, whose kernels need a GPU: the weight by position, epsilon by name."""
+    """With a stand-in of quack, whose kernels need a GPU: the weight by position,
+    epsilon by name.
+    """
     for name in ("quack", "quack.rotary"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     (tmp_path / "quack").mkdir()
-    (tmp_path / "quack" / "__init__.py").write_text("def rmsnorm(x, weight=None, bias=None, *, eps): return x * weight + eps")
+    (tmp_path / "quack" / "__init__.py").write_text(
+        "def rmsnorm(x, weight=None, bias=None, *, eps): return x * weight + eps"
+    )
     (tmp_path / "quack" / "rotary.py").write_text("apply_rotary_emb = None")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("nsa_fsa.modules.norm.kernels_for", lambda x: fused.quack_kernels.__wrapped__())
+    monkeypatch.setattr(
+        "nsa_fsa.modules.norm.kernels_for", lambda x: fused.quack_kernels.__wrapped__()
+    )
     norm, x = nn.RMSNorm(8, eps=0.5), torch.randn(5, 2, 8)
     assert torch.equal(normalize(norm, x), x * norm.weight + 0.5)
 
@@ -37,12 +47,16 @@ def test_the_norm_is_called_as_quack_takes_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize("rotary_dim", [8, 16])
 @pytest.mark.parametrize("num_tokens", [0, 7, 8, 20])
 def test_rotary_in_launches_that_fit(num_tokens, rotary_dim, monkeypatch):
-    """As the formula, forward and backward, whatever number of tokens a launch may have; channels beyond cos are kept."""
+    """As the formula, forward and backward, whatever number of tokens a launch may have;
+    channels beyond cos are kept.
+    """
     launches = []
 
     def rotary(x, cos, sin):
         launches.append(x.shape[1])
-        first, second, rest = x.split((rotary_dim // 2, rotary_dim // 2, x.shape[3] - rotary_dim), dim=-1)
+        first, second, rest = x.split(
+            (rotary_dim // 2, rotary_dim // 2, x.shape[3] - rotary_dim), dim=-1
+        )
         cos, sin = cos[None, :, None], sin[None, :, None]
         return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)
 
@@ -93,7 +107,17 @@ def parametrized():
         (replaced, False),
         (parametrized, False),
     ],
-    ids=["RMSNorm", "Qwen3", "no epsilon", "no weight", "LayerNorm", "Identity", "hooked", "replaced", "parametrized"],
+    ids=[
+        "RMSNorm",
+        "Qwen3",
+        "no epsilon",
+        "no weight",
+        "LayerNorm",
+        "Identity",
+        "hooked",
+        "replaced",
+        "parametrized",
+    ],
 )
 def test_norms_that_are_fused(make, takes, monkeypatch):
     """Only what the kernel computes is given to it; everything else runs as the module says."""

@@ -1,4 +1,6 @@
-"""What NativeSparseAttention computes: against spec.md read plainly, padded against alone, packed against separate."""
+"""What NativeSparseAttention computes: against spec.md read plainly, padded against alone,
+packed against separate.
+"""
 
 import copy
 import inspect
@@ -47,11 +49,15 @@ def test_forward_is_the_specification(variant):
 
 @torch.no_grad()
 def test_every_part_of_the_specification_shows_in_the_output():
-    """That test_forward_is_the_specification can tell: no two variants of one choice give the same output."""
+    """That test_forward_is_the_specification can tell: no two variants of one choice give the
+    same output.
+    """
     x = randn(1, 45, 24)
 
     def output(**changes):
-        return make_layer(small_config(**{"compress_k": "mean", "compress_v": "mean", **changes}))(x)
+        return make_layer(small_config(**{"compress_k": "mean", "compress_v": "mean", **changes}))(
+            x
+        )
 
     plain = output()
     for changes in (
@@ -67,13 +73,16 @@ def test_every_part_of_the_specification_shows_in_the_output():
         assert rms_ratio(output(**changes), plain) > 1e-3, changes
 
 
-# --- Padded and packed batches --------------------------------------------------------------------------------------------
+# --- Padded and packed batches --------------------------------------------------------------------
 
-LENGTHS = [41, 0, 5, 33, 8, 1, 16]  # one without a token, shorter than a window, one window, block boundaries
+# One without a token, shorter than a window, one window, block boundaries.
+LENGTHS = [41, 0, 5, 33, 8, 1, 16]
 
 
 def padded(x_rows, sides, width):
-    """Rows of different lengths to `[B, width, E]` and a mask; padding holds garbage that must not be looked at."""
+    """Rows of different lengths to `[B, width, E]` and a mask; padding holds garbage that must not
+    be looked at.
+    """
     batch = torch.full((len(x_rows), width, x_rows[0].shape[-1]), 1e4, dtype=x_rows[0].dtype)
     mask = torch.zeros(len(x_rows), width, dtype=torch.int64)
     for b, (row, side) in enumerate(zip(x_rows, sides, strict=True)):
@@ -85,7 +94,9 @@ def padded(x_rows, sides, width):
 @torch.no_grad()
 @pytest.mark.parametrize("mask_dtype", [torch.int64, torch.bool, torch.float32], ids=str)
 @pytest.mark.parametrize(
-    "sides", [["left"] * 7, ["right"] * 7, ["left", "right"] * 3 + ["left"]], ids=["left", "right", "both"]
+    "sides",
+    [["left"] * 7, ["right"] * 7, ["left", "right"] * 3 + ["left"]],
+    ids=["left", "right", "both"],
 )
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_padded_rows_equal_rows_alone(variant, sides, mask_dtype):
@@ -119,13 +130,15 @@ def test_packed_equals_separate(variant, max_seqlen):
     torch.testing.assert_close(output[0], expected, **CLOSE)
 
 
-# --- Positions ------------------------------------------------------------------------------------------------------------
+# --- Positions ------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["default", "before-mlp", "wide-values"])
 def test_positions_may_be_given(variant):
-    """position_ids and position_embeddings that say what the layer would have counted itself change nothing."""
+    """position_ids and position_embeddings that say what the layer would have counted itself
+    change nothing.
+    """
     layer, x = make_variant(variant), randn(2, 40, 24)
     expected = layer(x)
     positions = torch.arange(40)
@@ -133,12 +146,17 @@ def test_positions_may_be_given(variant):
     assert torch.equal(layer(x, position_ids=positions[None]), expected)
     assert torch.equal(layer(x, position_ids=positions.expand(2, 40)), expected)
     assert torch.equal(layer(x, position_embeddings=(cos, sin)), expected)
-    assert torch.equal(layer(x, position_embeddings=(cos.expand(2, -1, -1), sin.expand(2, -1, -1))), expected)
+    assert torch.equal(
+        layer(x, position_embeddings=(cos.expand(2, -1, -1), sin.expand(2, -1, -1))), expected
+    )
 
-    # RoPE is relative: a common shift of all positions changes nothing but rounding. A stretch does.
+    # RoPE is relative: a common shift of all positions changes nothing but rounding.
+    # A stretch does.
     if layer.config.compress_rope == "before":  # an MLP of rotated keys is not relative
         return
-    torch.testing.assert_close(layer(x, position_ids=positions[None] + 1000), expected, rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        layer(x, position_ids=positions[None] + 1000), expected, rtol=1e-8, atol=1e-8
+    )
     assert rms_ratio(layer(x, position_ids=2 * positions[None]), expected) > 1e-3
 
 
@@ -158,20 +176,23 @@ def test_given_positions_in_a_padded_batch():
 @torch.no_grad()
 def test_a_layer_without_rope_uses_given_positions():
     """rope_parameters=None rotates nothing, unless position_embeddings are given."""
-    bare, rotating = (make_layer(small_config(rope_parameters=rope)) for rope in (None, {"rope_theta": 10000.0}))
+    bare, rotating = (
+        make_layer(small_config(rope_parameters=rope)) for rope in (None, {"rope_theta": 10000.0})
+    )
     x = randn(1, 40, 24)
     cos, sin = RotaryEmbedding(rotating.config)(torch.arange(40), 40, torch.float64)
     assert rms_ratio(bare(x), rotating(x)) > 1e-3
     assert torch.equal(bare(x, position_embeddings=(cos[None], sin[None])), rotating(x))
 
 
-# --- Sizes and dtypes -----------------------------------------------------------------------------------------------------
+# --- Sizes and dtypes -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(1, 0), (2, 0), (0, 5), (0, 0)], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_nothing_in_nothing_out(variant, shape):
-    layer, x = make_variant(variant), torch.zeros(*shape, 24, dtype=torch.float64, requires_grad=True)
+    layer = make_variant(variant)
+    x = torch.zeros(*shape, 24, dtype=torch.float64, requires_grad=True)
     output = layer(x)
     output.sum().backward()
     assert output.shape == x.shape
@@ -190,7 +211,9 @@ def test_nothing_but_padding(variant):
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_one_token(variant):
-    """A single token attends to itself in the selected and sliding branches and sees no compressed token."""
+    """A single token attends to itself in the selected and sliding branches and sees no
+    compressed token.
+    """
     layer, x = make_variant(variant), randn(1, 1, 24)
     torch.testing.assert_close(layer(x)[0], expected_output(layer, x[0])[0], **CLOSE)
 
@@ -205,18 +228,23 @@ def gradients(layer, x, do, **arguments):
 
 
 def gradient_errors(grads, expected):
-    """RMS error by name, relative to the gradient's size, or to the typical one for a gradient that cancels to nothing."""
+    """RMS error by name, relative to the gradient's size, or to the typical one for a gradient that
+    cancels to nothing.
+    """
     typical = torch.cat([g.double().flatten() for g in expected.values()]).pow(2).mean().sqrt()
     return {
-        name: ((grads[name].double() - g.double()).pow(2).mean().sqrt() / max(rms(g), 0.1 * typical)).item()
+        name: (
+            (grads[name].double() - g.double()).pow(2).mean().sqrt() / max(rms(g), 0.1 * typical)
+        ).item()
         for name, g in expected.items()
     }
 
 
-# Row 1 of the bars allows an operator an RMS error of 0.005 (16-bit) or 1e-5 (float32), and 3 against 2 for gradients. A layer
-# rounds about four times as often as an operator (projections, norm and rotation, compression, output), and independent errors
-# add up in quadrature: twice the bar. All blocks are selected here, so that rounding cannot change the selection, and gain 1
-# keeps softmax weights from amplifying errors.
+# Row 1 of the bars allows an operator an RMS error of 0.005 (16-bit) or 1e-5 (float32), and 3
+# against 2 for gradients. A layer rounds about four times as often as an operator (projections,
+# norm and rotation, compression, output), and independent errors add up in quadrature: twice the
+# bar. All blocks are selected here, so that rounding cannot change the selection, and gain 1 keeps
+# softmax weights from amplifying errors.
 BAR = {torch.bfloat16: 2 * 0.005, torch.float16: 2 * 0.005, torch.float32: 2 * 1e-5}
 UNSELECTIVE = dict(num_selected_blocks=6, gain=1.0)
 
@@ -228,7 +256,8 @@ def test_dtypes(variant, dtype):
     layer, wide = (make_variant(variant, t, **UNSELECTIVE) for t in (dtype, torch.float64))
     wide.load_state_dict(layer.state_dict())  # float64 from the rounded values
     x, do = randn(2, 45, 24, dtype=dtype), randn(2, 45, 24, dtype=dtype, seed=1)
-    (output, grads), (expected, expected_grads) = gradients(layer, x, do), gradients(wide, x.double(), do)
+    output, grads = gradients(layer, x, do)
+    expected, expected_grads = gradients(wide, x.double(), do)
     assert output.dtype == dtype
     assert {g.dtype for g in grads.values()} == {dtype}
     assert rms_ratio(output, expected) <= BAR[dtype]
@@ -241,8 +270,9 @@ def test_dtypes(variant, dtype):
 def test_autocast(variant, padding):
     """Float32 parameters and input under bfloat16 autocast: runs, and gradients are float32.
 
-    The error is that of the layer wholly in bfloat16 (see test_dtypes) times row 1's factors: 2 for outputs, 3 for gradients.
-    Parameters and inputs are bfloat16 values here, so that casting them costs nothing.
+    The error is that of the layer wholly in bfloat16 (see test_dtypes) times row 1's factors: 2 for
+    outputs, 3 for gradients. Parameters and inputs are bfloat16 values here, so that casting them
+    costs nothing.
     """
     low = make_variant(variant, torch.bfloat16, **UNSELECTIVE)
     layer = make_variant(variant, torch.bfloat16, **UNSELECTIVE).float()
@@ -266,21 +296,26 @@ def test_autocast(variant, padding):
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_position_embeddings_in_another_dtype(dtype):
-    """transformers gives cos and sin in the hidden states' dtype; a float32 pair must not change the layer's dtype."""
+    """transformers gives cos and sin in the hidden states' dtype;
+    a float32 pair must not change the layer's dtype.
+    """
     layer, x = make_variant("default", dtype), randn(1, 40, 24, dtype=dtype)
     cos, sin = (y[None] for y in RotaryEmbedding(layer.config)(torch.arange(40), 40, torch.float32))
     output = layer(x, position_embeddings=(cos, sin))
     assert output.dtype == dtype
     wide = make_variant("default")
     wide.load_state_dict(layer.state_dict())
-    assert rms_ratio(output, wide(x.double())) <= 0.05  # selections may differ here: only grossly wrong rotations show
+    # Selections may differ here: only grossly wrong rotations show.
+    assert rms_ratio(output, wide(x.double())) <= 0.05
 
 
-# --- Parameters -----------------------------------------------------------------------------------------------------------
+# --- Parameters -----------------------------------------------------------------------------------
 
 
 def test_parameter_names_are_hugging_faces():
-    layer = NativeSparseAttention(small_config(qk_norm=True, qkv_bias=True, o_bias=True, compress_k="mean", compress_v="mean"))
+    layer = NativeSparseAttention(
+        small_config(qk_norm=True, qkv_bias=True, o_bias=True, compress_k="mean", compress_v="mean")
+    )
     assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == {
         "q_proj.weight": (32, 24),
         "q_proj.bias": (32,),
@@ -301,7 +336,10 @@ def test_parameter_names_are_hugging_faces():
 @pytest.mark.parametrize(
     ("changes", "shapes"),
     [
-        (dict(kv_per_branch=True, v_head_dim=5), {"k_proj": (48, 24), "v_proj": (30, 24), "o_proj": (24, 20)}),
+        (
+            dict(kv_per_branch=True, v_head_dim=5),
+            {"k_proj": (48, 24), "v_proj": (30, 24), "o_proj": (24, 20)},
+        ),
         (dict(gate="per_token"), {"gate": (3, 24), "k_proj": (16, 24)}),
         (dict(gate="per_head"), {"gate": (12, 24)}),
     ],
@@ -327,7 +365,9 @@ COMPRESSOR_PARAMETERS = {
 def test_compressor_parameters_and_start(kind, embedding):
     config = small_config(compress_hidden_size=9, compress_position_embedding=embedding)
     compressor = Compressor(config, kind, 6)
-    expected = COMPRESSOR_PARAMETERS[kind] | ({"position_embedding": (2, 8, 6)} if embedding else {})
+    expected = COMPRESSOR_PARAMETERS[kind] | (
+        {"position_embedding": (2, 8, 6)} if embedding else {}
+    )
     assert {name: tuple(p.shape) for name, p in compressor.named_parameters()} == expected
     if kind == "mlp":
         return
@@ -338,13 +378,17 @@ def test_compressor_parameters_and_start(kind, embedding):
 
 
 def test_each_side_has_its_own_compressor():
-    layer = NativeSparseAttention(small_config(compress_k="linear", compress_v="gated", v_head_dim=6))
+    layer = NativeSparseAttention(
+        small_config(compress_k="linear", compress_v="gated", v_head_dim=6)
+    )
     assert layer.compress_k.phi.weight.shape == (2, 64, 8)
     assert layer.compress_v.phi.value_map.weight.shape == (2, 48, 6)
 
 
 def test_own_compressors_are_used_and_trained():
-    """A module of the user's own replaces phi, is called with windows `[N, HKV, l, D]`, and receives gradients."""
+    """A module of the user's own replaces phi, is called with windows `[N, HKV, l, D]`,
+    and receives gradients.
+    """
     shapes = []
 
     class Spy(FirstPlusTanhOfLast):
@@ -353,7 +397,9 @@ def test_own_compressors_are_used_and_trained():
             return super().forward(windows)
 
     phi_k, phi_v = Spy(), Spy()
-    layer = NativeSparseAttention(small_config(v_head_dim=6), compressor_k=phi_k, compressor_v=phi_v)
+    layer = NativeSparseAttention(
+        small_config(v_head_dim=6), compressor_k=phi_k, compressor_v=phi_v
+    )
     layer(randn(1, 40, 24, dtype=torch.float32)).sum().backward()
     assert shapes == [(10, 2, 8, 8), (10, 2, 8, 6)]
     assert phi_k.strength.grad != 0
@@ -376,7 +422,9 @@ class Direction(torch.nn.Module):
 
 @pytest.mark.parametrize("lengths", [[40], [5], [3], [11, 2, 30, 7], [0, 12]], ids=str)
 def test_own_compressors_see_no_windows_of_zeros(lengths):
-    """Windows that no sequence owns hold real tokens: a phi that divides by their norm makes no NaN, changes nothing."""
+    """Windows that no sequence owns hold real tokens: a phi that divides by their norm makes no
+    NaN, changes nothing.
+    """
     x = randn(1, sum(lengths), 24)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
 
@@ -402,7 +450,8 @@ def test_own_compressors_that_divide_by_a_norm_and_a_cache():
 
 @torch.no_grad()
 def test_a_phi_put_in_place_by_hand():
-    layer, x = make_variant("own-modules", compress_k="weighted", compress_v="mlp"), randn(1, 45, 24)
+    layer = make_variant("own-modules", compress_k="weighted", compress_v="mlp")
+    x = randn(1, 45, 24)
     expected = layer(x)
     by_hand = NativeSparseAttention(layer.config).double()
     by_hand.compress_k.phi, by_hand.compress_v.phi = FirstPlusTanhOfLast(), FirstPlusTanhOfLast()
@@ -432,7 +481,9 @@ class MinusMean(MLPPhi):
 @torch.no_grad()
 @pytest.mark.parametrize("kind", COMPRESSION_KINDS)
 def test_a_phi_with_a_built_in_inside_is_own(kind):
-    """No config can describe it, so that a checkpoint must ask for it; and it gets windows, as every own phi does."""
+    """No config can describe it, so that a checkpoint must ask for it;
+    and it gets windows, as every own phi does.
+    """
     assert not Compressor(small_config(), kind, 8).is_own
     config = small_config(compress_k=kind)
     layer, x = make_layer(config), randn(40, 2, 8)
@@ -442,15 +493,21 @@ def test_a_phi_with_a_built_in_inside_is_own(kind):
     layer.compress_k.phi = PlusMean(inside)
     for compressor in (layer.compress_k, Compressor(config, PlusMean(inside), 8)):
         assert compressor.is_own
-        torch.testing.assert_close(compressor(x, uniform_layout(1, 40, x.device))[:9], expected, **CLOSE)
+        torch.testing.assert_close(
+            compressor(x, uniform_layout(1, 40, x.device))[:9], expected, **CLOSE
+        )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", COMPRESSION_KINDS)
 def test_a_phi_of_another_compressor(kind):
-    """Handed over as a module, or put in place by hand: own, where it is not what the kind asked for would make."""
+    """Handed over as a module, or put in place by hand: own, where it is not what the kind asked
+    for would make.
+    """
     layout, x = uniform_layout(1, 40, torch.device("cpu")), randn(40, 2, 8)
-    made, by_hand = (Compressor(small_config(), name, 8, dtype=torch.float64) for name in (kind, "weighted"))
+    made, by_hand = (
+        Compressor(small_config(), name, 8, dtype=torch.float64) for name in (kind, "weighted")
+    )
     by_hand.phi = made.phi
     given = Compressor(small_config(), made.phi, 8)
     assert given.is_own
@@ -465,13 +522,17 @@ def test_a_phi_that_extends_a_built_in_is_own():
     compressor = Compressor(small_config(), phi, 8)
     assert compressor.is_own
     window = x[None, 12:20].transpose(1, 2)
-    torch.testing.assert_close(compressor(x, uniform_layout(1, 40, x.device))[3:4], phi(window), **CLOSE)
+    torch.testing.assert_close(
+        compressor(x, uniform_layout(1, 40, x.device))[3:4], phi(window), **CLOSE
+    )
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("wrap", ["torch.compile", "checkpoint_wrapper", "parametrize"])
 def test_a_wrapped_phi_stays_what_it_was(wrap):
-    """Tools wrap a built-in phi, or give it a class of their own: it is called as before, and not the user's own."""
+    """Tools wrap a built-in phi, or give it a class of their own:
+    it is called as before, and not the user's own.
+    """
 
     def wrapped(phi):
         if wrap == "torch.compile":
@@ -485,17 +546,29 @@ def test_a_wrapped_phi_stays_what_it_was(wrap):
     for variant in ["default"] if wrap == "torch.compile" else VARIANTS:
         layer, x = make_variant(variant), randn(1, 45, 24)
         expected = layer(x)
-        layer.compress_k.phi, layer.compress_v.phi = wrapped(layer.compress_k.phi), wrapped(layer.compress_v.phi)
+        layer.compress_k.phi, layer.compress_v.phi = (
+            wrapped(layer.compress_k.phi),
+            wrapped(layer.compress_v.phi),
+        )
         assert torch.equal(layer(x), expected)
         assert torch.equal(copy.deepcopy(layer)(x), expected)
-        assert layer.compress_k.is_own == copy.deepcopy(layer).compress_k.is_own == (variant == "own-modules")
+        assert (
+            layer.compress_k.is_own
+            == copy.deepcopy(layer).compress_k.is_own
+            == (variant == "own-modules")
+        )
 
 
 def test_repr_shows_what_is_read():
-    text = repr(NativeSparseAttention(small_config(compress_v="mlp"), compressor_k=FirstPlusTanhOfLast()))
+    text = repr(
+        NativeSparseAttention(small_config(compress_v="mlp"), compressor_k=FirstPlusTanhOfLast())
+    )
     for part in (
         "block_size=8, num_selected_blocks=3, init_blocks=1, local_blocks=1, window_size=6",
-        "(compress_k): Compressor(\n    kernel_size=8, kernel_stride=4\n    (phi): FirstPlusTanhOfLast()",
+        (
+            "(compress_k): "
+            "Compressor(\n    kernel_size=8, kernel_stride=4\n    (phi): FirstPlusTanhOfLast()"
+        ),
         "(phi): MLPPhi()",
     ):
         assert part in text
@@ -504,9 +577,13 @@ def test_repr_shows_what_is_read():
 
 @torch.no_grad()
 @pytest.mark.parametrize("gate", ["per_head", "per_token"])
-@pytest.mark.parametrize(("init", "values"), [("balanced", (0.5, 0.5, 0.5)), ("dense", (0.0025, 0.9975, 0.0025))])
+@pytest.mark.parametrize(
+    ("init", "values"), [("balanced", (0.5, 0.5, 0.5)), ("dense", (0.0025, 0.9975, 0.0025))]
+)
 def test_gates_start(gate, init, values):
-    """Whatever the input is: balanced gates are exactly one half, dense ones open the selected branch alone."""
+    """Whatever the input is: balanced gates are exactly one half,
+    dense ones open the selected branch alone.
+    """
     layer, records = NativeSparseAttention(small_config(gate=gate, gate_init=init)), []
     layer.recorder = records.append
     layer(100 * randn(2, 20, 24, dtype=torch.float32))
@@ -519,7 +596,9 @@ def test_gates_start(gate, init, values):
 
 
 def test_device_and_dtype_arguments():
-    layer = NativeSparseAttention(small_config(compress_k="gated", compress_position_embedding=True), dtype=torch.bfloat16)
+    layer = NativeSparseAttention(
+        small_config(compress_k="gated", compress_position_embedding=True), dtype=torch.bfloat16
+    )
     assert {p.dtype for p in layer.parameters()} == {torch.bfloat16}
     meta = NativeSparseAttention(small_config(compress_k="mlp", compress_v="linear"), device="meta")
     assert {p.device.type for p in meta.parameters()} == {"meta"}
@@ -534,7 +613,7 @@ def test_state_dict_round_trip():
     assert torch.equal(second(x), first(x))
 
 
-# --- The recorder ---------------------------------------------------------------------------------------------------------
+# --- The recorder ---------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -574,11 +653,17 @@ def test_recorder_with_a_cache():
     assert step.layout.seqused_k.tolist() == [40]
 
 
-# --- Errors ---------------------------------------------------------------------------------------------------------------
+# --- Errors ---------------------------------------------------------------------------------------
 
 ERRORS = {
-    "no batch axis": (lambda: dict(hidden_states=randn(40, 24)), r"shape \(40, 24\).*must be \[B, S, 24\].*Fix"),
-    "wrong width": (lambda: dict(hidden_states=randn(1, 40, 23)), r"\(1, 40, 23\).*\[B, S, 24\].*Fix"),
+    "no batch axis": (
+        lambda: dict(hidden_states=randn(40, 24)),
+        r"shape \(40, 24\).*must be \[B, S, 24\].*Fix",
+    ),
+    "wrong width": (
+        lambda: dict(hidden_states=randn(1, 40, 23)),
+        r"\(1, 40, 23\).*\[B, S, 24\].*Fix",
+    ),
     "4D mask": (
         lambda: dict(hidden_states=randn(2, 9, 24), attention_mask=torch.ones(2, 1, 9, 9)),
         r"\(2, 1, 9, 9\).*must be \[B, S\] = \(2, 9\).*Fix",
@@ -588,23 +673,31 @@ ERRORS = {
         r"\(2, 8\).*\(2, 9\).*Fix",
     ),
     "packed with two rows": (
-        lambda: dict(hidden_states=randn(2, 9, 24), cu_seqlens=torch.tensor([0, 9], dtype=torch.int32)),
+        lambda: dict(
+            hidden_states=randn(2, 9, 24), cu_seqlens=torch.tensor([0, 9], dtype=torch.int32)
+        ),
         r"2 rows.*Fix",
     ),
     "packed with a mask": (
         lambda: dict(
-            hidden_states=randn(1, 9, 24), cu_seqlens=torch.tensor([0, 9], dtype=torch.int32), attention_mask=torch.ones(1, 9)
+            hidden_states=randn(1, 9, 24),
+            cu_seqlens=torch.tensor([0, 9], dtype=torch.int32),
+            attention_mask=torch.ones(1, 9),
         ),
         r"attention_mask is not None.*Fix",
     ),
     "packed with a cache": (
         lambda: dict(
-            hidden_states=randn(1, 9, 24), cu_seqlens=torch.tensor([0, 9], dtype=torch.int32), cache=NSACache(small_config())
+            hidden_states=randn(1, 9, 24),
+            cu_seqlens=torch.tensor([0, 9], dtype=torch.int32),
+            cache=NSACache(small_config()),
         ),
         r"cache is not None.*Fix",
     ),
     "boundaries that do not fit": (
-        lambda: dict(hidden_states=randn(1, 9, 24), cu_seqlens=torch.tensor([0, 8], dtype=torch.int32)),
+        lambda: dict(
+            hidden_states=randn(1, 9, 24), cu_seqlens=torch.tensor([0, 8], dtype=torch.int32)
+        ),
         r"cu_seqlens=\[0, 8\] must rise from 0 to the number of key rows, 9",
     ),
     "boundaries of another dtype": (
@@ -612,7 +705,11 @@ ERRORS = {
         r"cu_seqlens has dtype torch.int64.*int32.*Fix",
     ),
     "max_seqlen too small": (
-        lambda: dict(hidden_states=randn(1, 9, 24), cu_seqlens=torch.tensor([0, 9], dtype=torch.int32), max_seqlen=8),
+        lambda: dict(
+            hidden_states=randn(1, 9, 24),
+            cu_seqlens=torch.tensor([0, 9], dtype=torch.int32),
+            max_seqlen=8,
+        ),
         r"max_seqlen=8 is less than the longest sequence, 9.*Fix",
     ),
     "cache of another config": (
@@ -641,15 +738,41 @@ def wrong_arguments():
 
     pairs = [cos, (cos,), (cos, cos, cos), (cos, None), (cos, 3.0), 3, "text", True, {"cos": cos}]
     pairs += [(cos, y) for y in (cos[..., :4], cos[:, :5], cos[0], cos.int(), cos.to("meta"))]
-    pairs += [(y, y) for y in (cos[..., :7], randn(1, 9, 10), randn(3, 9, 8), randn(1, 8, 8), cos[..., :0], cos.to("meta"))]
+    pairs += [
+        (y, y)
+        for y in (
+            cos[..., :7],
+            randn(1, 9, 10),
+            randn(3, 9, 8),
+            randn(1, 8, 8),
+            cos[..., :0],
+            cos.to("meta"),
+        )
+    ]
     return {
-        # A tensor on another device than the parameters is torch's to refuse: only it knows where those are.
-        "hidden_states": (dict(), [y for y in instead_of_tensor(x) if not (isinstance(y, torch.Tensor) and y.is_meta)]),
+        # A tensor on another device than the parameters is torch's to refuse:
+        # only it knows where those are.
+        "hidden_states": (
+            dict(),
+            [y for y in instead_of_tensor(x) if not (isinstance(y, torch.Tensor) and y.is_meta)],
+        ),
         "position_embeddings": (dict(), pairs),
-        "attention_mask": (dict(), [*misshapen(torch.ones(2, 9)), torch.ones(2, 8), torch.ones(1, 9)]),
-        "cu_seqlens": (dict(hidden_states=x[:1]), [*instead_of_tensor(boundaries, optional=True), boundaries.long()]),
-        "max_seqlen": (dict(hidden_states=x[:1], cu_seqlens=boundaries), instead_of_int(5, optional=True)),
-        "position_ids": (dict(), [*misshapen(ids), ids.float(), ids.bool(), ids[:, :8], ids.expand(3, 9)]),
+        "attention_mask": (
+            dict(),
+            [*misshapen(torch.ones(2, 9)), torch.ones(2, 8), torch.ones(1, 9)],
+        ),
+        "cu_seqlens": (
+            dict(hidden_states=x[:1]),
+            [*instead_of_tensor(boundaries, optional=True), boundaries.long()],
+        ),
+        "max_seqlen": (
+            dict(hidden_states=x[:1], cu_seqlens=boundaries),
+            instead_of_int(5, optional=True),
+        ),
+        "position_ids": (
+            dict(),
+            [*misshapen(ids), ids.float(), ids.bool(), ids[:, :8], ids.expand(3, 9)],
+        ),
         "cache": (dict(), [3, "text", True, {}, NSACache, transformers.DynamicCache(), x]),
     }
 
@@ -665,7 +788,10 @@ def test_no_argument_fails_from_inside(name):
 
 
 def test_a_tensor_in_place_of_a_pair_is_named_not_shown():
-    with pytest.raises(ValueError, match=r"position_embeddings is Tensor; it must be a pair.*Fix: pass \(cos, sin\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"position_embeddings is Tensor; it must be a pair.*Fix: pass \(cos, sin\)",
+    ):
         make_variant("default")(randn(2, 9, 24), position_embeddings=randn(2, 9, 8))
 
 
@@ -674,12 +800,22 @@ def test_a_tensor_in_place_of_a_pair_is_named_not_shown():
     {
         "config": [None, {}, "tiny", NSAConfig],
         "compressor_k": ["median", 3, torch.nn.Identity, []],
-        "projections": [[], {}, "text", dict(q_proj=torch.nn.Linear(2, 2)), dict.fromkeys(PROJECTIONS, 3)],
+        "projections": [
+            [],
+            {},
+            "text",
+            dict(q_proj=torch.nn.Linear(2, 2)),
+            dict.fromkeys(PROJECTIONS, 3),
+        ],
     }.items(),
 )
 def test_no_argument_of_the_constructor_fails_from_inside(name, values):
     for value in values:
-        assert_refused(lambda value=value: NativeSparseAttention(**{"config": small_config(), name: value}), name, value)
+        assert_refused(
+            lambda value=value: NativeSparseAttention(**{"config": small_config(), name: value}),
+            name,
+            value,
+        )
 
 
 class WrongShape(torch.nn.Module):
@@ -688,44 +824,61 @@ class WrongShape(torch.nn.Module):
 
 
 def test_a_compressor_that_returns_no_tensor_is_named():
-    layer = NativeSparseAttention(small_config(), compressor_v=torch.nn.LSTM(8, 8, batch_first=True))
+    layer = NativeSparseAttention(
+        small_config(), compressor_v=torch.nn.LSTM(8, 8, batch_first=True)
+    )
     layer.compress_v.phi.forward = lambda windows: (windows, None)
-    with pytest.raises(ValueError, match=r"compressor LSTM turned windows .* into tuple; it must .*Fix"):
+    with pytest.raises(
+        ValueError, match=r"compressor LSTM turned windows .* into tuple; it must .*Fix"
+    ):
         layer(randn(1, 40, 24, dtype=torch.float32))
 
 
 @pytest.mark.parametrize("length", [3, 40])  # also without a window
 @pytest.mark.parametrize("side", ["k", "v"])
 def test_a_compressor_of_a_wrong_shape_is_named(side, length):
-    layer = NativeSparseAttention(small_config(v_head_dim=6), **{f"compressor_{side}": WrongShape()})
+    layer = NativeSparseAttention(
+        small_config(v_head_dim=6), **{f"compressor_{side}": WrongShape()}
+    )
     width = 8 if side == "k" else 6
     n = length // 4
-    message = rf"compressor WrongShape .*windows \({n}, 2, 8, {width}\) .*\({n}, 2, {width - 1}\).*must .*Fix"
+    message = (
+        r"compressor WrongShape "
+        rf".*windows \({n}, 2, 8, {width}\) .*\({n}, 2, {width - 1}\).*must .*Fix"
+    )
     with pytest.raises(ValueError, match=message):
         layer(randn(1, length, 24, dtype=torch.float32))
 
 
-@pytest.mark.parametrize("value", ["median", WrongShape, torch.mean, 3], ids=["text", "class", "function", "number"])
+@pytest.mark.parametrize(
+    "value", ["median", WrongShape, torch.mean, 3], ids=["text", "class", "function", "number"]
+)
 def test_a_compressor_that_is_no_module_is_refused(value):
     with pytest.raises(ValueError, match=r"compressor_v=.* must be an nn.Module.*Fix"):
         NativeSparseAttention(small_config(), compressor_v=value)
 
 
 def test_unknown_backend():
-    with pytest.raises(ValueError, match=r"backend='quantum'.*allowed are.*'auto'.*'reference'.*Fix"):
+    with pytest.raises(
+        ValueError, match=r"backend='quantum'.*allowed are.*'auto'.*'reference'.*Fix"
+    ):
         NativeSparseAttention(small_config(backend="quantum"))
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.operator)
 def test_a_layer_takes_every_backend_of_every_operator(operator):
-    """As nsa_attention does: a name goes to the operators that have it. One that cannot run here is refused at once."""
+    """As nsa_attention does: a name goes to the operators that have it.
+    One that cannot run here is refused at once.
+    """
     for name, reason in operator.available().items():
         config = small_config(backend=name)
         if reason is None:
             NativeSparseAttention(config)
         else:
-            with pytest.raises(RuntimeError, match=f"backend='{name}' of {operator.operator} cannot run here"):
+            with pytest.raises(
+                RuntimeError, match=f"backend='{name}' of {operator.operator} cannot run here"
+            ):
                 NativeSparseAttention(config)
 
 
@@ -744,5 +897,8 @@ def test_a_backend_of_one_branch_runs_there(monkeypatch):
     own = OwnWindow(reference.run, reference.differentiate)
     prefer(monkeypatch, "sliding_window_attention", own)
     x = randn(1, 20, 24)
-    assert torch.equal(make_layer(small_config(backend="own_window"))(x), make_layer(small_config(backend="reference"))(x))
+    assert torch.equal(
+        make_layer(small_config(backend="own_window"))(x),
+        make_layer(small_config(backend="reference"))(x),
+    )
     assert counted == [small_config().window_size]

@@ -9,20 +9,43 @@ from torch.func import functional_call
 
 from nsa_fsa.config import BRANCHES
 from tests.cases import backends_of, device_of
-from tests.modules.layers import VARIANTS, FirstPlusTanhOfLast, make_layer, make_variant, randn, small_config
+from tests.modules.layers import (
+    VARIANTS,
+    FirstPlusTanhOfLast,
+    make_layer,
+    make_variant,
+    randn,
+    small_config,
+)
 
-# Few enough numbers for finite differences in every one; still 3 of 4 blocks selected and 6 compressed tokens.
-TINY = dict(hidden_size=6, num_heads=2, num_kv_heads=1, head_dim=4, kernel_size=4, kernel_stride=2, block_size=4, window_size=3)
+# Few enough numbers for finite differences in every one; still 3 of 4 blocks selected and 6
+# compressed tokens.
+TINY = dict(
+    hidden_size=6,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    kernel_size=4,
+    kernel_stride=2,
+    block_size=4,
+    window_size=3,
+)
 
 
 def tiny_variant(name):
-    own = dict(compressor_k=FirstPlusTanhOfLast(), compressor_v=FirstPlusTanhOfLast()) if name == "own-modules" else {}
+    own = (
+        dict(compressor_k=FirstPlusTanhOfLast(), compressor_v=FirstPlusTanhOfLast())
+        if name == "own-modules"
+        else {}
+    )
     return make_layer(small_config(**{**VARIANTS[name], **TINY}), gain=1.0, **own)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradcheck_of_the_input(variant):
-    """Float64, every element. Selection is discrete, but constant within a step of 1e-6 unless two scores tie."""
+    """Float64, every element. Selection is discrete, but constant within a step of 1e-6 unless
+    two scores tie.
+    """
     layer = tiny_variant(variant)
     x = randn(1, 14, 6).requires_grad_()
     assert torch.autograd.gradcheck(layer, (x,))
@@ -30,14 +53,18 @@ def test_gradcheck_of_the_input(variant):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradcheck_of_every_parameter(variant):
-    """One parameter at a time, along a random direction of it (fast_mode): a wrong one cannot hide among the others."""
+    """One parameter at a time, along a random direction of it (fast_mode):
+    a wrong one cannot hide among the others.
+    """
     layer, x = tiny_variant(variant), randn(1, 14, 6)
     for name, parameter in layer.named_parameters():
 
         def run(value, name=name):
             return functional_call(layer, {name: value}, (x,))
 
-        assert torch.autograd.gradcheck(run, (parameter.detach().clone().requires_grad_(),), fast_mode=True), name
+        assert torch.autograd.gradcheck(
+            run, (parameter.detach().clone().requires_grad_(),), fast_mode=True
+        ), name
 
 
 def test_gradcheck_of_a_padded_and_a_packed_batch():
@@ -52,7 +79,9 @@ def test_gradcheck_of_a_padded_and_a_packed_batch():
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_parameter_is_trained(variant):
-    """A non-zero gradient for each; with kv_per_branch for each branch's slice of the projections."""
+    """A non-zero gradient for each; with kv_per_branch for each branch's slice of the
+    projections.
+    """
     layer = make_variant(variant, torch.float32)
     output = layer(randn(2, 45, 24, dtype=torch.float32))
     output.backward(randn(2, 45, 24, dtype=torch.float32, seed=1))
@@ -62,7 +91,9 @@ def test_every_parameter_is_trained(variant):
     c = layer.config
     if c.kv_per_branch:
         for projection, width in (("k_proj", c.head_dim), ("v_proj", c.v_head_dim)):
-            slices = layer.get_submodule(projection).weight.grad.unflatten(0, (c.num_kv_heads, 3, width))
+            slices = layer.get_submodule(projection).weight.grad.unflatten(
+                0, (c.num_kv_heads, 3, width)
+            )
             assert (slices.abs().amax((2, 3)) > 1e-4).all(), projection
 
 
@@ -79,7 +110,9 @@ def test_padding_receives_no_gradient():
 @pytest.mark.parametrize("scale", [30.0, 1e-3])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_extreme_inputs(variant, scale):
-    """Inputs x30, equal tokens, one huge token: finite output and gradients wherever float64's are, which they all are."""
+    """Inputs x30, equal tokens, one huge token: finite output and gradients wherever float64's are,
+    which they all are.
+    """
     layer = make_variant(variant, torch.float32)
     equal = randn(1, 1, 24, dtype=torch.float32).expand(1, 45, 24)
     one_huge = randn(1, 45, 24, dtype=torch.float32)
@@ -92,12 +125,14 @@ def test_extreme_inputs(variant, scale):
         assert torch.isfinite(x.grad).all()
 
 
-# --- Compilation ----------------------------------------------------------------------------------------------------------
+# --- Compilation ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiled_equals_eager(variant):
-    """fullgraph: one graph break would raise. aot_eager traces forward and backward through the fake operators."""
+    """fullgraph: one graph break would raise. aot_eager traces forward and backward through the
+    fake operators.
+    """
     torch._dynamo.reset()
     layer, x, do = make_variant(variant), randn(2, 45, 24), randn(2, 45, 24, seed=1)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
@@ -132,7 +167,7 @@ def test_no_recompilation_after_the_second_length():
             step(length)
 
 
-# --- Memory ---------------------------------------------------------------------------------------------------------------
+# --- Memory ---------------------------------------------------------------------------------------
 
 
 def test_memory_does_not_grow_over_50_steps():
@@ -151,14 +186,18 @@ def test_memory_does_not_grow_over_50_steps():
         optimizer.step()
         if step == 4:
             tensors, memory = live_tensors(), process.memory_info().rss
-    assert live_tensors() - tensors < 25  # one tensor per step would be 50; other tests' garbage may come and go
-    # A step's activations (q, k, v, three branch outputs: 2 * 256 * 7 * 32 floats) are 0.46 MB: kept, they would be 23 MB.
+    # One tensor per step would be 50; other tests' garbage may come and go.
+    assert live_tensors() - tensors < 25
+    # A step's activations (q, k, v, three branch outputs: 2 * 256 * 7 * 32 floats) are 0.46 MB:
+    # kept, they would be 23 MB.
     assert process.memory_info().rss - memory < 12e6
 
 
 @pytest.mark.parametrize("recompute", [("compressed",), ("selected", "sliding"), BRANCHES], ids=str)
 def test_recompute_saves_branches_and_changes_nothing(recompute):
-    """The bytes that autograd keeps are fewer by the branches' outputs, and every gradient has the same bits."""
+    """The bytes that autograd keeps are fewer by the branches' outputs,
+    and every gradient has the same bits.
+    """
 
     def run(config):
         layer, kept = make_layer(config), {}
@@ -176,16 +215,19 @@ def test_recompute_saves_branches_and_changes_nothing(recompute):
     config = small_config(recompute=recompute)
     less, found = run(config)
     all_kept, expected = run(small_config())
-    assert all_kept - less == len(recompute) * 90 * config.num_heads * config.v_head_dim * 8  # float64
+    # float64
+    assert all_kept - less == len(recompute) * 90 * config.num_heads * config.v_head_dim * 8
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b)
 
 
-# --- Training on every backend --------------------------------------------------------------------------------------------
+# --- Training on every backend --------------------------------------------------------------------
 
 
 def training_losses(backend, steps=100):
-    """Losses of a two-layer residual network learning four sequences by heart; three tokens in a row tell what comes next."""
+    """Losses of a two-layer residual network learning four sequences by heart;
+    three tokens in a row tell what comes next.
+    """
     device = device_of(backend)
     torch.manual_seed(0)
     config = small_config(
@@ -198,16 +240,26 @@ def training_losses(backend, steps=100):
         block_size=16,
         backend=backend,
     )
-    layers = torch.nn.ModuleList(make_layer(config, torch.float32, seed=i, gain=1.0) for i in range(2)).to(device)
+    layers = torch.nn.ModuleList(
+        make_layer(config, torch.float32, seed=i, gain=1.0) for i in range(2)
+    ).to(device)
     embed, head = torch.nn.Embedding(20, 32).to(device), torch.nn.Linear(32, 20).to(device)
-    optimizer = torch.optim.AdamW([*layers.parameters(), *embed.parameters(), *head.parameters()], lr=3e-3)
-    tokens = torch.randint(20, (4, 24), generator=torch.Generator().manual_seed(0)).repeat(1, 3).to(device)
+    optimizer = torch.optim.AdamW(
+        [*layers.parameters(), *embed.parameters(), *head.parameters()], lr=3e-3
+    )
+    tokens = (
+        torch.randint(20, (4, 24), generator=torch.Generator().manual_seed(0))
+        .repeat(1, 3)
+        .to(device)
+    )
     losses = []
     for _ in range(steps):
         hidden = embed(tokens[:, :-1])
         for layer in layers:
             hidden = hidden + layer(torch.nn.functional.rms_norm(hidden, (32,)))
-        loss = torch.nn.functional.cross_entropy(head(hidden).flatten(0, 1), tokens[:, 1:].flatten())
+        loss = torch.nn.functional.cross_entropy(
+            head(hidden).flatten(0, 1), tokens[:, 1:].flatten()
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -226,8 +278,12 @@ def test_training_on_the_reference_learns(reference_losses):
     assert reference_losses[-5:].mean() < 1.5
 
 
-@pytest.mark.parametrize("backend", [backend for backend in backends_of("nsa_attention") if backend.values[0] != "reference"])
+@pytest.mark.parametrize(
+    "backend",
+    [backend for backend in backends_of("nsa_attention") if backend.values[0] != "reference"],
+)
 def test_training_tracks_the_reference(backend, reference_losses):
     if device_of(backend) == "cpu":
         pytest.skip("100 steps take Triton's interpreter hours: on a GPU only")
-    torch.testing.assert_close(training_losses(backend), reference_losses, rtol=0, atol=1e-2)  # row 16 of the bars
+    # Row 16 of the bars.
+    torch.testing.assert_close(training_losses(backend), reference_losses, rtol=0, atol=1e-2)

@@ -1,4 +1,6 @@
-"""The layer in the hands of tools that know nothing of it: adapters, quantizers, offloading, sharding, export."""
+"""The layer in the hands of tools that know nothing of it: adapters, quantizers, offloading,
+sharding, export.
+"""
 
 import copy
 
@@ -9,7 +11,14 @@ from torch import nn
 
 from nsa_fsa import patch_model
 from nsa_fsa.modules import BranchGate, NativeSparseAttention, fused
-from tests.modules.layers import VARIANTS, FirstPlusTanhOfLast, make_layer, make_variant, randn, small_config
+from tests.modules.layers import (
+    VARIANTS,
+    FirstPlusTanhOfLast,
+    make_layer,
+    make_variant,
+    randn,
+    small_config,
+)
 
 CLOSE = dict(rtol=1e-10, atol=1e-11)  # float64
 
@@ -25,11 +34,13 @@ class Block(nn.Module):
         return x + self.attn(x)
 
 
-# --- The gate is a Linear -------------------------------------------------------------------------------------------------
+# --- The gate is a Linear -------------------------------------------------------------------------
 
 
 class PlainLinear(nn.Module):
-    """What a tool that replaces Linears by isinstance puts in their place: it knows what a Linear has, and nothing else."""
+    """What a tool that replaces Linears by isinstance puts in their place:
+    it knows what a Linear has, and nothing else.
+    """
 
     def __init__(self, linear):
         super().__init__()
@@ -70,9 +81,12 @@ def test_a_gate_returns_what_its_linear_returns():
 @pytest.mark.parametrize("length", [4, 45])
 @pytest.mark.parametrize("gate", ["per_head", "per_token"])
 def test_lora_on_every_linear(gate, length):
-    """PEFT, all-linear: nothing changes at the start, the gate's adapter trains, and merging it gives the adapted values."""
+    """PEFT, all-linear: nothing changes at the start, the gate's adapter trains,
+    and merging it gives the adapted values.
+    """
     peft = pytest.importorskip("peft")
-    layer, x = make_layer(small_config(gate=gate), torch.float32), randn(1, length, 24, dtype=torch.float32)
+    layer = make_layer(small_config(gate=gate), torch.float32)
+    x = randn(1, length, 24, dtype=torch.float32)
     expected = layer(x)
     adapted = peft.get_peft_model(Block(layer), peft.LoraConfig(r=2, target_modules="all-linear"))
     attn = adapted.base_model.model.attn
@@ -90,7 +104,9 @@ def test_lora_on_every_linear(gate, length):
 @pytest.mark.parametrize("names", [("gate", "compress_k", "compress_v"), ("phi",)], ids=" ".join)
 @pytest.mark.parametrize("variant", ["default", "branches-gated", "own-modules"])
 def test_what_is_new_is_trained_beside_adapters(variant, names):
-    """PEFT's modules_to_save, as the whole or of the compressors alone: copies that give the same values, and learn."""
+    """PEFT's modules_to_save, as the whole or of the compressors alone:
+    copies that give the same values, and learn.
+    """
     peft = pytest.importorskip("peft")
     layer, x = make_variant(variant, torch.float32), randn(1, 45, 24, dtype=torch.float32)
     expected = layer(x)
@@ -100,32 +116,45 @@ def test_what_is_new_is_trained_beside_adapters(variant, names):
     torch.testing.assert_close(output, expected)
     assert adapted.base_model.model.attn.compress_k.is_own == (variant == "own-modules")
     output.sum().backward()
-    learning = {name for name, p in adapted.named_parameters() if p.grad is not None and "lora" not in name}
+    learning = {
+        name for name, p in adapted.named_parameters() if p.grad is not None and "lora" not in name
+    }
     assert learning
     assert all(any(f"{part}.modules_to_save" in name for name in learning) for part in names)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("variant", "names"), [("default", ["logits"]), ("no-rope", ["down", "up"])], ids=str)
+@pytest.mark.parametrize(
+    ("variant", "names"), [("default", ["logits"]), ("no-rope", ["down", "up"])], ids=str
+)
 def test_lora_on_the_parameters_of_a_phi(variant, names):
     """PEFT wraps the phi, once for every parameter; merged, it is the phi again."""
     peft = pytest.importorskip("peft")
     layer, x = make_variant(variant), randn(1, 45, 24)
     expected = layer(x)
     targets = [f"compress_v.phi.{name}" for name in names]
-    adapted = peft.get_peft_model(Block(layer), peft.LoraConfig(r=2, target_modules=[], target_parameters=targets))
+    adapted = peft.get_peft_model(
+        Block(layer), peft.LoraConfig(r=2, target_modules=[], target_parameters=targets)
+    )
     for attn in (adapted.base_model.model.attn, adapted.merge_and_unload().attn):
         torch.testing.assert_close(attn(x), expected, **CLOSE)
         assert not attn.compress_v.is_own
 
 
 @torch.no_grad()
-@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor")
+@pytest.mark.filterwarnings(
+    "ignore:torch.ao.quantization is deprecated", "ignore:torch.quantize_per_tensor"
+)
 def test_dynamic_quantization_and_its_skip_list():
-    """torch.ao quantizes what is a Linear by type; a quantizer that goes by names leaves the gate alone if told "gate"."""
-    model, x = Block(make_layer(small_config(), torch.float32, gain=1.0)), randn(1, 45, 24, dtype=torch.float32)
+    """torch.ao quantizes what is a Linear by type; a quantizer that goes by names leaves the gate
+    alone if told "gate".
+    """
+    model = Block(make_layer(small_config(), torch.float32, gain=1.0))
+    x = randn(1, 45, 24, dtype=torch.float32)
     expected = model(x)
-    quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear, BranchGate}, dtype=torch.qint8)
+    quantized = torch.ao.quantization.quantize_dynamic(
+        copy.deepcopy(model), {nn.Linear, BranchGate}, dtype=torch.qint8
+    )
     assert (quantized(x) - expected).pow(2).mean() < 0.05 * expected.pow(2).mean()
     replace_linears(model, skip=("gate",))
     assert type(model.attn.gate) is BranchGate
@@ -135,15 +164,21 @@ def test_dynamic_quantization_and_its_skip_list():
 def test_the_gates_pattern_is_what_transformers_quantizers_skip():
     """Quantizers ask with the module's name, torchao's with the weight's."""
     quantizers_utils = pytest.importorskip("transformers.quantizers.quantizers_utils")
-    names = [f"model.layers.0.{name}" for name in ("self_attn.gate", "mlp.gate_proj", "self_attn.q_proj")]
+    names = [
+        f"model.layers.0.{name}" for name in ("self_attn.gate", "mlp.gate_proj", "self_attn.q_proj")
+    ]
     for suffix in ("", ".weight"):
         converted = [
-            name for name in names if quantizers_utils.should_convert_module(name + suffix, [".*self_attn.gate", "lm_head"])
+            name
+            for name in names
+            if quantizers_utils.should_convert_module(
+                name + suffix, [".*self_attn.gate", "lm_head"]
+            )
         ]
         assert converted == names[1:]
 
 
-# --- Parameters that are elsewhere until their module runs ---------------------------------------------------------------
+# --- Parameters that are elsewhere until their module runs ----------------------------------------
 
 
 def fused_norm(x, weight, eps):
@@ -153,11 +188,15 @@ def fused_norm(x, weight, eps):
 @pytest.fixture
 def fused_kernels(monkeypatch):
     """As on a GPU, where the layer runs a norm by a kernel that takes its weight."""
-    monkeypatch.setattr("nsa_fsa.modules.norm.kernels_for", lambda x: fused.Kernels(None, fused_norm))
+    monkeypatch.setattr(
+        "nsa_fsa.modules.norm.kernels_for", lambda x: fused.Kernels(None, fused_norm)
+    )
 
 
 def offloaded(model, how, folder, device="cpu"):
-    """A model with a submodule `attn` whose parameters are on the CPU or in the folder until they run on the device."""
+    """A model with a submodule `attn` whose parameters are on the CPU or in the folder until they
+    run on the device.
+    """
     accelerate = pytest.importorskip("accelerate")
     if how == "cpu_offload":
         return accelerate.cpu_offload(model, execution_device=torch.device(device))
@@ -165,7 +204,9 @@ def offloaded(model, how, folder, device="cpu"):
         return accelerate.disk_offload(model, folder, execution_device=torch.device(device))
     parts = [f"attn.{name}" for name, part in model.attn.named_children() if [*part.parameters()]]
     device_map = {name: ("disk", "cpu")[i % 2] for i, name in enumerate(parts)}
-    return accelerate.dispatch_model(model, device_map, main_device=device, offload_dir=folder, force_hooks=True)
+    return accelerate.dispatch_model(
+        model, device_map, main_device=device, offload_dir=folder, force_hooks=True
+    )
 
 
 @torch.no_grad()
@@ -183,17 +224,31 @@ def test_offloaded(variant, how, tmp_path):
 
 @torch.no_grad()
 def test_a_checkpoint_spread_over_cpu_and_disk(tmp_path):
-    """A patched model, saved and loaded with a device_map: the same logits, and the same tokens from a cache."""
+    """A patched model, saved and loaded with a device_map: the same logits,
+    and the same tokens from a cache.
+    """
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=64,
     )
     model = transformers.LlamaForCausalLM(config).eval()
     patch_model(model, preset="tiny", verbose=False)
     model.save_pretrained(tmp_path / "model")
-    places = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.rotary_emb": "cpu"}
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.layers.0": "disk",
+        "model.layers.1": "cpu",
+        "model.rotary_emb": "cpu",
+    }
     spread = transformers.AutoModelForCausalLM.from_pretrained(
-        tmp_path / "model", device_map={**places, "model.norm": "disk", "lm_head": "cpu"}, offload_folder=tmp_path / "offloaded"
+        tmp_path / "model",
+        device_map={**places, "model.norm": "disk", "lm_head": "cpu"},
+        offload_folder=tmp_path / "offloaded",
     )
     assert spread.model.layers[0].self_attn.gate.weight.is_meta
     tokens = torch.arange(50)[None]
@@ -239,7 +294,7 @@ def test_every_module_sharded_by_itself(variant, mesh):
             torch.testing.assert_close(p.grad.full_tensor(), q.grad, **CLOSE, msg=name)
 
 
-# --- Starting anew --------------------------------------------------------------------------------------------------------
+# --- Starting anew --------------------------------------------------------------------------------
 
 STARTS = VARIANTS | {
     "dense gates": dict(gate_init="dense"),
@@ -249,7 +304,11 @@ STARTS = VARIANTS | {
 
 def started(variant, **arguments):
     torch.manual_seed(0)
-    own = dict(compressor_k=nn.Flatten(), compressor_v=nn.Flatten()) if variant == "own-modules" else {}
+    own = (
+        dict(compressor_k=nn.Flatten(), compressor_v=nn.Flatten())
+        if variant == "own-modules"
+        else {}
+    )
     return NativeSparseAttention(small_config(**STARTS[variant]), **own, **arguments)
 
 
@@ -261,7 +320,8 @@ def assert_started(layer, expected):
     for name, value in expected.state_dict().items():
         found = layer.state_dict()[name]
         found = found.full_tensor() if hasattr(found, "full_tensor") else found
-        if is_random(name):  # of the same size: a normal or uniform distribution's standard deviation
+        # Of the same size: a normal or uniform distribution's standard deviation.
+        if is_random(name):
             torch.testing.assert_close(found.std(), value.std(), rtol=0.35, atol=0, msg=name)
         else:
             assert torch.equal(found, value), name
@@ -293,15 +353,22 @@ def test_built_on_meta_sharded_and_reset(variant, mesh):
     assert_started(model.attn, started(variant))
 
 
-# --- Export ---------------------------------------------------------------------------------------------------------------
+# --- Export ---------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_export_with_a_dynamic_batch_and_length(variant):
     layer = make_variant(variant)
-    dynamic = {"hidden_states": {0: torch.export.Dim("batch", min=1, max=64), 1: torch.export.Dim("length", min=2, max=4096)}}
-    exported = torch.export.export(layer, (randn(2, 45, 24),), dynamic_shapes=dynamic, strict=False).module()
+    dynamic = {
+        "hidden_states": {
+            0: torch.export.Dim("batch", min=1, max=64),
+            1: torch.export.Dim("length", min=2, max=4096),
+        }
+    }
+    exported = torch.export.export(
+        layer, (randn(2, 45, 24),), dynamic_shapes=dynamic, strict=False
+    ).module()
     for shape in ((2, 45), (1, 45), (3, 45), (2, 9), (1, 100), (5, 3)):
         x = randn(*shape, 24, seed=shape[1])
         torch.testing.assert_close(exported(x), layer(x), **CLOSE)
@@ -309,15 +376,24 @@ def test_export_with_a_dynamic_batch_and_length(variant):
 
 @torch.no_grad()
 def test_export_of_a_packed_batch():
-    """With as many tokens and sequences as come; at least two of each, as torch.export gives one an axis of its own."""
+    """With as many tokens and sequences as come; at least two of each,
+    as torch.export gives one an axis of its own.
+    """
     layer, length = make_variant("default"), torch.export.Dim("length", min=8, max=4096)
-    dynamic = {"hidden_states": {1: length}, "cu_seqlens": {0: torch.export.Dim("boundaries", min=3, max=4096)}}
+    dynamic = {
+        "hidden_states": {1: length},
+        "cu_seqlens": {0: torch.export.Dim("boundaries", min=3, max=4096)},
+    }
 
     def packed(*lengths):
         cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
         return (randn(1, sum(lengths), 24),), dict(cu_seqlens=cu_seqlens)
 
-    exported = torch.export.export(layer, *packed(20, 25), dynamic_shapes=dynamic, strict=False).module()
+    exported = torch.export.export(
+        layer, *packed(20, 25), dynamic_shapes=dynamic, strict=False
+    ).module()
     for lengths in ((20, 25), (3, 5), (60, 1, 0, 12)):
         arguments, options = packed(*lengths)
-        torch.testing.assert_close(exported(*arguments, **options), layer(*arguments, **options), **CLOSE)
+        torch.testing.assert_close(
+            exported(*arguments, **options), layer(*arguments, **options), **CLOSE
+        )

@@ -1,4 +1,6 @@
-"""Operators compute in the precision that they promise, also inside torch.autocast, which reaches what an operator calls."""
+"""Operators compute in the precision that they promise, also inside torch.autocast,
+which reaches what an operator calls.
+"""
 
 import dataclasses
 
@@ -31,12 +33,16 @@ def test_autocast_changes_nothing(operator, backend):
     expected = [o, *gradients(operator, o, x, do)]
 
     with torch.autocast(device_of(backend), torch.bfloat16):
-        assert (torch.ones(1, 1, device=o.device) @ torch.ones(1, 1, device=o.device)).dtype == torch.bfloat16
+        assert (
+            torch.ones(1, 1, device=o.device) @ torch.ones(1, 1, device=o.device)
+        ).dtype == torch.bfloat16
         o = output(call(operator, case, x, backend))
         inside = [o, *gradients(operator, o, x, do)]
         o = output(call(operator, case, x, backend))
     outside = [o, *gradients(operator, o, x, do)]
-    for name, a, b, c in zip(("o", *DIFFERENTIABLE[operator]), expected, inside, outside, strict=True):
+    for name, a, b, c in zip(
+        ("o", *DIFFERENTIABLE[operator]), expected, inside, outside, strict=True
+    ):
         assert torch.equal(a, b), name
         assert torch.equal(a, c), name
 

@@ -1,4 +1,6 @@
-"""What backend="auto" takes on GPUs that are not here, by tensors without memory and what a GPU would say of itself."""
+"""What backend="auto" takes on GPUs that are not here, by tensors without memory and what a GPU
+would say of itself.
+"""
 
 import warnings
 
@@ -64,19 +66,21 @@ def test_every_gpu_is_asked_itself():
         for device, ours in ((H100, True), (T4, False), (H100, True)):
             found = BACKENDS[operator].choose(calls(device)[operator], warn=False).name
             assert (found != "reference") == ours, (operator, device, found)
-    (reason, *_) = BACKENDS["selected_attention"].passed_over(calls(T4)["selected_attention"]).values()
+    (reason, *_) = (
+        BACKENDS["selected_attention"].passed_over(calls(T4)["selected_attention"]).values()
+    )
     assert reason == "it needs compute capability 8.0 or newer, and this GPU has 7.5"
-    with pytest.raises(RuntimeError, match=r"backend='triton' .*cannot run here.*this GPU has 7\.5.*Fix"):
+    with pytest.raises(
+        RuntimeError, match=r"backend='triton' .*cannot run here.*this GPU has 7\.5.*Fix"
+    ):
         BACKENDS["selected_attention"].choose(calls(T4, backend="triton")["selected_attention"])
 
 
 @pytest.mark.usefixtures("gpus")
 def test_an_index_is_made_for_those_who_read_it():
-    assert {name for name in ("auto", *BACKENDS["selected_attention"].by_name) if indexed(H100, name)} == {
-        "auto",
-        "triton",
-        "triton_kv_major",
-    }
+    assert {
+        name for name in ("auto", *BACKENDS["selected_attention"].by_name) if indexed(H100, name)
+    } == {"auto", "triton", "triton_kv_major"}
     assert not any(indexed(T4, name) for name in ("auto", "reference"))
     assert not indexed(H100, "auto", torch.float64)
 
@@ -85,9 +89,13 @@ def test_an_index_is_made_for_those_who_read_it():
 @pytest.mark.parametrize("operator", calls("cpu"))
 def test_a_gpu_left_to_the_reference_is_told_once(operator):
     def run(device=H100, dtype=torch.float64, name="auto", backward=False):
-        return BACKENDS[operator].choose(calls(device, dtype, name)[operator], backward=backward).name
+        return (
+            BACKENDS[operator].choose(calls(device, dtype, name)[operator], backward=backward).name
+        )
 
-    message = rf"{operator} runs on a GPU as the reference.*slow: .*float64.*Fix: .*backend=\"reference\""
+    message = (
+        rf"{operator} runs on a GPU as the reference.*slow: .*float64.*Fix: .*backend=\"reference\""
+    )
     with pytest.warns(UserWarning, match=message):
         assert run() == "reference"
     with warnings.catch_warnings():

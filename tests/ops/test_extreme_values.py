@@ -1,4 +1,6 @@
-"""Row 15 of reliability.md: large scores. Finite wherever the oracle is, and as close to it as low-precision PyTorch."""
+"""Row 15 of reliability.md: large scores. Finite wherever the oracle is,
+and as close to it as low-precision PyTorch.
+"""
 
 import dataclasses
 import math
@@ -35,7 +37,9 @@ def equal_keys(x):
 
 
 def huge_key(x):
-    """One key of every sequence's first ten outweighs all others, for the queries that point its way; the rest ignore it."""
+    """One key of every sequence's first ten outweighs all others,
+    for the queries that point its way; the rest ignore it.
+    """
     size = {torch.float32: 1e4, torch.bfloat16: 1e3, torch.float16: 1e3}[x.k.dtype]
     x.k[3] *= size
     x.k_cmp[1] *= size
@@ -47,7 +51,9 @@ def all_zero(x):
 
 
 @pytest.mark.parametrize("change", [times_30, equal_keys, huge_key, all_zero])
-@pytest.mark.parametrize("case", [by_name(name) for name in ("t65", "t127", "t127_d192", "empty_ends", "t1000")], ids=str)
+@pytest.mark.parametrize(
+    "case", [by_name(name) for name in ("t65", "t127", "t127_d192", "empty_ends", "t1000")], ids=str
+)
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends(*OPERATORS))
 def test_extreme_values(operator, backend, case, change):
     check_extreme_values(operator, backend, suited(case, backend, operator=operator), change)
@@ -72,18 +78,23 @@ def check_extreme_values(operator, backend, case, change):
     for name, a, b, c in zip(("o", *DIFFERENTIABLE[operator]), found, expected, naive, strict=True):
         largest = torch.finfo(a.dtype).max
         assert torch.isfinite(a[b.abs() < largest]).all(), f"{name} is not finite"
-        # The bars of test_accuracy.py. Their RMS bar does not apply: a softmax of scores in the thousands multiplies the
-        # rounding of the scores, and PyTorch in the same precision is what can be asked for.
+        # The bars of test_accuracy.py. Their RMS bar does not apply: a softmax of scores in the
+        # thousands multiplies the rounding of the scores, and PyTorch in the same precision is what
+        # can be asked for.
         bar = (2 if name == "o" else 3) * (c.double() - b).abs().nan_to_num(torch.inf).max()
         bar += torch.finfo(a.dtype).eps * b.abs().max() + floors.get(name, 0)
         error = (a.double() - b).abs().max()
-        assert error <= bar, f"{name if name == 'o' else 'd' + name}: error {error:.3e} above {bar:.3e}"
+        assert error <= bar, (
+            f"{name if name == 'o' else 'd' + name}: error {error:.3e} above {bar:.3e}"
+        )
 
 
 @pytest.mark.parametrize("logit", [-torch.inf, torch.inf])
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends("nsa_attention"))
 def test_a_gate_that_is_closed_for_good(operator, backend, logit):
-    """A logit of -inf leaves a branch out, gradients too, as one does that is as good as that; inf takes all of it."""
+    """A logit of -inf leaves a branch out, gradients too, as one does that is as good as that;
+    inf takes all of it.
+    """
     case = suited(dataclasses.replace(by_name("five"), lengths=(3, 13)), backend, operator=operator)
     results = []
     for value in (logit, math.copysign(1e4, logit)):
@@ -123,5 +134,7 @@ def test_the_whole_stays_finite(operator, backend, change):
         x.gate_logits.data *= 1e3  # sigmoids of exactly 0 and 1
         o = call(operator, case, x, backend)
         assert torch.isfinite(o).all()
-        for name, grad in zip(DIFFERENTIABLE[operator], gradients(operator, o, x, torch.ones_like(o)), strict=True):
+        for name, grad in zip(
+            DIFFERENTIABLE[operator], gradients(operator, o, x, torch.ones_like(o)), strict=True
+        ):
             assert torch.isfinite(grad).all(), f"d{name}"

@@ -1,4 +1,6 @@
-"""How products of float32 numbers are rounded: as torch is told, by whichever of its settings. `conftest.py` restores them."""
+"""How products of float32 numbers are rounded: as torch is told, by whichever of its settings.
+`conftest.py` restores them.
+"""
 
 import pytest
 import torch
@@ -17,7 +19,9 @@ from tests.cases import by_name, call, device_of, make_inputs, output
 MATMUL = torch.backends.cuda.matmul
 SETTINGS = {
     "fp32_precision": lambda fast: setattr(MATMUL, "fp32_precision", "tf32" if fast else "ieee"),
-    "set_float32_matmul_precision": lambda fast: torch.set_float32_matmul_precision("high" if fast else "highest"),
+    "set_float32_matmul_precision": lambda fast: torch.set_float32_matmul_precision(
+        "high" if fast else "highest"
+    ),
     "allow_tf32": lambda fast: setattr(MATMUL, "allow_tf32", fast),
 }
 
@@ -25,8 +29,18 @@ SETTINGS = {
 @pytest.mark.parametrize("setting", SETTINGS.values(), ids=SETTINGS)
 def test_every_setting_of_torch_counts(setting):
     q, k = torch.empty(100, 8, 64), torch.empty(100, 2, 64)
-    shared = (q, k, k, Sequences(torch.tensor([0, 100], dtype=torch.int32), 100), 0.1, WORKSPACE_BYTES, "auto")
-    selected = SelectedCall(*shared, Blocks(64, 1, 2), torch.empty(100, 2, 16, dtype=torch.int32), None, None)
+    shared = (
+        q,
+        k,
+        k,
+        Sequences(torch.tensor([0, 100], dtype=torch.int32), 100),
+        0.1,
+        WORKSPACE_BYTES,
+        "auto",
+    )
+    selected = SelectedCall(
+        *shared, Blocks(64, 1, 2), torch.empty(100, 2, 16, dtype=torch.int32), None, None
+    )
     window = WindowedCall(*shared, Windows(1, 1), 512)
     seen = []
     for fast in (False, True):

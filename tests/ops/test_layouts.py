@@ -1,7 +1,9 @@
-"""Row 8 of reliability.md: memory layouts. Strided, sliced and expanded tensors give what their contiguous copies give.
+"""Row 8 of reliability.md: memory layouts. Strided, sliced and expanded tensors give what their
+contiguous copies give.
 
-Equal to rounding in the widest dtype, not bit by bit: torch.matmul and torch.sum, and so the reference, add in an order that
-depends on the strides. A value taken from the wrong place would be wrong by far more.
+Equal to rounding in the widest dtype, not bit by bit: torch.matmul and torch.sum, and so the
+reference, add in an order that depends on the strides. A value taken from the wrong place would be
+wrong by far more.
 """
 
 import pytest
@@ -28,7 +30,9 @@ CASE = by_name("five")
 
 def assert_same(found, expected, backend, what="o"):
     rounding = 10 * widest_dtype(backend)[1]
-    torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding, msg=lambda m: f"{what}: {m}")
+    torch.testing.assert_close(
+        found, expected, rtol=rounding, atol=rounding, msg=lambda m: f"{what}: {m}"
+    )
 
 
 def heads_first(x):
@@ -61,13 +65,23 @@ LAYOUTS = [heads_first, sliced, every_other, columns]
 def test_strided_inputs(operator, backend, layout):
     """All inputs and the output gradient strided."""
     x = make_inputs(CASE, widest_dtype(backend)[0], device=device_of(backend), requires_grad=True)
-    strided = x.replace(**{name: layout(value.detach()).requires_grad_() for name, value in vars(x).items() if is_float(value)})
+    strided = x.replace(
+        **{
+            name: layout(value.detach()).requires_grad_()
+            for name, value in vars(x).items()
+            if is_float(value)
+        }
+    )
     assert not strided.q.is_contiguous()
-    o, o_strided = output(call(operator, CASE, x, backend)), output(call(operator, CASE, strided, backend))
+    o = output(call(operator, CASE, x, backend))
+    o_strided = output(call(operator, CASE, strided, backend))
     assert_same(o_strided, o, backend)
     do = torch.randn_like(o)
-    grads, grads_strided = gradients(operator, o, x, do), gradients(operator, o_strided, strided, layout(do))
-    for name, grad, grad_strided in zip(DIFFERENTIABLE[operator], grads, grads_strided, strict=True):
+    grads = gradients(operator, o, x, do)
+    grads_strided = gradients(operator, o_strided, strided, layout(do))
+    for name, grad, grad_strided in zip(
+        DIFFERENTIABLE[operator], grads, grads_strided, strict=True
+    ):
         assert_same(grad_strided, grad, backend, f"d{name}")
 
 
@@ -95,14 +109,22 @@ def test_strided_block_indices(backend):
             strided = layout(x.block_indices)
         assert not strided.is_contiguous()
         o_strided = output(
-            call("selected_attention", CASE, x.replace(block_indices=strided), backend, block_counts=heads_first(counts))
+            call(
+                "selected_attention",
+                CASE,
+                x.replace(block_indices=strided),
+                backend,
+                block_counts=heads_first(counts),
+            )
         )
         assert_same(o_strided, o, backend)
 
 
 @pytest.mark.parametrize("backend", backends_of("nsa_attention"))
 def test_slices_of_one_fused_projection(backend):
-    """q, k and v as views of one [T, HQ + 2 HKV, D] tensor; its gradient is the three side by side."""
+    """q, k and v as views of one [T, HQ + 2 HKV, D] tensor; its gradient is the three
+    side by side.
+    """
     case = suited(by_name("nine"), backend, operator="nsa_attention")  # D == DV
     x = make_inputs(case, widest_dtype(backend)[0], device=device_of(backend), requires_grad=True)
     fused = torch.cat([x.q, x.k, x.v], dim=1).detach().requires_grad_()
@@ -117,13 +139,22 @@ def test_slices_of_one_fused_projection(backend):
 
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_output_gradient_of_stride_0(operator, backend):
-    """`.sum().backward()` hands the operator an expanded 1; `.sum(0)` and `.mean(-1)` expand other dimensions."""
+    """`.sum().backward()` hands the operator an expanded 1; `.sum(0)` and `.mean(-1)` expand
+    other dimensions.
+    """
     x = make_inputs(CASE, widest_dtype(backend)[0], device=device_of(backend), requires_grad=True)
     o = output(call(operator, CASE, x, backend))
     one = torch.ones((), dtype=o.dtype, device=o.device)
-    for do in (one.expand(o.shape), torch.randn_like(o[:1]).expand(o.shape), torch.randn_like(o[..., :1]).expand(o.shape)):
-        expanded, dense = ([*torch.autograd.grad(o, [getattr(x, n) for n in DIFFERENTIABLE[operator]], grad, retain_graph=True)]
-                           for grad in (do, do.contiguous()))  # fmt: skip
+    for do in (
+        one.expand(o.shape),
+        torch.randn_like(o[:1]).expand(o.shape),
+        torch.randn_like(o[..., :1]).expand(o.shape),
+    ):
+        wanted = [getattr(x, name) for name in DIFFERENTIABLE[operator]]
+        expanded, dense = (
+            torch.autograd.grad(o, wanted, grad, retain_graph=True)
+            for grad in (do, do.contiguous())
+        )
         for name, a, b in zip(DIFFERENTIABLE[operator], expanded, dense, strict=True):
             assert_same(a, b, backend, f"d{name}")
     o.sum().backward()
@@ -132,7 +163,8 @@ def test_output_gradient_of_stride_0(operator, backend):
 
 
 @pytest.mark.parametrize(
-    ("operator", "backend"), operators_and_backends("selected_attention", "sliding_window_attention", "nsa_attention")
+    ("operator", "backend"),
+    operators_and_backends("selected_attention", "sliding_window_attention", "nsa_attention"),
 )
 def test_expanded_keys_and_values(operator, backend):
     """One KV head expanded over two by stride 0; its gradient sums over them."""
@@ -140,8 +172,11 @@ def test_expanded_keys_and_values(operator, backend):
     k, v = (t[:, :1].detach().requires_grad_() for t in (x.k, x.v))
     expanded = x.replace(k=k.expand(-1, 2, -1), v=v.expand(-1, 2, -1))
     repeated = x.replace(k=k.repeat(1, 2, 1), v=v.repeat(1, 2, 1))
-    o, o_expanded = output(call(operator, CASE, repeated, backend)), output(call(operator, CASE, expanded, backend))
+    o = output(call(operator, CASE, repeated, backend))
+    o_expanded = output(call(operator, CASE, expanded, backend))
     assert_same(o_expanded, o, backend)
     do = torch.randn_like(o)
-    for a, b in zip(torch.autograd.grad(o, (k, v), do), torch.autograd.grad(o_expanded, (k, v), do), strict=True):
+    for a, b in zip(
+        torch.autograd.grad(o, (k, v), do), torch.autograd.grad(o_expanded, (k, v), do), strict=True
+    ):
         assert_same(b, a, backend)

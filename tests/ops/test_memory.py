@@ -8,13 +8,24 @@ import sys
 import pytest
 import torch
 
-from tests.cases import by_name, call, device_of, gradients, make_inputs, operators_and_backends, output, suited
+from tests.cases import (
+    by_name,
+    call,
+    device_of,
+    gradients,
+    make_inputs,
+    operators_and_backends,
+    output,
+    suited,
+)
 
 MIB = 2**20
 
 
 def resident(device):
-    """Bytes of memory in use: of the GPU, or of this process, as PyTorch does not count what it allocates on the CPU."""
+    """Bytes of memory in use: of the GPU, or of this process, as PyTorch does not count what it
+    allocates on the CPU.
+    """
     gc.collect()
     if device == "cuda":
         return torch.cuda.memory_allocated()
@@ -22,7 +33,9 @@ def resident(device):
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc/self/statm, which this system lacks")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/statm"), reason="reads /proc/self/statm, which this system lacks"
+)
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_no_growth_over_50_steps(operator, backend):
     device = device_of(backend)
@@ -39,12 +52,15 @@ def test_no_growth_over_50_steps(operator, backend):
     before = resident(device)
     for _ in range(50):
         step()
-    # What a leak of every step's output and gradients would cost, at least 25 MiB for each operator. An allocator that gives
-    # memory back late moves by a few MiB, so half of it tells the two apart.
+    # What a leak of every step's output and gradients would cost, at least 25 MiB for each
+    # operator. An allocator that gives memory back late moves by a few MiB, so half of it tells
+    # the two apart.
     leak = 50 * size
     assert leak > 25 * MIB
     growth = resident(device) - before
-    assert growth < leak / 2, f"{growth / MIB:.1f} MiB more; a leak of all results would be {leak / MIB:.1f}"
+    assert growth < leak / 2, (
+        f"{growth / MIB:.1f} MiB more; a leak of all results would be {leak / MIB:.1f}"
+    )
 
 
 LONG = """
@@ -59,8 +75,9 @@ shapes = [(T, HQ, D), (T, HKV, D), (T, HKV, D), (T // s, HKV, D), (T // s, HKV, 
 tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
 gates = torch.randn(T, HQ, 3, requires_grad=True)
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+cu_seqlens = torch.tensor([0, T], dtype=torch.int32)
 o = ops.nsa_attention(
-    *tensors, gates, torch.tensor([0, T], dtype=torch.int32), T, kernel_size=32, kernel_stride=s, block_size=64,
+    *tensors, gates, cu_seqlens, T, kernel_size=32, kernel_stride=s, block_size=64,
     num_selected_blocks=16, window_size=512, backend="reference",
 )
 o.sum().backward()
@@ -71,12 +88,16 @@ print(base, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 @pytest.mark.slow
 def test_reference_at_16384_tokens_stays_under_a_gibibyte():
-    """Dense scores alone would be 4 heads x 16384^2 x 4 bytes = 4 GiB; the reference works through them in chunks.
+    """Dense scores alone would be 4 heads x 16384^2 x 4 bytes = 4 GiB;
+    the reference works through them in chunks.
 
-    At most about five buffers of 2^24 float32 are alive at a time (nsa_fsa/ops/common/reference_chunks.py), 320 MiB, beside the
-    inputs, outputs and gradients, 60 MiB; PyTorch itself is in `base`.
+    At most about five buffers of 2^24 float32 are alive at a time
+    (nsa_fsa/ops/common/reference_chunks.py), 320 MiB, beside the inputs, outputs and gradients, 60
+    MiB; PyTorch itself is in `base`.
     """
-    result = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", LONG], capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
     base, peak = (int(kib) * 1024 for kib in result.stdout.split())
     if torch.version.cuda is None:  # the libraries of a CUDA build alone take more than a GiB

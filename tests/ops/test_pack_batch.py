@@ -11,7 +11,9 @@ CPU = torch.device("cpu")
 
 
 def packed_by_loop(mask, position_ids, length):
-    """Rows of the real tokens, and the sequences as lists of them; without positions a sequence for every row."""
+    """Rows of the real tokens, and the sequences as lists of them;
+    without positions a sequence for every row.
+    """
     real = [[bool(x) for x in row[len(row) - length :]] for row in mask.tolist()]
     sequences = []
     for b, row in enumerate(real):
@@ -19,8 +21,12 @@ def packed_by_loop(mask, position_ids, length):
         if position_ids is None:
             sequences.append([])
         for column in (c for c in range(length) if row[c]):
-            position = 0 if position_ids is None else int(position_ids.expand(len(real), -1)[b, column])
-            if position_ids is not None and (last is None or position - last[1] not in (1, column - last[0])):
+            position = (
+                0 if position_ids is None else int(position_ids.expand(len(real), -1)[b, column])
+            )
+            if position_ids is not None and (
+                last is None or position - last[1] not in (1, column - last[0])
+            ):
                 sequences.append([])
             sequences[-1].append(b * length + column)
             last = (column, position)
@@ -30,8 +36,12 @@ def packed_by_loop(mask, position_ids, length):
 @hypothesis.given(st.data())
 @hypothesis.settings(max_examples=150, deadline=None)
 def test_packing_equals_a_loop(data):
-    batch_size, length, past = (data.draw(st.integers(low, high)) for low, high in ((1, 3), (1, 12), (0, 4)))
-    bits = st.lists(st.booleans(), min_size=batch_size * (past + length), max_size=batch_size * (past + length))
+    batch_size, length, past = (
+        data.draw(st.integers(low, high)) for low, high in ((1, 3), (1, 12), (0, 4))
+    )
+    bits = st.lists(
+        st.booleans(), min_size=batch_size * (past + length), max_size=batch_size * (past + length)
+    )
     dtype = data.draw(st.sampled_from([torch.bool, torch.int64, torch.uint8]))
     mask = torch.tensor(data.draw(bits)).view(batch_size, past + length).to(dtype)
     position_ids = None
@@ -40,7 +50,9 @@ def test_packing_equals_a_loop(data):
         numbers = st.lists(st.integers(0, 3), min_size=rows * length, max_size=rows * length)
         jumps = torch.tensor(data.draw(numbers)).view(rows, length)
         counted = torch.arange(length).expand(rows, -1)
-        position_ids = torch.where(jumps == 0, jumps, counted - torch.where(jumps == 1, counted, 0).cummax(1).values)
+        position_ids = torch.where(
+            jumps == 0, jumps, counted - torch.where(jumps == 1, counted, 0).cummax(1).values
+        )
     if position_ids is not None and data.draw(st.booleans()):
         mask = torch.ones(batch_size, length, dtype=torch.bool)
         packing = pack_batch(batch_size, length, CPU, None, position_ids)
@@ -75,5 +87,8 @@ def test_packing_equals_a_loop(data):
     ids=["inf", "min", "nan", "int", "all 0.0"],
 )
 def test_additive_masks_are_refused(mask):
-    with pytest.raises(ValueError, match=r"negative values.*non-zero where a token is real.*Fix: attention_mask == 0"):
+    with pytest.raises(
+        ValueError,
+        match=r"negative values.*non-zero where a token is real.*Fix: attention_mask == 0",
+    ):
         pack_batch(1, 2, CPU, mask)

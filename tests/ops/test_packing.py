@@ -1,4 +1,6 @@
-"""Row 5 of reliability.md: packed sequences, and queries that are only the last positions of their sequences."""
+"""Row 5 of reliability.md: packed sequences, and queries that are only the last positions of
+their sequences.
+"""
 
 import dataclasses
 import math
@@ -53,7 +55,9 @@ def alone(case, x, b):
 
 
 def random_output_gradient(operator, case, x, o):
-    """Random; NaN in rows of pooled or gathered windows that no sequence owns, whose gradients must be ignored."""
+    """Random; NaN in rows of pooled or gathered windows that no sequence owns,
+    whose gradients must be ignored.
+    """
     do = torch.randn_like(o)
     if operator in COMPRESSED_OUTPUT:
         owned = torch.zeros(o.shape[0], dtype=torch.bool)
@@ -79,28 +83,44 @@ def test_packed_equals_separate(operator, backend, case):
         x_alone = alone(case, x, b)
         result_alone = call(operator, case, x_alone, backend)
         rows = compressed if operator in COMPRESSED_OUTPUT else tokens
-        owned = sorted(windows(x_alone.cu_seqlens, **case.windows)) if operator in COMPRESSED_OUTPUT else slice(None)
-        torch.testing.assert_close(output(result)[rows][owned], output(result_alone)[owned], **close)
+        owned = (
+            sorted(windows(x_alone.cu_seqlens, **case.windows))
+            if operator in COMPRESSED_OUTPUT
+            else slice(None)
+        )
+        torch.testing.assert_close(
+            output(result)[rows][owned], output(result_alone)[owned], **close
+        )
         if operator in ATTENTIONS:
             torch.testing.assert_close(result[1][tokens], result_alone[1], **close)
 
         grads_alone = gradients(operator, output(result_alone), x_alone, do[rows])
-        for name, grad, grad_alone in zip(DIFFERENTIABLE[operator], grads, grads_alone, strict=True):
+        for name, grad, grad_alone in zip(
+            DIFFERENTIABLE[operator], grads, grads_alone, strict=True
+        ):
             if name == "pool_weight":  # shared by the sequences
                 dweight = dweight + grad_alone
                 continue
             rows = compressed if name in PER_COMPRESSED_TOKEN else tokens
-            torch.testing.assert_close(grad[rows], grad_alone, msg=lambda m, name=name: f"d{name}: {m}", **close)
+            torch.testing.assert_close(
+                grad[rows], grad_alone, msg=lambda m, name=name: f"d{name}: {m}", **close
+            )
     if operator == "pool_windows":
         torch.testing.assert_close(grads[1], dweight, rtol=100 * rounding, atol=100 * rounding)
     for name, grad in zip(DIFFERENTIABLE[operator], grads, strict=True):
         if name in PER_COMPRESSED_TOKEN:
-            assert (grad[getattr(x, name).isnan()] == 0).all(), f"d{name} of a row that no token owns"
+            assert (grad[getattr(x, name).isnan()] == 0).all(), (
+                f"d{name} of a row that no token owns"
+            )
 
 
 def skip_what_is_slow_to_select(case, backend):
     """A tile of 32 rows takes the interpreter about 0.1 s where there is much to choose from."""
-    if backend != "reference" and device_of(backend) == "cpu" and sum(case.lengths) * case.num_heads > 2300:
+    if (
+        backend != "reference"
+        and device_of(backend) == "cpu"
+        and sum(case.lengths) * case.num_heads > 2300
+    ):
         pytest.skip(f"{case.name} takes Triton's interpreter too long: on a GPU only")
 
 
@@ -113,9 +133,13 @@ def test_packed_selection_equals_separate(backend, case):
     indices, scores = select(case, x, lse, backend, return_scores=True)
     for b in range(len(case.lengths)):
         tokens, _ = rows_of(case, b)
-        alone_indices, alone_scores = select(case, alone(case, x, b), lse[tokens], backend, return_scores=True)
+        alone_indices, alone_scores = select(
+            case, alone(case, x, b), lse[tokens], backend, return_scores=True
+        )
         num_blocks = alone_scores.shape[2]
-        torch.testing.assert_close(scores[tokens, :, :num_blocks], alone_scores, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            scores[tokens, :, :num_blocks], alone_scores, rtol=1e-5, atol=1e-6
+        )
         assert (scores[tokens, :, num_blocks:] == 0).all()
         assert torch.equal(indices[tokens], alone_indices)
 
@@ -123,7 +147,9 @@ def test_packed_selection_equals_separate(backend, case):
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, 1e4])
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_neighbours_do_not_matter(operator, backend, garbage):
-    """Whatever stands in the other sequences, a sequence's outputs and gradients stay the same, bit by bit."""
+    """Whatever stands in the other sequences, a sequence's outputs and gradients stay the
+    same, bit by bit.
+    """
     if backend == "flash_attn_4" and not math.isfinite(garbage):
         pytest.skip("FlashAttention 4 reads past a sequence's end, and 0 * NaN is NaN")
     case = suited(by_name("five"), backend, calls=2, operator=operator)
@@ -146,8 +172,11 @@ def test_neighbours_do_not_matter(operator, backend, garbage):
     after = output(call(operator, case, changed, backend))
     assert torch.equal(after[rows], before[rows])
 
-    grads, grads_changed = gradients(operator, before, x, do), gradients(operator, after, changed, do)
-    for name, grad, grad_changed in zip(DIFFERENTIABLE[operator], grads, grads_changed, strict=True):
+    grads = gradients(operator, before, x, do)
+    grads_changed = gradients(operator, after, changed, do)
+    for name, grad, grad_changed in zip(
+        DIFFERENTIABLE[operator], grads, grads_changed, strict=True
+    ):
         if name != "pool_weight":  # sums over all sequences
             mine = compressed if name in PER_COMPRESSED_TOKEN else tokens
             assert torch.equal(grad[mine], grad_changed[mine]), f"d{name}"
@@ -156,7 +185,9 @@ def test_neighbours_do_not_matter(operator, backend, garbage):
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0), (1,), (1, 1), (0, 1, 0)], ids=str)
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_nearly_nothing(operator, backend, lengths):
-    """No sequence at all, no tokens at all, single tokens: forward and backward run and have the right shapes."""
+    """No sequence at all, no tokens at all, single tokens: forward and backward run and have the
+    right shapes.
+    """
     case = suited(dataclasses.replace(by_name("nine"), lengths=lengths), backend, operator=operator)
     x = make_inputs(case, widest_dtype(backend)[0], device=device_of(backend), requires_grad=True)
     o = output(call(operator, case, x, backend))
@@ -165,7 +196,8 @@ def test_nearly_nothing(operator, backend, lengths):
     for name, grad in zip(DIFFERENTIABLE[operator], grads, strict=True):
         assert grad.shape == getattr(x, name).shape
         assert torch.isfinite(grad).all()
-    if operator in ("selected_attention", "sliding_window_attention"):  # one token attends to itself
+    # One token attends to itself.
+    if operator in ("selected_attention", "sliding_window_attention"):
         torch.testing.assert_close(o, x.v.repeat_interleave(case.group_size, dim=1))
     if operator == "compressed_attention":  # and sees no window
         assert (o == 0).all()
@@ -177,27 +209,33 @@ def test_nearly_nothing(operator, backend, lengths):
 def test_nearly_nothing_to_select(backend, lengths):
     case = dataclasses.replace(by_name("nine"), lengths=lengths)
     x = make_inputs(case, torch.float32, device=device_of(backend))
-    indices, scores = select(case, x, call("compressed_attention", case, x)[1], backend, return_scores=True)
+    indices, scores = select(
+        case, x, call("compressed_attention", case, x)[1], backend, return_scores=True
+    )
     assert indices.tolist() == [[[0, -1, -1]]] * sum(lengths)
     assert scores.shape == (sum(lengths), 1, max(lengths, default=0))
 
 
-# --- Queries that are the last positions of their sequences, keys in a buffer with gaps -----------------------------------
+# --- Queries that are the last positions of their sequences, keys in a buffer with gaps -----------
 
 
 def last_queries_of_gapped_buffer(case, x, num_queries, gaps):
     """The same sequences with only the last queries, and keys in a buffer whose gaps hold NaN.
 
-    Returns the inputs, the extra arguments, and the full batch's rows of the queries, of the keys and of the compressed keys
-    that the buffer holds, each with the buffer's own rows.
+    Returns the inputs, the extra arguments, and the full batch's rows of the queries,
+    of the keys and of the compressed keys that the buffer holds, each with the buffer's own rows.
     """
     dtype, device, stride = x.q.dtype, x.q.device, case.kernel_stride
     capacities = [length + gap for length, gap in zip(case.lengths, gaps, strict=True)]
     cu_seqlens = list(accumulate(capacities, initial=0))
     full = list(accumulate(case.lengths, initial=0))
-    cu_seqlens_q = torch.tensor(list(accumulate(num_queries, initial=0)), dtype=torch.int32, device=device)
+    cu_seqlens_q = torch.tensor(
+        list(accumulate(num_queries, initial=0)), dtype=torch.int32, device=device
+    )
     q_rows = [full[b + 1] - n + i for b, n in enumerate(num_queries) for i in range(n)]
-    key_rows = [(full[b] + i, cu_seqlens[b] + i) for b, n in enumerate(case.lengths) for i in range(n)]
+    key_rows = [
+        (full[b] + i, cu_seqlens[b] + i) for b, n in enumerate(case.lengths) for i in range(n)
+    ]
     compressed_rows = [
         (full[b] // stride + i, cu_seqlens[b] // stride + i)
         for b, n in enumerate(case.lengths)
@@ -211,13 +249,22 @@ def last_queries_of_gapped_buffer(case, x, num_queries, gaps):
         return result
 
     inputs = x.replace(
-        **{name: getattr(x, name).detach()[q_rows] for name in ("q", "gate_logits", "block_indices")},
+        **{
+            name: getattr(x, name).detach()[q_rows]
+            for name in ("q", "gate_logits", "block_indices")
+        },
         **{name: buffer(name, key_rows, cu_seqlens[-1]) for name in ("k", "v")},
-        **{name: buffer(name, compressed_rows, cu_seqlens[-1] // stride) for name in PER_COMPRESSED_TOKEN},
+        **{
+            name: buffer(name, compressed_rows, cu_seqlens[-1] // stride)
+            for name in PER_COMPRESSED_TOKEN
+        },
         cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32, device=device),
         max_seqlen=max(capacities),
     ).to(dtype, requires_grad=True)
-    extra = dict(cu_seqlens_q=cu_seqlens_q, seqused_k=torch.tensor(case.lengths, dtype=torch.int32, device=device))
+    extra = dict(
+        cu_seqlens_q=cu_seqlens_q,
+        seqused_k=torch.tensor(case.lengths, dtype=torch.int32, device=device),
+    )
     return inputs, extra, q_rows, key_rows, compressed_rows
 
 
@@ -233,7 +280,9 @@ GAPPED = [
 
 
 @pytest.mark.parametrize(("name", "num_queries", "gap"), GAPPED, ids=range(len(GAPPED)))
-@pytest.mark.parametrize(("operator", "backend"), operators_and_backends(*ATTENTIONS, "nsa_attention"))
+@pytest.mark.parametrize(
+    ("operator", "backend"), operators_and_backends(*ATTENTIONS, "nsa_attention")
+)
 def test_last_queries_over_gapped_keys(operator, backend, name, num_queries, gap):
     case = suited(by_name(name), backend, calls=0, operator=operator)  # few of its queries
     dtype, rounding = widest_dtype(backend)
@@ -243,9 +292,11 @@ def test_last_queries_over_gapped_keys(operator, backend, name, num_queries, gap
     )
     if refuses_last_queries(backend, lambda: call(operator, case, few, backend, **extra)):
         return
-    result, result_few = call(operator, case, x, "reference"), call(operator, case, few, backend, **extra)
+    result = call(operator, case, x, "reference")
+    result_few = call(operator, case, few, backend, **extra)
     o, o_few = output(result), output(result_few)
-    close = dict(rtol=10 * rounding, atol=10 * rounding)  # sums over the queries arrive in another order
+    # Sums over the queries arrive in another order.
+    close = dict(rtol=10 * rounding, atol=10 * rounding)
     torch.testing.assert_close(o_few, o[q_rows], **close)
     if operator in ATTENTIONS:
         torch.testing.assert_close(result_few[1], result[1][q_rows], **close)
@@ -264,10 +315,14 @@ def test_last_queries_over_gapped_keys(operator, backend, name, num_queries, gap
             continue
         rows = compressed_rows if name in PER_COMPRESSED_TOKEN else key_rows
         here, there = [a for a, _ in rows], [b for _, b in rows]
-        torch.testing.assert_close(grad_few[there], grad[here], msg=lambda m, name=name: f"d{name}: {m}", **close)
+        torch.testing.assert_close(
+            grad_few[there], grad[here], msg=lambda m, name=name: f"d{name}: {m}", **close
+        )
         unused = torch.ones(grad_few.shape[0], dtype=torch.bool)
         unused[there] = False
-        assert (grad_few[unused.to(grad_few.device)] == 0).all(), f"d{name} of rows that nobody owns"
+        assert (grad_few[unused.to(grad_few.device)] == 0).all(), (
+            f"d{name} of rows that nobody owns"
+        )
 
 
 @pytest.mark.parametrize(("name", "num_queries", "gap"), GAPPED, ids=range(len(GAPPED)))
@@ -285,7 +340,9 @@ def test_selection_for_last_queries_over_gapped_keys(backend, name, num_queries,
     indices_few, scores_few = select(case, few, lse[q_rows], backend, return_scores=True, **extra)
     assert torch.equal(indices_few, indices[q_rows])
     num_blocks = min(scores.shape[2], scores_few.shape[2])
-    torch.testing.assert_close(scores_few[..., :num_blocks], scores[q_rows][..., :num_blocks], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        scores_few[..., :num_blocks], scores[q_rows][..., :num_blocks], rtol=1e-5, atol=1e-6
+    )
     assert (scores_few[..., num_blocks:] == 0).all()
 
 
@@ -296,16 +353,21 @@ def test_windows_of_gapped_keys(operator, backend):
     dtype, rounding = widest_dtype(backend)
     x = make_inputs(case, dtype, device=device_of(backend), requires_grad=True)
     gaps = [b % 2 * 11 for b in range(len(case.lengths))]
-    few, extra, _, key_rows, compressed_rows = last_queries_of_gapped_buffer(case, x, case.lengths, gaps)
+    few, extra, _, key_rows, compressed_rows = last_queries_of_gapped_buffer(
+        case, x, case.lengths, gaps
+    )
     here, there = [a for a, _ in compressed_rows], [b for _, b in compressed_rows]
-    o, o_few = call(operator, case, x, backend), call(operator, case, few, backend, seqused_k=extra["seqused_k"])
+    o = call(operator, case, x, backend)
+    o_few = call(operator, case, few, backend, seqused_k=extra["seqused_k"])
     torch.testing.assert_close(o_few[there], o[here], rtol=rounding, atol=rounding)
 
     do, do_few = torch.full_like(o, torch.nan), torch.full_like(o_few, torch.nan)
     do[here] = torch.randn_like(o[here])
     do_few[there] = do[here]
     grads, grads_few = gradients(operator, o, x, do), gradients(operator, o_few, few, do_few)
-    torch.testing.assert_close(grads_few[0][[b for _, b in key_rows]], grads[0][[a for a, _ in key_rows]])
+    torch.testing.assert_close(
+        grads_few[0][[b for _, b in key_rows]], grads[0][[a for a, _ in key_rows]]
+    )
     gap_rows = few.k.isnan()
     assert (grads_few[0][gap_rows] == 0).all()
     if operator == "pool_windows":
@@ -321,7 +383,8 @@ def test_unused_query_rows(operator, backend):
     used = torch.tensor([0, 20, 0, 0, 64, 0], dtype=torch.int32, device=x.q.device)
     if refuses_unused_queries(backend, lambda: call(operator, case, x, backend, seqused_k=used)):
         return
-    (o, lse), (o_full, lse_full) = call(operator, case, x, backend, seqused_k=used), call(operator, case, x, "reference")
+    o, lse = call(operator, case, x, backend, seqused_k=used)
+    o_full, lse_full = call(operator, case, x, "reference")
     unused = slice(20, 33)
     assert (o[unused] == 0).all()
     assert (lse[unused] == -torch.inf).all()

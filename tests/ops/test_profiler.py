@@ -52,7 +52,9 @@ class Ways:
 
     def __init__(self, **milliseconds):
         self.runs = dict.fromkeys(milliseconds, 0)
-        self.candidates = {name: lambda name=name, ms=ms: self.run(name, ms) for name, ms in milliseconds.items()}
+        self.candidates = {
+            name: lambda name=name, ms=ms: self.run(name, ms) for name, ms in milliseconds.items()
+        }
 
     def run(self, name, ms):
         self.runs[name] += 1
@@ -71,17 +73,26 @@ def test_the_fastest_is_chosen_and_remembered(monkeypatch):
     assert ways.choose() == "fast"
     forget(monkeypatch)
     assert ways.choose() == "fast"
-    assert ways.runs == dict(default=1, slow=1, fast=1), "it was timed again although memory or file knew it"
+    assert ways.runs == dict(default=1, slow=1, fast=1), (
+        "it was timed again although memory or file knew it"
+    )
     assert ways.choose("another key") == "fast"
     assert ways.runs == dict(default=2, slow=2, fast=2)
 
 
 def test_the_default_stays_unless_another_is_clearly_faster(monkeypatch):
     times = iter([100.0, 98.0])
-    found = profiler.choose("key", dict(default=print, other=print), start, CPU, clock=lambda run: next(times))
+    found = profiler.choose(
+        "key", dict(default=print, other=print), start, CPU, clock=lambda run: next(times)
+    )
     assert found == "default"
     times = iter([100.0, 96.0])
-    assert profiler.choose("key 2", dict(default=print, other=print), start, CPU, clock=lambda run: next(times)) == "other"
+    assert (
+        profiler.choose(
+            "key 2", dict(default=print, other=print), start, CPU, clock=lambda run: next(times)
+        )
+        == "other"
+    )
 
 
 def kept(key="key"):
@@ -179,7 +190,9 @@ def test_a_folder_that_cannot_be_written_does_no_harm(folder, monkeypatch, caplo
 
 
 def test_a_default_that_is_too_large_to_be_timed_runs(monkeypatch, caplog):
-    """Timed, it needs more memory than in its place in the call. It is not tried again and again, nor kept for others."""
+    """Timed, it needs more memory than in its place in the call.
+    It is not tried again and again, nor kept for others.
+    """
     ways = Ways(default=torch.OutOfMemoryError("CUDA out of memory"), other=1)
     assert ways.choose() == "default"
     assert "too little memory" in caplog.text
@@ -187,7 +200,8 @@ def test_a_default_that_is_too_large_to_be_timed_runs(monkeypatch, caplog):
     assert ways.runs["default"] == 1
     assert profiler.known("key", CPU) is None
     assert not profiler.cache_file("key", CPU).exists()
-    monkeypatch.setattr(profiler, "cache_file", None)  # nor is it looked for, once an operator and step
+    # Nor is it looked for, once an operator and step.
+    monkeypatch.setattr(profiler, "cache_file", None)
     assert ways.choose() == "default"
 
 
@@ -218,7 +232,9 @@ def test_while_a_graph_is_captured_what_is_known_runs(monkeypatch):
 
 
 def test_what_is_known_is_found_at_once(monkeypatch):
-    """Once an operator and step: neither the environment's folders nor the device are looked at again."""
+    """Once an operator and step: neither the environment's folders nor the device are
+    looked at again.
+    """
     ways = Ways(default=20, fast=1)
     ways.choose()
     monkeypatch.setattr(profiler, "cache_file", None)
@@ -237,27 +253,40 @@ def in_processes(work, number, *arguments):
 
 def keep_many(number):
     for i in range(20):
-        profiler.choose(f"{number}-{i}", dict(default=int, other=int), start, CPU, clock=lambda run: 1.0)
+        profiler.choose(
+            f"{number}-{i}", dict(default=int, other=int), start, CPU, clock=lambda run: 1.0
+        )
 
 
 def test_what_several_processes_find_is_all_kept(folder):
     in_processes(keep_many, 4)
-    assert {kept(f"{number}-{i}")["choice"] for number in range(4) for i in range(20)} == {"default"}
+    assert {kept(f"{number}-{i}")["choice"] for number in range(4) for i in range(20)} == {
+        "default"
+    }
     assert not list(folder.rglob("*.tmp"))
     umask = os.umask(0)
     os.umask(umask)
-    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*.json")} == {0o666 & ~umask}, "for others to read"
+    assert {path.stat().st_mode & 0o777 for path in folder.rglob("*.json")} == {0o666 & ~umask}, (
+        "for others to read"
+    )
 
 
 def choose_in_rank(rank, store, folder):
     """Both ranks time at once, and each finds another one faster."""
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2
+    )
 
     def clock(run):
         torch.distributed.barrier()
         return 1.0 if run() == rank else 2.0
 
-    chosen = [profiler.choose(f"key {i}", {"first": lambda: 0, "second": lambda: 1}, start, CPU, clock=clock) for i in range(5)]
+    chosen = [
+        profiler.choose(
+            f"key {i}", {"first": lambda: 0, "second": lambda: 1}, start, CPU, clock=clock
+        )
+        for i in range(5)
+    ]
     everybodys = [None, None]
     torch.distributed.all_gather_object(everybodys, chosen)
     assert everybodys[0] == everybodys[1], everybodys
@@ -300,7 +329,8 @@ def test_what_tells_kinds_of_problems_apart():
         window=512,
     ):
         """The keys of a problem of selected attention, and of one of the sliding window."""
-        q, k = torch.empty(tokens, 8, 64, dtype=dtype), torch.empty(tokens, kv_heads, 64, dtype=dtype)
+        q = torch.empty(tokens, 8, 64, dtype=dtype)
+        k = torch.empty(tokens, kv_heads, 64, dtype=dtype)
         starts = torch.empty(sequences + 1, dtype=torch.int32)
         shared = (q, k, k, Sequences(starts, tokens), 0.1, workspace, "auto")
         chosen = torch.empty(tokens, kv_heads, 16, dtype=torch.int32)

@@ -25,7 +25,8 @@ from tests.cases import (
     suited,
 )
 
-# Two KV heads, DV != D and no NaN: torch.library.opcheck compares inputs before and after, and NaN differs from itself.
+# Two KV heads, DV != D and no NaN: torch.library.opcheck compares inputs before and after,
+# and NaN differs from itself.
 CASE = Case("registration", (17, 0, 2), 2, 2, 8, 4, torch.float32, 4, 2, 4, 3, 1, 1, 6, seed=5)
 
 
@@ -61,17 +62,21 @@ class Recorder(TorchDispatchMode):
 
 
 def samples(operator, x, backend):
-    """Argument tuples for a registered operator: what the public functions call it with, with every optional argument given
-    and not given, and backward."""
+    """Argument tuples for a registered operator: what the public functions call it with,
+    with every optional argument given and not given, and backward."""
     with Recorder() as recorder:
         for made in variants(operator.removesuffix("_backward"), x, backend):
             o = output(made)
             if operator.endswith("_backward"):
                 o.backward(torch.randn_like(o))
-    found = [row for func, row in recorder.calls if func is getattr(torch.ops.nsa_fsa, operator).default]
+    found = [
+        row for func, row in recorder.calls if func is getattr(torch.ops.nsa_fsa, operator).default
+    ]
     assert found, f"{operator} was not called"
     if operator.endswith("_backward"):  # which is not differentiated again
-        found = [tuple(y.detach() if isinstance(y, torch.Tensor) else y for y in row) for row in found]
+        found = [
+            tuple(y.detach() if isinstance(y, torch.Tensor) else y for y in row) for row in found
+        ]
     return found
 
 
@@ -105,16 +110,35 @@ def variants(operator, x, backend):
         yield select(case, x.replace(q=x.q[few]), lse[few], backend, return_scores=True, **last)
     elif operator in ("selected_attention", "block_index"):
         yield call("selected_attention", case, x, backend)
-        yield call("selected_attention", case, x, backend, block_counts=counts, init_blocks=1, local_blocks=1)
+        yield call(
+            "selected_attention",
+            case,
+            x,
+            backend,
+            block_counts=counts,
+            init_blocks=1,
+            local_blocks=1,
+        )
         if backend == "reference" or (backend == "triton_query_major" and not differentiated):
             few_indices = x.replace(q=x.q[few], block_indices=x.block_indices[few])
-            yield call("selected_attention", case, few_indices, backend, block_counts=counts[few], **last)
+            yield call(
+                "selected_attention", case, few_indices, backend, block_counts=counts[few], **last
+            )
     elif operator == "nsa_attention":
-        own = {f"{name}_swa": torch.randn_like(y).requires_grad_(differentiated) for name, y in (("k", x.k), ("v", x.v))}
+        own = {
+            f"{name}_swa": torch.randn_like(y).requires_grad_(differentiated)
+            for name, y in (("k", x.k), ("v", x.v))
+        }
         yield call(operator, case, x, backend)
         yield call(operator, case, x, backend, recompute=BRANCHES, **own)
         if not differentiated:
-            yield call(operator, case, x.replace(q=x.q[few], gate_logits=x.gate_logits[few]), backend, **last)
+            yield call(
+                operator,
+                case,
+                x.replace(q=x.q[few], gate_logits=x.gate_logits[few]),
+                backend,
+                **last,
+            )
     else:
         raise ValueError(f"{operator}: no sample calls. Fix: add some here.")
 
@@ -123,19 +147,27 @@ FORWARD = [*DIFFERENTIABLE, "select_blocks", "block_scores", "block_index"]
 BACKWARD = [f"{name}_backward" for name in DIFFERENTIABLE]
 
 
-# Operators with a single implementation: the one whose call they are part of, and its backend that reads them.
-SINGLE = {"block_index": ("selected_attention", "triton_kv_major"), "block_scores": ("select_blocks", "reference")}
+# Operators with a single implementation: the one whose call they are part of,
+# and its backend that reads them.
+SINGLE = {
+    "block_index": ("selected_attention", "triton_kv_major"),
+    "block_scores": ("select_blocks", "reference"),
+}
 
 
 def test_every_registered_operator_is_checked_here():
     registered = {
-        name.removeprefix("nsa_fsa::") for name in torch._C._dispatch_get_all_op_names() if name.startswith("nsa_fsa::")
+        name.removeprefix("nsa_fsa::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("nsa_fsa::")
     }
     assert {name.split(".")[0] for name in registered} == {*FORWARD, *BACKWARD}
 
 
 def registered_operators():
-    """(operator, backend, requires_grad), with inputs that require a gradient where the operator may be given such."""
+    """(operator, backend, requires_grad), with inputs that require a gradient where the operator
+    may be given such.
+    """
     found = []
     for operator in (*FORWARD, *BACKWARD):
         whole, single = SINGLE.get(operator, (operator.removesuffix("_backward"), None))
@@ -144,23 +176,34 @@ def registered_operators():
                 continue
             # A backward is not differentiated again, and select_blocks detaches what it hands on.
             for requires_grad in (False, True) if operator in DIFFERENTIABLE else (False,):
-                name = f"{operator}-{backend.values[0]}-{'requires_grad' if requires_grad else 'plain'}"
-                found.append(pytest.param(operator, *backend.values, requires_grad, marks=backend.marks, id=name))
+                kind = "requires_grad" if requires_grad else "plain"
+                name = f"{operator}-{backend.values[0]}-{kind}"
+                found.append(
+                    pytest.param(
+                        operator, *backend.values, requires_grad, marks=backend.marks, id=name
+                    )
+                )
     return found
 
 
 @pytest.mark.parametrize("layout", [same, heads_first])
 @pytest.mark.parametrize(("operator", "backend", "requires_grad"), registered_operators())
 def test_opcheck(operator, backend, requires_grad, layout):
-    """Schema, fake implementation (strides too), autograd registration and tracing with dynamic shapes."""
+    """Schema, fake implementation (strides too), autograd registration and tracing with
+    dynamic shapes.
+    """
     x = inputs(requires_grad or operator.endswith("_backward"), backend, layout=layout)
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
-    # Two block indices of one selection differ where nothing is listed, and in where a list lies. The whole, whose outputs
-    # one is among, is compared compiled and eager below.
-    if operator != "block_index" and not (operator.startswith("nsa_attention") and backend == "triton"):
+    # Two block indices of one selection differ where nothing is listed, and in where a list lies.
+    # The whole, whose outputs one is among, is compared compiled and eager below.
+    if operator != "block_index" and not (
+        operator.startswith("nsa_attention") and backend == "triton"
+    ):
         checks.append("test_aot_dispatch_dynamic")
     for arguments in samples(operator, x, backend):
-        torch.library.opcheck(getattr(torch.ops.nsa_fsa, operator).default, arguments, test_utils=checks)
+        torch.library.opcheck(
+            getattr(torch.ops.nsa_fsa, operator).default, arguments, test_utils=checks
+        )
 
 
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
@@ -168,15 +211,21 @@ def test_a_second_derivative_is_refused(operator, backend):
     """By name, rather than taken for zero."""
     x = inputs(True, backend)
     o = output(call(operator, suited(CASE, backend, operator=operator), x, backend))
-    (dx,) = torch.autograd.grad(o.square().sum(), getattr(x, DIFFERENTIABLE[operator][0]), create_graph=True)
+    (dx,) = torch.autograd.grad(
+        o.square().sum(), getattr(x, DIFFERENTIABLE[operator][0]), create_graph=True
+    )
     with pytest.raises(RuntimeError, match=r"nsa_fsa::\w+_backward has no gradient.*Fix"):
         dx.sum().backward()
 
 
 def test_what_carries_no_gradient_is_refused():
-    """The layer detaches what goes into the choice of blocks; whoever calls the bare operator has to."""
+    """The layer detaches what goes into the choice of blocks; whoever calls the bare
+    operator has to.
+    """
     x = inputs(True)
-    arguments = [y.requires_grad_() if is_float(y) else y for y in samples("block_scores", x, "reference")[0]]
+    arguments = [
+        y.requires_grad_() if is_float(y) else y for y in samples("block_scores", x, "reference")[0]
+    ]
     scores = torch.ops.nsa_fsa.block_scores(*arguments)
     with pytest.raises(RuntimeError, match=r"nsa_fsa::block_scores has no gradient.*detach"):
         scores.sum().backward()
@@ -197,7 +246,9 @@ class StopGradient(torch.autograd.Function):
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_no_gradient_from_above_gives_none_below(operator, backend):
     x = inputs(True, backend)
-    StopGradient.apply(output(call(operator, suited(CASE, backend, operator=operator), x, backend))).sum().backward()
+    StopGradient.apply(
+        output(call(operator, suited(CASE, backend, operator=operator), x, backend))
+    ).sum().backward()
     assert all(getattr(x, name).grad is None for name in DIFFERENTIABLE[operator])
 
 
@@ -205,7 +256,13 @@ def test_no_gradient_from_above_gives_none_below(operator, backend):
 def test_the_compiler_does_not_look_into_an_operator(mode):
     """Called where a compiled model leaves the graph, but what it calls there is still compiled."""
     x = inputs(False)
-    arguments = (x.gate_logits.requires_grad_(mode is torch.enable_grad), x.o_cmp, x.o_slc, x.o_swa, "reference")
+    arguments = (
+        x.gate_logits.requires_grad_(mode is torch.enable_grad),
+        x.o_cmp,
+        x.o_slc,
+        x.o_swa,
+        "reference",
+    )
 
     def frames(called):
         """How many functions the compiler looked into."""
@@ -225,14 +282,17 @@ import torch
 from nsa_fsa import ops
 
 q = torch.ones(8, 1, 4, requires_grad=True)
-ops.sliding_window_attention(q, q, q, torch.tensor([0, 8], dtype=torch.int32), 8, window_size=4).sum().backward()
+cu_seqlens = torch.tensor([0, 8], dtype=torch.int32)
+ops.sliding_window_attention(q, q, q, cu_seqlens, 8, window_size=4).sum().backward()
 print("torch._dynamo" in sys.modules)
 """
 
 
 def test_the_first_call_does_not_import_the_compiler():
     """Which takes as long as importing torch itself."""
-    result = subprocess.run([sys.executable, "-c", FIRST_CALL], capture_output=True, text=True, timeout=120)
+    result = subprocess.run(
+        [sys.executable, "-c", FIRST_CALL], capture_output=True, text=True, timeout=120
+    )
     assert result.stdout == "False\n", result.stdout + result.stderr
 
 
@@ -244,12 +304,17 @@ def test_compiled_equals_eager(operator, backend, layout, compiler):
     torch._dynamo.reset()
     case = suited(CASE, backend, calls=2, operator=operator)
     x = inputs(True, backend, layout=layout)
-    compiled = torch.compile(lambda x: output(call(operator, case, x, backend)), fullgraph=True, backend=compiler)
+    compiled = torch.compile(
+        lambda x: output(call(operator, case, x, backend)), fullgraph=True, backend=compiler
+    )
     o, o_compiled = output(call(operator, case, x, backend)), compiled(x)
     assert torch.equal(o, o_compiled)
     do = torch.randn_like(o)
     for name, *grads in zip(
-        DIFFERENTIABLE[operator], gradients(operator, o, x, do), gradients(operator, o_compiled, x, do), strict=True
+        DIFFERENTIABLE[operator],
+        gradients(operator, o, x, do),
+        gradients(operator, o_compiled, x, do),
+        strict=True,
     ):
         assert torch.equal(*grads), f"d{name}"
 
@@ -260,21 +325,32 @@ def test_compiled_selection_equals_eager(backend, compiler):
     torch._dynamo.reset()
     x = inputs(False, backend)
     lse = call("compressed_attention", CASE, x)[1]
-    compiled = torch.compile(lambda x, lse: select(CASE, x, lse, backend, return_scores=True), fullgraph=True, backend=compiler)
-    for a, b in zip(compiled(x, lse), select(CASE, x, lse, backend, return_scores=True), strict=True):
+    compiled = torch.compile(
+        lambda x, lse: select(CASE, x, lse, backend, return_scores=True),
+        fullgraph=True,
+        backend=compiler,
+    )
+    for a, b in zip(
+        compiled(x, lse), select(CASE, x, lse, backend, return_scores=True), strict=True
+    ):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_no_recompilation_after_the_second_length(operator, backend):
-    """The first length compiles, the second may compile once more with dynamic sizes, no later one does."""
+    """The first length compiles, the second may compile once more with dynamic sizes,
+    no later one does.
+    """
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     block_size = suited(CASE, backend, operator=operator).block_size
     case = dataclasses.replace(CASE, block_size=block_size)
-    compiled = torch.compile(lambda x: output(call(operator, case, x, backend)), fullgraph=True, backend=counter)
+    compiled = torch.compile(
+        lambda x: output(call(operator, case, x, backend)), fullgraph=True, backend=counter
+    )
     frames = []
-    for lengths in [(12, 0, 5), (11, 3, 4), (15, 1, 4), (2, 1, 29)]:  # tables of 32 rows need no padding
+    # Tables of 32 rows need no padding.
+    for lengths in [(12, 0, 5), (11, 3, 4), (15, 1, 4), (2, 1, 29)]:
         case = suited(dataclasses.replace(CASE, lengths=lengths), backend, operator=operator)
         x = inputs(True, backend, case)
         o = compiled(x)

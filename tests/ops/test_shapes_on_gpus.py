@@ -1,4 +1,5 @@
-"""What the host knows of shapes is checked wherever the tensors are: a kernel would read past the end of what is too short.
+"""What the host knows of shapes is checked wherever the tensors are:
+a kernel would read past the end of what is too short.
 
 On the meta device, where nothing can be read, as nothing is read from a GPU.
 """
@@ -41,13 +42,25 @@ FEW = dict(k_cmp=torch.zeros(T // S - 1, HKV, D), v_cmp=torch.zeros(T // S - 1, 
 MORE_HEADS = dict(k_cmp=torch.zeros(T // S, HQ, D), v_cmp=torch.zeros(T // S, HQ, DV))
 SHORT_WINDOW = dict(k_swa=torch.zeros(T - 1, HKV, D), v_swa=torch.zeros(T - 1, HKV, DV))
 BAD = [
-    ((compressed, select, whole), FEW, rf"k_cmp has {T // S - 1} rows; {T} tokens with kernel_stride={S} need {T // S}.*Fix"),
+    (
+        (compressed, select, whole),
+        FEW,
+        rf"k_cmp has {T // S - 1} rows; {T} tokens with kernel_stride={S} need {T // S}.*Fix",
+    ),
     ((whole,), LAST | FEW, rf"k_cmp has {T // S - 1} rows.*need {T // S}"),
     ((whole,), MORE_HEADS, rf"k_cmp has {HQ} heads but k {HKV}"),
     ((whole,), LAST | SHORT_WINDOW, rf"k_swa has {T - 1} rows but k {T}"),
     ((whole,), SHORT_WINDOW, rf"q has {T} rows and k has {T - 1}"),
-    ((selected, sliding, whole), dict(k=torch.zeros(T - 1, HKV, D), v=torch.zeros(T - 1, HKV, DV)), r"rows|block_indices"),
-    ((compressed, selected, sliding, whole), dict(v=torch.zeros(T - 1, HKV, DV), v_cmp=FEW["v_cmp"]), "rows and heads must"),
+    (
+        (selected, sliding, whole),
+        dict(k=torch.zeros(T - 1, HKV, D), v=torch.zeros(T - 1, HKV, DV)),
+        r"rows|block_indices",
+    ),
+    (
+        (compressed, selected, sliding, whole),
+        dict(v=torch.zeros(T - 1, HKV, DV), v_cmp=FEW["v_cmp"]),
+        "rows and heads must",
+    ),
     ((selected,), dict(block_indices=torch.zeros(T - 1, HKV, 4).int()), "block_indices is"),
     ((selected,), dict(block_counts=torch.zeros(T, HKV + 1).int()), "block_counts is"),
     ((select,), dict(lse=torch.zeros(T - 1, HQ)), "lse is"),
@@ -59,14 +72,22 @@ BAD = [
 
 def meta(operator, changes):
     """The good arguments and the changes that this operator takes, without memory."""
-    keywords = {"cu_seqlens_q", "seqused_k", "block_counts"} | ({"k_swa", "v_swa"} if operator is whole else set())
+    keywords = {"cu_seqlens_q", "seqused_k", "block_counts"} | (
+        {"k_swa", "v_swa"} if operator is whole else set()
+    )
     taken = {name: x for name, x in changes.items() if name in keywords or name in NAMES[operator]}
-    return {name: META[name] for name in NAMES[operator]} | {name: x.to("meta") for name, x in taken.items()}
+    return {name: META[name] for name in NAMES[operator]} | {
+        name: x.to("meta") for name, x in taken.items()
+    }
 
 
 @pytest.mark.parametrize(
     ("operator", "changes", "message"),
-    [pytest.param(op, changes, message, id=f"{op.__name__}-{message[:24]}") for ops, changes, message in BAD for op in ops],
+    [
+        pytest.param(op, changes, message, id=f"{op.__name__}-{message[:24]}")
+        for ops, changes, message in BAD
+        for op in ops
+    ],
 )
 def test_refused(operator, changes, message):
     operator(**meta(operator, {}))
@@ -74,6 +95,8 @@ def test_refused(operator, changes, message):
         operator(**meta(operator, changes))
 
 
-@pytest.mark.parametrize("operator", [compressed, sliding, select, whole], ids=lambda operator: operator.__name__)
+@pytest.mark.parametrize(
+    "operator", [compressed, sliding, select, whole], ids=lambda operator: operator.__name__
+)
 def test_last_queries_are_accepted(operator):
     operator(**meta(operator, LAST))

@@ -1,4 +1,6 @@
-"""Row 12 of reliability.md: torch.func. Reverse mode is right at every level; forward mode is refused, not taken for zero."""
+"""Row 12 of reliability.md: torch.func. Reverse mode is right at every level;
+forward mode is refused, not taken for zero.
+"""
 
 import contextlib
 
@@ -13,27 +15,42 @@ CASE = by_name("five")
 
 @pytest.fixture(params=DIFFERENTIABLE)
 def problem(request):
-    """An operator as a function of what it is differentiable in, these tensors, a gradient of its output, and theirs.
+    """An operator as a function of what it is differentiable in, these tensors,
+    a gradient of its output, and theirs.
 
     Computed by the reference: torch.func meets the operator, whichever backend is behind it.
     """
     operator, backend = request.param, "reference"
     x = make_inputs(CASE, requires_grad=True)
-    x = x.replace(**{name: getattr(x, name).detach().nan_to_num(0).requires_grad_() for name in ("k_cmp", "v_cmp")})
+    x = x.replace(
+        **{
+            name: getattr(x, name).detach().nan_to_num(0).requires_grad_()
+            for name in ("k_cmp", "v_cmp")
+        }
+    )
     o = output(call(operator, CASE, x, backend))
     do = torch.randn_like(o)
     names = DIFFERENTIABLE[operator]
 
     def function(*tensors):
-        return output(call(operator, CASE, x.replace(**dict(zip(names, tensors, strict=True))), backend))
+        return output(
+            call(operator, CASE, x.replace(**dict(zip(names, tensors, strict=True))), backend)
+        )
 
-    return function, [getattr(x, name).detach() for name in names], do, gradients(operator, o, x, do)
+    return (
+        function,
+        [getattr(x, name).detach() for name in names],
+        do,
+        gradients(operator, o, x, do),
+    )
 
 
 def test_vjp_and_grad(problem):
     function, tensors, do, expected = problem
     _, vjp = torch.func.vjp(function, *tensors)
-    found = torch.func.grad(lambda *x: (function(*x) * do).sum(), argnums=tuple(range(len(tensors))))(*tensors)
+    found = torch.func.grad(
+        lambda *x: (function(*x) * do).sum(), argnums=tuple(range(len(tensors)))
+    )(*tensors)
     for a, b, c in zip(vjp(do), found, expected, strict=True):
         assert torch.equal(a, c)
         assert torch.equal(b, c)
@@ -41,10 +58,14 @@ def test_vjp_and_grad(problem):
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
 def test_gradients_of_every_sample(problem):
-    """vmap over grad, as differential privacy takes it; slow, as nothing here has a batching rule of its own."""
+    """vmap over grad, as differential privacy takes it; slow, as nothing here has a batching
+    rule of its own.
+    """
     function, (first, *others), do, expected = problem
     one = torch.func.grad(lambda x, *rest: (function(x, *rest) * do).sum())
-    found = torch.func.vmap(one, (0, *(None for _ in others)))(torch.stack((first, 2 * first)), *others)
+    found = torch.func.vmap(one, (0, *(None for _ in others)))(
+        torch.stack((first, 2 * first)), *others
+    )
     assert torch.equal(found[0], expected[0])
 
 
@@ -65,7 +86,9 @@ def test_second_derivatives_are_refused_at_every_level(problem):
 
 @contextlib.contextmanager
 def forward_mode_refused():
-    with pytest.raises(RuntimeError, match=r"nsa_fsa::\w+ has no forward-mode derivative.*Fix: use reverse mode"):
+    with pytest.raises(
+        RuntimeError, match=r"nsa_fsa::\w+ has no forward-mode derivative.*Fix: use reverse mode"
+    ):
         yield
 
 

@@ -1,10 +1,21 @@
-"""backend="triton" runs what the profiler finds fastest: kernels that the other tests know by their own names."""
+"""backend="triton" runs what the profiler finds fastest: kernels that the other tests know by
+their own names.
+"""
 
 import pytest
 import torch
 
 from nsa_fsa import NativeSparseAttention, NSAConfig, explain
-from tests.cases import BACKENDS, DIFFERENTIABLE, by_name, call, device_of, gradients, make_inputs, suited
+from tests.cases import (
+    BACKENDS,
+    DIFFERENTIABLE,
+    by_name,
+    call,
+    device_of,
+    gradients,
+    make_inputs,
+    suited,
+)
 
 pytestmark = pytest.mark.skipif(
     BACKENDS["selected_attention"].available()["triton"] is not None,
@@ -44,7 +55,11 @@ def test_decoding_is_query_major_and_has_no_gradient():
     x = make_inputs(case, device=device_of("triton"), requires_grad=True)
     used = torch.tensor(case.lengths, dtype=torch.int32, device=x.q.device)
     o, lse = call("selected_attention", case, x, "triton", seqused_k=used)
-    for a, b in zip((o, lse), call("selected_attention", case, x, "triton_query_major", seqused_k=used), strict=True):
+    for a, b in zip(
+        (o, lse),
+        call("selected_attention", case, x, "triton_query_major", seqused_k=used),
+        strict=True,
+    ):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="no gradient where cu_seqlens_q or seqused_k is given"):
         o.sum().backward()
@@ -53,15 +68,30 @@ def test_decoding_is_query_major_and_has_no_gradient():
 def test_on_a_cpu_nothing_chooses_triton():
     """Its interpreter is for tests; a user who does not ask for it gets the reference."""
     x = make_inputs(CASE)
-    assert torch.equal(call("selected_attention", CASE, x, "auto")[0], call("selected_attention", CASE, x, "reference")[0])
+    assert torch.equal(
+        call("selected_attention", CASE, x, "auto")[0],
+        call("selected_attention", CASE, x, "reference")[0],
+    )
 
 
 def test_a_layer_takes_the_name_of_one_operators_backend():
-    """The selected branch has two Triton backends, the others one or none: these choose for themselves."""
+    """The selected branch has two Triton backends, the others one or none:
+    these choose for themselves.
+    """
     config = NSAConfig.from_dict(
-        dict(preset="tiny", hidden_size=64, num_heads=4, num_kv_heads=2, head_dim=16, backend="triton_kv_major")
+        dict(
+            preset="tiny",
+            hidden_size=64,
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=16,
+            backend="triton_kv_major",
+        )
     )
-    chosen = {choice.operator: choice.backend for choice in explain(config, 40, dtype=torch.float32).choices}
+    chosen = {
+        choice.operator: choice.backend
+        for choice in explain(config, 40, dtype=torch.float32).choices
+    }
     assert chosen.pop("selected_attention") == "triton_kv_major"
     assert "triton_kv_major" not in chosen.values()
     device = device_of("triton_kv_major")

@@ -1,4 +1,6 @@
-"""workspace_bytes: with little of it KV heads, and ranges of a head's queries, are done in turn, and nothing else changes."""
+"""workspace_bytes: with little of it KV heads, and ranges of a head's queries, are done in turn,
+and nothing else changes.
+"""
 
 import dataclasses
 
@@ -12,8 +14,8 @@ LONG = Case("workspace", (5, 0, 70, 33), 2, 1, 32, 16, F32, 8, 4, 16, 4, 1, 1, 8
 SHORT = Case("workspace_short", (20, 0, 17), 2, 1, 16, 16, F32, 8, 4, 16, 2, 1, 0, 8, seed=10)
 
 
-# With 3 heads a group the partials of one KV head of LONG take about 50 KB forward and 170 KB backward. One byte is enough for
-# nothing, so that ranges are as short as they can be.
+# With 3 heads a group the partials of one KV head of LONG take about 50 KB forward and 170 KB
+# backward. One byte is enough for nothing, so that ranges are as short as they can be.
 @pytest.mark.parametrize(
     ("case", "budget"),
     [*((LONG, budget) for budget in (1, 30_000, 60_000, 100_000, 200_000)), (SHORT, 1)],
@@ -25,4 +27,6 @@ def test_budget_does_not_show(backend, group_size, case, budget):
     case, x, indices = selection(dataclasses.replace(case, group_size=group_size), backend)
     do = output_gradient(case)
     expected = run("reference", case, x, indices, do)
-    assert_results_close(backend, run(backend, case, x, indices, do, workspace_bytes=budget), expected)
+    assert_results_close(
+        backend, run(backend, case, x, indices, do, workspace_bytes=budget), expected
+    )

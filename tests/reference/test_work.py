@@ -1,4 +1,6 @@
-"""What the reference computes and holds follows what queries see, not the square of the length nor the size of a block."""
+"""What the reference computes and holds follows what queries see,
+not the square of the length nor the size of a block.
+"""
 
 import os
 import subprocess
@@ -26,7 +28,10 @@ def test_going_by_block_does_not_show(case, monkeypatch):
     grads = gradients("selected_attention", expected[0], x, do)
     for a, b in zip(result, expected, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
-    for found in (gradients("selected_attention", result[0], x, do), run_backward("selected_attention", case, x, do, result)):
+    for found in (
+        gradients("selected_attention", result[0], x, do),
+        run_backward("selected_attention", case, x, do, result),
+    ):
         for a, b in zip(found, grads, strict=True):
             torch.testing.assert_close(a, b, **CLOSE)
 
@@ -54,7 +59,9 @@ LENGTH, HEADS, KV_HEADS, WIDTH, BLOCK_SIZE, WINDOW_SIZE = 2048, 4, 2, 16, 32, 12
     ],
 )
 def test_work_follows_what_is_seen(operator, seen, sizes):
-    """At most twice what the keys that are seen take, at a length where all keys of the past would be eight times as many."""
+    """At most twice what the keys that are seen take, at a length where all keys of the past would
+    be eight times as many.
+    """
     q, do = torch.randn(2, LENGTH, HEADS, WIDTH)
     k, v = torch.randn(2, LENGTH, KV_HEADS, WIDTH)
     blocks_so_far = (torch.arange(LENGTH) // BLOCK_SIZE + 1)[:, None, None]
@@ -84,7 +91,9 @@ def test_a_block_larger_than_memory_is_one_that_holds_all(block_size):
         packed = (x.cu_seqlens, x.max_seqlen)
         indices = reference.select_blocks(x.q, x.k_cmp, lse, *packed, **chosen)
         scores = reference.block_scores(x.q, x.k_cmp, lse, *packed, **scored)
-        o, lse_slc = reference.selected_attention(x.q, x.k, x.v, indices, *packed, scale=case.scale, block_size=block_size)
+        o, lse_slc = reference.selected_attention(
+            x.q, x.k, x.v, indices, *packed, scale=case.scale, block_size=block_size
+        )
         return indices, scores, o, lse_slc
 
     for a, b in zip(run(block_size), run(128), strict=True):
@@ -110,7 +119,8 @@ torch.set_num_threads(1)
 T = 2**17
 q, k_cmp, lse = torch.randn(1, 4, 32), torch.randn(T // 16, 1, 32), torch.full((1, 4), 10.0)
 layout = (torch.tensor([0, T]), T)
-sizes = dict(kernel_size=32, kernel_stride=16, block_size=64, num_selected_blocks=16, init_blocks=1, local_blocks=2)
+sizes = dict(kernel_size=32, kernel_stride=16, block_size=64, num_selected_blocks=16)
+sizes |= dict(init_blocks=1, local_blocks=2)
 base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 last = dict(scale=1.0, cu_seqlens_q=torch.tensor([0, 1]), seqused_k=torch.tensor([T]))
 assert reference.select_blocks(q, k_cmp, lse, *layout, **sizes, **last).shape == (1, 1, 16)
@@ -118,9 +128,16 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base) // 1024)
 """
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="ru_maxrss counts in other units on other systems")
+@pytest.mark.skipif(
+    not os.path.exists("/proc/self/statm"),
+    reason="ru_maxrss counts in other units on other systems",
+)
 def test_one_query_does_not_hold_windows_times_blocks():
-    """Of 8,191 windows and 2,048 blocks, as a decode step at 131,072 tokens has: a table of both took 512 MiB."""
-    result = subprocess.run([sys.executable, "-c", ONE_QUERY], capture_output=True, text=True, timeout=120)
+    """Of 8,191 windows and 2,048 blocks, as a decode step at 131,072 tokens has:
+    a table of both took 512 MiB.
+    """
+    result = subprocess.run(
+        [sys.executable, "-c", ONE_QUERY], capture_output=True, text=True, timeout=120
+    )
     assert result.returncode == 0, result.stderr
     assert int(result.stdout) < 100, f"{result.stdout} MiB"
