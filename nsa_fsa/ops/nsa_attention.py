@@ -330,7 +330,7 @@ class _Gates:
         self.lses = (saved.lse_cmp, saved.lse_slc, saved.lse_swa)
         self.gate_logits, self.do = call.gate_logits, do
         self.backend = gated_combine.BRANCH_GRADIENTS.or_auto(call.backend)
-        self.dlogits: list[Tensor] = [do] * 3  # until they are known
+        self.dlogits: Tensor | None = None  # as gate_logits, of the branches seen so far
         self.softmax: list[Softmax] = [Softmax(None, lse) for lse in self.lses]
 
     def see(
@@ -345,11 +345,14 @@ class _Gates:
         if all(o is None for o in outputs):
             return
         call = BranchesCall(self.do, outputs, self.lses, self.gate_logits, self.backend)
-        found = gated_combine.BRANCH_GRADIENTS.choose(call).forward(call)
-        for branch, (o, dlogits, lse, delta) in enumerate(zip(outputs, *found, strict=True)):
+        dlogits, lses, deltas = gated_combine.BRANCH_GRADIENTS.choose(call).forward(call)
+        if self.dlogits is None:
+            self.dlogits = dlogits
+        for branch, (o, lse, delta) in enumerate(zip(outputs, lses, deltas, strict=True)):
             if o is not None:
-                self.dlogits[branch] = dlogits
                 self.softmax[branch] = Softmax(None, lse, delta)
+                if self.dlogits is not dlogits:
+                    self.dlogits[..., branch] = dlogits[..., branch]
 
 
 def _backward(call: CoreCall, do: Tensor, saved: CoreSaved) -> CoreGradients:
@@ -384,9 +387,9 @@ def _backward(call: CoreCall, do: Tensor, saved: CoreSaved) -> CoreGradients:
     dq, dk_cmp, dv_cmp = _differentiate(
         compressed_attention.BACKENDS, compressed, do, of_compressed, AddTo(dq)
     )
-    dgates = torch.stack(gates.dlogits, dim=-1)
     own = (None, None) if shared else (dk_swa, dv_swa)
-    return CoreGradients(dq, dk, dv, dk_cmp, dv_cmp, dgates, *own)
+    assert gates.dlogits is not None
+    return CoreGradients(dq, dk, dv, dk_cmp, dv_cmp, gates.dlogits, *own)
 
 
 def _run(operator: Backends[Any], branch: Any) -> AttentionResult:

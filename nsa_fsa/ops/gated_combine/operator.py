@@ -167,7 +167,9 @@ class TritonBranches(TritonBackend[BranchesCall]):
 class ReferenceBranches(Backend[BranchesCall]):
     name = "reference"
 
-    def forward(self, call: BranchesCall) -> tuple[list[Tensor | None], ...]:
+    def forward(
+        self, call: BranchesCall
+    ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
         return reference.branch_gradients(call.do, call.outputs, call.lses, call.gate_logits)
 
 

@@ -41,7 +41,7 @@ def gated_combine_backward(
 
 def branch_gradients(
     do: Tensor, outputs: Sequence[Tensor | None], statistics: Sequence[Tensor], gate_logits: Tensor
-) -> tuple[list[Tensor | None], list[Tensor | None], list[Tensor | None]]:
+) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
     """The gates, backward, without gated copies of do.
 
     A branch's gradients are linear in each query's weights p = exp(s - lse) once delta is known. So
@@ -55,23 +55,23 @@ def branch_gradients(
         gate_logits: `[T, HQ or 1, 3]`.
 
     Returns:
-        For each branch the gradient of its gate logits `[T, HQ or 1]`, lse - log(gate) `[T, HQ]`,
-        and delta = sum(o * do) `[T, HQ]`; of a branch that is left out anything.
+        The gradient of gate_logits, and for each branch lse - log(gate)
+        `[T, HQ]` and delta = sum(o * do) `[T, HQ]`; of a branch that is left out anything.
     """
     dtype = compute_dtype(do)
-    results: list[tuple[Tensor | None, ...]] = []
-    for o, lse, logits in zip(outputs, statistics, gate_logits.to(dtype).unbind(-1), strict=True):
+    dlogits = gate_logits.new_empty(gate_logits.shape)
+    gated_lses: list[Tensor | None] = [None] * 3
+    deltas: list[Tensor | None] = [None] * 3
+    for branch, (o, lse) in enumerate(zip(outputs, statistics, strict=True)):
         if o is None:
-            results.append((None, None, None))
             continue
-        delta = (do.to(dtype) * o.to(dtype)).sum(-1)
-        g = torch.sigmoid(logits)
+        logits = gate_logits[..., branch].to(dtype)
+        g, delta = torch.sigmoid(logits), (do.to(dtype) * o.to(dtype)).sum(-1)
         dg = delta.sum(1, keepdim=True) if gate_logits.shape[1] == 1 else delta
+        dlogits[..., branch] = dg * g * (1 - g)
         # A closed gate is a log of -inf, and for a query that sees nothing lse is:
         # their difference would be NaN.
-        gated_lse = torch.where(
-            lse == -torch.inf, lse, lse - torch.nn.functional.logsigmoid(logits)
-        )
-        results.append(((dg * g * (1 - g)).to(gate_logits.dtype), gated_lse, delta))
-    dlogits, gated_lses, deltas = (list(x) for x in zip(*results, strict=True))
+        log_gate = torch.nn.functional.logsigmoid(logits)
+        gated_lses[branch] = torch.where(lse == -torch.inf, lse, lse - log_gate)
+        deltas[branch] = delta
     return dlogits, gated_lses, deltas

@@ -149,7 +149,7 @@ def branch_gradients_kernel(
     PADDED_DV: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """What `branch_gradients` returns, each `[3, T, HQ]`.
+    """What `branch_gradients` returns: dlogits `[T, HQ, 3]`, gated_lse and delta `[3, T, HQ]`.
 
     outputs and lse_ptrs have a member for each branch. Nothing is written where the output is None.
     """
@@ -171,7 +171,7 @@ def branch_gradients_kernel(
             delta = tl.sum(grad * o, 1)
             gate = tl.sigmoid(logit)
             dlogit = (delta * gate * (1.0 - gate)).to(dlogits_ptr.dtype.element_ty)
-            tl.store(dlogits_ptr + first + rows.number, dlogit, mask=rows.inside)
+            tl.store(dlogits_ptr + rows.number * 3 + branch, dlogit, mask=rows.inside)
             tl.store(delta_ptr + first + rows.number, delta, mask=rows.inside)
 
 
@@ -243,18 +243,18 @@ def gated_combine_backward(
 def branch_gradients(
     do: Tensor, outputs: Sequence[Tensor | None], lses: Sequence[Tensor], gate_logits: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the gates' logits, gated lse and delta, each `[3, T, HQ]`, in one pass over do.
+    """Gradients of the gates' logits, and gated lse and delta `[3, T, HQ]`, in one pass over do.
 
     Args:
         do: gradient of the gated sum, `[T, HQ, DV]`.
         outputs: of the three branches, `[T, HQ, DV]`; None where nothing is wanted.
         lses: of the three branches, float32 `[T, HQ]`.
-        gate_logits: `[T, HQ or 1, 3]`. The gradient of shared ones is `[3, T, 1]`.
+        gate_logits: `[T, HQ or 1, 3]`, as its gradient.
     """
     num_tokens, num_heads, _ = do.shape
     shared = gate_logits.shape[1] != num_heads
     dtype = torch.float32 if shared else gate_logits.dtype
-    dlogits = do.new_empty(3, num_tokens, num_heads, dtype=dtype)
+    dlogits = do.new_empty(num_tokens, num_heads, 3, dtype=dtype)
     gated_lse, delta = (
         do.new_empty(3, num_tokens, num_heads, dtype=torch.float32) for _ in range(2)
     )
@@ -273,5 +273,5 @@ def branch_gradients(
         )
 
     if shared:
-        dlogits = dlogits.sum(2, keepdim=True).to(gate_logits.dtype)
+        dlogits = dlogits.sum(1, keepdim=True).to(gate_logits.dtype)
     return dlogits, gated_lse, delta

@@ -227,6 +227,8 @@ class Bitmap(NamedTuple):
     """A bit for every block and query, for some heads and blocks at a time."""
 
     words: Tensor  # int32 [head_step * block_step * num_words]
+    cursor: Tensor  # int32 [HKV]: how many entries of a head are written
+    both: Tensor  # these two, which begin as zeros
     num_words: int  # of a block: those of the longest sequence, at whatever bit it begins
     head_step: int
     block_step: int
@@ -239,9 +241,9 @@ def new_bitmap(call: IndexCall, num_blocks: int) -> Bitmap:
     row_bytes, budget = 4 * num_words, min(BITMAP_BYTES, call.workspace_bytes)
     block_step = min(max(budget // row_bytes, 1), num_blocks)
     head_step = min(max(budget // (row_bytes * num_blocks), 1), num_heads)
-    num_elements = head_step * block_step * num_words
-    words = torch.empty(num_elements, dtype=torch.int32, device=call.block_indices.device)
-    return Bitmap(words, num_words, head_step, block_step)
+    room = cdiv(head_step * block_step * num_words, 4) * 4  # the cursor begins at 16 bytes
+    both = torch.empty(room + num_heads, dtype=torch.int32, device=call.block_indices.device)
+    return Bitmap(both[:room], both[room:], both, num_words, head_step, block_step)
 
 
 def build_block_index(call: IndexCall) -> BlockIndex:
@@ -268,21 +270,21 @@ def build_block_index(call: IndexCall) -> BlockIndex:
     slots, padded = num_slots(num_indices, call.blocks), max(next_power_of_2(num_indices), 2)
     dtype = torch.int16 if cdiv(call.sequences.max_seqlen, block_size) < 2**15 else torch.int32
     sparse = index.entries.new_empty(num_heads, num_rows, padded, dtype=dtype)
-    bitmap, num_words, head_step, block_step = new_bitmap(call, num_blocks)
-    cursor = index.entries.new_zeros(num_heads)
+    bitmap, cursor, both, num_words, head_step, block_step = new_bitmap(call, num_blocks)
     mark_rows = max(1024 // padded, 16) if padded <= 16 else max(512 // padded, 4)
 
     to_mark = (indices, counts, rows, sparse, index, bitmap, num_rows, init_blocks, local_blocks)
     to_collect = (blocks, sparse, index, bitmap, cursor, num_rows, num_blocks)
-    both = dict(PADDED_INDICES=padded, BLOCK_SIZE=block_size)
-    marking = dict(NUM_INDICES=num_indices, NUM_SLOTS=slots, ROWS=mark_rows, num_warps=4, **both)
-    collecting = dict(NUM_SLOTS=max(slots, 1), WORDS=512, ENTRIES=128, num_warps=2, **both)
+    sizes = dict(PADDED_INDICES=padded, BLOCK_SIZE=block_size)
+    marking = dict(NUM_INDICES=num_indices, NUM_SLOTS=slots, ROWS=mark_rows, num_warps=4, **sizes)
+    collecting = dict(NUM_SLOTS=max(slots, 1), WORDS=512, ENTRIES=128, num_warps=2, **sizes)
     for head in range(0, num_heads, head_step):
         count = min(head_step, num_heads - head)
         for low in range(0, num_blocks, block_step):
             high = min(low + block_step, num_blocks)
             where = (num_words, head, low, high)
-            bitmap[: count * (high - low) * num_words].zero_()
+            is_first = head == low == 0
+            (both if is_first else bitmap[: count * (high - low) * num_words]).zero_()
             mark_kernel[(cdiv(num_rows, mark_rows), count)](*to_mark, *where, **marking)
             collect_kernel[(high - low, count)](*to_collect, *where, **collecting)
     return index
