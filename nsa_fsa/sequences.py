@@ -34,6 +34,14 @@ class Sequences(NamedTuple):
         """Whether queries and keys lie in the same rows, of which all are in use."""
         return self.cu_seqlens_q is None and self.seqused_k is None
 
+    def common_length(self, num_rows: int) -> int | None:
+        """The length of all sequences, which have so many rows together, where it is known
+        without a look at the device: of one sequence, or where all must be as long as the
+        longest may be."""
+        number = self.cu_seqlens.shape[0] - 1
+        alike = number == 1 or (number > 1 and number * self.max_seqlen == num_rows)
+        return num_rows // number if alike and self.shares_rows else None
+
     @property
     def of_queries(self) -> Tensor:
         """Where the sequences' queries begin, int32 `[B + 1]`."""

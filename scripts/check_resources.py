@@ -230,12 +230,17 @@ def call_compression(
 
 
 def windowed_call(
-    case: Case, q: torch.Tensor, num_sequences: int, windows: Windows, window_size: int | None
+    case: Case,
+    q: torch.Tensor,
+    num_sequences: int,
+    windows: Windows,
+    window_size: int | None = None,
+    max_seqlen: int = NUM_TOKENS,
 ) -> WindowedCall:
     """Attention over as many windows as NUM_TOKENS keys have."""
     num_windows, num_kv_heads = NUM_TOKENS // windows.kernel_stride, q.shape[1] // case.group_size
     k, v = (q.new_empty(num_windows, num_kv_heads, x) for x in (case.head_dim, case.value_dim))
-    sequences = Sequences(q.new_empty(num_sequences + 1, dtype=torch.int32), NUM_TOKENS)
+    sequences = Sequences(q.new_empty(num_sequences + 1, dtype=torch.int32), max_seqlen)
     scale, workspace_bytes = case.head_dim**-0.5, 1 << 30
     return WindowedCall(q, k, v, sequences, scale, workspace_bytes, "triton", windows, window_size)
 
@@ -243,20 +248,25 @@ def windowed_call(
 def call_compressed_attention(
     case: Case, q: torch.Tensor, do: torch.Tensor, enter: Callable[[str], None]
 ) -> None:
-    """Of one whole sequence, of several, and of one of few heads, whose rows are cut into parts."""
-    for num_sequences, num_heads in ((1, NUM_HEADS), (3, NUM_HEADS), (1, case.group_size)):
+    """Of one whole sequence, of several, of several of one length, and of one of few heads, whose
+    rows are cut into parts."""
+    bounds = (NUM_TOKENS, 1 << 20)  # in two passes, and in one
+    for name, num_sequences, num_heads, lengths in (
+        ("one", 1, NUM_HEADS, bounds),
+        ("several", 3, NUM_HEADS, bounds),
+        ("several alike", 4, NUM_HEADS, (NUM_TOKENS // 4,)),
+        ("one of few heads", 1, case.group_size, bounds),
+    ):
         q, do = q[:, :num_heads], do[:, :num_heads]
-        call = windowed_call(case, q, num_sequences, Windows(32, 16), None)
-        enter(f"compressed_attention_fwd of {num_sequences}")
-        o, lse = windowed_attention_fwd(call)
+        for max_seqlen in lengths:
+            call = windowed_call(case, q, num_sequences, Windows(32, 16), max_seqlen=max_seqlen)
+            enter(f"compressed_attention_fwd of {name}")
+            o, lse = windowed_attention_fwd(call)
 
-        enter(f"compressed_attention_bwd of {num_sequences}")
-        alone = (Softmax(o, lse), NOTHING)
-        part_of_the_whole = (Softmax(None, lse, lse), AddTo(q.new_empty(q.shape)))
-        for softmax, add_to in (alone, part_of_the_whole):
-            for max_seqlen in (NUM_TOKENS, 1 << 20):  # in two passes, and in one
-                sequences = call.sequences._replace(max_seqlen=max_seqlen)
-                windowed_attention_bwd(replace(call, sequences=sequences), do, softmax, add_to)
+            enter(f"compressed_attention_bwd of {name}")
+            windowed_attention_bwd(call, do, Softmax(o, lse))
+            part_of_the_whole = AddTo(q.new_empty(q.shape))
+            windowed_attention_bwd(call, do, Softmax(None, lse, lse), part_of_the_whole)
 
 
 def call_sliding_window(
@@ -295,11 +305,14 @@ def call_selection(
 ) -> None:
     """With windows of two hops, or of one where a block has no room for two."""
     lse = q.new_empty(NUM_TOKENS, NUM_HEADS, dtype=torch.float32)
-    sequences, windows = Sequences(cu_seqlens, NUM_TOKENS), Windows(min(32, case.block_size), 16)
+    windows = Windows(min(32, case.block_size), 16)
     blocks, scale = Blocks(case.block_size, 1, 2), case.head_dim**-0.5
     tensors = (q, k[: NUM_TOKENS // 16], lse)
-    enter("select_blocks")
-    select_blocks(SelectionCall(*tensors, sequences, scale, windows, blocks, num_indices, "triton"))
+    alike = Sequences(q.new_empty(5, dtype=torch.int32), NUM_TOKENS // 4)
+    for sequences in (Sequences(cu_seqlens, NUM_TOKENS), alike):
+        enter("select_blocks")
+        call = SelectionCall(*tensors, sequences, scale, windows, blocks, num_indices, "triton")
+        select_blocks(call)
 
 
 class OfflineDriver:
@@ -392,9 +405,11 @@ def strides_of_bundles(function: str) -> dict[str, str]:
 
 
 def kind(value: Any) -> Any:
-    """What a kernel is compiled anew for in an argument or a bundle, integers aside."""
+    """What a kernel is compiled anew for in an argument or a bundle; of integers, that one is 1."""
     if isinstance(value, tuple):
         return tuple(kind(member) for member in value)
+    if isinstance(value, int):
+        return value == 1
     return value.dtype if isinstance(value, torch.Tensor) else value is None
 
 
@@ -546,9 +561,13 @@ def make_table(rows: list[Row]) -> Table:
 
 
 def default_cases(archs: list[str]) -> list[Case]:
-    """What `make test` checks: the settings of the FSA paper in bf16, at the smallest, the usual
-    and the largest group."""
-    shapes = [Case(arch, 128, 128, "bf16", 64, group) for arch in archs for group in GROUP_SIZES]
+    """What `make test` checks: the settings of the FSA paper in bf16, at the usual group, and on
+    Hopper at the smallest and the largest too."""
+    shapes = [
+        Case(arch, 128, 128, "bf16", 64, group)
+        for arch in archs
+        for group in (GROUP_SIZES if arch == "sm_90" else (4,))
+    ]
     if "sm_90" in archs:
         shapes.append(Case("sm_90", 128, 128, "bf16", 64, 4, "chunked"))
     return shapes

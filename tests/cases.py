@@ -115,6 +115,9 @@ CASES = [
         ("packed_1000", (1000, 63, 1, 200, 64), 1, 2, 80, 96, F32, 16, 8, 16, 6, 0, 1, 64),
         ("packed_nine", (64, 127, 0, 63, 65, 200, 31, 33, 32), 2, 5, 32, 32, BF16,
          32, 16, 32, 3, 1, 1, 32),
+        # Sequences of one length, which need no tables.
+        ("alike", (21, 21, 21), 1, 3, 32, 32, F32, 8, 4, 16, 2, 1, 1, 9),
+        ("alike_700", (700, 700, 700, 700), 2, 3, 64, 64, BF16, 32, 16, 64, 5, 1, 2, 100),
     ])
 ]
 # fmt: on
@@ -339,6 +342,12 @@ def suited(case, backend, calls=1, dtype=None, operator=None):
     if too_long:
         pytest.skip(f"{case.name} takes Triton's interpreter too long: on a GPU only")
     return dataclasses.replace(case, dtype=F16 if case.dtype == BF16 else case.dtype)
+
+
+def on_a_gpu_only(backend, *backends):
+    """Skips the test of one of these backends, by default the slowest to interpret, on a CPU."""
+    if backend in (backends or ("triton_query_major",)) and device_of(backend) == "cpu":
+        pytest.skip(f"{backend} takes Triton's interpreter too long here: on a GPU only")
 
 
 def no_gradient_for_last_queries(operator, backend):

@@ -56,7 +56,7 @@ def test_default_configurations_fit(arch, tmp_path):
     twin = "hopper_" if arch == "sm_90" else ""
     names = ("fwd", "bwd_dq", "bwd_dkdv")
     assert {"sum_parts_kernel", *(f"compressed_{name}_{twin}kernel" for name in names)} <= kernels
-    assert {row["case"]["group_size"] for row in rows} == {1, 4, 16}
+    assert {row["case"]["group_size"] for row in rows} == ({1, 4, 16} if arch == "sm_90" else {4})
     assert all(row["registers"] > 0 for row in rows if not row["error"])
     assert checked.returncode == 0, checked.stdout + checked.stderr
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from nsa_fsa.ops.common.locate import Tile, load_tile, locate_blocks, locate_rows, locate_tiles
+from nsa_fsa.sequences import Sequences
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -162,26 +163,43 @@ TILED = [
 ]
 
 
+def cut(lengths, tile_rows, num_queries=None, used=None, of_keys=False, max_seqlen=None):
+    """What locate_tiles says; by default the bound on the lengths is too high to tell that
+    they are alike.
+    """
+    cached = [None if x is None else ints(x) for x in (num_queries and starts(num_queries), used)]
+    sequences = Sequences(
+        ints(starts(lengths)), max(lengths) + 1 if max_seqlen is None else max_seqlen, *cached
+    )
+    num_rows = sum(lengths if num_queries is None else num_queries)
+    return locate_tiles(num_rows, sequences, tile_rows, num_keys=sum(lengths) if of_keys else None)
+
+
 @pytest.mark.parametrize("of_keys", [False, True], ids=["queries", "keys"])
 @pytest.mark.parametrize("tile_rows", [1, 7, 16, 64])
 @pytest.mark.parametrize(("lengths", "num_queries", "used"), TILED, ids=str)
 def test_tiles(lengths, num_queries, used, tile_rows, of_keys):
     """Every tile once, and numbers that no tile owns, which come last, have no queries."""
-    rows = lengths if of_keys or num_queries is None else num_queries
-    cached = [None if x is None else ints(x) for x in (num_queries and starts(num_queries), used)]
-    found = locate_tiles(sum(rows), ints(starts(lengths)), tile_rows, *cached, of_keys=of_keys)
+    found = cut(lengths, tile_rows, num_queries, used, of_keys)
     expected = expected_tiles(lengths, tile_rows, num_queries, used, of_keys)
-    tiles = found.T.tolist()
+    tiles = found.table.T.tolist()
+    assert len(tiles) == found.number
     assert tiles[: len(expected)] == expected
     assert all(Tile(*tile).num_queries == 0 for tile in tiles[len(expected) :])
 
 
 @triton.jit
 def load_tiles_kernel(
-    tiles_ptr, out_ptr, num_tiles, num_rows, OF_KEYS: tl.constexpr, SINGLE: tl.constexpr
+    tiles_ptr,
+    out_ptr,
+    num_tiles,
+    num_rows,
+    num_sequences,
+    OF_KEYS: tl.constexpr,
+    ALIKE: tl.constexpr,
 ):
     number = tl.program_id(0)
-    tile = load_tile(tiles_ptr, num_tiles, number, num_rows, OF_KEYS, SINGLE)
+    tile = load_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, OF_KEYS, ALIKE)
     out_ptr += number * 6
     tl.store(out_ptr, tile.number)
     tl.store(out_ptr + 1, tile.first_query)
@@ -191,38 +209,54 @@ def load_tiles_kernel(
     tl.store(out_ptr + 5, tile.num_keys)
 
 
-def loaded(tiles, num_tiles, num_rows, of_keys):
-    out = torch.full((num_tiles, 6), -7, dtype=torch.int32, device=DEVICE)
-    load_tiles_kernel[(num_tiles,)](
-        tiles, out, num_tiles, num_rows, OF_KEYS=of_keys, SINGLE=tiles is None
-    )
+def loaded(tiles, num_rows, of_keys):
+    out = torch.full((tiles.number, 6), -7, dtype=torch.int32, device=DEVICE)
+    arguments = (tiles.table, out, tiles.number, num_rows, tiles.num_sequences)
+    load_tiles_kernel[(tiles.number,)](*arguments, OF_KEYS=of_keys, ALIKE=tiles.table is None)
     return out.tolist()
 
 
 @pytest.mark.parametrize("of_keys", [False, True], ids=["queries", "keys"])
 @pytest.mark.parametrize(("lengths", "num_queries", "used"), [TILED[2], *OVER_A_CACHE], ids=str)
 def test_a_table_is_loaded_as_it_is(lengths, num_queries, used, of_keys):
-    rows = lengths if of_keys or num_queries is None else num_queries
-    cached = [None if x is None else ints(x) for x in (num_queries and starts(num_queries), used)]
-    tiles = locate_tiles(sum(rows), ints(starts(lengths)), 16, *cached, of_keys=of_keys)
-    assert loaded(tiles, tiles.shape[1], sum(rows), of_keys) == tiles.T.tolist()
+    tiles = cut(lengths, 16, num_queries, used, of_keys)
+    assert loaded(tiles, sum(lengths), of_keys) == tiles.table.T.tolist()
 
 
 @pytest.mark.parametrize("of_keys", [False, True], ids=["queries", "keys"])
+@pytest.mark.parametrize("number", [1, 2, 5])
 @pytest.mark.parametrize("length", [1, 16, 33, 100])
-def test_one_whole_sequence_needs_no_table(length, of_keys):
-    assert locate_tiles(length, ints((0, length)), 16, of_keys=of_keys) is None
-    num_tiles = -(-length // 16)
-    assert loaded(None, num_tiles, length, of_keys) == expected_tiles(
-        (length,), 16, of_keys=of_keys
-    )
+def test_sequences_of_one_length_need_no_table(length, number, of_keys):
+    """Their tiles come in the order that they have in a table."""
+    lengths = (length,) * number
+    tiles = cut(lengths, 16, of_keys=of_keys, max_seqlen=length)
+    assert tiles.table is None
+    assert loaded(tiles, length * number, of_keys) == expected_tiles(lengths, 16, of_keys=of_keys)
+
+
+def test_the_bound_on_one_sequence_does_not_matter():
+    assert cut((20,), 16, max_seqlen=10_000).table is None
+
+
+def test_keys_that_make_no_whole_hop_have_no_tile():
+    sequences = Sequences(ints((0, 35, 70)), 35)
+    assert locate_tiles(70, sequences, 32, num_keys=64, hop=16).number == 2
+    assert locate_tiles(70, sequences, 32, num_keys=64, hop=8).number == 2
+    assert locate_tiles(30, Sequences(ints((0, 15, 30)), 15), 32, num_keys=16, hop=16).number == 0
 
 
 @pytest.mark.parametrize(
     "arguments",
-    [((0, 5, 9),), ((0, 0, 9),), ((0, 9), (0, 9)), ((0, 9), None, (9,)), ((0, 9), (0, 2), (9,))],
+    [
+        ((5, 4), None, None),
+        ((0, 9), None, None),
+        ((9,), (9,), None),
+        ((9,), None, (9,)),
+        ((9,), (2,), (9,)),
+        ((4, 4), (4, 4), None),
+    ],
     ids=str,
 )
 def test_everything_else_needs_one(arguments):
-    cu_seqlens, *cached = (None if x is None else ints(x) for x in arguments)
-    assert locate_tiles(9, cu_seqlens, 16, *cached) is not None
+    lengths, *cached = arguments
+    assert cut(lengths, 16, *cached, max_seqlen=max(lengths)).table is not None

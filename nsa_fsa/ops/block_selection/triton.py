@@ -418,10 +418,11 @@ def store_blocks(ptr, chosen, own, inside, NUM_SELECTED: tl.constexpr, BLOCKS: t
 
 
 @triton.jit
-def query_tile(tiles_ptr, num_tiles, num_rows, QUERIES: tl.constexpr):
+def query_tile(tiles_ptr, num_tiles, num_rows, num_sequences, QUERIES: tl.constexpr):
     """The tile of QUERIES queries that this program owns, as a `QueryTile`."""
+    ALIKE: tl.constexpr = tiles_ptr is None
     number, first_query, num_queries, offset, first_key, num_keys = load_tile(
-        tiles_ptr, num_tiles, tl.program_id(0), num_rows, False, tiles_ptr is None
+        tiles_ptr, num_tiles, tl.program_id(0), num_rows, num_sequences, False, ALIKE
     )
     first = number * QUERIES
     num_queries = tl.minimum(num_queries - first, QUERIES)
@@ -438,6 +439,7 @@ def select_blocks_kernel(
     scale,
     num_tiles,
     num_rows,
+    num_sequences,
     WINDOWS: tl.constexpr,
     BLOCKS: tl.constexpr,
     NUM_SELECTED: tl.constexpr,
@@ -453,7 +455,7 @@ def select_blocks_kernel(
     QUERIES: tl.constexpr = TILE.rows // GROUP.HEADS
     FREE: tl.constexpr = NUM_SELECTED - BLOCKS.init_blocks - BLOCKS.local_blocks
     head = tl.program_id(1).to(tl.int64)
-    tile = query_tile(tiles_ptr, num_tiles, num_rows, QUERIES)
+    tile = query_tile(tiles_ptr, num_tiles, num_rows, num_sequences, QUERIES)
     if tile.num_queries <= 0:
         return
 
@@ -550,18 +552,15 @@ def select_blocks(
         # Two tiles of queries are held at a time, in 192 KiB of shared memory.
         tile = dataclasses.replace(tile, rows=64, products=1)
 
-    cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k = call.sequences
-    queries = tile.rows // rows_of_query
-    tiles = locate_tiles(num_rows, cu_seqlens, queries, cu_seqlens_q, seqused_k)
-    num_tiles = cdiv(num_rows, queries) if tiles is None else tiles.shape[1]
+    tiles = locate_tiles(num_rows, call.sequences, tile.rows // rows_of_query)
     exact = q.dtype == torch.float32
     if wide is None:
-        steps = cdiv(max_seqlen, call.blocks.block_size * tile.columns)
+        steps = cdiv(call.sequences.max_seqlen, call.blocks.block_size * tile.columns)
         wide = exact or steps > NARROW_STEPS.value
 
-    select_blocks_kernel[(num_tiles, num_kv_heads)](
-        *(tiles, indices, heads(q), heads(k_cmp), heads(lse)),
-        *(call.scale * LOG2_E, num_tiles, num_rows),
+    select_blocks_kernel[(tiles.number, num_kv_heads)](
+        *(tiles.table, indices, heads(q), heads(k_cmp), heads(lse)),
+        *(call.scale * LOG2_E, tiles.number, num_rows, tiles.num_sequences),
         WINDOWS=call.windows,
         BLOCKS=call.blocks,
         NUM_SELECTED=call.num_selected_blocks,

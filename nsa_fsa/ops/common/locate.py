@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nsa_fsa.ops.common.primitives import kernel
 from nsa_fsa.ops.common.sizes import aligned_rows, cdiv
+from nsa_fsa.sequences import Sequences
 
 
 class RowTable(NamedTuple):
@@ -47,6 +48,17 @@ class Tile(NamedTuple):
     offset: Any  # position of the sequence's first query
     first_key: Any  # row of the sequence's first key, in tokens
     num_keys: Any  # of the sequence, in tokens
+
+
+class Tiles(NamedTuple):
+    """How sequences are cut into tiles."""
+
+    # int32 [6, number], whose columns are `Tile`s. None for sequences of one length, whose tiles
+    # `load_tile` works out: that saves three launches where a kernel takes no longer than the host
+    # does to launch it.
+    table: Tensor | None
+    number: int
+    num_sequences: int  # without a table; with one it does not matter, and is 1
 
 
 class Boundaries(NamedTuple):
@@ -164,14 +176,26 @@ def locate_tiles_kernel(
 
 
 @triton.jit
-def load_tile(tiles_ptr, num_tiles, number, num_rows, OF_KEYS: tl.constexpr, SINGLE: tl.constexpr):
-    """The `number`-th tile as a `Tile`, of those of `locate_tiles`; SINGLE: of one whole sequence,
-    which has no table.
+def load_tile(
+    tiles_ptr,
+    num_tiles,
+    number,
+    num_rows,
+    num_sequences,
+    OF_KEYS: tl.constexpr,
+    ALIKE: tl.constexpr,
+):
+    """The `number`-th tile as a `Tile`, of those of `locate_tiles`.
+
+    ALIKE: the num_sequences sequences, of num_rows rows together, have no table. Their tiles are in
+    the order that a table has.
     """
-    index = number if OF_KEYS else num_tiles - 1 - number
-    none = number * 0
-    first_query, num_queries, offset, first_key, num_keys = none, num_rows, none, none, num_rows
-    if not SINGLE:  # and no early return: what follows one is compiled too, where there is no table
+    nth = number // num_sequences
+    index = nth if OF_KEYS else num_tiles // num_sequences - 1 - nth
+    length = num_rows // num_sequences
+    start = number % num_sequences * length
+    first_query, num_queries, offset, first_key, num_keys = start, length, start * 0, start, length
+    if not ALIKE:  # and no early return: what follows one is compiled too, where there is no table
         tiles_ptr += number
         index, first_query = tl.load(tiles_ptr), tl.load(tiles_ptr + num_tiles)
         num_queries, offset = tl.load(tiles_ptr + 2 * num_tiles), tl.load(tiles_ptr + 3 * num_tiles)
@@ -223,41 +247,42 @@ def locate_blocks(num_rows: int, cu_seqlens: Tensor, block_size: int) -> Tensor:
 
 def locate_tiles(
     num_rows: int,
-    cu_seqlens: Tensor,
+    sequences: Sequences,
     tile_rows: int,
-    cu_seqlens_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
     *,
-    of_keys: bool = False,
-) -> Tensor | None:
-    """`[6, num_tiles]`, whose columns are `Tile`s: sequences are cut into tiles of `tile_rows`
-    queries or keys.
+    num_keys: int | None = None,
+    hop: int = 1,
+) -> Tiles:
+    """Cuts sequences into tiles of `tile_rows` queries, or keys.
 
     Tiles with the most work come first: those of the last queries, which see the most keys, or of
-    the first keys, which are seen by the most queries. The result is None for one whole sequence,
-    whose tiles `load_tile` works out without a table: that saves three launches where a kernel
-    takes no longer than the host does to launch it.
+    the first keys, which are seen by the most queries.
 
     Args:
-        num_rows: rows of the packed queries, or keys.
-        cu_seqlens, cu_seqlens_q, seqused_k: as in `Sequences`.
-        tile_rows: queries, or keys, of a tile.
-        of_keys: whether the keys are cut, not the queries.
+        num_rows: rows of the packed queries.
+        num_keys: rows of the packed keys, where these are cut and not the queries.
+        hop: successive keys that make one row of what is read, such as a window; fewer make none.
     """
+    of_keys = num_keys is not None
+    cu_seqlens, _, cu_seqlens_q, seqused_k = sequences
     num_sequences = cu_seqlens.shape[0] - 1
-    if num_sequences == 1 and cu_seqlens_q is None and seqused_k is None:
-        return None
-    num_tiles = max_num_blocks(num_rows, num_sequences, tile_rows)
-    tiles = torch.empty(6, num_tiles, dtype=torch.int32, device=cu_seqlens.device)
+    length = sequences.common_length(num_rows)
+    if length is not None:
+        number = num_sequences * cdiv(length // hop * hop, tile_rows)
+        return Tiles(None, number, num_sequences)
+
+    cut_rows = num_rows if num_keys is None else num_keys
+    num_tiles = max_num_blocks(cut_rows, num_sequences, tile_rows)
+    table = torch.empty(6, num_tiles, dtype=torch.int32, device=cu_seqlens.device)
     work = torch.empty(num_tiles, dtype=torch.int32, device=cu_seqlens.device)
 
     if num_tiles and num_sequences:
-        number = 128  # of tiles that a program takes
-        locate_tiles_kernel[(cdiv(num_tiles, number),)](
-            *(Boundaries(cu_seqlens, cu_seqlens_q, seqused_k), tiles, work),
+        of_program = 128
+        locate_tiles_kernel[(cdiv(num_tiles, of_program),)](
+            *(Boundaries(cu_seqlens, cu_seqlens_q, seqused_k), table, work),
             *(num_tiles, num_sequences, num_sequences.bit_length(), tile_rows),
             OF_KEYS=of_keys,
-            TILES=number,
+            TILES=of_program,
         )
-        tiles = tiles.index_select(1, work.sort(descending=True, stable=True).indices)
-    return tiles
+        table = table.index_select(1, work.sort(descending=True, stable=True).indices)
+    return Tiles(table, num_tiles, 1)

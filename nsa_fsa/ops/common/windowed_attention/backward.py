@@ -22,7 +22,7 @@ from torch import Tensor
 from nsa_fsa.ops.common import tuning
 from nsa_fsa.ops.common.bundles import heads
 from nsa_fsa.ops.common.calls import NOTHING, AddTo, AttentionGradients, Softmax
-from nsa_fsa.ops.common.locate import load_tile
+from nsa_fsa.ops.common.locate import Tiles, load_tile, locate_tiles
 from nsa_fsa.ops.common.primitives import (
     LOG2_E,
     add_product,
@@ -38,8 +38,6 @@ from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
 from nsa_fsa.ops.common.windowed_attention.forward import hopper, num_multiprocessors, prepared
 from nsa_fsa.ops.common.windowed_attention.tiles import (
     count_windows,
-    cut_queries,
-    cut_windows,
     is_seen,
     key_tile_work,
     load_heads,
@@ -95,8 +93,7 @@ class KeyCut(NamedTuple):
     and a part of the rows that see it.
     """
 
-    tiles: Tensor | None  # as of `locate_tiles`
-    num_tiles: int  # of one head
+    tiles: Tiles  # of one head
     num_parts: int
     part_rows: int  # (query, head) pairs
 
@@ -115,6 +112,7 @@ def compressed_bwd_dq_kernel(
     num_heads,
     num_tiles,
     num_rows,
+    num_sequences,
     WINDOWS: tl.constexpr,
     WINDOW: tl.constexpr,
     ACCUMULATE: tl.constexpr,
@@ -132,7 +130,8 @@ def compressed_bwd_dq_kernel(
     DV: tl.constexpr = SHAPE.DV
     PADDED_DV: tl.constexpr = SHAPE.PADDED_DV
 
-    tile = query_tile(tiles_ptr, num_tiles, tl.program_id(0), num_rows, WINDOWS, BLOCK_M // G)
+    number = tl.program_id(0)
+    tile = query_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, WINDOWS, BLOCK_M // G)
     if tile.num_queries <= 0:
         return
     head = tl.program_id(1).to(tl.int64)
@@ -186,6 +185,7 @@ def compressed_bwd_dkdv_kernel(
     scale,
     num_tiles,
     num_rows,
+    num_sequences,
     part_rows,
     WINDOWS: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -206,7 +206,8 @@ def compressed_bwd_dkdv_kernel(
 
     work = key_tile_work(num_tiles, HEADS)
     head = work.head.to(tl.int64)
-    tile = load_tile(tiles_ptr, num_tiles, work.tile, num_rows, True, tiles_ptr is None)
+    ALIKE: tl.constexpr = tiles_ptr is None
+    tile = load_tile(tiles_ptr, num_tiles, work.tile, num_rows, num_sequences, True, ALIKE)
     first_window = tile.number * BLOCK_N
     num_keys = count_windows(tile.num_keys, WINDOWS) - first_window
     if (tile.num_queries == 0) | (num_keys <= 0):
@@ -261,6 +262,7 @@ def sum_parts_kernel(
     stride_p,
     num_tiles,
     num_rows,
+    num_sequences,
     num_heads,
     num_parts,
     WINDOWS: tl.constexpr,
@@ -277,7 +279,8 @@ def sum_parts_kernel(
     pieces = TILE_KEYS // KEYS
     tile_number, piece = tl.program_id(0) // pieces, tl.program_id(0) % pieces
     head = tl.program_id(1).to(tl.int64)
-    tile = load_tile(tiles_ptr, num_tiles, tile_number, num_rows, True, tiles_ptr is None)
+    ALIKE: tl.constexpr = tiles_ptr is None
+    tile = load_tile(tiles_ptr, num_tiles, tile_number, num_rows, num_sequences, True, ALIKE)
     key = tile.number * TILE_KEYS + piece * KEYS + tl.arange(0, KEYS)
     exists = (key < count_windows(tile.num_keys, WINDOWS)) & (tile.num_queries > 0)
     row = (tile.first_key // WINDOWS.kernel_stride + key).to(tl.int64)
@@ -452,19 +455,20 @@ def run_dq(
     group_size = inputs.group_size
     q, k, v, do, found = inputs
 
-    tiles, num_tiles = cut_queries(num_rows, call.sequences, config.dq_m // group_size)
+    tiles = locate_tiles(num_rows, call.sequences, config.dq_m // group_size)
     tensors = (heads(q), heads(k), heads(v))
-    sizes = (call.scale * LOG2_E, call.scale, num_heads, num_tiles, num_rows)
+    sizes = (num_heads, tiles.number, num_rows, tiles.num_sequences)
     constants = dict(
         WINDOWS=call.windows, ACCUMULATE=accumulate, SHAPE=shape_of(q, v), BLOCK_N=config.dq_n
     )
 
     if config.hopper:
-        num_work = num_tiles * num_kv_heads
+        num_work = tiles.number * num_kv_heads
         hopper_backward().compressed_bwd_dq_hopper_kernel[(min(num_work, num_multiprocessors(q)),)](
             *tensors,
             *hopper().head_columns((k, v), config.dq_n),
-            *(heads(do), found, dq, tiles),
+            *(heads(do), found, dq, tiles.table),
+            *(call.scale * LOG2_E, call.scale),
             *(*sizes, num_work),
             **constants,
             STAGES=config.dq_stages,
@@ -474,9 +478,10 @@ def run_dq(
         )
         return
 
-    compressed_bwd_dq_kernel[num_tiles, num_kv_heads](
+    compressed_bwd_dq_kernel[tiles.number, num_kv_heads](
         *tensors,
-        *(heads(do), found, dq, tiles),
+        *(heads(do), found, dq, tiles.table),
+        *(call.scale * LOG2_E, call.scale),
         *sizes,
         **constants,
         WINDOW=window_constant(call.window_size, group_size),
@@ -493,11 +498,17 @@ def cut_keys(
     """The programs of dk and dv."""
     num_windows, num_kv_heads = inputs.k.shape[:2]
     kernel_stride, group_size = call.windows.kernel_stride, inputs.group_size
-    tiles, num_tiles = cut_windows(num_windows, call.sequences, kernel_stride, config.dkdv_n)
+    tiles = locate_tiles(
+        inputs.q.shape[0],
+        call.sequences,
+        config.dkdv_n * kernel_stride,
+        num_keys=num_windows * kernel_stride,
+        hop=kernel_stride,
+    )
     if call.window_size is not None:  # few rows see a tile: they are one part
         config = dataclasses.replace(config, dkdv_programs=1)
-    uncut = None if one_pass else num_tiles * num_kv_heads
-    return KeyCut(tiles, num_tiles, *cut_rows(call.sequences.max_seqlen, group_size, uncut, config))
+    uncut = None if one_pass else tiles.number * num_kv_heads
+    return KeyCut(tiles, *cut_rows(call.sequences.max_seqlen, group_size, uncut, config))
 
 
 def run_dkdv(
@@ -535,9 +546,9 @@ def launch_dkdv(
     num_kv_heads, group_size, one_pass = k.shape[1], inputs.group_size, dq_sums is not None
     heads_at_a_time = 1 if one_pass else math.gcd(num_kv_heads, config.dkdv_heads)
 
-    grid = (cut.num_tiles * num_kv_heads, cut.num_parts)
+    grid = (cut.tiles.number * num_kv_heads, cut.num_parts)
     tensors = (heads(q), heads(k), heads(v), heads(do))
-    sizes = (cut.num_tiles, q.shape[0], cut.part_rows)
+    sizes = (cut.tiles.number, q.shape[0], cut.tiles.num_sequences, cut.part_rows)
     constants = dict(
         WINDOWS=call.windows, HEADS=heads_at_a_time, SHAPE=shape_of(q, v), BLOCK_M=config.dkdv_m
     )
@@ -546,7 +557,7 @@ def launch_dkdv(
         hopper_backward().compressed_bwd_dkdv_hopper_kernel[grid](
             *tensors,
             *row_copies(inputs, dq_sums, config.dkdv_m),
-            *(found, *targets, cut.tiles, call.scale * LOG2_E),
+            *(found, *targets, cut.tiles.table, call.scale * LOG2_E),
             *sizes,
             **constants,
             STAGES=config.one_pass_stages if one_pass else config.dkdv_stages,
@@ -557,7 +568,7 @@ def launch_dkdv(
 
     compressed_bwd_dkdv_kernel[grid](
         *tensors,
-        *(found, *targets, cut.tiles, call.scale * LOG2_E, call.scale),
+        *(found, *targets, cut.tiles.table, call.scale * LOG2_E, call.scale),
         *sizes,
         **constants,
         WINDOW=window_constant(call.window_size, group_size),
@@ -596,10 +607,10 @@ def sum_parts(
 ) -> None:
     """dk and dv from their parts `[P, T, HKV, D + DV]`."""
     num_kv_heads, head_dim, v_dim = *dk.shape[1:], dv.shape[2]
-    num_pieces = cut.num_tiles * (config.dkdv_n // SUMMED_KEYS)
+    num_pieces = cut.tiles.number * (config.dkdv_n // SUMMED_KEYS)
     sum_parts_kernel[num_pieces, num_kv_heads](
-        *(sums, heads(dk), heads(dv), cut.tiles, sums.stride(0)),
-        *(cut.num_tiles, num_rows, num_kv_heads, cut.num_parts),
+        *(sums, heads(dk), heads(dv), cut.tiles.table, sums.stride(0)),
+        *(cut.tiles.number, num_rows, cut.tiles.num_sequences, num_kv_heads, cut.num_parts),
         WINDOWS=call.windows,
         TILE_KEYS=config.dkdv_n,
         D=head_dim,

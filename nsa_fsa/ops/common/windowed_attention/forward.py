@@ -20,6 +20,7 @@ from torch import Tensor
 from nsa_fsa.ops.common import tuning
 from nsa_fsa.ops.common.bundles import heads
 from nsa_fsa.ops.common.calls import AttentionResult
+from nsa_fsa.ops.common.locate import locate_tiles
 from nsa_fsa.ops.common.primitives import (
     LN_2,
     LOG2_E,
@@ -32,7 +33,6 @@ from nsa_fsa.ops.common.primitives import (
 from nsa_fsa.ops.common.sizes import rows_contiguous
 from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
 from nsa_fsa.ops.common.windowed_attention.tiles import (
-    cut_queries,
     is_seen,
     load_heads,
     query_tile,
@@ -55,6 +55,7 @@ def compressed_fwd_kernel(
     num_heads,
     num_tiles,
     num_rows,
+    num_sequences,
     WINDOWS: tl.constexpr,
     WINDOW: tl.constexpr,
     SHAPE: tl.constexpr,
@@ -71,7 +72,8 @@ def compressed_fwd_kernel(
     DV: tl.constexpr = SHAPE.DV
     PADDED_DV: tl.constexpr = SHAPE.PADDED_DV
 
-    tile = query_tile(tiles_ptr, num_tiles, tl.program_id(0), num_rows, WINDOWS, BLOCK_M // G)
+    number = tl.program_id(0)
+    tile = query_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, WINDOWS, BLOCK_M // G)
     if tile.num_queries <= 0:
         return
     head = tl.program_id(1).to(tl.int64)
@@ -158,17 +160,17 @@ def windowed_attention_fwd(
     if o.numel() == 0:
         return AttentionResult(o, lse.fill_(-torch.inf))
 
-    tiles, num_tiles = cut_queries(num_rows, call.sequences, config.fwd_m // group_size)
+    tiles = locate_tiles(num_rows, call.sequences, config.fwd_m // group_size)
     tensors = (heads(q), heads(k), heads(v))
-    sizes = (call.scale * LOG2_E, num_heads, num_tiles, num_rows)
+    sizes = (call.scale * LOG2_E, num_heads, tiles.number, num_rows, tiles.num_sequences)
     constants = dict(WINDOWS=call.windows, SHAPE=shape_of(q, v), BLOCK_N=config.fwd_n)
 
     if config.hopper:
-        num_work = num_tiles * num_kv_heads  # computed in the kernel it costs 8 bytes of stack
+        num_work = tiles.number * num_kv_heads  # computed in the kernel it costs 8 bytes of stack
         hopper().compressed_fwd_hopper_kernel[(min(num_work, num_multiprocessors(q)),)](
             *tensors,
             *hopper().head_columns((k, v), config.fwd_n),
-            *(o, lse, tiles),
+            *(o, lse, tiles.table),
             *(*sizes, num_work),
             **constants,
             STAGES=config.fwd_stages,
@@ -178,9 +180,9 @@ def windowed_attention_fwd(
         )
         return AttentionResult(o, lse)
 
-    compressed_fwd_kernel[num_tiles, num_kv_heads](
+    compressed_fwd_kernel[tiles.number, num_kv_heads](
         *tensors,
-        *(o, lse, tiles),
+        *(o, lse, tiles.table),
         *sizes,
         **constants,
         WINDOW=window_constant(call.window_size, group_size),

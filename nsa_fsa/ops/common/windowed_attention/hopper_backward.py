@@ -130,6 +130,7 @@ def compressed_bwd_dq_hopper_kernel(
     num_heads,
     num_tiles,
     num_rows,
+    num_sequences,
     num_work,
     WINDOWS: gl.constexpr,
     ACCUMULATE: gl.constexpr,
@@ -145,7 +146,9 @@ def compressed_bwd_dq_hopper_kernel(
     D: gl.constexpr = SHAPE.D
     queries = new_query_ring(SLOTS, D, True, dtype)
     windows = new_window_ring(STAGES, BLOCK_N, D, dtype)
-    work = QueryWork(tiles_ptr, num_tiles, num_rows, num_work, num_heads, WINDOWS, SHAPE.G)
+    work = QueryWork(
+        tiles_ptr, num_tiles, num_rows, num_sequences, num_work, num_heads, WINDOWS, SHAPE.G
+    )
     gl.warp_specialize(
         [
             (gather_dq, (work, queries, windows, statistics, dq_ptr, scale2, scale, ACCUMULATE, 0)),
@@ -469,6 +472,7 @@ def compressed_bwd_dkdv_hopper_kernel(
     scale2,
     num_tiles,
     num_rows,
+    num_sequences,
     part_rows,
     WINDOWS: gl.constexpr,
     HEADS: gl.constexpr,
@@ -480,7 +484,8 @@ def compressed_bwd_dkdv_hopper_kernel(
     """dk and dv of a tile of windows, from a part of the rows; with a dq_desc also dq / scale."""
 
     work = key_tile_work(num_tiles, HEADS)
-    tile = load_tile(tiles_ptr, num_tiles, work.tile, num_rows, True, tiles_ptr is None)
+    ALIKE: gl.constexpr = tiles_ptr is None
+    tile = load_tile(tiles_ptr, num_tiles, work.tile, num_rows, num_sequences, True, ALIKE)
     num_windows = count_windows(tile.num_keys, WINDOWS)
     first_window = tile.number * (2 * GROUP_ROWS)
     if (tile.num_queries == 0) | (first_window >= num_windows):

@@ -48,6 +48,7 @@ class QueryWork:
     tiles_ptr: gl.tensor | gl.constexpr  # as of `locate_tiles`
     num_tiles: gl.tensor  # of one KV head
     num_rows: gl.tensor
+    num_sequences: gl.tensor | gl.constexpr
     total: gl.tensor  # tiles of all KV heads
     num_heads: gl.tensor | gl.constexpr  # of q
     WINDOWS: gl.constexpr
@@ -59,7 +60,13 @@ class QueryWork:
         queries: gl.constexpr = 2 * GROUP_ROWS // self.G
         number = work % self.num_tiles
         return query_tile(
-            self.tiles_ptr, self.num_tiles, number, self.num_rows, self.WINDOWS, queries
+            self.tiles_ptr,
+            self.num_tiles,
+            number,
+            self.num_rows,
+            self.num_sequences,
+            self.WINDOWS,
+            queries,
         )
 
     @gluon.jit
@@ -329,6 +336,7 @@ def compressed_fwd_hopper_kernel(
     num_heads,
     num_tiles,
     num_rows,
+    num_sequences,
     num_work,
     WINDOWS: gl.constexpr,
     SHAPE: gl.constexpr,
@@ -343,7 +351,9 @@ def compressed_fwd_hopper_kernel(
     D: gl.constexpr = SHAPE.D
     queries = new_query_ring(SLOTS, D, False, dtype)
     windows = new_window_ring(STAGES, BLOCK_N, D, dtype)
-    work = QueryWork(tiles_ptr, num_tiles, num_rows, num_work, num_heads, WINDOWS, SHAPE.G)
+    work = QueryWork(
+        tiles_ptr, num_tiles, num_rows, num_sequences, num_work, num_heads, WINDOWS, SHAPE.G
+    )
     gl.warp_specialize(
         [
             (attend, (work, queries, windows, o_ptr, lse_ptr, scale, 0)),

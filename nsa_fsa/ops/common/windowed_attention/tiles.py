@@ -11,10 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_fsa.ops.common.locate import load_tile, locate_tiles
+from nsa_fsa.ops.common.locate import load_tile
 from nsa_fsa.ops.common.primitives import load_rows
-from nsa_fsa.ops.common.sizes import cdiv, padded_dim
-from nsa_fsa.sequences import Sequences
+from nsa_fsa.ops.common.sizes import padded_dim
 
 
 class Shape(NamedTuple):
@@ -82,25 +81,6 @@ def window_constant(window_size: int | None, group_size: int) -> int:
     return min(window_size or 0, (1 << 30) // group_size)
 
 
-def cut_queries(
-    num_rows: int, sequences: Sequences, tile_queries: int
-) -> tuple[Tensor | None, int]:
-    """The table of `locate_tiles` for tiles of queries, and how many tiles there are."""
-    cu_seqlens, _, cu_seqlens_q, seqused_k = sequences
-    tiles = locate_tiles(num_rows, cu_seqlens, tile_queries, cu_seqlens_q, seqused_k)
-    return tiles, cdiv(num_rows, tile_queries) if tiles is None else tiles.shape[1]
-
-
-def cut_windows(
-    num_windows: int, sequences: Sequences, kernel_stride: int, tile_windows: int
-) -> tuple[Tensor | None, int]:
-    """The same for tiles of windows."""
-    cu_seqlens, _, cu_seqlens_q, seqused_k = sequences
-    num_keys, tile_keys = num_windows * kernel_stride, tile_windows * kernel_stride
-    tiles = locate_tiles(num_keys, cu_seqlens, tile_keys, cu_seqlens_q, seqused_k, of_keys=True)
-    return tiles, cdiv(num_windows, tile_windows) if tiles is None else tiles.shape[1]
-
-
 @triton.jit
 def count_windows(num_keys, WINDOWS: tl.constexpr):
     """How many compressed tokens a sequence has."""
@@ -131,10 +111,17 @@ def is_seen(window, visible, WINDOW: tl.constexpr):
 
 @triton.jit
 def query_tile(
-    tiles_ptr, num_tiles, number, num_rows, WINDOWS: tl.constexpr, TILE_QUERIES: tl.constexpr
+    tiles_ptr,
+    num_tiles,
+    number,
+    num_rows,
+    num_sequences,
+    WINDOWS: tl.constexpr,
+    TILE_QUERIES: tl.constexpr,
 ):
     """The tile that is the `number`-th to be computed, as a `QueryTile`."""
-    tile = load_tile(tiles_ptr, num_tiles, number, num_rows, False, tiles_ptr is None)
+    ALIKE: tl.constexpr = tiles_ptr is None
+    tile = load_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, False, ALIKE)
     first = tile.number * TILE_QUERIES
     num_queries = tl.minimum(tile.num_queries - first, TILE_QUERIES)
     num_keys, num_windows = tile.num_keys, count_windows(tile.num_keys, WINDOWS)
