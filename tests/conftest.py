@@ -50,3 +50,11 @@ def float32_products():
     before = torch.backends.fp32_precision, matmul.fp32_precision
     yield
     torch.backends.fp32_precision, matmul.fp32_precision = before
+
+
+@pytest.fixture(autouse=True)
+def no_tapes():
+    """A test may replace a function that the tape of an earlier test would still call."""
+    from nsa_fsa.ops.common import replay
+
+    replay.TAPES.clear()

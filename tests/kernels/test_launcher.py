@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from triton.backends.compiler import GPUTarget
 from triton.compiler.compiler import make_backend
 
-from nsa_fsa.ops.common import launcher
+from nsa_fsa.ops.common import launcher, replay
 
 
 class Pair(NamedTuple):
@@ -31,6 +31,9 @@ class Compiled:
 
     def run(self, *arguments):
         self.launches.append(arguments)
+
+    def launch_metadata(self, grid, stream, *arguments):
+        return grid, stream, arguments
 
 
 class Function:
@@ -123,4 +126,49 @@ def test_a_profilers_hook_sees_every_launch(kernel, monkeypatch):
     hook = launcher.triton.knobs.runtime.launch_enter_hook
     monkeypatch.setattr(hook, "calls", [print])
     kernel[(1,)](X, 3, 32, TILE=16, WIDTH=9)
-    assert len(kernel.function.compiled) == 2
+    ((*_, metadata, enter, leave, x, count, stride, tile, width),) = kernel.function.compiled[
+        0
+    ].launches
+    assert metadata == ((1,), 7, (x, count, stride, tile, width))
+    assert enter is hook
+    assert leave is launcher.triton.knobs.runtime.launch_exit_hook
+
+
+class Descriptor:
+    """What describes a tensor for bulk copies."""
+
+    def __init__(self, base):
+        self.base, self.block_shape = base, [8]
+
+
+def test_a_tape_launches_with_the_tensors_that_it_has_then(kernel, monkeypatch):
+    """Wherever they stand among the arguments: in a bundle of bundles, too."""
+    monkeypatch.setattr(replay, "TAPES", {})
+    monkeypatch.setattr(replay, "applies", lambda x: True)
+    monkeypatch.setattr(launcher.Launcher, "_described", lambda self, arguments: ["known"])
+
+    def launch(x, y):
+        scratch = x.new_empty(8)
+        bundles = (Pair(y, 3), None, (Pair(x[2:], 1), x.view(8, 8).T, Pair(Descriptor(y), 2)))
+        kernel[5, 2](bundles, 7, Pair(scratch, Pair(4, 5)), TILE=Pair(1, 2), WIDTH=9)
+        return x + 1
+
+    for _ in range(4):
+        x, y = torch.zeros(64), torch.zeros(9)
+        o = replay.replayed("a launch", (x, y), lambda x=x, y=y: launch(x, y))
+    assert [callable(play) for play in replay.TAPES.values()] == [True]
+    assert torch.equal(o, x + 1)
+
+    (compiled,) = kernel.function.compiled
+    assert len(compiled.launches) == 3  # the first call was Triton's
+    (*grid, stream, _, _, _, _, _, bundles, count, scratch, tile, width) = compiled.launches[-1]
+    assert (grid, stream, count, tile, width) == ([5, 2, 1], 7, 7, (1, 2), 9)
+    (of_y, none, (of_x, transposed, described)) = bundles
+    assert of_y == (y.data_ptr(), 3)
+    assert none is None
+    assert of_x == (x.data_ptr() + 8, 1)
+    assert transposed == x.data_ptr()
+    assert described[0].base.data_ptr() == y.data_ptr()
+    assert described[0].block_shape == [8]
+    assert isinstance(scratch[0], int)
+    assert scratch[1] == (4, 5)

@@ -10,17 +10,87 @@ where they are missing, everything goes Triton's own way.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.compiler.compiler import make_backend
+
+from nsa_fsa.ops.common import replay
+from nsa_fsa.ops.common.replay import Recorder
 
 try:
     from triton._C.libtriton import native_specialize_impl as specialize
 except ImportError:
     specialize = None
+
+
+def current_stream(device: int) -> int:
+    """The stream of PyTorch on which kernels are launched."""
+    return torch._C._cuda_getCurrentRawStream(device)
+
+
+def hooks() -> tuple[Any, Any] | None:
+    """What wants to know of launches, such as a profiler: called before and after each; or None."""
+    runtime = triton.knobs.runtime
+    if not runtime.launch_enter_hook.calls:
+        return None
+    return runtime.launch_enter_hook, runtime.launch_exit_hook
+
+
+replay.AVOIDED_FOR.append(hooks)
+
+
+def run(kernel: Any, grid: tuple[int, ...], device: int, arguments: Sequence[Any]) -> None:
+    """Launches a compiled kernel as Triton does."""
+    stream, metadata, (enter, leave) = current_stream(device), None, hooks() or (None, None)
+    if enter is not None:
+        metadata = kernel.launch_metadata(grid, stream, *arguments)
+    x, y, z = (*grid, 1, 1)[:3]
+    kernel.run(
+        *(x, y, z, stream, kernel.function, kernel.packed_metadata),
+        *(metadata, enter, leave, *arguments),
+    )
+
+
+def take_down(
+    recorder: Recorder, kernel: Any, grid: tuple[int, ...], device: int, arguments: Sequence[Any]
+) -> None:
+    """Tells the recorder of a launch, which a tape repeats with addresses for tensors."""
+
+    def written(x: Any) -> str:
+        if isinstance(x, Tensor):
+            return recorder.address(x)
+        if not _holds_tensors(x):
+            return recorder.constant(x)
+        if isinstance(x, tuple):
+            return f"({', '.join(map(written, x))},)"
+        others = {name: value for name, value in vars(x).items() if name != "base"}
+        members = f"base={address}({recorder.address(x.base)}), **{recorder.constant(others)}"
+        return f"{recorder.constant(SimpleNamespace)}({members})"
+
+    address = recorder.constant(Address)
+    stream = recorder.once(f"{recorder.constant(current_stream)}({device})")
+    functions = (recorder.constant(x) for x in (kernel.function, kernel.packed_metadata))
+    values = (*(*grid, 1, 1)[:3], stream, *functions, None, None, None, *map(written, arguments))
+    recorder.do(f"{recorder.constant(kernel.run)}({', '.join(map(str, values))})")
+
+
+def _holds_tensors(x: Any) -> bool:
+    """Whether an argument is a tensor, a descriptor of bulk copies, or a bundle with any."""
+    if isinstance(x, tuple):
+        return any(map(_holds_tensors, x))
+    return isinstance(x, Tensor) or hasattr(x, "block_shape")  # Triton's descriptors and Gluon's
+
+
+class Address(int):
+    """Where a tensor begins, for those who ask a tensor."""
+
+    def data_ptr(self) -> int:
+        return self
 
 
 class Launcher:
@@ -44,24 +114,23 @@ class Launcher:
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., Any]:
         if self.interpreted or specialize is None:
-            return self.function[grid]
+            return functools.partial(replay.opaque, self.function[grid])
         return functools.partial(self._launch, grid)
 
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         device = torch.cuda.current_device() if torch.cuda.is_available() else -1
         key = (device, *self._described(arguments), *constants.items())
         kernel = self.compiled.get(key)
-        if kernel is None or triton.knobs.runtime.launch_enter_hook.calls:  # such as a profiler's
-            kernel = self.function[grid](*arguments, **constants)
-            if kernel is not None:
-                self.compiled[key] = kernel
-            return
         bound = [*arguments, *(constants[name] for name in self.names[len(arguments) :])]
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        x, y, z = (*grid, 1, 1)[:3]
-        kernel.run(
-            x, y, z, stream, kernel.function, kernel.packed_metadata, None, None, None, *bound
-        )
+        if kernel is not None:
+            run(kernel, grid, device, bound)
+        else:
+            kernel = self.function[grid](*arguments, **constants)
+            if kernel is None:
+                return replay.refuse("Triton does not say what it has launched")
+            self.compiled[key] = kernel
+        if (recorder := replay.RECORDER.get()) is not None:
+            take_down(recorder, kernel, grid, device, bound)
 
     def _described(self, arguments: tuple[Any, ...]) -> list[Any]:
         """What Triton compiles for: of tensors the dtype and whether they begin at a multiple of 16

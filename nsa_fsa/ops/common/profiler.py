@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 import torch
 
 import nsa_fsa
+from nsa_fsa.ops.common import replay
 from nsa_fsa.ops.common.calls import AttentionCall
 from nsa_fsa.ops.common.sizes import next_power_of_2
 
@@ -188,6 +189,7 @@ def choose(
         return entry["choice"]
     if not enabled() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return default
+    replay.refuse("candidates are timed")
     path = cache_file(key, device)
     logger.warning(
         "timing %d ways to run %s, once per GPU model "

@@ -26,6 +26,7 @@ from torch._C._dynamo import eval_frame
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
+from nsa_fsa.ops.common.replay import replayed
 from nsa_fsa.sequences import Length
 
 NAMESPACE = "nsa_fsa"
@@ -278,8 +279,11 @@ def define_operator(
     operator = Operator(name, call, result)
 
     def run(*row):
-        with _in_its_precision(), on_device(row[0]):
+        def decide():
             return operator.write_result(forward(operator.call.build(row)), row[0])
+
+        with _in_its_precision(), on_device(row[0]):
+            return replayed(name, row, decide)
 
     def run_fake(*row):
         return operator.write_result(fake(operator.call.build(row)), row[0])
@@ -361,9 +365,12 @@ def _define_backward(operator: Operator[Any, Any], gradient: Gradient[Any, Any, 
         return tuple(found) if len(found) > 1 else found[0]
 
     def run(do, *row):
-        with _in_its_precision(), on_device(do):
+        def decide():
             grads = gradient.backward(operator.call.build(row), do, saved.build(row, size))
             return written(gradients.flatten(grads), do)
+
+        with _in_its_precision(), on_device(do):
+            return replayed(name, (do, *row), decide)
 
     def run_fake(do, *row):
         call = operator.call.build(row)

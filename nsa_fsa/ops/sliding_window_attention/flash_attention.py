@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from nsa_fsa.ops.common import profiler, triton_backends
+from nsa_fsa.ops.common import profiler, replay, triton_backends
 from nsa_fsa.ops.common.attention_operator import AttentionBackend
 from nsa_fsa.ops.common.calls import NOTHING, AddTo, AttentionGradients, AttentionResult, Softmax
 from nsa_fsa.ops.common.sizes import head_chunks
@@ -156,7 +156,8 @@ class FlashAttn4(Library):
     def forward(self, q: Tensor, k: Tensor, v: Tensor, window: Window) -> tuple[Tensor, Tensor]:
         from flash_attn.cute.interface import _flash_attn_fwd
 
-        o, lse, *_ = _flash_attn_fwd(
+        o, lse, *_ = replay.opaque(
+            _flash_attn_fwd,
             q,
             k,
             v,
@@ -180,7 +181,8 @@ class FlashAttn4(Library):
         do, q, k, v, o, lse, delta = tensors
         o, dlse = output_and_dlse(do, o, delta)
         dq, dk, dv = into or (x.new_empty(x.shape) for x in (q, k, v))
-        _flash_attn_bwd(
+        replay.opaque(
+            _flash_attn_bwd,
             q,
             k,
             v,
