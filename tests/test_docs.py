@@ -1,4 +1,6 @@
-"""What the documents name is there: files, the sections that they link to, and names of the code."""
+"""What the documents name is there: files, the sections that they link to,
+and names of the code.
+"""
 
 import re
 from pathlib import Path
@@ -8,10 +10,17 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("nsa_fsa", "benchmarks", "configs", "docs", "scripts", "tests")
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")])
-FILES = [f"/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")]
+FILES = [
+    f"/{path.relative_to(ROOT)}" for folder in FOLDERS for path in (ROOT / folder).rglob("*.*")
+]
 FILES += [f"/{path.name}" for path in ROOT.glob("*.*")]
-SOURCES = [*(ROOT / name for name in ("Makefile", "pyproject.toml")), *ROOT.glob("benchmarks/*.yaml")]
-SOURCES += [path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if path != Path(__file__)]
+SOURCES = [
+    *(ROOT / name for name in ("Makefile", "pyproject.toml")),
+    *ROOT.glob("benchmarks/*.yaml"),
+]
+SOURCES += [
+    path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py") if path != Path(__file__)
+]
 WORDS = {word for path in SOURCES for word in re.findall(r"\w+", path.read_text())}
 
 
@@ -29,7 +38,9 @@ def broken_links(path: Path, page: str) -> list[str]:
     broken = []
     for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#?([^)]*)\)", without_code(page)):
         to = path.parent / target if target else path
-        if not to.exists() or (anchor and anchor not in anchors(to.read_text() if target else page)):
+        if not to.exists() or (
+            anchor and anchor not in anchors(to.read_text() if target else page)
+        ):
             broken.append(f"{target}#{anchor}")
     return broken
 
@@ -55,7 +66,10 @@ def test_what_a_page_names_is_there(path):
 
 
 def test_what_is_not_there_is_noticed():
-    page = "# A title\n[one](nowhere.md) [two](#a-title) [three](#another) `ops/nothing.py` `default_config` `a.no_such_word()`"
+    page = (
+        "# A title\n[one](nowhere.md) "
+        "[two](#a-title) [three](#another) `ops/nothing.py` `default_config` `a.no_such_word()`"
+    )
     assert broken_links(ROOT / "README.md", page) == ["nowhere.md#", "#another"]
     assert unknown_files(page) == ["nowhere.md", "ops/nothing.py"]
     assert unknown_words(page) == ["a.no_such_word"]

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from nsa_fsa.ops.common import tuning
-from tests.cases import F32, Case, backends_of
+from tests.cases import F32, Case, backends_of, on_a_gpu_only
 from tests.promised import assert_results_close, output_gradient, run, selection
 
 CASE = Case("tiles", (5, 0, 50, 33), 2, 1, 32, 16, F32, 8, 4, 16, 4, 1, 1, 8, seed=9)
@@ -53,6 +53,8 @@ def small_tiles(monkeypatch):
     "backend", [b for b in backends_of("selected_attention") if b.values[0] != "reference"]
 )
 def test_how_work_is_cut_does_not_show(backend, case, group_size, workspace_bytes):
+    if case is not SHORT:
+        on_a_gpu_only(backend)
     case, x, indices = selection(dataclasses.replace(case, group_size=group_size), backend)
     do = output_gradient(case)
     expected = run("reference", case, x, indices, do)

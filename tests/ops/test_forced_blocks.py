@@ -5,7 +5,7 @@ kept and broken.
 import pytest
 import torch
 
-from tests.cases import F32, Case, backends_of
+from tests.cases import F32, Case, backends_of, on_a_gpu_only
 from tests.promised import RESULTS, assert_results_close, forced, output_gradient, run, selection
 
 # Sequences whose last block is full, or has one key, or is the only one.
@@ -24,6 +24,8 @@ def test_promise_kept(backend, case, free, init_blocks, local_blocks):
     """With places left for the scores to fill and without, saying how many indices count and
     not saying so.
     """
+    if (init_blocks, local_blocks) not in ((0, 0), (1, 2)):
+        on_a_gpu_only(backend)
     if init_blocks + local_blocks == 0:
         free += 1  # one has to be chosen
     case, x, indices = selection(forced(case, init_blocks, local_blocks, free), backend)
@@ -55,6 +57,8 @@ def test_promise_broken(backend, case, init_blocks, local_blocks):
     """What a query gets whose indices are not as promised is unspecified, but no NaN;
     other queries do not notice.
     """
+    if case is LONG or (init_blocks, local_blocks) != (1, 2):
+        on_a_gpu_only(backend)
     case, x, indices = selection(forced(case, init_blocks, local_blocks, 1), backend)
     broken = torch.arange(indices.shape[0]) % 3 == 1
     indices[broken] = garbage(indices[broken])

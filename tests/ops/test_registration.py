@@ -19,6 +19,7 @@ from tests.cases import (
     gradients,
     is_float,
     make_inputs,
+    on_a_gpu_only,
     operators_and_backends,
     output,
     select,
@@ -192,6 +193,8 @@ def test_opcheck(operator, backend, requires_grad, layout):
     """Schema, fake implementation (strides too), autograd registration and tracing with
     dynamic shapes.
     """
+    if layout is heads_first:
+        on_a_gpu_only(backend)
     x = inputs(requires_grad or operator.endswith("_backward"), backend, layout=layout)
     checks = ["test_schema", "test_autograd_registration", "test_faketensor"]
     # Two block indices of one selection differ where nothing is listed, and in where a list lies.
@@ -341,6 +344,7 @@ def test_no_recompilation_after_the_second_length(operator, backend):
     """The first length compiles, the second may compile once more with dynamic sizes,
     no later one does.
     """
+    on_a_gpu_only(backend)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     block_size = suited(CASE, backend, operator=operator).block_size
