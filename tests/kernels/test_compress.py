@@ -11,7 +11,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from nsa_fsa import ops, reference
 from nsa_fsa.ops.common.calls import Windows
 from nsa_fsa.ops.compression import triton as compress
-from nsa_fsa.ops.compression.triton import Tile
+from nsa_fsa.ops.compression.triton import TileSize
 from nsa_fsa.sequences import Sequences
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -48,9 +48,9 @@ def check(found, expected):
 
 # A program has two windows, or hops, or eight; one of the weights' gradient two positions of
 # several, or all.
-@pytest.mark.parametrize("tile", [Tile(32, 1), Tile(128, 1)], ids=str)
+@pytest.mark.parametrize("size", [TileSize(32, 1), TileSize(128, 1)], ids=str)
 @pytest.mark.parametrize("windows", [(8, 4), (7, 7), (3, 1)], ids=str)
-def test_small_tiles(windows, tile, monkeypatch):
+def test_small_tiles(windows, size, monkeypatch):
     """Tiles end inside sequences, between them and where nothing is owned; weights are summed over
     many programs."""
     monkeypatch.setattr(compress, "WEIGHT_MIN_WINDOWS", 1)
@@ -59,21 +59,21 @@ def test_small_tiles(windows, tile, monkeypatch):
     sizes = dict(zip(("kernel_size", "kernel_stride"), windows, strict=True))
     x, weight, cu_seqlens = make(13, sizes["kernel_size"])
     wide = x.double()
-    pooled = compress.pool_windows(x, weight, *where(cu_seqlens, **sizes), tile=tile)
+    pooled = compress.pool_windows(x, weight, *where(cu_seqlens, **sizes), size=size)
     check([pooled], [reference.pool_windows(wide, weight.double(), cu_seqlens, **sizes)])
     do = random_gradient(pooled, x, cu_seqlens, **sizes)
     check(
         compress.pool_windows_backward(
-            do, x, weight, *where(cu_seqlens, **sizes), tile_dx=tile, tile_dweight=tile
+            do, x, weight, *where(cu_seqlens, **sizes), size_dx=size, size_dweight=size
         ),
         reference.pool_windows_backward(do.double(), wide, weight.double(), cu_seqlens, **sizes),
     )
 
-    gathered = compress.gather_windows(x, *where(cu_seqlens, **sizes), tile=tile)
+    gathered = compress.gather_windows(x, *where(cu_seqlens, **sizes), size=size)
     assert torch.equal(gathered, reference.gather_windows(x, cu_seqlens, **sizes))
     do = random_gradient(gathered, x, cu_seqlens, **sizes)
     check(
-        [compress.gather_windows_backward(do, x, *where(cu_seqlens, **sizes), tile=tile)],
+        [compress.gather_windows_backward(do, x, *where(cu_seqlens, **sizes), size=size)],
         [reference.gather_windows_backward(do.double(), wide, cu_seqlens, **sizes)],
     )
 

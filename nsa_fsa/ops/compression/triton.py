@@ -11,7 +11,7 @@ into tiles of hops, which are numbered as the blocks in locate.py, so that a pro
 sequence. It does so in cu_seqlens itself, because a table would cost a launch. The one axis of
 programs has the heads innermost: programs that run at the same time then read whole rows of x.
 
-In a kernel WINDOWS is the call's `Windows`, as a constant.
+In a kernel SIZES is the launch's `Sizes` and WINDOWS the call's `Windows`, as constants.
 """
 
 from typing import Any, NamedTuple
@@ -22,13 +22,14 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.ops.common.calls import Windows
-from nsa_fsa.ops.common.locate import find_sequence, max_num_blocks
+from nsa_fsa.ops.common.locate import Boundaries, find_sequence, max_num_blocks
 from nsa_fsa.ops.common.primitives import kernel, store_rows
 from nsa_fsa.ops.common.sizes import cdiv, next_power_of_2, padded_dim
+from nsa_fsa.ops.common.windowed_attention.tiles import count_windows
 from nsa_fsa.sequences import Sequences
 
 
-class Tile(NamedTuple):
+class TileSize(NamedTuple):
     """How much of x, or of its gradient, a program has in flight."""
 
     elements: int  # rows x padded head width
@@ -38,14 +39,24 @@ class Tile(NamedTuple):
 # These make 16 elements a thread, which are two loads of 16 bytes in 16 bits. WEIGHT takes 8 warps
 # so that a row of 128 has fewer elements than there are threads: Triton then loads the pooled
 # gradient where it is needed instead of passing it through shared memory.
-POOL, GATHER, ROWS, WEIGHT = Tile(2048, 4), Tile(2048, 4), Tile(2048, 4), Tile(4096, 8)
+POOL, GATHER, DX, WEIGHT = (*(TileSize(2048, 4),) * 3, TileSize(4096, 8))
 # The gradient of the weights takes so many programs, unless a program would then add up more
 # windows than WEIGHT_MAX_WINDOWS, one after the other in float32, or fewer than make it worth its
 # start.
 WEIGHT_PROGRAMS, WEIGHT_MAX_WINDOWS, WEIGHT_MIN_WINDOWS = 16384, 128, 4
 
 
-class Rows(NamedTuple):
+class Sizes(NamedTuple):
+    """What is alike in all programs of a launch; a constant of the kernel."""
+
+    WINDOWS: Windows
+    DIM: int
+    PADDED_DIM: int
+    # Hops of a tile; where the gradient of the weights is summed, positions of a window.
+    LENGTH: int
+
+
+class StridedHeads(NamedTuple):
     """`[T, H, D]` in a kernel, one row for each token; or `[N, H, D]`, one for each window."""
 
     ptr: Any
@@ -54,7 +65,7 @@ class Rows(NamedTuple):
     stride_d: Any
 
 
-class WindowRows(NamedTuple):
+class StridedWindows(NamedTuple):
     """`[N, H, L, D]` in a kernel: the rows of each window, all the same where stride_l is 0."""
 
     ptr: Any
@@ -78,62 +89,58 @@ class HopTile(NamedTuple):
     head: Any  # int64
     start: Any  # the sequence's first row
     end: Any  # the row after the sequence's last
-    num_windows: Any  # of the sequence
+    first_window: Any  # the row of the sequence's first window in a tensor of windows
+    end_window: Any  # the row after those that are the sequence's
+    num_windows: Any  # of the sequence, which may have more rows
     first: Any  # the tile's first hop, counted inside its sequence
+    hop: Any  # all of them [LENGTH]
 
 
 @triton.jit
-def point_at(ptr, offsets, stride_d, PADDED_DIM: tl.constexpr):
+def point_at(ptr, offsets, stride_d, SIZES: tl.constexpr):
     """Rows that begin at `offsets`, their elements stride_d apart: pointers `[M, PADDED_DIM]`.
 
     Triton makes a constant of a stride of 1, and 16-byte loads of such rows. A gradient expanded
     from one number has a stride of 0.
     """
-    return ptr + (offsets[:, None] + tl.arange(0, PADDED_DIM).to(tl.int64)[None, :] * stride_d)
+    column = tl.arange(0, SIZES.PADDED_DIM).to(tl.int64)
+    return ptr + (offsets[:, None] + column[None, :] * stride_d)
 
 
 @triton.jit
-def mask_of(inside, DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+def mask_of(inside, SIZES: tl.constexpr):
     """`[M] -> [M, PADDED_DIM]`, or `[M, 1]` where that says the same."""
-    if DIM == PADDED_DIM:
+    if SIZES.DIM == SIZES.PADDED_DIM:
         return inside[:, None]
     else:
-        return inside[:, None] & (tl.arange(0, PADDED_DIM) < DIM)[None, :]
+        return inside[:, None] & (tl.arange(0, SIZES.PADDED_DIM) < SIZES.DIM)[None, :]
 
 
 @triton.jit
-def count_windows(cu_seqlens_ptr, seqused_k_ptr, sequence, WINDOWS: tl.constexpr):
-    """How many windows a sequence has; seqused_k_ptr is None where all of its rows count."""
-    if seqused_k_ptr is None:
-        start, end = tl.load(cu_seqlens_ptr + sequence), tl.load(cu_seqlens_ptr + sequence + 1)
-        length = end - start
+def windows_of(bounds, sequence, WINDOWS: tl.constexpr):
+    """How many windows a sequence has; bounds: `Boundaries`."""
+    if bounds.seqused_k is None:
+        start = tl.load(bounds.cu_seqlens + sequence)
+        length = tl.load(bounds.cu_seqlens + sequence + 1) - start
     else:
-        length = tl.load(seqused_k_ptr + sequence)
-    # The division rounds towards 0.
-    return (
-        tl.maximum(length - WINDOWS.kernel_size + WINDOWS.kernel_stride, 0) // WINDOWS.kernel_stride
-    )
+        length = tl.load(bounds.seqused_k + sequence)
+    return count_windows(length, WINDOWS)
 
 
 @triton.jit
-def hop_tile(
-    cu_seqlens_ptr,
-    seqused_k_ptr,
-    num_heads,
-    num_sequences,
-    num_steps,
-    WINDOWS: tl.constexpr,
-    HOPS: tl.constexpr,
-):
-    """The tile of HOPS hops that this program owns, as a `HopTile`."""
-    TILE_ROWS: tl.constexpr = WINDOWS.kernel_stride * HOPS
+def hop_tile(bounds, num_heads, num_sequences, num_steps, SIZES: tl.constexpr):
+    """The tile of hops that this program owns, as a `HopTile`."""
+    S: tl.constexpr = SIZES.WINDOWS.kernel_stride
+    TILE_ROWS: tl.constexpr = S * SIZES.LENGTH
     head = tl.program_id(0) % num_heads
     tile = tl.program_id(0) // num_heads
-    sequence = find_sequence(cu_seqlens_ptr, tile, num_sequences, num_steps, TILE_ROWS, 1)
-    start, end = tl.load(cu_seqlens_ptr + sequence), tl.load(cu_seqlens_ptr + sequence + 1)
-    num_windows = count_windows(cu_seqlens_ptr, seqused_k_ptr, sequence, WINDOWS)
-    first = (tile - (start // TILE_ROWS + sequence)) * HOPS
-    return HopTile(head.to(tl.int64), start, end, num_windows, first)
+    sequence = find_sequence(bounds.cu_seqlens, tile, num_sequences, num_steps, TILE_ROWS, 1)
+    start, end = tl.load(bounds.cu_seqlens + sequence), tl.load(bounds.cu_seqlens + sequence + 1)
+    num_windows = windows_of(bounds, sequence, SIZES.WINDOWS)
+    first = (tile - (start // TILE_ROWS + sequence)) * SIZES.LENGTH
+    first_window, end_window = start // S, end // S
+    hop = first + tl.arange(0, SIZES.LENGTH)
+    return HopTile(head.to(tl.int64), start, end, first_window, end_window, num_windows, first, hop)
 
 
 @triton.jit
@@ -146,46 +153,31 @@ def position_at(step, WINDOWS: tl.constexpr):
 
 @kernel
 def pool_windows_fwd_kernel(
-    x,
-    weight,
-    pooled_ptr,
-    cu_seqlens_ptr,
-    seqused_k_ptr,
-    num_heads,
-    num_sequences,
-    num_steps,
-    WINDOWS: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    HOPS: tl.constexpr,
+    x, weight, pooled_ptr, bounds, num_heads, num_sequences, num_steps, SIZES: tl.constexpr
 ):
-    """x: `Rows`. weight: `Weight`, or None for the mean. pooled `[N, H, D]`, contiguous."""
-    L: tl.constexpr = WINDOWS.kernel_size
-    S: tl.constexpr = WINDOWS.kernel_stride
-    tile = hop_tile(
-        cu_seqlens_ptr, seqused_k_ptr, num_heads, num_sequences, num_steps, WINDOWS, HOPS
-    )
-    first_row = tile.start // S  # of pooled
-    if first_row + tile.first >= tile.end // S:  # no sequence owns this number of a tile
+    """x: `StridedHeads`. weight: `Weight`, or None for the mean. pooled `[N, H, D]`, contiguous."""
+    L: tl.constexpr = SIZES.WINDOWS.kernel_size
+    S: tl.constexpr = SIZES.WINDOWS.kernel_stride
+    tile = hop_tile(bounds, num_heads, num_sequences, num_steps, SIZES)
+    if tile.first_window + tile.first >= tile.end_window:  # no sequence owns this number of a tile
         return
 
-    window = tile.first + tl.arange(0, HOPS)
-    inside = first_row + window < tile.end // S
+    inside = tile.first_window + tile.hop < tile.end_window
     stride_t = tl.cast(x.stride_t, tl.int64)
     x_ptr = x.ptr + (tile.head * x.stride_h + tile.start * stride_t)
     if weight is not None:
         weight_ptr = weight.ptr + tile.head * weight.stride_h
-    of_head = (tl.arange(0, PADDED_DIM) < DIM)[None, :]
+    of_head = (tl.arange(0, SIZES.PADDED_DIM) < SIZES.DIM)[None, :]
 
-    acc = tl.zeros([HOPS, PADDED_DIM], tl.float32)
+    acc = tl.zeros([SIZES.LENGTH, SIZES.PADDED_DIM], tl.float32)
     if tile.first < tile.num_windows:
         # No row is masked, because ptxas keeps several loads without a mask in flight; with a mask
         # it waits for each before it starts the next.
-        begin = tl.minimum(window, tile.num_windows - 1) * S * stride_t
-        x_ptrs = point_at(x_ptr, begin, x.stride_d, PADDED_DIM)
+        begin = tl.minimum(tile.hop, tile.num_windows - 1) * S * stride_t
+        x_ptrs = point_at(x_ptr, begin, x.stride_d, SIZES)
         for step in range(0, L):
-            position = position_at(step, WINDOWS)
-            if DIM == PADDED_DIM:
+            position = position_at(step, SIZES.WINDOWS)
+            if SIZES.DIM == SIZES.PADDED_DIM:
                 row = tl.load(x_ptrs + position * stride_t).to(tl.float32)
             else:
                 row = tl.load(x_ptrs + position * stride_t, mask=of_head, other=0.0).to(tl.float32)
@@ -196,48 +188,34 @@ def pool_windows_fwd_kernel(
 
     if weight is None:
         acc *= 1.0 / L
-    acc = tl.where((window < tile.num_windows)[:, None], acc, 0.0)
-    target = ((first_row + window).to(tl.int64) * num_heads + tile.head) * DIM
-    store_rows(pooled_ptr, target, acc, inside, DIM, PADDED_DIM)
+    acc = tl.where((tile.hop < tile.num_windows)[:, None], acc, 0.0)
+    target = ((tile.first_window + tile.hop).to(tl.int64) * num_heads + tile.head) * SIZES.DIM
+    store_rows(pooled_ptr, target, acc, inside, SIZES.DIM, SIZES.PADDED_DIM)
 
 
 @kernel
 def gather_windows_fwd_kernel(
-    x,
-    windows_ptr,
-    cu_seqlens_ptr,
-    seqused_k_ptr,
-    num_heads,
-    num_sequences,
-    num_steps,
-    WINDOWS: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    HOPS: tl.constexpr,
+    x, windows_ptr, bounds, num_heads, num_sequences, num_steps, SIZES: tl.constexpr
 ):
-    """x: `Rows`. windows `[N, H, L, D]`, contiguous."""
-    L: tl.constexpr = WINDOWS.kernel_size
-    S: tl.constexpr = WINDOWS.kernel_stride
-    tile = hop_tile(
-        cu_seqlens_ptr, seqused_k_ptr, num_heads, num_sequences, num_steps, WINDOWS, HOPS
-    )
-    first_row = tile.start // S  # of windows
-    if first_row + tile.first >= tile.end // S:  # no sequence owns this number of a tile
+    """x: `StridedHeads`. windows `[N, H, L, D]`, contiguous."""
+    L: tl.constexpr = SIZES.WINDOWS.kernel_size
+    S: tl.constexpr = SIZES.WINDOWS.kernel_stride
+    tile = hop_tile(bounds, num_heads, num_sequences, num_steps, SIZES)
+    if tile.first_window + tile.first >= tile.end_window:  # no sequence owns this number of a tile
         return
 
-    window = tile.first + tl.arange(0, HOPS)
     stride_t = tl.cast(x.stride_t, tl.int64)
     x_ptr = x.ptr + (tile.head * x.stride_h + tile.start * stride_t)
-    x_ptrs = point_at(x_ptr, window * S * stride_t, x.stride_d, PADDED_DIM)
-    target = ((first_row + window).to(tl.int64) * num_heads + tile.head) * (L * DIM)
-    to_ptrs = point_at(windows_ptr, target, 1, PADDED_DIM)
+    x_ptrs = point_at(x_ptr, tile.hop * S * stride_t, x.stride_d, SIZES)
+    target = ((tile.first_window + tile.hop).to(tl.int64) * num_heads + tile.head) * (L * SIZES.DIM)
+    to_ptrs = point_at(windows_ptr, target, 1, SIZES)
 
-    exists = mask_of(window < tile.num_windows, DIM, PADDED_DIM)
-    inside = mask_of(first_row + window < tile.end // S, DIM, PADDED_DIM)
+    exists = mask_of(tile.hop < tile.num_windows, SIZES)
+    inside = mask_of(tile.first_window + tile.hop < tile.end_window, SIZES)
     for step in range(0, L):
-        position = position_at(step, WINDOWS)
+        position = position_at(step, SIZES.WINDOWS)
         row = tl.load(x_ptrs + position * stride_t, mask=exists, other=0.0)
-        tl.store(to_ptrs + position * DIM, row, mask=inside)
+        tl.store(to_ptrs + position * SIZES.DIM, row, mask=inside)
 
 
 @kernel
@@ -246,44 +224,37 @@ def windows_bwd_kernel_dx(
     weight,
     dx_ptr,
     scale,
-    cu_seqlens_ptr,
-    seqused_k_ptr,
+    bounds,
     num_heads,
     num_sequences,
     num_steps,
-    WINDOWS: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    HOPS: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     """The sum over the windows that contain a row of what they owe it.
 
-    dwindows: `WindowRows`; the gradient of a pooled window is that of each of its rows. weight:
+    dwindows: `StridedWindows`; the gradient of a pooled window is that of each of its rows. weight:
     `Weight`, or None where all positions have the factor `scale`. dx `[T, H, D]`, contiguous.
     """
-    L: tl.constexpr = WINDOWS.kernel_size
-    S: tl.constexpr = WINDOWS.kernel_stride
-    tile = hop_tile(
-        cu_seqlens_ptr, seqused_k_ptr, num_heads, num_sequences, num_steps, WINDOWS, HOPS
-    )
+    L: tl.constexpr = SIZES.WINDOWS.kernel_size
+    S: tl.constexpr = SIZES.WINDOWS.kernel_stride
+    tile = hop_tile(bounds, num_heads, num_sequences, num_steps, SIZES)
     if tile.start + tile.first * S >= tile.end:  # no sequence owns this number of a tile
         return
 
-    hop = tile.first + tl.arange(0, HOPS)
-    row = tile.start + hop * S
+    row = tile.start + tile.hop * S
     stride_n = tl.cast(dwindows.stride_n, tl.int64)
     stride_l = tl.cast(dwindows.stride_l, tl.int64)
-    d_ptr = dwindows.ptr + (tile.head * dwindows.stride_h + tile.start // S * stride_n)
-    d_ptrs = point_at(d_ptr, hop * stride_n, dwindows.stride_d, PADDED_DIM)
+    d_ptr = dwindows.ptr + (tile.head * dwindows.stride_h + tile.first_window * stride_n)
+    d_ptrs = point_at(d_ptr, tile.hop * stride_n, dwindows.stride_d, SIZES)
     if weight is not None:
         weight_ptr = weight.ptr + tile.head * weight.stride_h
-    dx_ptrs = point_at(dx_ptr, (row.to(tl.int64) * num_heads + tile.head) * DIM, 1, PADDED_DIM)
+    dx_ptrs = point_at(dx_ptr, (row.to(tl.int64) * num_heads + tile.head) * SIZES.DIM, 1, SIZES)
 
     for step in range(0, S):
-        acc = tl.zeros([HOPS, PADDED_DIM], tl.float32)
+        acc = tl.zeros([SIZES.LENGTH, SIZES.PADDED_DIM], tl.float32)
         for back in range(0, L // S):  # hop u lies in the windows u, u - 1, .. u - L / S + 1
             position = back * S + step
-            contains = mask_of((hop >= back) & (hop - back < tile.num_windows), DIM, PADDED_DIM)
+            contains = mask_of((tile.hop >= back) & (tile.hop - back < tile.num_windows), SIZES)
             offset = position * stride_l - back * stride_n
             d = tl.load(d_ptrs + offset, mask=contains, other=0.0).to(tl.float32)
             if weight is not None:
@@ -293,8 +264,8 @@ def windows_bwd_kernel_dx(
 
         if weight is None:
             acc *= scale
-        inside = mask_of(row + step < tile.end, DIM, PADDED_DIM)
-        target = dx_ptrs + step * tl.cast(num_heads, tl.int64) * DIM
+        inside = mask_of(row + step < tile.end, SIZES)
+        target = dx_ptrs + step * tl.cast(num_heads, tl.int64) * SIZES.DIM
         tl.store(target, acc.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
@@ -302,49 +273,49 @@ def windows_bwd_kernel_dx(
 def pool_windows_bwd_kernel_dweight(
     dpooled,
     x,
-    partial_ptr,
-    cu_seqlens_ptr,
-    seqused_k_ptr,
+    sums_ptr,
+    bounds,
     num_windows,
     num_heads,
     num_sequences,
     num_steps,
-    windows_per_program,
-    WINDOWS: tl.constexpr,
-    DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    POSITIONS: tl.constexpr,
+    windows_of_share,
+    SIZES: tl.constexpr,
 ):
-    """Sums over some successive windows, for POSITIONS positions of the window.
+    """Sums over a share of the windows, for SIZES.LENGTH positions of the window.
 
-    dpooled and x: `Rows`. partial `[parts, H, L]`, float32.
+    dpooled and x: `StridedHeads`. sums `[shares, H, L]`, float32.
     """
-    L: tl.constexpr = WINDOWS.kernel_size
-    S: tl.constexpr = WINDOWS.kernel_stride
-    NUM_CHUNKS: tl.constexpr = (L + POSITIONS - 1) // POSITIONS
+    L: tl.constexpr = SIZES.WINDOWS.kernel_size
+    S: tl.constexpr = SIZES.WINDOWS.kernel_stride
+    DIM: tl.constexpr = SIZES.DIM
+    PADDED_DIM: tl.constexpr = SIZES.PADDED_DIM
+    POSITIONS: tl.constexpr = SIZES.LENGTH
+    PROGRAMS: tl.constexpr = (L + POSITIONS - 1) // POSITIONS  # of a share and head
     MASKED: tl.constexpr = L % POSITIONS != 0 or DIM != PADDED_DIM
-    chunk = tl.program_id(0) % NUM_CHUNKS
-    head = (tl.program_id(0) // NUM_CHUNKS % num_heads).to(tl.int64)
-    part = tl.program_id(0) // NUM_CHUNKS // num_heads
+    first_position = tl.program_id(0) % PROGRAMS * POSITIONS
+    head = (tl.program_id(0) // PROGRAMS % num_heads).to(tl.int64)
+    share = tl.program_id(0) // PROGRAMS // num_heads
 
-    position = chunk * POSITIONS + tl.arange(0, POSITIONS)
+    position = first_position + tl.arange(0, POSITIONS)
     column = tl.arange(0, PADDED_DIM)
     stride_t, stride_n = tl.cast(x.stride_t, tl.int64), tl.cast(dpooled.stride_t, tl.int64)
     x_ptr = x.ptr + head * x.stride_h
-    x_ptrs = point_at(x_ptr, position * stride_t, x.stride_d, PADDED_DIM)
+    x_ptrs = point_at(x_ptr, position * stride_t, x.stride_d, SIZES)
     d_ptrs = dpooled.ptr + (head * dpooled.stride_h + column.to(tl.int64) * dpooled.stride_d)
-    in_window = mask_of(position < L, DIM, PADDED_DIM)
+    in_window = mask_of(position < L, SIZES)
 
     # What lies behind the last number of cu_seqlens belongs to no sequence.
-    last = tl.load(cu_seqlens_ptr + num_sequences) // S
-    row = part * windows_per_program  # of dpooled
-    stop = tl.minimum(row + windows_per_program, tl.minimum(num_windows, last))
-    sequence = find_sequence(cu_seqlens_ptr, row, num_sequences, num_steps, S, 0)
+    last = tl.load(bounds.cu_seqlens + num_sequences) // S
+    row = share * windows_of_share  # of dpooled
+    stop = tl.minimum(row + windows_of_share, tl.minimum(num_windows, last))
+    sequence = find_sequence(bounds.cu_seqlens, row, num_sequences, num_steps, S, 0)
     acc = tl.zeros([POSITIONS, PADDED_DIM], tl.float32)  # summed over D at the end, with shuffles
     while row < stop:
-        start, end = tl.load(cu_seqlens_ptr + sequence), tl.load(cu_seqlens_ptr + sequence + 1)
+        start = tl.load(bounds.cu_seqlens + sequence)
+        end = tl.load(bounds.cu_seqlens + sequence + 1)
         first = start // S
-        behind = first + count_windows(cu_seqlens_ptr, seqused_k_ptr, sequence, WINDOWS)
+        behind = first + windows_of(bounds, sequence, SIZES.WINDOWS)
         for window in tl.range(row, tl.minimum(behind, stop), loop_unroll_factor=2):
             at = x_ptrs + (start + (window - first) * S) * stride_t
             rows = tl.load(at, mask=in_window, other=0.0) if MASKED else tl.load(at)
@@ -354,30 +325,29 @@ def pool_windows_bwd_kernel_dweight(
         row = end // S  # which is the next sequence's first
         sequence += 1
 
-    target = (part.to(tl.int64) * num_heads + head) * L + position
-    tl.store(partial_ptr + target, tl.sum(acc, 1), mask=position < L)
+    target = (share.to(tl.int64) * num_heads + head) * L + position
+    tl.store(sums_ptr + target, tl.sum(acc, 1), mask=position < L)
 
 
-class Cut(NamedTuple):
-    """How the kernels that own tiles of hops are launched."""
-
-    grid: tuple[int]
-    layout: tuple[Tensor | int | None, ...]  # arguments that say where sequences and heads lie
-    constants: dict[str, Any]
+def boundaries(sequences: Sequences) -> Boundaries:
+    """What a kernel is given of sequences whose windows are pooled or gathered."""
+    return Boundaries(sequences.cu_seqlens, None, sequences.seqused_k)
 
 
-def cut_hops(x: Tensor, sequences: Sequences, windows: Windows, tile: Tile) -> Cut:
-    """Cuts x `[T, HKV, D]` into tiles of hops that have about `tile.elements` elements each."""
+def cut_hops(
+    x: Tensor, sequences: Sequences, windows: Windows, size: TileSize
+) -> tuple[tuple[int], tuple[Any, ...]]:
+    """Cuts x `[T, HKV, D]` into tiles of hops that have about `size.elements` elements each.
+
+    Returns the grid of a kernel that owns such tiles, and its arguments from `bounds` on.
+    """
     num_rows, num_heads, dim = x.shape
-    cu_seqlens, seqused_k = sequences.cu_seqlens, sequences.seqused_k
-    num_sequences, padded = cu_seqlens.shape[0] - 1, padded_dim(dim)
-    hops = max(tile.elements // padded, 1)
+    num_sequences, padded = sequences.cu_seqlens.shape[0] - 1, padded_dim(dim)
+    hops = max(size.elements // padded, 1)
     num_tiles = max_num_blocks(num_rows, num_sequences, hops * windows.kernel_stride)
-    return Cut(
-        (num_tiles * num_heads,),
-        (cu_seqlens, seqused_k, num_heads, num_sequences, num_sequences.bit_length()),
-        dict(WINDOWS=windows, DIM=dim, PADDED_DIM=padded, HOPS=hops, num_warps=tile.warps),
-    )
+    counts = (num_heads, num_sequences, num_sequences.bit_length())
+    sizes = Sizes(windows, dim, padded, hops)
+    return (num_tiles * num_heads,), (boundaries(sequences), *counts, sizes)
 
 
 def weight_of(weight: Tensor | None) -> Weight | None:
@@ -386,7 +356,7 @@ def weight_of(weight: Tensor | None) -> Weight | None:
 
 
 def pool_windows(
-    x: Tensor, weight: Tensor | None, sequences: Sequences, windows: Windows, tile: Tile = POOL
+    x: Tensor, weight: Tensor | None, sequences: Sequences, windows: Windows, size: TileSize = POOL
 ) -> Tensor:
     """Weighted sums of the windows of x `[T, HKV, D]`: `[T // s, HKV, D]`.
 
@@ -395,9 +365,10 @@ def pool_windows(
     num_rows, num_heads, dim = x.shape
     pooled = x.new_empty(num_rows // windows.kernel_stride, num_heads, dim)
     if pooled.numel():
-        cut = cut_hops(x, sequences, windows, tile)
-        pool_windows_fwd_kernel[cut.grid](
-            Rows(x, *x.stride()), weight_of(weight), pooled, *cut.layout, **cut.constants
+        grid, arguments = cut_hops(x, sequences, windows, size)
+        heads = StridedHeads(x, *x.stride())
+        pool_windows_fwd_kernel[grid](
+            heads, weight_of(weight), pooled, *arguments, num_warps=size.warps
         )
     return pooled
 
@@ -408,92 +379,84 @@ def pool_windows_backward(
     weight: Tensor | None,
     sequences: Sequences,
     windows: Windows,
-    tile_dx: Tile = ROWS,
-    tile_dweight: Tile = WEIGHT,
+    size_dx: TileSize = DX,
+    size_dweight: TileSize = WEIGHT,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `pool_windows` with respect to x and weight (None for the mean)."""
     stride_n, stride_h, stride_d = dpooled.stride()
-    dwindows = WindowRows(dpooled, stride_n, stride_h, 0, stride_d)
+    dwindows = StridedWindows(dpooled, stride_n, stride_h, 0, stride_d)
     scale = 1 / windows.kernel_size
-    dx = _rows_gradient(dwindows, weight, scale, x, sequences, windows, tile_dx)
+    dx = _rows_gradient(dwindows, weight, scale, x, sequences, windows, size_dx)
     if weight is None:
         return dx, None
-    dweight = _weight_gradient(dpooled, x, sequences, windows, tile_dweight)
+    dweight = _weight_gradient(dpooled, x, sequences, windows, size_dweight)
     return dx, dweight.to(weight.dtype)
 
 
 def gather_windows(
-    x: Tensor, sequences: Sequences, windows: Windows, tile: Tile = GATHER
+    x: Tensor, sequences: Sequences, windows: Windows, size: TileSize = GATHER
 ) -> Tensor:
     """The windows of x `[T, HKV, D]`: `[T // s, HKV, l, D]`; those that no sequence owns are 0."""
     num_rows, num_heads, dim = x.shape
     num_windows = num_rows // windows.kernel_stride
     gathered = x.new_empty(num_windows, num_heads, windows.kernel_size, dim)
     if gathered.numel():
-        cut = cut_hops(x, sequences, windows, tile)
-        gather_windows_fwd_kernel[cut.grid](
-            Rows(x, *x.stride()), gathered, *cut.layout, **cut.constants
-        )
+        grid, arguments = cut_hops(x, sequences, windows, size)
+        heads = StridedHeads(x, *x.stride())
+        gather_windows_fwd_kernel[grid](heads, gathered, *arguments, num_warps=size.warps)
     return gathered
 
 
 def gather_windows_backward(
-    dwindows: Tensor, x: Tensor, sequences: Sequences, windows: Windows, tile: Tile = ROWS
+    dwindows: Tensor, x: Tensor, sequences: Sequences, windows: Windows, size: TileSize = DX
 ) -> Tensor:
     """Gradient of `gather_windows` with respect to x; gradients of unowned windows are ignored."""
-    rows = WindowRows(dwindows, *dwindows.stride())
-    return _rows_gradient(rows, None, 1.0, x, sequences, windows, tile)
+    strided = StridedWindows(dwindows, *dwindows.stride())
+    return _rows_gradient(strided, None, 1.0, x, sequences, windows, size)
 
 
 def _rows_gradient(
-    dwindows: WindowRows,
+    dwindows: StridedWindows,
     weight: Tensor | None,
     scale: float,
     x: Tensor,
     sequences: Sequences,
     windows: Windows,
-    tile: Tile,
+    size: TileSize,
 ) -> Tensor:
     """The sum over the windows that contain a row of weight, or scale, times dwindows."""
     dx = x.new_empty(x.shape)
     if dx.numel():
-        cut = cut_hops(x, sequences, windows, tile)
-        windows_bwd_kernel_dx[cut.grid](
-            dwindows, weight_of(weight), dx, scale, *cut.layout, **cut.constants
+        grid, arguments = cut_hops(x, sequences, windows, size)
+        windows_bwd_kernel_dx[grid](
+            dwindows, weight_of(weight), dx, scale, *arguments, num_warps=size.warps
         )
     return dx
 
 
 def _weight_gradient(
-    dpooled: Tensor, x: Tensor, sequences: Sequences, windows: Windows, tile: Tile
+    dpooled: Tensor, x: Tensor, sequences: Sequences, windows: Windows, size: TileSize
 ) -> Tensor:
     """float32 `[HKV, l]`: x times dpooled for each position, summed over the windows and D."""
     num_windows, num_heads, dim = dpooled.shape
     num_sequences = sequences.cu_seqlens.shape[0] - 1
-    kernel_size = windows.kernel_size
+    kernel_size, padded = windows.kernel_size, padded_dim(dim)
 
-    padded = padded_dim(dim)
-    positions = min(next_power_of_2(kernel_size), max(tile.elements // padded, 1))
-    chunks = cdiv(kernel_size, positions)
-    per_program = cdiv(num_windows * num_heads * chunks, WEIGHT_PROGRAMS)
-    per_program = max(min(per_program, WEIGHT_MAX_WINDOWS), WEIGHT_MIN_WINDOWS)
-    parts = cdiv(num_windows, per_program) if dim else 0
-    elements_of_warp = tile.elements // tile.warps
-    warps = max(min(positions * padded // elements_of_warp, tile.warps), 1)
+    positions = min(next_power_of_2(kernel_size), max(size.elements // padded, 1))
+    programs = num_heads * cdiv(kernel_size, positions)  # of a share
+    of_share = cdiv(num_windows * programs, WEIGHT_PROGRAMS)  # windows
+    of_share = max(min(of_share, WEIGHT_MAX_WINDOWS), WEIGHT_MIN_WINDOWS)
+    shares = cdiv(num_windows, of_share) if dim else 0
+    elements_of_warp = size.elements // size.warps
+    warps = max(min(positions * padded // elements_of_warp, size.warps), 1)
 
-    partial = x.new_empty(parts, num_heads, kernel_size, dtype=torch.float32)
-    if partial.numel():
-        pool_windows_bwd_kernel_dweight[(parts * num_heads * chunks,)](
-            Rows(dpooled, *dpooled.stride()),
-            Rows(x, *x.stride()),
-            partial,
-            sequences.cu_seqlens,
-            sequences.seqused_k,
-            *(num_windows, num_heads, num_sequences, num_sequences.bit_length(), per_program),
-            WINDOWS=windows,
-            DIM=dim,
-            PADDED_DIM=padded,
-            POSITIONS=positions,
+    sums = x.new_empty(shares, num_heads, kernel_size, dtype=torch.float32)
+    if sums.numel():
+        pool_windows_bwd_kernel_dweight[(shares * programs,)](
+            *(StridedHeads(dpooled, *dpooled.stride()), StridedHeads(x, *x.stride()), sums),
+            *(boundaries(sequences), num_windows, num_heads),
+            *(num_sequences, num_sequences.bit_length(), of_share),
+            Sizes(windows, dim, padded, positions),
             num_warps=warps,
         )
-    return partial.sum(0)
+    return sums.sum(0)
