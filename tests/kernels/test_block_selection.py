@@ -12,7 +12,7 @@ from nsa_fsa import ops, reference
 from nsa_fsa.ops.block_selection import triton as block_selection
 from nsa_fsa.ops.block_selection.call import SelectionCall
 from nsa_fsa.ops.block_selection.sorting import NARROW_STEPS
-from nsa_fsa.ops.block_selection.triton import SelectionTile
+from nsa_fsa.ops.block_selection.triton import TileSizes
 from nsa_fsa.ops.common.calls import Blocks, Windows
 from nsa_fsa.sequences import Sequences
 from tests.cases import device_of
@@ -21,14 +21,14 @@ from tests.oracle import windows
 DEVICE = device_of("triton")
 SMALL = dict(warps=4, stages=2)
 TILES = [
-    SelectionTile(rows=16, columns=2, keys=8, products=1, **SMALL),
-    SelectionTile(rows=16, columns=4, keys=16, products=2, **SMALL),
-    SelectionTile(rows=32, columns=2, keys=16, products=4, **SMALL),
+    TileSizes(pairs=16, columns=2, keys=8, products=1, **SMALL),
+    TileSizes(pairs=16, columns=4, keys=16, products=2, **SMALL),
+    TileSizes(pairs=32, columns=2, keys=16, products=4, **SMALL),
 ]
 if DEVICE == "cuda":  # the matrix unit multiplies at least 16 by 8
     TILES = [
-        SelectionTile(rows=64, columns=8, keys=8, products=2),
-        SelectionTile(rows=64, columns=8, keys=32, products=4),
+        TileSizes(pairs=64, columns=8, keys=8, products=2),
+        TileSizes(pairs=64, columns=8, keys=32, products=4),
     ]
 CUTS = [
     pytest.param(tile, wide, id=f"tile{i}-{'wide' if wide else 'narrow'}")
@@ -196,7 +196,7 @@ def test_lengths_that_need_wide_keys(monkeypatch):
     seen = []
 
     def launch(*_, **constants):
-        seen.append(constants["WIDE"])
+        seen.append(constants["SELECTION"].WIDE)
 
     class Kernel:
         def __getitem__(self, grid):
@@ -205,7 +205,7 @@ def test_lengths_that_need_wide_keys(monkeypatch):
     monkeypatch.setattr(block_selection, "select_blocks_kernel", Kernel())
     problem = make((8, 4, 16, 5, 1, 1, 2, (40,)), torch.float16)
     q, k_cmp, lse, packed, sizes, blocks = problem
-    steps = NARROW_STEPS.value * SelectionTile().columns
+    steps = NARROW_STEPS.value * TileSizes().columns
     for max_seqlen in (40, steps * 16, steps * 16 + 1):
         select(q, k_cmp, lse, (packed[0], max_seqlen), sizes, blocks)
     select(q.float(), k_cmp.float(), lse, packed, sizes, blocks)

@@ -1,9 +1,9 @@
 """Block selection in Triton: the blocks that the queries of a KV head read, without ever holding a
 score for every query and block.
 
-A program owns a tile of rows, the (query, head of the group) pairs of neighbouring queries, and
+A program owns a tile of pairs, the queries' and the group's heads', of neighbouring queries, and
 walks the blocks that are neither forced nor future. It does so in several columns at once: column c
-takes the c-th of as many contiguous ranges of blocks, one block a step.
+takes the c-th of as many runs of neighbouring blocks, one block a step.
 
     score    The keys of a step lie phase by phase: the m-th compressed tokens of every column's
              block are neighbours. So the tokens of one block end up in registers of one thread and
@@ -18,8 +18,7 @@ takes the c-th of as many contiguous ranges of blocks, one block a step.
 Scores are compared exactly in float32. Those of 16-bit inputs give up as many bits as number the
 steps, 7 of 23 for 65,536 tokens in blocks of 64.
 
-In a kernel WINDOWS, BLOCKS and TILE are the call's `Windows` and `Blocks` and the launch's
-`SelectionTile`, as constants.
+In a kernel SELECTION is the launch's `Selection`, as a constant.
 """
 
 import dataclasses
@@ -39,24 +38,25 @@ from nsa_fsa.ops.block_selection.sorting import (
     merge_columns,
     sort_into,
 )
-from nsa_fsa.ops.common.bundles import heads
+from nsa_fsa.ops.common.bundles import Pairs, heads
 from nsa_fsa.ops.common.calls import Blocks, Windows
-from nsa_fsa.ops.common.locate import load_tile, locate_tiles
-from nsa_fsa.ops.common.primitives import LOG2_E, dot_keys, kernel, load_rows
+from nsa_fsa.ops.common.locate import locate_tiles
+from nsa_fsa.ops.common.primitives import LOG2_E, dot_keys, kernel, load_pairs, load_rows
 from nsa_fsa.ops.common.sizes import cdiv, next_power_of_2, padded_dim, rows_contiguous
 from nsa_fsa.ops.common.tuning import dot_precision
+from nsa_fsa.ops.common.windowed_attention.tiles import query_tile
 
 TO_BASE_2 = tl.constexpr(LOG2_E)  # A kernel reads no global but a constexpr.
-MAX_HEADS = 16  # Of a group, so many heads are rows of one tile.
+MAX_HEADS = 16  # Of a group, a tile has so many heads at a time.
 MAX_LISTED = 32  # So many blocks a query are listed for two queries a thread: 61 spill 736 bytes.
 
 
 @dataclass(frozen=True)
-class SelectionTile:
+class TileSizes:
     """How the kernel cuts its work."""
 
-    rows: int = 128  # (query, head of the group) pairs of a program
-    columns: int = 8  # ranges of blocks that are walked side by side
+    pairs: int = 128  # of a program
+    columns: int = 8  # runs of blocks that are walked side by side
     keys: int = 64  # compressed tokens of a product
     products: int = 2  # of an iteration, whose blocks are sorted into the lists together
     warps: int = 8
@@ -64,16 +64,16 @@ class SelectionTile:
 
 
 class Group(NamedTuple):
-    """The query heads of a KV head; a constant of the kernel."""
+    """The query heads of a KV head."""
 
     G: int  # their number
-    HEADS: int  # rows of a tile that a query has: all heads, or as many as are computed at a time
+    HEADS: int  # pairs of a tile that a query has: all heads, or as many as are computed at a time
     D: int  # their width
     PADDED_D: int
 
 
 class Phases(NamedTuple):
-    """How the compressed tokens of a product belong to blocks; a constant of the kernel.
+    """How the compressed tokens of a product belong to blocks.
 
     A hop is kernel_stride tokens, after which the next window begins: phase m of a block is the
     window that begins with the block's hop m.
@@ -86,18 +86,27 @@ class Phases(NamedTuple):
     STEPS: int  # steps that a product has
 
 
-class QueryTile(NamedTuple):
-    """Neighbouring queries of one sequence."""
+class Selection(NamedTuple):
+    """What is alike in all programs of a launch; a constant of the kernel."""
 
-    first_query: Any  # row of the first
-    position: Any  # of the first, inside its sequence
-    num_queries: Any  # none for a number that no tile owns
-    first_key: Any  # row of the sequence's first key, in tokens
-    num_keys: Any  # of the sequence, in tokens
+    WINDOWS: Windows
+    BLOCKS: Blocks
+    NUM_SELECTED: int  # blocks of a query, the forced ones included
+    GROUP: Group
+    TILE: TileSizes
+    PHASES: Phases
+    WIDE: bool  # whether sort keys have 64 bits
+    EXACT: bool  # whether no bit of a score is given up
+    PRECISION: str  # of products
+
+    @property
+    def FREE(self) -> int:
+        """Blocks of a query that are not forced."""
+        return self.NUM_SELECTED - self.BLOCKS.init_blocks - self.BLOCKS.local_blocks
 
 
 class Queries(NamedTuple):
-    """The rows of a tile, and what they are loaded from."""
+    """The pairs of a tile, and what they are loaded from."""
 
     q: Any  # `Heads`
     lse: Any  # `Heads` of a width of 1
@@ -108,10 +117,10 @@ class Queries(NamedTuple):
 
 
 class LoadedQueries(NamedTuple):
-    """Some heads of the rows of a tile."""
+    """Some heads of the queries of a tile."""
 
     q: Any  # [BLOCK_M, PADDED_D]
-    lse: Any  # [BLOCK_M], in base 2; inf for rows without a query, whose weights are then 0
+    lse: Any  # [BLOCK_M], in base 2; inf for pairs without a query, whose weights are then 0
 
 
 class CompressedKeys(NamedTuple):
@@ -123,22 +132,22 @@ class CompressedKeys(NamedTuple):
 
 
 @triton.jit
-def query_of_row(row, HEADS: tl.constexpr):
-    """Which of the tile's queries a row belongs to.
+def query_of_pair(pair, HEADS: tl.constexpr):
+    """Which of the tile's queries a pair belongs to.
 
-    One thread holds the rows r and r + 8, which are two heads of a query.
+    One thread holds the pairs n and n + 8, which are two heads of a query.
     """
     if HEADS == 1:
-        return row
-    return row // 16 * (16 // HEADS) + row % 8 // (HEADS // 2)
+        return pair
+    return pair // 16 * (16 // HEADS) + pair % 8 // (HEADS // 2)
 
 
 @triton.jit
-def head_of_row(row, HEADS: tl.constexpr):
-    """Which of a query's HEADS heads a row is."""
+def head_of_pair(pair, HEADS: tl.constexpr):
+    """Which of a query's HEADS heads a pair has."""
     if HEADS == 1:
-        return row * 0
-    return row // 8 % 2 * (HEADS // 2) + row % (HEADS // 2)
+        return pair * 0
+    return pair // 8 % 2 * (HEADS // 2) + pair % (HEADS // 2)
 
 
 @triton.jit
@@ -156,70 +165,63 @@ def sum_heads(x, HEADS: tl.constexpr):
 
 
 @triton.jit
-def split_columns(x, PARTS: tl.constexpr):
-    """x `[M, N]` as PARTS, a power of two, tensors of neighbouring columns `[M, N // PARTS]`."""
-    parts = (x,)
-    for _ in tl.static_range((PARTS - 1).bit_length()):
+def split_columns(x, NUMBER: tl.constexpr):
+    """x `[M, N]` as a power of two of tensors of neighbouring columns `[M, N // NUMBER]`."""
+    found = (x,)
+    for _ in tl.static_range((NUMBER - 1).bit_length()):
         halves: tl.tuple = ()
-        for i in tl.static_range(len(parts)):
-            part = tl.reshape(parts[i], [x.shape[0], 2, parts[i].shape[1] // 2])
-            halves = halves + tl.split(tl.permute(part, (0, 2, 1)))
-        parts = halves
-    return parts
+        for i in tl.static_range(len(found)):
+            pair = tl.reshape(found[i], [x.shape[0], 2, found[i].shape[1] // 2])
+            halves = halves + tl.split(tl.permute(pair, (0, 2, 1)))
+        found = halves
+    return found
 
 
 @triton.jit
-def stack_columns(parts):
+def stack_columns(columns):
     """A power of two of tensors `[M]` as one `[M, N]`."""
-    N: tl.constexpr = len(parts)
-    M: tl.constexpr = parts[0].shape[0]
+    N: tl.constexpr = len(columns)
+    M: tl.constexpr = columns[0].shape[0]
     for _ in tl.static_range((N - 1).bit_length()):
         joined: tl.tuple = ()
-        for i in tl.static_range(len(parts) // 2):
-            joined = joined + (tl.join(parts[i], parts[len(parts) // 2 + i]),)
-        parts = joined
-    return tl.reshape(parts[0], [M, N])
+        for i in tl.static_range(len(columns) // 2):
+            joined = joined + (tl.join(columns[i], columns[len(columns) // 2 + i]),)
+        columns = joined
+    return tl.reshape(columns[0], [M, N])
 
 
 @triton.jit
-def load_queries(queries, chunk, GROUP: tl.constexpr):
-    """The chunk-th HEADS heads of the group, as `LoadedQueries`."""
-    member = chunk * GROUP.HEADS + head_of_row(tl.arange(0, queries.query.shape[0]), GROUP.HEADS)
+def load_queries(queries, nth, GROUP: tl.constexpr):
+    """The nth HEADS heads of the group, as `LoadedQueries`."""
+    member = nth * GROUP.HEADS + head_of_pair(tl.arange(0, queries.query.shape[0]), GROUP.HEADS)
     used = queries.used & (member < GROUP.G)
-    head = queries.first_head + member
-    q, lse = queries.q, queries.lse
-    at = queries.query * q.stride_t + head * q.stride_h
-    loaded = load_rows(q.ptr, at, used, GROUP.D, GROUP.PADDED_D, True)
-    at = queries.query * lse.stride_t + head * lse.stride_h
+    pairs = Pairs(queries.query, queries.first_head + member, used)
+    loaded = load_pairs(queries.q, pairs, GROUP.D, GROUP.PADDED_D)
+    lse = queries.lse
+    at = pairs.query * lse.stride_t + pairs.head * lse.stride_h
     log = tl.load(lse.ptr + at, mask=used, other=float("inf"))
     return LoadedQueries(loaded, tl.where(log == float("-inf"), float("inf"), log * TO_BASE_2))
 
 
 @triton.jit
-def window_weights(
-    queries,
-    loaded,
-    keys,
-    token,
-    scale,
-    WINDOWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    GROUP: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """The softmax weight that a tile's rows give to some tokens of a sequence, `[BLOCK_M, KEYS]`.
+def window_weights(queries, loaded, keys, token, scale, SELECTION: tl.constexpr):
+    """The softmax weight that a tile's pairs give to some tokens of a sequence, `[BLOCK_M, KEYS]`.
 
     Tokens before the first or after the last one get the weight of another, and nothing of theirs
     is read. loaded: the first HEADS heads.
     """
+    GROUP: tl.constexpr = SELECTION.GROUP
+    WINDOWS: tl.constexpr = SELECTION.WINDOWS
+    BLOCKS: tl.constexpr = SELECTION.BLOCKS
+    PRECISION: tl.constexpr = SELECTION.PRECISION
     at = tl.maximum(tl.minimum(token, keys.last), 0)
     k = load_rows(
         keys.ptr, at.to(tl.int64) * keys.stride_t, at >= 0, GROUP.D, GROUP.PADDED_D, False
     )
     p = tl.exp2(dot_keys(loaded.q, k, PRECISION) * scale - loaded.lse[:, None])
     # The weights of all heads of the group are summed in the end.
-    for chunk in range(1, (GROUP.G + GROUP.HEADS - 1) // GROUP.HEADS):
-        more = load_queries(queries, chunk, GROUP)
+    for nth in range(1, (GROUP.G + GROUP.HEADS - 1) // GROUP.HEADS):
+        more = load_queries(queries, nth, GROUP)
         p += tl.exp2(dot_keys(more.q, k, PRECISION) * scale - more.lse[:, None])
 
     # A window that overlaps a block which a query may choose can end after the query only if it is
@@ -242,19 +244,19 @@ def sum_phases(p, PHASES: tl.constexpr):
     STEPS: tl.constexpr = PHASES.STEPS
     BLOCK: tl.constexpr = PHASES.BLOCK_HOPS
     WINDOW: tl.constexpr = PHASES.WINDOW_HOPS
-    parts = split_columns(p, PHASES.OF_PRODUCT * STEPS)
+    weights = split_columns(p, PHASES.OF_PRODUCT * STEPS)
     own: tl.tuple = ()
     following: tl.tuple = ()
     for step in tl.static_range(STEPS):
-        to_own = parts[step]
-        to_next = parts[step] * 0.0
+        to_own = weights[step]
+        to_next = weights[step] * 0.0
         for m in tl.static_range(1, BLOCK - WINDOW + 1):
-            to_own += parts[m * STEPS + step]
+            to_own += weights[m * STEPS + step]
         to_own *= WINDOW
         for m in tl.static_range(BLOCK - WINDOW + 1, BLOCK):
-            part = parts[m * STEPS + step]
-            to_own += part * (BLOCK - m)
-            to_next = part if m == BLOCK - WINDOW + 1 else to_next + part * (m + WINDOW - BLOCK)
+            weight = weights[m * STEPS + step]
+            to_own += weight * (BLOCK - m)
+            to_next = weight if m == BLOCK - WINDOW + 1 else to_next + weight * (m + WINDOW - BLOCK)
         own, following = own + (to_own,), following + (to_next,)
     return own, following
 
@@ -262,48 +264,33 @@ def sum_phases(p, PHASES: tl.constexpr):
 @triton.jit
 def add_phases(own, following, p, first_phase, PHASES: tl.constexpr):
     """The same for some phases of one step, from first_phase on, added to what others gave."""
-    parts = split_columns(p, PHASES.OF_PRODUCT)
-    for i in tl.static_range(len(parts)):
+    weights = split_columns(p, PHASES.OF_PRODUCT)
+    for i in tl.static_range(len(weights)):
         m = first_phase + i
         to_own = tl.maximum(tl.minimum(PHASES.WINDOW_HOPS, PHASES.BLOCK_HOPS - m), 0)
         to_next = tl.where(m < PHASES.BLOCK_HOPS, PHASES.WINDOW_HOPS - to_own, 0)
-        own += parts[i] * tl.cast(to_own, tl.float32)
-        following += parts[i] * tl.cast(to_next, tl.float32)
+        own += weights[i] * tl.cast(to_own, tl.float32)
+        following += weights[i] * tl.cast(to_next, tl.float32)
     return own, following
 
 
 @triton.jit
-def score_steps(
-    queries,
-    loaded,
-    keys,
-    token,
-    scale,
-    WINDOWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    GROUP: tl.constexpr,
-    TILE: tl.constexpr,
-    PHASES: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def score_steps(queries, loaded, keys, token, scale, SELECTION: tl.constexpr):
     """What `sum_phases` returns of the steps of a product, whose tokens of phase 0 are `token`."""
-
-    ROWS: tl.constexpr = TILE.rows
-    COLUMNS: tl.constexpr = TILE.columns
-
+    PHASES: tl.constexpr = SELECTION.PHASES
+    PAIRS: tl.constexpr = SELECTION.TILE.pairs
+    COLUMNS: tl.constexpr = SELECTION.TILE.columns
+    STAGES: tl.constexpr = SELECTION.TILE.stages
     if PHASES.OF_PRODUCT == PHASES.ALL:
-        p = window_weights(queries, loaded, keys, token, scale, WINDOWS, BLOCKS, GROUP, PRECISION)
-        own, following = sum_phases(p, PHASES)
+        p = window_weights(queries, loaded, keys, token, scale, SELECTION)
+        return sum_phases(p, PHASES)
     else:
-        own_part = tl.zeros([ROWS, COLUMNS], tl.float32)
-        next_part = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for phase in tl.range(0, PHASES.ALL, PHASES.OF_PRODUCT, num_stages=TILE.stages):
-            p = window_weights(
-                queries, loaded, keys, token + phase, scale, WINDOWS, BLOCKS, GROUP, PRECISION
-            )
-            own_part, next_part = add_phases(own_part, next_part, p, phase, PHASES)
-        own, following = (own_part,), (next_part,)
-    return own, following
+        own = tl.zeros([PAIRS, COLUMNS], tl.float32)
+        following = tl.zeros([PAIRS, COLUMNS], tl.float32)
+        for phase in tl.range(0, PHASES.ALL, PHASES.OF_PRODUCT, num_stages=STAGES):
+            p = window_weights(queries, loaded, keys, token + phase, scale, SELECTION)
+            own, following = add_phases(own, following, p, phase, PHASES)
+        return (own,), (following,)
 
 
 @triton.jit
@@ -316,39 +303,26 @@ def key_mask(num_steps, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def choose_free_blocks(
-    q,
-    k,
-    lse,
-    tile,
-    own,
-    last_own,
-    head,
-    scale,
-    WINDOWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    FREE: tl.constexpr,
-    GROUP: tl.constexpr,
-    TILE: tl.constexpr,
-    PHASES: tl.constexpr,
-    WIDE: tl.constexpr,
-    EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def choose_free_blocks(q, k, lse, tile, own, last_own, head, scale, SELECTION: tl.constexpr):
     """A tile's best blocks besides the forced ones, as `merge_columns` returns them."""
-
-    ROWS: tl.constexpr = TILE.rows
-    QUERIES: tl.constexpr = ROWS // GROUP.HEADS
-    COLUMNS: tl.constexpr = TILE.columns
+    GROUP: tl.constexpr = SELECTION.GROUP
+    PHASES: tl.constexpr = SELECTION.PHASES
     STEPS: tl.constexpr = PHASES.STEPS
-    INIT: tl.constexpr = BLOCKS.init_blocks
-    LOCAL: tl.constexpr = BLOCKS.local_blocks
+    PAIRS: tl.constexpr = SELECTION.TILE.pairs
+    QUERIES: tl.constexpr = PAIRS // GROUP.HEADS
+    COLUMNS: tl.constexpr = SELECTION.TILE.columns
+    PRODUCTS: tl.constexpr = SELECTION.TILE.products
+    INIT: tl.constexpr = SELECTION.BLOCKS.init_blocks
+    LOCAL: tl.constexpr = SELECTION.BLOCKS.local_blocks
     OVERLAP: tl.constexpr = PHASES.WINDOW_HOPS > 1  # windows give something to the next block
+    EARLY: tl.constexpr = 1 if OVERLAP else 0
+    FREE: tl.constexpr = SELECTION.FREE
+    WIDE: tl.constexpr = SELECTION.WIDE
 
-    row = query_of_row(tl.arange(0, ROWS), GROUP.HEADS)
-    position = tile.position + row
-    used = (row < tile.num_queries) & (position < tile.num_keys)
-    query = (tile.first_query + row).to(tl.int64)
+    number = query_of_pair(tl.arange(0, PAIRS), GROUP.HEADS)
+    position = tile.position + number
+    used = (number < tile.num_queries) & (position < tile.num_keys)
+    query = (tile.first_query + number).to(tl.int64)
     queries = Queries(q, lse, query, position, used, head * GROUP.G)
     loaded = load_queries(queries, 0, GROUP)
 
@@ -358,29 +332,24 @@ def choose_free_blocks(
     eligible_steps = tl.minimum(own[:, None] - LOCAL - first_block + 1, num_steps)
     mask = key_mask(num_steps, COLUMNS)
 
-    key = tl.arange(0, TILE.keys)
+    key = tl.arange(0, SELECTION.TILE.keys)
     block = (INIT + key % COLUMNS * num_steps) + key // COLUMNS % STEPS  # of the product at step 0
     first_token = block * PHASES.BLOCK_HOPS + key // (COLUMNS * STEPS)
-    num_windows = (tile.num_keys - WINDOWS.kernel_size) // WINDOWS.kernel_stride + 1
-    last = tl.minimum(PHASES.BLOCK_HOPS * (last_own - LOCAL + 1), num_windows) - 1
-    first_row = tl.cast(tile.first_key // WINDOWS.kernel_stride, tl.int64)  # of k
+    last = tl.minimum(PHASES.BLOCK_HOPS * (last_own - LOCAL + 1), tile.num_windows) - 1
+    first_row = tl.cast(tile.first_window, tl.int64)  # of k
     keys = CompressedKeys(k.ptr + (head * k.stride_h + first_row * k.stride_t), k.stride_t, last)
 
     best: tl.tuple = ()
     for _ in tl.static_range(FREE):
         best = best + (tl.full([QUERIES, COLUMNS], -1, tl.int64 if WIDE else tl.int32),)
-    carry = tl.zeros([ROWS, COLUMNS], tl.float32)  # what the step before gives to this one
+    carry = tl.zeros([PAIRS, COLUMNS], tl.float32)  # what the step before gives to this one
 
-    EARLY: tl.constexpr = 1 if OVERLAP else 0
-    PRODUCTS: tl.constexpr = TILE.products
-    for start in tl.range(-EARLY, num_steps, STEPS * PRODUCTS, num_stages=TILE.stages):
+    for start in tl.range(-EARLY, num_steps, STEPS * PRODUCTS, num_stages=SELECTION.TILE.stages):
         fresh: tl.tuple = ()
         for product in tl.static_range(PRODUCTS):
             first_step = start + product * STEPS
             token = first_token + first_step * PHASES.BLOCK_HOPS
-            to_own, to_next = score_steps(
-                queries, loaded, keys, token, scale, WINDOWS, BLOCKS, GROUP, TILE, PHASES, PRECISION
-            )
+            to_own, to_next = score_steps(queries, loaded, keys, token, scale, SELECTION)
 
             for i in tl.static_range(STEPS):
                 score = to_own[i]
@@ -392,17 +361,19 @@ def choose_free_blocks(
                 if INIT == 0 and OVERLAP:  # there is no block before the first one
                     carry = tl.where((step < 0) & (column == 0), 0.0, carry)
                 eligible = tl.where(step < 0, num_steps, step) < eligible_steps
-                fresh = fresh + (make_key(score, step, eligible, mask, WIDE, EXACT),)
+                fresh = fresh + (make_key(score, step, eligible, mask, WIDE, SELECTION.EXACT),)
         best = sort_into(best, fresh)
     return merge_columns(best, first_block, mask, WIDE, FREE <= 16)
 
 
 @triton.jit
-def store_blocks(ptr, chosen, own, inside, NUM_SELECTED: tl.constexpr, BLOCKS: tl.constexpr):
+def store_blocks(ptr, chosen, own, inside, SELECTION: tl.constexpr):
     """Writes the forced blocks and the chosen ones, or all blocks if there are places for all.
 
     ptr `[QUERIES, 1]`: the queries' first places.
     """
+    NUM_SELECTED: tl.constexpr = SELECTION.NUM_SELECTED
+    BLOCKS: tl.constexpr = SELECTION.BLOCKS
     PADDED: tl.constexpr = 1 << (NUM_SELECTED - 1).bit_length()
     places: tl.tuple = ()
     for place in tl.static_range(PADDED):
@@ -417,18 +388,6 @@ def store_blocks(ptr, chosen, own, inside, NUM_SELECTED: tl.constexpr, BLOCKS: t
     tl.store(ptr + place, stack_columns(places), mask=inside[:, None] & (place < NUM_SELECTED))
 
 
-@triton.jit
-def query_tile(tiles_ptr, num_tiles, num_rows, num_sequences, QUERIES: tl.constexpr):
-    """The tile of QUERIES queries that this program owns, as a `QueryTile`."""
-    ALIKE: tl.constexpr = tiles_ptr is None
-    number, first_query, num_queries, offset, first_key, num_keys = load_tile(
-        tiles_ptr, num_tiles, tl.program_id(0), num_rows, num_sequences, False, ALIKE
-    )
-    first = number * QUERIES
-    num_queries = tl.minimum(num_queries - first, QUERIES)
-    return QueryTile(first_query + first, offset + first, num_queries, first_key, num_keys)
-
-
 @kernel
 def select_blocks_kernel(
     tiles_ptr,
@@ -440,70 +399,46 @@ def select_blocks_kernel(
     num_tiles,
     num_rows,
     num_sequences,
-    WINDOWS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    NUM_SELECTED: tl.constexpr,
-    GROUP: tl.constexpr,
-    TILE: tl.constexpr,
-    PHASES: tl.constexpr,
-    WIDE: tl.constexpr,
-    EXACT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SELECTION: tl.constexpr,
 ):
     """q, k and lse: `Heads`, of which lse has rows of one element. scale: in base 2."""
-
-    QUERIES: tl.constexpr = TILE.rows // GROUP.HEADS
-    FREE: tl.constexpr = NUM_SELECTED - BLOCKS.init_blocks - BLOCKS.local_blocks
-    head = tl.program_id(1).to(tl.int64)
-    tile = query_tile(tiles_ptr, num_tiles, num_rows, num_sequences, QUERIES)
+    NUM_SELECTED: tl.constexpr = SELECTION.NUM_SELECTED
+    FREE: tl.constexpr = SELECTION.FREE
+    BLOCK_SIZE: tl.constexpr = SELECTION.BLOCKS.block_size
+    QUERIES: tl.constexpr = SELECTION.TILE.pairs // SELECTION.GROUP.HEADS
+    WINDOWS: tl.constexpr = SELECTION.WINDOWS
+    number, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tile = query_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, WINDOWS, QUERIES)
     if tile.num_queries <= 0:
         return
 
     query = tl.arange(0, QUERIES)
     used = (query < tile.num_queries) & (tile.position + query < tile.num_keys)
-    own = tl.where(used, (tile.position + query) // BLOCKS.block_size, -1)
+    own = tl.where(used, (tile.position + query) // BLOCK_SIZE, -1)
     end = tl.minimum(tile.position + tile.num_queries, tile.num_keys)
-    last_own = (end - 1) // BLOCKS.block_size
+    last_own = (end - 1) // BLOCK_SIZE
 
     chosen: tl.tuple = ()
     for _ in tl.static_range(FREE):
         chosen = chosen + (tl.full([QUERIES], NO_BLOCK, tl.int32),)
     if FREE > 0:  # noqa: SIM102, one is known to the compiler and the other is not
         if last_own >= NUM_SELECTED:
-            chosen = choose_free_blocks(
-                q,
-                k,
-                lse,
-                tile,
-                own,
-                last_own,
-                head,
-                scale,
-                WINDOWS,
-                BLOCKS,
-                FREE,
-                GROUP,
-                TILE,
-                PHASES,
-                WIDE,
-                EXACT,
-                PRECISION,
-            )
+            chosen = choose_free_blocks(q, k, lse, tile, own, last_own, head, scale, SELECTION)
 
     row = (tile.first_query + query).to(tl.int64) * tl.num_programs(1) + head
     places_ptr = indices_ptr + row[:, None] * NUM_SELECTED
-    store_blocks(places_ptr, chosen, own, query < tile.num_queries, NUM_SELECTED, BLOCKS)
+    store_blocks(places_ptr, chosen, own, query < tile.num_queries, SELECTION)
 
 
 def heads_of_tile(group_size: int, listed: int) -> int:
-    """How many rows of a tile a query has, for lists of `listed` blocks."""
+    """How many pairs of a tile a query has, for lists of `listed` blocks."""
     found = min(next_power_of_2(group_size), MAX_HEADS)
-    # With two rows, of which one is nothing, a thread lists blocks for one query instead of two.
+    # With two pairs, of which one is nothing, a thread lists blocks for one query instead of two.
     return 2 if found == 1 and listed > MAX_LISTED else found
 
 
-def choose_tile(q: Tensor, heads: int, listed: int) -> SelectionTile:
-    """The default tile for queries `[T, HQ, D]`, `heads` rows a query and lists of `listed` blocks.
+def choose_tile(q: Tensor, heads: int, listed: int) -> TileSizes:
+    """The default for queries `[T, HQ, D]`, `heads` pairs a query and lists of `listed` blocks.
 
     `make resources` shows that none spills. H200, 65,536 tokens, 16 blocks of 64, ms at G = 1, 4,
     16: 6.6, 5.6, 5.8 with two products of 64 tokens, 8.5, 5.6, 5.6 with one of 128, 8.1, 6.4, 5.8
@@ -511,17 +446,17 @@ def choose_tile(q: Tensor, heads: int, listed: int) -> SelectionTile:
     """
     if q.element_size() == 4:
         # Without the matrix unit a thread holds whole rows of both factors of a product.
-        return SelectionTile(rows=32, keys=32, products=1)
+        return TileSizes(pairs=32, keys=32, products=1)
     if q.shape[2] > 128:
-        return SelectionTile(keys=32, products=2 if 8 < listed <= MAX_LISTED else 1)
+        return TileSizes(keys=32, products=2 if 8 < listed <= MAX_LISTED else 1)
     if not 8 < listed <= MAX_LISTED:
-        return SelectionTile(keys=64, products=1)
+        return TileSizes(keys=64, products=1)
     if heads == MAX_HEADS:
-        return SelectionTile(keys=128, products=1)
-    return SelectionTile(keys=64, products=2)
+        return TileSizes(keys=128, products=1)
+    return TileSizes(keys=64, products=2)
 
 
-def lay_out_phases(windows: Windows, blocks: Blocks, tile: SelectionTile) -> Phases:
+def lay_out_phases(windows: Windows, blocks: Blocks, tile: TileSizes) -> Phases:
     """How the tokens of a product belong to blocks."""
     block_hops = blocks.block_size // windows.kernel_stride
     window_hops = windows.kernel_size // windows.kernel_stride
@@ -532,11 +467,11 @@ def lay_out_phases(windows: Windows, blocks: Blocks, tile: SelectionTile) -> Pha
 
 
 def select_blocks(
-    call: SelectionCall, tile: SelectionTile | None = None, wide: bool | None = None
+    call: SelectionCall, tile: TileSizes | None = None, wide: bool | None = None
 ) -> Tensor:
     """block_indices int32 `[T, HKV, num_selected_blocks]`.
 
-    tile: other than the default. wide: whether keys have 64 bits, other than max_seqlen asks for.
+    tile: other than the default. wide: whether sort keys have 64 bits; None: as max_seqlen asks.
     """
     q, k_cmp, lse = rows_contiguous(call.q), rows_contiguous(call.k_cmp), call.lse.float()
     (num_rows, num_heads, head_dim), num_kv_heads = q.shape, k_cmp.shape[1]
@@ -546,30 +481,33 @@ def select_blocks(
 
     group_size = num_heads // num_kv_heads
     listed = call.num_selected_blocks - call.blocks.init_blocks - call.blocks.local_blocks
-    rows_of_query = heads_of_tile(group_size, listed)
-    tile = tile or choose_tile(q, rows_of_query, listed)
+    pairs_of_query = heads_of_tile(group_size, listed)
+    tile = tile or choose_tile(q, pairs_of_query, listed)
     if group_size > MAX_HEADS and head_dim > 128:
         # Two tiles of queries are held at a time, in 192 KiB of shared memory.
-        tile = dataclasses.replace(tile, rows=64, products=1)
+        tile = dataclasses.replace(tile, pairs=64, products=1)
 
-    tiles = locate_tiles(num_rows, call.sequences, tile.rows // rows_of_query)
+    tiles = locate_tiles(num_rows, call.sequences, tile.pairs // pairs_of_query)
     exact = q.dtype == torch.float32
     if wide is None:
         steps = cdiv(call.sequences.max_seqlen, call.blocks.block_size * tile.columns)
         wide = exact or steps > NARROW_STEPS.value
 
+    selection = Selection(
+        call.windows,
+        call.blocks,
+        call.num_selected_blocks,
+        Group(group_size, pairs_of_query, head_dim, padded_dim(head_dim)),
+        tile,
+        lay_out_phases(call.windows, call.blocks, tile),
+        wide,
+        exact,
+        dot_precision(q.dtype),
+    )
     select_blocks_kernel[(tiles.number, num_kv_heads)](
         *(tiles.table, indices, heads(q), heads(k_cmp), heads(lse)),
         *(call.scale * LOG2_E, tiles.number, num_rows, tiles.num_sequences),
-        WINDOWS=call.windows,
-        BLOCKS=call.blocks,
-        NUM_SELECTED=call.num_selected_blocks,
-        GROUP=Group(group_size, rows_of_query, head_dim, padded_dim(head_dim)),
-        TILE=tile,
-        PHASES=lay_out_phases(call.windows, call.blocks, tile),
-        WIDE=wide,
-        EXACT=exact,
-        PRECISION=dot_precision(q.dtype),
+        SELECTION=selection,
         num_warps=tile.warps,
     )
     return indices

@@ -24,6 +24,14 @@ class Heads(NamedTuple):
     stride_h: Any
 
 
+class Pairs(NamedTuple):
+    """Some queries, each with one of its heads, in a kernel."""
+
+    query: Any  # row of the query, int64
+    head: Any
+    inside: Any  # whether there is such a pair
+
+
 def heads(x: Tensor) -> Heads:
     """What a kernel is given of a tensor `[T, H, D]`."""
     return Heads(x, x.stride(0), x.stride(1))

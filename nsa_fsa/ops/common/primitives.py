@@ -65,6 +65,13 @@ def load_rows(
 
 
 @triton.jit
+def load_pairs(x, pairs, DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+    """The rows of x, which is `Heads`, that belong to some `Pairs`: `[M, PADDED_DIM]`."""
+    at = pairs.query * x.stride_t + pairs.head * x.stride_h
+    return load_rows(x.ptr, at, pairs.inside, DIM, PADDED_DIM, True)
+
+
+@triton.jit
 def store_rows(
     ptr,
     offsets,

@@ -11,7 +11,7 @@ into tiles of hops, which are numbered as the blocks in locate.py, so that a pro
 sequence. It does so in cu_seqlens itself, because a table would cost a launch. The one axis of
 programs has the heads innermost: programs that run at the same time then read whole rows of x.
 
-In a kernel SIZES is the launch's `Sizes` and WINDOWS the call's `Windows`, as constants.
+In a kernel SIZES is the launch's `Sizes`, as a constant.
 """
 
 from typing import Any, NamedTuple
@@ -117,8 +117,17 @@ def mask_of(inside, SIZES: tl.constexpr):
 
 
 @triton.jit
-def windows_of(bounds, sequence, WINDOWS: tl.constexpr):
+def no_sums(SIZES: tl.constexpr):
+    """Zeros, float32 `[LENGTH, PADDED_DIM]`."""
+    LENGTH: tl.constexpr = SIZES.LENGTH
+    PADDED_DIM: tl.constexpr = SIZES.PADDED_DIM
+    return tl.zeros([LENGTH, PADDED_DIM], tl.float32)
+
+
+@triton.jit
+def windows_of(bounds, sequence, SIZES: tl.constexpr):
     """How many windows a sequence has; bounds: `Boundaries`."""
+    WINDOWS: tl.constexpr = SIZES.WINDOWS
     if bounds.seqused_k is None:
         start = tl.load(bounds.cu_seqlens + sequence)
         length = tl.load(bounds.cu_seqlens + sequence + 1) - start
@@ -136,7 +145,7 @@ def hop_tile(bounds, num_heads, num_sequences, num_steps, SIZES: tl.constexpr):
     tile = tl.program_id(0) // num_heads
     sequence = find_sequence(bounds.cu_seqlens, tile, num_sequences, num_steps, TILE_ROWS, 1)
     start, end = tl.load(bounds.cu_seqlens + sequence), tl.load(bounds.cu_seqlens + sequence + 1)
-    num_windows = windows_of(bounds, sequence, SIZES.WINDOWS)
+    num_windows = windows_of(bounds, sequence, SIZES)
     first = (tile - (start // TILE_ROWS + sequence)) * SIZES.LENGTH
     first_window, end_window = start // S, end // S
     hop = first + tl.arange(0, SIZES.LENGTH)
@@ -144,11 +153,12 @@ def hop_tile(bounds, num_heads, num_sequences, num_steps, SIZES: tl.constexpr):
 
 
 @triton.jit
-def position_at(step, WINDOWS: tl.constexpr):
+def position_at(step, SIZES: tl.constexpr):
     """The positions of a window, in an order in which windows that overlap come to a row in
     successive steps."""
-    HOPS: tl.constexpr = WINDOWS.kernel_size // WINDOWS.kernel_stride
-    return step % HOPS * WINDOWS.kernel_stride + step // HOPS
+    S: tl.constexpr = SIZES.WINDOWS.kernel_stride
+    HOPS: tl.constexpr = SIZES.WINDOWS.kernel_size // S
+    return step % HOPS * S + step // HOPS
 
 
 @kernel
@@ -169,14 +179,14 @@ def pool_windows_fwd_kernel(
         weight_ptr = weight.ptr + tile.head * weight.stride_h
     of_head = (tl.arange(0, SIZES.PADDED_DIM) < SIZES.DIM)[None, :]
 
-    acc = tl.zeros([SIZES.LENGTH, SIZES.PADDED_DIM], tl.float32)
+    acc = no_sums(SIZES)
     if tile.first < tile.num_windows:
         # No row is masked, because ptxas keeps several loads without a mask in flight; with a mask
         # it waits for each before it starts the next.
         begin = tl.minimum(tile.hop, tile.num_windows - 1) * S * stride_t
         x_ptrs = point_at(x_ptr, begin, x.stride_d, SIZES)
         for step in range(0, L):
-            position = position_at(step, SIZES.WINDOWS)
+            position = position_at(step, SIZES)
             if SIZES.DIM == SIZES.PADDED_DIM:
                 row = tl.load(x_ptrs + position * stride_t).to(tl.float32)
             else:
@@ -213,7 +223,7 @@ def gather_windows_fwd_kernel(
     exists = mask_of(tile.hop < tile.num_windows, SIZES)
     inside = mask_of(tile.first_window + tile.hop < tile.end_window, SIZES)
     for step in range(0, L):
-        position = position_at(step, SIZES.WINDOWS)
+        position = position_at(step, SIZES)
         row = tl.load(x_ptrs + position * stride_t, mask=exists, other=0.0)
         tl.store(to_ptrs + position * SIZES.DIM, row, mask=inside)
 
@@ -251,7 +261,7 @@ def windows_bwd_kernel_dx(
     dx_ptrs = point_at(dx_ptr, (row.to(tl.int64) * num_heads + tile.head) * SIZES.DIM, 1, SIZES)
 
     for step in range(0, S):
-        acc = tl.zeros([SIZES.LENGTH, SIZES.PADDED_DIM], tl.float32)
+        acc = no_sums(SIZES)
         for back in range(0, L // S):  # hop u lies in the windows u, u - 1, .. u - L / S + 1
             position = back * S + step
             contains = mask_of((tile.hop >= back) & (tile.hop - back < tile.num_windows), SIZES)
@@ -310,12 +320,12 @@ def pool_windows_bwd_kernel_dweight(
     row = share * windows_of_share  # of dpooled
     stop = tl.minimum(row + windows_of_share, tl.minimum(num_windows, last))
     sequence = find_sequence(bounds.cu_seqlens, row, num_sequences, num_steps, S, 0)
-    acc = tl.zeros([POSITIONS, PADDED_DIM], tl.float32)  # summed over D at the end, with shuffles
+    acc = no_sums(SIZES)  # summed over D at the end, with shuffles
     while row < stop:
         start = tl.load(bounds.cu_seqlens + sequence)
         end = tl.load(bounds.cu_seqlens + sequence + 1)
         first = start // S
-        behind = first + windows_of(bounds, sequence, SIZES.WINDOWS)
+        behind = first + windows_of(bounds, sequence, SIZES)
         for window in tl.range(row, tl.minimum(behind, stop), loop_unroll_factor=2):
             at = x_ptrs + (start + (window - first) * S) * stride_t
             rows = tl.load(at, mask=in_window, other=0.0) if MASKED else tl.load(at)
