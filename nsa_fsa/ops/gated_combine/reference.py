@@ -40,7 +40,7 @@ def gated_combine_backward(
 
 
 def branch_gradients(
-    do: Tensor, outputs: Sequence[Tensor | None], statistics: Sequence[Tensor], gate_logits: Tensor
+    do: Tensor, outputs: Sequence[Tensor | None], lses: Sequence[Tensor], gate_logits: Tensor
 ) -> tuple[Tensor, list[Tensor | None], list[Tensor | None]]:
     """The gates, backward, without gated copies of do.
 
@@ -50,7 +50,7 @@ def branch_gradients(
 
     Args:
         do: `[T, HQ, DV]`, the gradient of the gated sum.
-        outputs, statistics: o `[T, HQ, DV]` and lse `[T, HQ]` of the three branches;
+        outputs, lses: o `[T, HQ, DV]` and lse `[T, HQ]` of the three branches;
             None for one that is left out.
         gate_logits: `[T, HQ or 1, 3]`.
 
@@ -62,7 +62,7 @@ def branch_gradients(
     dlogits = gate_logits.new_empty(gate_logits.shape)
     gated_lses: list[Tensor | None] = [None] * 3
     deltas: list[Tensor | None] = [None] * 3
-    for branch, (o, lse) in enumerate(zip(outputs, statistics, strict=True)):
+    for branch, (o, lse) in enumerate(zip(outputs, lses, strict=True)):
         if o is None:
             continue
         logits = gate_logits[..., branch].to(dtype)

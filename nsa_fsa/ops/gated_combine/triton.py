@@ -1,7 +1,8 @@
 """Gates in Triton: the sum of the three branches, weighted by sigmoids, and its gradients.
 
-A program owns some (query, head) rows and reads them once. Where the heads of a query share their
-gates, the gradients of these are summed over the heads afterwards, in a fixed order.
+A program owns some pairs, a query and one of its heads each, and reads their rows once. Where the
+heads of a query share their gates, the gradients of these are summed over the heads afterwards, in
+a fixed order.
 
 There are two backwards. That of the operator by itself writes every branch's share of do, which is
 three gigabytes at 65,536 tokens of 64 heads. That of the whole core, `branch_gradients`, writes
@@ -17,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_fsa.ops.common.bundles import Heads, heads
-from nsa_fsa.ops.common.primitives import kernel, load_rows, store_rows
+from nsa_fsa.ops.common.bundles import Heads, Pairs, heads
+from nsa_fsa.ops.common.primitives import kernel, load_pairs, store_rows
 from nsa_fsa.ops.common.sizes import cdiv, padded_dim, rows_contiguous
 
 # A program holds so many elements of a branch: 16 for each thread of 4 warps. In 16 bits that makes
@@ -35,103 +36,73 @@ class Gates(NamedTuple):
     stride_b: Any
 
 
-class Rows(NamedTuple):
-    """The (query, head) rows of a program, `[ROWS]`."""
+class Sizes(NamedTuple):
+    """What is alike in all programs of a launch; a constant of the kernels."""
 
-    number: Any  # query * HQ + head, int64
-    token: Any
-    head: Any
-    inside: Any  # whether there is such a row
-
-
-@triton.jit
-def rows_of_program(num_heads, total, ROWS: tl.constexpr):
-    """The rows that this program owns of `total` in all."""
-    number = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    return Rows(number, number // num_heads, number % num_heads, number < total)
+    DV: int
+    PADDED_DV: int
+    PAIRS: int  # of a program
 
 
 @triton.jit
-def load_heads(x, rows, DV: tl.constexpr, PADDED_DV: tl.constexpr):
-    """The rows of x, which is `Heads`, in float32 `[ROWS, PADDED_DV]`."""
-    at = rows.token * x.stride_t + rows.head * x.stride_h
-    return load_rows(x.ptr, at, rows.inside, DV, PADDED_DV, True).to(tl.float32)
+def pairs_of_program(num_heads, total, SIZES: tl.constexpr):
+    """The pairs that this program owns of `total` in all: their numbers, query * HQ + head in
+    int64, and the `Pairs`.
+    """
+    number = tl.program_id(0).to(tl.int64) * SIZES.PAIRS + tl.arange(0, SIZES.PAIRS)
+    return number, Pairs(number // num_heads, number % num_heads, number < total)
 
 
 @triton.jit
-def load_logit(gates, branch, rows):
-    """The logits of a branch's gate, float32 `[ROWS]`."""
-    at = gates.ptr + rows.token * gates.stride_t + rows.head * gates.stride_h
+def load_floats(x, pairs, SIZES: tl.constexpr):
+    """The pairs' rows of x, which is `Heads`, float32 `[PAIRS, PADDED_DV]`."""
+    return load_pairs(x, pairs, SIZES.DV, SIZES.PADDED_DV).to(tl.float32)
+
+
+@triton.jit
+def load_logit(gates, branch, pairs):
+    """The logits of a branch's gate, float32 `[PAIRS]`."""
+    at = gates.ptr + pairs.query * gates.stride_t + pairs.head * gates.stride_h
     at += branch * tl.cast(gates.stride_b, tl.int64)
-    return tl.load(at, mask=rows.inside, other=0.0).to(tl.float32)
+    return tl.load(at, mask=pairs.inside, other=0.0).to(tl.float32)
 
 
 @kernel
-def gated_combine_fwd_kernel(
-    gates,
-    o_cmp,
-    o_slc,
-    o_swa,
-    o_ptr,
-    num_heads,
-    total,
-    DV: tl.constexpr,
-    PADDED_DV: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """The sum of the branches, weighted by their gates; all are `Heads`."""
-    rows = rows_of_program(num_heads, total, ROWS)
-    gate_cmp = tl.sigmoid(load_logit(gates, 0, rows))[:, None]
-    gate_slc = tl.sigmoid(load_logit(gates, 1, rows))[:, None]
-    gate_swa = tl.sigmoid(load_logit(gates, 2, rows))[:, None]
+def gated_combine_fwd_kernel(gates, outputs, o_ptr, num_heads, total, SIZES: tl.constexpr):
+    """The sum of the branches' outputs, three `Heads`, weighted by their gates."""
+    number, pairs = pairs_of_program(num_heads, total, SIZES)
+    gate_cmp = tl.sigmoid(load_logit(gates, 0, pairs))[:, None]
+    gate_slc = tl.sigmoid(load_logit(gates, 1, pairs))[:, None]
+    gate_swa = tl.sigmoid(load_logit(gates, 2, pairs))[:, None]
 
-    cmp = load_heads(o_cmp, rows, DV, PADDED_DV)
-    slc = load_heads(o_slc, rows, DV, PADDED_DV)
-    swa = load_heads(o_swa, rows, DV, PADDED_DV)
+    cmp = load_floats(outputs[0], pairs, SIZES)
+    slc = load_floats(outputs[1], pairs, SIZES)
+    swa = load_floats(outputs[2], pairs, SIZES)
     o = cmp * gate_cmp + slc * gate_slc + swa * gate_swa
-    store_rows(o_ptr, rows.number * DV, o, rows.inside, DV, PADDED_DV)
-
-
-@triton.jit
-def gate_gradient(do, o, do_branch_ptr, gate, rows, DV: tl.constexpr, PADDED_DV: tl.constexpr):
-    """Writes a branch's share of do; returns the gradient of its gate's logit, float32 `[ROWS]`."""
-    branch = load_heads(o, rows, DV, PADDED_DV)
-    store_rows(do_branch_ptr, rows.number * DV, do * gate[:, None], rows.inside, DV, PADDED_DV)
-    return tl.sum(do * branch, 1) * gate * (1.0 - gate)
+    store_rows(o_ptr, number * SIZES.DV, o, pairs.inside, SIZES.DV, SIZES.PADDED_DV)
 
 
 @kernel
 def gated_combine_bwd_kernel(
-    do,
-    gates,
-    o_cmp,
-    o_slc,
-    o_swa,
-    dlogits_ptr,
-    do_cmp_ptr,
-    do_slc_ptr,
-    do_swa_ptr,
-    num_heads,
-    total,
-    DV: tl.constexpr,
-    PADDED_DV: tl.constexpr,
-    ROWS: tl.constexpr,
+    do, gates, outputs, dlogits_ptr, do_ptrs, num_heads, total, SIZES: tl.constexpr
 ):
-    """The gradients of the logits, `[T, HQ, 3]`, and of the branches, contiguous."""
-    rows = rows_of_program(num_heads, total, ROWS)
-    gate_cmp = tl.sigmoid(load_logit(gates, 0, rows))
-    gate_slc = tl.sigmoid(load_logit(gates, 1, rows))
-    gate_swa = tl.sigmoid(load_logit(gates, 2, rows))
-
-    grad = load_heads(do, rows, DV, PADDED_DV)
-    d_cmp = gate_gradient(grad, o_cmp, do_cmp_ptr, gate_cmp, rows, DV, PADDED_DV)
-    d_slc = gate_gradient(grad, o_slc, do_slc_ptr, gate_slc, rows, DV, PADDED_DV)
-    d_swa = gate_gradient(grad, o_swa, do_swa_ptr, gate_swa, rows, DV, PADDED_DV)
-
-    to = dlogits_ptr + rows.number * 3
-    tl.store(to, d_cmp.to(dlogits_ptr.dtype.element_ty), mask=rows.inside)
-    tl.store(to + 1, d_slc.to(dlogits_ptr.dtype.element_ty), mask=rows.inside)
-    tl.store(to + 2, d_swa.to(dlogits_ptr.dtype.element_ty), mask=rows.inside)
+    """The gradients of the logits, `[T, HQ, 3]`, and of the three outputs, contiguous."""
+    number, pairs = pairs_of_program(num_heads, total, SIZES)
+    gates_of_pairs = (
+        tl.sigmoid(load_logit(gates, 0, pairs)),
+        tl.sigmoid(load_logit(gates, 1, pairs)),
+        tl.sigmoid(load_logit(gates, 2, pairs)),
+    )
+    grad = load_floats(do, pairs, SIZES)
+    for branch in tl.static_range(3):
+        gate = gates_of_pairs[branch]
+        o = load_floats(outputs[branch], pairs, SIZES)
+        at = number * SIZES.DV
+        grad_of_branch = grad * gate[:, None]
+        store_rows(do_ptrs[branch], at, grad_of_branch, pairs.inside, SIZES.DV, SIZES.PADDED_DV)
+        dlogit = tl.sum(grad * o, 1) * gate * (1.0 - gate)
+        dlogit = dlogit.to(dlogits_ptr.dtype.element_ty)
+        tl.store(dlogits_ptr + number * 3 + branch, dlogit, mask=pairs.inside)
 
 
 @kernel
@@ -145,34 +116,32 @@ def branch_gradients_kernel(
     delta_ptr,
     num_heads,
     total,
-    DV: tl.constexpr,
-    PADDED_DV: tl.constexpr,
-    ROWS: tl.constexpr,
+    SIZES: tl.constexpr,
 ):
     """What `branch_gradients` returns: dlogits `[T, HQ, 3]`, gated_lse and delta `[3, T, HQ]`.
 
     outputs and lse_ptrs have a member for each branch. Nothing is written where the output is None.
     """
-    rows = rows_of_program(num_heads, total, ROWS)
-    grad = load_heads(do, rows, DV, PADDED_DV)
+    number, pairs = pairs_of_program(num_heads, total, SIZES)
+    grad = load_floats(do, pairs, SIZES)
     for branch in tl.static_range(3):
         if outputs[branch] is not None:
             first = branch * tl.cast(total, tl.int64)
-            logit = load_logit(gates, branch, rows)
-            lse = tl.load(lse_ptrs[branch] + rows.number, mask=rows.inside, other=0.0)
+            logit = load_logit(gates, branch, pairs)
+            lse = tl.load(lse_ptrs[branch] + number, mask=pairs.inside, other=0.0)
             # The log of the sigmoid does not overflow in this form.
             log_gate = tl.minimum(logit, 0.0) - tl.log(1.0 + tl.exp(-tl.abs(logit)))
             # The lse of a query that sees nothing is -inf, as is the log of a closed gate: their
             # difference would be NaN.
             gated_lse = tl.where(lse == -float("inf"), lse, lse - log_gate)
-            tl.store(gated_lse_ptr + first + rows.number, gated_lse, mask=rows.inside)
+            tl.store(gated_lse_ptr + first + number, gated_lse, mask=pairs.inside)
 
-            o = load_heads(outputs[branch], rows, DV, PADDED_DV)
+            o = load_floats(outputs[branch], pairs, SIZES)
             delta = tl.sum(grad * o, 1)
             gate = tl.sigmoid(logit)
             dlogit = (delta * gate * (1.0 - gate)).to(dlogits_ptr.dtype.element_ty)
-            tl.store(dlogits_ptr + rows.number * 3 + branch, dlogit, mask=rows.inside)
-            tl.store(delta_ptr + first + rows.number, delta, mask=rows.inside)
+            tl.store(dlogits_ptr + number * 3 + branch, dlogit, mask=pairs.inside)
+            tl.store(delta_ptr + first + number, delta, mask=pairs.inside)
 
 
 def gates_of(gate_logits: Tensor) -> Gates:
@@ -186,12 +155,30 @@ def contiguous_heads(x: Tensor) -> Heads:
     return heads(rows_contiguous(x))
 
 
-def cut_rows(o: Tensor) -> tuple[tuple[int], dict[str, int]]:
-    """How many programs own the rows of `[T, HQ, DV]`, and what is constant in a kernel."""
+def cut_pairs(o: Tensor) -> tuple[tuple[int], tuple[int, int, Sizes]]:
+    """The grid of a kernel whose programs own the pairs of `[T, HQ, DV]`, and its last arguments:
+    num_heads, total and SIZES.
+    """
     num_tokens, num_heads, width = o.shape
-    padded = padded_dim(width)
-    rows = max(ELEMENTS // padded, 1)
-    return (cdiv(num_tokens * num_heads, rows),), dict(DV=width, PADDED_DV=padded, ROWS=rows)
+    padded, total = padded_dim(width), num_tokens * num_heads
+    pairs = max(ELEMENTS // padded, 1)
+    return (cdiv(total, pairs),), (num_heads, total, Sizes(width, padded, pairs))
+
+
+def new_dlogits(gate_logits: Tensor, num_heads: int) -> Tensor:
+    """What a kernel writes the gradients of logits `[T, HQ or 1, 3]` to: `[T, HQ, 3]`, float32 if
+    `sum_shared` is to add up those of several heads.
+    """
+    num_tokens, num_gates, _ = gate_logits.shape
+    dtype = gate_logits.dtype if num_gates == num_heads else torch.float32
+    return gate_logits.new_empty(num_tokens, num_heads, 3, dtype=dtype)
+
+
+def sum_shared(dlogits: Tensor, gate_logits: Tensor) -> Tensor:
+    """The gradients `[T, HQ, 3]`, added up where the heads of a query share their gates."""
+    if gate_logits.shape == dlogits.shape:
+        return dlogits
+    return dlogits.sum(1, keepdim=True).to(gate_logits.dtype)
 
 
 def gated_combine(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor) -> Tensor:
@@ -199,15 +186,11 @@ def gated_combine(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tens
 
     gate_logits: `[T, HQ or 1, 3]`; o_cmp, o_slc and o_swa: `[T, HQ, DV]`.
     """
-    num_tokens, num_heads, _ = o_cmp.shape
     o = o_cmp.new_empty(o_cmp.shape)
     if o.numel():
-        grid, constants = cut_rows(o)
-        branches = (contiguous_heads(branch) for branch in (o_cmp, o_slc, o_swa))
-        total = num_tokens * num_heads
-        gated_combine_fwd_kernel[grid](
-            gates_of(gate_logits), *branches, o, num_heads, total, **constants
-        )
+        grid, arguments = cut_pairs(o)
+        outputs = tuple(contiguous_heads(x) for x in (o_cmp, o_slc, o_swa))
+        gated_combine_fwd_kernel[grid](gates_of(gate_logits), outputs, o, *arguments)
     return o
 
 
@@ -215,29 +198,18 @@ def gated_combine_backward(
     do: Tensor, gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of gate_logits and of the three branches, each in its own shape and dtype."""
-    num_tokens, num_heads, _ = o_cmp.shape
-    shared = gate_logits.shape[1] != num_heads
-    dtype = torch.float32 if shared else gate_logits.dtype
-    dlogits = gate_logits.new_empty(num_tokens, num_heads, 3, dtype=dtype)
+    dlogits = new_dlogits(gate_logits, o_cmp.shape[1])
     do_cmp, do_slc, do_swa = (o_cmp.new_empty(o_cmp.shape) for _ in range(3))
-
     if o_cmp.numel():
-        grid, constants = cut_rows(o_cmp)
+        grid, arguments = cut_pairs(o_cmp)
+        outputs = tuple(contiguous_heads(x) for x in (o_cmp, o_slc, o_swa))
         gated_combine_bwd_kernel[grid](
-            contiguous_heads(do),
-            gates_of(gate_logits),
-            *(contiguous_heads(branch) for branch in (o_cmp, o_slc, o_swa)),
-            *(dlogits, do_cmp, do_slc, do_swa),
-            num_heads,
-            num_tokens * num_heads,
-            **constants,
+            *(contiguous_heads(do), gates_of(gate_logits), outputs),
+            *(dlogits, (do_cmp, do_slc, do_swa), *arguments),
         )
     else:
         dlogits.zero_()
-
-    if shared:
-        dlogits = dlogits.sum(1, keepdim=True).to(gate_logits.dtype)
-    return dlogits, do_cmp, do_slc, do_swa
+    return sum_shared(dlogits, gate_logits), do_cmp, do_slc, do_swa
 
 
 def branch_gradients(
@@ -251,27 +223,13 @@ def branch_gradients(
         lses: of the three branches, float32 `[T, HQ]`.
         gate_logits: `[T, HQ or 1, 3]`, as its gradient.
     """
-    num_tokens, num_heads, _ = do.shape
-    shared = gate_logits.shape[1] != num_heads
-    dtype = torch.float32 if shared else gate_logits.dtype
-    dlogits = do.new_empty(num_tokens, num_heads, 3, dtype=dtype)
-    gated_lse, delta = (
-        do.new_empty(3, num_tokens, num_heads, dtype=torch.float32) for _ in range(2)
-    )
-
+    dlogits = new_dlogits(gate_logits, do.shape[1])
+    gated_lse, delta = (do.new_empty(3, *do.shape[:2], dtype=torch.float32) for _ in range(2))
     if do.numel():
-        grid, constants = cut_rows(do)
+        grid, arguments = cut_pairs(do)
         branch_gradients_kernel[grid](
-            contiguous_heads(do),
-            gates_of(gate_logits),
+            *(contiguous_heads(do), gates_of(gate_logits)),
             tuple(None if o is None else contiguous_heads(o) for o in outputs),
-            tuple(lses),
-            *(dlogits, gated_lse, delta),
-            num_heads,
-            num_tokens * num_heads,
-            **constants,
+            *(tuple(lses), dlogits, gated_lse, delta, *arguments),
         )
-
-    if shared:
-        dlogits = dlogits.sum(1, keepdim=True).to(gate_logits.dtype)
-    return dlogits, gated_lse, delta
+    return sum_shared(dlogits, gate_logits), gated_lse, delta
