@@ -72,7 +72,7 @@ class Sequences(NamedTuple):
             if x.dtype != torch.int32 or x.ndim != 1 or x.shape[0] != size or num_sequences < 0:
                 raise ValueError(
                     f"{name} has dtype {x.dtype} and shape {tuple(x.shape)}; "
-                    f"it must be int32 {shape}. Fix: {name}.int(), one entry per sequence."
+                    f"it must be int32 {shape}. Fix: {name}.int(), one number per sequence."
                 )
             check_device(name, x, device)
         return self

@@ -127,6 +127,7 @@ def nsa_attention(
     check_positive(window_size=window_size, workspace_bytes=workspace_bytes)
     check_known(backend, "nsa_attention", *OPERATORS)
     check_rows("q", q, 3, "[T, HQ, D]")
+
     shared = (k_swa is None or k_swa is k) and (v_swa is None or v_swa is v)
     k_own = None if shared else (k if k_swa is None else k_swa)
     v_own = None if shared else (v if v_swa is None else v_swa)
@@ -139,10 +140,11 @@ def nsa_attention(
         backend,
     )
     call.check()
+
     result = OPERATOR(call)
-    inside = (result.o_cmp, result.o_slc, result.o_swa, result.block_indices)
-    lses = (result.lse_cmp, result.lse_slc, result.lse_swa)
-    return (result.o, Branches(*inside, *lses)) if return_branches else result.o
+    outputs = (result.o_cmp, result.o_slc, result.o_swa)
+    branches = Branches(*outputs, result.block_indices, *result.lses)
+    return (result.o, branches) if return_branches else result.o
 
 
 def _checked_branches(recompute: Collection[str]) -> tuple[str, ...]:
@@ -193,6 +195,7 @@ class CoreCall:
                 "because what is chosen by a head of k_cmp is read from that head of k. "
                 "Fix: compress every KV head."
             )
+
         v_swa = v if self.v_swa is None else self.v_swa
         if self.k_swa is not None:
             check_attention(q, self.k_swa, v_swa, sequences)
@@ -201,6 +204,7 @@ class CoreCall:
                     f"k_swa has {self.k_swa.shape[0]} rows but k {k.shape[0]}; they must agree, "
                     "because cu_seqlens is about both. Fix: make both from the same tokens."
                 )
+
         for name, values in (("v_cmp", v_cmp), ("v_swa", v_swa)):
             if values.shape[2] != v.shape[2]:
                 raise ValueError(
@@ -247,14 +251,20 @@ class CoreCall:
         return GatedCall(self.gate_logits, o_cmp, o_slc, o_swa, backend)
 
 
+class Lses(NamedTuple):
+    """Of the branches, `[T, HQ]`."""
+
+    lse_cmp: Tensor
+    lse_slc: Tensor
+    lse_swa: Tensor
+
+
 class CoreResult(NamedTuple):
     o: Tensor
     o_cmp: Tensor
     o_slc: Tensor
     o_swa: Tensor
-    lse_cmp: Tensor
-    lse_slc: Tensor
-    lse_swa: Tensor
+    lses: Lses
     block_indices: Tensor
     block_index: BlockIndex | None
 
@@ -265,9 +275,7 @@ class CoreSaved(NamedTuple):
     o_cmp: Tensor | None
     o_slc: Tensor | None
     o_swa: Tensor | None
-    lse_cmp: Tensor
-    lse_slc: Tensor
-    lse_swa: Tensor
+    lses: Lses
     block_indices: Tensor
     block_index: BlockIndex | None
 
@@ -303,9 +311,8 @@ def _forward(call: CoreCall) -> CoreResult:
 
     combination = call.combination(o_cmp, o_slc, o_swa)
     o = gated_combine.BACKENDS.choose(combination).forward(combination)
-    return CoreResult(
-        o, o_cmp, o_slc, o_swa, lse_cmp, lse_slc, lse_swa, block_indices, selected.index
-    )
+    lses = Lses(lse_cmp, lse_slc, lse_swa)
+    return CoreResult(o, o_cmp, o_slc, o_swa, lses, block_indices, selected.index)
 
 
 def _keep(call: CoreCall, result: CoreResult) -> CoreSaved:
@@ -314,9 +321,7 @@ def _keep(call: CoreCall, result: CoreResult) -> CoreSaved:
         None if "compressed" in again else result.o_cmp,
         None if "selected" in again else result.o_slc,
         None if "sliding" in again else result.o_swa,
-        result.lse_cmp,
-        result.lse_slc,
-        result.lse_swa,
+        result.lses,
         result.block_indices,
         result.block_index,
     )
@@ -327,7 +332,7 @@ class _Gates:
     which its own backward may be given the gradient of the whole output."""
 
     def __init__(self, call: CoreCall, do: Tensor, saved: CoreSaved):
-        self.lses = (saved.lse_cmp, saved.lse_slc, saved.lse_swa)
+        self.lses = saved.lses
         self.gate_logits, self.do = call.gate_logits, do
         self.backend = gated_combine.BRANCH_GRADIENTS.or_auto(call.backend)
         self.dlogits: Tensor | None = None  # as gate_logits, of the branches seen so far
@@ -405,14 +410,14 @@ def _differentiate(
 def _fake(call: CoreCall) -> CoreResult:
     o, lse = fake_result(call.compressed())
     o_cmp, o_slc, o_swa = (torch.empty_like(o) for _ in BRANCHES)
-    lse_slc, lse_swa = torch.empty_like(lse), torch.empty_like(lse)
+    lses = Lses(lse, torch.empty_like(lse), torch.empty_like(lse))
     shape = (call.q.shape[0], call.k.shape[1], call.num_selected_blocks)
     block_indices = call.q.new_empty(shape, dtype=torch.int32)
     selected = call.selected(block_indices, None)
     index = None
     if selected_attention.wants_index(selected):
         index = selected_attention.fake_index(IndexCall.of(selected))
-    return CoreResult(o, o_cmp, o_slc, o_swa, lse, lse_slc, lse_swa, block_indices, index)
+    return CoreResult(o, o_cmp, o_slc, o_swa, lses, block_indices, index)
 
 
 OPERATOR = define_operator(

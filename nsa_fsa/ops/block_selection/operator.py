@@ -40,7 +40,7 @@ def select_blocks(
     section 3.3.2).
 
     A block's score is the compressed-attention weight that the heads of the group give to the
-    windows overlapping it, each times the number of strides it shares with the block. The first
+    windows overlapping it, each times the number of hops it shares with the block. The first
     `init_blocks` and last `local_blocks` eligible blocks are always chosen; the remaining places go
     to the highest scores, ties to the lowest block number.
 
@@ -49,7 +49,7 @@ def select_blocks(
             as in `compressed_attention`.
         lse: `[T, HQ]`, float32 or float64, as `compressed_attention` returns it for the
             same arguments.
-        kernel_size, kernel_stride, block_size: window, step and selection block, in tokens.
+        kernel_size, kernel_stride, block_size: windows' length and stride, and blocks', in tokens.
         num_selected_blocks: T_sel, forced blocks included.
         init_blocks, local_blocks: forced blocks;
             `init_blocks + local_blocks <= num_selected_blocks`.
@@ -60,7 +60,7 @@ def select_blocks(
 
     Returns:
         block_indices int32 `[T, HKV, T_sel]`, ascending, padded at the end with -1; query t of a
-        sequence has `min(T_sel, t // block_size + 1)` valid entries. On request also the scores
+        sequence has `min(T_sel, t // block_size + 1)` block numbers. On request also the scores
         `[T, HKV, ceil(max_seqlen / block_size)]` in float32 (float64 for float64 inputs).
 
     Raises:
@@ -74,6 +74,7 @@ def select_blocks(
     sequences.check(q.device)
     check_tensor("lse", lse, "float32 or float64 [T, HQ]")
     BACKENDS.check(backend)
+
     if (
         lse.shape != q.shape[:2]
         or lse.dtype not in (torch.float32, torch.float64)
@@ -112,13 +113,16 @@ class Reference(Backend[SelectionCall]):
     name = "reference"
 
     def forward(self, call: SelectionCall) -> Tensor:
-        sizes = dict(**call.blocks._asdict(), num_selected_blocks=call.num_selected_blocks)
-        return reference.select_blocks(call.q, call.k_cmp, call.lse, **_shared(call), **sizes)
-
-
-def _shared(call: SelectionCall) -> dict[str, Any]:
-    """Keywords of both functions of the reference."""
-    return dict(**call.sequences._asdict(), **call.windows._asdict(), scale=call.scale)
+        return reference.select_blocks(
+            call.q,
+            call.k_cmp,
+            call.lse,
+            **call.sequences._asdict(),
+            **call.windows._asdict(),
+            **call.blocks._asdict(),
+            num_selected_blocks=call.num_selected_blocks,
+            scale=call.scale,
+        )
 
 
 def _select(call: SelectionCall) -> Tensor:
@@ -136,8 +140,15 @@ def _scores(call: SelectionCall) -> Tensor:
     and the kernels exist to never hold them.
     """
     call.check_values()
-    tensors, block_size = (call.q, call.k_cmp, call.lse), call.blocks.block_size
-    return reference.block_scores(*tensors, **_shared(call), block_size=block_size)
+    return reference.block_scores(
+        call.q,
+        call.k_cmp,
+        call.lse,
+        **call.sequences._asdict(),
+        **call.windows._asdict(),
+        block_size=call.blocks.block_size,
+        scale=call.scale,
+    )
 
 
 def _scores_fake(call: SelectionCall) -> Tensor:

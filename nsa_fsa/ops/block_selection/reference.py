@@ -6,20 +6,21 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nsa_fsa.ops.common.calls import Windows
 from nsa_fsa.ops.common.reference_attention import compute_dtype, grouped, probabilities
 from nsa_fsa.ops.common.reference_chunks import sequences
 from nsa_fsa.ops.compressed_attention import reference as compressed_attention
+from nsa_fsa.sequences import Sequences
 
 
-def block_sums(
-    p: Tensor, num_blocks: int, kernel_size: int, kernel_stride: int, block_size: int
-) -> Tensor:
+def block_sums(p: Tensor, num_blocks: int, windows: Windows, block_size: int) -> Tensor:
     """p `[..., N]`, of windows -> `[..., num_blocks]`: the sum over those that overlap a block,
-    each times the strides shared.
+    each times the hops shared.
 
-    A block of u strides is overlapped by the windows that begin in it and by the w - 1 before it,
-    if windows have w strides.
+    A block of u hops is overlapped by the windows that begin in it and by the w - 1 before it, if
+    windows have w hops.
     """
+    kernel_size, kernel_stride = windows
     num_windows = p.shape[-1]
     w = kernel_size // kernel_stride
     # No larger than what there is, or padding would be.
@@ -36,29 +37,24 @@ def _scored_chunks(
     q: Tensor,
     k_cmp: Tensor,
     lse: Tensor,
-    cu_seqlens: Tensor,
+    layout: Sequences,
+    windows: Windows,
     num_blocks: int,
-    kernel_size: int,
-    kernel_stride: int,
     block_size: int,
     scale: float,
-    cu_seqlens_q: Tensor | None,
-    seqused_k: Tensor | None,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yields (rows of M queries, their scores `[M, HKV, num_blocks]`)."""
-    chunks = compressed_attention.chunks(
-        q, cu_seqlens, kernel_size, kernel_stride, cu_seqlens_q, seqused_k
-    )
-    for rows, keys, visible, _ in chunks:
+    for rows, keys, visible, _ in compressed_attention.chunks(q, layout, windows):
         assert isinstance(rows, slice)
         if visible.numel() == 0:
             shape = (visible.shape[0], k_cmp.shape[1], num_blocks)
             yield rows, torch.zeros(shape, dtype=compute_dtype(q), device=q.device)
             continue
+
         q_, lse_ = (grouped(x[rows], k_cmp.shape[1]) for x in (q, lse))
         p = probabilities(q_, k_cmp[keys], lse_, visible, scale)  # [HKV, G, M, N]
         p = p.sum(1)  # [HKV, M, N], all heads of the group
-        scores = block_sums(p, num_blocks, kernel_size, kernel_stride, block_size)
+        scores = block_sums(p, num_blocks, windows, block_size)
         yield rows, scores.transpose(0, 1)
 
 
@@ -79,16 +75,16 @@ def block_scores(
     """Scores `[Tq, HKV, ceil(max_seqlen / block_size)]` of every block for every query and KV head.
 
     A block's score is the softmax mass that all heads of the group give to the compressed tokens
-    overlapping it, each weighted by the number of strides it shares with the block. Future
-    blocks score 0.
+    overlapping it, each weighted by the number of hops it shares with the block. Future blocks
+    score 0.
     """
     num_blocks = -(-max_seqlen // block_size)
     scores = torch.zeros(
         q.shape[0], k_cmp.shape[1], num_blocks, dtype=compute_dtype(q), device=q.device
     )
-    sizes = (num_blocks, kernel_size, kernel_stride, block_size)
-    chunks = _scored_chunks(q, k_cmp, lse, cu_seqlens, *sizes, scale, cu_seqlens_q, seqused_k)
-    for rows, chunk in chunks:
+    layout = Sequences(cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
+    sizes = (Windows(kernel_size, kernel_stride), num_blocks, block_size)
+    for rows, chunk in _scored_chunks(q, k_cmp, lse, layout, *sizes, scale):
         scores[rows] = chunk
     return scores
 
@@ -125,9 +121,9 @@ def select_blocks(
     indices = torch.full(
         (q.shape[0], k_cmp.shape[1], num_selected_blocks), -1, dtype=torch.int32, device=q.device
     )
-    sizes = (num_blocks, kernel_size, kernel_stride, block_size)
-    chunks = _scored_chunks(q, k_cmp, lse, cu_seqlens, *sizes, scale, cu_seqlens_q, seqused_k)
-    for rows, scores in chunks:
+    layout = Sequences(cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
+    sizes = (Windows(kernel_size, kernel_stride), num_blocks, block_size)
+    for rows, scores in _scored_chunks(q, k_cmp, lse, layout, *sizes, scale):
         own_chunk = own[rows, None, None]
         eligible = block <= own_chunk
         forced = eligible & ((block < init_blocks) | (block > own_chunk - local_blocks))

@@ -1,14 +1,16 @@
 """Lists of the best blocks, kept in registers: tuples of tensors, one for each place of a list.
 
 All of it is elementwise minima and maxima: every element of the tensors has a list of its own. What
-is sorted are keys, integers that hold a score and the step that it comes from.
+is sorted are sort keys, integers that hold a score and the step that it comes from.
 """
 
 import triton
 import triton.language as tl
 
-NARROW_STEPS = tl.constexpr(1024)  # A key of 32 bits numbers so many steps; float32 inputs take 64.
-LOW_BITS = tl.constexpr(2**31 - 1)  # These bits of a key of 64 number its step.
+NARROW_STEPS = tl.constexpr(
+    1024
+)  # A sort key of 32 bits numbers so many steps; float32 inputs take 64.
+LOW_BITS = tl.constexpr(2**31 - 1)  # These bits of a sort key of 64 number its step.
 NO_BLOCK = tl.constexpr(-(2**31))  # It is below every block number whose sign has been changed.
 
 
@@ -97,7 +99,7 @@ def sort_into(best, fresh):
 
 
 @triton.jit
-def make_key(score, step, eligible, mask, WIDE: tl.constexpr, EXACT: tl.constexpr):
+def make_sort_key(score, step, eligible, mask, WIDE: tl.constexpr, EXACT: tl.constexpr):
     """Scores and the step they come from as integers in the order of preference.
 
     The key of what cannot be chosen is -1. Floats that are not negative compare as their bits do.
@@ -118,7 +120,7 @@ def make_key(score, step, eligible, mask, WIDE: tl.constexpr, EXACT: tl.constexp
 
 @triton.jit
 def take_best(best, first_block, mask, WIDE: tl.constexpr):
-    """The block `[QUERIES]` with the highest key at the head of any column's list,
+    """The block `[QUERIES]` with the highest sort key at the head of any column's list,
     and the lists without it.
 
     Ties go to the lowest column, whose blocks come first. first_block `[1, COLUMNS]` is the

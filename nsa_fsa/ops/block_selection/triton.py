@@ -34,7 +34,7 @@ from nsa_fsa.ops.block_selection.call import SelectionCall
 from nsa_fsa.ops.block_selection.sorting import (
     NARROW_STEPS,
     NO_BLOCK,
-    make_key,
+    make_sort_key,
     merge_columns,
     sort_into,
 )
@@ -361,7 +361,7 @@ def choose_free_blocks(q, k, lse, tile, own, last_own, head, scale, SELECTION: t
                 if INIT == 0 and OVERLAP:  # there is no block before the first one
                     carry = tl.where((step < 0) & (column == 0), 0.0, carry)
                 eligible = tl.where(step < 0, num_steps, step) < eligible_steps
-                fresh = fresh + (make_key(score, step, eligible, mask, WIDE, SELECTION.EXACT),)
+                fresh = fresh + (make_sort_key(score, step, eligible, mask, WIDE, SELECTION.EXACT),)
         best = sort_into(best, fresh)
     return merge_columns(best, first_block, mask, WIDE, FREE <= 16)
 

@@ -150,6 +150,7 @@ def check_attention(
     compressed = kernel_stride is not None
     check_rows("q", q, 3, "[T, HQ, D]")
     names = ("k_cmp", "v_cmp") if compressed else ("k", "v")
+
     for name, x in zip(names, (k, v), strict=True):
         check_rows(name, x, 3, "[T // kernel_stride, HKV, D]" if compressed else "[T, HKV, D]")
         if x.dtype != q.dtype:
@@ -166,6 +167,7 @@ def check_attention(
                 "rows and heads must agree. "
                 "Fix: make keys and values from the same tokens, with the same number of KV heads."
             )
+
     if k.shape[2] != q.shape[2]:
         raise ValueError(
             f"q has head width {q.shape[2]} but {names[0]} has {k.shape[2]}: they must agree. "
@@ -177,6 +179,7 @@ def check_attention(
             "query heads must be a multiple of KV heads. "
             "Fix: choose them so that each KV head serves a whole group of query heads."
         )
+
     if sequences.cu_seqlens_q is None:
         if kernel_stride is not None:
             check_compressed_rows(k, q.shape[0], kernel_stride)

@@ -1,4 +1,4 @@
-"""Pieces that the Gluon kernels share, for the versions of Triton in tuning.GLUON_VERSIONS."""
+"""Functions that the Gluon kernels share, for the versions of Triton in tuning.GLUON_VERSIONS."""
 
 from collections.abc import Callable
 from typing import Any

@@ -271,8 +271,8 @@ def locate_tiles(
         number = num_sequences * cdiv(length // hop * hop, tile_rows)
         return Tiles(None, number, num_sequences)
 
-    cut_rows = num_rows if num_keys is None else num_keys
-    num_tiles = max_num_blocks(cut_rows, num_sequences, tile_rows)
+    num_cut = num_rows if num_keys is None else num_keys
+    num_tiles = max_num_blocks(num_cut, num_sequences, tile_rows)
     table = torch.empty(6, num_tiles, dtype=torch.int32, device=cu_seqlens.device)
     work = torch.empty(num_tiles, dtype=torch.int32, device=cu_seqlens.device)
 

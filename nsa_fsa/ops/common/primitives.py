@@ -1,4 +1,4 @@
-"""Pieces that several kernels share.
+"""Functions that several kernels share.
 
 Softmax statistics are kept in base 2, because exp2 is what the hardware has.
 """
@@ -83,7 +83,7 @@ def store_rows(
 ):
     """The counterpart of load_rows.
 
-    STREAM: the rows are read only once after this, so that they are not worth a place in the cache.
+    STREAM: the rows are read only once after this, so that they are not worth a place in L2.
     """
     column = tl.arange(0, PADDED_DIM)
     mask = inside[:, None] if DIM == PADDED_DIM else inside[:, None] & (column < DIM)[None, :]

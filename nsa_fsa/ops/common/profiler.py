@@ -22,7 +22,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 import torch
 
@@ -38,8 +38,18 @@ MIN_GAIN = 0.03
 REPEATS = 5
 
 T = TypeVar("T")
-Entry = dict[str, Any]  # key, choice, milliseconds of every candidate (None: it cannot run), date
-_KNOWN: dict[tuple[torch.device, str], Entry] = {}
+
+
+class Record(TypedDict):
+    """What was measured for one kind of problem."""
+
+    key: str
+    choice: str
+    ms: dict[str, float | None]  # of every candidate; None: it cannot run
+    date: str
+
+
+_KNOWN: dict[tuple[torch.device, str], Record] = {}
 _TOO_LARGE: set[tuple[torch.device, str]] = set()  # to be timed, in this process
 
 
@@ -79,11 +89,11 @@ def folder_name(model: str) -> str:
     return re.sub(r"[^A-Za-z0-9.]+", "-", "-".join(parts))
 
 
-def _read(path: Path, key: str) -> Entry | None:
+def _read(path: Path, key: str) -> Record | None:
     try:
-        entry = json.loads(path.read_text())
-        if entry["key"] == key and isinstance(entry["ms"].get(entry["choice"]), (int, float)):
-            return entry
+        record = json.loads(path.read_text())
+        if record["key"] == key and isinstance(record["ms"].get(record["choice"]), (int, float)):
+            return record
         error: Exception = ValueError("it is about something else")
     except FileNotFoundError:
         return None
@@ -93,18 +103,18 @@ def _read(path: Path, key: str) -> Entry | None:
     return None
 
 
-def _publish(path: Path, entry: Entry, candidates: Mapping[str, Any]) -> Entry:
-    """Writes an entry, unless another process has been first; returns the one that
+def _publish(path: Path, record: Record, candidates: Mapping[str, Any]) -> Record:
+    """Writes a record, unless another process has been first; returns the one that
     is there then.
     """
     temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(entry, indent=1))
+        temporary.write_text(json.dumps(record, indent=1))
         try:
             os.link(temporary, path)  # in one step, which fails where there is one
         except FileExistsError:
-            first = _read(path, entry["key"])
+            first = _read(path, record["key"])
             if first is not None and first["choice"] in candidates:
                 return first
             os.replace(temporary, path)
@@ -117,7 +127,7 @@ def _publish(path: Path, entry: Entry, candidates: Mapping[str, Any]) -> Entry:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return entry
+    return record
 
 
 def time_on_gpu(run: Callable[[], Any]) -> float:
@@ -134,16 +144,16 @@ def time_on_gpu(run: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
-def known(key: str, device: torch.device) -> Entry | None:
+def known(key: str, device: torch.device) -> Record | None:
     """What was measured for problems of this kind: the choice, the milliseconds ("ms")
     of every candidate and the date.
     """
     if not enabled():
         return None
-    entry = _KNOWN.get((device, key))
-    if entry is None and (entry := _read(cache_file(key, device), key)) is not None:
-        _KNOWN[device, key] = entry
-    return entry
+    record = _KNOWN.get((device, key))
+    if record is None and (record := _read(cache_file(key, device), key)) is not None:
+        _KNOWN[device, key] = record
+    return record
 
 
 def problem_key(operator: str, direction: str, call: AttentionCall, own: str) -> str:
@@ -185,10 +195,11 @@ def choose(
     default = next(iter(candidates))
     if (device, key) in _TOO_LARGE:
         return default
-    if (entry := known(key, device)) is not None and entry["choice"] in candidates:
-        return entry["choice"]
+    if (record := known(key, device)) is not None and record["choice"] in candidates:
+        return record["choice"]
     if not enabled() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return default
+
     replay.refuse("candidates are timed")
     path = cache_file(key, device)
     logger.warning(
@@ -204,16 +215,18 @@ def choose(
         # other error of the default is the caller's to see.
         with contextlib.suppress(torch.OutOfMemoryError, *(() if name == default else recoverable)):
             milliseconds[name] = clock(functools.partial(run, candidate))
+
     default_ms = milliseconds[default]
     if default_ms is None:
         _TOO_LARGE.add((device, key))
         logger.warning("... %s, as there is too little memory left to time it", default)
         return default
+
     best_ms, best = min((ms, name) for name, ms in milliseconds.items() if ms is not None)
     choice = best if best_ms <= (1 - MIN_GAIN) * default_ms else default
-    entry = dict(key=key, choice=choice, ms=milliseconds, date=time.strftime("%Y-%m-%d"))
-    entry = _KNOWN[device, key] = _publish(path, entry, candidates)
-    choice = entry["choice"]
-    found = (choice, entry["ms"][choice], default, default_ms)
+    record = Record(key=key, choice=choice, ms=milliseconds, date=time.strftime("%Y-%m-%d"))
+    record = _KNOWN[device, key] = _publish(path, record, candidates)
+    choice = record["choice"]
+    found = (choice, record["ms"][choice], default, default_ms)
     logger.warning("... %s: %.2f ms (the default, %s, takes %.2f ms)", *found)
     return choice

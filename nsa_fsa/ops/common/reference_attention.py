@@ -51,6 +51,7 @@ def attention(
     for rows, keys, visible, heads in chunks:
         if visible.numel() == 0:
             continue
+
         s = masked_scores(q[rows, heads], k[keys, heads], visible, scale)  # [H, G, M, N]
         # The maximum only guards exp against overflow; where nothing is visible it is -inf and 0
         # serves as well.
@@ -62,6 +63,7 @@ def attention(
         found = found.unflatten(1, p.shape[1:3]) / torch.where(z == 0, 1.0, z)
         found = found.permute(2, 0, 1, 3)  # [M, H, G, DV]
         found_lse = (m + z.log()).squeeze(-1).permute(2, 0, 1)  # [M, H, G]
+
         if isinstance(rows, Tensor):
             before = lse[rows, heads]
             total = torch.logaddexp(before, found_lse)
@@ -98,11 +100,13 @@ def attention_backward(
     for rows, keys, visible, heads in chunks:
         if visible.numel() == 0:
             continue
+
         p = probabilities(q[rows, heads], k[keys, heads], lse[rows, heads], visible, scale)
         p = p.flatten(1, 2)  # [H, G*M, N]
         q_, do_ = _group_rows(q[rows, heads], dtype), _group_rows(do[rows, heads], dtype)
         k_, v_ = _heads_first(k[keys, heads], dtype), _heads_first(v[keys, heads], dtype)
         dp = do_ @ v_.mT
+
         if delta is not None:
             delta_ = grouped(delta, num_kv_heads)[rows, heads]  # [M, H, G]
             delta_ = _group_rows(delta_[..., None], dtype)  # [H, G*M, 1]
@@ -112,6 +116,7 @@ def attention_backward(
             delta_ = (do_ * o_).sum(-1, keepdim=True)
         else:
             delta_ = (p * dp).sum(-1, keepdim=True)
+
         dv[keys, heads] += (p.mT @ do_).transpose(0, 1)
         ds = dp.sub_(delta_).mul_(p)
         dq[rows, heads] += rearrange(ds @ k_ * scale, "h (g m) d -> m h g d", m=visible.shape[0])

@@ -1,8 +1,9 @@
 """Registers operators with torch.library: an operator takes one typed call and gives one
 typed result.
 
-A call is a frozen dataclass of tensors, numbers and named tuples of these. torch.library knows rows
-of tensors and numbers, so `Signature` writes a call out as one, and the operator's schema with it.
+A call is a frozen dataclass of tensors, numbers and named tuples of these. torch.library knows
+plain arguments, tensors and numbers: a row of them, as it is called here. `Signature` writes a call
+out as one, and the operator's schema with it.
 
 `torch.library.custom_op` would do, but does more in Python at every call. With it, a compressed
 attention whose backend does nothing took 140 microseconds forward with gradients and 236 forward
@@ -65,15 +66,10 @@ class Signature(Generic[Call]):
         self.optional = optional
         self.members: dict[str, str | Signature[Any]] = {}
         for name, hint in _members(kind).items():
-            bundles = [
-                x
-                for x in _alternatives(hint)
-                if dataclasses.is_dataclass(x) or hasattr(x, "_fields")
-            ]
+            kinds = _alternatives(hint)
+            nested = [x for x in kinds if dataclasses.is_dataclass(x) or hasattr(x, "_fields")]
             self.members[name] = (
-                Signature(bundles[0], len(_alternatives(hint)) > 1)
-                if bundles
-                else _SCHEMA_TYPES[hint]
+                Signature(nested[0], len(kinds) > 1) if nested else _SCHEMA_TYPES[hint]
             )
         self.size: int = sum(
             x.size if isinstance(x, Signature) else 1 for x in self.members.values()

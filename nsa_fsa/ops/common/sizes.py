@@ -3,6 +3,7 @@ take 7 microseconds a call.
 """
 
 import math
+import operator
 from collections.abc import Iterator
 from itertools import accumulate
 
@@ -32,7 +33,7 @@ def aligned_rows(number: int, *shape: int, dtype: torch.dtype, device: torch.dev
     kernel that is given rows apart would otherwise be compiled for each of the alignments that they
     have at one length or another. Rows never touch: torch.compile would otherwise make another
     graph for lengths at which the tensor is contiguous."""
-    strides = [*accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1)][::-1]
+    strides = [*accumulate(reversed(shape[1:]), operator.mul, initial=1)][::-1]
     row = (math.prod(shape) // 16 + 1) * 16
     return torch.empty_strided((number, *shape), (row, *strides), dtype=dtype, device=device)
 
@@ -51,8 +52,8 @@ def head_chunks(
     num_kv_heads: int, group_size: int, bytes_of_kv_head: int, workspace_bytes: int
 ) -> Iterator[tuple[slice, slice]]:
     """Query heads and KV heads to work on at a time, for a workspace that takes bytes_of_kv_head
-    for each KV head; one KV head at least. Chunks are alike: a small last one would leave the
-    GPU half empty."""
+    for each KV head; one KV head at least. All turns have about as many heads: a small last one
+    would leave the GPU half empty."""
     fitting = max(workspace_bytes // max(bytes_of_kv_head, 1), 1)
     step = cdiv(num_kv_heads, cdiv(num_kv_heads, fitting))
     for first in range(0, num_kv_heads, step):

@@ -6,9 +6,9 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from nsa_fsa.ops.common.bundles import heads
+from nsa_fsa.ops.common.bundles import Pairs, heads
 from nsa_fsa.ops.common.calls import Softmax
-from nsa_fsa.ops.common.primitives import kernel, load_rows
+from nsa_fsa.ops.common.primitives import kernel, load_pairs, load_rows
 from nsa_fsa.ops.common.sizes import aligned_rows, cdiv, padded_dim
 
 
@@ -38,25 +38,25 @@ def statistics_kernel(
     GROUP_HEADS: tl.constexpr,
     DV: tl.constexpr,
     PADDED_DV: tl.constexpr,
-    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
-    """Of ROWS rows of `[T * HQ]`; known_ptr has sum(o * do), or is None."""
+    """Of PAIRS pairs of `[T * HQ]`; known_ptr has sum(o * do), or is None."""
 
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = row < total
-    token, head = row // num_heads, row % num_heads
+    pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
+    inside = pair < total
+    query, head = pair // num_heads, pair % num_heads
     if known_ptr is None:
-        o = load_rows(o_ptr, row * DV, inside, DV, PADDED_DV, True).to(tl.float32)
-        at = token * do.stride_t + head * do.stride_h
-        delta = tl.sum(o * load_rows(do.ptr, at, inside, DV, PADDED_DV, True).to(tl.float32), 1)
+        o = load_rows(o_ptr, pair * DV, inside, DV, PADDED_DV, True).to(tl.float32)
+        grad = load_pairs(do, Pairs(query, head, inside), DV, PADDED_DV)
+        delta = tl.sum(o * grad.to(tl.float32), 1)
     else:
-        delta = tl.load(known_ptr + row, mask=inside, other=0.0)
+        delta = tl.load(known_ptr + pair, mask=inside, other=0.0)
 
-    target = row
+    target = pair
     if GROUP_HEADS > 0:
-        target = (head // GROUP_HEADS * num_tokens + token) * GROUP_HEADS + head % GROUP_HEADS
+        target = (head // GROUP_HEADS * num_tokens + query) * GROUP_HEADS + head % GROUP_HEADS
     tl.store(delta_ptr + target, -delta, mask=inside)
-    lse = tl.load(lse_ptr + row, mask=inside, other=0.0)
+    lse = tl.load(lse_ptr + pair, mask=inside, other=0.0)
     shift = tl.where(lse == float("-inf"), float("-inf"), -lse / scale)
     tl.store(shift_ptr + target, shift, mask=inside)
 
@@ -64,8 +64,7 @@ def statistics_kernel(
 def statistics(do: Tensor, softmax: Softmax, scale: float, group_size: int = 0) -> Statistics:
     """The statistics of a branch, `[T, HQ]`; with a group_size G `[HKV, T, G]`.
 
-    The (query, head) rows of a KV head lie together in the latter,
-    so that a tile of them is read whole.
+    The pairs of a KV head lie together in the latter, so that a tile of them is read whole.
     """
     o, lse, delta = softmax
     num_tokens, num_heads, v_dim = do.shape
@@ -73,14 +72,14 @@ def statistics(do: Tensor, softmax: Softmax, scale: float, group_size: int = 0) 
     if group_size:
         shape = [num_heads // group_size, num_tokens, group_size]
     found = Statistics(*aligned_rows(2, *shape, dtype=torch.float32, device=do.device))
-    rows = 64
+    pairs = 64
     if do.numel():
-        statistics_kernel[(cdiv(num_tokens * num_heads, rows),)](
+        statistics_kernel[(cdiv(num_tokens * num_heads, pairs),)](
             *(o, heads(do), lse, delta, *found),
             *(scale, num_heads, num_tokens, num_tokens * num_heads),
             GROUP_HEADS=group_size,
             DV=v_dim,
             PADDED_DV=padded_dim(v_dim),
-            ROWS=rows,
+            PAIRS=pairs,
         )
     return found

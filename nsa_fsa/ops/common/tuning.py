@@ -15,7 +15,7 @@ from nsa_fsa.ops.common.sizes import next_power_of_2, padded_dim
 # Triton versions whose Gluon, an interface still on the move, the kernels are written for.
 GLUON_VERSIONS = ("3.6.", "3.7.")
 
-# Tiles: (rows, warps, stages).
+# Sizes of tiles: (pairs, warps, stages).
 LARGE, WIDE = (64, 4, 3), (64, 8, 2)
 # Bytes of shared memory that the plain tiles for heads of 129 to 256 in 16 bits take. GPUs of
 # compute capability 8.6, 8.9 and 12.0 have 99 KiB for a program, and get smaller ones; those of
@@ -47,14 +47,14 @@ def dot_precision(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Config:
-    """How the KV-major kernels cut their work. Rows are (query, head of the group) pairs."""
+    """How the KV-major kernels cut their work."""
 
     fwd_hopper: bool = False  # the Gluon kernel instead of its plain Triton twin
-    fwd_m: int = 64  # rows of a tile
+    fwd_m: int = 64  # pairs of a tile
     fwd_keys: int = 128  # of a block, that a program of the plain kernel holds at most
     fwd_warps: int = 4
     fwd_stages: int = 3  # of the plain kernel; the Gluon one has two
-    fwd_item_rows: int = 2048  # rows that one program walks at most
+    fwd_item_rows: int = 2048  # pairs that one program walks at most
     merge_m: int = 64
     merge_keys: int = 128  # of a step
     merge_warps: int = 4
@@ -68,14 +68,14 @@ class Config:
     dq_m: int = 32
     dq_warps: int = 4
     dq_stages: int = 4
-    stop_early: bool = True  # at an item's last row; the ablation walks as far as the largest item
+    stop_early: bool = True  # at an item's last pair; the ablation walks as far as the largest item
 
 
 @dataclass(frozen=True)
 class CompressedConfig:
     """How the kernels of compressed attention cut their work.
 
-    Tiles have m (query, head) rows and n compressed tokens.
+    Tiles have m pairs and n compressed tokens.
     """
 
     # The Gluon kernels instead of their plain Triton twins; their tiles are 128 wide,
@@ -85,7 +85,7 @@ class CompressedConfig:
     fwd_n: int = 64
     fwd_warps: int = 8
     fwd_stages: int = 3
-    # Tiles whose rows are kept by the Gluon kernels: the next one's arrive meanwhile.
+    # Buffers of the Gluon kernels for tiles of pairs: with two the next one arrives meanwhile.
     fwd_slots: int = 2
     # Registers per thread of each computing warpgroup of the Gluon kernels; the loader gets the
     # remaining 504 - 2 * fwd_registers.
@@ -102,17 +102,19 @@ class CompressedConfig:
     dkdv_stages: int = 2
     dkdv_registers: int = 240
     dkdv_heads: int = 16  # done at a time
-    # Rows are cut into parts until there are so many programs, eight a multiprocessor of an H200,
-    # or until a part has no more rows than dkdv_part_rows.
+
+    # Pairs are cut into parts until there are so many programs, eight a multiprocessor of an H200,
+    # or until a part has no more pairs than dkdv_part_rows.
     dkdv_programs: int = 1056
     dkdv_part_rows: int = 2048
+
     # Where the Gluon kernel of dk and dv adds up dq as well. On an H200, 64 heads, ms in two passes
     # / in one: 8,192 tokens 0.63 / 0.71; 16,384 1.8 / 2.0; 32,768 6.8 / 6.5; 65,536 25.4, 25.0,
     # 25.4 / 23.2, 22.4, 22.0 (G = 1, 4, 16); 131,072 100 / 88.
     one_pass_tokens: int = 49152  # a longest sequence from which on it does
     one_pass_stages: int = 2  # with 3 24.1 and 98.5 ms (65,536, 131,072; G = 4)
-    # One head at a time, its rows in parts: what its programs add to, and read, then stays in the
-    # cache. With 16 heads and parts as above 29.4, 26.7, 23.8 ms; with 2 heads 23.9, 22.3, 22.5.
+    # One head at a time, its pairs in parts: what its programs add to, and read, then stays in L2.
+    # With 16 heads and parts as above 29.4, 26.7, 23.8 ms; with 2 heads 23.9, 22.3, 22.5.
     one_pass_part_rows: int = 32768
     one_pass_parts: int = 16  # at most, for the sake of memory
 
@@ -243,11 +245,12 @@ def _compressed_config(
             dkdv_n=128,
             dkdv_stages=3,
         )
+
     width = max(padded_dim(head_dim), padded_dim(v_dim), 32)
-    group_rows = next_power_of_2(group_size)  # a tile has whole groups
+    group = next_power_of_2(group_size)  # a tile has whole groups
     if dtype == torch.float32:
         # Without the matrix unit a thread holds whole rows of both factors of a product.
-        m, n = max(16, group_rows), 16
+        m, n = max(16, group), 16
         return CompressedConfig(
             fwd_m=m,
             fwd_n=n,
@@ -262,12 +265,13 @@ def _compressed_config(
             dkdv_warps=8,
             dkdv_stages=2,
         )
+
     # With 64 keys a step, and 4 warps for dq or, at a width of 128, for dk and dv, 24 to 80 bytes
     # are left on the stack on sm_80 or sm_100. 48 to 64 still are on sm_80 where values are 128
     # wide and keys at most 64, for dk and dv. The forward's third stage spares 8 of 24 bytes on
     # sm_100 (G = 16, packed sequences, Triton 3.6).
     dq_n = 64 if width <= 32 else 16 if width > 128 and cramped else 32
-    m, half = max(128 if width <= 128 else 64, group_rows), max(64, group_rows)
+    m, half = max(128 if width <= 128 else 64, group), max(64, group)
     return CompressedConfig(
         fwd_m=m,
         fwd_n=64 if width <= 64 else 32,
@@ -342,6 +346,7 @@ def candidates(q: Tensor, v: Tensor, block_size: int, direction: str) -> dict[st
                 changes += [plain]
         if half and width <= 128:
             changes += [plain | dict(bwd_keys=4096 // width)]
+
     found = {"kv_major": default}
     for change in changes:
         config = dataclasses.replace(default, **change)

@@ -42,7 +42,7 @@ def compressed_attention(
             no compressed token owns are never read.
         cu_seqlens: int32 `[B + 1]`, boundaries of the sequences, in tokens.
         max_seqlen: an upper bound on the longest sequence, in tokens.
-        kernel_size, kernel_stride: compression window and step, in tokens.
+        kernel_size, kernel_stride: length and stride of compression windows, in tokens.
         scale: softmax scale; default `D ** -0.5`.
         cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences;
             see `Sequences`.

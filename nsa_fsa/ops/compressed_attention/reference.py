@@ -7,21 +7,17 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from nsa_fsa.ops.common.calls import Windows
 from nsa_fsa.ops.common.reference_attention import Chunk, attention, attention_backward
 from nsa_fsa.ops.common.reference_chunks import chunk_size, query_chunks, sequences
 from nsa_fsa.ops.compression.reference import num_windows
+from nsa_fsa.sequences import Sequences
 
 
-def chunks(
-    q: Tensor,
-    cu_seqlens: Tensor,
-    kernel_size: int,
-    kernel_stride: int,
-    cu_seqlens_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-) -> Iterator[Chunk]:
+def chunks(q: Tensor, layout: Sequences, windows: Windows) -> Iterator[Chunk]:
     """Which compressed tokens each chunk of queries sees: those with `i*s + l - 1 <= t`."""
-    for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
+    kernel_size, kernel_stride = windows
+    for sequence in sequences(layout.cu_seqlens, layout.cu_seqlens_q, layout.seqused_k):
         first_token = sequence.k.start // kernel_stride
         n = num_windows(sequence.length, kernel_size, kernel_stride)
         for rows, first, stop in query_chunks(sequence, chunk_size(q, n)):
@@ -49,8 +45,9 @@ def compressed_attention(
     """q `[Tq, HQ, D]`, k_cmp `[T // s, HKV, D]`, v_cmp `[T // s, HKV, DV]` -> o `[Tq, HQ, DV]`,
     lse `[Tq, HQ]`.
     """
-    plan = chunks(q, cu_seqlens, kernel_size, kernel_stride, cu_seqlens_q, seqused_k)
-    return attention(q, k_cmp, v_cmp, plan, scale)
+    layout = Sequences(cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
+    walk = chunks(q, layout, Windows(kernel_size, kernel_stride))
+    return attention(q, k_cmp, v_cmp, walk, scale)
 
 
 def compressed_attention_backward(
@@ -71,5 +68,6 @@ def compressed_attention_backward(
     delta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to q, k_cmp and v_cmp; rows that no compressed token owns get 0."""
-    plan = chunks(q, cu_seqlens, kernel_size, kernel_stride, cu_seqlens_q, seqused_k)
-    return attention_backward(do, q, k_cmp, v_cmp, o, lse, plan, scale, delta)
+    layout = Sequences(cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
+    walk = chunks(q, layout, Windows(kernel_size, kernel_stride))
+    return attention_backward(do, q, k_cmp, v_cmp, o, lse, walk, scale, delta)

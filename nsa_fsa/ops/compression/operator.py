@@ -35,7 +35,7 @@ def pool_windows(
         weight: `[HKV, kernel_size]`, any float dtype; None for the mean.
         cu_seqlens: int32 `[B + 1]`; sequence b is rows `cu_seqlens[b] : cu_seqlens[b + 1]` of x.
         max_seqlen: an upper bound on the longest sequence.
-        kernel_size, kernel_stride: window length and step in tokens.
+        kernel_size, kernel_stride: window length and stride, in tokens.
         seqused_k: int32 `[B]`: only this many rows of each sequence count.
         backend: which implementation runs: "triton", "reference", or "auto":
             the first of them that can, on a GPU.

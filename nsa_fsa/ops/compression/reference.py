@@ -5,8 +5,6 @@ Window i of sequence b is row `cu_seqlens[b] // s + i` of the packed result: the
 and no offset has to be read from the device.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -48,9 +46,7 @@ def gather_windows(
     seqused_k: Tensor | None = None,
 ) -> Tensor:
     """x `[T, HKV, D]` -> its windows `[T // s, HKV, l, D]`; rows that no sequence owns are 0."""
-    rows, owned = window_rows(x, cu_seqlens, kernel_size, kernel_stride, seqused_k)
-    windows = torch.where(owned[:, None, None, None], x[rows], 0)
-    return windows.transpose(1, 2).contiguous()
+    return _gather(x, *window_rows(x, cu_seqlens, kernel_size, kernel_stride, seqused_k))
 
 
 def gather_windows_backward(
@@ -64,10 +60,7 @@ def gather_windows_backward(
 ) -> Tensor:
     """Gradient of `gather_windows` with respect to x; gradients of unowned rows are ignored."""
     rows, owned = window_rows(x, cu_seqlens, kernel_size, kernel_stride, seqused_k)
-    dwindows = torch.where(owned[:, None, None, None], dwindows.transpose(1, 2), 0)
-    dx = torch.zeros(x.shape, dtype=compute_dtype(x), device=x.device)
-    dx.index_add_(0, rows.flatten(), dwindows.flatten(0, 1).to(dx.dtype))
-    return dx.to(x.dtype)
+    return _add_windows(dwindows, x, rows, owned)
 
 
 def pool_windows(
@@ -85,9 +78,7 @@ def pool_windows(
     if kernel_size > x.shape[0]:  # no window exists: memory follows the tokens, not the window
         return x.new_zeros(x.shape[0] // kernel_stride, *x.shape[1:])
     weight = _pool_weight(weight, x, kernel_size)
-    windows = gather_windows(
-        x, cu_seqlens, kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k
-    )
+    windows = _gather(x, *window_rows(x, cu_seqlens, kernel_size, kernel_stride, seqused_k))
     return torch.einsum("nhld,hl->nhd", windows.to(weight.dtype), weight).to(x.dtype).contiguous()
 
 
@@ -104,18 +95,29 @@ def pool_windows_backward(
     """Gradients of `pool_windows` with respect to x and weight (None for the mean)."""
     if kernel_size > x.shape[0]:
         return x.new_zeros(x.shape), None if weight is None else weight.new_zeros(weight.shape)
-    sizes: dict[str, Any] = dict(
-        kernel_size=kernel_size, kernel_stride=kernel_stride, seqused_k=seqused_k
-    )
     wide = _pool_weight(weight, x, kernel_size)
-    _, owned = window_rows(x, cu_seqlens, kernel_size, kernel_stride, seqused_k)
+    rows, owned = window_rows(x, cu_seqlens, kernel_size, kernel_stride, seqused_k)
     dpooled = torch.where(owned[:, None, None], dpooled, 0).to(wide.dtype)
     dwindows = dpooled[:, :, None, :] * wide[None, :, :, None]
-    dx = gather_windows_backward(dwindows, x, cu_seqlens, **sizes)
+    dx = _add_windows(dwindows, x, rows, owned)
     if weight is None:
         return dx, None
-    windows = gather_windows(x, cu_seqlens, **sizes).to(wide.dtype)
+    windows = _gather(x, rows, owned).to(wide.dtype)
     return dx, torch.einsum("nhld,nhd->hl", windows, dpooled).to(weight.dtype).contiguous()
+
+
+def _gather(x: Tensor, rows: Tensor, owned: Tensor) -> Tensor:
+    """The windows `[T // s, HKV, l, D]` of x that `window_rows` describes."""
+    windows = torch.where(owned[:, None, None, None], x[rows], 0)
+    return windows.transpose(1, 2).contiguous()
+
+
+def _add_windows(dwindows: Tensor, x: Tensor, rows: Tensor, owned: Tensor) -> Tensor:
+    """The gradient of x: for each of its rows the sum over the windows that it lies in."""
+    dwindows = torch.where(owned[:, None, None, None], dwindows.transpose(1, 2), 0)
+    dx = torch.zeros(x.shape, dtype=compute_dtype(x), device=x.device)
+    dx.index_add_(0, rows.flatten(), dwindows.flatten(0, 1).to(dx.dtype))
+    return dx.to(x.dtype)
 
 
 def _pool_weight(weight: Tensor | None, x: Tensor, kernel_size: int) -> Tensor:
