@@ -23,7 +23,6 @@ from nsa_fsa.ops.common.calls import (
     WORKSPACE_BYTES,
     AddTo,
     AttentionGradients,
-    AttentionResult,
     Blocks,
     Softmax,
     Windows,
@@ -294,23 +293,22 @@ class CoreGradients(NamedTuple):
 def _forward(call: CoreCall) -> CoreResult:
     call.check_values()
     compressed = call.compressed()
-    o_cmp, lse_cmp = compressed_attention.BACKENDS.choose(compressed).forward(compressed)
+    o_cmp, lse_cmp = _run(compressed_attention.BACKENDS, compressed)
 
     selection = call.selection(lse_cmp)
-    block_indices = block_selection.BACKENDS.choose(selection).forward(selection)
+    block_indices = _run(block_selection.BACKENDS, selection)
 
     selected = call.selected(block_indices, None)
     if selected_attention.wants_index(selected):
         selected = call.selected(
             block_indices, selected_attention.make_index(IndexCall.of(selected))
         )
-    o_slc, lse_slc = selected_attention.BACKENDS.choose(selected).forward(selected)
+    o_slc, lse_slc = _run(selected_attention.BACKENDS, selected)
 
     sliding = call.sliding()
-    o_swa, lse_swa = sliding_window_attention.BACKENDS.choose(sliding).forward(sliding)
+    o_swa, lse_swa = _run(sliding_window_attention.BACKENDS, sliding)
 
-    combination = call.combination(o_cmp, o_slc, o_swa)
-    o = gated_combine.BACKENDS.choose(combination).forward(combination)
+    o = _run(gated_combine.BACKENDS, call.combination(o_cmp, o_slc, o_swa))
     lses = Lses(lse_cmp, lse_slc, lse_swa)
     return CoreResult(o, o_cmp, o_slc, o_swa, lses, block_indices, selected.index)
 
@@ -397,8 +395,8 @@ def _backward(call: CoreCall, do: Tensor, saved: CoreSaved) -> CoreGradients:
     return CoreGradients(dq, dk, dv, dk_cmp, dv_cmp, gates.dlogits, *own)
 
 
-def _run(operator: Backends[Any], branch: Any) -> AttentionResult:
-    return operator.choose(branch).forward(branch)
+def _run(operator: Backends[Any], call: Any) -> Any:
+    return operator.choose(call).forward(call)
 
 
 def _differentiate(

@@ -109,6 +109,7 @@ def select_blocks(
     """Block indices int32 `[Tq, HKV, num_selected_blocks]`, ascending,
     padded at the end with -1.
     """
+
     # Wide enough to always take num_selected_blocks.
     num_blocks = max(num_selected_blocks, -(-max_seqlen // block_size))
     # -1: a row that no sequence owns selects nothing.

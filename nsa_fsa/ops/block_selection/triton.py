@@ -38,7 +38,7 @@ from nsa_fsa.ops.block_selection.sorting import (
     merge_columns,
     sort_into,
 )
-from nsa_fsa.ops.common.bundles import Pairs, heads
+from nsa_fsa.ops.common.bundles import Pairs, constants, heads
 from nsa_fsa.ops.common.calls import Blocks, Windows
 from nsa_fsa.ops.common.locate import locate_tiles
 from nsa_fsa.ops.common.primitives import LOG2_E, dot_keys, kernel, load_pairs, load_rows
@@ -91,18 +91,14 @@ class Selection(NamedTuple):
 
     WINDOWS: Windows
     BLOCKS: Blocks
-    NUM_SELECTED: int  # blocks of a query, the forced ones included
+    NUM_SELECTED: int  # blocks of a query
+    FREE: int  # those of them that are not forced
     GROUP: Group
     TILE: TileSizes
     PHASES: Phases
     WIDE: bool  # whether sort keys have 64 bits
     EXACT: bool  # whether no bit of a score is given up
     PRECISION: str  # of products
-
-    @property
-    def FREE(self) -> int:
-        """Blocks of a query that are not forced."""
-        return self.NUM_SELECTED - self.BLOCKS.init_blocks - self.BLOCKS.local_blocks
 
 
 class Queries(NamedTuple):
@@ -213,16 +209,15 @@ def window_weights(queries, loaded, keys, token, scale, SELECTION: tl.constexpr)
     GROUP: tl.constexpr = SELECTION.GROUP
     WINDOWS: tl.constexpr = SELECTION.WINDOWS
     BLOCKS: tl.constexpr = SELECTION.BLOCKS
-    PRECISION: tl.constexpr = SELECTION.PRECISION
     at = tl.maximum(tl.minimum(token, keys.last), 0)
     k = load_rows(
         keys.ptr, at.to(tl.int64) * keys.stride_t, at >= 0, GROUP.D, GROUP.PADDED_D, False
     )
-    p = tl.exp2(dot_keys(loaded.q, k, PRECISION) * scale - loaded.lse[:, None])
+    p = tl.exp2(dot_keys(loaded.q, k, SELECTION.PRECISION) * scale - loaded.lse[:, None])
     # The weights of all heads of the group are summed in the end.
     for nth in range(1, (GROUP.G + GROUP.HEADS - 1) // GROUP.HEADS):
         more = load_queries(queries, nth, GROUP)
-        p += tl.exp2(dot_keys(more.q, k, PRECISION) * scale - more.lse[:, None])
+        p += tl.exp2(dot_keys(more.q, k, SELECTION.PRECISION) * scale - more.lse[:, None])
 
     # A window that overlaps a block which a query may choose can end after the query only if it is
     # longer than the local blocks are.
@@ -403,12 +398,12 @@ def select_blocks_kernel(
 ):
     """q, k and lse: `Heads`, of which lse has rows of one element. scale: in base 2."""
     NUM_SELECTED: tl.constexpr = SELECTION.NUM_SELECTED
-    FREE: tl.constexpr = SELECTION.FREE
     BLOCK_SIZE: tl.constexpr = SELECTION.BLOCKS.block_size
     QUERIES: tl.constexpr = SELECTION.TILE.pairs // SELECTION.GROUP.HEADS
-    WINDOWS: tl.constexpr = SELECTION.WINDOWS
     number, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    tile = query_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, WINDOWS, QUERIES)
+    tile = query_tile(
+        tiles_ptr, num_tiles, number, num_rows, num_sequences, SELECTION.WINDOWS, QUERIES
+    )
     if tile.num_queries <= 0:
         return
 
@@ -419,9 +414,9 @@ def select_blocks_kernel(
     last_own = (end - 1) // BLOCK_SIZE
 
     chosen: tl.tuple = ()
-    for _ in tl.static_range(FREE):
+    for _ in tl.static_range(SELECTION.FREE):
         chosen = chosen + (tl.full([QUERIES], NO_BLOCK, tl.int32),)
-    if FREE > 0:  # noqa: SIM102, one is known to the compiler and the other is not
+    if SELECTION.FREE > 0:  # noqa: SIM102, one is known to the compiler and the other is not
         if last_own >= NUM_SELECTED:
             chosen = choose_free_blocks(q, k, lse, tile, own, last_own, head, scale, SELECTION)
 
@@ -493,21 +488,22 @@ def select_blocks(
         steps = cdiv(call.sequences.max_seqlen, call.blocks.block_size * tile.columns)
         wide = exact or steps > NARROW_STEPS.value
 
-    selection = Selection(
-        call.windows,
-        call.blocks,
-        call.num_selected_blocks,
-        Group(group_size, pairs_of_query, head_dim, padded_dim(head_dim)),
-        tile,
-        lay_out_phases(call.windows, call.blocks, tile),
-        wide,
-        exact,
-        dot_precision(q.dtype),
+    selection = constants(
+        Selection,
+        WINDOWS=call.windows,
+        BLOCKS=call.blocks,
+        NUM_SELECTED=call.num_selected_blocks,
+        FREE=listed,
+        GROUP=Group(group_size, pairs_of_query, head_dim, padded_dim(head_dim)),
+        TILE=tile,
+        PHASES=lay_out_phases(call.windows, call.blocks, tile),
+        WIDE=wide,
+        EXACT=exact,
+        PRECISION=dot_precision(q.dtype),
     )
     select_blocks_kernel[(tiles.number, num_kv_heads)](
         *(tiles.table, indices, heads(q), heads(k_cmp), heads(lse)),
-        *(call.scale * LOG2_E, tiles.number, num_rows, tiles.num_sequences),
-        SELECTION=selection,
+        *(call.scale * LOG2_E, tiles.number, num_rows, tiles.num_sequences, selection),
         num_warps=tile.warps,
     )
     return indices

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_fsa.ops.common.bundles import constants
 from nsa_fsa.ops.common.calls import Windows
 from nsa_fsa.ops.common.locate import Boundaries, find_sequence, max_num_blocks
 from nsa_fsa.ops.common.primitives import kernel, store_rows
@@ -117,23 +118,14 @@ def mask_of(inside, SIZES: tl.constexpr):
 
 
 @triton.jit
-def no_sums(SIZES: tl.constexpr):
-    """Zeros, float32 `[LENGTH, PADDED_DIM]`."""
-    LENGTH: tl.constexpr = SIZES.LENGTH
-    PADDED_DIM: tl.constexpr = SIZES.PADDED_DIM
-    return tl.zeros([LENGTH, PADDED_DIM], tl.float32)
-
-
-@triton.jit
 def windows_of(bounds, sequence, SIZES: tl.constexpr):
     """How many windows a sequence has; bounds: `Boundaries`."""
-    WINDOWS: tl.constexpr = SIZES.WINDOWS
     if bounds.seqused_k is None:
         start = tl.load(bounds.cu_seqlens + sequence)
         length = tl.load(bounds.cu_seqlens + sequence + 1) - start
     else:
         length = tl.load(bounds.seqused_k + sequence)
-    return count_windows(length, WINDOWS)
+    return count_windows(length, SIZES.WINDOWS)
 
 
 @triton.jit
@@ -179,7 +171,7 @@ def pool_windows_fwd_kernel(
         weight_ptr = weight.ptr + tile.head * weight.stride_h
     of_head = (tl.arange(0, SIZES.PADDED_DIM) < SIZES.DIM)[None, :]
 
-    acc = no_sums(SIZES)
+    acc = tl.zeros([SIZES.LENGTH, SIZES.PADDED_DIM], tl.float32)
     if tile.first < tile.num_windows:
         # No row is masked, because ptxas keeps several loads without a mask in flight; with a mask
         # it waits for each before it starts the next.
@@ -261,7 +253,7 @@ def windows_bwd_kernel_dx(
     dx_ptrs = point_at(dx_ptr, (row.to(tl.int64) * num_heads + tile.head) * SIZES.DIM, 1, SIZES)
 
     for step in range(0, S):
-        acc = no_sums(SIZES)
+        acc = tl.zeros([SIZES.LENGTH, SIZES.PADDED_DIM], tl.float32)
         for back in range(0, L // S):  # hop u lies in the windows u, u - 1, .. u - L / S + 1
             position = back * S + step
             contains = mask_of((tile.hop >= back) & (tile.hop - back < tile.num_windows), SIZES)
@@ -320,7 +312,7 @@ def pool_windows_bwd_kernel_dweight(
     row = share * windows_of_share  # of dpooled
     stop = tl.minimum(row + windows_of_share, tl.minimum(num_windows, last))
     sequence = find_sequence(bounds.cu_seqlens, row, num_sequences, num_steps, S, 0)
-    acc = no_sums(SIZES)  # summed over D at the end, with shuffles
+    acc = tl.zeros([POSITIONS, PADDED_DIM], tl.float32)  # summed over D at the end, with shuffles
     while row < stop:
         start = tl.load(bounds.cu_seqlens + sequence)
         end = tl.load(bounds.cu_seqlens + sequence + 1)
@@ -356,7 +348,7 @@ def cut_hops(
     hops = max(size.elements // padded, 1)
     num_tiles = max_num_blocks(num_rows, num_sequences, hops * windows.kernel_stride)
     counts = (num_heads, num_sequences, num_sequences.bit_length())
-    sizes = Sizes(windows, dim, padded, hops)
+    sizes = constants(Sizes, WINDOWS=windows, DIM=dim, PADDED_DIM=padded, LENGTH=hops)
     return (num_tiles * num_heads,), (boundaries(sequences), *counts, sizes)
 
 
@@ -466,7 +458,7 @@ def _weight_gradient(
             *(StridedHeads(dpooled, *dpooled.stride()), StridedHeads(x, *x.stride()), sums),
             *(boundaries(sequences), num_windows, num_heads),
             *(num_sequences, num_sequences.bit_length(), of_share),
-            Sizes(windows, dim, padded, positions),
+            constants(Sizes, WINDOWS=windows, DIM=dim, PADDED_DIM=padded, LENGTH=positions),
             num_warps=warps,
         )
     return sums.sum(0)

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_fsa.ops.common.bundles import Heads, Pairs, heads
+from nsa_fsa.ops.common.bundles import Heads, Pairs, constants, heads
 from nsa_fsa.ops.common.primitives import kernel, load_pairs, store_rows
 from nsa_fsa.ops.common.sizes import cdiv, padded_dim, rows_contiguous
 
@@ -162,7 +162,8 @@ def cut_pairs(o: Tensor) -> tuple[tuple[int], tuple[int, int, Sizes]]:
     num_tokens, num_heads, width = o.shape
     padded, total = padded_dim(width), num_tokens * num_heads
     pairs = max(ELEMENTS // padded, 1)
-    return (cdiv(total, pairs),), (num_heads, total, Sizes(width, padded, pairs))
+    sizes = constants(Sizes, DV=width, PADDED_DV=padded, PAIRS=pairs)
+    return (cdiv(total, pairs),), (num_heads, total, sizes)
 
 
 def new_dlogits(gate_logits: Tensor, num_heads: int) -> Tensor:
