@@ -311,7 +311,6 @@ def choose_free_blocks(q, k, lse, tile, own, last_own, head, scale, SELECTION: t
     LOCAL: tl.constexpr = SELECTION.BLOCKS.local_blocks
     OVERLAP: tl.constexpr = PHASES.WINDOW_HOPS > 1  # windows give something to the next block
     EARLY: tl.constexpr = 1 if OVERLAP else 0
-    FREE: tl.constexpr = SELECTION.FREE
     WIDE: tl.constexpr = SELECTION.WIDE
 
     number = query_of_pair(tl.arange(0, PAIRS), GROUP.HEADS)
@@ -335,7 +334,7 @@ def choose_free_blocks(q, k, lse, tile, own, last_own, head, scale, SELECTION: t
     keys = CompressedKeys(k.ptr + (head * k.stride_h + first_row * k.stride_t), k.stride_t, last)
 
     best: tl.tuple = ()
-    for _ in tl.static_range(FREE):
+    for _ in tl.static_range(SELECTION.FREE):
         best = best + (tl.full([QUERIES, COLUMNS], -1, tl.int64 if WIDE else tl.int32),)
     carry = tl.zeros([PAIRS, COLUMNS], tl.float32)  # what the step before gives to this one
 
@@ -358,7 +357,7 @@ def choose_free_blocks(q, k, lse, tile, own, last_own, head, scale, SELECTION: t
                 eligible = tl.where(step < 0, num_steps, step) < eligible_steps
                 fresh = fresh + (make_sort_key(score, step, eligible, mask, WIDE, SELECTION.EXACT),)
         best = sort_into(best, fresh)
-    return merge_columns(best, first_block, mask, WIDE, FREE <= 16)
+    return merge_columns(best, first_block, mask, WIDE, SELECTION.FREE <= 16)
 
 
 @triton.jit
