@@ -40,11 +40,10 @@ from nsa_fsa.ops.block_selection.sorting import (
 )
 from nsa_fsa.ops.common.bundles import Pairs, constants, heads
 from nsa_fsa.ops.common.calls import Blocks, Windows
-from nsa_fsa.ops.common.locate import locate_tiles
+from nsa_fsa.ops.common.locate import count_windows, load_query_tile, locate_tiles
 from nsa_fsa.ops.common.primitives import LOG2_E, dot_keys, kernel, load_pairs, load_rows
 from nsa_fsa.ops.common.sizes import cdiv, next_power_of_2, padded_dim, rows_contiguous
 from nsa_fsa.ops.common.tuning import dot_precision
-from nsa_fsa.ops.common.windowed_attention.tiles import query_tile
 
 TO_BASE_2 = tl.constexpr(LOG2_E)  # A kernel reads no global but a constexpr.
 MAX_HEADS = 16  # Of a group, a tile has so many heads at a time.
@@ -300,6 +299,7 @@ def key_mask(num_steps, COLUMNS: tl.constexpr):
 @triton.jit
 def choose_free_blocks(q, k, lse, tile, own, last_own, head, scale, SELECTION: tl.constexpr):
     """A tile's best blocks besides the forced ones, as `merge_columns` returns them."""
+    WINDOWS: tl.constexpr = SELECTION.WINDOWS
     GROUP: tl.constexpr = SELECTION.GROUP
     PHASES: tl.constexpr = SELECTION.PHASES
     STEPS: tl.constexpr = PHASES.STEPS
@@ -314,7 +314,7 @@ def choose_free_blocks(q, k, lse, tile, own, last_own, head, scale, SELECTION: t
     WIDE: tl.constexpr = SELECTION.WIDE
 
     number = query_of_pair(tl.arange(0, PAIRS), GROUP.HEADS)
-    position = tile.position + number
+    position = tile.offset + number
     used = (number < tile.num_queries) & (position < tile.num_keys)
     query = (tile.first_query + number).to(tl.int64)
     queries = Queries(q, lse, query, position, used, head * GROUP.G)
@@ -329,8 +329,9 @@ def choose_free_blocks(q, k, lse, tile, own, last_own, head, scale, SELECTION: t
     key = tl.arange(0, SELECTION.TILE.keys)
     block = (INIT + key % COLUMNS * num_steps) + key // COLUMNS % STEPS  # of the product at step 0
     first_token = block * PHASES.BLOCK_HOPS + key // (COLUMNS * STEPS)
-    last = tl.minimum(PHASES.BLOCK_HOPS * (last_own - LOCAL + 1), tile.num_windows) - 1
-    first_row = tl.cast(tile.first_window, tl.int64)  # of k
+    num_windows = count_windows(tile.num_keys, WINDOWS.kernel_size, WINDOWS.kernel_stride)
+    last = tl.minimum(PHASES.BLOCK_HOPS * (last_own - LOCAL + 1), num_windows) - 1
+    first_row = tl.cast(tile.first_key // WINDOWS.kernel_stride, tl.int64)  # of k
     keys = CompressedKeys(k.ptr + (head * k.stride_h + first_row * k.stride_t), k.stride_t, last)
 
     best: tl.tuple = ()
@@ -400,16 +401,14 @@ def select_blocks_kernel(
     BLOCK_SIZE: tl.constexpr = SELECTION.BLOCKS.block_size
     QUERIES: tl.constexpr = SELECTION.TILE.pairs // SELECTION.GROUP.HEADS
     number, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    tile = query_tile(
-        tiles_ptr, num_tiles, number, num_rows, num_sequences, SELECTION.WINDOWS, QUERIES
-    )
+    tile = load_query_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, QUERIES)
     if tile.num_queries <= 0:
         return
 
     query = tl.arange(0, QUERIES)
-    used = (query < tile.num_queries) & (tile.position + query < tile.num_keys)
-    own = tl.where(used, (tile.position + query) // BLOCK_SIZE, -1)
-    end = tl.minimum(tile.position + tile.num_queries, tile.num_keys)
+    used = (query < tile.num_queries) & (tile.offset + query < tile.num_keys)
+    own = tl.where(used, (tile.offset + query) // BLOCK_SIZE, -1)
+    end = tl.minimum(tile.offset + tile.num_queries, tile.num_keys)
     last_own = (end - 1) // BLOCK_SIZE
 
     chosen: tl.tuple = ()

@@ -203,6 +203,27 @@ def load_tile(
     return Tile(index, first_query, num_queries, offset, first_key, num_keys)
 
 
+@triton.jit
+def load_query_tile(
+    tiles_ptr, num_tiles, number, num_rows, num_sequences, TILE_QUERIES: tl.constexpr
+):
+    """The same for tiles of TILE_QUERIES queries. first_query, num_queries and offset are those of
+    the tile itself instead of its sequence: the number may be 0 or less.
+    """
+    ALIKE: tl.constexpr = tiles_ptr is None
+    tile = load_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, False, ALIKE)
+    first = tile.number * TILE_QUERIES
+    num_queries = tl.minimum(tile.num_queries - first, TILE_QUERIES)
+    first_query, position = tile.first_query + first, tile.offset + first
+    return Tile(tile.number, first_query, num_queries, position, tile.first_key, tile.num_keys)
+
+
+@triton.jit
+def count_windows(num_keys, KERNEL_SIZE: tl.constexpr, KERNEL_STRIDE: tl.constexpr):
+    """How many compressed tokens a sequence of num_keys tokens has."""
+    return tl.maximum(num_keys - KERNEL_SIZE + KERNEL_STRIDE, 0) // KERNEL_STRIDE
+
+
 def max_num_blocks(num_rows: int, num_sequences: int, block_size: int) -> int:
     """How many block numbers a packed batch needs at most."""
     return num_rows // block_size + num_sequences

@@ -23,10 +23,9 @@ from torch import Tensor
 
 from nsa_fsa.ops.common.bundles import constants
 from nsa_fsa.ops.common.calls import Windows
-from nsa_fsa.ops.common.locate import Boundaries, find_sequence, max_num_blocks
+from nsa_fsa.ops.common.locate import Boundaries, count_windows, find_sequence, max_num_blocks
 from nsa_fsa.ops.common.primitives import kernel, store_rows
 from nsa_fsa.ops.common.sizes import cdiv, next_power_of_2, padded_dim
-from nsa_fsa.ops.common.windowed_attention.tiles import count_windows
 from nsa_fsa.sequences import Sequences
 
 
@@ -125,7 +124,7 @@ def windows_of(bounds, sequence, SIZES: tl.constexpr):
         length = tl.load(bounds.cu_seqlens + sequence + 1) - start
     else:
         length = tl.load(bounds.seqused_k + sequence)
-    return count_windows(length, SIZES.WINDOWS)
+    return count_windows(length, SIZES.WINDOWS.kernel_size, SIZES.WINDOWS.kernel_stride)
 
 
 @triton.jit
