@@ -171,12 +171,12 @@ def test_parts_are_whole_queries(num_tiles, max_seqlen, group_size):
     which no interpreter runs.
     """
     config = CompressedConfig(dkdv_m=64)
-    parts, part_rows = backward.cut_rows(max_seqlen, group_size, num_tiles, config)
+    parts, part_rows = backward.cut_parts(max_seqlen, group_size, num_tiles, config)
     assert part_rows % group_size == 0
     assert part_rows % config.dkdv_m == 0
     assert parts * part_rows >= max_seqlen * group_size
     assert num_tiles < config.dkdv_programs or parts <= 1
-    parts, part_rows = backward.cut_rows(max_seqlen, group_size, None, config)
+    parts, part_rows = backward.cut_parts(max_seqlen, group_size, None, config)
     assert part_rows % group_size == part_rows % config.dkdv_m == 0
     assert parts <= config.one_pass_parts
     assert parts * part_rows >= max_seqlen * group_size
@@ -207,11 +207,11 @@ def test_bytes_of_one_pass(num_kv_heads, parts):
     config = CompressedConfig(dkdv_m=64, one_pass_part_rows=rows * group_size // parts)
     q = torch.empty(rows, num_kv_heads * group_size, width, device="meta")
     k = torch.empty(windows, num_kv_heads, width, device="meta")
-    inputs = backward.Inputs(q, k, k, q, Statistics(q[..., 0], q[..., 0]))
     sequences = Sequences(torch.empty(2, dtype=torch.int32, device="meta"), rows)
     call = WindowedCall(q, k, k, sequences, 1.0, WORKSPACE_BYTES, "triton", Windows(1, 1), None)
+    inputs = backward.Inputs(q, k, k, q, Statistics(q[..., 0], q[..., 0]), call, config)
     expected = 4 * rows * group_size * width + (4 * parts * windows * 2 * width if parts > 1 else 0)
-    assert backward.bytes_of_kv_head(inputs, call, config) == expected
+    assert backward.bytes_of_kv_head(inputs) == expected
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

@@ -1,12 +1,13 @@
 """Compressed attention, backward, in two passes that compute the scores anew, or in one.
 
-statistics  see `softmax_statistics`. dq          a program owns a tile of (query, head) rows, as in
-the forward, and walks the compressed tokens. dk, dv      a program owns a tile of compressed tokens
-and walks the rows that see them, or one of several parts of these, whose sums `sum_parts` adds:
-where there are few KV heads there are too few tiles to fill a GPU.
+    statistics  see `softmax_statistics`.
+    dq          A program owns a tile of pairs, as in the forward, and walks the compressed tokens.
+    dk, dv      A program owns a tile of compressed tokens and walks the pairs that see them, or one
+                of several parts of these, whose sums `sum_parts` adds: where there are few KV heads
+                there are too few tiles to fill a GPU.
 
 Nothing is added atomically, so the result is the same in every run. On Hopper, and for long
-sequences, the pass of dk and dv adds up dq as well, in float32 and by bulk steps: five products
+sequences, the pass of dk and dv adds up dq as well, in float32 and by bulk additions: five products
 instead of seven, but in no fixed order. Deterministic algorithms keep to two passes.
 """
 
@@ -24,7 +25,6 @@ from nsa_fsa.ops.common.bundles import heads
 from nsa_fsa.ops.common.calls import NOTHING, AddTo, AttentionGradients, Softmax
 from nsa_fsa.ops.common.locate import Tiles, load_tile, locate_tiles
 from nsa_fsa.ops.common.primitives import (
-    LOG2_E,
     add_product,
     dot_keys,
     kernel,
@@ -35,21 +35,36 @@ from nsa_fsa.ops.common.primitives import (
 from nsa_fsa.ops.common.sizes import cdiv, head_chunks, padded_dim, rows_contiguous
 from nsa_fsa.ops.common.softmax_statistics import Statistics, statistics
 from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
-from nsa_fsa.ops.common.windowed_attention.forward import hopper, num_multiprocessors, prepared
+from nsa_fsa.ops.common.windowed_attention.forward import (
+    config_of,
+    hopper,
+    num_multiprocessors,
+    plain_tile,
+    prepared,
+)
+from nsa_fsa.ops.common.windowed_attention.heads import (
+    load_keys,
+    load_statistics,
+    of_head,
+    scaled,
+    store_or_add,
+)
 from nsa_fsa.ops.common.windowed_attention.tiles import (
     count_windows,
     is_seen,
     key_tile_work,
-    load_heads,
+    load_pairs,
+    pairs_of,
+    pairs_of_tile,
+    pairs_that_see,
     query_tile,
-    rows_of,
-    rows_that_see,
     shape_of,
-    visible_windows,
-    window_constant,
+    windows_of_tile,
 )
 
-SUMMED_KEYS = 16  # that a program of `sum_parts_kernel` adds up; tiles of keys are whole multiples
+SUMMED_WINDOWS = (
+    16  # that a program of `sum_parts_kernel` adds up; tiles of keys are whole multiples
+)
 
 
 class Parts(NamedTuple):
@@ -64,38 +79,35 @@ class Parts(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What both passes read."""
+    """What both passes read, and how they are cut."""
 
     q: Tensor
     k: Tensor
     v: Tensor
     do: Tensor
     statistics: Statistics  # [HKV, T, G] each
-
-    @property
-    def group_size(self) -> int:
-        return self.q.shape[1] // self.k.shape[1]
+    call: WindowedCall
+    config: tuning.CompressedConfig
 
     def of(self, query_heads: slice, kv_heads: slice) -> "Inputs":
         """Those of some heads alone, as views."""
-        shift, delta = self.statistics
-        return Inputs(
-            self.q[:, query_heads],
-            self.k[:, kv_heads],
-            self.v[:, kv_heads],
-            self.do[:, query_heads],
-            Statistics(shift[kv_heads], delta[kv_heads]),
+        return self._replace(
+            q=self.q[:, query_heads],
+            k=self.k[:, kv_heads],
+            v=self.v[:, kv_heads],
+            do=self.do[:, query_heads],
+            statistics=Statistics(*(x[kv_heads] for x in self.statistics)),
         )
 
 
 class KeyCut(NamedTuple):
-    """How dk and dv are cut into programs: a tile of keys of a head,
-    and a part of the rows that see it.
+    """How dk and dv are cut into programs: a tile of windows of a head, and a part of the pairs
+    that see it.
     """
 
     tiles: Tiles  # of one head
     num_parts: int
-    part_rows: int  # (query, head) pairs
+    part_rows: int  # pairs of a part
 
 
 @kernel
@@ -107,68 +119,49 @@ def compressed_bwd_dq_kernel(
     statistics,
     dq_ptr,
     tiles_ptr,
-    scale2,
-    scale,
     num_heads,
     num_tiles,
     num_rows,
     num_sequences,
-    WINDOWS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    ACCUMULATE: tl.constexpr,
     SHAPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    ADD: tl.constexpr,
 ):
-    """dq of a tile of (query, head) rows, from the windows that some of them see."""
+    """dq of a tile of pairs, from the windows that some of them see."""
 
-    G: tl.constexpr = SHAPE.G
-    D: tl.constexpr = SHAPE.D
-    PADDED_D: tl.constexpr = SHAPE.PADDED_D
-    DV: tl.constexpr = SHAPE.DV
-    PADDED_DV: tl.constexpr = SHAPE.PADDED_DV
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
 
     number = tl.program_id(0)
-    tile = query_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, WINDOWS, BLOCK_M // G)
+    tile = query_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, SHAPE, BLOCK_M)
     if tile.num_queries <= 0:
         return
     head = tl.program_id(1).to(tl.int64)
-    row = tl.arange(0, BLOCK_M)
-    inside = row < tile.num_queries * G
-    visible = visible_windows(tile.position + row // G, tile.num_keys, tile.num_windows, WINDOWS)
-    rows = rows_of(row, inside, tile.first_query, head, G)
-    q_tile = load_heads(q, rows, D, PADDED_D)
-    do_tile = load_heads(do, rows, DV, PADDED_DV)
-    statistic = (head * num_rows + tile.first_query) * G + row
-    shift = tl.load(statistics.shift + statistic, mask=rows.inside, other=float("-inf"))
-    delta = tl.load(statistics.delta + statistic, mask=rows.inside, other=0.0)
+    pairs, visible = pairs_of_tile(tile, head, SHAPE, BLOCK_M)
+    q_tile = load_pairs(q, pairs, SHAPE.D, SHAPE.PADDED_D)
+    do_tile = load_pairs(do, pairs, SHAPE.DV, SHAPE.PADDED_DV)
+    at = (head * num_rows + tile.first_query) * SHAPE.G + tl.arange(0, BLOCK_M)
+    shift, delta = load_statistics(statistics, at, pairs.inside)
+    k, v = windows_of_tile(k, tile, head), windows_of_tile(v, tile, head)
 
-    k_ptr = k.ptr + tile.first_window.to(tl.int64) * k.stride_t + head * k.stride_h
-    v_ptr = v.ptr + tile.first_window.to(tl.int64) * v.stride_t + head * v.stride_h
-    dq = tl.zeros([BLOCK_M, PADDED_D], tl.float32)
+    dq = tl.zeros([BLOCK_M, SHAPE.PADDED_D], tl.float32)
     first = 0
-    if WINDOW > 0:
-        first = tl.maximum(tile.position + 1 - WINDOW, 0) // BLOCK_N * BLOCK_N
-    for start in tl.range(first, tile.most, BLOCK_N, num_stages=NUM_STAGES):
+    if SHAPE.WINDOW_SIZE > 0:
+        first = tl.maximum(tile.position + 1 - SHAPE.WINDOW_SIZE, 0) // BLOCK_N * BLOCK_N
+    for start in tl.range(first, tile.most, BLOCK_N, num_stages=TILE.NUM_STAGES):
         window = start + tl.arange(0, BLOCK_N)
-        exists = window < tile.num_windows
-        k_tile = load_rows(k_ptr, window.to(tl.int64) * k.stride_t, exists, D, PADDED_D, True)
-        v_tile = load_rows(v_ptr, window.to(tl.int64) * v.stride_t, exists, DV, PADDED_DV, True)
-
-        scores = dot_keys(q_tile, k_tile, PRECISION)
-        seen = is_seen(window, visible, WINDOW)
-        p = tl.where(seen, softmax_of(scores, shift[:, None], scale2, PRECISION), 0.0)
-        dp = dot_keys(do_tile, v_tile, PRECISION)
+        k_tile, v_tile = load_keys(k, v, window, window < tile.num_windows, SHAPE)
+        scores = dot_keys(q_tile, k_tile, TILE.PRECISION)
+        seen = is_seen(window, visible, SHAPE)
+        p = softmax_of(scores, shift[:, None], statistics.scale2, TILE.PRECISION)
+        p = tl.where(seen, p, 0.0)
+        dp = dot_keys(do_tile, v_tile, TILE.PRECISION)
         ds = (p * (dp + delta[:, None])).to(k_tile.dtype)
-        dq = add_product(dq, ds, k_tile, PRECISION)
+        dq = add_product(dq, ds, k_tile, TILE.PRECISION)
 
-    dq *= scale
-    target = (rows.query * num_heads + rows.head) * D
-    if ACCUMULATE:
-        dq += load_rows(dq_ptr, target, rows.inside, D, PADDED_D, True).to(tl.float32)
-    store_rows(dq_ptr, target, dq, rows.inside, D, PADDED_D)
+    dq *= statistics.scale
+    target = (pairs.query * num_heads + pairs.head) * SHAPE.D
+    store_or_add(dq_ptr, target, dq, pairs.inside, ADD, SHAPE.D, SHAPE.PADDED_D)
 
 
 @kernel
@@ -181,76 +174,69 @@ def compressed_bwd_dkdv_kernel(
     dk,
     dv,
     tiles_ptr,
-    scale2,
-    scale,
     num_tiles,
     num_rows,
     num_sequences,
     part_rows,
-    WINDOWS: tl.constexpr,
-    WINDOW: tl.constexpr,
-    HEADS: tl.constexpr,
     SHAPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
+    HEADS: tl.constexpr,
 ):
-    """dk and dv of a tile of windows, from a part of the rows that see some of them."""
+    """dk and dv of a tile of windows, from a part of the pairs that see some of them."""
 
     G: tl.constexpr = SHAPE.G
-    D: tl.constexpr = SHAPE.D
-    PADDED_D: tl.constexpr = SHAPE.PADDED_D
-    DV: tl.constexpr = SHAPE.DV
-    PADDED_DV: tl.constexpr = SHAPE.PADDED_DV
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
 
     work = key_tile_work(num_tiles, HEADS)
     head = work.head.to(tl.int64)
     ALIKE: tl.constexpr = tiles_ptr is None
     tile = load_tile(tiles_ptr, num_tiles, work.tile, num_rows, num_sequences, True, ALIKE)
     first_window = tile.number * BLOCK_N
-    num_keys = count_windows(tile.num_keys, WINDOWS) - first_window
-    if (tile.num_queries == 0) | (num_keys <= 0):
+    num_windows = count_windows(tile.num_keys, SHAPE) - first_window
+    if (tile.num_queries == 0) | (num_windows <= 0):
         return
-    seen_by = rows_that_see(tile, first_window, work.part, part_rows, WINDOWS, G)
+    seen_by = pairs_that_see(tile, first_window, work.part, part_rows, SHAPE)
     end = seen_by.end
-    if WINDOW > 0:
-        end = tl.minimum(end, seen_by.first + (BLOCK_N - 1 + WINDOW) * G)
+    if SHAPE.WINDOW_SIZE > 0:
+        end = tl.minimum(end, seen_by.first + (BLOCK_N - 1 + SHAPE.WINDOW_SIZE) * G)
 
-    key = tl.arange(0, BLOCK_N)
-    exists = key < num_keys
-    window = (tile.first_key // WINDOWS.kernel_stride + first_window + key).to(tl.int64)
-    k_tile = load_rows(k.ptr + head * k.stride_h, window * k.stride_t, exists, D, PADDED_D, True)
-    v_tile = load_rows(v.ptr + head * v.stride_h, window * v.stride_t, exists, DV, PADDED_DV, True)
-    statistic = (head * num_rows + tile.first_query) * G
-    dk_tile = tl.zeros([BLOCK_N, PADDED_D], tl.float32)
-    dv_tile = tl.zeros([BLOCK_N, PADDED_DV], tl.float32)
+    window = tl.arange(0, BLOCK_N)
+    exists = window < num_windows
+    row = (tile.first_key // SHAPE.KERNEL_STRIDE + first_window + window).to(tl.int64)
+    k, v = of_head(k, head), of_head(v, head)
+    k_tile, v_tile = load_keys(k, v, row, exists, SHAPE)
+    at = (head * num_rows + tile.first_query) * G
+    of_sequence = Statistics(statistics.shift + at, statistics.delta + at)
+    dk_tile = tl.zeros([BLOCK_N, SHAPE.PADDED_D], tl.float32)
+    dv_tile = tl.zeros([BLOCK_N, SHAPE.PADDED_DV], tl.float32)
 
-    for start in tl.range(seen_by.begin, end, BLOCK_M, num_stages=NUM_STAGES):
-        row = start + tl.arange(0, BLOCK_M)
-        rows = rows_of(row, row < end, tile.first_query, head, G)
-        q_tile = load_heads(q, rows, D, PADDED_D)
-        do_tile = load_heads(do, rows, DV, PADDED_DV)
-        shift = tl.load(statistics.shift + statistic + row, mask=rows.inside, other=float("-inf"))
-        delta = tl.load(statistics.delta + statistic + row, mask=rows.inside, other=0.0)
+    for start in tl.range(seen_by.begin, end, TILE.BLOCK_M, num_stages=TILE.NUM_STAGES):
+        pair = start + tl.arange(0, TILE.BLOCK_M)
+        pairs = pairs_of(pair, pair < end, tile.first_query, head, G)
+        q_tile = load_pairs(q, pairs, SHAPE.D, SHAPE.PADDED_D)
+        do_tile = load_pairs(do, pairs, SHAPE.DV, SHAPE.PADDED_DV)
+        shift, delta = load_statistics(of_sequence, pair, pairs.inside)
 
-        # Scores are transposed, [keys, rows], so that p and ds feed the matrix unit from registers.
-        scores = dot_keys(k_tile, q_tile, PRECISION)
-        p = softmax_of(scores, shift[None, :], scale2, PRECISION)
-        first_row = seen_by.first + key * (WINDOWS.kernel_stride * G)
-        p = tl.where(row[None, :] >= first_row[:, None], p, 0.0)
-        if WINDOW > 0:
-            p = tl.where(row[None, :] < (seen_by.first + (key + WINDOW) * G)[:, None], p, 0.0)
-        dv_tile = add_product(dv_tile, p.to(do_tile.dtype), do_tile, PRECISION)
-        dp = dot_keys(v_tile, do_tile, PRECISION)
+        # Scores are transposed, [windows, pairs], so that p and ds feed the matrix unit from
+        # registers.
+        scores = dot_keys(k_tile, q_tile, TILE.PRECISION)
+        p = softmax_of(scores, shift[None, :], statistics.scale2, TILE.PRECISION)
+        first_pair = seen_by.first + window * (SHAPE.KERNEL_STRIDE * G)
+        p = tl.where(pair[None, :] >= first_pair[:, None], p, 0.0)
+        if SHAPE.WINDOW_SIZE > 0:
+            end_pair = seen_by.first + (window + SHAPE.WINDOW_SIZE) * G
+            p = tl.where(pair[None, :] < end_pair[:, None], p, 0.0)
+        dv_tile = add_product(dv_tile, p.to(do_tile.dtype), do_tile, TILE.PRECISION)
+        dp = dot_keys(v_tile, do_tile, TILE.PRECISION)
         ds = (p * (dp + delta[None, :])).to(q_tile.dtype)
-        dk_tile = add_product(dk_tile, ds, q_tile, PRECISION)
+        dk_tile = add_product(dk_tile, ds, q_tile, TILE.PRECISION)
 
     part = work.part.to(tl.int64)
     dk_ptr = dk.ptr + part * dk.stride_p + head * dk.stride_h
     dv_ptr = dv.ptr + part * dv.stride_p + head * dv.stride_h
-    store_rows(dk_ptr, window * dk.stride_t, dk_tile * scale, exists, D, PADDED_D)
-    store_rows(dv_ptr, window * dv.stride_t, dv_tile, exists, DV, PADDED_DV)
+    dk_tile *= statistics.scale
+    store_rows(dk_ptr, row * dk.stride_t, dk_tile, exists, SHAPE.D, SHAPE.PADDED_D)
+    store_rows(dv_ptr, row * dv.stride_t, dv_tile, exists, SHAPE.DV, SHAPE.PADDED_DV)
 
 
 @kernel
@@ -265,27 +251,27 @@ def sum_parts_kernel(
     num_sequences,
     num_heads,
     num_parts,
+    SHAPE: tl.constexpr,
+    TILE_WINDOWS: tl.constexpr,
     WINDOWS: tl.constexpr,
-    TILE_KEYS: tl.constexpr,
-    D: tl.constexpr,
-    DV: tl.constexpr,
     PADDED: tl.constexpr,
-    KEYS: tl.constexpr,
 ):
-    """Adds up the parts of KEYS rows of dk and dv, which lie side by side in
+    """Adds up the parts of WINDOWS rows of dk and dv, which lie side by side in
     `[P, T, H, D + DV]`.
     """
 
-    pieces = TILE_KEYS // KEYS
-    tile_number, piece = tl.program_id(0) // pieces, tl.program_id(0) % pieces
+    D: tl.constexpr = SHAPE.D
+    DV: tl.constexpr = SHAPE.DV
+    PROGRAMS: tl.constexpr = TILE_WINDOWS // WINDOWS  # of a tile
+    tile_number, nth = tl.program_id(0) // PROGRAMS, tl.program_id(0) % PROGRAMS
     head = tl.program_id(1).to(tl.int64)
     ALIKE: tl.constexpr = tiles_ptr is None
     tile = load_tile(tiles_ptr, num_tiles, tile_number, num_rows, num_sequences, True, ALIKE)
-    key = tile.number * TILE_KEYS + piece * KEYS + tl.arange(0, KEYS)
-    exists = (key < count_windows(tile.num_keys, WINDOWS)) & (tile.num_queries > 0)
-    row = (tile.first_key // WINDOWS.kernel_stride + key).to(tl.int64)
+    window = tile.number * TILE_WINDOWS + nth * WINDOWS + tl.arange(0, WINDOWS)
+    exists = (window < count_windows(tile.num_keys, SHAPE)) & (tile.num_queries > 0)
+    row = (tile.first_key // SHAPE.KERNEL_STRIDE + window).to(tl.int64)
 
-    total = tl.zeros([KEYS, PADDED], tl.float32)
+    total = tl.zeros([WINDOWS, PADDED], tl.float32)
     at = (row * num_heads + head) * (D + DV)
     for _ in tl.range(0, num_parts, num_stages=3):
         total += load_rows(parts_ptr, at, exists, D + DV, PADDED, True)
@@ -307,33 +293,31 @@ def scale_rows_kernel(
     scale,
     num_heads,
     total,
-    ACCUMULATE: tl.constexpr,
+    ADD: tl.constexpr,
     D: tl.constexpr,
     PADDED_D: tl.constexpr,
-    ROWS: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
-    """ROWS of the `total` rows of dq `[T * H, D]` become scale * sums, or that is added to them."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    inside = row < total
-    at = row // num_heads * dq.stride_t + row % num_heads * dq.stride_h
-    scaled = load_rows(sums_ptr, row * D, inside, D, PADDED_D, True) * scale
-    if ACCUMULATE:
-        scaled += load_rows(dq.ptr, at, inside, D, PADDED_D, True).to(tl.float32)
-    store_rows(dq.ptr, at, scaled, inside, D, PADDED_D)
+    """PAIRS of the `total` lines of dq `[T * H, D]` become scale * sums, or it is added to them."""
+    pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)
+    inside = pair < total
+    at = pair // num_heads * dq.stride_t + pair % num_heads * dq.stride_h
+    scaled = load_rows(sums_ptr, pair * D, inside, D, PADDED_D, True) * scale
+    store_or_add(dq.ptr, at, scaled, inside, ADD, D, PADDED_D)
 
 
-def scale_rows(dq: Tensor, sums: Tensor, scale: float, accumulate: bool) -> None:
+def scale_rows(dq: Tensor, sums: Tensor, scale: float, add: bool) -> None:
     """dq `[T, H, D]`, whose heads may be some of a larger tensor's, becomes scale * sums, or that
     is added to it.
     """
     num_rows, num_heads, head_dim = dq.shape
-    rows, total = 32, num_rows * num_heads
-    scale_rows_kernel[(cdiv(total, rows),)](
+    pairs, total = 32, num_rows * num_heads
+    scale_rows_kernel[(cdiv(total, pairs),)](
         *(heads(dq), sums, scale, num_heads, total),
-        ACCUMULATE=accumulate,
+        ADD=add,
         D=head_dim,
         PADDED_D=padded_dim(head_dim),
-        ROWS=rows,
+        PAIRS=pairs,
     )
 
 
@@ -345,11 +329,11 @@ def hopper_backward() -> Any:
     return hopper_backward
 
 
-def cut_rows(
+def cut_parts(
     max_seqlen: int, group_size: int, num_tiles: int | None, config: tuning.CompressedConfig
 ) -> tuple[int, int]:
-    """Into how many parts, and of how many rows each, the (query, head) rows of the longest
-    sequence are cut for dk and dv.
+    """Into how many parts, and of how many pairs each, the pairs of the longest sequence and a KV
+    head are cut for dk and dv.
 
     Args:
         max_seqlen: the longest sequence, in tokens.
@@ -358,15 +342,15 @@ def cut_rows(
             None for one pass, which is for sequences that have enough of them.
         config: says how many programs are wanted.
     """
-    num_rows = max_seqlen * group_size
+    num_pairs = max_seqlen * group_size
     if num_tiles is None:
-        parts = min(cdiv(num_rows, config.one_pass_part_rows), config.one_pass_parts)
+        parts = min(cdiv(num_pairs, config.one_pass_part_rows), config.one_pass_parts)
     else:
-        parts = min(cdiv(config.dkdv_programs, num_tiles), cdiv(num_rows, config.dkdv_part_rows))
+        parts = min(cdiv(config.dkdv_programs, num_tiles), cdiv(num_pairs, config.dkdv_part_rows))
     # A part has whole tiles, and whole queries because the Gluon kernel counts queries from the
     # first of the part.
     whole = math.lcm(config.dkdv_m, group_size)
-    return parts, cdiv(cdiv(num_rows, max(parts, 1)), whole) * whole
+    return parts, cdiv(cdiv(num_pairs, max(parts, 1)), whole) * whole
 
 
 def windowed_attention_bwd(
@@ -382,35 +366,34 @@ def windowed_attention_bwd(
     """
     num_windows, num_kv_heads = call.v.shape[:2]
     group_size = call.group_size
-    config = config or tuning.compressed_config(
-        call.q, call.v, group_size, call.window_size is not None
-    )
+    config = config or config_of(call)
     q, k, v = prepared(call, config.hopper)
     do = rows_contiguous(do, config.hopper)
 
-    accumulate = add_to.q is not None
+    add = add_to.q is not None
     dq = q.new_empty(q.shape) if add_to.q is None else add_to.q
     dk, dv = k.new_zeros(k.shape), v.new_zeros(v.shape)
     if q.numel() == 0 or do.numel() == 0:
         return add_to.add((q.new_zeros(q.shape), dk, dv))
 
-    inputs = Inputs(q, k, v, do, statistics(do, softmax, call.scale, group_size))
+    found = statistics(do, softmax, call.scale, group_size)
+    inputs = Inputs(q, k, v, do, found, call, config)
     if num_windows and in_one_pass(config, group_size, call.sequences.max_seqlen):
-        one_head = bytes_of_kv_head(inputs, call, config)
+        one_head = bytes_of_kv_head(inputs)
         chunks = head_chunks(num_kv_heads, group_size, one_head, call.workspace_bytes)
         for query_heads, kv_heads in chunks:
             of_heads = (dq[:, query_heads], dk[:, kv_heads], dv[:, kv_heads])
-            run_one_pass(inputs.of(query_heads, kv_heads), call, config, *of_heads, accumulate)
+            run_one_pass(inputs.of(query_heads, kv_heads), *of_heads, add)
     else:
-        run_dq(inputs, call, config, dq, accumulate)
+        run_dq(inputs, dq, add)
         if num_windows:
-            run_dkdv(inputs, call, config, dk, dv)
+            run_dkdv(inputs, dk, dv)
     return AddTo(None, add_to.k, add_to.v).add((dq, dk, dv))
 
 
 def in_one_pass(config: tuning.CompressedConfig, group_size: int, max_seqlen: int) -> bool:
-    """Whether the kernel of dk and dv adds up dq as well: in no fixed order, and by bulk steps of
-    whole tiles.
+    """Whether the kernel of dk and dv adds up dq as well: in no fixed order, and by bulk additions
+    of whole tiles.
     """
     whole_groups = config.dkdv_m % group_size == 0
     if not config.hopper or not whole_groups or torch.are_deterministic_algorithms_enabled():
@@ -418,86 +401,64 @@ def in_one_pass(config: tuning.CompressedConfig, group_size: int, max_seqlen: in
     return max_seqlen >= config.one_pass_tokens
 
 
-def bytes_of_kv_head(inputs: Inputs, call: WindowedCall, config: tuning.CompressedConfig) -> int:
+def bytes_of_kv_head(inputs: Inputs) -> int:
     """What one pass takes for a KV head: float32 sums of dq, and the parts of dk and dv."""
     num_rows, _, head_dim = inputs.q.shape
     num_windows, _, v_dim = inputs.v.shape
-    group_size = inputs.group_size
-    parts, _ = cut_rows(call.sequences.max_seqlen, group_size, None, config)
+    call = inputs.call
+    parts, _ = cut_parts(call.sequences.max_seqlen, call.group_size, None, inputs.config)
     of_parts = parts * num_windows * (head_dim + v_dim) if parts > 1 else 0
-    return 4 * (num_rows * group_size * head_dim + of_parts)
+    return 4 * (num_rows * call.group_size * head_dim + of_parts)
 
 
-def run_one_pass(
-    inputs: Inputs,
-    call: WindowedCall,
-    config: tuning.CompressedConfig,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    accumulate: bool,
-) -> None:
+def run_one_pass(inputs: Inputs, dq: Tensor, dk: Tensor, dv: Tensor, add: bool) -> None:
     """Writes all three gradients, whose heads may be some of larger tensors', or adds to dq."""
     sums = inputs.q.new_zeros(inputs.q.shape, dtype=torch.float32)
-    run_dkdv(inputs, call, config, dk, dv, sums)
-    scale_rows(dq, sums, call.scale, accumulate)
+    run_dkdv(inputs, dk, dv, sums)
+    scale_rows(dq, sums, inputs.call.scale, add)
 
 
-def run_dq(
-    inputs: Inputs,
-    call: WindowedCall,
-    config: tuning.CompressedConfig,
-    dq: Tensor,
-    accumulate: bool,
-) -> None:
+def run_dq(inputs: Inputs, dq: Tensor, add: bool) -> None:
     """Writes dq, or adds to it."""
-    (num_rows, num_heads), num_kv_heads = inputs.q.shape[:2], inputs.k.shape[1]
-    group_size = inputs.group_size
-    q, k, v, do, found = inputs
+    q, k, v, do, found, call, config = inputs
+    (num_rows, num_heads), num_kv_heads = q.shape[:2], k.shape[1]
 
-    tiles = locate_tiles(num_rows, call.sequences, config.dq_m // group_size)
+    tiles = locate_tiles(num_rows, call.sequences, config.dq_m // call.group_size)
     tensors = (heads(q), heads(k), heads(v))
+    others = (heads(do), scaled(found, call.scale), dq, tiles.table)
     sizes = (num_heads, tiles.number, num_rows, tiles.num_sequences)
-    constants = dict(
-        WINDOWS=call.windows, ACCUMULATE=accumulate, SHAPE=shape_of(q, v), BLOCK_N=config.dq_n
-    )
+    constants = dict(SHAPE=shape_of(call, q, v), ADD=add)
 
     if config.hopper:
         num_work = tiles.number * num_kv_heads
         hopper_backward().compressed_bwd_dq_hopper_kernel[(min(num_work, num_multiprocessors(q)),)](
             *tensors,
             *hopper().head_columns((k, v), config.dq_n),
-            *(heads(do), found, dq, tiles.table),
-            *(call.scale * LOG2_E, call.scale),
+            *others,
             *(*sizes, num_work),
             **constants,
-            STAGES=config.dq_stages,
-            SLOTS=config.dq_slots,
-            REGISTERS=config.dq_registers,
+            TILE=hopper().ring_tile(
+                config.dq_n, config.dq_stages, config.dq_slots, config.dq_registers
+            ),
             num_warps=4,
         )
         return
 
     compressed_bwd_dq_kernel[tiles.number, num_kv_heads](
         *tensors,
-        *(heads(do), found, dq, tiles.table),
-        *(call.scale * LOG2_E, call.scale),
+        *others,
         *sizes,
         **constants,
-        WINDOW=window_constant(call.window_size, group_size),
-        BLOCK_M=config.dq_m,
-        NUM_STAGES=config.dq_stages,
-        PRECISION=tuning.dot_precision(q.dtype),
+        TILE=plain_tile(q, config.dq_m, config.dq_n, config.dq_stages),
         num_warps=config.dq_warps,
     )
 
 
-def cut_keys(
-    inputs: Inputs, call: WindowedCall, config: tuning.CompressedConfig, one_pass: bool
-) -> KeyCut:
+def cut_keys(inputs: Inputs, one_pass: bool) -> KeyCut:
     """The programs of dk and dv."""
+    call, config = inputs.call, inputs.config
     num_windows, num_kv_heads = inputs.k.shape[:2]
-    kernel_stride, group_size = call.windows.kernel_stride, inputs.group_size
+    kernel_stride = call.windows.kernel_stride
     tiles = locate_tiles(
         inputs.q.shape[0],
         call.sequences,
@@ -505,61 +466,49 @@ def cut_keys(
         num_keys=num_windows * kernel_stride,
         hop=kernel_stride,
     )
-    if call.window_size is not None:  # few rows see a tile: they are one part
+    if call.window_size is not None:  # few pairs see a tile: they are one part
         config = dataclasses.replace(config, dkdv_programs=1)
     uncut = None if one_pass else tiles.number * num_kv_heads
-    return KeyCut(tiles, *cut_rows(call.sequences.max_seqlen, group_size, uncut, config))
+    return KeyCut(tiles, *cut_parts(call.sequences.max_seqlen, call.group_size, uncut, config))
 
 
-def run_dkdv(
-    inputs: Inputs,
-    call: WindowedCall,
-    config: tuning.CompressedConfig,
-    dk: Tensor,
-    dv: Tensor,
-    dq_sums: Tensor | None = None,
-) -> None:
+def run_dkdv(inputs: Inputs, dk: Tensor, dv: Tensor, dq_sums: Tensor | None = None) -> None:
     """Writes dk and dv, whose heads may be some of larger tensors'.
 
     With dq_sums, float32 `[T, HQ, D]`, dq / scale is added to it.
     """
-    cut = cut_keys(inputs, call, config, dq_sums is not None)
+    cut = cut_keys(inputs, dq_sums is not None)
     if cut.num_parts <= 1:
-        launch_dkdv(inputs, call, config, cut, parts_of(dk, dv), dq_sums)
+        launch_dkdv(inputs, cut, parts_of(dk, dv), dq_sums)
         return
     of_each = (dk.shape[2], dv.shape[2])
     sums = dk.new_empty(cut.num_parts, *dk.shape[:2], sum(of_each), dtype=torch.float32)
-    launch_dkdv(inputs, call, config, cut, parts_of(*sums.split(of_each, 3)), dq_sums)
-    sum_parts(sums, dk, dv, inputs.q.shape[0], call, config, cut)
+    launch_dkdv(inputs, cut, parts_of(*sums.split(of_each, 3)), dq_sums)
+    sum_parts(inputs, cut, sums, dk, dv)
 
 
 def launch_dkdv(
-    inputs: Inputs,
-    call: WindowedCall,
-    config: tuning.CompressedConfig,
-    cut: KeyCut,
-    targets: tuple[Parts, Parts],
-    dq_sums: Tensor | None,
+    inputs: Inputs, cut: KeyCut, targets: tuple[Parts, Parts], dq_sums: Tensor | None
 ) -> None:
     """Launches the kernel of dk and dv."""
-    q, k, v, do, found = inputs
-    num_kv_heads, group_size, one_pass = k.shape[1], inputs.group_size, dq_sums is not None
+    q, k, v, do, found, call, config = inputs
+    num_kv_heads, one_pass = k.shape[1], dq_sums is not None
     heads_at_a_time = 1 if one_pass else math.gcd(num_kv_heads, config.dkdv_heads)
 
     grid = (cut.tiles.number * num_kv_heads, cut.num_parts)
     tensors = (heads(q), heads(k), heads(v), heads(do))
+    others = (scaled(found, call.scale), *targets, cut.tiles.table)
     sizes = (cut.tiles.number, q.shape[0], cut.tiles.num_sequences, cut.part_rows)
-    constants = dict(
-        WINDOWS=call.windows, HEADS=heads_at_a_time, SHAPE=shape_of(q, v), BLOCK_M=config.dkdv_m
-    )
+    constants = dict(SHAPE=shape_of(call, q, v), HEADS=heads_at_a_time)
 
     if config.hopper:
         hopper_backward().compressed_bwd_dkdv_hopper_kernel[grid](
             *tensors,
-            *row_copies(inputs, dq_sums, config.dkdv_m),
-            *(found, *targets, cut.tiles.table, call.scale * LOG2_E),
+            *bulk_copies(inputs, dq_sums),
+            *others,
             *sizes,
             **constants,
+            BLOCK_M=config.dkdv_m,
             STAGES=config.one_pass_stages if one_pass else config.dkdv_stages,
             REGISTERS=config.dkdv_registers,
             num_warps=4,
@@ -568,13 +517,10 @@ def launch_dkdv(
 
     compressed_bwd_dkdv_kernel[grid](
         *tensors,
-        *(found, *targets, cut.tiles.table, call.scale * LOG2_E, call.scale),
+        *others,
         *sizes,
         **constants,
-        WINDOW=window_constant(call.window_size, group_size),
-        BLOCK_N=config.dkdv_n,
-        NUM_STAGES=config.dkdv_stages,
-        PRECISION=tuning.dot_precision(q.dtype),
+        TILE=plain_tile(q, config.dkdv_m, config.dkdv_n, config.dkdv_stages),
         num_warps=config.dkdv_warps,
     )
 
@@ -584,38 +530,29 @@ def parts_of(dk: Tensor, dv: Tensor) -> tuple[Parts, Parts]:
     return Parts(dk, *(0, *dk.stride())[-4:-1]), Parts(dv, *(0, *dv.stride())[-4:-1])
 
 
-def row_copies(inputs: Inputs, dq_sums: Tensor | None, tile_rows: int) -> tuple[Any, Any, Any]:
+def bulk_copies(inputs: Inputs, dq_sums: Tensor | None) -> tuple[Any, Any, Any]:
     """Descriptors for bulk copies of q, do and dq_sums: none where groups do not fill a tile, or
     for dq_sums without any.
     """
-    group_size, head_dim = inputs.group_size, inputs.q.shape[2]
-    if tile_rows % group_size != 0:
+    group_size, tile_pairs = inputs.call.group_size, inputs.config.dkdv_m
+    head_dim = inputs.q.shape[2]
+    if tile_pairs % group_size != 0:
         return None, None, None
-    block = (tile_rows // group_size, group_size)
-    q, do = (hopper().describe(x, *block, head_dim) for x in (inputs.q, inputs.do))
-    return q, do, None if dq_sums is None else hopper().describe(dq_sums, *block, head_dim // 2)
+    box = (tile_pairs // group_size, group_size)
+    q, do = (hopper().describe(x, *box, head_dim) for x in (inputs.q, inputs.do))
+    return q, do, None if dq_sums is None else hopper().describe(dq_sums, *box, head_dim // 2)
 
 
-def sum_parts(
-    sums: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    num_rows: int,
-    call: WindowedCall,
-    config: tuning.CompressedConfig,
-    cut: KeyCut,
-) -> None:
+def sum_parts(inputs: Inputs, cut: KeyCut, sums: Tensor, dk: Tensor, dv: Tensor) -> None:
     """dk and dv from their parts `[P, T, HKV, D + DV]`."""
-    num_kv_heads, head_dim, v_dim = *dk.shape[1:], dv.shape[2]
-    num_pieces = cut.tiles.number * (config.dkdv_n // SUMMED_KEYS)
-    sum_parts_kernel[num_pieces, num_kv_heads](
+    num_rows, num_kv_heads, tile_windows = inputs.q.shape[0], dk.shape[1], inputs.config.dkdv_n
+    grid = (cut.tiles.number * (tile_windows // SUMMED_WINDOWS), num_kv_heads)
+    sum_parts_kernel[grid](
         *(sums, heads(dk), heads(dv), cut.tiles.table, sums.stride(0)),
         *(cut.tiles.number, num_rows, cut.tiles.num_sequences, num_kv_heads, cut.num_parts),
-        WINDOWS=call.windows,
-        TILE_KEYS=config.dkdv_n,
-        D=head_dim,
-        DV=v_dim,
-        PADDED=padded_dim(head_dim + v_dim),
-        KEYS=SUMMED_KEYS,
+        SHAPE=shape_of(inputs.call, inputs.q, inputs.v),
+        TILE_WINDOWS=tile_windows,
+        WINDOWS=SUMMED_WINDOWS,
+        PADDED=padded_dim(sums.shape[3]),
         num_warps=4,
     )

@@ -1,13 +1,13 @@
 """Compressed attention, forward: a flash-attention loop whose causal mask advances by one window
 every `kernel_stride` tokens.
 
-A program owns a tile of (query, head of the group) rows of one KV head, so that no group size pads
-anything, and walks the compressed tokens that some of them see. All but the last one or two steps
-are seen by every row and need no mask. Tiles with the most work come first, and all tiles of a KV
-head before those of the next, whose keys and values then stay in the cache.
+A program owns a tile of pairs of one KV head, so that no group size pads anything, and walks the
+compressed tokens that some of them see. All but the last one or two steps are seen by every pair
+and need no mask. Tiles with the most work come first, and all tiles of a KV head before those of
+the next, whose keys and values then stay in L2.
 
-Windows of one token every token are the tokens themselves, and with a lower bound, WINDOW, the
-sliding window's: the plain kernels run it where FlashAttention cannot, in float32 for one.
+Windows of one token every token are the tokens themselves, and a WINDOW_SIZE makes them those of
+the sliding window: the plain kernels run it where FlashAttention cannot, in float32 for one.
 """
 
 import functools
@@ -18,28 +18,21 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.ops.common import tuning
-from nsa_fsa.ops.common.bundles import heads
+from nsa_fsa.ops.common.bundles import constants, heads
 from nsa_fsa.ops.common.calls import AttentionResult
 from nsa_fsa.ops.common.locate import locate_tiles
-from nsa_fsa.ops.common.primitives import (
-    LN_2,
-    LOG2_E,
-    dot_keys,
-    kernel,
-    load_rows,
-    online_softmax,
-    store_rows,
-)
+from nsa_fsa.ops.common.primitives import LOG2_E, dot_keys, kernel, online_softmax
 from nsa_fsa.ops.common.sizes import rows_contiguous
 from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
+from nsa_fsa.ops.common.windowed_attention.heads import load_keys, store_attended
 from nsa_fsa.ops.common.windowed_attention.tiles import (
+    Tile,
     is_seen,
-    load_heads,
+    load_pairs,
+    pairs_of_tile,
     query_tile,
-    rows_of,
     shape_of,
-    visible_windows,
-    window_constant,
+    windows_of_tile,
 )
 
 
@@ -56,68 +49,50 @@ def compressed_fwd_kernel(
     num_tiles,
     num_rows,
     num_sequences,
-    WINDOWS: tl.constexpr,
-    WINDOW: tl.constexpr,
     SHAPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """o and lse of a tile of (query, head) rows, from the windows that some of them see."""
+    """o and lse of a tile of pairs, from the windows that some of them see."""
 
-    G: tl.constexpr = SHAPE.G
-    D: tl.constexpr = SHAPE.D
-    PADDED_D: tl.constexpr = SHAPE.PADDED_D
-    DV: tl.constexpr = SHAPE.DV
-    PADDED_DV: tl.constexpr = SHAPE.PADDED_DV
+    BLOCK_M: tl.constexpr = TILE.BLOCK_M
+    BLOCK_N: tl.constexpr = TILE.BLOCK_N
 
     number = tl.program_id(0)
-    tile = query_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, WINDOWS, BLOCK_M // G)
+    tile = query_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, SHAPE, BLOCK_M)
     if tile.num_queries <= 0:
         return
     head = tl.program_id(1).to(tl.int64)
-    row = tl.arange(0, BLOCK_M)
-    inside = row < tile.num_queries * G
-    visible = visible_windows(tile.position + row // G, tile.num_keys, tile.num_windows, WINDOWS)
-    rows = rows_of(row, inside, tile.first_query, head, G)
-    q_tile = load_heads(q, rows, D, PADDED_D)
-    k_ptr = k.ptr + tile.first_window.to(tl.int64) * k.stride_t + head * k.stride_h
-    v_ptr = v.ptr + tile.first_window.to(tl.int64) * v.stride_t + head * v.stride_h
+    pairs, visible = pairs_of_tile(tile, head, SHAPE, BLOCK_M)
+    q_tile = load_pairs(q, pairs, SHAPE.D, SHAPE.PADDED_D)
+    k, v = windows_of_tile(k, tile, head), windows_of_tile(v, tile, head)
 
-    acc = tl.zeros([BLOCK_M, PADDED_DV], tl.float32)
+    acc = tl.zeros([BLOCK_M, SHAPE.PADDED_DV], tl.float32)
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     column = tl.arange(0, BLOCK_N)
     first = 0
-    full = tile.least // BLOCK_N * BLOCK_N  # up to here every row sees every window
-    if WINDOW > 0:
-        first = tl.maximum(tile.position + 1 - WINDOW, 0) // BLOCK_N * BLOCK_N
+    full = tile.least // BLOCK_N * BLOCK_N  # up to here every pair sees every window
+    if SHAPE.WINDOW_SIZE > 0:
+        first = tl.maximum(tile.position + 1 - SHAPE.WINDOW_SIZE, 0) // BLOCK_N * BLOCK_N
         full = first
 
-    for start in tl.range(first, full, BLOCK_N, num_stages=NUM_STAGES):
+    for start in tl.range(first, full, BLOCK_N, num_stages=TILE.NUM_STAGES):
         window = (start + column).to(tl.int64)
-        k_tile = load_rows(k_ptr, window * k.stride_t, window >= 0, D, PADDED_D, False)
-        v_tile = load_rows(v_ptr, window * v.stride_t, window >= 0, DV, PADDED_DV, False)
-        scores = dot_keys(q_tile, k_tile, PRECISION) * scale
-        acc, maximum, total = online_softmax(acc, maximum, total, scores, v_tile, PRECISION)
+        k_tile, v_tile = load_keys(k, v, window, window >= 0, SHAPE, MASKED=False)
+        scores = dot_keys(q_tile, k_tile, TILE.PRECISION) * scale
+        acc, maximum, total = online_softmax(acc, maximum, total, scores, v_tile, TILE.PRECISION)
 
-    for start in tl.range(full, tile.most, BLOCK_N, num_stages=NUM_STAGES):
+    for start in tl.range(full, tile.most, BLOCK_N, num_stages=TILE.NUM_STAGES):
         window = start + column
-        exists = window < tile.num_windows
-        k_tile = load_rows(k_ptr, window.to(tl.int64) * k.stride_t, exists, D, PADDED_D, True)
-        v_tile = load_rows(v_ptr, window.to(tl.int64) * v.stride_t, exists, DV, PADDED_DV, True)
-        scores = dot_keys(q_tile, k_tile, PRECISION) * scale
-        scores = tl.where(is_seen(window, visible, WINDOW), scores, float("-inf"))
-        acc, maximum, total = online_softmax(acc, maximum, total, scores, v_tile, PRECISION)
+        k_tile, v_tile = load_keys(k, v, window, window < tile.num_windows, SHAPE)
+        scores = dot_keys(q_tile, k_tile, TILE.PRECISION) * scale
+        scores = tl.where(is_seen(window, visible, SHAPE), scores, float("-inf"))
+        acc, maximum, total = online_softmax(acc, maximum, total, scores, v_tile, TILE.PRECISION)
 
-    seen_any = total > 0
-    acc = acc * (1.0 / tl.where(seen_any, total, 1.0))[:, None]  # acc is 0 where nothing was seen
-    target = rows.query * num_heads + rows.head
-    store_rows(o_ptr, target * DV, acc, rows.inside, DV, PADDED_DV)
-    lse_ptr += target
-    lse = tl.where(seen_any, (maximum + tl.log2(total)) * LN_2, float("-inf"))
-    tl.store(lse_ptr, lse, mask=rows.inside)
+    store_attended(
+        *(o_ptr, lse_ptr, pairs.query, pairs.head, num_heads, pairs.inside),
+        *(acc, maximum, total, SHAPE),
+    )
 
 
 def num_multiprocessors(x: Tensor) -> int:
@@ -144,15 +119,30 @@ def prepared(call: WindowedCall, hopper: bool) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def config_of(call: WindowedCall) -> tuning.CompressedConfig:
+    """The tile sizes of a call; there are no Gluon kernels of the sliding window."""
+    plain = call.window_size is not None
+    return tuning.compressed_config(call.q, call.v, call.group_size, plain)
+
+
+def plain_tile(q: Tensor, block_m: int, block_n: int, num_stages: int) -> Tile:
+    """The tile of a plain kernel."""
+    return constants(
+        Tile,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        NUM_STAGES=num_stages,
+        PRECISION=tuning.dot_precision(q.dtype),
+    )
+
+
 def windowed_attention_fwd(
     call: WindowedCall, config: tuning.CompressedConfig | None = None
 ) -> AttentionResult:
     """o `[T, HQ, DV]` and the natural-log lse, float32 `[T, HQ]`."""
     num_rows, num_heads = call.q.shape[:2]
-    (num_kv_heads, v_dim), group_size = call.v.shape[1:], call.group_size
-    config = config or tuning.compressed_config(
-        call.q, call.v, group_size, call.window_size is not None
-    )
+    num_kv_heads, v_dim = call.v.shape[1:]
+    config = config or config_of(call)
     q, k, v = prepared(call, config.hopper)
 
     o = q.new_empty(num_rows, num_heads, v_dim)
@@ -160,10 +150,10 @@ def windowed_attention_fwd(
     if o.numel() == 0:
         return AttentionResult(o, lse.fill_(-torch.inf))
 
-    tiles = locate_tiles(num_rows, call.sequences, config.fwd_m // group_size)
+    tiles = locate_tiles(num_rows, call.sequences, config.fwd_m // call.group_size)
     tensors = (heads(q), heads(k), heads(v))
     sizes = (call.scale * LOG2_E, num_heads, tiles.number, num_rows, tiles.num_sequences)
-    constants = dict(WINDOWS=call.windows, SHAPE=shape_of(q, v), BLOCK_N=config.fwd_n)
+    shape = shape_of(call, q, v)
 
     if config.hopper:
         num_work = tiles.number * num_kv_heads  # computed in the kernel it costs 8 bytes of stack
@@ -172,10 +162,10 @@ def windowed_attention_fwd(
             *hopper().head_columns((k, v), config.fwd_n),
             *(o, lse, tiles.table),
             *(*sizes, num_work),
-            **constants,
-            STAGES=config.fwd_stages,
-            SLOTS=config.fwd_slots,
-            REGISTERS=config.fwd_registers,
+            SHAPE=shape,
+            TILE=hopper().ring_tile(
+                config.fwd_n, config.fwd_stages, config.fwd_slots, config.fwd_registers
+            ),
             num_warps=4,
         )
         return AttentionResult(o, lse)
@@ -184,11 +174,8 @@ def windowed_attention_fwd(
         *tensors,
         *(o, lse, tiles.table),
         *sizes,
-        **constants,
-        WINDOW=window_constant(call.window_size, group_size),
-        BLOCK_M=config.fwd_m,
-        NUM_STAGES=config.fwd_stages,
-        PRECISION=tuning.dot_precision(q.dtype),
+        SHAPE=shape,
+        TILE=plain_tile(q, config.fwd_m, config.fwd_n, config.fwd_stages),
         num_warps=config.fwd_warps,
     )
     return AttentionResult(o, lse)

@@ -3,16 +3,17 @@ their plain Triton twins, for every other GPU, shape and dtype, and say what is 
 
 A program is three warpgroups. One of them loads: whole tiles by bulk copies, others by cp.async,
 which takes any layout and fills what must not be read with zeros. A barrier in shared memory opens
-when a tile is there. The other two compute, 64 rows each, and hand a buffer back once both have
+when a tile is there. The other two compute, 64 pairs each, and hand a buffer back once both have
 read it. While one of them waits for the matrix unit the other takes exponentials. The forward and
-dq are as many programs as there are multiprocessors, and the next tile's rows arrive while one is
-finished.
+dq are as many programs as there are multiprocessors, and the next tile's queries arrive while one
+is finished.
 
 Measured on an H200 (65,536 tokens, 64 heads, windows of 32 every 16): the forward took 9.3 ms with
 all loads by cp.async, which shares a queue with the exponentials, and 7.8 with bulk copies.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,20 +26,38 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from nsa_fsa.ops.common.bundles import Heads
+from nsa_fsa.ops.common.bundles import Heads, constants
 from nsa_fsa.ops.common.hopper import copy_rows, copy_rows_or_zeros, gluon_kernel, thread_barrier
+from nsa_fsa.ops.common.windowed_attention.hopper_layouts import product_layout, row_layout
 from nsa_fsa.ops.common.windowed_attention.hopper_pipelines import (
-    GROUP_ROWS,
     LOADER_WARPS,
+    WARPGROUP_ROWS,
     bulk_copy_windows,
     gluon_object,
     new_query_ring,
     new_window_ring,
 )
-from nsa_fsa.ops.common.windowed_attention.tiles import query_tile, visible_windows
+from nsa_fsa.ops.common.windowed_attention.tiles import query_tile, visible_windows, windows_of_tile
 
 LN_2 = gl.constexpr(0.6931471805599453)
 FEW_ROWS = gl.constexpr(8)  # copied at a time where a loader has few registers, or loads but once
+
+
+class RingTile(NamedTuple):
+    """What the rings of the forward and of dq hold."""
+
+    BLOCK_N: Any  # windows of a step
+    STAGES: Any
+    QUERY_STAGES: Any
+    REGISTERS: Any  # a thread of the computing warpgroups
+
+
+@gluon.jit
+def new_rings(q, HAS_DO: gl.constexpr, SHAPE: gl.constexpr, TILE: gl.constexpr):
+    """The rings of the forward, or of dq."""
+    dtype: gl.constexpr = q.ptr.dtype.element_ty
+    queries = new_query_ring(TILE.QUERY_STAGES, SHAPE.D, HAS_DO, dtype)
+    return queries, new_window_ring(TILE.STAGES, TILE.BLOCK_N, SHAPE.D, dtype)
 
 
 @gluon_object
@@ -51,96 +70,74 @@ class QueryWork:
     num_sequences: gl.tensor | gl.constexpr
     total: gl.tensor  # tiles of all KV heads
     num_heads: gl.tensor | gl.constexpr  # of q
-    WINDOWS: gl.constexpr
-    G: gl.constexpr
+    SHAPE: gl.constexpr
 
     @gluon.jit
     def tile(self, work):
-        """The `work`-th tile, as `QueryTile`."""
-        queries: gl.constexpr = 2 * GROUP_ROWS // self.G
-        number = work % self.num_tiles
-        return query_tile(
-            self.tiles_ptr,
-            self.num_tiles,
-            number,
-            self.num_rows,
-            self.num_sequences,
-            self.WINDOWS,
-            queries,
+        """The KV head of the `work`-th tile, and the tile, as `QueryTile`."""
+        head, number = work // self.num_tiles, work % self.num_tiles
+        pairs: gl.constexpr = 2 * WARPGROUP_ROWS
+        return head, query_tile(
+            *(self.tiles_ptr, self.num_tiles, number, self.num_rows, self.num_sequences),
+            *(self.SHAPE, pairs),
         )
 
     @gluon.jit
-    def head(self, work):
-        """The KV head of the `work`-th tile."""
-        return work // self.num_tiles
-
-    @gluon.jit
-    def visible(self, tile, row):
-        """How many windows the (query, head) rows of a tile see."""
-        position = tile.position + row // self.G
-        return visible_windows(position, tile.num_keys, tile.num_windows, self.WINDOWS)
+    def steps(self, tile, pair, BLOCK_N: gl.constexpr):
+        """A tile's steps of BLOCK_N windows, and those that need no mask; how many windows its
+        pairs see.
+        """
+        position = tile.position + pair // self.SHAPE.G
+        visible = visible_windows(position, tile.num_keys, tile.num_windows, self.SHAPE)
+        return gl.cdiv(tile.most, BLOCK_N), tile.least // BLOCK_N, visible
 
 
 @gluon.jit
-def copy_query_rows(buffer, x, start, last, CHUNK: gl.constexpr, G: gl.constexpr):
-    """Asynchronously, (query, head) rows from `start` on, counted from x.ptr;
-    rows past the last repeat it.
+def copy_pairs(buffer, x, start, last, COPIED: gl.constexpr, G: gl.constexpr):
+    """Asynchronously, the lines of pairs from `start` on, counted from x.ptr; what is past the last
+    pair repeats it.
 
-    CHUNK rows are copied at a time: few take few registers, but a barrier each.
+    COPIED lines are copied at a time: few take few registers, but a barrier each.
     """
     ROWS: gl.constexpr = buffer.shape[0]
     DIM: gl.constexpr = buffer.shape[1]
     layout: gl.constexpr = row_layout(DIM)
-    for i in gl.static_range(ROWS // CHUNK):
-        row = gl.minimum(start + i * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, layout)), last)
-        part = buffer.slice(i * CHUNK, CHUNK)
-        at = (row // G).to(gl.int64) * x.stride_t + (row % G).to(gl.int64) * x.stride_h
-        copy_rows(part, x.ptr, at, DIM, layout)
+    for i in gl.static_range(ROWS // COPIED):
+        pair = start + i * COPIED + gl.arange(0, COPIED, gl.SliceLayout(1, layout))
+        pair = gl.minimum(pair, last)
+        at = (pair // G).to(gl.int64) * x.stride_t + (pair % G).to(gl.int64) * x.stride_h
+        copy_rows(buffer.slice(i * COPIED, COPIED), x.ptr, at, DIM, layout)
 
 
 @gluon.jit
-def copy_windows(buffer, ptr, stride_t, first, num_windows, CHUNK: gl.constexpr):
-    """Asynchronously, compressed rows from `first` on; zeros for those that a sequence does not
-    have, where NaN may lie.
+def copy_windows(buffer, x, first, num_windows, COPIED: gl.constexpr):
+    """Asynchronously, the windows of x from `first` on, counted from x.ptr; zeros for those that a
+    sequence does not have, where NaN may lie.
     """
     ROWS: gl.constexpr = buffer.shape[0]
     DIM: gl.constexpr = buffer.shape[1]
     layout: gl.constexpr = row_layout(DIM)
-    for i in gl.static_range(ROWS // CHUNK):
-        window = first + i * CHUNK + gl.arange(0, CHUNK, gl.SliceLayout(1, layout))
-        part = buffer.slice(i * CHUNK, CHUNK)
-        at = window.to(gl.int64) * stride_t
-        copy_rows_or_zeros(part, ptr, at, window < num_windows, DIM, layout)
-
-
-@gluon.constexpr_function
-def row_layout(width):
-    """Of four warps that read or write rows of so many 16-bit numbers, 16 bytes a thread."""
-    return gl.BlockedLayout([1, 8], [256 // width, width // 8], [4, 1], [1, 0])
-
-
-@gluon.constexpr_function
-def product_layout(width):
-    """Of the matrix unit's result, 64 rows of so many numbers, in one warpgroup."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, width, 16])
+    for i in gl.static_range(ROWS // COPIED):
+        window = first + i * COPIED + gl.arange(0, COPIED, gl.SliceLayout(1, layout))
+        at, exists = window.to(gl.int64) * x.stride_t, window < num_windows
+        copy_rows_or_zeros(buffer.slice(i * COPIED, COPIED), x.ptr, at, exists, DIM, layout)
 
 
 @gluon.jit
 def load_queries_then_windows(
     work, q, do, k, v, k_desc, v_desc, queries, windows, VALUES_LATER: gl.constexpr
 ):
-    """The loading warpgroup of the forward and of dq: of every tile its rows, then keys and values
-    step by step.
+    """The loading warpgroup of the forward and of dq: of every tile its queries, then keys and
+    values step by step.
 
     VALUES_LATER: a step's keys are freed together with the values of so many steps before it.
     """
-    G: gl.constexpr = work.G
+    G: gl.constexpr = work.SHAPE.G
     BLOCK_N: gl.constexpr = windows.k.shape[1]
     D: gl.constexpr = windows.k.shape[2]
     turn, count = 0, 0
     for number in range(gl.program_id(0), work.total, gl.num_programs(0)):
-        head = work.head(number)
-        tile = work.tile(number)
+        head, tile = work.tile(number)
         steps = gl.cdiv(tile.most, BLOCK_N)
         queries.free.wait_for_last(turn)
         if tile.num_queries > 0:
@@ -151,8 +148,7 @@ def load_queries_then_windows(
                 load_query_tile(queries.do, do, queries.number(turn, 0), at, head, last, G)
         queries.ready.arrive_after_copies(turn)
 
-        k_ptr = k.ptr + tile.first_window.to(gl.int64) * k.stride_t + head.to(gl.int64) * k.stride_h
-        v_ptr = v.ptr + tile.first_window.to(gl.int64) * v.stride_t + head.to(gl.int64) * v.stride_h
+        keys, values = windows_of_tile(k, tile, head), windows_of_tile(v, tile, head)
         whole_steps = gl.minimum(steps, tile.num_windows // BLOCK_N)
         for step in range(0, whole_steps):
             at_row = [tile.first_window + step * BLOCK_N, head * D]
@@ -165,12 +161,10 @@ def load_queries_then_windows(
         if whole_steps < steps:  # the last windows of the sequence
             start = whole_steps * BLOCK_N
             windows.free.wait_for_last(count)
-            copy_windows(windows.keys(count), k_ptr, k.stride_t, start, tile.num_windows, FEW_ROWS)
+            copy_windows(windows.keys(count), keys, start, tile.num_windows, FEW_ROWS)
             windows.k_ready.complete(count)
             windows.free.wait_for_last(count + VALUES_LATER)
-            copy_windows(
-                windows.values(count), v_ptr, v.stride_t, start, tile.num_windows, FEW_ROWS
-            )
+            copy_windows(windows.values(count), values, start, tile.num_windows, FEW_ROWS)
             windows.v_ready.complete(count)
             count += 1
         turn += 1  # noqa: SIM113
@@ -178,14 +172,14 @@ def load_queries_then_windows(
 
 @gluon.jit
 def load_query_tile(buffers, x, number, first_query, head, last, G: gl.constexpr):
-    """Asynchronously, the rows of both computing warpgroups, into the buffers `number` and `number
-    + 1`.
+    """Asynchronously, the pairs of both computing warpgroups, into the buffers `number` and
+    `number + 1`.
     """
     ptr = x.ptr + first_query * x.stride_t + head.to(gl.int64) * G * x.stride_h
-    rows = Heads(ptr, x.stride_t, x.stride_h)
-    for group in gl.static_range(2):
-        buffer = buffers.index(number + group)
-        copy_query_rows(buffer, rows, group * GROUP_ROWS, last, GROUP_ROWS, G)
+    queries = Heads(ptr, x.stride_t, x.stride_h)
+    for warpgroup in gl.static_range(2):
+        buffer = buffers.index(number + warpgroup)
+        copy_pairs(buffer, queries, warpgroup * WARPGROUP_ROWS, last, WARPGROUP_ROWS, G)
 
 
 @gluon.jit
@@ -194,25 +188,24 @@ def store_tile(
     ptr,
     values,
     num_heads,
-    first_row,
+    first_pair,
     num_queries,
     G: gl.constexpr,
     ADD: gl.constexpr = False,
 ):
-    """Stages a group's (query, head) rows in a buffer that only it reads,
-    and stores them 16 bytes at a time.
+    """Stages a warpgroup's pairs in its own buffer, and stores them 16 bytes at a time.
 
-    ptr: of the tile's first row in a contiguous `[T, HQ, D]`; with ADD they are added to
+    ptr: of the tile's first pair in a contiguous `[T, HQ, D]`; with ADD they are added to
     what is there.
     """
     D: gl.constexpr = buffer.shape[1]
     layout: gl.constexpr = row_layout(D)
     buffer.store(values.to(ptr.dtype.element_ty))
     thread_barrier()
-    row = first_row + gl.arange(0, GROUP_ROWS, gl.SliceLayout(1, layout))
-    offset = (row // G).to(gl.int64) * (num_heads * D) + row % G * D
+    pair = first_pair + gl.arange(0, WARPGROUP_ROWS, gl.SliceLayout(1, layout))
+    offset = (pair // G).to(gl.int64) * (num_heads * D) + pair % G * D
     at = ptr + offset[:, None] + gl.arange(0, D, gl.SliceLayout(0, layout))[None, :]
-    inside = (row < num_queries * G)[:, None]
+    inside = (pair < num_queries * G)[:, None]
     tile = buffer.load(layout)
     if ADD:
         before = gl.load(at, mask=inside, other=0.0)
@@ -231,38 +224,36 @@ def step_weights(scores, maximum, total, scale, step, full_steps, visible):
         window = step * BLOCK_N + gl.arange(0, BLOCK_N, gl.SliceLayout(0, layout))
         scores = gl.where(window[None, :] < visible[:, None], scores, float("-inf"))
     raised = gl.maximum(maximum, gl.max(scores, 1) * scale)
-    shift = gl.where(raised == float("-inf"), 0.0, raised)  # a row that has seen nothing yet
+    shift = gl.where(raised == float("-inf"), 0.0, raised)  # a pair that has seen nothing yet
     p = gl.exp2(scores * scale - shift[:, None])
     decay = gl.exp2(maximum - shift)
     return p, decay, raised, total * decay + gl.sum(p, 1)
 
 
 @gluon.jit
-def attend(work, queries, windows, o_ptr, lse_ptr, scale, GROUP: gl.constexpr):
+def attend(work, queries, windows, o_ptr, lse_ptr, scale, WARPGROUP: gl.constexpr):
     """A computing warpgroup of the forward. The scores of a step are asked for together with the
     values of the step before.
     """
-    G: gl.constexpr = work.G
+    G: gl.constexpr = work.SHAPE.G
     BLOCK_N: gl.constexpr = windows.k.shape[1]
     D: gl.constexpr = windows.k.shape[2]
     dtype: gl.constexpr = queries.q.dtype
     s_layout: gl.constexpr = product_layout(BLOCK_N)
     o_layout: gl.constexpr = product_layout(D)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
-    row_of: gl.constexpr = gl.SliceLayout(1, s_layout)
-    row = GROUP * GROUP_ROWS + gl.arange(0, GROUP_ROWS, row_of)
-    none = gl.zeros([GROUP_ROWS, BLOCK_N], gl.float32, s_layout)
+    pair_of: gl.constexpr = gl.SliceLayout(1, s_layout)
+    pair = WARPGROUP * WARPGROUP_ROWS + gl.arange(0, WARPGROUP_ROWS, pair_of)
+    none = gl.zeros([WARPGROUP_ROWS, BLOCK_N], gl.float32, s_layout)
 
     turn, count = 0, 0
     for number in range(gl.program_id(0), work.total, gl.num_programs(0)):
-        head = work.head(number)
-        tile = work.tile(number)
-        steps, full_steps = gl.cdiv(tile.most, BLOCK_N), tile.least // BLOCK_N
-        visible = work.visible(tile, row)
-        maximum = gl.full([GROUP_ROWS], float("-inf"), gl.float32, row_of)
-        total = gl.zeros([GROUP_ROWS], gl.float32, row_of)
-        acc = gl.zeros([GROUP_ROWS, D], gl.float32, o_layout)
-        q_tile = queries.q.index(queries.number(turn, GROUP))
+        head, tile = work.tile(number)
+        steps, full_steps, visible = work.steps(tile, pair, BLOCK_N)
+        maximum = gl.full([WARPGROUP_ROWS], float("-inf"), gl.float32, pair_of)
+        total = gl.zeros([WARPGROUP_ROWS], gl.float32, pair_of)
+        acc = gl.zeros([WARPGROUP_ROWS, D], gl.float32, o_layout)
+        q_tile = queries.q.index(queries.number(turn, WARPGROUP))
         queries.ready.wait(turn)
 
         if steps > 0:
@@ -309,15 +300,15 @@ def attend(work, queries, windows, o_ptr, lse_ptr, scale, GROUP: gl.constexpr):
         seen_any = total > 0
         lse = gl.where(seen_any, (maximum + gl.log2(total)) * LN_2, float("-inf"))
         at = tile.first_query.to(gl.int64) * work.num_heads + head * G
-        inside = row < tile.num_queries * G
-        lse_at = lse_ptr + at + (row // G).to(gl.int64) * work.num_heads + row % G
+        inside = pair < tile.num_queries * G
+        lse_at = lse_ptr + at + (pair // G).to(gl.int64) * work.num_heads + pair % G
         gl.store(lse_at, lse, mask=inside)
 
         factor = 1.0 / gl.where(seen_any, total, 1.0)  # acc is 0 where nothing was seen
         acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, o_layout))[:, None]
         thread_barrier()  # all warps have read the scores' q
-        first_row = GROUP * GROUP_ROWS
-        store_tile(q_tile, o_ptr + at * D, acc, work.num_heads, first_row, tile.num_queries, G)
+        first_pair = WARPGROUP * WARPGROUP_ROWS
+        store_tile(q_tile, o_ptr + at * D, acc, work.num_heads, first_pair, tile.num_queries, G)
         queries.free.arrive(turn)
         turn += 1  # noqa: SIM113
 
@@ -338,22 +329,13 @@ def compressed_fwd_hopper_kernel(
     num_rows,
     num_sequences,
     num_work,
-    WINDOWS: gl.constexpr,
     SHAPE: gl.constexpr,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-    SLOTS: gl.constexpr,
-    REGISTERS: gl.constexpr,
+    TILE: gl.constexpr,
 ):
     """o and lse of as many tiles as every program comes to."""
 
-    dtype: gl.constexpr = q.ptr.dtype.element_ty
-    D: gl.constexpr = SHAPE.D
-    queries = new_query_ring(SLOTS, D, False, dtype)
-    windows = new_window_ring(STAGES, BLOCK_N, D, dtype)
-    work = QueryWork(
-        tiles_ptr, num_tiles, num_rows, num_sequences, num_work, num_heads, WINDOWS, SHAPE.G
-    )
+    queries, windows = new_rings(q, False, SHAPE, TILE)
+    work = QueryWork(tiles_ptr, num_tiles, num_rows, num_sequences, num_work, num_heads, SHAPE)
     gl.warp_specialize(
         [
             (attend, (work, queries, windows, o_ptr, lse_ptr, scale, 0)),
@@ -361,7 +343,14 @@ def compressed_fwd_hopper_kernel(
             (load_queries_then_windows, (work, q, None, k, v, k_desc, v_desc, queries, windows, 1)),
         ],
         [4, LOADER_WARPS],
-        [REGISTERS, 504 - 2 * REGISTERS],
+        [TILE.REGISTERS, 504 - 2 * TILE.REGISTERS],
+    )
+
+
+def ring_tile(block_n: int, stages: int, query_stages: int, registers: int) -> RingTile:
+    """The tile of the forward, or of dq."""
+    return constants(
+        RingTile, BLOCK_N=block_n, STAGES=stages, QUERY_STAGES=query_stages, REGISTERS=registers
     )
 
 
@@ -369,15 +358,14 @@ GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.fl
 
 
 @functools.cache
-def shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for(list(block), GLUON_DTYPES[dtype])
+def shared_layout(box: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(box), GLUON_DTYPES[dtype])
 
 
-def describe(x: Tensor, *block: int) -> TensorDescriptor:
-    """What a bulk copy of blocks of x needs to know."""
-    return TensorDescriptor(
-        x, list(x.shape), list(x.stride()), list(block), shared_layout(block, x.dtype)
-    )
+def describe(x: Tensor, *box: int) -> TensorDescriptor:
+    """What a bulk copy of boxes of x needs to know."""
+    layout = shared_layout(box, x.dtype)
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), list(box), layout)
 
 
 def head_columns(tensors: tuple[Tensor, ...], rows: int) -> list[TensorDescriptor]:

@@ -17,8 +17,9 @@ from triton.language.core import base_value
 from typing_extensions import dataclass_transform
 
 from nsa_fsa.ops.common.hopper import thread_barrier
+from nsa_fsa.ops.common.windowed_attention.hopper_layouts import allocate_tiles
 
-GROUP_ROWS = gl.constexpr(64)  # of a computing warpgroup
+WARPGROUP_ROWS = gl.constexpr(64)  # of the products of a computing warpgroup: pairs, or windows
 LOADER_WARPS = gl.constexpr(4)
 LOADER_THREADS = gl.constexpr(128)
 # Arrivals that complete a buffer which is loaded by either way: of the loading threads, once their
@@ -103,27 +104,28 @@ def new_signal(SIZE: gl.constexpr, COUNT: gl.constexpr):
 
 @gluon_object
 class QueryRing:
-    """Rows of tiles of queries; a slot is two buffers, one for each computing warpgroup."""
+    """Tiles of queries; a stage is two buffers, one for each computing warpgroup."""
 
-    q: gl.shared_memory_descriptor  # [2 * SLOTS, GROUP_ROWS, D]
+    q: gl.shared_memory_descriptor  # [2 * QUERY_STAGES, WARPGROUP_ROWS, D]
     do: gl.shared_memory_descriptor | gl.constexpr  # the same; None for the forward
     ready: Signal
     free: Signal
 
     @gluon.jit
-    def number(self, use, group):
+    def number(self, use, warpgroup):
         """Which buffer a computing warpgroup reads."""
-        return 2 * (use % self.ready.SIZE) + group
+        return 2 * (use % self.ready.SIZE) + warpgroup
 
 
 @gluon.jit
-def new_query_ring(SLOTS: gl.constexpr, D: gl.constexpr, HAS_DO: gl.constexpr, dtype: gl.constexpr):
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([GROUP_ROWS, D], dtype)
-    q = gl.allocate_shared_memory(dtype, [2 * SLOTS, GROUP_ROWS, D], layout)
+def new_query_ring(
+    QUERY_STAGES: gl.constexpr, D: gl.constexpr, HAS_DO: gl.constexpr, dtype: gl.constexpr
+):
+    q = allocate_tiles(dtype, 2 * QUERY_STAGES, WARPGROUP_ROWS, D)
     do = None
     if HAS_DO:
-        do = gl.allocate_shared_memory(dtype, [2 * SLOTS, GROUP_ROWS, D], layout)
-    return QueryRing(q, do, new_signal(SLOTS, LOADER_THREADS), new_signal(SLOTS, 2))
+        do = allocate_tiles(dtype, 2 * QUERY_STAGES, WARPGROUP_ROWS, D)
+    return QueryRing(q, do, new_signal(QUERY_STAGES, LOADER_THREADS), new_signal(QUERY_STAGES, 2))
 
 
 @gluon_object
@@ -154,16 +156,15 @@ class WindowRing:
 def new_window_ring(
     STAGES: gl.constexpr, BLOCK_N: gl.constexpr, D: gl.constexpr, dtype: gl.constexpr
 ):
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_N, D], dtype)
-    k = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], layout)
-    v = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, D], layout)
+    k = allocate_tiles(dtype, STAGES, BLOCK_N, D)
+    v = allocate_tiles(dtype, STAGES, BLOCK_N, D)
     k_ready, v_ready = new_signal(STAGES, EITHER_WAY), new_signal(STAGES, EITHER_WAY)
     return WindowRing(k, v, k_ready, v_ready, new_signal(STAGES, 2))
 
 
 @gluon.jit
 def bulk_copy_windows(desc, at, signal, use, buffer):
-    """Asynchronously, compressed rows of one head from `at` on, all of which exist; and all
+    """Asynchronously, windows of one head from `at` on, all of which exist; and all
     arrivals of the signal.
     """
     mbarrier.expect(signal.of(use), buffer.shape[0] * buffer.shape[1] * 2)

@@ -1,8 +1,5 @@
-"""Which rows and windows a tile consists of, and who sees what: the plain kernels and those for
-Hopper share it.
-
-In a kernel WINDOWS is the call's `Windows`, as a constant, and G the number of query heads
-of a KV head.
+"""Which pairs and windows a tile consists of, and who sees what: the plain kernels and those for
+Hopper share it. In a kernel SHAPE is the call's `Shape`.
 """
 
 from typing import Any, NamedTuple
@@ -11,19 +8,33 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_fsa.ops.common.bundles import Heads, constants
 from nsa_fsa.ops.common.locate import load_tile
 from nsa_fsa.ops.common.primitives import load_rows
 from nsa_fsa.ops.common.sizes import padded_dim
+from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
 
 
 class Shape(NamedTuple):
-    """The heads as constants of the kernels; padded widths are powers of two."""
+    """What the kernels know of the call, as constants; padded widths are powers of two."""
 
-    G: int  # query heads of a KV head
-    D: int  # width of queries and keys
-    PADDED_D: int
-    DV: int  # width of values
-    PADDED_DV: int
+    G: Any  # query heads of a KV head
+    D: Any  # width of queries and keys
+    PADDED_D: Any
+    DV: Any  # width of values
+    PADDED_DV: Any
+    KERNEL_SIZE: Any
+    KERNEL_STRIDE: Any
+    WINDOW_SIZE: Any  # of the sliding window; 0 for none
+
+
+class Tile(NamedTuple):
+    """What a program of a plain kernel works on at a time."""
+
+    BLOCK_M: Any  # pairs
+    BLOCK_N: Any  # windows
+    NUM_STAGES: Any
+    PRECISION: Any
 
 
 class QueryTile(NamedTuple):
@@ -44,13 +55,11 @@ class KeyTileWork(NamedTuple):
 
     tile: Any  # of windows, numbered in the order in which `load_tile` counts
     head: Any  # KV head
-    part: Any  # of the rows that see the tile
+    part: Any  # of the pairs that see the tile
 
 
 class SeenBy(NamedTuple):
-    """The (query, head) pairs of a sequence that see a tile of windows; they are counted from the
-    sequence's first query.
-    """
+    """The pairs of a sequence that see a tile of windows, counted from its first query."""
 
     # The first to see the tile's first window; negative where a query before all of them would.
     first: Any
@@ -58,54 +67,56 @@ class SeenBy(NamedTuple):
     end: Any
 
 
-class Rows(NamedTuple):
-    """(query, head) pairs of one KV head."""
+class Pairs(NamedTuple):
+    """Pairs of queries and heads of one KV head's group."""
 
     query: Any  # row of q, int64
     head: Any  # of the query heads, int64
-    inside: Any  # whether there is such a row
+    inside: Any  # whether there is such a pair
 
 
-def shape_of(q: Tensor, v: Tensor) -> Shape:
-    """The heads of q `[T, HQ, D]` and v `[T, HKV, DV]`."""
-    (num_heads, head_dim), (num_kv_heads, v_dim) = q.shape[1:], v.shape[1:]
-    return Shape(
-        num_heads // num_kv_heads, head_dim, padded_dim(head_dim), v_dim, padded_dim(v_dim)
+def shape_of(call: WindowedCall, q: Tensor, v: Tensor) -> Shape:
+    """The constants of a call, of which q `[T, HQ, D]` and v `[T, HKV, DV]` may be some heads."""
+    group_size, head_dim, v_dim = call.group_size, q.shape[2], v.shape[2]
+    return constants(
+        Shape,
+        G=group_size,
+        D=head_dim,
+        PADDED_D=padded_dim(head_dim),
+        DV=v_dim,
+        PADDED_DV=padded_dim(v_dim),
+        KERNEL_SIZE=call.windows.kernel_size,
+        KERNEL_STRIDE=call.windows.kernel_stride,
+        # No number that overflows when it is counted in pairs.
+        WINDOW_SIZE=min(call.window_size or 0, (1 << 30) // group_size),
     )
 
 
-def window_constant(window_size: int | None, group_size: int) -> int:
-    """What kernels take as WINDOW: 0 for none, and no number that overflows when it is
-    counted in rows.
-    """
-    return min(window_size or 0, (1 << 30) // group_size)
-
-
 @triton.jit
-def count_windows(num_keys, WINDOWS: tl.constexpr):
+def count_windows(num_keys, SHAPE: tl.constexpr):
     """How many compressed tokens a sequence has."""
     return tl.maximum(
-        (num_keys - WINDOWS.kernel_size + WINDOWS.kernel_stride) // WINDOWS.kernel_stride, 0
+        (num_keys - SHAPE.KERNEL_SIZE + SHAPE.KERNEL_STRIDE) // SHAPE.KERNEL_STRIDE, 0
     )
 
 
 @triton.jit
-def visible_windows(position, num_keys, num_windows, WINDOWS: tl.constexpr):
+def visible_windows(position, num_keys, num_windows, SHAPE: tl.constexpr):
     """How many compressed tokens a position sees: those that a sequence would have
     which ended here.
     """
-    seen = (position + 1 - WINDOWS.kernel_size + WINDOWS.kernel_stride) // WINDOWS.kernel_stride
+    seen = (position + 1 - SHAPE.KERNEL_SIZE + SHAPE.KERNEL_STRIDE) // SHAPE.KERNEL_STRIDE
     return tl.where(position < num_keys, tl.minimum(tl.maximum(seen, 0), num_windows), 0)
 
 
 @triton.jit
-def is_seen(window, visible, WINDOW: tl.constexpr):
-    """Which compressed tokens rows see, `[rows, windows]`: the first `visible`, and with a WINDOW
-    the last so many of these.
+def is_seen(window, visible, SHAPE: tl.constexpr):
+    """Which compressed tokens pairs see, `[pairs, windows]`: the first `visible`, and of these the
+    last WINDOW_SIZE if there is a sliding window.
     """
     seen = window[None, :] < visible[:, None]
-    if WINDOW > 0:
-        seen = seen & (window[None, :] >= (visible - WINDOW)[:, None])
+    if SHAPE.WINDOW_SIZE > 0:
+        seen = seen & (window[None, :] >= (visible - SHAPE.WINDOW_SIZE)[:, None])
     return seen
 
 
@@ -116,30 +127,43 @@ def query_tile(
     number,
     num_rows,
     num_sequences,
-    WINDOWS: tl.constexpr,
-    TILE_QUERIES: tl.constexpr,
+    SHAPE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    """The tile that is the `number`-th to be computed, as a `QueryTile`."""
+    """The tile that is the `number`-th to be computed, of BLOCK_M pairs, as a `QueryTile`."""
     ALIKE: tl.constexpr = tiles_ptr is None
+    TILE_QUERIES: tl.constexpr = BLOCK_M // SHAPE.G
     tile = load_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, False, ALIKE)
     first = tile.number * TILE_QUERIES
     num_queries = tl.minimum(tile.num_queries - first, TILE_QUERIES)
-    num_keys, num_windows = tile.num_keys, count_windows(tile.num_keys, WINDOWS)
+    num_keys, num_windows = tile.num_keys, count_windows(tile.num_keys, SHAPE)
     position = tile.offset + first
     last = position + num_queries - 1
 
-    most = visible_windows(tl.minimum(last, num_keys - 1), num_keys, num_windows, WINDOWS)
-    least = tl.where(last < num_keys, visible_windows(position, num_keys, num_windows, WINDOWS), 0)
+    most = visible_windows(tl.minimum(last, num_keys - 1), num_keys, num_windows, SHAPE)
+    least = tl.where(last < num_keys, visible_windows(position, num_keys, num_windows, SHAPE), 0)
+    first_query, first_window = tile.first_query + first, tile.first_key // SHAPE.KERNEL_STRIDE
     return QueryTile(
-        tile.first_query + first,
-        position,
-        num_queries,
-        tile.first_key // WINDOWS.kernel_stride,
-        num_keys,
-        num_windows,
-        most,
-        least,
+        first_query, position, num_queries, first_window, num_keys, num_windows, most, least
     )
+
+
+@triton.jit
+def pairs_of_tile(tile, head, SHAPE: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The pairs of a `QueryTile` and a KV head, and how many windows each of them sees."""
+    pair = tl.arange(0, BLOCK_M)
+    inside = pair < tile.num_queries * SHAPE.G
+    position = tile.position + pair // SHAPE.G
+    visible = visible_windows(position, tile.num_keys, tile.num_windows, SHAPE)
+    return pairs_of(pair, inside, tile.first_query, head, SHAPE.G), visible
+
+
+@triton.jit
+def windows_of_tile(x, tile, head):
+    """The compressed tokens of a `QueryTile` and a KV head in x, which is `Heads`."""
+    first_window = tile.first_window.to(tl.int64)
+    ptr = x.ptr + first_window * x.stride_t + head.to(tl.int64) * x.stride_h
+    return Heads(ptr, x.stride_t, x.stride_h)
 
 
 @triton.jit
@@ -148,7 +172,7 @@ def key_tile_work(num_tiles, HEADS: tl.constexpr):
 
     HEADS heads at a time are done, the longest tiles of all of them first: few long ones run at the
     end, and what these read is shared. The last parts come first, because every tile's windows are
-    seen by the last rows.
+    seen by the last queries.
     """
     at = tl.program_id(0) % (num_tiles * HEADS)
     head = tl.program_id(0) // (num_tiles * HEADS) * HEADS + at % HEADS
@@ -156,11 +180,12 @@ def key_tile_work(num_tiles, HEADS: tl.constexpr):
 
 
 @triton.jit
-def rows_that_see(tile, first_window, part, part_rows, WINDOWS: tl.constexpr, G: tl.constexpr):
-    """The rows of a part that see some of a tile's windows, of which first_window is the first,
+def pairs_that_see(tile, first_window, part, part_rows, SHAPE: tl.constexpr):
+    """The pairs of a part that see some of a tile's windows, of which first_window is the first,
     as `SeenBy`.
     """
-    first = (first_window * WINDOWS.kernel_stride + WINDOWS.kernel_size - 1 - tile.offset) * G
+    G: tl.constexpr = SHAPE.G
+    first = (first_window * SHAPE.KERNEL_STRIDE + SHAPE.KERNEL_SIZE - 1 - tile.offset) * G
     begin = tl.maximum(tl.maximum(first, 0), part * part_rows)
     end = tl.minimum(
         tl.minimum(tile.num_queries, tile.num_keys - tile.offset) * G, (part + 1) * part_rows
@@ -169,15 +194,13 @@ def rows_that_see(tile, first_window, part, part_rows, WINDOWS: tl.constexpr, G:
 
 
 @triton.jit
-def rows_of(row, inside, first_query, head, G: tl.constexpr):
-    """The (query, head) pairs that lie `row` pairs after the first of the KV head
-    `head`, as `Rows`.
-    """
-    return Rows((first_query + row // G).to(tl.int64), head * G + row % G, inside)
+def pairs_of(pair, inside, first_query, head, G: tl.constexpr):
+    """The pairs that lie `pair` behind the first one of first_query and the KV head `head`."""
+    return Pairs((first_query + pair // G).to(tl.int64), head * G + pair % G, inside)
 
 
 @triton.jit
-def load_heads(x, rows, DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
-    """The rows of x, which is `Heads`: `[M, PADDED_DIM]`."""
-    at = rows.query * x.stride_t + rows.head * x.stride_h
-    return load_rows(x.ptr, at, rows.inside, DIM, PADDED_DIM, True)
+def load_pairs(x, pairs, DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
+    """The lines of x, which is `Heads`, that belong to pairs: `[M, PADDED_DIM]`."""
+    at = pairs.query * x.stride_t + pairs.head * x.stride_h
+    return load_rows(x.ptr, at, pairs.inside, DIM, PADDED_DIM, True)
