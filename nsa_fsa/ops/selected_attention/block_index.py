@@ -16,7 +16,7 @@ collecting 0.9), 0.2 with 4. Counting and filling with global atomics, whose ord
 run to run: 8.4 and 0.7.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import triton
@@ -27,7 +27,7 @@ from nsa_fsa.ops.common.bundles import heads
 from nsa_fsa.ops.common.locate import BlockTable, RowTable, locate_blocks, locate_rows
 from nsa_fsa.ops.common.primitives import kernel
 from nsa_fsa.ops.common.sizes import cdiv, next_power_of_2, rows_contiguous
-from nsa_fsa.ops.selected_attention.call import BlockIndex, IndexCall, num_slots
+from nsa_fsa.ops.selected_attention.call import BlockIndex, IndexCall, empty_index, num_slots
 
 BITMAP_BYTES = 1 << 29
 
@@ -204,34 +204,15 @@ def collect_kernel(
         tl.store(entries_ptr + first + entry, row * NUM_SLOTS + slot, mask=inside)
 
 
-def new_block_index(call: IndexCall) -> BlockIndex:
-    """A block index whose tables say where rows and blocks lie, and whose entries are to come."""
-    num_rows, num_heads, num_indices = call.block_indices.shape
-    cu_seqlens, block_size = call.sequences.cu_seqlens, call.blocks.block_size
-    rows = locate_rows(num_rows, cu_seqlens, block_size)
-    blocks = locate_blocks(num_rows, cu_seqlens, block_size)
-    num_blocks, slots = blocks.shape[1], num_slots(num_indices, call.blocks)
-
-    new: dict[str, Any] = dict(dtype=torch.int32, device=call.block_indices.device)
-    return BlockIndex(
-        entries=torch.empty(num_heads, num_rows * slots, **new),
-        first_entry=torch.empty(num_heads, num_blocks, **new),
-        num_entries=torch.empty(num_heads, num_blocks, **new),
-        num_sparse=torch.empty(num_heads, num_rows, **new),
-        rows=rows,
-        blocks=blocks,
-    )
-
-
 class Bitmap(NamedTuple):
     """A bit for every block and query, for some heads and blocks at a time."""
 
-    words: Tensor  # int32 [head_step * block_step * num_words]
+    words: Tensor  # int32 [num_heads * num_blocks * num_words]
     cursor: Tensor  # int32 [HKV]: how many entries of a head are written
     both: Tensor  # these two, which begin as zeros
     num_words: int  # of a block: those of the longest sequence, at whatever bit it begins
-    head_step: int
-    block_step: int
+    num_heads: int  # at a time
+    num_blocks: int
 
 
 def new_bitmap(call: IndexCall, num_blocks: int) -> Bitmap:
@@ -239,11 +220,11 @@ def new_bitmap(call: IndexCall, num_blocks: int) -> Bitmap:
     num_rows, num_heads, _ = call.block_indices.shape
     num_words = min(cdiv(num_rows, 32), cdiv(call.sequences.max_seqlen, 32) + 1)
     row_bytes, budget = 4 * num_words, min(BITMAP_BYTES, call.workspace_bytes)
-    block_step = min(max(budget // row_bytes, 1), num_blocks)
-    head_step = min(max(budget // (row_bytes * num_blocks), 1), num_heads)
-    room = cdiv(head_step * block_step * num_words, 4) * 4  # the cursor begins at 16 bytes
+    some_blocks = min(max(budget // row_bytes, 1), num_blocks)
+    some_heads = min(max(budget // (row_bytes * num_blocks), 1), num_heads)
+    room = cdiv(some_heads * some_blocks * num_words, 4) * 4  # the cursor begins at 16 bytes
     both = torch.empty(room + num_heads, dtype=torch.int32, device=call.block_indices.device)
-    return Bitmap(both[:room], both[room:], both, num_words, head_step, block_step)
+    return Bitmap(both[:room], both[room:], both, num_words, some_heads, some_blocks)
 
 
 def build_block_index(call: IndexCall) -> BlockIndex:
@@ -252,16 +233,15 @@ def build_block_index(call: IndexCall) -> BlockIndex:
     Dense, and so in no list, are the first `init_blocks` and the last `local_blocks` blocks up to
     the query's own, and the query's own block whatever local_blocks is.
     """
-    index = new_block_index(call)
     num_rows, num_heads, num_indices = call.block_indices.shape
+    cu_seqlens, (block_size, init_blocks, local_blocks) = call.sequences.cu_seqlens, call.blocks
+    row_table = locate_rows(num_rows, cu_seqlens, block_size)
+    block_table = locate_blocks(num_rows, cu_seqlens, block_size)
+    index = empty_index(call, row_table, block_table)
     if num_rows == 0 or num_heads == 0:
         return index
-    block_size, init_blocks, local_blocks = call.blocks
-    rows, blocks, num_blocks = (
-        RowTable(*index.rows),
-        BlockTable(*index.blocks),
-        index.blocks.shape[1],
-    )
+
+    rows, blocks, num_blocks = RowTable(*row_table), BlockTable(*block_table), block_table.shape[1]
     indices = heads(rows_contiguous(call.block_indices))
     counts = None if call.block_counts is None else heads(call.block_counts)
 
@@ -270,7 +250,7 @@ def build_block_index(call: IndexCall) -> BlockIndex:
     slots, padded = num_slots(num_indices, call.blocks), max(next_power_of_2(num_indices), 2)
     dtype = torch.int16 if cdiv(call.sequences.max_seqlen, block_size) < 2**15 else torch.int32
     sparse = index.entries.new_empty(num_heads, num_rows, padded, dtype=dtype)
-    bitmap, cursor, both, num_words, head_step, block_step = new_bitmap(call, num_blocks)
+    bitmap, cursor, both, num_words, some_heads, some_blocks = new_bitmap(call, num_blocks)
     mark_rows = max(1024 // padded, 16) if padded <= 16 else max(512 // padded, 4)
 
     to_mark = (indices, counts, rows, sparse, index, bitmap, num_rows, init_blocks, local_blocks)
@@ -278,10 +258,10 @@ def build_block_index(call: IndexCall) -> BlockIndex:
     sizes = dict(PADDED_INDICES=padded, BLOCK_SIZE=block_size)
     marking = dict(NUM_INDICES=num_indices, NUM_SLOTS=slots, ROWS=mark_rows, num_warps=4, **sizes)
     collecting = dict(NUM_SLOTS=max(slots, 1), WORDS=512, ENTRIES=128, num_warps=2, **sizes)
-    for head in range(0, num_heads, head_step):
-        count = min(head_step, num_heads - head)
-        for low in range(0, num_blocks, block_step):
-            high = min(low + block_step, num_blocks)
+    for head in range(0, num_heads, some_heads):
+        count = min(some_heads, num_heads - head)
+        for low in range(0, num_blocks, some_blocks):
+            high = min(low + some_blocks, num_blocks)
             where = (num_words, head, low, high)
             is_first = head == low == 0
             (both if is_first else bitmap[: count * (high - low) * num_words]).zero_()

@@ -62,3 +62,17 @@ class IndexCall:
         return cls(
             call.block_indices, call.block_counts, call.sequences, call.blocks, call.workspace_bytes
         )
+
+
+def empty_index(call: IndexCall, rows: Tensor, blocks: Tensor) -> BlockIndex:
+    """A block index whose entries are to come, with tables of where rows and blocks lie."""
+    indices, num_blocks = call.block_indices, blocks.shape[1]
+    num_rows, num_heads, num_indices = indices.shape
+    return BlockIndex(
+        entries=indices.new_empty(num_heads, num_rows * num_slots(num_indices, call.blocks)),
+        first_entry=indices.new_empty(num_heads, num_blocks),
+        num_entries=indices.new_empty(num_heads, num_blocks),
+        num_sparse=indices.new_empty(num_heads, num_rows),
+        rows=rows,
+        blocks=blocks,
+    )

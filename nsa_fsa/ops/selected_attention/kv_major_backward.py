@@ -4,11 +4,11 @@
                 p = exp((q k + shift) * scale), and delta = -sum(o * do).
     gather      A program holds one block's keys and values and walks the queries that see it: first
                 the run of rows that see it densely, then its entries of the block index. dk and dv
-                stay in registers; each row leaves a partial dq. Scores are computed transposed,
-                [keys, rows], so that p and ds feed the matrix unit from registers. Large blocks are
-                held in pieces, as in the forward.
+                stay in registers; each pair leaves a partial dq. Scores are computed transposed,
+                [keys, pairs], so that p and ds feed the matrix unit from registers. Large blocks
+                are held in pieces, as in the forward.
     sum dk, dv  adds up where a block's queries were cut into several items.
-    sum dq      adds up each row's partial results in a stream.
+    sum dq      adds up each pair's partial results in a stream.
 
 Nothing is added atomically, so the result is the same in every run.
 """
@@ -17,21 +17,27 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.ops.common import tuning
-from nsa_fsa.ops.common.bundles import Heads, constants, heads
+from nsa_fsa.ops.common.bundles import Heads, heads
 from nsa_fsa.ops.common.calls import AddTo, AttentionGradients
 from nsa_fsa.ops.common.locate import BlockTable, RowTable
-from nsa_fsa.ops.common.primitives import LOG2_E, add_product, kernel, load_rows, store_rows
+from nsa_fsa.ops.common.primitives import add_product, kernel, load_rows, store_rows
 from nsa_fsa.ops.common.sizes import cdiv, rows_contiguous
+from nsa_fsa.ops.common.softmax_statistics import Statistics
+from nsa_fsa.ops.common.windowed_attention.heads import (
+    load_keys,
+    load_statistics,
+    of_head,
+    scaled,
+    store_or_add,
+)
 from nsa_fsa.ops.selected_attention.call import BlockIndex, SelectedCall
 from nsa_fsa.ops.selected_attention.kv_major_forward import hopper
 from nsa_fsa.ops.selected_attention.work import (
     Launch,
-    Tile,
     Work,
     buffers_of_unit,
     cut_units,
@@ -40,16 +46,8 @@ from nsa_fsa.ops.selected_attention.work import (
     partials_of_unit,
     planned_launches,
     shape_of,
+    tile_of,
 )
-
-
-class Softmax(NamedTuple):
-    """What turns scores into p and ds, in a kernel."""
-
-    shift: Any  # [T, HQ]
-    delta: Any  # [T, HQ]
-    scale: Any
-    scale2: Any  # the scale of base 2
 
 
 class Scratch(NamedTuple):
@@ -57,17 +55,6 @@ class Scratch(NamedTuple):
 
     dq: Any  # [partials, D], by query, slot, piece and head
     dkdv: Any  # float32 [buffers, BLOCK_SIZE, D + DV], of the items of blocks that have several
-
-
-@triton.jit
-def store_or_add(
-    x, head, key, exists, values, ADD: tl.constexpr, D: tl.constexpr, PADDED_D: tl.constexpr
-):
-    """Writes rows of a head's dk or dv, or adds to them."""
-    ptr = x.ptr + head.to(tl.int64) * x.stride_h
-    if ADD:
-        values += load_rows(ptr, key * x.stride_t, exists, D, PADDED_D, True)
-    store_rows(ptr, key * x.stride_t, values, exists, D, PADDED_D)
 
 
 @kernel
@@ -78,7 +65,7 @@ def gather_bwd_kernel(
     do,
     dk,
     dv,
-    softmax,
+    statistics,
     index,
     blocks,
     scratch,
@@ -116,17 +103,15 @@ def gather_bwd_kernel(
 
     q_ptr = q.ptr + head.to(tl.int64) * G * q.stride_h
     do_ptr = do.ptr + head.to(tl.int64) * G * do.stride_h
-    shift_ptr, delta_ptr = softmax.shift + head * G, softmax.delta + head * G
+    of_group = Statistics(statistics.shift + head * G, statistics.delta + head * G)
 
     first_row = tl.load(blocks.first_row + block)
     block_number = tl.load(blocks.number + block)
     column = piece * KEYS + tl.arange(0, KEYS)
     exists = column < tl.load(blocks.num_rows + block)
     key = (first_row + column).to(tl.int64)
-    k_ptr = k.ptr + head.to(tl.int64) * k.stride_h
-    v_ptr = v.ptr + head.to(tl.int64) * v.stride_h
-    k_tile = load_rows(k_ptr, key * k.stride_t, exists, SHAPE.D, SHAPE.PADDED_D, True)
-    v_tile = load_rows(v_ptr, key * v.stride_t, exists, SHAPE.DV, SHAPE.PADDED_DV, True)
+    k, v = of_head(k, head), of_head(v, head)
+    k_tile, v_tile = load_keys(k, v, key, exists, SHAPE)
     dk_tile = tl.zeros([KEYS, SHAPE.PADDED_D], tl.float32)
     dv_tile = tl.zeros([KEYS, SHAPE.PADDED_DV], tl.float32)
 
@@ -146,8 +131,7 @@ def gather_bwd_kernel(
         q_tile = load_rows(q_ptr, q_offset, inside, SHAPE.D, SHAPE.PADDED_D, True)
         do_tile = load_rows(do_ptr, do_offset, inside, SHAPE.DV, SHAPE.PADDED_DV, True)
         at = query.to(tl.int64) * num_heads + member
-        shift = tl.load(shift_ptr + at, mask=inside, other=float("-inf"))
-        delta = tl.load(delta_ptr + at, mask=inside, other=0.0)
+        shift, delta = load_statistics(of_group, at, inside)
 
         ahead = query - first_row  # how far the query lies beyond the block's first key
         if SHAPE.OWN_IS_OPTIONAL:
@@ -159,11 +143,11 @@ def gather_bwd_kernel(
         scores = tl.dot(k_tile, tl.trans(q_tile), input_precision=TILE.PRECISION)  # [KEYS, BLOCK_M]
         # (scores + shift) * scale2 would begin its sum at shift, which is large, and round there
         # with every product.
-        p = tl.exp2(scores * softmax.scale2 + (shift * softmax.scale2)[None, :])
+        p = tl.exp2(scores * statistics.scale2 + (shift * statistics.scale2)[None, :])
         p = tl.where(column[:, None] <= ahead[None, :], p, 0.0)
         dp = tl.dot(v_tile, tl.trans(do_tile), input_precision=TILE.PRECISION)
         dv_tile = add_product(dv_tile, p.to(do_tile.dtype), do_tile, TILE.PRECISION)
-        ds = (p * (dp + delta[None, :]) * softmax.scale).to(q_tile.dtype)
+        ds = (p * (dp + delta[None, :]) * statistics.scale).to(q_tile.dtype)
         dk_tile = add_product(dk_tile, ds, q_tile, TILE.PRECISION)
 
         if STORE_DQ:
@@ -190,8 +174,9 @@ def gather_bwd_kernel(
         store_rows(scratch.dkdv, offset, dk_tile, everywhere, SHAPE.D, SHAPE.PADDED_D)
         store_rows(dv_ptr, offset, dv_tile, everywhere, SHAPE.DV, SHAPE.PADDED_DV)
     else:
-        store_or_add(dk, head, key, exists, dk_tile, ADD, SHAPE.D, SHAPE.PADDED_D)
-        store_or_add(dv, head, key, exists, dv_tile, ADD, SHAPE.DV, SHAPE.PADDED_DV)
+        dk, dv = of_head(dk, head), of_head(dv, head)
+        store_or_add(dk.ptr, key * dk.stride_t, dk_tile, exists, ADD, SHAPE.D, SHAPE.PADDED_D)
+        store_or_add(dv.ptr, key * dv.stride_t, dv_tile, exists, ADD, SHAPE.DV, SHAPE.PADDED_DV)
 
 
 @kernel
@@ -206,39 +191,38 @@ def sum_dkdv_kernel(
     num_tokens,
     item_queries,
     SHAPE: tl.constexpr,
-    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
     ADD: tl.constexpr,
 ):
     """dk and dv of the blocks whose queries were cut into several items."""
-    PARTS: tl.constexpr = SHAPE.BLOCK_SIZE // ROWS
+    PROGRAMS: tl.constexpr = SHAPE.BLOCK_SIZE // KEYS  # of a block
     SLOTS: tl.constexpr = SHAPE.NUM_SLOTS + SHAPE.INIT_BLOCKS + SHAPE.LOCAL_BLOCKS
-    block, head = tl.program_id(0) // PARTS, first_head + tl.program_id(1)
+    block, head = tl.program_id(0) // PROGRAMS, first_head + tl.program_id(1)
     at = (place + tl.program_id(1)).to(tl.int64) * plan.stride_blocks + block
     num_queries = tl.load(plan.num_queries + at)
     if num_queries <= item_queries:
         return
 
-    column = tl.program_id(0) % PARTS * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) % PROGRAMS * KEYS + tl.arange(0, KEYS)
     exists = column < tl.load(blocks.num_rows + block)
     key = (tl.load(blocks.first_row + block) + column).to(tl.int64)
-    dk_ptr = dk.ptr + head.to(tl.int64) * dk.stride_h
-    dv_ptr = dv.ptr + head.to(tl.int64) * dv.stride_h
+    dk, dv = of_head(dk, head), of_head(dv, head)
 
-    dk_tile = tl.zeros([ROWS, SHAPE.PADDED_D], tl.float32)
-    dv_tile = tl.zeros([ROWS, SHAPE.PADDED_DV], tl.float32)
+    dk_tile = tl.zeros([KEYS, SHAPE.PADDED_D], tl.float32)
+    dv_tile = tl.zeros([KEYS, SHAPE.PADDED_DV], tl.float32)
     if ADD:
-        dk_tile += load_rows(dk_ptr, key * dk.stride_t, exists, SHAPE.D, SHAPE.PADDED_D, True)
-        dv_tile += load_rows(dv_ptr, key * dv.stride_t, exists, SHAPE.DV, SHAPE.PADDED_DV, True)
+        old_dk, old_dv = load_keys(dk, dv, key, exists, SHAPE)
+        dk_tile, dv_tile = dk_tile + old_dk, dv_tile + old_dv
 
     first = buffers_of_unit(num_tokens, item_queries, SLOTS) + tl.load(plan.first_buffer + at)
     for nth in tl.range(0, (num_queries + item_queries - 1) // item_queries, num_stages=4):
         offset = ((first + nth) * SHAPE.BLOCK_SIZE + column) * (SHAPE.D + SHAPE.DV)
-        v_part = scratch.dkdv + SHAPE.D
+        dv_ptr = scratch.dkdv + SHAPE.D
         dk_tile += load_rows(scratch.dkdv, offset, exists, SHAPE.D, SHAPE.PADDED_D, True)
-        dv_tile += load_rows(v_part, offset, exists, SHAPE.DV, SHAPE.PADDED_DV, True)
+        dv_tile += load_rows(dv_ptr, offset, exists, SHAPE.DV, SHAPE.PADDED_DV, True)
 
-    store_rows(dk_ptr, key * dk.stride_t, dk_tile, exists, SHAPE.D, SHAPE.PADDED_D)
-    store_rows(dv_ptr, key * dv.stride_t, dv_tile, exists, SHAPE.DV, SHAPE.PADDED_DV)
+    store_rows(dk.ptr, key * dk.stride_t, dk_tile, exists, SHAPE.D, SHAPE.PADDED_D)
+    store_rows(dv.ptr, key * dv.stride_t, dv_tile, exists, SHAPE.DV, SHAPE.PADDED_DV)
 
 
 @kernel
@@ -256,7 +240,7 @@ def sum_dq_kernel(
     TILE: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """dq of a tile of rows: the sum of what the blocks that each query sees left for it."""
+    """dq of a tile of pairs: the sum of what the blocks that each query sees left for it."""
 
     G: tl.constexpr = SHAPE.G
     SLOTS: tl.constexpr = SHAPE.NUM_SLOTS + SHAPE.INIT_BLOCKS + SHAPE.LOCAL_BLOCKS
@@ -281,14 +265,11 @@ def sum_dq_kernel(
         )
         exists = tl.where(slot < SHAPE.NUM_SLOTS, slot < num_sparse, is_seen)
         offset = (partial + i * G) * SHAPE.D
-        part = load_rows(scratch.dq, offset, exists & inside, SHAPE.D, SHAPE.PADDED_D, True)
-        dq += part.to(tl.float32)
+        share = load_rows(scratch.dq, offset, exists & inside, SHAPE.D, SHAPE.PADDED_D, True)
+        dq += share.to(tl.float32)
 
     target = query.to(tl.int64) * num_heads + head * G + row % G
-    if ADD:
-        offset = target * SHAPE.D
-        dq += load_rows(dq_ptr, offset, inside, SHAPE.D, SHAPE.PADDED_D, True).to(tl.float32)
-    store_rows(dq_ptr, target * SHAPE.D, dq, inside, SHAPE.D, SHAPE.PADDED_D)
+    store_or_add(dq_ptr, target * SHAPE.D, dq, inside, ADD, SHAPE.D, SHAPE.PADDED_D)
 
 
 @dataclass(frozen=True)
@@ -368,40 +349,12 @@ def cut_backward(
     return Work(units, num_tokens, index.blocks.shape[1], num_slots, item_queries, pieces)
 
 
-def gather_tile(call: SelectedCall, config: tuning.Config, work: Work) -> Tile:
-    """The tile of the gather kernel."""
-    return constants(
-        Tile,
-        BLOCK_M=config.bwd_m,
-        KEYS=call.blocks.block_size // work.pieces,
-        PIECES=work.pieces,
-        NUM_STAGES=config.bwd_stages,
-        WARPS=config.bwd_warps,
-        PRECISION=tuning.dot_precision(call.q.dtype),
-        STOP_EARLY=config.stop_early,
-    )
-
-
-def sum_tile(config: tuning.Config, work: Work) -> Tile:
-    """The tile of the kernel that adds up dq, which computes no scores."""
-    return constants(
-        Tile,
-        BLOCK_M=config.dq_m,
-        KEYS=0,
-        PIECES=work.pieces,
-        NUM_STAGES=config.dq_stages,
-        WARPS=config.dq_warps,
-        PRECISION="ieee",
-        STOP_EARLY=True,
-    )
-
-
 def new_scratch(call: SelectedCall, work: Work, store_dq: bool) -> Scratch:
     """Room for the partial results of a launch."""
     head_dim, v_dim = call.q.shape[2], call.v.shape[2]
     num_partials = work.partials(call.group_size) if store_dq else 0
     block_elements = call.blocks.block_size * (head_dim + v_dim)
-    num_elements = work.units.step * work.max_buffers * block_elements
+    num_elements = work.units.launch_size * work.max_buffers * block_elements
     return Scratch(
         call.q.new_empty(num_partials, head_dim),
         call.q.new_empty(num_elements, dtype=torch.float32),
@@ -412,14 +365,12 @@ def selected_attention_bwd(
     call: SelectedCall,
     config: tuning.Config,
     do: Tensor,
-    shift: Tensor,
-    delta: Tensor,
+    statistics: Statistics,
     add_to: AddTo,
     store_dq: bool = True,
 ) -> AttentionGradients:
     """Gradients of q `[T, HQ, D]`, k `[T, HKV, D]` and v `[T, HKV, DV]` of a call with an index.
 
-    shift, delta: as `statistics` gives them.
     add_to: gradients of q, and of both k and v or of neither.
     store_dq: False leaves dq alone, because another kernel computes it.
     """
@@ -433,18 +384,21 @@ def selected_attention_bwd(
 
     index, rows, blocks = call.index, RowTable(*call.index.rows), BlockTable(*call.index.blocks)
     work = cut_backward(call, index, config, store_dq)
-    shape, sum_rows = shape_of(call, work), min(call.blocks.block_size, 16)
-    tile, dq_tile = gather_tile(call, config, work), sum_tile(config, work)
-    dkdv_programs = work.num_blocks * (call.blocks.block_size // sum_rows)
+    shape, block_size = shape_of(call, work), call.blocks.block_size
+    keys, sum_keys = block_size // work.pieces, min(block_size, 16)
+    sizes = (config.bwd_m, keys, config.bwd_stages, config.bwd_warps, config.stop_early)
+    dkdv_programs = work.num_blocks * (block_size // sum_keys)
     dq_programs = cdiv(work.units.range_rows * call.group_size, config.dq_m)
 
     scratch = new_scratch(call, work, store_dq)
     key_grads = KeyGradients.of(dk, dv, work.ranged, add_dkdv)
     outputs, add = key_grads.heads, key_grads.kernels_add
-    softmax = Softmax(shift, delta, call.scale, call.scale * LOG2_E)
-    inputs = (heads(q), heads(k), heads(v), heads(do), *outputs, softmax, index, blocks, scratch)
+    tensors = (heads(q), heads(k), heads(v), heads(do), *outputs)
+    inputs = (*tensors, scaled(statistics, call.scale), index, blocks, scratch)
     partials = (dq, scratch, index, rows)
+    tile = tile_of(call, work, *sizes)
     gathering = dict(SHAPE=shape, TILE=tile, ADD=add, STORE_DQ=store_dq, num_warps=config.bwd_warps)
+    dq_tile = tile_of(call, work, config.dq_m, 0, config.dq_stages, config.dq_warps)
     summing = dict(SHAPE=shape, TILE=dq_tile, ADD=add_dq, num_warps=config.dq_warps)
     gluon = config.bwd_hopper and store_dq
     gather = hopper().gather_bwd_hopper_kernel if gluon else gather_bwd_kernel
@@ -458,7 +412,7 @@ def selected_attention_bwd(
         )
         if work.max_buffers:
             sum_dkdv_kernel[(dkdv_programs, count)](
-                *outputs, blocks, scratch, *items, SHAPE=shape, ROWS=sum_rows, ADD=add
+                *outputs, blocks, scratch, *items, SHAPE=shape, KEYS=sum_keys, ADD=add
             )
         if store_dq:
             queries = (first_head, low_row, high_row, num_tokens, num_heads)

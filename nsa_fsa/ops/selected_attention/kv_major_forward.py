@@ -1,11 +1,11 @@
 """Selected attention, forward, in the loop order of FSA: blocks outside, their queries inside.
 
     gather   A program holds one block's keys and values and walks the queries that chose it, a tile
-             of (query, head of the group) rows at a time, so that no group size pads anything. Each
-             row leaves a partial result, normalised, with its own log-sum-exp, at (query, slot).
+             of pairs at a time, so that no group size pads anything. Each pair leaves a partial
+             result, normalised, with its own log-sum-exp, at (query, slot).
              Where a block is too much for one program several hold a piece each, and a slot has
              room for the partial results of all pieces.
-    merge    A program owns a tile of rows that share their own block. It attends to the forced
+    merge    A program owns a tile of pairs that share their own block. It attends to the forced
              blocks densely, which is the only causal masking here, and folds in the partial
              results. The initial block, which every query sees, is no hot spot.
 
@@ -20,11 +20,10 @@ import triton
 import triton.language as tl
 
 from nsa_fsa.ops.common import tuning
-from nsa_fsa.ops.common.bundles import constants, heads
+from nsa_fsa.ops.common.bundles import heads
 from nsa_fsa.ops.common.calls import AttentionResult
 from nsa_fsa.ops.common.locate import BlockTable
 from nsa_fsa.ops.common.primitives import (
-    LN_2,
     LOG2_E,
     dot_keys,
     kernel,
@@ -33,9 +32,9 @@ from nsa_fsa.ops.common.primitives import (
     store_rows,
 )
 from nsa_fsa.ops.common.sizes import cdiv, next_power_of_2, rows_contiguous
+from nsa_fsa.ops.common.windowed_attention.heads import load_keys, of_head, store_attended
 from nsa_fsa.ops.selected_attention.call import BlockIndex, SelectedCall
 from nsa_fsa.ops.selected_attention.work import (
-    Tile,
     Work,
     cut_units,
     load_block,
@@ -43,6 +42,7 @@ from nsa_fsa.ops.selected_attention.work import (
     partials_of_unit,
     planned_launches,
     shape_of,
+    tile_of,
 )
 
 
@@ -90,11 +90,8 @@ def gather_fwd_kernel(
 
     # Whoever chose this block lies beyond it, so all of its keys exist and are seen.
     key = tl.load(blocks.first_row + block) + piece * KEYS + tl.arange(0, KEYS)
-    key = key.to(tl.int64)
-    k_ptr = k.ptr + head.to(tl.int64) * k.stride_h
-    v_ptr = v.ptr + head.to(tl.int64) * v.stride_h
-    k_tile = load_rows(k_ptr, key * k.stride_t, key >= 0, SHAPE.D, SHAPE.PADDED_D, False)
-    v_tile = load_rows(v_ptr, key * v.stride_t, key >= 0, SHAPE.DV, SHAPE.PADDED_DV, False)
+    k, v = of_head(k, head), of_head(v, head)
+    k_tile, v_tile = load_keys(k, v, key, key >= 0, SHAPE, MASKED=False)
     k_tile = tl.trans(k_tile)
 
     num_rows = item.num_rows if TILE.STOP_EARLY else item_queries * G
@@ -148,8 +145,7 @@ def attend_forced(
 
     own, first_row, end_row: number, first row and row after the last of the queries' own block.
     """
-    k_ptr = k.ptr + head.to(tl.int64) * k.stride_h
-    v_ptr = v.ptr + head.to(tl.int64) * v.stride_h
+    k, v = of_head(k, head), of_head(v, head)
     acc = tl.zeros([TILE.BLOCK_M, SHAPE.PADDED_DV], tl.float32)
     maximum = tl.full([TILE.BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([TILE.BLOCK_M], tl.float32)
@@ -161,10 +157,7 @@ def attend_forced(
         if (back <= own) & (is_local | (back >= SHAPE.LOCAL_BLOCKS)):
             for first_key in range(0, SHAPE.BLOCK_SIZE, TILE.KEYS):
                 key = first_row - back * SHAPE.BLOCK_SIZE + first_key + column
-                exists = key < end_row
-                k_offset, v_offset = key.to(tl.int64) * k.stride_t, key.to(tl.int64) * v.stride_t
-                k_tile = load_rows(k_ptr, k_offset, exists, SHAPE.D, SHAPE.PADDED_D, True)
-                v_tile = load_rows(v_ptr, v_offset, exists, SHAPE.DV, SHAPE.PADDED_DV, True)
+                k_tile, v_tile = load_keys(k, v, key, key < end_row, SHAPE)
                 scores = dot_keys(q_tile, k_tile, TILE.PRECISION) * scale
                 seen = key[None, :] <= query[:, None]
                 if SHAPE.OWN_IS_OPTIONAL:
@@ -195,7 +188,7 @@ def merge_fwd_kernel(
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """A program owns a tile of rows of one block."""
+    """A program owns a tile of pairs of one block."""
 
     G: tl.constexpr = SHAPE.G
     TILES: tl.constexpr = (SHAPE.BLOCK_SIZE * G + TILE.BLOCK_M - 1) // TILE.BLOCK_M
@@ -239,13 +232,10 @@ def merge_fwd_kernel(
             acc = acc * decay[:, None] + weight[:, None] * o.to(tl.float32)
             maximum = raised
 
-    seen_any = total > 0
-    total = tl.where(seen_any, total, 1.0)  # acc is 0 where nothing was seen
-    acc = acc * (1.0 / total)[:, None]
-    target = query.to(tl.int64) * num_heads + query_head
-    store_rows(o_ptr, target * SHAPE.DV, acc, inside, SHAPE.DV, SHAPE.PADDED_DV)
-    lse = tl.where(seen_any, (maximum + tl.log2(total)) * LN_2, float("-inf"))
-    tl.store(lse_ptr + target, lse, mask=inside)
+    query = query.to(tl.int64)
+    store_attended(
+        *(o_ptr, lse_ptr, query, query_head, num_heads, inside, acc, maximum, total, SHAPE)
+    )
 
 
 def hopper() -> Any:
@@ -269,34 +259,6 @@ def cut_forward(call: SelectedCall, index: BlockIndex, config: tuning.Config) ->
     return Work(units, num_tokens, index.blocks.shape[1], num_slots, item_queries, pieces)
 
 
-def gather_tile(call: SelectedCall, config: tuning.Config, work: Work) -> Tile:
-    """The tile of the gather kernel."""
-    return constants(
-        Tile,
-        BLOCK_M=config.fwd_m,
-        KEYS=call.blocks.block_size // work.pieces,
-        PIECES=work.pieces,
-        NUM_STAGES=config.fwd_stages,
-        WARPS=config.fwd_warps,
-        PRECISION=tuning.dot_precision(call.q.dtype),
-        STOP_EARLY=config.stop_early,
-    )
-
-
-def merge_tile(call: SelectedCall, config: tuning.Config, work: Work, block_m: int) -> Tile:
-    """The tile of the merge kernel."""
-    return constants(
-        Tile,
-        BLOCK_M=block_m,
-        KEYS=min(config.merge_keys, call.blocks.block_size),
-        PIECES=work.pieces,
-        NUM_STAGES=config.merge_stages,
-        WARPS=config.merge_warps,
-        PRECISION=tuning.dot_precision(call.q.dtype),
-        STOP_EARLY=True,
-    )
-
-
 def selected_attention_fwd(call: SelectedCall, config: tuning.Config) -> AttentionResult:
     """o `[T, HQ, DV]` and the natural-log lse, float32 `[T, HQ]`, of a call with a block index."""
     assert call.index is not None
@@ -309,13 +271,17 @@ def selected_attention_fwd(call: SelectedCall, config: tuning.Config) -> Attenti
 
     index, blocks = call.index, BlockTable(*call.index.blocks)
     work = cut_forward(call, index, config)
-    shape = shape_of(call, work)
-    block_rows = call.blocks.block_size * call.group_size
-    merge_m = min(config.merge_m, max(16, next_power_of_2(block_rows)))
-    tiles = gather_tile(call, config, work), merge_tile(call, config, work, merge_m)
-    gathering = dict(SHAPE=shape, TILE=tiles[0], num_warps=config.fwd_warps)
-    merging = dict(SHAPE=shape, TILE=tiles[1], num_warps=config.merge_warps)
-    merge_programs = work.num_blocks * cdiv(block_rows, merge_m)
+    shape, block_size = shape_of(call, work), call.blocks.block_size
+    block_pairs = block_size * call.group_size
+    merge_m = min(config.merge_m, max(16, next_power_of_2(block_pairs)))
+    keys, merge_keys = block_size // work.pieces, min(config.merge_keys, block_size)
+    sizes = (config.fwd_m, keys, config.fwd_stages, config.fwd_warps, config.stop_early)
+    merge_sizes = (merge_m, merge_keys, config.merge_stages, config.merge_warps)
+    gathering = dict(SHAPE=shape, TILE=tile_of(call, work, *sizes), num_warps=config.fwd_warps)
+    merging = dict(
+        SHAPE=shape, TILE=tile_of(call, work, *merge_sizes), num_warps=config.merge_warps
+    )
+    merge_programs = work.num_blocks * cdiv(block_pairs, merge_m)
 
     num_partials = work.partials(call.group_size)
     partials = Partials(

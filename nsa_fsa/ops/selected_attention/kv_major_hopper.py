@@ -30,6 +30,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from nsa_fsa.ops.common.hopper import copy_rows, gluon_kernel, thread_barrier
+from nsa_fsa.ops.common.windowed_attention.hopper_layouts import (
+    allocate_numbers,
+    allocate_tiles,
+    product_layout,
+    row_layout,
+)
 from nsa_fsa.ops.selected_attention.work import (
     buffers_of_unit,
     load_block,
@@ -56,12 +62,12 @@ def copy_entries(buffer, entries_ptr, row, last, num_dense, G: gl.constexpr):
 
 
 @gluon.jit
-def copy_queries(buffers, slot, q, q_ptr, entries, row, SHAPE: gl.constexpr, layout: gl.constexpr):
+def copy_queries(buffers, stage, q, q_ptr, entries, row, SHAPE: gl.constexpr, layout: gl.constexpr):
     """Asynchronously, the rows of q that the entries of rows of a tile name."""
     query = (entries.load(gl.SliceLayout(1, layout)) // SHAPE.NUM_SLOTS).to(gl.int64)
     member = (row % SHAPE.G).to(gl.int64)
     offset = query * q.stride_t + member * q.stride_h
-    copy_rows(buffers.index(slot), q_ptr, offset, SHAPE.D, layout)
+    copy_rows(buffers.index(stage), q_ptr, offset, SHAPE.D, layout)
 
 
 @gluon_kernel
@@ -84,11 +90,8 @@ def gather_fwd_hopper_kernel(
 ):
     """A program walks an item."""
 
-    number, head, planned = (
-        gl.program_id(0),
-        first_head + gl.program_id(1),
-        place + gl.program_id(1),
-    )
+    number = gl.program_id(0)
+    head, planned = first_head + gl.program_id(1), place + gl.program_id(1)
     # The block is loaded before the item is known to exist, so that the two loads overlap.
     block = load_block(plan, planned, number)
     if number >= gl.load(plan.num_items + planned):
@@ -100,19 +103,16 @@ def gather_fwd_hopper_kernel(
     WARPS: gl.constexpr = TILE.WARPS
 
     dtype: gl.constexpr = q.ptr.dtype.element_ty
-    rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    rows: gl.constexpr = row_layout(D, WARPS)
     row_of: gl.constexpr = gl.SliceLayout(1, rows)
     line: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_SIZE, 16])
-    o_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
+    s_layout: gl.constexpr = product_layout(BLOCK_SIZE, WARPS)
+    o_layout: gl.constexpr = product_layout(D, WARPS)
 
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    tile_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D], dtype)
-    key_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_SIZE, D], dtype)
-    k_s = gl.allocate_shared_memory(dtype, [BLOCK_SIZE, D], key_shared)
-    v_s = gl.allocate_shared_memory(dtype, [BLOCK_SIZE, D], key_shared)
-    q_s = gl.allocate_shared_memory(dtype, [2, BLOCK_M, D], tile_shared)
-    entry_s = gl.allocate_shared_memory(gl.int32, [RING, BLOCK_M], flat)
+    k_s = allocate_tiles(dtype, 1, BLOCK_SIZE, D).index(0)
+    v_s = allocate_tiles(dtype, 1, BLOCK_SIZE, D).index(0)
+    q_s = allocate_tiles(dtype, 2, BLOCK_M, D)
+    entry_s = allocate_numbers(gl.int32, RING, BLOCK_M)
 
     item = load_item(plan, planned, number, block, item_queries, G)
     last = item.num_rows - 1
@@ -184,19 +184,7 @@ def gather_fwd_hopper_kernel(
 # Backward
 
 
-class Walk(NamedTuple):
-    """What holds for all rows of an item."""
-
-    entries_ptr: Any  # where the entry of row 0 would be if all rows had one
-    last: Any  # row
-    num_dense: Any  # queries that see the block densely, which come first
-    first_dense: Any  # row of the first of them
-    first_row: Any  # of the block
-    block_number: Any
-    first_target: Any  # of query 0; it wraps around with the products that are added to it
-
-
-class Steps(NamedTuple):
+class VectorStrides(NamedTuple):
     """Strides of q and do, in vectors of VECTOR elements."""
 
     q_t: Any
@@ -205,7 +193,22 @@ class Steps(NamedTuple):
     do_h: Any
 
 
-class RowBuffers(NamedTuple):
+class Walk(NamedTuple):
+    """What holds for all pairs of an item."""
+
+    last: Any  # pair
+    entries_ptr: Any  # where the entry of pair 0 would be if all pairs had one
+    num_dense: Any  # queries that see the block densely, which come first
+    first_dense: Any  # row of the first of them
+    first_row: Any  # of the block
+    block_number: Any
+    first_target: Any  # of query 0; it wraps around with the products that are added to it
+    statistics: Any  # `ScaledStatistics`
+    head: Any  # KV head
+    num_heads: Any  # of q
+
+
+class PairBuffers(NamedTuple):
     """What one thread a row works out, or asks for, and all threads need to know; shared memory."""
 
     entry: Any  # of two tiles
@@ -223,8 +226,8 @@ class TileBuffers(NamedTuple):
     do: Any
 
 
-class Rows(NamedTuple):
-    """Where rows of an item lie."""
+class Pairs(NamedTuple):
+    """Where pairs of an item lie."""
 
     query: Any
     member: Any  # head of the group
@@ -232,8 +235,8 @@ class Rows(NamedTuple):
 
 
 @gluon.jit
-def resolve_rows(walk, entry, row, SHAPE: gl.constexpr):
-    """Where rows of an item lie; `entry` counts where a row does not see the block densely."""
+def locate_pairs(walk, entry, row, SHAPE: gl.constexpr):
+    """Where pairs of an item lie; `entry` counts where a pair does not see the block densely."""
     SLOTS: gl.constexpr = SHAPE.NUM_SLOTS + SHAPE.INIT_BLOCKS + SHAPE.LOCAL_BLOCKS
     DIVISOR: gl.constexpr = max(SHAPE.NUM_SLOTS, 1)
     nth, member = gl.minimum(row, walk.last) // SHAPE.G, row % SHAPE.G
@@ -245,24 +248,23 @@ def resolve_rows(walk, entry, row, SHAPE: gl.constexpr):
     dense_slot = gl.where(is_initial, walk.block_number, local_slot)
     slot = gl.where(dense, SHAPE.NUM_SLOTS + dense_slot, entry % DIVISOR)
     target = walk.first_target + (query * SLOTS + slot) * SHAPE.G + member
-    return Rows(query, member, target)
+    return Pairs(query, member, target)
 
 
 @gluon.jit
-def prepare_rows(
-    buffers, walk, steps, softmax, head, num_heads, entry, row, pair, place, SHAPE: gl.constexpr
-):
-    """Works out where rows of a tile lie, and asks for their statistics.
+def prepare_pairs(buffers, walk, vector_strides, entry, pair, two, ring, SHAPE: gl.constexpr):
+    """Works out where pairs of a tile lie, and asks for their statistics.
 
-    pair, place: where the tile's values go in the buffers of two tiles, and of RING.
+    two, ring: where the tile's values go in the buffers of two tiles, and of RING.
     """
-    rows = resolve_rows(walk, entry, row, SHAPE)
-    buffers.q_offset.index(pair).store(rows.query * steps.q_t + rows.member * steps.q_h)
-    buffers.do_offset.index(pair).store(rows.query * steps.do_t + rows.member * steps.do_h)
-    buffers.target.index(place).store(rows.target)
-    at = rows.query.to(gl.int64) * num_heads + (head * SHAPE.G + rows.member)
-    async_copy.async_copy_global_to_shared(buffers.shift.index(place), softmax.shift + at)
-    async_copy.async_copy_global_to_shared(buffers.delta.index(place), softmax.delta + at)
+    pairs = locate_pairs(walk, entry, pair, SHAPE)
+    strides, statistics = vector_strides, walk.statistics
+    buffers.q_offset.index(two).store(pairs.query * strides.q_t + pairs.member * strides.q_h)
+    buffers.do_offset.index(two).store(pairs.query * strides.do_t + pairs.member * strides.do_h)
+    buffers.target.index(ring).store(pairs.target)
+    at = pairs.query.to(gl.int64) * walk.num_heads + (walk.head * SHAPE.G + pairs.member)
+    async_copy.async_copy_global_to_shared(buffers.shift.index(ring), statistics.shift + at)
+    async_copy.async_copy_global_to_shared(buffers.delta.index(ring), statistics.delta + at)
 
 
 @gluon.jit
@@ -364,7 +366,7 @@ def gather_bwd_hopper_kernel(
     do,
     dk,
     dv,
-    softmax,
+    statistics,
     index,
     blocks,
     scratch,
@@ -383,11 +385,9 @@ def gather_bwd_hopper_kernel(
     """A program walks an item. STORE_DQ is there for the plain twin's sake, and always true."""
 
     gl.static_assert(STORE_DQ)
-    number, head, planned = (
-        gl.program_id(0),
-        first_head + gl.program_id(1),
-        place + gl.program_id(1),
-    )
+
+    number = gl.program_id(0)
+    head, planned = first_head + gl.program_id(1), place + gl.program_id(1)
     # The block is loaded before the item is known to exist, so that the two loads overlap.
     block = load_block(plan, planned, number)
     if number >= gl.load(plan.num_items + planned):
@@ -401,35 +401,29 @@ def gather_bwd_hopper_kernel(
     SLOTS: gl.constexpr = SHAPE.NUM_SLOTS + SHAPE.INIT_BLOCKS + SHAPE.LOCAL_BLOCKS
 
     dtype: gl.constexpr = q.ptr.dtype.element_ty
-    rows: gl.constexpr = gl.BlockedLayout([1, 8], [256 // D, D // 8], [WARPS, 1], [1, 0])
+    rows: gl.constexpr = row_layout(D, WARPS)
     row_of: gl.constexpr = gl.SliceLayout(1, rows)
     line: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
+    s_layout: gl.constexpr = product_layout(BLOCK_M, WARPS)
     s_column: gl.constexpr = gl.SliceLayout(0, s_layout)
-    d_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, D, 16])
+    d_layout: gl.constexpr = product_layout(D, WARPS)
     a_layout: gl.constexpr = gl.DotOperandLayout(0, d_layout, 2)
     dq_instruction: gl.constexpr = [16, D * 4 // WARPS, 16]
     dq_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, WARPS // 4], dq_instruction)
 
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    tile_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_M, D], dtype)
-    key_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_SIZE, D], dtype)
-    ds_shared: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK_SIZE, BLOCK_M], dtype)
-    k_s = gl.allocate_shared_memory(dtype, [BLOCK_SIZE, D], key_shared)
-    v_s = gl.allocate_shared_memory(dtype, [BLOCK_SIZE, D], key_shared)
+    k_s = allocate_tiles(dtype, 1, BLOCK_SIZE, D).index(0)
+    v_s = allocate_tiles(dtype, 1, BLOCK_SIZE, D).index(0)
     tiles = TileBuffers(
-        gl.allocate_shared_memory(dtype, [NUM_STAGES, BLOCK_M, D], tile_shared),
-        gl.allocate_shared_memory(dtype, [NUM_STAGES, BLOCK_M, D], tile_shared),
+        allocate_tiles(dtype, NUM_STAGES, BLOCK_M, D), allocate_tiles(dtype, NUM_STAGES, BLOCK_M, D)
     )
-
-    ds_s = gl.allocate_shared_memory(dtype, [BLOCK_SIZE, BLOCK_M], ds_shared)
-    buffers = RowBuffers(
-        gl.allocate_shared_memory(gl.int32, [2, BLOCK_M], flat),
-        gl.allocate_shared_memory(gl.int32, [2, BLOCK_M], flat),
-        gl.allocate_shared_memory(gl.int32, [2, BLOCK_M], flat),
-        gl.allocate_shared_memory(gl.int32, [RING, BLOCK_M], flat),
-        gl.allocate_shared_memory(gl.float32, [RING, BLOCK_M], flat),
-        gl.allocate_shared_memory(gl.float32, [RING, BLOCK_M], flat),
+    ds_s = allocate_tiles(dtype, 1, BLOCK_SIZE, BLOCK_M).index(0)
+    buffers = PairBuffers(
+        allocate_numbers(gl.int32, 2, BLOCK_M),
+        allocate_numbers(gl.int32, 2, BLOCK_M),
+        allocate_numbers(gl.int32, 2, BLOCK_M),
+        allocate_numbers(gl.int32, RING, BLOCK_M),
+        allocate_numbers(gl.float32, RING, BLOCK_M),
+        allocate_numbers(gl.float32, RING, BLOCK_M),
     )
 
     item = load_item(plan, planned, number, block, item_queries, G)
@@ -437,14 +431,23 @@ def gather_bwd_hopper_kernel(
     first_dense = gl.load(plan.first_dense + item.at) + item.first_query
     first_entry = gl.load(plan.first_entry + item.at) - num_dense
     first_row = gl.load(blocks.first_row + block)
+    vector_strides = VectorStrides(
+        gl.cast(q.stride_t // VECTOR, gl.int32),
+        gl.cast(q.stride_h // VECTOR, gl.int32),
+        gl.cast(do.stride_t // VECTOR, gl.int32),
+        gl.cast(do.stride_h // VECTOR, gl.int32),
+    )
     walk = Walk(
-        index.entries + head.to(gl.int64) * num_tokens * SHAPE.NUM_SLOTS + first_entry,
         item.num_rows - 1,
+        index.entries + head.to(gl.int64) * num_tokens * SHAPE.NUM_SLOTS + first_entry,
         num_dense,
         first_dense,
         first_row,
         gl.load(blocks.number + block),
         (gl.program_id(1) * num_tokens - low_row) * (SLOTS * G),
+        statistics,
+        head,
+        num_heads,
     )
 
     masked_rows = (first_row + BLOCK_SIZE - first_dense) * G  # of queries inside this very block
@@ -460,18 +463,12 @@ def gather_bwd_hopper_kernel(
     lane = gl.arange(0, BLOCK_M, line)
     row = gl.arange(0, BLOCK_M, row_of)
     column = gl.arange(0, D, gl.SliceLayout(0, rows))
-    steps = Steps(
-        gl.cast(q.stride_t // VECTOR, gl.int32),
-        gl.cast(q.stride_h // VECTOR, gl.int32),
-        gl.cast(do.stride_t // VECTOR, gl.int32),
-        gl.cast(do.stride_h // VECTOR, gl.int32),
-    )
 
     for i in gl.static_range(2):
         ahead = i * BLOCK_M + lane
         nth = gl.minimum(ahead, walk.last) // G
         entry = gl.load(walk.entries_ptr + nth, mask=nth >= num_dense, other=0)
-        prepare_rows(buffers, walk, steps, softmax, head, num_heads, entry, ahead, i, i, SHAPE)
+        prepare_pairs(buffers, walk, vector_strides, entry, ahead, i, i, SHAPE)
     ahead = 2 * BLOCK_M + lane
     copy_entries(buffers.entry.index(0), walk.entries_ptr, ahead, walk.last, num_dense, G)
     thread_barrier()
@@ -500,35 +497,27 @@ def gather_bwd_hopper_kernel(
         if NUM_STAGES > 1:
             stage = (tile + 1) % NUM_STAGES
             copy_tile(tiles, stage, q_ptr, do_ptr, buffers, (tile + 1) % 2, D, rows)
-        pair, place_ahead = tile % 2, (tile + 2) % RING
-        entry, ahead = buffers.entry.index(pair).load(line), start + 2 * BLOCK_M + lane
-        prepare_rows(
-            buffers, walk, steps, softmax, head, num_heads, entry, ahead, pair, place_ahead, SHAPE
-        )
+        two, ring = tile % 2, (tile + 2) % RING
+        entry, ahead = buffers.entry.index(two).load(line), start + 2 * BLOCK_M + lane
+        prepare_pairs(buffers, walk, vector_strides, entry, ahead, two, ring, SHAPE)
         ahead = start + 3 * BLOCK_M + lane
         entries = buffers.entry.index((tile + 1) % 2)
         copy_entries(entries, walk.entries_ptr, ahead, walk.last, num_dense, G)
         async_copy.commit_group()
 
         scores = warpgroup_mma_wait(1, deps=(scores,))
-        p = gl.exp2(scores * softmax.scale2)
+        p = gl.exp2(scores * statistics.scale2)
         if (start < masked_rows) | (start + BLOCK_M > item.num_rows):
+            flags_ptr = index.num_sparse + head.to(gl.int64) * num_tokens + first_dense
             seen = seen_tile(
-                walk,
-                start,
-                item.num_rows,
-                masked_rows,
-                index.num_sparse + head.to(gl.int64) * num_tokens + first_dense,
-                SHAPE,
-                BLOCK_M,
-                s_layout,
+                *(walk, start, item.num_rows, masked_rows, flags_ptr, SHAPE, BLOCK_M, s_layout)
             )
             p = gl.where(seen, p, 0.0)
 
         dp = warpgroup_mma_wait(0, deps=(dp,))
         # p stays in float32 until here: read back from 16 bits it would be converted one
         # number at a time.
-        ds = (p * dp * softmax.scale).to(dtype)
+        ds = (p * dp * statistics.scale).to(dtype)
         p = gl.convert_layout(p.to(dtype), a_layout)
         dv_tile = warpgroup_mma(p, do_tile, dv_tile, is_async=True)
 
@@ -555,19 +544,6 @@ def gather_bwd_hopper_kernel(
     async_copy.wait_group(0)
 
     store_dkdv(
-        dk,
-        dv,
-        blocks,
-        scratch,
-        plan,
-        planned,
-        number,
-        head,
-        num_tokens,
-        item_queries,
-        dk_tile,
-        dv_tile,
-        SHAPE,
-        ADD,
-        d_layout,
+        *(dk, dv, blocks, scratch, plan, planned, number, head, num_tokens, item_queries),
+        *(dk_tile, dv_tile, SHAPE, ADD, d_layout),
     )

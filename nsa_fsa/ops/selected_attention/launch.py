@@ -29,8 +29,8 @@ class KVMajor:
         self, call: SelectedCall, do: Tensor, softmax: Softmax, add_to: AddTo
     ) -> AttentionGradients:
         do = rows_contiguous(do)
-        sums = statistics(do, softmax, call.scale)
-        return selected_attention_bwd(call, self.config, do, *sums, add_to)
+        found = statistics(do, softmax, call.scale)
+        return selected_attention_bwd(call, self.config, do, found, add_to)
 
 
 @dataclass(frozen=True)
@@ -50,11 +50,11 @@ class QueryMajor:
         self, call: SelectedCall, do: Tensor, softmax: Softmax, add_to: AddTo
     ) -> AttentionGradients:
         do = rows_contiguous(do)
-        sums = statistics(do, softmax, call.scale)
+        found = statistics(do, softmax, call.scale)
         config = tuning.plain_config(call.q, call.v, call.blocks.block_size)
-        grads = selected_attention_bwd(call, config, do, *sums, add_to, store_dq=False)
+        grads = selected_attention_bwd(call, config, do, found, add_to, store_dq=False)
         if call.q.numel():
-            query_major_bwd_dq(call, do, *sums, grads.q, add=add_to.q is not None)
+            query_major_bwd_dq(call, do, found, grads.q, add=add_to.q is not None)
         return grads
 
 

@@ -35,7 +35,7 @@ from nsa_fsa.ops.common.registration import define_operator
 from nsa_fsa.ops.common.sizes import aligned_rows
 from nsa_fsa.ops.common.triton_backends import TritonBackend, unsupported_tensors
 from nsa_fsa.ops.selected_attention import reference
-from nsa_fsa.ops.selected_attention.call import BlockIndex, IndexCall, SelectedCall, num_slots
+from nsa_fsa.ops.selected_attention.call import BlockIndex, IndexCall, SelectedCall, empty_index
 from nsa_fsa.sequences import Sequences
 
 if TYPE_CHECKING:
@@ -128,29 +128,22 @@ def _check_selection(
 ) -> tuple[Tensor, Tensor | None]:
     """The indices, cut to their number where that is one for all, and otherwise the numbers."""
     check_tensor("block_indices", block_indices, "int32 [T, HKV, T_sel]")
-    rows = (q.shape[0], k.shape[1])
-    if (
-        block_indices.ndim != 3
-        or block_indices.shape[:2] != rows
-        or block_indices.dtype != torch.int32
-        or block_indices.device != q.device
-    ):
+    rows, wanted = (q.shape[0], k.shape[1]), (torch.int32, q.device)
+    shape, found = tuple(block_indices.shape), (block_indices.dtype, block_indices.device)
+    if len(shape) != 3 or shape[:2] != rows or found != wanted:
         raise ValueError(
-            f"block_indices is {block_indices.dtype} {tuple(block_indices.shape)} "
+            f"block_indices is {block_indices.dtype} {shape} "
             f"on {block_indices.device}; it must be int32 [T, HKV, T_sel] = [{rows[0]}, "
             f"{rows[1]}, T_sel] on {q.device}. Fix: pass what select_blocks returns for this q."
         )
+
     if block_counts is None:
         return block_indices, None
     if isinstance(block_counts, int):
         check_ints(0, block_counts=block_counts)
         return block_indices[..., :block_counts], None
     check_tensor("block_counts", block_counts, "int32 [T, HKV], or an int")
-    if (
-        block_counts.shape != rows
-        or block_counts.dtype != torch.int32
-        or block_counts.device != q.device
-    ):
+    if block_counts.shape != rows or (block_counts.dtype, block_counts.device) != wanted:
         raise ValueError(
             f"block_counts is {block_counts.dtype} {tuple(block_counts.shape)} on "
             f"{block_counts.device}; it must be an int, or int32 [T, HKV] = {rows} on {q.device}."
@@ -195,17 +188,11 @@ def _checked_index(call: IndexCall) -> BlockIndex:
 
 def fake_index(call: IndexCall) -> BlockIndex:
     """Shapes and dtypes of a block index."""
-    indices = call.block_indices
-    num_rows, num_heads, num_indices = indices.shape
-    num_blocks = num_rows // call.blocks.block_size + call.sequences.cu_seqlens.shape[0] - 1
-    return BlockIndex(
-        indices.new_empty(num_heads, num_rows * num_slots(num_indices, call.blocks)),
-        indices.new_empty(num_heads, num_blocks),
-        indices.new_empty(num_heads, num_blocks),
-        indices.new_empty(num_heads, num_rows),
-        aligned_rows(3, num_rows, dtype=torch.int32, device=indices.device),
-        aligned_rows(4, num_blocks, dtype=torch.int32, device=indices.device),
-    )
+    cu_seqlens, num_rows = call.sequences.cu_seqlens, call.block_indices.shape[0]
+    num_blocks = num_rows // call.blocks.block_size + cu_seqlens.shape[0] - 1
+    rows = aligned_rows(3, num_rows, dtype=torch.int32, device=cu_seqlens.device)
+    blocks = aligned_rows(4, num_blocks, dtype=torch.int32, device=cu_seqlens.device)
+    return empty_index(call, rows, blocks)
 
 
 # Backends

@@ -18,16 +18,23 @@ from nsa_fsa.ops.common.bundles import constants, heads
 from nsa_fsa.ops.common.calls import AttentionResult
 from nsa_fsa.ops.common.locate import RowTable, locate_rows
 from nsa_fsa.ops.common.primitives import (
-    LN_2,
     LOG2_E,
     add_product,
     dot_keys,
     kernel,
     load_rows,
     online_softmax,
-    store_rows,
 )
 from nsa_fsa.ops.common.sizes import next_power_of_2, padded_dim, rows_contiguous
+from nsa_fsa.ops.common.softmax_statistics import Statistics
+from nsa_fsa.ops.common.windowed_attention.heads import (
+    load_keys,
+    load_statistics,
+    of_head,
+    scaled,
+    store_attended,
+    store_or_add,
+)
 from nsa_fsa.ops.selected_attention.call import SelectedCall
 
 
@@ -104,10 +111,8 @@ def load_step(k, v, head, selection, step, SHAPE: tl.constexpr):
     block = tl.sum(tl.where(is_present, selection.blocks, 0), 0)
     key = block * SHAPE.BLOCK_SIZE + step % STEPS * KEYS + tl.arange(0, KEYS)
     seen = (block >= 0) & (key <= selection.position)
-    row = (selection.first_key + key).to(tl.int64)
-    k_ptr, v_ptr = k.ptr + head * k.stride_h, v.ptr + head * v.stride_h
-    k_tile = load_rows(k_ptr, row * k.stride_t, seen, SHAPE.D, SHAPE.PADDED_D, True)
-    v_tile = load_rows(v_ptr, row * v.stride_t, seen, SHAPE.DV, SHAPE.PADDED_DV, True)
+    row = selection.first_key + key
+    k_tile, v_tile = load_keys(of_head(k, head), of_head(v, head), row, seen, SHAPE)
     return Step(k_tile, v_tile, seen)
 
 
@@ -133,13 +138,9 @@ def query_fwd_kernel(
         scores = tl.where(seen[None, :], scores, float("-inf"))
         acc, maximum, total = online_softmax(acc, maximum, total, scores, v_tile, SHAPE.PRECISION)
 
-    seen_any = total > 0
-    total = tl.where(seen_any, total, 1.0)
-    o = acc * (1.0 / total)[:, None]
-    target = query * num_heads + query_head
-    store_rows(o_ptr, target * SHAPE.DV, o, real, SHAPE.DV, SHAPE.PADDED_DV)
-    lse = tl.where(seen_any, (maximum + tl.log2(total)) * LN_2, float("-inf"))
-    tl.store(lse_ptr + target, lse, mask=real)
+    store_attended(
+        *(o_ptr, lse_ptr, query, query_head, num_heads, real, acc, maximum, total, SHAPE)
+    )
 
 
 @kernel
@@ -148,19 +149,16 @@ def query_bwd_dq_kernel(
     k,
     v,
     do,
-    shift_ptr,
-    delta_ptr,
+    statistics,
     indices,
     counts,
     rows,
     dq_ptr,
-    scale2,
-    scale,
     num_heads,
     SHAPE: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """A program does dq of one query and one KV head. scale2: the scale of base 2."""
+    """A program does dq of one query and one KV head."""
 
     query, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     selection = load_selection(rows, indices, counts, query, head, SHAPE)
@@ -171,23 +169,19 @@ def query_bwd_dq_kernel(
     q_ptr, do_ptr = q.ptr + query * q.stride_t, do.ptr + query * do.stride_t
     q_tile = load_rows(q_ptr, query_head * q.stride_h, real, SHAPE.D, SHAPE.PADDED_D, True)
     do_tile = load_rows(do_ptr, query_head * do.stride_h, real, SHAPE.DV, SHAPE.PADDED_DV, True)
-    shift = tl.load(shift_ptr + target, mask=real, other=float("-inf"))
-    delta = tl.load(delta_ptr + target, mask=real, other=0.0)
+    shift, delta = load_statistics(statistics, target, real)
 
     dq = tl.zeros([SHAPE.PADDED_G, SHAPE.PADDED_D], tl.float32)
     for step in tl.range(0, SHAPE.NUM_STEPS, num_stages=SHAPE.NUM_STAGES):
         k_tile, v_tile, seen = load_step(k, v, head, selection, step, SHAPE)
         scores = dot_keys(q_tile, k_tile, SHAPE.PRECISION)
-        p = tl.exp2(scores * scale2 + (shift * scale2)[:, None])
+        p = tl.exp2(scores * statistics.scale2 + (shift * statistics.scale2)[:, None])
         p = tl.where(seen[None, :], p, 0.0)
         dp = dot_keys(do_tile, v_tile, SHAPE.PRECISION)
-        ds = (p * (dp + delta[:, None]) * scale).to(k_tile.dtype)
+        ds = (p * (dp + delta[:, None]) * statistics.scale).to(k_tile.dtype)
         dq = add_product(dq, ds, k_tile, SHAPE.PRECISION)
 
-    offset = target * SHAPE.D
-    if ADD:
-        dq += load_rows(dq_ptr, offset, real, SHAPE.D, SHAPE.PADDED_D, True).to(tl.float32)
-    store_rows(dq_ptr, offset, dq, real, SHAPE.D, SHAPE.PADDED_D)
+    store_or_add(dq_ptr, target * SHAPE.D, dq, real, ADD, SHAPE.D, SHAPE.PADDED_D)
 
 
 def make_shape(call: SelectedCall, keys: int, num_stages: int) -> Shape:
@@ -239,9 +233,9 @@ def query_major_fwd(call: SelectedCall) -> AttentionResult:
 
 
 def query_major_bwd_dq(
-    call: SelectedCall, do: Tensor, shift: Tensor, delta: Tensor, dq: Tensor, add: bool
+    call: SelectedCall, do: Tensor, statistics: Statistics, dq: Tensor, add: bool
 ) -> None:
-    """Writes dq `[T, HQ, D]`, or adds to it; shift and delta are as `statistics` gives them."""
+    """Writes dq `[T, HQ, D]`, or adds to it."""
     assert call.index is not None
     tensors = (call.q, call.k, call.v, do, call.block_indices)
     q, k, v, do, indices = (rows_contiguous(x) for x in tensors)
@@ -255,8 +249,10 @@ def query_major_bwd_dq(
     keys, num_warps, num_stages = tuning.query_major_tile(q, v)
     shape = make_shape(call, keys, num_stages)
 
-    inputs = (heads(q), heads(k), heads(v), heads(do), shift, delta, heads(indices), counts, rows)
-    scales = (call.scale * LOG2_E, call.scale)
+    inputs = (heads(q), heads(k), heads(v), heads(do), scaled(statistics, call.scale))
     query_bwd_dq_kernel[(q.shape[0], k.shape[1])](
-        *inputs, dq, *scales, q.shape[1], SHAPE=shape, ADD=add, num_warps=num_warps
+        *(*inputs, heads(indices), counts, rows, dq, q.shape[1]),
+        SHAPE=shape,
+        ADD=add,
+        num_warps=num_warps,
     )

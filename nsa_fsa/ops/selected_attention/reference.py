@@ -34,44 +34,56 @@ def chunks(
     negative or out of range.
     """
     num_kv_heads, num_indices = block_indices.shape[1:]
-    slot = torch.arange(num_indices, device=q.device)
     for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
         # On a CPU alone: which queries chose a block is read back for every block,
         # which a GPU would wait for.
-        many_queries = (
-            QUERIES_PER_KEY * num_indices * block_size <= sequence.q.stop - sequence.q.start
-        )
+        num_queries = sequence.q.stop - sequence.q.start
+        many_queries = QUERIES_PER_KEY * num_indices * block_size <= num_queries
         by_block = many_queries and q.device.type == "cpu"
         if by_block:
             size = chunk_size(q[:, : q.shape[1] // num_kv_heads], block_size)
             size = min(size, most_queries(num_kv_heads * -(-sequence.length // block_size)))
         else:
             size = chunk_size(q, sequence.length)
+
         for rows, first, stop in query_chunks(sequence, size):
             t = torch.arange(first, stop, device=q.device)
-            num_blocks = -(-stop // block_size)
-            index = block_indices[rows].long()  # [M, HKV, T_sel]
-            valid = (index >= 0) & (index <= (t // block_size)[:, None, None])
-            if block_counts is not None:
-                valid &= slot < block_counts[rows][..., None]
-            # A set of blocks, so duplicates collapse; what is not valid lands in a spare column
-            # that is then dropped.
-            selected = torch.zeros(
-                *index.shape[:2], num_blocks + 1, dtype=torch.bool, device=q.device
+            counts = None if block_counts is None else block_counts[rows]
+            selected = selected_blocks(
+                block_indices[rows], counts, t // block_size, -(-stop // block_size)
             )
-            selected.scatter_(2, torch.where(valid, index, num_blocks), True)
-            selected = selected[..., :num_blocks]
             position = torch.arange(stop, device=q.device)
             if not by_block:
                 visible = selected[..., position // block_size] & (position <= t[:, None])[:, None]
                 yield Chunk(rows, slice(sequence.k.start, sequence.k.start + stop), visible)
                 continue
+
             for head, block in selected.any(0).nonzero().tolist():
                 queries = selected[:, head, block].nonzero().flatten()
                 begin, end = block * block_size, min((block + 1) * block_size, stop)
                 visible = position[begin:end] <= t[queries, None]
                 keys = slice(sequence.k.start + begin, sequence.k.start + end)
                 yield Chunk(rows.start + queries, keys, visible[:, None], slice(head, head + 1))
+
+
+def selected_blocks(indices: Tensor, counts: Tensor | None, own: Tensor, num_blocks: int) -> Tensor:
+    """Whether each query selected each of the first num_blocks blocks: bool `[M, HKV, num_blocks]`.
+
+    Args:
+        indices: `[M, HKV, T_sel]`.
+        counts: how many of them count, `[M, HKV]`; None for all.
+        own: the numbers of the queries' own blocks, `[M]`.
+        num_blocks: more than any of these numbers.
+    """
+    index = indices.long()
+    valid = (index >= 0) & (index <= own[:, None, None])
+    if counts is not None:
+        valid &= torch.arange(index.shape[2], device=index.device) < counts[..., None]
+    # A set of blocks, so duplicates collapse; what is not valid lands in a spare column
+    # that is then dropped.
+    selected = index.new_zeros(*index.shape[:2], num_blocks + 1, dtype=torch.bool)
+    selected.scatter_(2, torch.where(valid, index, num_blocks), True)
+    return selected[..., :num_blocks]
 
 
 def selected_attention(
@@ -96,8 +108,8 @@ def selected_attention(
     `init_blocks` and `local_blocks` are promises about the indices that only faster backends
     make use of.
     """
-    plan = chunks(q, block_indices, cu_seqlens, block_size, block_counts, cu_seqlens_q, seqused_k)
-    return attention(q, k, v, plan, scale)
+    seen = chunks(q, block_indices, cu_seqlens, block_size, block_counts, cu_seqlens_q, seqused_k)
+    return attention(q, k, v, seen, scale)
 
 
 def selected_attention_backward(
@@ -121,5 +133,5 @@ def selected_attention_backward(
     delta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to q, k and v."""
-    plan = chunks(q, block_indices, cu_seqlens, block_size, block_counts, cu_seqlens_q, seqused_k)
-    return attention_backward(do, q, k, v, o, lse, plan, scale, delta)
+    seen = chunks(q, block_indices, cu_seqlens, block_size, block_counts, cu_seqlens_q, seqused_k)
+    return attention_backward(do, q, k, v, o, lse, seen, scale, delta)

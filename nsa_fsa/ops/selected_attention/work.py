@@ -3,7 +3,7 @@
     unit   is a KV head and a range of query rows. A launch does several heads whole or one range of
            one head, whatever the workspace has room for.
     item   is a block and a share of the unit's queries that see it, so that a block that everyone
-           chose is no hot spot. A program walks the G rows of each query, one per query head.
+           chose is no hot spot. A program walks the G pairs of each query.
     piece  is what one program holds of a block's keys. Programs that hold the pieces of one block
            share its items.
     slot   is the place of a block among those of a query.
@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from nsa_fsa.ops.common import tuning
 from nsa_fsa.ops.common.bundles import constants
 from nsa_fsa.ops.common.locate import BlockTable
 from nsa_fsa.ops.common.primitives import kernel
@@ -49,7 +49,7 @@ class Shape(NamedTuple):
 class Tile(NamedTuple):
     """What a program works on at a time."""
 
-    BLOCK_M: Any  # rows, which are (query, head of the group) pairs
+    BLOCK_M: Any  # pairs
     KEYS: Any
     PIECES: Any  # of a block, in the kernel that leaves partial results
     NUM_STAGES: Any
@@ -77,6 +77,28 @@ def shape_of(call: SelectedCall, work: "Work") -> Shape:
     )
 
 
+def tile_of(
+    call: SelectedCall,
+    work: "Work",
+    block_m: int,
+    keys: int,
+    stages: int,
+    warps: int,
+    stop_early: bool = True,
+) -> Tile:
+    """The tile of a kernel."""
+    return constants(
+        Tile,
+        BLOCK_M=block_m,
+        KEYS=keys,
+        PIECES=work.pieces,
+        NUM_STAGES=stages,
+        WARPS=warps,
+        PRECISION=tuning.dot_precision(call.q.dtype),
+        STOP_EARLY=stop_early,
+    )
+
+
 # Units and launches
 
 
@@ -86,18 +108,18 @@ class Units(NamedTuple):
     num_ranges: int
     range_rows: int  # query rows of a range; the last may have fewer
     num_units: int
-    step: int  # units to launch at a time; 1 where heads are cut into ranges
+    launch_size: int  # units of a launch; 1 where heads are cut into ranges
 
     def launches(self) -> list[tuple[int, int]]:
         """First unit and number of units of every launch."""
-        starts = range(0, self.num_units, self.step)
-        return [(first, min(self.step, self.num_units - first)) for first in starts]
+        starts = range(0, self.num_units, self.launch_size)
+        return [(first, min(self.launch_size, self.num_units - first)) for first in starts]
 
 
 def cut_units(
     num_heads: int, num_rows: int, row_bytes: int, workspace_bytes: int, align: int
 ) -> Units:
-    """Units of which `step`, at row_bytes a row, fit the workspace; whole heads if one fits."""
+    """Units of which a launch, at row_bytes a row, fits the workspace; whole heads if one fits."""
     rows = max(workspace_bytes // row_bytes, 1)
     if rows >= num_rows:
         return Units(1, num_rows, num_heads, min(rows // num_rows, num_heads))
@@ -167,7 +189,7 @@ class Work:
 
     def partials(self, group_size: int) -> int:
         """Partial results of a launch: one for each slot, piece and head of the group."""
-        rows = self.units.step * self.units.range_rows
+        rows = self.units.launch_size * self.units.range_rows
         return rows * self.num_slots * self.pieces * group_size
 
 
@@ -326,24 +348,25 @@ def plan_kernel(
     tl.store(plan.num_items + planned, item_total)
 
 
-def new_plan(work: Work, num_heads: int, device: torch.device) -> Plan:
+def new_plan(work: Work, index: BlockIndex) -> Plan:
     """Room for the plan of as many whole launches as fit what `workspace_bytes` leaves to it.
 
     That is a byte for every row and slot of a launch, and 28 for every block and KV head.
     """
     units, num_blocks = work.units, work.num_blocks
-    room = units.step * units.range_rows * work.num_slots + 28 * num_blocks * num_heads
+    room = units.launch_size * units.range_rows * work.num_slots + 28 * index.num_entries.numel()
     unit_bytes = 4 * (work.max_items + 1 + 6 * num_blocks)
-    planned = min(max(room // unit_bytes // units.step, 1) * units.step, units.num_units)
+    launches = max(room // unit_bytes // units.launch_size, 1)
+    planned = min(launches * units.launch_size, units.num_units)
 
-    new: dict[str, Any] = dict(dtype=torch.int32, device=device)
+    like = index.entries
     stride_items, stride_blocks = (cdiv(n, 16) * 16 for n in (work.max_items, num_blocks))
     return Plan(
         stride_items,
         stride_blocks,
-        torch.empty(planned, stride_items, **new),
-        torch.empty(planned, **new),
-        *aligned_rows(6, planned, stride_blocks, **new),
+        like.new_empty(planned, stride_items),
+        like.new_empty(planned),
+        *aligned_rows(6, planned, stride_blocks, dtype=like.dtype, device=like.device),
     )
 
 
@@ -360,25 +383,16 @@ def planned_launches(
     """
     units, num_rows = work.units, work.num_rows
     _, init_blocks, local_blocks = call.blocks
-    plan = new_plan(work, index.num_sparse.shape[0], index.entries.device)
+    plan = new_plan(work, index)
     planned_units = plan.num_items.shape[0]
 
     for first, count in units.launches():
         place = first % planned_units
         if place == 0 and work.num_slots:
             plan_kernel[(min(planned_units, units.num_units - first),)](
-                index,
-                blocks,
-                plan,
-                work.num_blocks,
-                num_rows,
-                first,
-                units.num_ranges,
-                units.range_rows,
-                num_rows.bit_length() + 1,
-                init_blocks,
-                max(local_blocks, 1) * call.blocks.block_size,
-                work.item_queries,
+                *(index, blocks, plan, work.num_blocks, num_rows, first),
+                *(units.num_ranges, units.range_rows, num_rows.bit_length() + 1),
+                *(init_blocks, max(local_blocks, 1) * call.blocks.block_size, work.item_queries),
                 NUM_SLOTS=max(call.num_slots, 1),
                 DENSE=dense,
                 RANGED=work.ranged,
