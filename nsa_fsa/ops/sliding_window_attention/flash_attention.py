@@ -56,7 +56,7 @@ def output_and_dlse(
     return do.new_zeros(do.shape[-1]).expand(do.shape), -delta
 
 
-class Window(NamedTuple):
+class SlidingWindow(NamedTuple):
     """Who sees what, as the libraries want it."""
 
     cu_seqlens_q: Tensor
@@ -65,6 +65,11 @@ class Window(NamedTuple):
     max_seqlen: int
     scale: float
     size: int
+
+    @property
+    def lengths(self) -> tuple[Tensor, Tensor, int, int]:
+        """Where sequences begin, and their greatest length, of queries and of keys."""
+        return self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen, self.max_seqlen
 
 
 class Gradients(NamedTuple):
@@ -101,12 +106,14 @@ class Library(ABC):
         return None
 
     @abstractmethod
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, sliding: SlidingWindow
+    ) -> tuple[Tensor, Tensor]:
         """o, and lse `[HQ, T]`."""
 
     @abstractmethod
     def backward(
-        self, tensors: Gradients, window: Window, into: tuple[Tensor, Tensor, Tensor] | None
+        self, tensors: Gradients, sliding: SlidingWindow, into: tuple[Tensor, Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """dq, dk and dv, written to the tensors `into`, where given;
         their heads may be slices of larger tensors'.
@@ -129,6 +136,7 @@ class Library(ABC):
             )
         if not call.scale > 0:
             return f"scale={call.scale}; it must be positive"
+
         if (number := sequences.cu_seqlens.shape[0] - 1) > self.max_sequences:
             return f"{number} sequences; supported are at most {self.max_sequences}"
         if sequences.seqused_k is None:
@@ -153,28 +161,28 @@ class FlashAttn4(Library):
     def missing(self) -> str | None:
         return _flash_attn_4_missing()
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, sliding: SlidingWindow
+    ) -> tuple[Tensor, Tensor]:
         from flash_attn.cute.interface import _flash_attn_fwd
 
         o, lse, *_ = replay.opaque(
             _flash_attn_fwd,
-            q,
-            k,
-            v,
-            cu_seqlens_q=window.cu_seqlens_q,
-            cu_seqlens_k=window.cu_seqlens_k,
-            seqused_k=window.seqused_k,
-            max_seqlen_q=window.max_seqlen,
-            max_seqlen_k=window.max_seqlen,
-            softmax_scale=window.scale,
-            window_size_left=window.size - 1,
+            *(q, k, v),
+            cu_seqlens_q=sliding.cu_seqlens_q,
+            cu_seqlens_k=sliding.cu_seqlens_k,
+            seqused_k=sliding.seqused_k,
+            max_seqlen_q=sliding.max_seqlen,
+            max_seqlen_k=sliding.max_seqlen,
+            softmax_scale=sliding.scale,
+            window_size_left=sliding.size - 1,
             window_size_right=0,
             return_lse=True,
         )
         return o, lse
 
     def backward(
-        self, tensors: Gradients, window: Window, into: tuple[Tensor, Tensor, Tensor] | None
+        self, tensors: Gradients, sliding: SlidingWindow, into: tuple[Tensor, Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         from flash_attn.cute.interface import _flash_attn_bwd
 
@@ -183,18 +191,12 @@ class FlashAttn4(Library):
         dq, dk, dv = into or (x.new_empty(x.shape) for x in (q, k, v))
         replay.opaque(
             _flash_attn_bwd,
-            q,
-            k,
-            v,
-            o,
-            do,
-            lse,
-            window.scale,
-            cu_seqlens_q=window.cu_seqlens_q,
-            cu_seqlens_k=window.cu_seqlens_k,
-            max_seqlen_q=window.max_seqlen,
-            max_seqlen_k=window.max_seqlen,
-            window_size_left=window.size - 1,
+            *(q, k, v, o, do, lse, sliding.scale),
+            cu_seqlens_q=sliding.cu_seqlens_q,
+            cu_seqlens_k=sliding.cu_seqlens_k,
+            max_seqlen_q=sliding.max_seqlen,
+            max_seqlen_k=sliding.max_seqlen,
+            window_size_left=sliding.size - 1,
             window_size_right=0,
             dq=dq,
             dk=dk,
@@ -211,45 +213,32 @@ class TorchFlash(Library):
     stops_at_end = True
     max_sequences = 2**16 - 1  # the second axis of its grid, which CUDA limits
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, window: Window) -> tuple[Tensor, Tensor]:
-        lengths = (window.cu_seqlens_q, window.cu_seqlens_k, window.max_seqlen, window.max_seqlen)
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, sliding: SlidingWindow
+    ) -> tuple[Tensor, Tensor]:
         o, lse, *_ = torch.ops.aten._flash_attention_forward(
-            q,
-            k,
-            v,
-            *lengths,
+            *(q, k, v, *sliding.lengths),
             0.0,  # dropout
             False,  # causal beyond the window
             False,  # a mask for debugging
-            scale=window.scale,
-            window_size_left=window.size - 1,
+            scale=sliding.scale,
+            window_size_left=sliding.size - 1,
             window_size_right=0,
-            seqused_k=window.seqused_k,
+            seqused_k=sliding.seqused_k,
         )
         return o, lse
 
     def backward(
-        self, tensors: Gradients, window: Window, into: tuple[Tensor, Tensor, Tensor] | None
+        self, tensors: Gradients, sliding: SlidingWindow, into: tuple[Tensor, Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
         do, q, k, v, o, lse, _ = tensors
-        lengths = (window.cu_seqlens_q, window.cu_seqlens_k, window.max_seqlen, window.max_seqlen)
         # The seed and offset of dropout, of which there is none.
         seed = torch.empty(2, dtype=torch.uint64, device=q.device)
         offset = torch.empty(0, device=q.device)
         grads = torch.ops.aten._flash_attention_backward(
-            do,
-            q,
-            k,
-            v,
-            o,
-            lse,
-            *lengths,
-            0.0,
-            False,
-            seed,
-            offset,
-            scale=window.scale,
-            window_size_left=window.size - 1,
+            *(do, q, k, v, o, lse, *sliding.lengths, 0.0, False, seed, offset),
+            scale=sliding.scale,
+            window_size_left=sliding.size - 1,
             window_size_right=0,
         )
         for target, grad in zip(into or (), grads, strict=bool(into)):
@@ -281,12 +270,8 @@ class FlashBackend(AttentionBackend[WindowedCall]):
         """
         if call.device.type != "cuda":
             return f"the tensors are on {call.device}"
-        starts, starts_q, num_rows = (
-            call.sequences.cu_seqlens,
-            call.sequences.cu_seqlens_q,
-            call.q.shape[0],
-        )
-        number = 0 if starts_q is not None else starts.shape[0] - 1
+        sequences, num_rows = call.sequences, call.q.shape[0]
+        number = 0 if sequences.cu_seqlens_q is not None else sequences.cu_seqlens.shape[0] - 1
         if number < MANY_SEQUENCES or num_rows > number * PADDING:
             return None
         return (
@@ -395,10 +380,10 @@ def _width(q: Tensor, v: Tensor) -> int:
     return -(-max(q.shape[2], v.shape[2]) // WIDTH_STEP) * WIDTH_STEP
 
 
-def _window(call: WindowedCall) -> Window:
+def _sliding_window(call: WindowedCall) -> SlidingWindow:
     cu_seqlens, max_seqlen, _, seqused_k = call.sequences
     assert call.window_size is not None
-    return Window(
+    return SlidingWindow(
         call.sequences.of_queries, cu_seqlens, seqused_k, max_seqlen, call.scale, call.window_size
     )
 
@@ -411,7 +396,7 @@ def flash_attention_fwd(library: Library, call: WindowedCall) -> AttentionResult
         lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
         return AttentionResult(q.new_zeros(*q.shape[:2], v_dim), lse)
     q, k, v = (_padded(x, width) for x in (q, k, v))
-    o, lse = library.forward(q, k, v, _window(call))
+    o, lse = library.forward(q, k, v, _sliding_window(call))
     return AttentionResult(o[..., :v_dim].contiguous(), lse.T.contiguous())
 
 
@@ -439,20 +424,17 @@ def flash_attention_bwd(
     do, q, k, v, o = (_padded(x, width) for x in (do, q, k, v, softmax.o))
     delta = None if softmax.delta is None else softmax.delta.T.contiguous()
     tensors = Gradients(do, q, k, v, o, softmax.lse.T.contiguous(), delta)
-    window = _window(call)
+    sliding = _sliding_window(call)
 
-    num_sequences = window.cu_seqlens_k.shape[0] - 1
+    num_sequences = sliding.cu_seqlens_k.shape[0] - 1
     one_head = bytes_of_kv_head(q.shape[0], k.shape[0], call.group_size, num_sequences, width)
     chunks = list(head_chunks(k.shape[1], call.group_size, one_head, call.workspace_bytes))
     if len(chunks) == 1:
-        dq, dk, dv = library.backward(tensors, window, None)
+        dq, dk, dv = library.backward(tensors, sliding, None)
     else:
         dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
         for heads, kv_heads in chunks:
             into = (dq[:, heads], dk[:, kv_heads], dv[:, kv_heads])
-            library.backward(tensors.of(heads, kv_heads), window, into)
-    return (
-        dq[..., :head_dim].contiguous(),
-        dk[..., :head_dim].contiguous(),
-        dv[..., :v_dim].contiguous(),
-    )
+            library.backward(tensors.of(heads, kv_heads), sliding, into)
+    dq, dk, dv = dq[..., :head_dim], dk[..., :head_dim], dv[..., :v_dim]
+    return dq.contiguous(), dk.contiguous(), dv.contiguous()

@@ -69,5 +69,5 @@ def sliding_window_attention_backward(
     delta: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients with respect to q, k and v."""
-    plan = chunks(q, cu_seqlens, window_size, cu_seqlens_q, seqused_k)
-    return attention_backward(do, q, k, v, o, lse, plan, scale, delta)
+    seen = chunks(q, cu_seqlens, window_size, cu_seqlens_q, seqused_k)
+    return attention_backward(do, q, k, v, o, lse, seen, scale, delta)
