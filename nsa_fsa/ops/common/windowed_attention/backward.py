@@ -23,11 +23,12 @@ from torch import Tensor
 from nsa_fsa.ops.common import tuning
 from nsa_fsa.ops.common.bundles import heads
 from nsa_fsa.ops.common.calls import NOTHING, AddTo, AttentionGradients, Softmax
-from nsa_fsa.ops.common.locate import Tiles, load_tile, locate_tiles
+from nsa_fsa.ops.common.locate import Tiles, count_windows, load_tile, locate_tiles
 from nsa_fsa.ops.common.primitives import (
     add_product,
     dot_keys,
     kernel,
+    load_pairs,
     load_rows,
     softmax_of,
     store_rows,
@@ -50,10 +51,8 @@ from nsa_fsa.ops.common.windowed_attention.heads import (
     store_or_add,
 )
 from nsa_fsa.ops.common.windowed_attention.tiles import (
-    count_windows,
     is_seen,
     key_tile_work,
-    load_pairs,
     pairs_of,
     pairs_of_tile,
     pairs_that_see,
@@ -192,7 +191,9 @@ def compressed_bwd_dkdv_kernel(
     ALIKE: tl.constexpr = tiles_ptr is None
     tile = load_tile(tiles_ptr, num_tiles, work.tile, num_rows, num_sequences, True, ALIKE)
     first_window = tile.number * BLOCK_N
-    num_windows = count_windows(tile.num_keys, SHAPE) - first_window
+    num_windows = (
+        count_windows(tile.num_keys, SHAPE.KERNEL_SIZE, SHAPE.KERNEL_STRIDE) - first_window
+    )
     if (tile.num_queries == 0) | (num_windows <= 0):
         return
     seen_by = pairs_that_see(tile, first_window, work.part, part_rows, SHAPE)
@@ -268,7 +269,9 @@ def sum_parts_kernel(
     ALIKE: tl.constexpr = tiles_ptr is None
     tile = load_tile(tiles_ptr, num_tiles, tile_number, num_rows, num_sequences, True, ALIKE)
     window = tile.number * TILE_WINDOWS + nth * WINDOWS + tl.arange(0, WINDOWS)
-    exists = (window < count_windows(tile.num_keys, SHAPE)) & (tile.num_queries > 0)
+    exists = (window < count_windows(tile.num_keys, SHAPE.KERNEL_SIZE, SHAPE.KERNEL_STRIDE)) & (
+        tile.num_queries > 0
+    )
     row = (tile.first_key // SHAPE.KERNEL_STRIDE + window).to(tl.int64)
 
     total = tl.zeros([WINDOWS, PADDED], tl.float32)

@@ -21,14 +21,13 @@ from nsa_fsa.ops.common import tuning
 from nsa_fsa.ops.common.bundles import constants, heads
 from nsa_fsa.ops.common.calls import AttentionResult
 from nsa_fsa.ops.common.locate import locate_tiles
-from nsa_fsa.ops.common.primitives import LOG2_E, dot_keys, kernel, online_softmax
+from nsa_fsa.ops.common.primitives import LOG2_E, dot_keys, kernel, load_pairs, online_softmax
 from nsa_fsa.ops.common.sizes import rows_contiguous
 from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
 from nsa_fsa.ops.common.windowed_attention.heads import load_keys, store_attended
 from nsa_fsa.ops.common.windowed_attention.tiles import (
     Tile,
     is_seen,
-    load_pairs,
     pairs_of_tile,
     query_tile,
     shape_of,

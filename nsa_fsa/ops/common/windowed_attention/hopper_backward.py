@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from nsa_fsa.ops.common.bundles import Heads
 from nsa_fsa.ops.common.hopper import bulk_add, gluon_kernel, thread_barrier
-from nsa_fsa.ops.common.locate import load_tile
+from nsa_fsa.ops.common.locate import count_windows, load_tile
 from nsa_fsa.ops.common.windowed_attention.hopper_forward import (
     FEW_ROWS,
     LN_2,
@@ -44,7 +44,7 @@ from nsa_fsa.ops.common.windowed_attention.hopper_pipelines import (
     gluon_object,
     new_signal,
 )
-from nsa_fsa.ops.common.windowed_attention.tiles import count_windows, key_tile_work, pairs_that_see
+from nsa_fsa.ops.common.windowed_attention.tiles import key_tile_work, pairs_that_see
 
 
 @gluon.jit
@@ -455,7 +455,7 @@ def compressed_bwd_dkdv_hopper_kernel(
     work = key_tile_work(num_tiles, HEADS)
     ALIKE: gl.constexpr = tiles_ptr is None
     tile = load_tile(tiles_ptr, num_tiles, work.tile, num_rows, num_sequences, True, ALIKE)
-    num_windows = count_windows(tile.num_keys, SHAPE)
+    num_windows = count_windows(tile.num_keys, SHAPE.KERNEL_SIZE, SHAPE.KERNEL_STRIDE)
     first_window = tile.number * (2 * WARPGROUP_ROWS)
     if (tile.num_queries == 0) | (first_window >= num_windows):
         return

@@ -8,9 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from nsa_fsa.ops.common.bundles import Heads, constants
-from nsa_fsa.ops.common.locate import load_tile
-from nsa_fsa.ops.common.primitives import load_rows
+from nsa_fsa.ops.common.bundles import Heads, Pairs, constants
+from nsa_fsa.ops.common.locate import count_windows, load_query_tile
 from nsa_fsa.ops.common.sizes import padded_dim
 from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
 
@@ -67,14 +66,6 @@ class SeenBy(NamedTuple):
     end: Any
 
 
-class Pairs(NamedTuple):
-    """Pairs of queries and heads of one KV head's group."""
-
-    query: Any  # row of q, int64
-    head: Any  # of the query heads, int64
-    inside: Any  # whether there is such a pair
-
-
 def shape_of(call: WindowedCall, q: Tensor, v: Tensor) -> Shape:
     """The constants of a call, of which q `[T, HQ, D]` and v `[T, HKV, DV]` may be some heads."""
     group_size, head_dim, v_dim = call.group_size, q.shape[2], v.shape[2]
@@ -89,14 +80,6 @@ def shape_of(call: WindowedCall, q: Tensor, v: Tensor) -> Shape:
         KERNEL_STRIDE=call.windows.kernel_stride,
         # No number that overflows when it is counted in pairs.
         WINDOW_SIZE=min(call.window_size or 0, (1 << 30) // group_size),
-    )
-
-
-@triton.jit
-def count_windows(num_keys, SHAPE: tl.constexpr):
-    """How many compressed tokens a sequence has."""
-    return tl.maximum(
-        (num_keys - SHAPE.KERNEL_SIZE + SHAPE.KERNEL_STRIDE) // SHAPE.KERNEL_STRIDE, 0
     )
 
 
@@ -131,20 +114,17 @@ def query_tile(
     BLOCK_M: tl.constexpr,
 ):
     """The tile that is the `number`-th to be computed, of BLOCK_M pairs, as a `QueryTile`."""
-    ALIKE: tl.constexpr = tiles_ptr is None
     TILE_QUERIES: tl.constexpr = BLOCK_M // SHAPE.G
-    tile = load_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, False, ALIKE)
-    first = tile.number * TILE_QUERIES
-    num_queries = tl.minimum(tile.num_queries - first, TILE_QUERIES)
-    num_keys, num_windows = tile.num_keys, count_windows(tile.num_keys, SHAPE)
-    position = tile.offset + first
+    tile = load_query_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, TILE_QUERIES)
+    position, num_queries, num_keys = tile.offset, tile.num_queries, tile.num_keys
+    num_windows = count_windows(num_keys, SHAPE.KERNEL_SIZE, SHAPE.KERNEL_STRIDE)
     last = position + num_queries - 1
 
     most = visible_windows(tl.minimum(last, num_keys - 1), num_keys, num_windows, SHAPE)
     least = tl.where(last < num_keys, visible_windows(position, num_keys, num_windows, SHAPE), 0)
-    first_query, first_window = tile.first_query + first, tile.first_key // SHAPE.KERNEL_STRIDE
+    first_window = tile.first_key // SHAPE.KERNEL_STRIDE
     return QueryTile(
-        first_query, position, num_queries, first_window, num_keys, num_windows, most, least
+        tile.first_query, position, num_queries, first_window, num_keys, num_windows, most, least
     )
 
 
@@ -197,10 +177,3 @@ def pairs_that_see(tile, first_window, part, part_rows, SHAPE: tl.constexpr):
 def pairs_of(pair, inside, first_query, head, G: tl.constexpr):
     """The pairs that lie `pair` behind the first one of first_query and the KV head `head`."""
     return Pairs((first_query + pair // G).to(tl.int64), head * G + pair % G, inside)
-
-
-@triton.jit
-def load_pairs(x, pairs, DIM: tl.constexpr, PADDED_DIM: tl.constexpr):
-    """The lines of x, which is `Heads`, that belong to pairs: `[M, PADDED_DIM]`."""
-    at = pairs.query * x.stride_t + pairs.head * x.stride_h
-    return load_rows(x.ptr, at, pairs.inside, DIM, PADDED_DIM, True)
