@@ -6,8 +6,11 @@ A new backend is tested as soon as it is registered: the tests are parametrised 
 """
 
 import dataclasses
+import functools
+import re
 from dataclasses import dataclass
 from itertools import accumulate
+from unittest import mock
 
 import pytest
 import torch
@@ -227,6 +230,8 @@ DIFFERENTIABLE = {
     "nsa_attention": ("q", "k", "v", "k_cmp", "v_cmp", "gate_logits"),
 }
 BACKENDS = {found.operator: found for found in (POOL_BACKENDS, GATHER_BACKENDS, *OPERATORS)}
+# What one of ATTENTIONS computes, forward and backward.
+RESULTS = ("o", "lse", "dq", "dk", "dv")
 ATTENTIONS = ("compressed_attention", "selected_attention", "sliding_window_attention")
 
 
@@ -240,6 +245,9 @@ def call(operator, case, x, backend="auto", **extra):
         return ops.compressed_attention(
             x.q, x.k_cmp, x.v_cmp, *packed, return_lse=True, **case.windows, **layout
         )
+    if operator == "select_blocks":
+        lse = call("compressed_attention", case, x, "reference")[1]
+        return select(case, x, lse, **layout)
     if operator == "selected_attention":
         return ops.selected_attention(
             x.q,
@@ -297,8 +305,6 @@ def gradients(operator, o, x, do):
     return torch.autograd.grad(o, leaves, do, allow_unused=True, materialize_grads=True)
 
 
-# Libraries, which compute in 16 bits only.
-FLASH_ATTENTION = ("flash_attn_4", "torch_flash")
 # How many blocks of keys Triton's interpreter may visit in one test: about 8 s on one core.
 # KV-major counts each (row of q, block) once, query-major each (program, block), and a program's
 # own start as one more.
@@ -311,24 +317,12 @@ INTERPRETED_ROWS = 8_000
 INTERPRETED_WINDOW_ROWS = 600
 
 
-def suited(case, backend, calls=1, dtype=None, operator=None):
-    """The case as a backend can run it here. Skips the test, with the reason,
-    where only a GPU is fast enough.
-
-    The Triton backends of selected attention want blocks of at least 16 keys, and the interpreter,
-    which stands in for a GPU, computes bfloat16 wrongly. `calls`: how many times forward and
-    backward the test runs the case; `dtype`: in which, where that is not the case's own;
-    `operator`: which one, where it may be the whole.
+def skip_what_takes_too_long(operator, backend, case, calls, dtype):
+    """Skips the test, with the reason, where Triton's interpreter stands in for a GPU and the test
+    would take it too long: one that runs the case's forward and backward `calls` times.
     """
-    whole = operator == "nsa_attention"
-    if backend in FLASH_ATTENTION and case.dtype == F32:
-        return dataclasses.replace(case, dtype=F16)
-    if not backend.startswith("triton"):
-        return case
-    if backend in INTERPRETED_BLOCKS or whole:
-        case = dataclasses.replace(case, block_size=max(case.block_size, 16))
-    if device_of(backend) == "cuda":
-        return case
+    if backend == "reference" or device_of(backend) == "cuda":
+        return
     rows = sum(case.lengths) * (
         case.num_kv_heads if backend == "triton_query_major" else case.num_heads
     )
@@ -336,12 +330,53 @@ def suited(case, backend, calls=1, dtype=None, operator=None):
         visited = min(case.num_selected_blocks, -(-max(case.lengths, default=0) // case.block_size))
         too_long = calls * rows * (1 + visited) > INTERPRETED_BLOCKS[backend]
     else:
-        calls *= 3 if whole else 1
+        calls *= 3 if operator == "nsa_attention" else 1
         most = INTERPRETED_WINDOW_ROWS if backend == "triton_window" else INTERPRETED_ROWS
-        too_long = calls * rows * (4 if (dtype or case.dtype) == F32 else 1) > most
+        too_long = calls * rows * (4 if dtype == F32 else 1) > most
     if too_long:
         pytest.skip(f"{case.name} takes Triton's interpreter too long: on a GPU only")
-    return dataclasses.replace(case, dtype=F16 if case.dtype == BF16 else case.dtype)
+
+
+def refusal(operator, backend, run, *, backward=False):
+    """Why a backend refuses the call of an operator that `run` makes when it is given the name of
+    a backend, or None. The reference runs it; the whole's is that of its selected attention.
+    """
+    asked = BACKENDS["selected_attention" if operator == "nsa_attention" else operator]
+    calls = []
+
+    def choose(call, **_):
+        calls.append(call)
+        return asked.by_name["reference"]
+
+    with mock.patch.object(asked, "choose", choose):
+        run("reference")
+    return asked.by_name[backend].refuses(calls[0], backward=backward)
+
+
+@functools.cache
+def accepted(operator, backend, case):
+    """The case, or where the backend refuses it, the case in float16, with blocks of 16 keys,
+    or both.
+    """
+    for changes in ({}, {"dtype": F16}, {"block_size": 16}, {"dtype": F16, "block_size": 16}):
+        changed = dataclasses.replace(case, **changes)
+        token = dataclasses.replace(changed, lengths=(1,))
+        x = make_inputs(token, device=device_of(backend))
+        reason = refusal(operator, backend, functools.partial(call, operator, token, x))
+        if reason is None:
+            return changed
+    raise AssertionError(f"backend={backend!r} of {operator} cannot run {case}: {reason}")
+
+
+def case_for(operator, backend, case, calls=1, dtype=None):
+    """The case as a backend takes it. Skips the test where only a GPU is fast enough.
+
+    `calls`: how many times forward and backward the test runs the case; `dtype`: in which, where
+    that is not the case's own.
+    """
+    case = accepted(operator, backend, case)
+    skip_what_takes_too_long(operator, backend, case, calls, dtype or case.dtype)
+    return case
 
 
 def on_a_gpu_only(backend, *backends):
@@ -350,45 +385,19 @@ def on_a_gpu_only(backend, *backends):
         pytest.skip(f"{backend} takes Triton's interpreter too long here: on a GPU only")
 
 
-def no_gradient_for_last_queries(operator, backend):
-    """Whether a backward wants queries that share the rows of the keys,
-    although the forward does not.
+def is_refused(operator, backend, run):
+    """Whether a backend refuses the call that `run` makes, as `refusal` has it;
+    asked for by name it must then raise the reason.
     """
-    if operator == "nsa_attention":
-        return backend == "triton"
-    return backend == "triton_query_major" or backend in FLASH_ATTENTION
-
-
-def refuses_last_queries(backend, call):
-    """Whether the backend wants queries that share the rows of the keys;
-    `call`, whose do not, must then be refused.
-    """
-    if backend == "flash_attn_4":
-        return _refused(
-            call, r"no support where seqused_k is given: it reads past the keys in use.*Fix"
-        )
-    return backend == "triton_kv_major" and _refused(
-        call, r"no support where cu_seqlens_q or seqused_k is given.*Fix"
-    )
-
-
-def refuses_unused_queries(backend, call):
-    """Whether the backend wants every key of a query's sequence to be in use, or the queries to
-    be the last of those in use; `call`, where some are not and queries lie among them, must
-    then be refused."""
-    if backend in FLASH_ATTENTION:
-        return _refused(call, r"no support where seqused_k is given without cu_seqlens_q.*Fix")
-    return refuses_last_queries(backend, call)
-
-
-def _refused(call, match):
-    with pytest.raises(ValueError, match=match):
-        call()
-    return True
+    reason = refusal(operator, backend, run)
+    if reason is not None:
+        with pytest.raises(ValueError, match=f"{re.escape(reason)}.*Fix"):
+            run(backend)
+    return reason is not None
 
 
 # (operator, backend) without kernels of its own: whichever of the others' is fastest runs.
-# tests/ops/test_triton_choice.py.
+# tests/ops/selected_attention/test_triton_choice.py.
 CHOOSERS = [("selected_attention", "triton"), ("sliding_window_attention", "flash_attention")]
 
 
@@ -443,10 +452,16 @@ def device_of(backend):
     return "cuda" if backend != "reference" and torch.cuda.is_available() else "cpu"
 
 
+# What rounding means, for tests that ask for equality to rounding.
+ROUNDING = {torch.float64: 1e-12, F32: 1e-5, F16: 2**-10}
+
+
+@functools.cache
 def widest_dtype(backend):
-    """The widest dtype a backend works in, for tests that ask for equality to rounding,
-    and what rounding then means.
-    """
-    if backend in FLASH_ATTENTION:
-        return torch.float16, 2**-10
-    return (torch.float64, 1e-12) if backend == "reference" else (torch.float32, 1e-5)
+    """The widest dtype a backend works in, and its rounding."""
+    operator = next(name for name, found in BACKENDS.items() if backend in found.by_name)
+    for dtype, rounding in ROUNDING.items():
+        case = dataclasses.replace(by_name("one_token"), dtype=dtype)
+        if accepted(operator, backend, case) == case:
+            return dtype, rounding
+    raise AssertionError(f"backend={backend!r} of {operator} takes none of {(*ROUNDING,)}")

@@ -1,8 +1,10 @@
 """Settings that every test shares."""
 
+import gc
 import os
 import sys
 import zlib
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ if not torch.cuda.is_available():
 # On a GPU the profiler would time every shape that a test comes up with,
 # and keep that in the user's cache.
 os.environ["NSA_FSA_PROFILE"] = "0"
+# Without it, PyTorch refuses matrix products under deterministic algorithms. Read when CUDA starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def pytest_configure(config):
@@ -58,3 +62,32 @@ def no_tapes():
     from nsa_fsa.ops.common import replay
 
     replay.TAPES.clear()
+
+
+@pytest.fixture(autouse=True)
+def no_memory_left_behind(request):
+    """What a test on a GPU leaves behind is freed, for the next one's to be measured or to fit."""
+    yield
+    if request.node.get_closest_marker("gpu"):
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def deterministic_algorithms(on):
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(on)  # also fills new memory with NaN
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(params=[False, True], ids=["any_algorithm", "deterministic_algorithms"])
+def deterministic(request):
+    with deterministic_algorithms(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def deterministic_only():
+    with deterministic_algorithms(True):
+        yield

@@ -12,13 +12,13 @@ from tests.cases import (
     backends_of,
     by_name,
     call,
+    case_for,
     device_of,
     gradients,
     make_inputs,
     operators_and_backends,
     output,
     select,
-    suited,
     widest_dtype,
 )
 from tests.naive import gradient_floors, naive_call
@@ -65,7 +65,7 @@ def check_rms(name, found, expected, dtype, cancellation=0.0):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_accuracy(operator, backend, case):
-    case = suited(case, backend, operator=operator)
+    case = case_for(operator, backend, case)
     x = make_inputs(case, device=device_of(backend), requires_grad=True)
     extra = dict(return_branches=True) if operator == "nsa_attention" else {}
     result = call(operator, case, x, backend, **extra)
@@ -84,7 +84,7 @@ def test_accuracy(operator, backend, case):
     if operator == "nsa_attention":
         # In low precision blocks whose scores tie to rounding may be chosen either way. The
         # composition is therefore judged given the operator's own choice, and the choice by its
-        # score (test_block_selection.py has more on it).
+        # score (block_selection/test_values.py has more on it).
         chosen = result[1].block_indices
         expected, branches = whole_given_selection(case, exact, chosen)
         for name, branch, branch_expected in zip(
@@ -144,7 +144,7 @@ def test_scale(operator, backend):
     it equals scaled queries.
 
     Scaled by a power of 2, which rounds nothing."""
-    case = suited(by_name("five"), backend, calls=2, operator=operator)
+    case = case_for(operator, backend, by_name("five"), calls=2)
     dtype, rounding = widest_dtype(backend)
     close = dict(rtol=rounding, atol=rounding)
     close_grads = dict(rtol=10 * rounding, atol=10 * rounding)
@@ -163,7 +163,7 @@ def test_scale(operator, backend):
 @pytest.mark.parametrize("backend", backends_of("nsa_attention"))
 def test_keys_and_values_of_the_sliding_branch(backend):
     """k_swa and v_swa, where given, replace k and v in the sliding branch and nowhere else."""
-    case = suited(by_name("nine"), backend, operator="nsa_attention")
+    case = case_for("nsa_attention", backend, by_name("nine"))
     x = make_inputs(case, torch.float32, device=device_of(backend), requires_grad=True)
     k_swa, v_swa = (torch.randn_like(t).requires_grad_() for t in (x.k, x.v))
     o, branches = call(

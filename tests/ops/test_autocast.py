@@ -12,13 +12,13 @@ from tests.cases import (
     backends_of,
     by_name,
     call,
+    case_for,
     device_of,
     gradients,
     make_inputs,
     operators_and_backends,
     output,
     select,
-    suited,
 )
 
 CASE = dataclasses.replace(by_name("five"), lengths=(9,))
@@ -26,7 +26,7 @@ CASE = dataclasses.replace(by_name("five"), lengths=(9,))
 
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_autocast_changes_nothing(operator, backend):
-    case = suited(CASE, backend, calls=3, operator=operator)
+    case = case_for(operator, backend, CASE, calls=3)
     x = make_inputs(case, device=device_of(backend), requires_grad=True)
     o = output(call(operator, case, x, backend))
     do = torch.randn_like(o)
@@ -49,7 +49,7 @@ def test_autocast_changes_nothing(operator, backend):
 
 @pytest.mark.parametrize("backend", backends_of("select_blocks"))
 def test_autocast_chooses_the_same_blocks(backend):
-    case = suited(CASE, backend, calls=2)
+    case = case_for("select_blocks", backend, CASE, calls=2)
     x = make_inputs(case, device=device_of(backend))
     lse = call("compressed_attention", case, x)[1]
     expected = select(case, x, lse, backend, return_scores=True)

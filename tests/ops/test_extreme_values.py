@@ -11,14 +11,15 @@ import torch
 from nsa_fsa.ops.gated_combine.operator import BRANCH_GRADIENTS, BranchesCall
 from tests.cases import (
     DIFFERENTIABLE,
+    Case,
     backends_of,
     by_name,
     call,
+    case_for,
     device_of,
     gradients,
     make_inputs,
     operators_and_backends,
-    suited,
 )
 from tests.naive import gradient_floors, naive_call
 
@@ -56,7 +57,7 @@ def all_zero(x):
 )
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends(*OPERATORS))
 def test_extreme_values(operator, backend, case, change):
-    check_extreme_values(operator, backend, suited(case, backend, operator=operator), change)
+    check_extreme_values(operator, backend, case_for(operator, backend, case), change)
 
 
 def check_extreme_values(operator, backend, case, change):
@@ -89,13 +90,36 @@ def check_extreme_values(operator, backend, case, change):
         )
 
 
+# name, lengths, HKV, G, D, DV, dtype, kernel_size, kernel_stride, block_size, T_sel, init, local,
+# window, seed
+LONG_CASES = [
+    Case("hopper", (3000, 0, 200), 1, 4, 128, 128, torch.bfloat16, 32, 16, 64, 16, 1, 2, 512, 50),
+    Case("hopper_f16", (2048,), 2, 1, 64, 64, torch.float16, 32, 16, 128, 8, 1, 2, 512, 51),
+    Case("plain", (1500, 700), 1, 3, 96, 80, torch.bfloat16, 32, 16, 32, 16, 1, 2, 512, 52),
+]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("change", [times_30, equal_keys, huge_key, all_zero])
+@pytest.mark.parametrize("case", LONG_CASES, ids=str)
+@pytest.mark.parametrize(
+    ("operator", "backend"),
+    [
+        ("compressed_attention", "triton"),
+        *(("selected_attention", backend) for backend in ("triton_kv_major", "triton_query_major")),
+    ],
+)
+def test_extreme_values_of_long_sequences(operator, backend, case, change):
+    check_extreme_values(operator, backend, case, change)
+
+
 @pytest.mark.parametrize("logit", [-torch.inf, torch.inf])
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends("nsa_attention"))
 def test_a_gate_that_is_closed_for_good(operator, backend, logit):
     """A logit of -inf leaves a branch out, gradients too, as one does that is as good as that;
     inf takes all of it.
     """
-    case = suited(dataclasses.replace(by_name("five"), lengths=(3, 13)), backend, operator=operator)
+    case = case_for(operator, backend, dataclasses.replace(by_name("five"), lengths=(3, 13)))
     results = []
     for value in (logit, math.copysign(1e4, logit)):
         x = make_inputs(case, device=device_of(backend), requires_grad=True)
@@ -127,7 +151,7 @@ def test_no_nan_among_gated_statistics(backend, logit):
 @pytest.mark.parametrize("change", [times_30, equal_keys, huge_key, all_zero])
 def test_the_whole_stays_finite(operator, backend, change):
     for name in ("t65", "t127_d192", "empty_ends"):
-        case = suited(by_name(name), backend, operator=operator)
+        case = case_for(operator, backend, by_name(name))
         x = make_inputs(case, device=device_of(backend))
         change(x)
         x = x.to(case.dtype, requires_grad=True)

@@ -14,6 +14,7 @@ from tests.cases import (
     backends_of,
     by_name,
     call,
+    case_for,
     device_of,
     gradients,
     is_float,
@@ -21,7 +22,6 @@ from tests.cases import (
     operators_and_backends,
     output,
     select,
-    suited,
     widest_dtype,
 )
 
@@ -125,7 +125,7 @@ def test_slices_of_one_fused_projection(backend):
     """q, k and v as views of one [T, HQ + 2 HKV, D] tensor; its gradient is the three
     side by side.
     """
-    case = suited(by_name("nine"), backend, operator="nsa_attention")  # D == DV
+    case = case_for("nsa_attention", backend, by_name("nine"))  # D == DV
     x = make_inputs(case, widest_dtype(backend)[0], device=device_of(backend), requires_grad=True)
     fused = torch.cat([x.q, x.k, x.v], dim=1).detach().requires_grad_()
     q, k, v = fused.split([case.num_heads, case.num_kv_heads, case.num_kv_heads], dim=1)

@@ -11,12 +11,12 @@ import torch
 from tests.cases import (
     by_name,
     call,
+    case_for,
     device_of,
     gradients,
     make_inputs,
     operators_and_backends,
     output,
-    suited,
 )
 
 MIB = 2**20
@@ -39,7 +39,7 @@ def resident(device):
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_no_growth_over_50_steps(operator, backend):
     device = device_of(backend)
-    case = suited(by_name("t1000_b128"), backend, calls=55)
+    case = case_for(operator, backend, by_name("t1000_b128"), calls=55)
     x = make_inputs(case, device=device, requires_grad=True)
 
     def step():

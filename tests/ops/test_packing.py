@@ -3,7 +3,9 @@ their sequences.
 """
 
 import dataclasses
+import functools
 import math
+import re
 from itertools import accumulate, pairwise
 
 import pytest
@@ -16,16 +18,15 @@ from tests.cases import (
     backends_of,
     by_name,
     call,
+    case_for,
     device_of,
     gradients,
+    is_refused,
     make_inputs,
-    no_gradient_for_last_queries,
     operators_and_backends,
     output,
-    refuses_last_queries,
-    refuses_unused_queries,
+    refusal,
     select,
-    suited,
     widest_dtype,
 )
 from tests.oracle import windows
@@ -70,7 +71,7 @@ def random_output_gradient(operator, case, x, o):
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
 def test_packed_equals_separate(operator, backend, case):
     dtype, rounding = widest_dtype(backend)
-    case = suited(case, backend, calls=2, dtype=dtype, operator=operator)
+    case = case_for(operator, backend, case, calls=2, dtype=dtype)
     x = make_inputs(case, dtype, device=device_of(backend), requires_grad=True)
     result = call(operator, case, x, backend)
     do = random_output_gradient(operator, case, x, output(result))
@@ -152,7 +153,7 @@ def test_neighbours_do_not_matter(operator, backend, garbage):
     """
     if backend == "flash_attn_4" and not math.isfinite(garbage):
         pytest.skip("FlashAttention 4 reads past a sequence's end, and 0 * NaN is NaN")
-    case = suited(by_name("five"), backend, calls=2, operator=operator)
+    case = case_for(operator, backend, by_name("five"), calls=2)
     kept = 2  # a sequence in the middle
     tokens, compressed = rows_of(case, kept)
     x = make_inputs(case, device=device_of(backend), requires_grad=True)
@@ -188,7 +189,7 @@ def test_nearly_nothing(operator, backend, lengths):
     """No sequence at all, no tokens at all, single tokens: forward and backward run and have the
     right shapes.
     """
-    case = suited(dataclasses.replace(by_name("nine"), lengths=lengths), backend, operator=operator)
+    case = case_for(operator, backend, dataclasses.replace(by_name("nine"), lengths=lengths))
     x = make_inputs(case, widest_dtype(backend)[0], device=device_of(backend), requires_grad=True)
     o = output(call(operator, case, x, backend))
     grads = gradients(operator, o, x, torch.ones_like(o))
@@ -284,16 +285,17 @@ GAPPED = [
     ("operator", "backend"), operators_and_backends(*ATTENTIONS, "nsa_attention")
 )
 def test_last_queries_over_gapped_keys(operator, backend, name, num_queries, gap):
-    case = suited(by_name(name), backend, calls=0, operator=operator)  # few of its queries
+    case = case_for(operator, backend, by_name(name), calls=0)  # few of its queries
     dtype, rounding = widest_dtype(backend)
     x = make_inputs(case, dtype, device=device_of(backend), requires_grad=True)
     few, extra, q_rows, key_rows, compressed_rows = last_queries_of_gapped_buffer(
         case, x, [num_queries(n) for n in case.lengths], [gap(b) for b in range(len(case.lengths))]
     )
-    if refuses_last_queries(backend, lambda: call(operator, case, few, backend, **extra)):
+    run = functools.partial(call, operator, case, few, **extra)
+    if is_refused(operator, backend, run):
         return
     result = call(operator, case, x, "reference")
-    result_few = call(operator, case, few, backend, **extra)
+    result_few = run(backend)
     o, o_few = output(result), output(result_few)
     # Sums over the queries arrive in another order.
     close = dict(rtol=10 * rounding, atol=10 * rounding)
@@ -302,8 +304,8 @@ def test_last_queries_over_gapped_keys(operator, backend, name, num_queries, gap
         torch.testing.assert_close(result_few[1], result[1][q_rows], **close)
 
     do_few = torch.randn_like(o_few)
-    if no_gradient_for_last_queries(operator, backend):
-        with pytest.raises(ValueError, match=r"no gradient where .*seqused_k is given.*Fix"):
+    if reason := refusal(operator, backend, run, backward=True):
+        with pytest.raises(ValueError, match=f"{re.escape(reason)}.*Fix"):
             gradients(operator, o_few, few, do_few)
         return
     do = torch.zeros_like(o)
@@ -377,13 +379,14 @@ def test_windows_of_gapped_keys(operator, backend):
 @pytest.mark.parametrize(("operator", "backend"), operators_and_backends(*ATTENTIONS))
 def test_unused_query_rows(operator, backend):
     """With seqused_k alone, queries share the keys' rows; those past the used ones see nothing."""
-    case = suited(by_name("empty_ends"), backend, calls=0)  # forward only
+    case = case_for(operator, backend, by_name("empty_ends"), calls=0)  # forward only
     dtype, rounding = widest_dtype(backend)
     x = make_inputs(case, dtype, device=device_of(backend))
     used = torch.tensor([0, 20, 0, 0, 64, 0], dtype=torch.int32, device=x.q.device)
-    if refuses_unused_queries(backend, lambda: call(operator, case, x, backend, seqused_k=used)):
+    run = functools.partial(call, operator, case, x, seqused_k=used)
+    if is_refused(operator, backend, run):
         return
-    o, lse = call(operator, case, x, backend, seqused_k=used)
+    o, lse = run(backend)
     o_full, lse_full = call(operator, case, x, "reference")
     unused = slice(20, 33)
     assert (o[unused] == 0).all()

@@ -1,0 +1,81 @@
+"""A patched transformers model on a GPU: how often its forward waits,
+and its dense layers through FlashAttention.
+"""
+
+import itertools
+import warnings
+
+import pytest
+import torch
+
+from tests.on_gpu import syncs_forbidden
+
+pytestmark = pytest.mark.gpu
+transformers = pytest.importorskip("transformers")
+
+LENGTH, PADDING = 2048, 1100
+WAITS = {"plain": 0, "boundaries given": 0, "padded": 1, "packed by positions": 1}
+
+
+def make_model(layers, num_layers=4):
+    from nsa_fsa.integrations.transformers import patch_model
+
+    sizes = dict(
+        vocab_size=128, hidden_size=512, intermediate_size=512, num_hidden_layers=num_layers
+    )
+    heads = dict(num_attention_heads=8, num_key_value_heads=2, head_dim=64)
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**sizes, **heads, max_position_embeddings=LENGTH)
+    model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    patch_model(model, preset="fsa-64x16", layers=layers, verbose=False)
+    return model
+
+
+def batch_of(kind):
+    ids = torch.randint(128, (1, LENGTH), device="cuda")
+    positions = torch.cat([torch.arange(n, device="cuda") for n in (1000, 48, 1000)])[None]
+    if kind == "boundaries given":
+        ends = torch.tensor([0, 1000, 1048, LENGTH], dtype=torch.int32, device="cuda")
+        return dict(input_ids=ids, position_ids=positions, cu_seq_lens_q=ends, max_length_q=1000)
+    if kind == "padded":
+        mask = torch.arange(LENGTH, device="cuda") >= PADDING
+        return dict(input_ids=ids, attention_mask=mask[None].long())
+    return dict(input_ids=ids, position_ids=positions) if "packed" in kind else dict(input_ids=ids)
+
+
+@pytest.mark.parametrize("layers", [None, [0, 2]], ids=str)
+@pytest.mark.parametrize("kind", WAITS)
+def test_a_forward_waits_once_at_most(kind, layers):
+    model, batch = make_model(layers).train(), batch_of(kind)
+
+    def step():
+        model(**batch, use_cache=False).logits.float().sum().backward()
+
+    step()  # kernels are compiled and chosen
+    if WAITS[kind] == 0:
+        with syncs_forbidden():
+            step()
+        return
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len([w for w in found if "synchronizing" in str(w.message)]) == WAITS[kind]
+
+
+@pytest.mark.parametrize("kind", WAITS)
+@torch.no_grad()
+def test_sequences_together_equal_each_alone(kind):
+    """One dense layer beside one sparse, which reads every block of at most 1,024 tokens:
+    rounding cannot choose others.
+    """
+    model, batch = make_model([1], num_layers=2).eval(), batch_of(kind)
+    cuts = {"plain": (0, LENGTH), "padded": (PADDING, LENGTH)}.get(kind, (0, 1000, 1048, LENGTH))
+    logits = model(**batch, use_cache=False).logits[0].float()
+    for start, stop in itertools.pairwise(cuts):
+        alone = model(batch["input_ids"][:, start:stop], use_cache=False).logits[0].float()
+        # bfloat16 through two layers
+        assert (logits[start:stop] - alone).norm() < 0.02 * alone.norm(), (start, stop)
