@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from nsa_fsa import ops
+from nsa_fsa.ops.common import replay
 from nsa_fsa.ops.common.backends import Backend
 from nsa_fsa.ops.compression.operator import GATHER_BACKENDS, POOL_BACKENDS
 from nsa_fsa.ops.nsa_attention import OPERATORS
@@ -348,7 +349,8 @@ def refusal(operator, backend, run, *, backward=False):
         calls.append(call)
         return asked.by_name["reference"]
 
-    with mock.patch.object(asked, "choose", choose):
+    # A tape chooses no more.
+    with mock.patch.object(asked, "choose", choose), mock.patch.object(replay, "ENABLED", False):
         run("reference")
     return asked.by_name[backend].refuses(calls[0], backward=backward)
 

@@ -257,7 +257,8 @@ def gpu(monkeypatch):
     math = dataclasses.replace(CUDNN, function=partial(sdpa, backend="MATH"))
     monkeypatch.setitem(cli.FULL_ATTENTION, "cudnn", math)
     monkeypatch.setitem(cli.IMPLEMENTATIONS, "cudnn", math)
-    monkeypatch.setitem(sys.modules, "flash_attn", None)
+    for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
+        monkeypatch.setitem(sys.modules, name, None)  # each by itself: another test may have it
     # The file is named after the GPU.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(cli, "LENGTHS", (64,))

@@ -174,9 +174,11 @@ def gather_bwd_kernel(
         store_rows(scratch.dkdv, offset, dk_tile, everywhere, SHAPE.D, SHAPE.PADDED_D)
         store_rows(dv_ptr, offset, dv_tile, everywhere, SHAPE.DV, SHAPE.PADDED_DV)
     else:
-        dk, dv = of_head(dk, head), of_head(dv, head)
-        store_or_add(dk.ptr, key * dk.stride_t, dk_tile, exists, ADD, SHAPE.D, SHAPE.PADDED_D)
-        store_or_add(dv.ptr, key * dv.stride_t, dv_tile, exists, ADD, SHAPE.DV, SHAPE.PADDED_DV)
+        # Not by the names of the arguments: a stride of 1 is a constant, and stays one.
+        k_out, v_out = of_head(dk, head), of_head(dv, head)
+        at_k, at_v = key * k_out.stride_t, key * v_out.stride_t
+        store_or_add(k_out.ptr, at_k, dk_tile, exists, ADD, SHAPE.D, SHAPE.PADDED_D)
+        store_or_add(v_out.ptr, at_v, dv_tile, exists, ADD, SHAPE.DV, SHAPE.PADDED_DV)
 
 
 @kernel

@@ -42,9 +42,9 @@ def launches(monkeypatch):
     def always(*arguments):
         return dataclasses.replace(choose(*arguments), one_pass_tokens=0, one_pass_part_rows=4096)
 
-    def count(inputs, call, config, dk, dv, dq_sums=None):
+    def count(inputs, dk, dv, dq_sums=None):
         found.append(dq_sums is not None)
-        run(inputs, call, config, dk, dv, dq_sums)
+        run(inputs, dk, dv, dq_sums)
 
     monkeypatch.setattr(tuning, "compressed_config", always)
     monkeypatch.setattr(backward, "run_dkdv", count)
