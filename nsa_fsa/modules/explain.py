@@ -10,6 +10,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nsa_fsa.config import NSAConfig
+from nsa_fsa.modules.compression import POOLED
 from nsa_fsa.modules.native_sparse_attention import NativeSparseAttention
 from nsa_fsa.ops.common import profiler, triton_backends
 from nsa_fsa.ops.common.backends import Backends
@@ -189,7 +190,7 @@ def _calls(
     # Where both are compressed alike, the wider one counts.
     pairs = ((c.compress_k, k), (c.compress_v, v))
     for kind, x in sorted(pairs, key=lambda pair: pair[1].shape[2]):
-        if kind in ("mean", "weighted"):
+        if kind in POOLED:
             pool = PoolCall(x, layout, windows, POOL_BACKENDS.or_auto(c.backend), None)
             found["pool"] = POOL_BACKENDS, pool
         else:
