@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from nsa_fsa import ops
 from tests import oracle
-from tests.cases import backends_of, device_of, widest_dtype
+from tests.cases import backends_of, device_of, on_a_gpu_only, widest_dtype
 
 
 def examples(number):
@@ -283,6 +283,7 @@ def kernel_problems(draw):
 @given(p=kernel_problems())
 @examples(15)
 def test_selected_attention_kernels(backend, p):
+    on_a_gpu_only(backend)
     device, (dtype, rounding) = device_of(backend), widest_dtype(backend)
 
     def run(device, dtype, backend):

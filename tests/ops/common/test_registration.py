@@ -198,7 +198,7 @@ def test_opcheck(operator, backend, requires_grad, layout):
     """Schema, fake implementation (strides too), autograd registration and tracing with
     dynamic shapes.
     """
-    if layout is heads_first:
+    if layout is heads_first or requires_grad:
         on_a_gpu_only(backend)
     x = inputs(
         requires_grad or operator.endswith("_backward"), whole_of(operator), backend, layout=layout
