@@ -37,12 +37,10 @@ for _key in ("CUDA", "XPU", "HPU", "MPS", "PrivateUse1"):
     _AUTOCAST |= DispatchKeySet(getattr(DispatchKey, f"Autocast{_key}"))
 _NOTHING = contextlib.nullcontext()
 
-# What torch.library calls the types of a call's members.
+# What torch.library calls the types of a call's members. One that may be None has "?" behind it.
 _SCHEMA_TYPES: dict[Any, str] = {
     Tensor: "Tensor",
-    Tensor | None: "Tensor?",
     int: "int",
-    int | None: "int?",
     Length: "SymInt",
     float: "float",
     str: "str",
@@ -66,11 +64,11 @@ class Signature(Generic[Call]):
         self.optional = optional
         self.members: dict[str, str | Signature[Any]] = {}
         for name, hint in _members(kind).items():
-            kinds = _alternatives(hint)
-            nested = [x for x in kinds if dataclasses.is_dataclass(x) or hasattr(x, "_fields")]
-            self.members[name] = (
-                Signature(nested[0], len(kinds) > 1) if nested else _SCHEMA_TYPES[hint]
-            )
+            member, may_be_none = _without_none(hint)
+            if dataclasses.is_dataclass(member) or hasattr(member, "_fields"):
+                self.members[name] = Signature(member, may_be_none)
+            else:
+                self.members[name] = _SCHEMA_TYPES[member] + "?" * may_be_none
         self.size: int = sum(
             x.size if isinstance(x, Signature) else 1 for x in self.members.values()
         )
@@ -125,11 +123,12 @@ def _members(kind: type) -> dict[str, Any]:
     return {name: hints[name] for name in named}
 
 
-def _alternatives(hint: Any) -> list[Any]:
-    """The types that a hint allows beside None."""
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    """The type that a hint allows, and whether it allows None beside it."""
     if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return list(typing.get_args(hint))
-    return [hint]
+        (other,) = (x for x in typing.get_args(hint) if x is not types.NoneType)
+        return other, True
+    return hint, False
 
 
 # An operator cannot return None: an empty tensor of one axis stands for it,

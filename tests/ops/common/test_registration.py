@@ -10,6 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa_fsa.config import BRANCHES
+from nsa_fsa.ops.common.registration import _SCHEMA_TYPES, Signature
 from tests.cases import (
     DIFFERENTIABLE,
     Case,
@@ -168,6 +169,15 @@ def test_every_registered_operator_is_checked_here():
         if name.startswith("nsa_fsa::")
     }
     assert {name.split(".")[0] for name in registered} == {*FORWARD, *BACKWARD}
+
+
+@pytest.mark.parametrize(("kind", "name"), _SCHEMA_TYPES.items(), ids=str)
+def test_a_member_of_any_type_may_be_none(kind, name):
+    """The schema says so by itself."""
+    call = dataclasses.make_dataclass("call", [("x", kind), ("y", kind | None)])
+    row = Signature(call).schema()
+    assert row == [f"{name} x", f"{name}? y"]
+    torch._C.parse_schema(f"f({', '.join(row)}) -> ()")
 
 
 def registered_operators():
