@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -67,9 +68,11 @@ class Recorder(TorchDispatchMode):
         self.names: dict[int, str] = {}  # of the constants, by their ids
         self.asked: dict[str, str] = {}  # names by the expressions that they stand for
         self.refusal: str | None = None
-        self.num_inputs = len(inputs)
+        self.num_inputs, self.device = len(inputs), inputs[0].device
         self.known = [(x.data_ptr(), x.shape, x.stride()) for x in inputs]
         self.numbers: dict[int, list[int]] = {}  # by storage: the tensors that lie there
+        # Until the end no other storage gets the address of one that is gone.
+        self.storages = [StorageWeakRef(x.untyped_storage()) for x in inputs]
         for number, x in enumerate(inputs):
             self.numbers.setdefault(_storage(x), []).append(number)
         self.used: set[int] = set()  # by the step that is being taken down
@@ -85,11 +88,16 @@ class Recorder(TorchDispatchMode):
         return found
 
     def _take_down(self, function: Any, args: Any, kwargs: Any, found: Any) -> None:
-        if torch.Tag.data_dependent_output in function.tags or (
+        name = function.name()
+        # Numbers on a CPU are read without the dispatcher. FlashAttention's seed is not read.
+        elsewhere = [x.device for x in tensors_in(found) if x.device != self.device]
+        if elsewhere and not name.startswith("aten::_flash_attention"):
+            self.refuse(f"{function} has a result on {elsewhere[0]}")
+        elif torch.Tag.data_dependent_output in function.tags or (
             torch.Tag.dynamic_output_shape in function.tags
         ):
             self.refuse(f"{function} reads back what a tensor holds")
-        elif function.name().startswith(("aten::empty", "aten::new_empty")):
+        elif name.startswith(("aten::empty", "aten::new_empty")):
             number = self._make(found)
             self.steps.append(Made(number, found.shape, found.stride(), found.dtype, found.device))
         else:
@@ -172,8 +180,8 @@ class Recorder(TorchDispatchMode):
 
     def _make(self, x: Tensor) -> int:
         number = len(self.known)
-        # The storage of a tensor that is gone may have been where this one's is.
         self.numbers[_storage(x)] = [number]
+        self.storages.append(StorageWeakRef(x.untyped_storage()))
         self.known.append((x.data_ptr(), x.shape, x.stride()))
         return number
 
@@ -187,7 +195,7 @@ class Recorder(TorchDispatchMode):
             return 0, 0
         (number,) = numbers
         self.used.add(number)
-        return number, start - self.known[number][0]
+        return number, start - self.known[number][0] if x.numel() else 0
 
     # The tape
 

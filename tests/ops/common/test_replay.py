@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 import weakref
 
+import numpy as np
 import pytest
 import torch
 
@@ -144,6 +145,60 @@ def test_a_number_that_is_read_back_refuses_the_tape(tapes):
     found = play(lambda x, y: x * 2 if x.sum() > 4 else y * 5, *rows)
     assert [x[0].item() for x in found] == [5, 5, 4, 6, 8]
     assert [*tapes.values()] == [REFUSED]
+
+
+def test_what_leaves_the_device_refuses_the_tape(tapes):
+    """Who copies numbers to a CPU may read them there without being seen."""
+    rows = pairs(3, 3)
+    for (x, y), found in zip(
+        rows, play(lambda x, y: x + y * len(x.to("meta")), *rows), strict=True
+    ):
+        assert torch.equal(found, x + 3 * y)
+    assert [*tapes.values()] == [REFUSED]
+
+
+@pytest.mark.gpu
+def test_numbers_that_are_read_on_the_cpu_refuse_the_tape(tapes):
+    rows = [
+        (torch.full((3,), float(n), device="cuda"), torch.ones(3, device="cuda")) for n in range(4)
+    ]
+    found = play(lambda x, y: y * sum(x.tolist()), *rows)
+    assert [x[0].item() for x in found] == [0, 3, 6, 9]
+    assert [*tapes.values()] == [REFUSED]
+
+
+def test_empty_parts_are_repeated(tapes):
+    def function(x, y):
+        total = torch.zeros(4)
+        for start, end in ((0, 0), (0, 3), (3, 3), (3, 4), (4, 4)):
+            total[start:end] += x[start:end] * y[start:end]
+        return total
+
+    rows = pairs(3, 4)
+    for (x, y), found in zip(rows, play(function, *rows), strict=True):
+        assert torch.equal(found, x * y)
+    assert [callable(x) for x in tapes.values()] == [True]
+
+
+def test_a_tensor_from_elsewhere_refuses_the_tape(tapes):
+    """Also where its storage could have the address of one that is gone."""
+    confused = []
+
+    def function(x, y):
+        for n in range(100):
+            gone = x + n
+            del gone
+            other = torch.from_numpy(np.ones(1, np.float32))  # which the dispatcher does not see
+            if (recorder := replay.RECORDER.get()) is not None:
+                confused.append(replay._storage(other) in recorder.numbers)
+            y = y + other
+        return y
+
+    rows = pairs(3, 1)
+    for (_, y), found in zip(rows, play(function, *rows), strict=True):
+        torch.testing.assert_close(found, y + 100)
+    assert [*tapes.values()] == [REFUSED]
+    assert not any(confused)
 
 
 def test_a_call_of_a_library_is_repeated_as_a_whole(tapes):
