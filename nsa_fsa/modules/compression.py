@@ -243,6 +243,5 @@ def _make_phi(config: NSAConfig, kind: str, head_dim: int, **factory) -> nn.Modu
         return LinearPhi(heads, size, head_dim, **factory)
     if kind == "mlp":
         return MLPPhi(heads, size, head_dim, config.compress_hidden_size, **factory)
-    if kind == "gated":
-        return GatedPhi(heads, size, head_dim, **factory)
-    raise NotImplementedError(f"no module makes {kind!r} of COMPRESSION_KINDS")
+    assert kind == "gated", kind
+    return GatedPhi(heads, size, head_dim, **factory)

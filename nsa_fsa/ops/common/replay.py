@@ -70,6 +70,7 @@ class Recorder(TorchDispatchMode):
         self.refusal: str | None = None
         self.num_inputs, self.device = len(inputs), inputs[0].device
         self.known = [(x.data_ptr(), x.shape, x.stride()) for x in inputs]
+        self.dtypes = [x.dtype for x in inputs]
         self.numbers: dict[int, list[int]] = {}  # by storage: the tensors that lie there
         # Until the end no other storage gets the address of one that is gone.
         self.storages = [StorageWeakRef(x.untyped_storage()) for x in inputs]
@@ -173,6 +174,8 @@ class Recorder(TorchDispatchMode):
     def _view(self, x: Tensor) -> str:
         number, offset = self._place(x)
         self.needed.add(number)
+        if self.dtypes[number] != x.dtype:
+            self.refuse(f"a tensor of {self.dtypes[number]} is read as {x.dtype}")
         if self.known[number] == (x.data_ptr(), x.shape, x.stride()):
             return f"t{number}"
         start = f"t{number}.storage_offset() + {offset // x.element_size()}"
@@ -183,6 +186,7 @@ class Recorder(TorchDispatchMode):
         self.numbers[_storage(x)] = [number]
         self.storages.append(StorageWeakRef(x.untyped_storage()))
         self.known.append((x.data_ptr(), x.shape, x.stride()))
+        self.dtypes.append(x.dtype)
         return number
 
     def _place(self, x: Tensor) -> tuple[int, int]:

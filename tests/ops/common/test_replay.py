@@ -167,6 +167,14 @@ def test_numbers_that_are_read_on_the_cpu_refuse_the_tape(tapes):
     assert [*tapes.values()] == [REFUSED]
 
 
+def test_a_tensor_read_in_another_dtype_refuses_the_tape(tapes):
+    rows = pairs(3, 4)
+    found = play(lambda x, y: (x.view(torch.int32) + 1).view(torch.float32) * y, *rows)
+    for (x, y), o in zip(rows, found, strict=True):
+        assert torch.equal(o, (x.view(torch.int32) + 1).view(torch.float32) * y)
+    assert [*tapes.values()] == [REFUSED]
+
+
 def test_empty_parts_are_repeated(tapes):
     def function(x, y):
         total = torch.zeros(4)
