@@ -15,6 +15,7 @@ import nsa_fsa
 from nsa_fsa import NativeSparseAttention, NSAConfig, cli
 from nsa_fsa.benchmarking.cases import PASSES, Case
 from nsa_fsa.benchmarking.implementations import CUDNN, sdpa
+from nsa_fsa.ops.sliding_window_attention import flash_attention
 from tests.benchmarking.tools import FakeMeter
 from tests.cases import DIFFERENTIABLE, Impossible, prefer
 
@@ -259,6 +260,8 @@ def gpu(monkeypatch):
     monkeypatch.setitem(cli.IMPLEMENTATIONS, "cudnn", math)
     for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
         monkeypatch.setitem(sys.modules, name, None)  # each by itself: another test may have it
+    # What was found is remembered, by another test for example.
+    monkeypatch.setattr(flash_attention, "_flash_attn_4_missing", lambda: "it is not installed")
     # The file is named after the GPU.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(cli, "LENGTHS", (64,))
