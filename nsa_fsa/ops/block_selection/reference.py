@@ -44,7 +44,8 @@ def _scored_chunks(
     scale: float,
 ) -> Iterator[tuple[slice, Tensor]]:
     """Yields (rows of M queries, their scores `[M, HKV, num_blocks]`)."""
-    for rows, keys, visible, _ in compressed_attention.chunks(q, layout, windows):
+    walk = compressed_attention.chunks(q, **layout._asdict(), **windows._asdict())
+    for rows, keys, visible, _ in walk:
         assert isinstance(rows, slice)
         if visible.numel() == 0:
             shape = (visible.shape[0], k_cmp.shape[1], num_blocks)

@@ -6,8 +6,8 @@ A branch's backends are called as `forward(call) -> (o, lse)` and
 """
 
 from abc import abstractmethod
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from nsa_fsa.ops.common.calls import (
     AttentionResult,
     Softmax,
 )
+from nsa_fsa.ops.common.reference_attention import Chunk, attention, attention_backward
 from nsa_fsa.ops.common.registration import Gradient, Operator, define_operator
 
 A = TypeVar("A", bound=AttentionCall)
@@ -43,26 +44,23 @@ class AttentionBackend(Backend[A]):
 
 
 class ReferenceBackend(AttentionBackend[A]):
-    """A branch's functions in plain PyTorch, which take tensors and keywords."""
+    """A branch in plain PyTorch."""
 
     name = "reference"
 
-    def __init__(self, forward: Callable[..., Any], backward: Callable[..., Any]):
-        self.run, self.differentiate = forward, backward
-
     @abstractmethod
-    def arguments(self, call: A) -> dict[str, Any]:
-        """The keywords that both functions take."""
+    def chunks(self, call: A) -> Iterator[Chunk]:
+        """Who sees what."""
 
     def forward(self, call: A) -> AttentionResult:
-        return AttentionResult(*self.run(call.q, call.k, call.v, **self.arguments(call)))
+        return AttentionResult(*attention(call.q, call.k, call.v, self.chunks(call), call.scale))
 
     def backward(
         self, call: A, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
     ) -> AttentionGradients:
-        tensors = (do, call.q, call.k, call.v, softmax.o, softmax.lse)
-        grads = self.differentiate(*tensors, **self.arguments(call), delta=softmax.delta)
-        return add_to.add(grads)
+        (o, lse, delta), chunks = softmax, self.chunks(call)
+        tensors = (do, call.q, call.k, call.v, o, lse)
+        return add_to.add(attention_backward(*tensors, chunks, call.scale, delta))
 
 
 def define_attention(backends: Backends[A], kind: type[A]) -> Operator[A, AttentionResult]:

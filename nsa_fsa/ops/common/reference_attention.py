@@ -1,14 +1,14 @@
 """Masked grouped-query attention over chunks: the core that the three branches share.
 
-A branch is nothing but a rule for who sees what. It yields `Chunk`s;
-`attention` and `attention_backward` do the rest.
+A branch is nothing but a rule for who sees what, which yields `Chunk`s: `attention` and
+`attention_backward` do the rest.
 
 Shapes: M queries of a chunk, N keys it may see, HQ query heads, HKV key/value heads,
 H of these in a chunk, G = HQ / HKV, D and DV head widths.
 """
 
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 import torch
 from einops import rearrange
@@ -25,9 +25,7 @@ class Chunk(NamedTuple):
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Scores and sums are kept in float32, as the kernels keep them;
-    float64 inputs stay float64.
-    """
+    """The dtype of scores and sums: float32, as in the kernels, and float64 for float64 inputs."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
@@ -124,10 +122,20 @@ def attention_backward(
     return dq.flatten(1, 2).to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def masked_scores(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """Scaled q k^T `[H, G, M, N]` of q `[M, H, G, D]` and k `[N, H, D]`,
-    -inf where a query does not see a key.
+def backward_of(chunks: Callable[..., Iterable[Chunk]]) -> Callable[..., Any]:
+    """The backward of a branch: `attention_backward`, which takes after lse what the branch's rule
+    `chunks` takes after q.
     """
+
+    def backward(do, q, k, v, o, lse, *layout, scale, delta=None, **rule):
+        walk = chunks(q, *layout, **rule)
+        return attention_backward(do, q, k, v, o, lse, walk, scale, delta)
+
+    return backward
+
+
+def masked_scores(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
+    """Scaled q k^T `[H, G, M, N]` of q `[M, H, G, D]` and k `[N, H, D]`; -inf what is not seen."""
     dtype = compute_dtype(q)
     # Scaling q touches the fewest numbers.
     s = (_group_rows(q, dtype) * scale) @ _heads_first(k, dtype).mT

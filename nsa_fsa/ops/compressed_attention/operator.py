@@ -1,5 +1,6 @@
 """Compressed attention as an operator."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -8,9 +9,10 @@ from nsa_fsa.checks import check_positive
 from nsa_fsa.ops.common.attention_operator import ReferenceBackend, define_attention
 from nsa_fsa.ops.common.backends import Backends
 from nsa_fsa.ops.common.calls import WORKSPACE_BYTES, Windows, check_attention, default_scale
+from nsa_fsa.ops.common.reference_attention import Chunk
 from nsa_fsa.ops.common.windowed_attention.backend import TritonWindows
 from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
-from nsa_fsa.ops.compressed_attention import reference
+from nsa_fsa.ops.compressed_attention.reference import chunks
 from nsa_fsa.sequences import Sequences
 
 
@@ -76,13 +78,11 @@ def compressed_attention(
 
 
 class Reference(ReferenceBackend[WindowedCall]):
-    def arguments(self, call: WindowedCall) -> dict[str, Any]:
-        return dict(**call.sequences._asdict(), **call.windows._asdict(), scale=call.scale)
+    def chunks(self, call: WindowedCall) -> Iterator[Chunk]:
+        return chunks(call.q, **call.sequences._asdict(), **call.windows._asdict())
 
 
 BACKENDS: Backends[WindowedCall] = Backends(
-    "compressed_attention",
-    TritonWindows("triton"),
-    Reference(reference.compressed_attention, reference.compressed_attention_backward),
+    "compressed_attention", TritonWindows("triton"), Reference()
 )
 OPERATOR = define_attention(BACKENDS, WindowedCall)

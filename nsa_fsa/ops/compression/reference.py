@@ -2,7 +2,8 @@
 
 Window i of a sequence covers positions `[i*s, i*s + l)`; an incomplete last window does not exist.
 Window i of sequence b is row `cu_seqlens[b] // s + i` of the packed result: there is always room,
-and no offset has to be read from the device.
+and no offset has to be read from the device. The `sizes` of a function are kernel_size l and
+kernel_stride s.
 """
 
 import torch
@@ -38,28 +39,17 @@ def window_rows(
 
 
 def gather_windows(
-    x: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    kernel_size: int,
-    kernel_stride: int,
-    seqused_k: Tensor | None = None,
+    x: Tensor, cu_seqlens: Tensor, seqused_k: Tensor | None = None, **sizes: int
 ) -> Tensor:
     """x `[T, HKV, D]` -> its windows `[T // s, HKV, l, D]`; rows that no sequence owns are 0."""
-    return _gather(x, *window_rows(x, cu_seqlens, kernel_size, kernel_stride, seqused_k))
+    return _gather(x, *window_rows(x, cu_seqlens, seqused_k=seqused_k, **sizes))
 
 
 def gather_windows_backward(
-    dwindows: Tensor,
-    x: Tensor,
-    cu_seqlens: Tensor,
-    *,
-    kernel_size: int,
-    kernel_stride: int,
-    seqused_k: Tensor | None = None,
+    dwindows: Tensor, x: Tensor, cu_seqlens: Tensor, seqused_k: Tensor | None = None, **sizes: int
 ) -> Tensor:
     """Gradient of `gather_windows` with respect to x; gradients of unowned rows are ignored."""
-    rows, owned = window_rows(x, cu_seqlens, kernel_size, kernel_stride, seqused_k)
+    rows, owned = window_rows(x, cu_seqlens, seqused_k=seqused_k, **sizes)
     return _add_windows(dwindows, x, rows, owned)
 
 
@@ -67,18 +57,15 @@ def pool_windows(
     x: Tensor,
     weight: Tensor | None,
     cu_seqlens: Tensor,
-    *,
-    kernel_size: int,
-    kernel_stride: int,
     seqused_k: Tensor | None = None,
+    **sizes: int,
 ) -> Tensor:
-    """x `[T, HKV, D]`, weight `[HKV, l]` (None: the mean) -> weighted sums of the windows
-    `[T // s, HKV, D]`.
-    """
+    """x `[T, HKV, D]`, weight `[HKV, l]` (None: the mean) -> sums of windows `[T // s, HKV, D]`."""
+    kernel_size, kernel_stride = sizes["kernel_size"], sizes["kernel_stride"]
     if kernel_size > x.shape[0]:  # no window exists: memory follows the tokens, not the window
         return x.new_zeros(x.shape[0] // kernel_stride, *x.shape[1:])
     weight = _pool_weight(weight, x, kernel_size)
-    windows = _gather(x, *window_rows(x, cu_seqlens, kernel_size, kernel_stride, seqused_k))
+    windows = _gather(x, *window_rows(x, cu_seqlens, seqused_k=seqused_k, **sizes))
     return torch.einsum("nhld,hl->nhd", windows.to(weight.dtype), weight).to(x.dtype).contiguous()
 
 
@@ -87,16 +74,14 @@ def pool_windows_backward(
     x: Tensor,
     weight: Tensor | None,
     cu_seqlens: Tensor,
-    *,
-    kernel_size: int,
-    kernel_stride: int,
     seqused_k: Tensor | None = None,
+    **sizes: int,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of `pool_windows` with respect to x and weight (None for the mean)."""
-    if kernel_size > x.shape[0]:
+    if sizes["kernel_size"] > x.shape[0]:
         return x.new_zeros(x.shape), None if weight is None else weight.new_zeros(weight.shape)
-    wide = _pool_weight(weight, x, kernel_size)
-    rows, owned = window_rows(x, cu_seqlens, kernel_size, kernel_stride, seqused_k)
+    wide = _pool_weight(weight, x, sizes["kernel_size"])
+    rows, owned = window_rows(x, cu_seqlens, seqused_k=seqused_k, **sizes)
     dpooled = torch.where(owned[:, None, None], dpooled, 0).to(wide.dtype)
     dwindows = dpooled[:, :, None, :] * wide[None, :, :, None]
     dx = _add_windows(dwindows, x, rows, owned)
@@ -122,7 +107,5 @@ def _add_windows(dwindows: Tensor, x: Tensor, rows: Tensor, owned: Tensor) -> Te
 
 def _pool_weight(weight: Tensor | None, x: Tensor, kernel_size: int) -> Tensor:
     if weight is None:
-        return torch.full(
-            (x.shape[1], kernel_size), 1 / kernel_size, dtype=compute_dtype(x), device=x.device
-        )
+        weight = x.new_full((x.shape[1], kernel_size), 1 / kernel_size, dtype=compute_dtype(x))
     return weight.to(compute_dtype(x))

@@ -4,7 +4,7 @@
 so it is an operator of its own, whose result autograd saves like any other input.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from operator import methodcaller
 from typing import TYPE_CHECKING, Any
@@ -31,11 +31,12 @@ from nsa_fsa.ops.common.calls import (
     check_attention,
     default_scale,
 )
+from nsa_fsa.ops.common.reference_attention import Chunk
 from nsa_fsa.ops.common.registration import define_operator
 from nsa_fsa.ops.common.sizes import aligned_rows
 from nsa_fsa.ops.common.triton_backends import TritonBackend, unsupported_tensors
-from nsa_fsa.ops.selected_attention import reference
 from nsa_fsa.ops.selected_attention.call import BlockIndex, IndexCall, SelectedCall, empty_index
+from nsa_fsa.ops.selected_attention.reference import chunks
 from nsa_fsa.sequences import Sequences
 
 if TYPE_CHECKING:
@@ -310,17 +311,13 @@ def selected_key(call: SelectedCall, direction: str) -> str:
 
 
 class Reference(ReferenceBackend[SelectedCall]):
-    def arguments(self, call: SelectedCall) -> dict[str, Any]:
-        chosen = dict(block_indices=call.block_indices, block_counts=call.block_counts)
-        return dict(**chosen, **call.sequences._asdict(), **call.blocks._asdict(), scale=call.scale)
+    def chunks(self, call: SelectedCall) -> Iterator[Chunk]:
+        rule = call.sequences._asdict() | call.blocks._asdict()
+        return chunks(call.q, call.block_indices, block_counts=call.block_counts, **rule)
 
 
 BACKENDS: Backends[SelectedCall] = Backends(
-    "selected_attention",
-    SelectedTriton(),
-    SelectedKVMajor(),
-    SelectedQueryMajor(),
-    Reference(reference.selected_attention, reference.selected_attention_backward),
+    "selected_attention", SelectedTriton(), SelectedKVMajor(), SelectedQueryMajor(), Reference()
 )
 OPERATOR = define_attention(BACKENDS, SelectedCall)
 INDEX_OPERATOR = define_operator("block_index", IndexCall, BlockIndex, _checked_index, fake_index)

@@ -7,11 +7,12 @@ keys meet all queries under a mask.
 """
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsa_fsa.ops.common.reference_attention import Chunk, attention, attention_backward
+from nsa_fsa.ops.common.reference_attention import Chunk, attention, backward_of
 from nsa_fsa.ops.common.reference_chunks import chunk_size, most_queries, query_chunks, sequences
 
 # How many times as many queries as selected keys it takes to go by block. Forward and backward
@@ -25,13 +26,18 @@ def chunks(
     q: Tensor,
     block_indices: Tensor,
     cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
     block_size: int,
     block_counts: Tensor | None = None,
+    init_blocks: int = 0,
+    local_blocks: int = 0,
     cu_seqlens_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
 ) -> Iterator[Chunk]:
-    """Which keys each chunk of queries sees. Indices may repeat, be unsorted,
-    negative or out of range.
+    """Which keys each chunk of queries sees, of block_indices `[Tq, HKV, T_sel]`, which may repeat,
+    be unsorted, negative or out of range. Only faster backends make use of what `init_blocks` and
+    `local_blocks` promise.
     """
     num_kv_heads, num_indices = block_indices.shape[1:]
     for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
@@ -87,51 +93,12 @@ def selected_blocks(indices: Tensor, counts: Tensor | None, own: Tensor, num_blo
 
 
 def selected_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    block_indices: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    block_size: int,
-    block_counts: Tensor | None = None,
-    init_blocks: int = 0,
-    local_blocks: int = 0,
-    scale: float,
-    cu_seqlens_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *layout: Any, scale: float, **rule: Any
 ) -> tuple[Tensor, Tensor]:
-    """q `[Tq, HQ, D]`, k `[T, HKV, D]`, v `[T, HKV, DV]`, block_indices `[Tq, HKV, T_sel]` -> o
-    `[Tq, HQ, DV]`, lse.
-
-    `init_blocks` and `local_blocks` are promises about the indices that only faster backends
-    make use of.
+    """q `[Tq, HQ, D]`, k `[T, HKV, D]`, v `[T, HKV, DV]`, and after them what `chunks` takes after
+    q -> o `[Tq, HQ, DV]`, lse `[Tq, HQ]`.
     """
-    seen = chunks(q, block_indices, cu_seqlens, block_size, block_counts, cu_seqlens_q, seqused_k)
-    return attention(q, k, v, seen, scale)
+    return attention(q, k, v, chunks(q, *layout, **rule), scale)
 
 
-def selected_attention_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor | None,
-    lse: Tensor,
-    block_indices: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    block_size: int,
-    block_counts: Tensor | None = None,
-    init_blocks: int = 0,
-    local_blocks: int = 0,
-    scale: float,
-    cu_seqlens_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    delta: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to q, k and v."""
-    seen = chunks(q, block_indices, cu_seqlens, block_size, block_counts, cu_seqlens_q, seqused_k)
-    return attention_backward(do, q, k, v, o, lse, seen, scale, delta)
+selected_attention_backward = backward_of(chunks)

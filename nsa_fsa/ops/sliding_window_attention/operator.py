@@ -1,5 +1,6 @@
 """Sliding window attention as an operator."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -8,10 +9,11 @@ from nsa_fsa.checks import check_positive
 from nsa_fsa.ops.common.attention_operator import ReferenceBackend, define_attention
 from nsa_fsa.ops.common.backends import Backends
 from nsa_fsa.ops.common.calls import WORKSPACE_BYTES, Windows, check_attention, default_scale
+from nsa_fsa.ops.common.reference_attention import Chunk
 from nsa_fsa.ops.common.windowed_attention.backend import TritonWindows
 from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
-from nsa_fsa.ops.sliding_window_attention import reference
 from nsa_fsa.ops.sliding_window_attention.flash_attention import LIBRARIES, Fastest, OneLibrary
+from nsa_fsa.ops.sliding_window_attention.reference import chunks
 from nsa_fsa.sequences import Sequences
 
 
@@ -74,8 +76,9 @@ def sliding_window_attention(
 
 
 class Reference(ReferenceBackend[WindowedCall]):
-    def arguments(self, call: WindowedCall) -> dict[str, Any]:
-        return dict(**call.sequences._asdict(), window_size=call.window_size, scale=call.scale)
+    def chunks(self, call: WindowedCall) -> Iterator[Chunk]:
+        assert call.window_size is not None
+        return chunks(call.q, **call.sequences._asdict(), window_size=call.window_size)
 
 
 BACKENDS: Backends[WindowedCall] = Backends(
@@ -83,6 +86,6 @@ BACKENDS: Backends[WindowedCall] = Backends(
     Fastest(),
     *(OneLibrary(library) for library in LIBRARIES),
     TritonWindows("triton_window"),
-    Reference(reference.sliding_window_attention, reference.sliding_window_attention_backward),
+    Reference(),
 )
 OPERATOR = define_attention(BACKENDS, WindowedCall)

@@ -1,26 +1,25 @@
-"""Sliding window attention (docs/spec.md, section 6): query t sees positions
-`max(0, t - w + 1) .. t`.
-"""
+"""Sliding window attention (docs/spec.md, section 6): query t sees `max(0, t - w + 1) .. t`."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from nsa_fsa.ops.common.reference_attention import Chunk, attention, attention_backward
+from nsa_fsa.ops.common.reference_attention import Chunk, attention, backward_of
 from nsa_fsa.ops.common.reference_chunks import chunk_size, query_chunks, sequences
 
 
 def chunks(
     q: Tensor,
     cu_seqlens: Tensor,
+    max_seqlen: int,
+    *,
     window_size: int,
     cu_seqlens_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
 ) -> Iterator[Chunk]:
-    """Which keys each chunk of queries sees; keys before the window of the chunk's first query are
-    not even read.
-    """
+    """Which keys each chunk of queries sees; those before the first query's window are not read."""
     for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
         # M queries read M + w - 1 keys, so chunks as long as the window keep the band of visible
         # keys half full.
@@ -37,37 +36,13 @@ def chunks(
 
 
 def sliding_window_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    window_size: int,
-    scale: float,
-    cu_seqlens_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *layout: Any, scale: float, **rule: Any
 ) -> tuple[Tensor, Tensor]:
-    """q `[Tq, HQ, D]`, k `[T, HKV, D]`, v `[T, HKV, DV]` -> o `[Tq, HQ, DV]`, lse `[Tq, HQ]`."""
-    return attention(q, k, v, chunks(q, cu_seqlens, window_size, cu_seqlens_q, seqused_k), scale)
+    """q `[Tq, HQ, D]`, k `[T, HKV, D]`, v `[T, HKV, DV]` -> o `[Tq, HQ, DV]`, lse `[Tq, HQ]`.
+
+    The other arguments are those of `chunks`.
+    """
+    return attention(q, k, v, chunks(q, *layout, **rule), scale)
 
 
-def sliding_window_attention_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor | None,
-    lse: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    window_size: int,
-    scale: float,
-    cu_seqlens_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-    delta: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients with respect to q, k and v."""
-    seen = chunks(q, cu_seqlens, window_size, cu_seqlens_q, seqused_k)
-    return attention_backward(do, q, k, v, o, lse, seen, scale, delta)
+sliding_window_attention_backward = backward_of(chunks)
