@@ -19,10 +19,8 @@ from nsa_fsa.ops.block_selection.call import SelectionCall
 from nsa_fsa.ops.common.attention_operator import fake_result
 from nsa_fsa.ops.common.backends import Backends, check_known
 from nsa_fsa.ops.common.calls import (
-    NOTHING,
     WORKSPACE_BYTES,
     AddTo,
-    AttentionGradients,
     Blocks,
     Softmax,
     Windows,
@@ -140,10 +138,11 @@ def nsa_attention(
     )
     call.check()
 
-    result = OPERATOR(call)
-    outputs = (result.o_cmp, result.o_slc, result.o_swa)
-    branches = Branches(*outputs, result.block_indices, *result.lses)
-    return (result.o, branches) if return_branches else result.o
+    result: Any = OPERATOR(call)
+    o, inside = result
+    outputs = (inside.o_cmp, inside.o_slc, inside.o_swa)
+    branches = Branches(*outputs, inside.block_indices, *inside.lses)
+    return (o, branches) if return_branches else o
 
 
 def _checked_branches(recompute: Collection[str]) -> tuple[str, ...]:
@@ -238,10 +237,8 @@ class CoreCall:
         )
 
     def sliding(self) -> WindowedCall:
-        k, v = (
-            (self.k if self.k_swa is None else self.k_swa),
-            (self.v if self.v_swa is None else self.v_swa),
-        )
+        k = self.k if self.k_swa is None else self.k_swa
+        v = self.v if self.v_swa is None else self.v_swa
         shared = self._of(sliding_window_attention.BACKENDS)
         return WindowedCall(self.q, k, v, *shared, Windows(1, 1), self.window_size)
 
@@ -258,16 +255,6 @@ class Lses(NamedTuple):
     lse_swa: Tensor
 
 
-class CoreResult(NamedTuple):
-    o: Tensor
-    o_cmp: Tensor
-    o_slc: Tensor
-    o_swa: Tensor
-    lses: Lses
-    block_indices: Tensor
-    block_index: BlockIndex | None
-
-
 class CoreSaved(NamedTuple):
     """What the backward needs beside the call. A branch whose output is None computes it again."""
 
@@ -277,6 +264,11 @@ class CoreSaved(NamedTuple):
     lses: Lses
     block_indices: Tensor
     block_index: BlockIndex | None
+
+
+class CoreResult(NamedTuple):
+    o: Tensor
+    inside: CoreSaved  # with all outputs
 
 
 class CoreGradients(NamedTuple):
@@ -292,37 +284,24 @@ class CoreGradients(NamedTuple):
 
 def _forward(call: CoreCall) -> CoreResult:
     call.check_values()
-    compressed = call.compressed()
-    o_cmp, lse_cmp = _run(compressed_attention.BACKENDS, compressed)
-
-    selection = call.selection(lse_cmp)
-    block_indices = _run(block_selection.BACKENDS, selection)
-
+    o_cmp, lse_cmp = compressed_attention.BACKENDS.run(call.compressed())
+    block_indices = block_selection.BACKENDS.run(call.selection(lse_cmp))
     selected = call.selected(block_indices, None)
     if selected_attention.wants_index(selected):
-        selected = call.selected(
-            block_indices, selected_attention.make_index(IndexCall.of(selected))
-        )
-    o_slc, lse_slc = _run(selected_attention.BACKENDS, selected)
+        index = selected_attention.make_index(IndexCall.of(selected))
+        selected = call.selected(block_indices, index)
+    o_slc, lse_slc = selected_attention.BACKENDS.run(selected)
 
-    sliding = call.sliding()
-    o_swa, lse_swa = _run(sliding_window_attention.BACKENDS, sliding)
-
-    o = _run(gated_combine.BACKENDS, call.combination(o_cmp, o_slc, o_swa))
+    o_swa, lse_swa = sliding_window_attention.BACKENDS.run(call.sliding())
+    o = gated_combine.BACKENDS.run(call.combination(o_cmp, o_slc, o_swa))
     lses = Lses(lse_cmp, lse_slc, lse_swa)
-    return CoreResult(o, o_cmp, o_slc, o_swa, lses, block_indices, selected.index)
+    return CoreResult(o, CoreSaved(o_cmp, o_slc, o_swa, lses, block_indices, selected.index))
 
 
 def _keep(call: CoreCall, result: CoreResult) -> CoreSaved:
-    again = call.recompute
-    return CoreSaved(
-        None if "compressed" in again else result.o_cmp,
-        None if "selected" in again else result.o_slc,
-        None if "sliding" in again else result.o_swa,
-        result.lses,
-        result.block_indices,
-        result.block_index,
-    )
+    outputs = dict(compressed="o_cmp", selected="o_slc", sliding="o_swa")
+    dropped: Any = {outputs[branch]: None for branch in call.recompute}
+    return result.inside._replace(**dropped)
 
 
 class _Gates:
@@ -336,19 +315,12 @@ class _Gates:
         self.dlogits: Tensor | None = None  # as gate_logits, of the branches seen so far
         self.softmax: list[Softmax] = [Softmax(None, lse) for lse in self.lses]
 
-    def see(
-        self,
-        *,
-        o_cmp: Tensor | None = None,
-        o_slc: Tensor | None = None,
-        o_swa: Tensor | None = None,
-    ) -> None:
-        """Learns of the branches whose outputs are given what there is to know."""
-        outputs = (o_cmp, o_slc, o_swa)
+    def see(self, *outputs: Tensor | None) -> None:
+        """Learns of the branches whose outputs are not None what there is to know."""
         if all(o is None for o in outputs):
             return
         call = BranchesCall(self.do, outputs, self.lses, self.gate_logits, self.backend)
-        dlogits, lses, deltas = gated_combine.BRANCH_GRADIENTS.choose(call).forward(call)
+        dlogits, lses, deltas = gated_combine.BRANCH_GRADIENTS.run(call)
         if self.dlogits is None:
             self.dlogits = dlogits
         for branch, (o, lse, delta) in enumerate(zip(outputs, lses, deltas, strict=True)):
@@ -363,46 +335,34 @@ def _backward(call: CoreCall, do: Tensor, saved: CoreSaved) -> CoreGradients:
     compressed, sliding = call.compressed(), call.sliding()
     selected = call.selected(saved.block_indices, saved.block_index)
 
-    # Outputs that are here all at once, which reads do once; others one by one,
-    # so that one at a time is here.
+    # The outputs that are here are seen at once, which reads do once; others one at a time.
     gates = _Gates(call, do, saved)
-    gates.see(o_cmp=saved.o_cmp, o_slc=saved.o_slc, o_swa=saved.o_swa)
+    gates.see(saved.o_cmp, saved.o_slc, saved.o_swa)
     if saved.o_cmp is None:
-        gates.see(o_cmp=_run(compressed_attention.BACKENDS, compressed).o)
+        gates.see(compressed_attention.BACKENDS.run(compressed).o, None, None)
     if saved.o_slc is None:
-        gates.see(o_slc=_run(selected_attention.BACKENDS, selected).o)
+        gates.see(None, selected_attention.BACKENDS.run(selected).o, None)
     o_swa = saved.o_swa
     if o_swa is None:
-        o_swa = _run(sliding_window_attention.BACKENDS, sliding).o
-        gates.see(o_swa=o_swa)
+        o_swa = sliding_window_attention.BACKENDS.run(sliding).o
+        gates.see(None, None, o_swa)
     of_compressed, of_selected, of_sliding = gates.softmax
     # FlashAttention reads the output again.
     of_sliding = Softmax(o_swa, of_sliding.lse, of_sliding.delta)
     del o_swa
 
-    # The libraries of the sliding branch write their gradients; the others' kernels add to
-    # what they find.
+    # The libraries of the sliding branch write their gradients; the others' kernels add to these.
     shared = call.k_swa is None
-    dq, dk_swa, dv_swa = _differentiate(sliding_window_attention.BACKENDS, sliding, do, of_sliding)
+    dq, dk_swa, dv_swa = sliding_window_attention.BACKENDS.differentiate(sliding, do, of_sliding)
     del of_sliding
     add_to = AddTo(dq, dk_swa, dv_swa) if shared else AddTo(dq)
-    dq, dk, dv = _differentiate(selected_attention.BACKENDS, selected, do, of_selected, add_to)
-    dq, dk_cmp, dv_cmp = _differentiate(
-        compressed_attention.BACKENDS, compressed, do, of_compressed, AddTo(dq)
+    dq, dk, dv = selected_attention.BACKENDS.differentiate(selected, do, of_selected, add_to)
+    dq, dk_cmp, dv_cmp = compressed_attention.BACKENDS.differentiate(
+        compressed, do, of_compressed, AddTo(dq)
     )
     own = (None, None) if shared else (dk_swa, dv_swa)
     assert gates.dlogits is not None
     return CoreGradients(dq, dk, dv, dk_cmp, dv_cmp, gates.dlogits, *own)
-
-
-def _run(operator: Backends[Any], call: Any) -> Any:
-    return operator.choose(call).forward(call)
-
-
-def _differentiate(
-    operator: Backends[Any], branch: Any, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
-) -> AttentionGradients:
-    return operator.choose(branch, backward=True).backward(branch, do, softmax, add_to)
 
 
 def _fake(call: CoreCall) -> CoreResult:
@@ -415,14 +375,8 @@ def _fake(call: CoreCall) -> CoreResult:
     index = None
     if selected_attention.wants_index(selected):
         index = selected_attention.fake_index(IndexCall.of(selected))
-    return CoreResult(o, o_cmp, o_slc, o_swa, lses, block_indices, index)
+    return CoreResult(o, CoreSaved(o_cmp, o_slc, o_swa, lses, block_indices, index))
 
 
-OPERATOR = define_operator(
-    "nsa_attention",
-    CoreCall,
-    CoreResult,
-    _forward,
-    _fake,
-    Gradient(CoreSaved, _keep, CoreGradients, _backward),
-)
+_GRADIENT = Gradient(CoreSaved, _keep, CoreGradients, _backward)
+OPERATOR = define_operator("nsa_attention", CoreCall, CoreResult, _forward, _fake, _GRADIENT)

@@ -127,7 +127,7 @@ class Reference(Backend[SelectionCall]):
 
 def _select(call: SelectionCall) -> Tensor:
     call.check_values()
-    return BACKENDS.choose(call).forward(call)
+    return BACKENDS.run(call)
 
 
 def _select_fake(call: SelectionCall) -> Tensor:

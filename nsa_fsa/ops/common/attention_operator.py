@@ -70,10 +70,10 @@ def define_attention(backends: Backends[A], kind: type[A]) -> Operator[A, Attent
 
     def forward(call: A) -> AttentionResult:
         call.check_values()
-        return AttentionResult(*backends.choose(call).forward(call))
+        return AttentionResult(*backends.run(call))
 
     def backward(call: A, do: Tensor, softmax: Softmax) -> AttentionGradients:
-        return AttentionGradients(*backends.choose(call, backward=True).backward(call, do, softmax))
+        return AttentionGradients(*backends.differentiate(call, do, softmax))
 
     gradient = Gradient(Softmax, _keep, AttentionGradients, backward)
     return define_operator(backends.operator, kind, AttentionResult, forward, fake_result, gradient)

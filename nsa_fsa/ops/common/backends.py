@@ -117,6 +117,14 @@ class Backends(Generic[C]):
             )
         return backend
 
+    def run(self, call: C) -> Any:
+        """What the backend of the call's choice returns."""
+        return self.choose(call).forward(call)
+
+    def differentiate(self, call: C, *gradients: Any) -> Any:
+        """What the backend of the call's choice returns for the gradients."""
+        return self.choose(call, backward=True).backward(call, *gradients)
+
     def passed_over(self, call: C, *, backward: bool = False) -> dict[str, str]:
         """The backends that "auto" does not take although they come before the one that it takes,
         with the reasons.

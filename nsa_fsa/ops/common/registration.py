@@ -163,9 +163,18 @@ class NothingSaved(NamedTuple):
     """What a backward needs beside the call where it needs nothing."""
 
 
-def keep_nothing(call: Any, result: Any) -> NothingSaved:
-    """What `Gradient.keep` is for these."""
-    return NothingSaved()
+def gradient_of_call(
+    gradients: type, differentiate: Callable[[Call, Tensor], Any]
+) -> Gradient[Call, Any, NothingSaved]:
+    """The gradient of an operator whose backward needs nothing but the call."""
+
+    def keep(call: Call, result: Any) -> NothingSaved:
+        return NothingSaved()
+
+    def backward(call: Call, do: Tensor, saved: NothingSaved) -> Any:
+        return differentiate(call, do)
+
+    return Gradient(NothingSaved, keep, gradients, backward)
 
 
 class Operator(Generic[Call, Result]):

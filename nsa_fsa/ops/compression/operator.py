@@ -11,7 +11,7 @@ from torch import Tensor
 from nsa_fsa.checks import check_rows, check_tensor
 from nsa_fsa.ops.common.backends import Backend, Backends
 from nsa_fsa.ops.common.calls import Windows
-from nsa_fsa.ops.common.registration import Gradient, NothingSaved, define_operator, keep_nothing
+from nsa_fsa.ops.common.registration import define_operator, gradient_of_call
 from nsa_fsa.ops.common.triton_backends import TritonBackend, unsupported_tensors
 from nsa_fsa.ops.compression import reference
 from nsa_fsa.sequences import Sequences
@@ -219,7 +219,7 @@ POOL_BACKENDS = Backends("pool_windows", TritonPool(), ReferencePool())
 
 def _gather(call: GatherCall) -> Tensor:
     call.check_values()
-    return GATHER_BACKENDS.choose(call).forward(call)
+    return GATHER_BACKENDS.run(call)
 
 
 def _gather_fake(call: GatherCall) -> Tensor:
@@ -227,36 +227,16 @@ def _gather_fake(call: GatherCall) -> Tensor:
     return call.x.new_empty(call.num_windows, num_heads, call.windows.kernel_size, dim)
 
 
-def _gather_backward(call: GatherCall, do: Tensor, _: NothingSaved) -> GatherGradients:
-    return GATHER_BACKENDS.choose(call, backward=True).backward(call, do)
-
-
 def _pool(call: PoolCall) -> Tensor:
     call.check_values()
-    return POOL_BACKENDS.choose(call).forward(call)
+    return POOL_BACKENDS.run(call)
 
 
 def _pool_fake(call: PoolCall) -> Tensor:
     return call.x.new_empty(call.num_windows, *call.x.shape[1:])
 
 
-def _pool_backward(call: PoolCall, do: Tensor, _: NothingSaved) -> PoolGradients:
-    return POOL_BACKENDS.choose(call, backward=True).backward(call, do)
-
-
-GATHER = define_operator(
-    "gather_windows",
-    GatherCall,
-    Tensor,
-    _gather,
-    _gather_fake,
-    Gradient(NothingSaved, keep_nothing, GatherGradients, _gather_backward),
-)
-POOL = define_operator(
-    "pool_windows",
-    PoolCall,
-    Tensor,
-    _pool,
-    _pool_fake,
-    Gradient(NothingSaved, keep_nothing, PoolGradients, _pool_backward),
-)
+_OF_GATHER = gradient_of_call(GatherGradients, GATHER_BACKENDS.differentiate)
+_OF_POOL = gradient_of_call(PoolGradients, POOL_BACKENDS.differentiate)
+GATHER = define_operator("gather_windows", GatherCall, Tensor, _gather, _gather_fake, _OF_GATHER)
+POOL = define_operator("pool_windows", PoolCall, Tensor, _pool, _pool_fake, _OF_POOL)

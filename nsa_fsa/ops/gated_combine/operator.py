@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsa_fsa.checks import check_rows
 from nsa_fsa.ops.common.backends import Backend, Backends
-from nsa_fsa.ops.common.registration import Gradient, NothingSaved, define_operator, keep_nothing
+from nsa_fsa.ops.common.registration import define_operator, gradient_of_call
 from nsa_fsa.ops.common.triton_backends import TritonBackend, unsupported_dtype, unsupported_tensors
 from nsa_fsa.ops.gated_combine import reference
 
@@ -173,25 +173,11 @@ class ReferenceBranches(Backend[BranchesCall]):
         return reference.branch_gradients(call.do, call.outputs, call.lses, call.gate_logits)
 
 
-def _forward(call: GatedCall) -> Tensor:
-    return BACKENDS.choose(call).forward(call)
-
-
 def _fake(call: GatedCall) -> Tensor:
     return call.o_cmp.new_empty(call.o_cmp.shape)
 
 
-def _backward(call: GatedCall, do: Tensor, _: NothingSaved) -> GatedGradients:
-    return BACKENDS.choose(call, backward=True).backward(call, do)
-
-
 BACKENDS = Backends("gated_combine", Triton(), Reference())
 BRANCH_GRADIENTS = Backends("branch_gradients", TritonBranches(), ReferenceBranches())
-OPERATOR = define_operator(
-    "gated_combine",
-    GatedCall,
-    Tensor,
-    _forward,
-    _fake,
-    Gradient(NothingSaved, keep_nothing, GatedGradients, _backward),
-)
+_GRADIENT = gradient_of_call(GatedGradients, BACKENDS.differentiate)
+OPERATOR = define_operator("gated_combine", GatedCall, Tensor, BACKENDS.run, _fake, _GRADIENT)

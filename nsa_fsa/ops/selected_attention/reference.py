@@ -95,8 +95,9 @@ def selected_blocks(indices: Tensor, counts: Tensor | None, own: Tensor, num_blo
 def selected_attention(
     q: Tensor, k: Tensor, v: Tensor, *layout: Any, scale: float, **rule: Any
 ) -> tuple[Tensor, Tensor]:
-    """q `[Tq, HQ, D]`, k `[T, HKV, D]`, v `[T, HKV, DV]`, and after them what `chunks` takes after
-    q -> o `[Tq, HQ, DV]`, lse `[Tq, HQ]`.
+    """q `[Tq, HQ, D]`, k `[T, HKV, D]`, v `[T, HKV, DV]` -> o `[Tq, HQ, DV]`, lse `[Tq, HQ]`.
+
+    The block indices and all other arguments are those of `chunks`.
     """
     return attention(q, k, v, chunks(q, *layout, **rule), scale)
 
