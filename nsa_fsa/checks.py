@@ -1,6 +1,4 @@
-"""Checks on arguments: bad input is refused, with the value, what is allowed and the fix,
-before anything is launched.
-"""
+"""Checks on arguments. Each error names the value, what is allowed and the fix."""
 
 import math
 from numbers import Real
@@ -13,9 +11,7 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def check_ints(minimum: int, **values: Any) -> None:
-    """Raises ValueError unless each of the values, given by their names,
-    is an int of at least `minimum`.
-    """
+    """Raises ValueError unless each of the values, by name, is an int of at least `minimum`."""
     for name, value in values.items():
         if not (is_int(value) and value >= minimum):
             raise ValueError(
@@ -24,9 +20,7 @@ def check_ints(minimum: int, **values: Any) -> None:
 
 
 def check_positive(**values: Any) -> None:
-    """Raises ValueError unless each of the values, given by their names,
-    is an int of at least 1.
-    """
+    """Raises ValueError unless each of the values, by name, is an int of at least 1."""
     check_ints(1, **values)
 
 
@@ -53,9 +47,7 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
 
 
 def check_rows(name: str, x: Tensor, ndim: int, shape: str) -> None:
-    """Raises ValueError unless x is a floating-point tensor of `ndim` axes,
-    the last one not empty.
-    """
+    """Raises ValueError unless x is a floating-point tensor of `ndim` axes, the last not empty."""
     check_tensor(name, x, shape)
     if not (x.ndim == ndim and x.shape[-1] > 0):
         raise ValueError(

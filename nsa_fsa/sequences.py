@@ -48,9 +48,7 @@ class Sequences(NamedTuple):
         return self.cu_seqlens if self.cu_seqlens_q is None else self.cu_seqlens_q
 
     def check(self, device: torch.device) -> "Sequences":
-        """Raises ValueError for wrong types, shapes or devices; returns itself.
-        `check_values` looks at the numbers.
-        """
+        """Raises ValueError for wrong types, shapes or devices, not values; returns itself."""
         cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k = self
         if not (is_int(max_seqlen) and max_seqlen >= 0):
             raise ValueError(
@@ -78,9 +76,7 @@ class Sequences(NamedTuple):
         return self
 
     def check_values(self, num_queries: int, num_keys: int) -> None:
-        """Raises ValueError for numbers that do not fit so many rows;
-        looks only where that is cheap, on the CPU.
-        """
+        """Raises ValueError for numbers that do not fit so many rows; looks only on the CPU."""
         cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k = self
         if cu_seqlens.device.type != "cpu":
             return
@@ -119,9 +115,7 @@ def _rises(starts: Tensor, end: int) -> bool:
 
 
 class Packing(NamedTuple):
-    """Where the real tokens of a batch `[B, S]` lie: found once,
-    for every layer that the batch passes through.
-    """
+    """Where the real tokens of a batch `[B, S]` lie: found once for all layers."""
 
     rows: Tensor | None  # int64 [T], their rows in the flattened batch; None: all tokens are real
     layout: Sequences  # where the sequences lie among them
@@ -232,9 +226,7 @@ def keep_padding(mask: Tensor) -> Packing:
 
 
 def _starts(real: Tensor, position_ids: Tensor) -> Tensor:
-    """Which tokens of the flattened batch begin a sequence, bool `[B * S]`,
-    by their positions `[B or 1, S]`.
-    """
+    """Which tokens begin a sequence, bool `[B * S]`, by their positions `[B or 1, S]`."""
     column = torch.arange(real.shape[1], device=real.device)
     previous = torch.where(real, column, -1).cummax(1).values
     # The real token before; -1: there is none.
@@ -246,17 +238,13 @@ def _starts(real: Tensor, position_ids: Tensor) -> Tensor:
 
 
 def _indices(x: Tensor, count: int | None) -> Tensor:
-    """Where x is True in its flattened form. count: how often that is;
-    None lets nonzero find out.
-    """
+    """Where x is True in its flattened form; count: how often, if known."""
     x = x.flatten()
     return (x.nonzero() if count is None else x.nonzero_static(size=count)).flatten()
 
 
 def _is_additive(mask: Tensor, seen: Tensor) -> Tensor:
-    """Whether a mask is one that is added to scores: 0 where a key is seen,
-    negative (or NaN) where not.
-    """
+    """Whether a mask is added to scores: 0 where a key is seen, negative or NaN where not."""
     if mask.dtype == torch.bool:
         return torch.zeros((), dtype=torch.bool, device=mask.device)
     negative = ~(mask >= 0).all()

@@ -197,9 +197,7 @@ def queries_of(entries: Record | Sequence[Record], sequence: int = 0) -> Queries
 
 
 def _rows_of(entry: Record, sequence: int) -> tuple[int, int, int]:
-    """The packed rows `begin : stop` that hold a sequence's queries,
-    and the position of the first of them.
-    """
+    """The packed rows `begin : stop` of a sequence's queries, and the position of the first."""
     layout = entry.layout
     starts = (layout.cu_seqlens if layout.cu_seqlens_q is None else layout.cu_seqlens_q).tolist()
     if not 0 <= sequence < len(starts) - 1:

@@ -15,9 +15,7 @@ def to_int32(name: str, x: Tensor) -> Tensor:
 
 
 def clamp_to_int32(name: str, x: Tensor, limit: int) -> Tensor:
-    """x as int32, where what lies outside of `0 .. limit` stays outside:
-    2**32 as an int32 would be 0, a block that exists.
-    """
+    """x as int32, clamped first: 2**32 cut to 32 bits would be block 0, which exists."""
     if isinstance(x, Tensor) and x.dtype == torch.int64:
         x = x.clamp(-1, limit)
     return to_int32(name, x)

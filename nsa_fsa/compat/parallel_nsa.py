@@ -151,9 +151,7 @@ def _check(
     window_size: int,
     head_first: bool,
 ) -> None:
-    """Raises ValueError for what flattening would hide, and what only this convention has;
-    the operators check the rest.
-    """
+    """Raises ValueError for what the operators, which see flattened tensors, would not notice."""
     if head_first:
         raise ValueError(
             f"head_first={head_first} is not supported. "
@@ -207,9 +205,7 @@ def _check_shape(name: str, x: Tensor, axes: str, shape: tuple[int, ...]) -> Non
 
 
 def _layout(q: Tensor, k: Tensor, cu_seqlens: Tensor | tuple[Tensor, Tensor] | None) -> Sequences:
-    """Where the sequences lie once B and T are one axis. No sequence is longer than TK:
-    that bound needs no host sync.
-    """
+    """Where the sequences lie once B and T are one axis; TK bounds their lengths without a sync."""
     (batch_size, num_queries), num_keys = q.shape[:2], k.shape[1]
     if cu_seqlens is None:
         if num_queries > num_keys:
@@ -286,8 +282,6 @@ def _choose_blocks(
 
 
 def _gated(o: Tensor, gate: Tensor | None) -> Tensor:
-    """o `[B * T, HQ, DV]` times its gate `[B, T, HQ]`, in float32 (float64 for float64 inputs);
-    without a gate, o itself.
-    """
+    """o `[B * T, HQ, DV]` times its gate `[B, T, HQ]`, if any, in float32 or float64."""
     wide = torch.promote_types(o.dtype, torch.float32)
     return o if gate is None else o.to(wide) * gate.to(wide).flatten(0, 1)[..., None]

@@ -1,6 +1,4 @@
-"""`topk_sparse_attention`, the form of selected attention that came with the first Triton NSA
-and with FSA.
-"""
+"""`topk_sparse_attention`: selected attention as the first Triton NSA and FSA are called."""
 
 from typing import Any
 

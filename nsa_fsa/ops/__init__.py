@@ -1,6 +1,4 @@
-"""The operators of Native Sparse Attention, each usable alone: tensors first,
-then `cu_seqlens, max_seqlen`, then keywords.
-"""
+"""The operators of NSA, called with tensors, then `cu_seqlens, max_seqlen`, then keywords."""
 
 from nsa_fsa.ops.block_selection.operator import select_blocks
 from nsa_fsa.ops.compressed_attention.operator import compressed_attention

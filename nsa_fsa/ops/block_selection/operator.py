@@ -136,9 +136,7 @@ def _select_fake(call: SelectionCall) -> Tensor:
 
 
 def _scores(call: SelectionCall) -> Tensor:
-    """By the reference: whoever asks for the scores wants to look at them,
-    and the kernels exist to never hold them.
-    """
+    """By the reference, because the kernels exist to never hold the scores."""
     call.check_values()
     return reference.block_scores(
         call.q,

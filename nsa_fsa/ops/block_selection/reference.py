@@ -107,9 +107,7 @@ def select_blocks(
     cu_seqlens_q: Tensor | None = None,
     seqused_k: Tensor | None = None,
 ) -> Tensor:
-    """Block indices int32 `[Tq, HKV, num_selected_blocks]`, ascending,
-    padded at the end with -1.
-    """
+    """Block indices int32 `[Tq, HKV, num_selected_blocks]`, ascending, padded with -1."""
 
     # Wide enough to always take num_selected_blocks.
     num_blocks = max(num_selected_blocks, -(-max_seqlen // block_size))

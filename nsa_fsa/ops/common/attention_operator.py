@@ -64,9 +64,7 @@ class ReferenceBackend(AttentionBackend[A]):
 
 
 def define_attention(backends: Backends[A], kind: type[A]) -> Operator[A, AttentionResult]:
-    """Registers a branch with torch.library: `nsa_fsa::<operator>`, differentiable in q, k and v,
-    and its backward.
-    """
+    """Registers a branch with torch.library, differentiable in q, k and v."""
 
     def forward(call: A) -> AttentionResult:
         call.check_values()

@@ -30,9 +30,7 @@ class Backend(ABC, Generic[C]):
     name: str
 
     def unavailable(self, device: torch.device | None = None) -> str | None:
-        """Why the GPU `device`, or the current one where it is None or no GPU,
-        cannot run it, or None.
-        """
+        """Why the GPU `device`, or the current one if it is none, cannot run it, or None."""
         return None
 
     def refuses(self, call: C, *, backward: bool = False) -> str | None:
@@ -53,9 +51,7 @@ class Backend(ABC, Generic[C]):
 
 
 class Backends(Generic[C]):
-    """The implementations of one operator, those that "auto" prefers first.
-    The last one always runs.
-    """
+    """The implementations of one operator, in the order of "auto"; the last one always runs."""
 
     def __init__(self, operator: str, *backends: Backend[C]):
         self.operator = operator
@@ -71,9 +67,7 @@ class Backends(Generic[C]):
         check_known(name, self.operator, self)
 
     def or_auto(self, name: str) -> str:
-        """What a backend asked for a whole layer means for this operator:
-        itself where the operator has it, else "auto".
-        """
+        """`name` where the operator has a backend of this name, else "auto"."""
         return name if name in self.by_name else "auto"
 
     def named(self, name: str, device: torch.device | None = None) -> Backend[C]:
@@ -126,9 +120,7 @@ class Backends(Generic[C]):
         return self.choose(call, backward=True).backward(call, *gradients)
 
     def passed_over(self, call: C, *, backward: bool = False) -> dict[str, str]:
-        """The backends that "auto" does not take although they come before the one that it takes,
-        with the reasons.
-        """
+        """The backends that come before the one that "auto" takes, with the reasons."""
         skipped: dict[str, str] = {}
         for name, backend in self.by_name.items():
             reason = (
@@ -154,9 +146,7 @@ class Backends(Generic[C]):
 
 
 def check_known(name: Any, whole: str, *operators: Backends[Any]) -> None:
-    """Raises ValueError unless `name` is "auto" or a backend of any of the operators that `whole`
-    consists of.
-    """
+    """Raises ValueError unless `name` is "auto" or a backend of any of the whole's operators."""
     known = dict.fromkeys(
         ["auto", *(backend for operator in operators for backend in operator.by_name)]
     )

@@ -48,9 +48,7 @@ class Blocks(NamedTuple):
         return self
 
     def check_selection(self, windows: Windows, num_selected_blocks: int) -> None:
-        """Raises ValueError where the blocks do not consist of windows,
-        or more are forced than selected.
-        """
+        """Raises ValueError where blocks do not consist of windows, or too many are forced."""
         (kernel_size, kernel_stride), block_size = windows, self.block_size
         if block_size % kernel_stride != 0 or kernel_size > block_size:
             raise ValueError(
@@ -191,9 +189,7 @@ def check_attention(
 
 
 def check_compressed_rows(k_cmp: Tensor, num_tokens: int, kernel_stride: int) -> None:
-    """Raises ValueError unless k_cmp has a row for every `kernel_stride` tokens:
-    kernels read so many.
-    """
+    """Raises ValueError unless k_cmp has all the rows that kernels read."""
     if k_cmp.shape[0] < num_tokens // kernel_stride:
         raise ValueError(
             f"k_cmp has {k_cmp.shape[0]} rows; {num_tokens} tokens "
@@ -205,9 +201,7 @@ def check_compressed_rows(k_cmp: Tensor, num_tokens: int, kernel_stride: int) ->
 def check_compressed_values(
     q: Tensor, k_cmp: Tensor, sequences: Sequences, kernel_stride: int
 ) -> None:
-    """Raises ValueError for sequences whose numbers do not fit compressed tokens as keys;
-    looks only on the CPU.
-    """
+    """Raises ValueError for sequences that do not fit compressed tokens; looks only on the CPU."""
     if sequences.cu_seqlens.device.type != "cpu":
         return
     num_tokens = q.shape[0] if sequences.cu_seqlens_q is None else int(sequences.cu_seqlens[-1])
@@ -216,9 +210,7 @@ def check_compressed_values(
 
 
 def default_scale(q: Tensor, scale: float | None) -> float:
-    """The softmax scale as a float, `D ** -0.5` for None. Raises ValueError unless it is a
-    finite number.
-    """
+    """The softmax scale, `D ** -0.5` for None. Raises ValueError unless it is a finite number."""
     if scale is None:
         return q.shape[-1] ** -0.5
     if not is_finite_number(scale):

@@ -38,9 +38,7 @@ class BlockTable(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A tile of queries or keys, and its sequence: a column of what `locate_tiles` returns, and
-    what `load_tile` gives.
-    """
+    """A tile of queries or keys, and its sequence: a column of the table of `locate_tiles`."""
 
     number: Any  # of the tile inside its sequence
     first_query: Any  # row of the sequence's first query
@@ -62,9 +60,7 @@ class Tiles(NamedTuple):
 
 
 class Boundaries(NamedTuple):
-    """Where sequences begin and how much of them is used, int32: the tensors of `Sequences`, in a
-    kernel pointers to them.
-    """
+    """The tensors of `Sequences`, int32; in a kernel, pointers to them."""
 
     cu_seqlens: Tensor  # [B + 1], of the keys
     # [B + 1], of queries that are the last positions of their sequences.
@@ -144,9 +140,7 @@ def locate_tiles_kernel(
     OF_KEYS: tl.constexpr,
     TILES: tl.constexpr,
 ):
-    """The tiles of `locate_tiles` in the order of their sequences,
-    and how much work each of them is, or -1.
-    """
+    """The tiles in the order of their sequences, and the work that each of them is, or -1."""
     CACHED: tl.constexpr = bounds.cu_seqlens_q is not None
     number = tl.program_id(0) * TILES + tl.arange(0, TILES)
     inside = number < num_tiles

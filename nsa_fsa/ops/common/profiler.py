@@ -54,9 +54,7 @@ _TOO_LARGE: set[tuple[torch.device, str]] = set()  # to be timed, in this proces
 
 
 def enabled() -> bool:
-    """Whether candidates are timed: not if NSA_FSA_PROFILE=0, nor where torch promises the same
-    result in every run.
-    """
+    """Whether candidates are timed: not if NSA_FSA_PROFILE=0 or under deterministic algorithms."""
     return (
         os.environ.get("NSA_FSA_PROFILE", "1") != "0"
         and not torch.are_deterministic_algorithms_enabled()
@@ -79,9 +77,7 @@ def cache_file(key: str, device: torch.device) -> Path:
 
 @functools.cache
 def folder_name(model: str) -> str:
-    """The folder name for a GPU model and the versions of the packages that its
-    kernels come from.
-    """
+    """The folder name for a GPU model and the versions of what its kernels come from."""
     parts = [model, "nsa_fsa", nsa_fsa.__version__, "torch", torch.__version__]
     for package in ("triton", "flash-attn-4"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -104,9 +100,7 @@ def _read(path: Path, key: str) -> Record | None:
 
 
 def _publish(path: Path, record: Record, candidates: Mapping[str, Any]) -> Record:
-    """Writes a record, unless another process has been first; returns the one that
-    is there then.
-    """
+    """Writes a record, unless another process has been first; returns the one that holds."""
     temporary = path.with_name(f"{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,9 +139,7 @@ def time_on_gpu(run: Callable[[], Any]) -> float:
 
 
 def known(key: str, device: torch.device) -> Record | None:
-    """What was measured for problems of this kind: the choice, the milliseconds ("ms")
-    of every candidate and the date.
-    """
+    """What was measured for problems of this kind, if anything."""
     if not enabled():
         return None
     record = _KNOWN.get((device, key))

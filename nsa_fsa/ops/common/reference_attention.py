@@ -135,7 +135,7 @@ def backward_of(chunks: Callable[..., Iterable[Chunk]]) -> Callable[..., Any]:
 
 
 def masked_scores(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
-    """Scaled q k^T `[H, G, M, N]` of q `[M, H, G, D]` and k `[N, H, D]`; -inf what is not seen."""
+    """Scaled q k^T `[H, G, M, N]` of q `[M, H, G, D]` and k `[N, H, D]`, -inf where unseen."""
     dtype = compute_dtype(q)
     # Scaling q touches the fewest numbers.
     s = (_group_rows(q, dtype) * scale) @ _heads_first(k, dtype).mT

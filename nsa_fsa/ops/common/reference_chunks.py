@@ -1,6 +1,4 @@
-"""Walking through packed sequences, and through a sequence's queries in chunks of
-bounded memory.
-"""
+"""Walking through packed sequences, and through their queries in chunks of bounded memory."""
 
 from collections.abc import Iterator
 from itertools import pairwise
@@ -18,9 +16,7 @@ MAX_CHUNK_SCORES = 2**24
 
 
 class Sequence(NamedTuple):
-    """One sequence of a packed batch. Its queries are the last `q.stop - q.start` of its
-    `length` positions.
-    """
+    """One sequence of a packed batch, whose queries are its last positions."""
 
     q: slice  # rows of its queries
     k: slice  # rows of its keys
@@ -35,9 +31,7 @@ class Sequence(NamedTuple):
 def sequences(
     cu_seqlens: Tensor, cu_seqlens_q: Tensor | None = None, seqused_k: Tensor | None = None
 ) -> list[Sequence]:
-    """The sequences that `cu_seqlens` (keys), `cu_seqlens_q` (queries; default: the keys' rows)
-    and `seqused_k` describe.
-    """
+    """The sequences that the tensors of `Sequences` describe."""
     starts = cu_seqlens.tolist()
     lengths = (
         [stop - start for start, stop in pairwise(starts)]
@@ -60,9 +54,7 @@ def sequences(
 
 
 def chunk_size(q: Tensor, keys_per_query: int) -> int:
-    """How many queries of q `[T, HQ, D]`, each scoring `keys_per_query` keys with every head,
-    are worked on together.
-    """
+    """How many queries of q `[T, HQ, D]` are worked on together if each scores so many keys."""
     row = max(1, q.shape[1] * keys_per_query)
     if q.device.type != "cpu":
         return most_queries(row)
@@ -75,9 +67,7 @@ def most_queries(numbers: int) -> int:
 
 
 def query_chunks(sequence: Sequence, size: int) -> Iterator[tuple[slice, int, int]]:
-    """Yields (rows of up to `size` queries, position of the first of them,
-    one past the position of the last).
-    """
+    """Yields (rows of up to `size` queries, position of the first, one past that of the last)."""
     for start in range(sequence.q.start, sequence.q.stop, size):
         stop = min(start + size, sequence.q.stop)
         first = sequence.offset + start - sequence.q.start

@@ -350,9 +350,7 @@ def _differentiable(
 
 
 def _gradients_below() -> contextlib.AbstractContextManager[Any]:
-    """Below a level of torch.func there may be another, or plain autograd,
-    for which gradients are still on.
-    """
+    """Turns gradients on where torch.func has a level below, which may want them."""
     return torch.enable_grad() if transformed() else _NOTHING
 
 
@@ -411,9 +409,7 @@ def _register_autograd(name: str, operator: Any, differentiable: Callable[..., A
 
 
 def _refusing(name: str, operator: Any) -> Callable[..., Any]:
-    """The operator, whose backward says that it has none: raised at a backward pass,
-    which there may never be.
-    """
+    """The operator; a backward pass through it raises RuntimeError."""
 
     class Refusing(torch.autograd.Function):
         @staticmethod

@@ -22,9 +22,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def padded_dim(dim: int) -> int:
-    """The head width that a kernel computes with: a power of two,
-    and at least what a matrix unit takes.
-    """
+    """The head width that a kernel computes with: a power of two that a matrix unit takes."""
     return max(next_power_of_2(dim), 16)
 
 

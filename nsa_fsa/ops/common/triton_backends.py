@@ -1,6 +1,4 @@
-"""What every Triton backend asks: whether Triton can run here, and whether its kernels take
-such tensors.
-"""
+"""Whether Triton can run here, and whether its kernels take such tensors."""
 
 import functools
 import importlib.util
@@ -36,9 +34,7 @@ ASSUMED: ContextVar[tuple[int, int] | None] = ContextVar("assumed", default=None
 
 @contextmanager
 def assuming(capability: tuple[int, int] | None) -> Iterator[None]:
-    """Inside, what can run is said for a machine with Triton and a GPU of this compute capability;
-    None: for this machine.
-    """
+    """Inside, answers are for a GPU of this compute capability with Triton; None: this machine."""
     token = ASSUMED.set(capability)
     try:
         yield

@@ -303,9 +303,7 @@ def query_major_tile(q: Tensor, v: Tensor) -> tuple[int, int, int]:
 
 @remembered
 def default_config(q: Tensor, v: Tensor, block_size: int) -> Config:
-    """The reproducible choice for q `[T, HQ, D]` and v `[T, HKV, DV]`;
-    the profiler tries others.
-    """
+    """The default for q `[T, HQ, D]` and v `[T, HKV, DV]`; the profiler tries others."""
     plain = plain_config(q, v, block_size)
     if not runs_hopper(q, v, block_size):
         return plain

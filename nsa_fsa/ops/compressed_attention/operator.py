@@ -38,17 +38,12 @@ def compressed_attention(
     Query t sees compressed token i iff `i * kernel_stride + kernel_size - 1 <= t`.
 
     Args:
-        q: `[T, HQ, D]`, float16, bfloat16, float32 or float64; HQ is a multiple of HKV.
+        q, max_seqlen, scale, cu_seqlens_q, seqused_k, return_lse: as in `selected_attention`.
         k_cmp, v_cmp: compressed keys `[T // kernel_stride, HKV, D]` and values
             `[T // kernel_stride, HKV, DV]` in q's dtype, laid out as `pool_windows` does; rows that
             no compressed token owns are never read.
         cu_seqlens: int32 `[B + 1]`, boundaries of the sequences, in tokens.
-        max_seqlen: an upper bound on the longest sequence, in tokens.
         kernel_size, kernel_stride: length and stride of compression windows, in tokens.
-        scale: softmax scale; default `D ** -0.5`.
-        cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences;
-            see `Sequences`.
-        return_lse: also return the log-sum-exp.
         workspace_bytes: how much memory the backward may take for sums of dq, at any length: heads
             are differentiated in turn where all of them would take more. It keeps any only on
             Hopper, for long sequences, and where the order of additions is free: under
@@ -57,9 +52,7 @@ def compressed_attention(
             the first of them that can, on a GPU.
 
     Returns:
-        o `[T, HQ, DV]` in q's dtype, and on request the natural-log lse `[T, HQ]` in float32
-        (float64 for float64 inputs), which is not differentiable. A query that sees nothing
-        gets 0 and -inf.
+        What `selected_attention` returns.
 
     Raises:
         ValueError: for inconsistent shapes, dtypes, devices or sequence descriptors.

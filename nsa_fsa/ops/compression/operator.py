@@ -1,6 +1,4 @@
-"""Compression windows as operators: gathered (for the linear, mlp and gated kinds)
-or pooled (mean and weighted).
-"""
+"""Compression windows as operators: gathered, for a matrix product, or pooled."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -99,8 +97,7 @@ def window_starts(
     kernel_stride: int,
     seqused_k: Tensor | None = None,
 ) -> Tensor:
-    """The row of x `[T, ...]` at which each compression window begins,
-    int64 `[T // kernel_stride]`.
+    """The row of x `[T, ...]` at which each window begins, int64 `[T // kernel_stride]`.
 
     Rows of windows that no sequence owns point somewhere inside x.
     Plain tensor arithmetic, without a host sync.

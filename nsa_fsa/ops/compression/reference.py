@@ -20,8 +20,7 @@ def num_windows(length: int, kernel_size: int, kernel_stride: int) -> int:
 def window_rows(
     x: Tensor, cu_seqlens: Tensor, kernel_size: int, kernel_stride: int, seqused_k: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """For each packed window, the rows `[T // s, l]` of x it covers,
-    and whether a sequence owns it `[T // s]`.
+    """The rows of x `[T // s, l]` that each window covers, and whether it is owned `[T // s]`.
 
     Rows of unowned windows point somewhere inside x, so that gathering them is safe.
     """

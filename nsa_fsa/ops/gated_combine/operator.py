@@ -1,6 +1,4 @@
-"""The gated sum of the three branches as an operator, and the gates' part of the whole
-core's backward.
-"""
+"""The gated sum of the branches as an operator, and the gates' part of the core's backward."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -48,9 +46,7 @@ def gated_combine(
 
 
 def check_gates(gate_logits: Tensor, rows: Tensor, whose: str) -> None:
-    """Raises ValueError unless there is a gate for every head of `rows`, `[T, HQ, ...]`,
-    or one for all.
-    """
+    """Raises ValueError unless rows `[T, HQ, ...]` have a gate for every head, or one for all."""
     num_tokens, num_heads = rows.shape[:2]
     check_rows("gate_logits", gate_logits, 3, "[T, HQ or 1, 3]")
     if not (
@@ -102,9 +98,7 @@ class GatedGradients(NamedTuple):
 
 @dataclass(frozen=True)
 class BranchesCall:
-    """One call of the gates' part of the whole core's backward: see
-    `reference.branch_gradients`.
-    """
+    """One call of the gates' part of the core's backward: see `reference.branch_gradients`."""
 
     do: Tensor  # [T, HQ, DV]
     outputs: tuple[Tensor | None, ...]  # [T, HQ, DV] of each branch; None for one that is left out

@@ -1,6 +1,4 @@
-"""Gates and the weighted sum of the branches (docs/spec.md, section 7);
-branch order is compressed, selected, sliding.
-"""
+"""Gates and the weighted sum of compressed, selected and sliding (docs/spec.md, section 7)."""
 
 from collections.abc import Sequence
 
@@ -11,9 +9,7 @@ from nsa_fsa.ops.common.reference_attention import compute_dtype
 
 
 def gated_combine(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor) -> Tensor:
-    """gate_logits `[T, HQ or 1, 3]`, branch outputs `[T, HQ, DV]` -> their sum `[T, HQ, DV]`,
-    weighted by the sigmoids.
-    """
+    """gate_logits `[T, HQ or 1, 3]`, branches `[T, HQ, DV]` -> their sum, weighted by sigmoids."""
     dtype = compute_dtype(o_cmp)
     g = torch.sigmoid(gate_logits.to(dtype))
     branches = torch.stack((o_cmp, o_slc, o_swa), dim=-1).to(dtype)  # [T, HQ, DV, 3]

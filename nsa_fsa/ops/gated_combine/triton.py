@@ -46,9 +46,7 @@ class Sizes(NamedTuple):
 
 @triton.jit
 def pairs_of_program(num_heads, total, SIZES: tl.constexpr):
-    """The pairs that this program owns of `total` in all: their numbers, query * HQ + head in
-    int64, and the `Pairs`.
-    """
+    """The numbers, query * HQ + head in int64, of this program's pairs, and the `Pairs`."""
     number = tl.program_id(0).to(tl.int64) * SIZES.PAIRS + tl.arange(0, SIZES.PAIRS)
     return number, Pairs(number // num_heads, number % num_heads, number < total)
 
@@ -156,9 +154,7 @@ def contiguous_heads(x: Tensor) -> Heads:
 
 
 def cut_pairs(o: Tensor) -> tuple[tuple[int], tuple[int, int, Sizes]]:
-    """The grid of a kernel whose programs own the pairs of `[T, HQ, DV]`, and its last arguments:
-    num_heads, total and SIZES.
-    """
+    """The grid of a kernel of pairs of `[T, HQ, DV]`, and its last arguments from num_heads on."""
     num_tokens, num_heads, width = o.shape
     padded, total = padded_dim(width), num_tokens * num_heads
     pairs = max(ELEMENTS // padded, 1)
@@ -183,10 +179,7 @@ def sum_shared(dlogits: Tensor, gate_logits: Tensor) -> Tensor:
 
 
 def gated_combine(gate_logits: Tensor, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor) -> Tensor:
-    """The sum of the branches `[T, HQ, DV]`, each times the sigmoid of its gate_logits.
-
-    gate_logits: `[T, HQ or 1, 3]`; o_cmp, o_slc and o_swa: `[T, HQ, DV]`.
-    """
+    """The sum of the branches `[T, HQ, DV]`, each times the sigmoid of its gate_logits."""
     o = o_cmp.new_empty(o_cmp.shape)
     if o.numel():
         grid, arguments = cut_pairs(o)

@@ -225,9 +225,7 @@ def refuses_kv_major(call: SelectedCall) -> str | None:
 
 
 class SelectedTriton(TritonBackend[SelectedCall], AttentionBackend[SelectedCall]):
-    """Whichever loop order and tiles the profiler finds fastest;
-    without it the KV-major default where that can run.
-    """
+    """Whichever order and tiles the profiler finds fastest; the KV-major default without it."""
 
     def refuses(self, call: SelectedCall, *, backward: bool = False) -> str | None:
         return refuses_triton(call) or (

@@ -115,9 +115,7 @@ class Library(ABC):
     def backward(
         self, tensors: Gradients, sliding: SlidingWindow, into: tuple[Tensor, Tensor, Tensor] | None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """dq, dk and dv, written to the tensors `into`, where given;
-        their heads may be slices of larger tensors'.
-        """
+        """dq, dk and dv; in the tensors `into`, which may be views, where given."""
 
     def unavailable(self, device: torch.device | None = None) -> str | None:
         """Why it cannot run on this GPU (default: the current one), or None."""

@@ -36,15 +36,7 @@ def sliding_window_attention(
     its own included (NSA paper, section 3.3.3).
 
     Args:
-        q: `[T, HQ, D]`, float16, bfloat16, float32 or float64; HQ is a multiple of HKV.
-        k, v: `[T, HKV, D]` and `[T, HKV, DV]` in q's dtype.
-        cu_seqlens: int32 `[B + 1]`; sequence b is rows `cu_seqlens[b] : cu_seqlens[b + 1]`.
-        max_seqlen: an upper bound on the longest sequence.
         window_size: keys that a query sees at most: positions `max(0, t - window_size + 1) .. t`.
-        scale: softmax scale; default `D ** -0.5`.
-        cu_seqlens_q, seqused_k: for queries that are only the last positions of their sequences;
-            see `Sequences`.
-        return_lse: also return the log-sum-exp.
         workspace_bytes: how much memory FlashAttention may take for sums, at any length:
             heads are differentiated in turn where all of them would take more.
         backend: which implementation runs: "flash_attn_4", "torch_flash" (the FlashAttention in
@@ -55,10 +47,10 @@ def sliding_window_attention(
             and the reference elsewhere. flash-attn 4 reads past a sequence's end, and weighs with
             0 what is there: a NaN or an infinity in the next sequence of the batch reaches the
             last queries of this one.
+        The other arguments are those of `selected_attention`.
 
     Returns:
-        o `[T, HQ, DV]` in q's dtype, and on request the natural-log lse `[T, HQ]` in float32
-        (float64 for float64 inputs), which is not differentiable.
+        What `selected_attention` returns.
 
     Raises:
         ValueError: for inconsistent shapes, dtypes, devices or sequence descriptors.

@@ -1,3 +1,1 @@
-"""Attention over windows of tokens, of which a query sees those in its past: compressed attention,
-and the sliding window.
-"""
+"""Attention over the windows of a query's past: compressed attention, and the sliding window."""

@@ -67,9 +67,7 @@ SUMMED_WINDOWS = (
 
 
 class Parts(NamedTuple):
-    """A gradient `[P, T, H, D]` whose rows are contiguous, in a kernel: every part of the queries
-    has its own sums.
-    """
+    """A gradient `[P, T, H, D]` in a kernel: each part of the queries has sums of its own."""
 
     ptr: Any
     stride_p: Any
@@ -100,9 +98,7 @@ class Inputs(NamedTuple):
 
 
 class KeyCut(NamedTuple):
-    """How dk and dv are cut into programs: a tile of windows of a head, and a part of the pairs
-    that see it.
-    """
+    """Programs of dk and dv: a tile of windows of a head, and a part of the pairs that see it."""
 
     tiles: Tiles  # of one head
     num_parts: int
@@ -257,9 +253,7 @@ def sum_parts_kernel(
     WINDOWS: tl.constexpr,
     PADDED: tl.constexpr,
 ):
-    """Adds up the parts of WINDOWS rows of dk and dv, which lie side by side in
-    `[P, T, H, D + DV]`.
-    """
+    """Adds up the parts of WINDOWS rows of dk and dv, side by side in `[P, T, H, D + DV]`."""
 
     D: tl.constexpr = SHAPE.D
     DV: tl.constexpr = SHAPE.DV
@@ -310,9 +304,7 @@ def scale_rows_kernel(
 
 
 def scale_rows(dq: Tensor, sums: Tensor, scale: float, add: bool) -> None:
-    """dq `[T, H, D]`, whose heads may be some of a larger tensor's, becomes scale * sums, or that
-    is added to it.
-    """
+    """dq `[T, H, D]`, which may be a view, becomes scale * sums, or that is added to it."""
     num_rows, num_heads, head_dim = dq.shape
     pairs, total = 32, num_rows * num_heads
     scale_rows_kernel[(cdiv(total, pairs),)](
@@ -395,9 +387,7 @@ def windowed_attention_bwd(
 
 
 def in_one_pass(config: tuning.CompressedConfig, group_size: int, max_seqlen: int) -> bool:
-    """Whether the kernel of dk and dv adds up dq as well: in no fixed order, and by bulk additions
-    of whole tiles.
-    """
+    """Whether the kernel of dk and dv adds up dq as well, by bulk additions in no fixed order."""
     whole_groups = config.dkdv_m % group_size == 0
     if not config.hopper or not whole_groups or torch.are_deterministic_algorithms_enabled():
         return False
@@ -534,9 +524,7 @@ def parts_of(dk: Tensor, dv: Tensor) -> tuple[Parts, Parts]:
 
 
 def bulk_copies(inputs: Inputs, dq_sums: Tensor | None) -> tuple[Any, Any, Any]:
-    """Descriptors for bulk copies of q, do and dq_sums: none where groups do not fill a tile, or
-    for dq_sums without any.
-    """
+    """Descriptors for bulk copies of q, do and dq_sums; None where groups do not fill a tile."""
     group_size, tile_pairs = inputs.call.group_size, inputs.config.dkdv_m
     head_dim = inputs.q.shape[2]
     if tile_pairs % group_size != 0:

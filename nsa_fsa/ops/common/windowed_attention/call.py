@@ -7,9 +7,7 @@ from nsa_fsa.ops.common.calls import AttentionCall, Windows, check_compressed_va
 
 @dataclass(frozen=True)
 class WindowedCall(AttentionCall):
-    """One call of compressed attention; or of sliding window attention, to which every token is a
-    window of its own.
-    """
+    """One call of compressed attention, or of the sliding window, whose windows are tokens."""
 
     windows: Windows
     # See only the last so many windows, which are single tokens then; None: all of the past.

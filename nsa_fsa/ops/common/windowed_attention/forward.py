@@ -100,18 +100,14 @@ def num_multiprocessors(x: Tensor) -> int:
 
 @functools.cache
 def hopper() -> Any:
-    """The Gluon kernels, imported only where they run: Gluon is an interface that changes with
-    every version of Triton.
-    """
+    """The Gluon kernels, imported where they run: Gluon changes with every version of Triton."""
     from nsa_fsa.ops.common.windowed_attention import hopper_forward
 
     return hopper_forward
 
 
 def prepared(call: WindowedCall, hopper: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v with rows that the kernels can read; those for Hopper want the heads of k and v to
-    lie together.
-    """
+    """q, k and v as the kernels read them; for Hopper the heads of k and v lie together."""
     q, k, v = (rows_contiguous(x, hopper) for x in (call.q, call.k, call.v))
     if hopper:
         k, v = (x if x.stride(1) == x.shape[2] else x.contiguous() for x in (k, v))

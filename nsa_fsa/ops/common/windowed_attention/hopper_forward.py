@@ -84,9 +84,7 @@ class QueryWork:
 
     @gluon.jit
     def steps(self, tile, pair, BLOCK_N: gl.constexpr):
-        """A tile's steps of BLOCK_N windows, and those that need no mask; how many windows its
-        pairs see.
-        """
+        """A tile's steps, those that need no mask, and how many windows its pairs see."""
         position = tile.position + pair // self.SHAPE.G
         visible = visible_windows(position, tile.num_keys, tile.num_windows, self.SHAPE)
         return gl.cdiv(tile.most, BLOCK_N), tile.least // BLOCK_N, visible
@@ -172,9 +170,7 @@ def load_queries_then_windows(
 
 @gluon.jit
 def load_query_tile(buffers, x, number, first_query, head, last, G: gl.constexpr):
-    """Asynchronously, the pairs of both computing warpgroups, into the buffers `number` and
-    `number + 1`.
-    """
+    """Asynchronously, the pairs of both warpgroups, into the buffers `number` and the next."""
     ptr = x.ptr + first_query * x.stride_t + head.to(gl.int64) * G * x.stride_h
     queries = Heads(ptr, x.stride_t, x.stride_h)
     for warpgroup in gl.static_range(2):
@@ -215,9 +211,7 @@ def store_tile(
 
 @gluon.jit
 def step_weights(scores, maximum, total, scale, step, full_steps, visible):
-    """Weights of one step, what decays the steps before it, and the new maximum and total; scores
-    and maximum in base 2.
-    """
+    """Weights of one step, the decay of those before, the new maximum (base 2) and total."""
     layout: gl.constexpr = scores.type.layout
     BLOCK_N: gl.constexpr = scores.shape[1]
     if step >= full_steps:

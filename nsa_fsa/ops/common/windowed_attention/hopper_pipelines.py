@@ -29,9 +29,7 @@ EITHER_WAY = gl.constexpr(129)
 
 @dataclass_transform()
 def gluon_object(cls: Any) -> Any:
-    """A class of Gluon objects, made in a kernel of their members in the order in which these
-    are annotated.
-    """
+    """A class of Gluon objects, made in a kernel of their members in the order of annotation."""
     names = tuple(cls.__annotations__)
 
     def __init__(self, *members):
@@ -69,24 +67,18 @@ class Signal:
 
     @gluon.jit
     def wait_for_last(self, use):
-        """Waits until the signal was given for the use of the same buffer before this one; not at
-        all for the first.
-        """
+        """Waits for the signal of the use of the same buffer before this one, if there was any."""
         mbarrier.wait(self.of(use), use // self.SIZE & 1 ^ 1)
 
     @gluon.jit
     def arrive(self, use):
-        """Gives the signal, or a computing warpgroup's half of it, once every thread of the
-        warpgroup has come here.
-        """
+        """Gives the signal, or this warpgroup's half of it, once all of its threads are here."""
         thread_barrier()
         mbarrier.arrive(self.of(use), count=1)
 
     @gluon.jit
     def arrive_after_copies(self, use):
-        """Gives the loading threads' part of the signal once what they copied by
-        cp.async is there.
-        """
+        """Gives the loading threads' part of the signal once their copies by cp.async are there."""
         async_copy.mbarrier_arrive(self.of(use), increment_count=False)
 
     @gluon.jit
@@ -164,9 +156,7 @@ def new_window_ring(
 
 @gluon.jit
 def bulk_copy_windows(desc, at, signal, use, buffer):
-    """Asynchronously, windows of one head from `at` on, all of which exist; and all
-    arrivals of the signal.
-    """
+    """Asynchronously, windows of a head from `at` on, all of which exist, and the whole signal."""
     mbarrier.expect(signal.of(use), buffer.shape[0] * buffer.shape[1] * 2)
     tma.async_copy_global_to_shared(desc, at, signal.of(use), buffer)
     signal.arrive_after_copies(use)

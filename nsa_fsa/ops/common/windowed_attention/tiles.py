@@ -85,9 +85,7 @@ def shape_of(call: WindowedCall, q: Tensor, v: Tensor) -> Shape:
 
 @triton.jit
 def visible_windows(position, num_keys, num_windows, SHAPE: tl.constexpr):
-    """How many compressed tokens a position sees: those that a sequence would have
-    which ended here.
-    """
+    """How many compressed tokens a position sees: those of a sequence that ends with it."""
     seen = (position + 1 - SHAPE.KERNEL_SIZE + SHAPE.KERNEL_STRIDE) // SHAPE.KERNEL_STRIDE
     return tl.where(position < num_keys, tl.minimum(tl.maximum(seen, 0), num_windows), 0)
 
@@ -161,9 +159,7 @@ def key_tile_work(num_tiles, HEADS: tl.constexpr):
 
 @triton.jit
 def pairs_that_see(tile, first_window, part, part_rows, SHAPE: tl.constexpr):
-    """The pairs of a part that see some of a tile's windows, of which first_window is the first,
-    as `SeenBy`.
-    """
+    """The pairs of a part that see a tile's windows from first_window on, as `SeenBy`."""
     G: tl.constexpr = SHAPE.G
     first = (first_window * SHAPE.KERNEL_STRIDE + SHAPE.KERNEL_SIZE - 1 - tile.offset) * G
     begin = tl.maximum(tl.maximum(first, 0), part * part_rows)
