@@ -109,20 +109,18 @@ class Triton(TritonBackend[SelectionCall]):
         return select_blocks(call)
 
 
+def scored_by(call: SelectionCall) -> dict[str, Any]:
+    """What scores the blocks, as arguments of the reference."""
+    inputs = dict(q=call.q, k_cmp=call.k_cmp, lse=call.lse, scale=call.scale)
+    return inputs | call.sequences._asdict() | call.windows._asdict()
+
+
 class Reference(Backend[SelectionCall]):
     name = "reference"
 
     def forward(self, call: SelectionCall) -> Tensor:
-        return reference.select_blocks(
-            call.q,
-            call.k_cmp,
-            call.lse,
-            **call.sequences._asdict(),
-            **call.windows._asdict(),
-            **call.blocks._asdict(),
-            num_selected_blocks=call.num_selected_blocks,
-            scale=call.scale,
-        )
+        wanted = call.blocks._asdict() | dict(num_selected_blocks=call.num_selected_blocks)
+        return reference.select_blocks(**scored_by(call), **wanted)
 
 
 def _select(call: SelectionCall) -> Tensor:
@@ -138,15 +136,7 @@ def _select_fake(call: SelectionCall) -> Tensor:
 def _scores(call: SelectionCall) -> Tensor:
     """By the reference, because the kernels exist to never hold the scores."""
     call.check_values()
-    return reference.block_scores(
-        call.q,
-        call.k_cmp,
-        call.lse,
-        **call.sequences._asdict(),
-        **call.windows._asdict(),
-        block_size=call.blocks.block_size,
-        scale=call.scale,
-    )
+    return reference.block_scores(**scored_by(call), block_size=call.blocks.block_size)
 
 
 def _scores_fake(call: SelectionCall) -> Tensor:

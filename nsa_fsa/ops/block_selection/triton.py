@@ -486,22 +486,15 @@ def select_blocks(
         steps = cdiv(call.sequences.max_seqlen, call.blocks.block_size * tile.columns)
         wide = exact or steps > NARROW_STEPS.value
 
-    selection = constants(
-        Selection,
-        WINDOWS=call.windows,
-        BLOCKS=call.blocks,
-        NUM_SELECTED=call.num_selected_blocks,
-        FREE=listed,
-        GROUP=Group(group_size, pairs_of_query, head_dim, padded_dim(head_dim)),
-        TILE=tile,
-        PHASES=lay_out_phases(call.windows, call.blocks, tile),
-        WIDE=wide,
-        EXACT=exact,
-        PRECISION=dot_precision(q.dtype),
+    group = Group(group_size, pairs_of_query, head_dim, padded_dim(head_dim))
+    selection = Selection(
+        *(call.windows, call.blocks, call.num_selected_blocks, listed, group, tile),
+        *(lay_out_phases(call.windows, call.blocks, tile), wide, exact, dot_precision(q.dtype)),
     )
     select_blocks_kernel[(tiles.number, num_kv_heads)](
         *(tiles.table, indices, heads(q), heads(k_cmp), heads(lse)),
-        *(call.scale * LOG2_E, tiles.number, num_rows, tiles.num_sequences, selection),
+        *(call.scale * LOG2_E, tiles.number, num_rows, tiles.num_sequences),
+        constants(selection),
         num_warps=tile.warps,
     )
     return indices

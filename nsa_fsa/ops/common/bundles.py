@@ -6,14 +6,14 @@ number of rows or blocks is an argument by itself.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Hashable
 from typing import Any, NamedTuple, TypeVar
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-Bundle = TypeVar("Bundle")
+Bundle = TypeVar("Bundle", bound=Hashable)
 
 
 class Heads(NamedTuple):
@@ -37,15 +37,13 @@ def heads(x: Tensor) -> Heads:
     return Heads(x, x.stride(0), x.stride(1))
 
 
-def constants(bundle: Callable[..., Bundle], **values: Any) -> Bundle:
-    """A bundle for a parameter annotated `tl.constexpr`: the same object for the same values."""
-    return _constants(bundle, tuple(values.items()))
+def constants(bundle: Bundle) -> Bundle:
+    """The bundle for a parameter annotated `tl.constexpr`: the same object for the same values."""
+    return _constants(type(bundle), bundle)
 
 
 @functools.cache
-def _constants(bundle: Callable[..., Any], values: tuple[tuple[str, Any], ...]) -> Any:
+def _constants(kind: Any, bundle: Any) -> Any:
     # Each member is a constexpr by itself, because the compiler takes a plain number from a
     # NamedTuple for one that is known only when the kernel runs. The interpreter wants the number.
-    if triton.knobs.runtime.interpret:
-        return bundle(**dict(values))
-    return bundle(**{name: tl.constexpr(value) for name, value in values})
+    return bundle if triton.knobs.runtime.interpret else kind(*map(tl.constexpr, bundle))

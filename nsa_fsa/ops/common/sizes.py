@@ -26,6 +26,11 @@ def padded_dim(dim: int) -> int:
     return max(next_power_of_2(dim), 16)
 
 
+def widths(q: Tensor, v: Tensor) -> tuple[int, int, int, int]:
+    """D, PADDED_D, DV and PADDED_DV of q `[T, HQ, D]` and v `[T, HKV, DV]`."""
+    return q.shape[2], padded_dim(q.shape[2]), v.shape[2], padded_dim(v.shape[2])
+
+
 def aligned_rows(number: int, *shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """`[number, *shape]`, uninitialised, of which every row begins at a multiple of 16 bytes: a
     kernel that is given rows apart would otherwise be compiled for each of the alignments that they

@@ -171,6 +171,13 @@ def remembered(choose: Callable[..., Any]) -> Callable[..., Any]:
     return recall
 
 
+def fields(name: str, tile: tuple[int, int, int] | None = None, **sizes: int) -> Any:
+    """The fields of a config that are named after a pass; tile: pairs, warps and stages."""
+    if tile is not None:
+        sizes |= zip(("m", "warps", "stages"), tile, strict=True)
+    return {f"{name}_{size}": number for size, number in sizes.items()}
+
+
 @remembered
 def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
     """The tiles of the plain kernels for q `[T, HQ, D]` and v `[T, HKV, DV]`.
@@ -198,22 +205,10 @@ def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
         if cramped:
             merge_keys = 16  # 32 rows instead leave 40 bytes on the stack
 
-    fwd_m, fwd_warps, fwd_stages = fwd
-    bwd_m, bwd_warps, bwd_stages = bwd
-    merge_m, merge_warps, merge_stages = merge
     return Config(
-        fwd_m=fwd_m,
-        fwd_keys=2 * keys,
-        fwd_warps=fwd_warps,
-        fwd_stages=fwd_stages,
-        merge_m=merge_m,
-        merge_keys=merge_keys,
-        merge_warps=merge_warps,
-        merge_stages=merge_stages,
-        bwd_m=bwd_m,
-        bwd_keys=bwd_keys,
-        bwd_warps=bwd_warps,
-        bwd_stages=bwd_stages,
+        **fields("fwd", fwd, keys=2 * keys),
+        **fields("merge", merge, keys=merge_keys),
+        **fields("bwd", bwd, keys=bwd_keys),
     )
 
 
@@ -235,35 +230,20 @@ def _compressed_config(
     if gluon:
         return CompressedConfig(
             hopper=True,
-            fwd_m=128,
-            fwd_n=128,
-            fwd_stages=2,
-            dq_m=128,
-            dq_n=64,
-            dq_stages=3,
-            dkdv_m=64,
-            dkdv_n=128,
-            dkdv_stages=3,
+            **fields("fwd", m=128, n=128, stages=2),
+            **fields("dq", m=128, n=64, stages=3),
+            **fields("dkdv", m=64, n=128, stages=3),
         )
 
     width = max(padded_dim(head_dim), padded_dim(v_dim), 32)
     group = next_power_of_2(group_size)  # a tile has whole groups
     if dtype == torch.float32:
         # Without the matrix unit a thread holds whole rows of both factors of a product.
-        m, n = max(16, group), 16
+        m = max(16, group)
         return CompressedConfig(
-            fwd_m=m,
-            fwd_n=n,
-            fwd_warps=8,
-            fwd_stages=2,
-            dq_m=m,
-            dq_n=n,
-            dq_warps=8,
-            dq_stages=2,
-            dkdv_m=16,
-            dkdv_n=16,
-            dkdv_warps=8,
-            dkdv_stages=2,
+            **fields("fwd", (m, 8, 2), n=16),
+            **fields("dq", (m, 8, 2), n=16),
+            **fields("dkdv", (16, 8, 2), n=16),
         )
 
     # With 64 keys a step, and 4 warps for dq or, at a width of 128, for dk and dv, 24 to 80 bytes
@@ -272,19 +252,11 @@ def _compressed_config(
     # sm_100 (G = 16, packed sequences, Triton 3.6).
     dq_n = 64 if width <= 32 else 16 if width > 128 and cramped else 32
     m, half = max(128 if width <= 128 else 64, group), max(64, group)
+    dkdv = (64, 4, 2) if width <= 64 else (32, 8, 2)
     return CompressedConfig(
-        fwd_m=m,
-        fwd_n=64 if width <= 64 else 32,
-        fwd_warps=8,
-        fwd_stages=3 if width <= 128 else 2,
-        dq_m=half,
-        dq_n=dq_n,
-        dq_warps=4 if width <= 32 else 8,
-        dq_stages=2,
-        dkdv_m=32 if width > 64 else 64,
-        dkdv_n=64 if width <= 128 else 32,
-        dkdv_warps=4 if width <= 64 else 8,
-        dkdv_stages=2,
+        **fields("fwd", (m, 8, 3 if width <= 128 else 2), n=64 if width <= 64 else 32),
+        **fields("dq", (half, 4 if width <= 32 else 8, 2), n=dq_n),
+        **fields("dkdv", dkdv, n=64 if width <= 128 else 32),
     )
 
 
@@ -309,14 +281,9 @@ def default_config(q: Tensor, v: Tensor, block_size: int) -> Config:
         return plain
     return dataclasses.replace(
         plain,
-        fwd_hopper=True,
-        fwd_m=64,
-        fwd_warps=4,
+        **fields("fwd", hopper=True, m=64, warps=4),
         merge_keys=8192 // padded_width(q, v),
-        bwd_hopper=True,
-        bwd_m=64,
-        bwd_stages=2,
-        bwd_warps=4 if block_size == 64 else 8,
+        **fields("bwd", (64, 4 if block_size == 64 else 8, 2), hopper=True),
     )
 
 

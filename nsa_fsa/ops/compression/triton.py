@@ -347,7 +347,7 @@ def cut_hops(
     hops = max(size.elements // padded, 1)
     num_tiles = max_num_blocks(num_rows, num_sequences, hops * windows.kernel_stride)
     counts = (num_heads, num_sequences, num_sequences.bit_length())
-    sizes = constants(Sizes, WINDOWS=windows, DIM=dim, PADDED_DIM=padded, LENGTH=hops)
+    sizes = constants(Sizes(windows, dim, padded, hops))
     return (num_tiles * num_heads,), (boundaries(sequences), *counts, sizes)
 
 
@@ -457,7 +457,7 @@ def _weight_gradient(
             *(StridedHeads(dpooled, *dpooled.stride()), StridedHeads(x, *x.stride()), sums),
             *(boundaries(sequences), num_windows, num_heads),
             *(num_sequences, num_sequences.bit_length(), of_share),
-            constants(Sizes, WINDOWS=windows, DIM=dim, PADDED_DIM=padded, LENGTH=positions),
+            constants(Sizes(windows, dim, padded, positions)),
             num_warps=warps,
         )
     return sums.sum(0)

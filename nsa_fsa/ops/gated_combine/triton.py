@@ -158,7 +158,7 @@ def cut_pairs(o: Tensor) -> tuple[tuple[int], tuple[int, int, Sizes]]:
     num_tokens, num_heads, width = o.shape
     padded, total = padded_dim(width), num_tokens * num_heads
     pairs = max(ELEMENTS // padded, 1)
-    sizes = constants(Sizes, DV=width, PADDED_DV=padded, PAIRS=pairs)
+    sizes = constants(Sizes(width, padded, pairs))
     return (cdiv(total, pairs),), (num_heads, total, sizes)
 
 

@@ -25,7 +25,7 @@ from nsa_fsa.ops.common.primitives import (
     load_rows,
     online_softmax,
 )
-from nsa_fsa.ops.common.sizes import next_power_of_2, padded_dim, rows_contiguous
+from nsa_fsa.ops.common.sizes import next_power_of_2, rows_contiguous, widths
 from nsa_fsa.ops.common.softmax_statistics import Statistics
 from nsa_fsa.ops.common.windowed_attention.heads import (
     load_keys,
@@ -187,23 +187,18 @@ def query_bwd_dq_kernel(
 def make_shape(call: SelectedCall, keys: int, num_stages: int) -> Shape:
     """The constants of a call; keys: of a step at most."""
     num_indices, block_size = call.block_indices.shape[2], call.blocks.block_size
-    head_dim, v_dim, keys = call.q.shape[2], call.v.shape[2], min(keys, block_size)
-    return constants(
-        Shape,
-        NUM_INDICES=num_indices,
-        PADDED_INDICES=max(next_power_of_2(num_indices), 2),
-        G=call.group_size,
-        PADDED_G=max(next_power_of_2(call.group_size), 16),
-        D=head_dim,
-        PADDED_D=padded_dim(head_dim),
-        DV=v_dim,
-        PADDED_DV=padded_dim(v_dim),
+    keys = min(keys, block_size)
+    shape = Shape(
+        *(num_indices, max(next_power_of_2(num_indices), 2)),
+        *(call.group_size, max(next_power_of_2(call.group_size), 16)),
+        *widths(call.q, call.v),
         BLOCK_SIZE=block_size,
         KEYS=keys,
         NUM_STEPS=num_indices * (block_size // keys),
         NUM_STAGES=num_stages,
         PRECISION=tuning.dot_precision(call.q.dtype),
     )
+    return constants(shape)
 
 
 def query_major_fwd(call: SelectedCall) -> AttentionResult:

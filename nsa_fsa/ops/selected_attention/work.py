@@ -24,7 +24,7 @@ from nsa_fsa.ops.common import tuning
 from nsa_fsa.ops.common.bundles import constants
 from nsa_fsa.ops.common.locate import BlockTable
 from nsa_fsa.ops.common.primitives import kernel
-from nsa_fsa.ops.common.sizes import aligned_rows, cdiv, padded_dim
+from nsa_fsa.ops.common.sizes import aligned_rows, cdiv, widths
 from nsa_fsa.ops.selected_attention.call import BlockIndex, SelectedCall
 
 # Constants of the kernels
@@ -60,14 +60,9 @@ class Tile(NamedTuple):
 
 def shape_of(call: SelectedCall, work: "Work") -> Shape:
     """The constants of a pass."""
-    head_dim, v_dim = call.q.shape[2], call.v.shape[2]
-    return constants(
-        Shape,
-        G=call.group_size,
-        D=head_dim,
-        PADDED_D=padded_dim(head_dim),
-        DV=v_dim,
-        PADDED_DV=padded_dim(v_dim),
+    shape = Shape(
+        call.group_size,
+        *widths(call.q, call.v),
         BLOCK_SIZE=call.blocks.block_size,
         NUM_SLOTS=call.num_slots,
         INIT_BLOCKS=call.blocks.init_blocks,
@@ -75,6 +70,7 @@ def shape_of(call: SelectedCall, work: "Work") -> Shape:
         OWN_IS_OPTIONAL=call.blocks.local_blocks == 0,
         RANGED=work.ranged,
     )
+    return constants(shape)
 
 
 def tile_of(
@@ -87,16 +83,8 @@ def tile_of(
     stop_early: bool = True,
 ) -> Tile:
     """The tile of a kernel."""
-    return constants(
-        Tile,
-        BLOCK_M=block_m,
-        KEYS=keys,
-        PIECES=work.pieces,
-        NUM_STAGES=stages,
-        WARPS=warps,
-        PRECISION=tuning.dot_precision(call.q.dtype),
-        STOP_EARLY=stop_early,
-    )
+    precision = tuning.dot_precision(call.q.dtype)
+    return constants(Tile(block_m, keys, work.pieces, stages, warps, precision, stop_early))
 
 
 # Units and launches

@@ -31,6 +31,8 @@ INSTALL = 'pip install "flash-attn-4>=4.0.0b36"'
 WIDTH_STEP = 8  # widths are whole multiples: 16 bytes
 # Rows of a tile, and by so many every sequence is longer in the sums of a backward pass.
 PADDING = 128
+Output = tuple[Tensor, Tensor]  # o `[T, HQ, DV]` and lse `[HQ, T]`
+Grads = tuple[Tensor, Tensor, Tensor]  # dq, dk and dv
 MANY_SEQUENCES = 512  # of fewer, short ones take no time to speak of
 
 
@@ -71,6 +73,17 @@ class SlidingWindow(NamedTuple):
         """Where sequences begin, and their greatest length, of queries and of keys."""
         return self.cu_seqlens_q, self.cu_seqlens_k, self.max_seqlen, self.max_seqlen
 
+    @property
+    def edges(self) -> dict[str, int]:
+        """How far a query sees to both sides of itself."""
+        return dict(window_size_left=self.size - 1, window_size_right=0)
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """The lengths and edges as flash-attn 4 calls them."""
+        names = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+        return dict(zip(names, self.lengths, strict=True)) | self.edges
+
 
 class Gradients(NamedTuple):
     """What a library's backward reads."""
@@ -106,15 +119,11 @@ class Library(ABC):
         return None
 
     @abstractmethod
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sliding: SlidingWindow
-    ) -> tuple[Tensor, Tensor]:
-        """o, and lse `[HQ, T]`."""
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sliding: SlidingWindow) -> Output:
+        """The output of attention."""
 
     @abstractmethod
-    def backward(
-        self, tensors: Gradients, sliding: SlidingWindow, into: tuple[Tensor, Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, tensors: Gradients, sliding: SlidingWindow, into: Grads | None) -> Grads:
         """dq, dk and dv; in the tensors `into`, which may be views, where given."""
 
     def unavailable(self, device: torch.device | None = None) -> str | None:
@@ -159,29 +168,20 @@ class FlashAttn4(Library):
     def missing(self) -> str | None:
         return _flash_attn_4_missing()
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sliding: SlidingWindow
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sliding: SlidingWindow) -> Output:
         from flash_attn.cute.interface import _flash_attn_fwd
 
         o, lse, *_ = replay.opaque(
             _flash_attn_fwd,
             *(q, k, v),
-            cu_seqlens_q=sliding.cu_seqlens_q,
-            cu_seqlens_k=sliding.cu_seqlens_k,
+            **sliding.named,
             seqused_k=sliding.seqused_k,
-            max_seqlen_q=sliding.max_seqlen,
-            max_seqlen_k=sliding.max_seqlen,
             softmax_scale=sliding.scale,
-            window_size_left=sliding.size - 1,
-            window_size_right=0,
             return_lse=True,
         )
         return o, lse
 
-    def backward(
-        self, tensors: Gradients, sliding: SlidingWindow, into: tuple[Tensor, Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, tensors: Gradients, sliding: SlidingWindow, into: Grads | None) -> Grads:
         from flash_attn.cute.interface import _flash_attn_bwd
 
         do, q, k, v, o, lse, delta = tensors
@@ -190,16 +190,8 @@ class FlashAttn4(Library):
         replay.opaque(
             _flash_attn_bwd,
             *(q, k, v, o, do, lse, sliding.scale),
-            cu_seqlens_q=sliding.cu_seqlens_q,
-            cu_seqlens_k=sliding.cu_seqlens_k,
-            max_seqlen_q=sliding.max_seqlen,
-            max_seqlen_k=sliding.max_seqlen,
-            window_size_left=sliding.size - 1,
-            window_size_right=0,
-            dq=dq,
-            dk=dk,
-            dv=dv,
-            dlse=dlse,
+            **sliding.named,
+            **dict(dq=dq, dk=dk, dv=dv, dlse=dlse),
             deterministic=torch.are_deterministic_algorithms_enabled(),
         )
         return dq, dk, dv
@@ -211,24 +203,19 @@ class TorchFlash(Library):
     stops_at_end = True
     max_sequences = 2**16 - 1  # the second axis of its grid, which CUDA limits
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, sliding: SlidingWindow
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, sliding: SlidingWindow) -> Output:
         o, lse, *_ = torch.ops.aten._flash_attention_forward(
             *(q, k, v, *sliding.lengths),
             0.0,  # dropout
             False,  # causal beyond the window
             False,  # a mask for debugging
             scale=sliding.scale,
-            window_size_left=sliding.size - 1,
-            window_size_right=0,
+            **sliding.edges,
             seqused_k=sliding.seqused_k,
         )
         return o, lse
 
-    def backward(
-        self, tensors: Gradients, sliding: SlidingWindow, into: tuple[Tensor, Tensor, Tensor] | None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(self, tensors: Gradients, sliding: SlidingWindow, into: Grads | None) -> Grads:
         do, q, k, v, o, lse, _ = tensors
         # The seed and offset of dropout, of which there is none.
         seed = torch.empty(2, dtype=torch.uint64, device=q.device)
@@ -236,8 +223,7 @@ class TorchFlash(Library):
         grads = torch.ops.aten._flash_attention_backward(
             *(do, q, k, v, o, lse, *sliding.lengths, 0.0, False, seed, offset),
             scale=sliding.scale,
-            window_size_left=sliding.size - 1,
-            window_size_right=0,
+            **sliding.edges,
         )
         for target, grad in zip(into or (), grads, strict=bool(into)):
             target.copy_(grad)
@@ -317,37 +303,24 @@ class Fastest(FlashBackend):
         return None if not reasons or None in reasons else reasons[-1]
 
     def forward(self, call: WindowedCall) -> AttentionResult:
-        libraries = self._able(call)
-        name = self._choose(
-            "forward", call, libraries, functools.partial(flash_attention_fwd, call=call)
-        )
-        return flash_attention_fwd(libraries[name], call)
+        run = functools.partial(flash_attention_fwd, call=call)
+        return run(self._choose("forward", call, run))
 
     def backward(
         self, call: WindowedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
     ) -> AttentionGradients:
-        libraries = self._able(call, backward=True)
         run = functools.partial(flash_attention_bwd, call=call, do=do, softmax=softmax)
-        name = self._choose("backward", call, libraries, run)
-        return add_to.add(flash_attention_bwd(libraries[name], call, do, softmax))
+        return add_to.add(run(self._choose("backward", call, run)))
 
     @staticmethod
-    def _able(call: WindowedCall, *, backward: bool = False) -> dict[str, Library]:
-        reasons = obstacles(call, backward=backward)
-        return {library.name: library for library in LIBRARIES if reasons[library.name] is None}
-
-    @staticmethod
-    def _choose(
-        direction: str,
-        call: WindowedCall,
-        libraries: dict[str, Library],
-        run: Callable[[Library], Any],
-    ) -> str:
-        if len(libraries) == 1 or call.q.numel() == 0:
-            return next(iter(libraries))
-        return profiler.choose(
-            window_key(call, direction), libraries, run, call.device, recoverable=(Exception,)
-        )
+    def _choose(direction: str, call: WindowedCall, run: Callable[[Library], Any]) -> Library:
+        reasons = obstacles(call, backward=direction == "backward")
+        able = {library.name: library for library in LIBRARIES if reasons[library.name] is None}
+        name = next(iter(able))
+        if len(able) > 1 and call.q.numel() > 0:
+            key = window_key(call, direction)
+            name = profiler.choose(key, able, run, call.device, recoverable=(Exception,))
+        return able[name]
 
 
 def window_key(call: WindowedCall, direction: str) -> str:
@@ -412,7 +385,7 @@ def bytes_of_kv_head(
 
 def flash_attention_bwd(
     library: Library, call: WindowedCall, do: Tensor, softmax: Softmax
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> Grads:
     """A library's backward, so many heads at a time as the workspace has room for."""
     q, k, v = call.q, call.k, call.v
     head_dim, v_dim, width = q.shape[2], v.shape[2], _width(q, v)

@@ -122,13 +122,7 @@ def config_of(call: WindowedCall) -> tuning.CompressedConfig:
 
 def plain_tile(q: Tensor, block_m: int, block_n: int, num_stages: int) -> Tile:
     """The tile of a plain kernel."""
-    return constants(
-        Tile,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        NUM_STAGES=num_stages,
-        PRECISION=tuning.dot_precision(q.dtype),
-    )
+    return constants(Tile(block_m, block_n, num_stages, tuning.dot_precision(q.dtype)))
 
 
 def windowed_attention_fwd(

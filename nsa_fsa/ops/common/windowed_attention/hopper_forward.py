@@ -343,9 +343,7 @@ def compressed_fwd_hopper_kernel(
 
 def ring_tile(block_n: int, stages: int, query_stages: int, registers: int) -> RingTile:
     """The tile of the forward, or of dq."""
-    return constants(
-        RingTile, BLOCK_N=block_n, STAGES=stages, QUERY_STAGES=query_stages, REGISTERS=registers
-    )
+    return constants(RingTile(block_n, stages, query_stages, registers))
 
 
 GLUON_DTYPES = {torch.float16: gl.float16, torch.bfloat16: gl.bfloat16, torch.float32: gl.float32}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsa_fsa.ops.common.bundles import Heads, Pairs, constants
 from nsa_fsa.ops.common.locate import count_windows, load_query_tile
-from nsa_fsa.ops.common.sizes import padded_dim
+from nsa_fsa.ops.common.sizes import widths
 from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
 
 
@@ -68,19 +68,9 @@ class SeenBy(NamedTuple):
 
 def shape_of(call: WindowedCall, q: Tensor, v: Tensor) -> Shape:
     """The constants of a call, of which q `[T, HQ, D]` and v `[T, HKV, DV]` may be some heads."""
-    group_size, head_dim, v_dim = call.group_size, q.shape[2], v.shape[2]
-    return constants(
-        Shape,
-        G=group_size,
-        D=head_dim,
-        PADDED_D=padded_dim(head_dim),
-        DV=v_dim,
-        PADDED_DV=padded_dim(v_dim),
-        KERNEL_SIZE=call.windows.kernel_size,
-        KERNEL_STRIDE=call.windows.kernel_stride,
-        # No number that overflows when it is counted in pairs.
-        WINDOW_SIZE=min(call.window_size or 0, (1 << 30) // group_size),
-    )
+    # No number that overflows when it is counted in pairs.
+    window_size = min(call.window_size or 0, (1 << 30) // call.group_size)
+    return constants(Shape(call.group_size, *widths(q, v), *call.windows, window_size))
 
 
 @triton.jit
