@@ -31,12 +31,7 @@ from nsa_fsa.ops.sliding_window_attention.flash_attention import FLASH_ATTN_4
 PACKAGES = ("torch", "triton", "flash-attn-4", "quack-kernels", "transformers")
 # In the order in which a layer calls them.
 OPERATORS: tuple[Backends[Any], ...] = (POOL_BACKENDS, GATHER_BACKENDS, *CORE_OPERATORS)
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-    "float64": torch.float64,
-}
+DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__

@@ -10,6 +10,7 @@ from nsa_fsa.ops.block_selection import reference
 from nsa_fsa.ops.block_selection.call import SelectionCall
 from nsa_fsa.ops.common.backends import Backend, Backends
 from nsa_fsa.ops.common.calls import Blocks, Windows, check_attention, default_scale
+from nsa_fsa.ops.common.reference_attention import compute_dtype
 from nsa_fsa.ops.common.registration import define_operator
 from nsa_fsa.ops.common.triton_backends import TritonBackend, unsupported_tensors
 from nsa_fsa.sequences import Sequences
@@ -141,8 +142,8 @@ def _scores(call: SelectionCall) -> Tensor:
 
 def _scores_fake(call: SelectionCall) -> Tensor:
     num_blocks = -(-call.sequences.max_seqlen // call.blocks.block_size)
-    dtype = torch.float64 if call.q.dtype == torch.float64 else torch.float32
-    return call.q.new_empty(call.q.shape[0], call.k_cmp.shape[1], num_blocks, dtype=dtype)
+    shape = (call.q.shape[0], call.k_cmp.shape[1], num_blocks)
+    return call.q.new_empty(shape, dtype=compute_dtype(call.q))
 
 
 BACKENDS = Backends("select_blocks", Triton(), Reference())

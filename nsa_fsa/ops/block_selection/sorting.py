@@ -7,9 +7,8 @@ is sorted are sort keys, integers that hold a score and the step that it comes f
 import triton
 import triton.language as tl
 
-NARROW_STEPS = tl.constexpr(
-    1024
-)  # A sort key of 32 bits numbers so many steps; float32 inputs take 64.
+# A sort key of 32 bits numbers so many steps; float32 inputs take 64.
+NARROW_STEPS = tl.constexpr(1024)
 LOW_BITS = tl.constexpr(2**31 - 1)  # These bits of a sort key of 64 number its step.
 NO_BLOCK = tl.constexpr(-(2**31))  # It is below every block number whose sign has been changed.
 

@@ -9,7 +9,6 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import TypeVar
 
-import torch
 from torch import Tensor
 
 from nsa_fsa.ops.common.backends import Backend, Backends
@@ -21,7 +20,12 @@ from nsa_fsa.ops.common.calls import (
     AttentionResult,
     Softmax,
 )
-from nsa_fsa.ops.common.reference_attention import Chunk, attention, attention_backward
+from nsa_fsa.ops.common.reference_attention import (
+    Chunk,
+    attention,
+    attention_backward,
+    compute_dtype,
+)
 from nsa_fsa.ops.common.registration import Gradient, Operator, define_operator
 
 A = TypeVar("A", bound=AttentionCall)
@@ -79,11 +83,9 @@ def define_attention(backends: Backends[A], kind: type[A]) -> Operator[A, Attent
 
 def fake_result(call: AttentionCall) -> AttentionResult:
     """Shapes and dtypes of what a branch returns."""
-    q, lse_dtype = call.q, torch.float64 if call.q.dtype == torch.float64 else torch.float32
-    return AttentionResult(
-        q.new_empty(q.shape[0], q.shape[1], call.v.shape[2]),
-        q.new_empty(q.shape[:2], dtype=lse_dtype),
-    )
+    shape = call.q.shape[:2]
+    lse = call.q.new_empty(shape, dtype=compute_dtype(call.q))
+    return AttentionResult(call.q.new_empty(*shape, call.v.shape[2]), lse)
 
 
 def _keep(_: AttentionCall, result: AttentionResult) -> Softmax:

@@ -170,26 +170,18 @@ def locate_tiles_kernel(
 
 
 @triton.jit
-def load_tile(
-    tiles_ptr,
-    num_tiles,
-    number,
-    num_rows,
-    num_sequences,
-    OF_KEYS: tl.constexpr,
-    ALIKE: tl.constexpr,
-):
+def load_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, OF_KEYS: tl.constexpr):
     """The `number`-th tile as a `Tile`, of those of `locate_tiles`.
 
-    ALIKE: the num_sequences sequences, of num_rows rows together, have no table. Their tiles are in
-    the order that a table has.
+    Without a table the num_sequences sequences, of num_rows rows together, are alike. Their tiles
+    are in the order that a table has.
     """
     nth = number // num_sequences
     index = nth if OF_KEYS else num_tiles // num_sequences - 1 - nth
     length = num_rows // num_sequences
     start = number % num_sequences * length
     first_query, num_queries, offset, first_key, num_keys = start, length, start * 0, start, length
-    if not ALIKE:  # and no early return: what follows one is compiled too, where there is no table
+    if tiles_ptr is not None:  # and no early return: what follows one is compiled too
         tiles_ptr += number
         index, first_query = tl.load(tiles_ptr), tl.load(tiles_ptr + num_tiles)
         num_queries, offset = tl.load(tiles_ptr + 2 * num_tiles), tl.load(tiles_ptr + 3 * num_tiles)
@@ -204,8 +196,7 @@ def load_query_tile(
     """The same for tiles of TILE_QUERIES queries. first_query, num_queries and offset are those of
     the tile itself instead of its sequence: the number may be 0 or less.
     """
-    ALIKE: tl.constexpr = tiles_ptr is None
-    tile = load_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, False, ALIKE)
+    tile = load_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, False)
     first = tile.number * TILE_QUERIES
     num_queries = tl.minimum(tile.num_queries - first, TILE_QUERIES)
     first_query, position = tile.first_query + first, tile.offset + first
@@ -261,12 +252,7 @@ def locate_blocks(num_rows: int, cu_seqlens: Tensor, block_size: int) -> Tensor:
 
 
 def locate_tiles(
-    num_rows: int,
-    sequences: Sequences,
-    tile_rows: int,
-    *,
-    num_keys: int | None = None,
-    hop: int = 1,
+    num_rows: int, sequences: Sequences, tile_rows: int, num_keys: int | None = None, hop: int = 1
 ) -> Tiles:
     """Cuts sequences into tiles of `tile_rows` queries, or keys.
 

@@ -29,11 +29,7 @@ def specialisation(function: Callable[..., Any]) -> dict[str, list[str]]:
     names = [name for name, x in parameters if "constexpr" not in str(x.annotation)]
     known = ("num_heads", "part_rows")
     one_or_more = ("num_sequences", "num_steps")
-    counts = [
-        name
-        for name in names
-        if not name.startswith("stride_") and not name.endswith(("_ptr", "_desc"))
-    ]
+    counts = [x for x in names if not x.startswith("stride_") and not x.endswith(("_ptr", "_desc"))]
     return dict(
         do_not_specialize=[name for name in counts if name not in (*known, *one_or_more)],
         do_not_specialize_on_alignment=[name for name in counts if name in one_or_more],

@@ -62,17 +62,13 @@ def enabled() -> bool:
 
 
 def cache_file(key: str, device: torch.device) -> Path:
-    """Where a choice for this GPU model and these versions is kept:
-    below $NSA_FSA_CACHE_DIR, or the user's cache folder.
-    """
-    folder = os.environ.get("NSA_FSA_CACHE_DIR")
-    root = (
-        Path(folder)
-        if folder
-        else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nsa_fsa"
-    )
+    """Where a choice is kept: below $NSA_FSA_CACHE_DIR, or the user's cache folder."""
+    root: Path | str = os.environ.get("NSA_FSA_CACHE_DIR", "")
+    if not root:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nsa_fsa"
     model = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return root / folder_name(model) / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+    name = hashlib.sha256(key.encode()).hexdigest()[:32]
+    return Path(root, folder_name(model), f"{name}.json")
 
 
 @functools.cache

@@ -1,7 +1,6 @@
 """Walking through packed sequences, and through their queries in chunks of bounded memory."""
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import NamedTuple
 
 from torch import Tensor
@@ -33,11 +32,7 @@ def sequences(
 ) -> list[Sequence]:
     """The sequences that the tensors of `Sequences` describe."""
     starts = cu_seqlens.tolist()
-    lengths = (
-        [stop - start for start, stop in pairwise(starts)]
-        if seqused_k is None
-        else seqused_k.tolist()
-    )
+    lengths = (cu_seqlens.diff() if seqused_k is None else seqused_k).tolist()
     starts_q = None if cu_seqlens_q is None else cu_seqlens_q.tolist()
     found = []
     for b, length in enumerate(lengths):

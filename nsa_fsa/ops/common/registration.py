@@ -69,25 +69,20 @@ class Signature(Generic[Call]):
                 self.members[name] = Signature(member, may_be_none)
             else:
                 self.members[name] = _SCHEMA_TYPES[member] + "?" * may_be_none
-        self.size: int = sum(
-            x.size if isinstance(x, Signature) else 1 for x in self.members.values()
-        )
+        members = self.members.values()
+        self.size: int = sum(x.size if isinstance(x, Signature) else 1 for x in members)
 
     def schema(self) -> list[str]:
         """The row for torch.library, such as `["Tensor q", "int block_size"]`."""
-        found = []
+        found: list[str] = []
         for name, member in self.members.items():
-            found += (
-                member._optional_schema() if isinstance(member, Signature) else [f"{member} {name}"]
-            )
+            if not isinstance(member, Signature):
+                found.append(f"{member} {name}")
+            elif member.optional:
+                found += [x.replace("Tensor ", "Tensor? ") for x in member.schema()]
+            else:
+                found += member.schema()
         return found
-
-    def _optional_schema(self) -> list[str]:
-        return (
-            [x.replace("Tensor ", "Tensor? ") for x in self.schema()]
-            if self.optional
-            else self.schema()
-        )
 
     def flatten(self, call: Any) -> list[Any]:
         """The row of a call."""
@@ -355,9 +350,7 @@ def _gradients_below() -> contextlib.AbstractContextManager[Any]:
 
 
 def _define_backward(operator: Operator[Any, Any], gradient: Gradient[Any, Any, Any]) -> Any:
-    """Registers `nsa_fsa::<name>_backward`, called with the gradient of the first result,
-    the call's row and what was saved.
-    """
+    """Registers `nsa_fsa::<name>_backward`, called with do, the call's row and what was saved."""
     name, size = f"{operator.name}_backward", operator.call.size
     saved: Signature[Any] = Signature(gradient.saved)
     gradients: Signature[Any] = Signature(gradient.gradients)
@@ -380,10 +373,8 @@ def _define_backward(operator: Operator[Any, Any], gradient: Gradient[Any, Any, 
         return written([None if x is None else x.new_empty(x.shape) for x in inputs], do)
 
     results = f"({', '.join(['Tensor'] * gradients.size)})" if gradients.size > 1 else "Tensor"
-    schema = (
-        f"({', '.join(['Tensor dout', *operator.call.schema(), *saved.schema()])}) -> {results}"
-    )
-    backward = _register(name, schema, run, run_fake)
+    arguments = ", ".join(["Tensor dout", *operator.call.schema(), *saved.schema()])
+    backward = _register(name, f"({arguments}) -> {results}", run, run_fake)
     _register_autograd(name, backward, None)
     return backward
 
@@ -395,9 +386,8 @@ def _register_autograd(name: str, operator: Any, differentiable: Callable[..., A
     def autograd(*row):
         if forward_ad._current_level >= 0 and any(map(has_tangent, row)):
             raise RuntimeError(
-                f"{NAMESPACE}::{name} has no forward-mode "
-                "derivative (torch.func.jvp, jacfwd, hessian; forward_ad). Fix: use reverse "
-                "mode (torch.func.vjp, jacrev; backward), or detach what goes into it."
+                f"{NAMESPACE}::{name} has no forward-mode derivative (torch.func.jvp, jacfwd, "
+                "hessian; forward_ad). Fix: use reverse mode (torch.func.vjp, jacrev; backward)."
             )
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in row):
             with enable_single_level_autograd_function() if transformed() else _NOTHING:
@@ -419,8 +409,7 @@ def _refusing(name: str, operator: Any) -> Callable[..., Any]:
 
         @staticmethod
         def backward(ctx, *grads):
-            raise RuntimeError(
-                f"{NAMESPACE}::{name} has no gradient. Fix: detach what goes into it."
-            )
+            reason = f"{NAMESPACE}::{name} has no gradient. Fix: detach what goes into it."
+            raise RuntimeError(reason)
 
     return super(torch.autograd.Function, Refusing).apply

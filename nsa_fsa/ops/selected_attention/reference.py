@@ -40,6 +40,7 @@ def chunks(
     `local_blocks` promise.
     """
     num_kv_heads, num_indices = block_indices.shape[1:]
+
     for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
         # On a CPU alone: which queries chose a block is read back for every block,
         # which a GPU would wait for.

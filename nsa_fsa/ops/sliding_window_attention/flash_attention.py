@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from nsa_fsa.ops.common import profiler, replay, triton_backends
 from nsa_fsa.ops.common.attention_operator import AttentionBackend
 from nsa_fsa.ops.common.calls import NOTHING, AddTo, AttentionGradients, AttentionResult, Softmax
-from nsa_fsa.ops.common.sizes import head_chunks
+from nsa_fsa.ops.common.sizes import head_chunks, rows_contiguous
 from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -331,23 +331,12 @@ def window_key(call: WindowedCall, direction: str) -> str:
 
 
 def _padded(x: Tensor, width: int) -> Tensor:
-    """x `[T, heads, D]`, zeros appended to its rows up to `width`, and as the libraries read it:
-    rows of whole 16 bytes.
-    """
-    if x.shape[2] < width:
-        return pad(x, (0, width - x.shape[2]))
-    aligned = (
-        x.stride(2) == 1
-        and x.data_ptr() % 16 == 0
-        and all(stride % WIDTH_STEP == 0 for stride in x.stride()[:2])
-    )
-    return x if aligned else x.contiguous()
+    """x `[T, heads, D]` as the libraries read it, with zeros appended to its rows up to `width`."""
+    return pad(x, (0, width - x.shape[2])) if x.shape[2] < width else rows_contiguous(x, True)
 
 
 def _width(q: Tensor, v: Tensor) -> int:
-    """One width for keys and values: not every library and pass can do two,
-    and zeros change neither scores nor sums.
-    """
+    """One width for keys and values, because not every library and pass can do two."""
     return -(-max(q.shape[2], v.shape[2]) // WIDTH_STEP) * WIDTH_STEP
 
 

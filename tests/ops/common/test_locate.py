@@ -190,16 +190,10 @@ def test_tiles(lengths, num_queries, used, tile_rows, of_keys):
 
 @triton.jit
 def load_tiles_kernel(
-    tiles_ptr,
-    out_ptr,
-    num_tiles,
-    num_rows,
-    num_sequences,
-    OF_KEYS: tl.constexpr,
-    ALIKE: tl.constexpr,
+    tiles_ptr, out_ptr, num_tiles, num_rows, num_sequences, OF_KEYS: tl.constexpr
 ):
     number = tl.program_id(0)
-    tile = load_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, OF_KEYS, ALIKE)
+    tile = load_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, OF_KEYS)
     out_ptr += number * 6
     tl.store(out_ptr, tile.number)
     tl.store(out_ptr + 1, tile.first_query)
@@ -212,7 +206,7 @@ def load_tiles_kernel(
 def loaded(tiles, num_rows, of_keys):
     out = torch.full((tiles.number, 6), -7, dtype=torch.int32, device=DEVICE)
     arguments = (tiles.table, out, tiles.number, num_rows, tiles.num_sequences)
-    load_tiles_kernel[(tiles.number,)](*arguments, OF_KEYS=of_keys, ALIKE=tiles.table is None)
+    load_tiles_kernel[(tiles.number,)](*arguments, OF_KEYS=of_keys)
     return out.tolist()
 
 

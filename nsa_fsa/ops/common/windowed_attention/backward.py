@@ -61,9 +61,8 @@ from nsa_fsa.ops.common.windowed_attention.tiles import (
     windows_of_tile,
 )
 
-SUMMED_WINDOWS = (
-    16  # that a program of `sum_parts_kernel` adds up; tiles of keys are whole multiples
-)
+# Windows that a program of `sum_parts_kernel` adds up; tiles of keys are whole multiples.
+SUMMED_WINDOWS = 16
 
 
 class Parts(NamedTuple):
@@ -123,7 +122,6 @@ def compressed_bwd_dq_kernel(
     ADD: tl.constexpr,
 ):
     """dq of a tile of pairs, from the windows that some of them see."""
-
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
 
@@ -178,14 +176,12 @@ def compressed_bwd_dkdv_kernel(
     HEADS: tl.constexpr,
 ):
     """dk and dv of a tile of windows, from a part of the pairs that see some of them."""
-
     G: tl.constexpr = SHAPE.G
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
 
     work = key_tile_work(num_tiles, HEADS)
     head = work.head.to(tl.int64)
-    ALIKE: tl.constexpr = tiles_ptr is None
-    tile = load_tile(tiles_ptr, num_tiles, work.tile, num_rows, num_sequences, True, ALIKE)
+    tile = load_tile(tiles_ptr, num_tiles, work.tile, num_rows, num_sequences, True)
     first_window = tile.number * BLOCK_N
     num_windows = (
         count_windows(tile.num_keys, SHAPE.KERNEL_SIZE, SHAPE.KERNEL_STRIDE) - first_window
@@ -260,8 +256,7 @@ def sum_parts_kernel(
     PROGRAMS: tl.constexpr = TILE_WINDOWS // WINDOWS  # of a tile
     tile_number, nth = tl.program_id(0) // PROGRAMS, tl.program_id(0) % PROGRAMS
     head = tl.program_id(1).to(tl.int64)
-    ALIKE: tl.constexpr = tiles_ptr is None
-    tile = load_tile(tiles_ptr, num_tiles, tile_number, num_rows, num_sequences, True, ALIKE)
+    tile = load_tile(tiles_ptr, num_tiles, tile_number, num_rows, num_sequences, True)
     window = tile.number * TILE_WINDOWS + nth * WINDOWS + tl.arange(0, WINDOWS)
     exists = (window < count_windows(tile.num_keys, SHAPE.KERNEL_SIZE, SHAPE.KERNEL_STRIDE)) & (
         tile.num_queries > 0

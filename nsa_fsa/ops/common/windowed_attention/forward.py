@@ -52,7 +52,6 @@ def compressed_fwd_kernel(
     TILE: tl.constexpr,
 ):
     """o and lse of a tile of pairs, from the windows that some of them see."""
-
     BLOCK_M: tl.constexpr = TILE.BLOCK_M
     BLOCK_N: tl.constexpr = TILE.BLOCK_N
 

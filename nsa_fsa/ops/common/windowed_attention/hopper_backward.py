@@ -453,8 +453,7 @@ def compressed_bwd_dkdv_hopper_kernel(
     """dk and dv of a tile of windows, from a part of the pairs; with a dq_desc also dq / scale."""
 
     work = key_tile_work(num_tiles, HEADS)
-    ALIKE: gl.constexpr = tiles_ptr is None
-    tile = load_tile(tiles_ptr, num_tiles, work.tile, num_rows, num_sequences, True, ALIKE)
+    tile = load_tile(tiles_ptr, num_tiles, work.tile, num_rows, num_sequences, True)
     num_windows = count_windows(tile.num_keys, SHAPE.KERNEL_SIZE, SHAPE.KERNEL_STRIDE)
     first_window = tile.number * (2 * WARPGROUP_ROWS)
     if (tile.num_queries == 0) | (first_window >= num_windows):

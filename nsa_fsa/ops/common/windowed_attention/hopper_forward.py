@@ -180,14 +180,7 @@ def load_query_tile(buffers, x, number, first_query, head, last, G: gl.constexpr
 
 @gluon.jit
 def store_tile(
-    buffer,
-    ptr,
-    values,
-    num_heads,
-    first_pair,
-    num_queries,
-    G: gl.constexpr,
-    ADD: gl.constexpr = False,
+    buffer, ptr, values, num_heads, first_pair, num_queries, G: gl.constexpr, ADD: gl.constexpr
 ):
     """Stages a warpgroup's pairs in its own buffer, and stores them 16 bytes at a time.
 
@@ -301,8 +294,8 @@ def attend(work, queries, windows, o_ptr, lse_ptr, scale, WARPGROUP: gl.constexp
         factor = 1.0 / gl.where(seen_any, total, 1.0)  # acc is 0 where nothing was seen
         acc = acc * gl.convert_layout(factor, gl.SliceLayout(1, o_layout))[:, None]
         thread_barrier()  # all warps have read the scores' q
-        first_pair = WARPGROUP * WARPGROUP_ROWS
-        store_tile(q_tile, o_ptr + at * D, acc, work.num_heads, first_pair, tile.num_queries, G)
+        first_pair, o_at, num_queries = WARPGROUP * WARPGROUP_ROWS, o_ptr + at * D, tile.num_queries
+        store_tile(q_tile, o_at, acc, work.num_heads, first_pair, num_queries, G, False)
         queries.free.arrive(turn)
         turn += 1  # noqa: SIM113
 

@@ -93,17 +93,11 @@ def is_seen(window, visible, SHAPE: tl.constexpr):
 
 @triton.jit
 def query_tile(
-    tiles_ptr,
-    num_tiles,
-    number,
-    num_rows,
-    num_sequences,
-    SHAPE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    tiles_ptr, num_tiles, nth, num_rows, num_sequences, SHAPE: tl.constexpr, BLOCK_M: tl.constexpr
 ):
-    """The tile that is the `number`-th to be computed, of BLOCK_M pairs, as a `QueryTile`."""
+    """The nth tile to be computed, of BLOCK_M pairs, as a `QueryTile`."""
     TILE_QUERIES: tl.constexpr = BLOCK_M // SHAPE.G
-    tile = load_query_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, TILE_QUERIES)
+    tile = load_query_tile(tiles_ptr, num_tiles, nth, num_rows, num_sequences, TILE_QUERIES)
     position, num_queries, num_keys = tile.offset, tile.num_queries, tile.num_keys
     num_windows = count_windows(num_keys, SHAPE.KERNEL_SIZE, SHAPE.KERNEL_STRIDE)
     last = position + num_queries - 1
