@@ -26,34 +26,12 @@ _ROPE_KEYS = (
 # The paper's two kernel settings (block size x selected blocks), and one small enough to watch on a
 # CPU: at 1,024 tokens `tiny` attends at most 96 selected + 32 recent keys and 127 compressed
 # tokens, a quarter of what dense attention reads.
+_PAPER = dict(kernel_size=32, kernel_stride=16, init_blocks=1, local_blocks=2, window_size=512)
+_TINY = dict(kernel_size=16, kernel_stride=8, init_blocks=1, local_blocks=1, window_size=32)
 PRESETS: dict[str, dict[str, Any]] = {
-    "fsa-64x16": dict(
-        kernel_size=32,
-        kernel_stride=16,
-        block_size=64,
-        num_selected_blocks=16,
-        init_blocks=1,
-        local_blocks=2,
-        window_size=512,
-    ),
-    "fsa-128x8": dict(
-        kernel_size=32,
-        kernel_stride=16,
-        block_size=128,
-        num_selected_blocks=8,
-        init_blocks=1,
-        local_blocks=2,
-        window_size=512,
-    ),
-    "tiny": dict(
-        kernel_size=16,
-        kernel_stride=8,
-        block_size=16,
-        num_selected_blocks=6,
-        init_blocks=1,
-        local_blocks=1,
-        window_size=32,
-    ),
+    "fsa-64x16": dict(**_PAPER, block_size=64, num_selected_blocks=16),
+    "fsa-128x8": dict(**_PAPER, block_size=128, num_selected_blocks=8),
+    "tiny": dict(**_TINY, block_size=16, num_selected_blocks=6),
 }
 
 
@@ -171,13 +149,9 @@ class NSAConfig:
             "choose num_kv_heads so that each KV head serves a whole group of query heads",
         )
         if self.head_dim is None:
-            sizes = (
-                f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}"
-            )
+            why = f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}"
             divides = self.hidden_size % self.num_heads == 0
-            self._require(
-                divides, "head_dim", f"an int, because {sizes}", "pass head_dim explicitly"
-            )
+            self._require(divides, "head_dim", f"an int, because {why}", "pass head_dim explicitly")
             self._fill("head_dim", self.hidden_size // self.num_heads)
         self._check_int("head_dim", minimum=1)
         self._fill_if_none("v_head_dim", self.head_dim)
@@ -372,10 +346,8 @@ class NSAConfig:
         for key in values:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1)
-                hint = (
-                    f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}."
-                )
-                raise ValueError(f"NSAConfig has no field {key!r}; {hint}")
+                fix = f"did you mean {near[0]!r}?" if near else f"known fields: {', '.join(known)}."
+                raise ValueError(f"NSAConfig has no field {key!r}; {fix}")
         missing = [key for key in ("hidden_size", "num_heads") if key not in values]
         if missing:
             raise ValueError(
@@ -386,9 +358,7 @@ class NSAConfig:
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> NSAConfig:
-        """Reads a YAML mapping of field names to values, as in `configs/`.
-        Raises ValueError as `from_dict` does.
-        """
+        """`from_dict` of a YAML file, as in `configs/`; raises ValueError as it does."""
         import yaml
 
         try:
@@ -481,9 +451,7 @@ def attention_fields(hf_config: Any) -> dict[str, Any]:
 
 
 def _rope_of(hf_config: Any) -> dict[str, Any]:
-    """What transformers' Llama, Qwen2 and Qwen3 rotate by: they always do,
-    and ignore keys that they do not know.
-    """
+    """What transformers' Llama, Qwen2 and Qwen3 rotate by, which ignore keys unknown to them."""
     rope = {"rope_theta": getattr(hf_config, "rope_theta", None)}
     found = getattr(hf_config, "rope_parameters", None)
     rope.update(found or getattr(hf_config, "rope_scaling", None) or {})

@@ -97,7 +97,7 @@ def _details(entry: Record, max_queries: int) -> Details:
     assert entry.inside is not None
     q, k_cmp, branches = entry.inside
     layout, config = entry.layout, entry.config
-    starts_q = layout.cu_seqlens if layout.cu_seqlens_q is None else layout.cu_seqlens_q
+    starts_q = layout.of_queries
     rows = torch.arange(int(starts_q[-1]), device=q.device)
     if len(rows) > max_queries:
         last = len(rows) - 1
@@ -123,13 +123,10 @@ def _details(entry: Record, max_queries: int) -> Details:
         cu_seqlens_q=torch.arange(len(rows) + 1, device=q.device),
         seqused_k=position + 1,
     )  # [N, HKV, blocks]
-    outputs = torch.stack(
-        [o[rows] for o in (branches.o_cmp, branches.o_slc, branches.o_swa)], dim=1
-    )
-    lse = torch.stack(
-        [x[rows] for x in (branches.lse_cmp, branches.lse_slc, branches.lse_swa)], dim=1
-    )
-    return Details(rows, outputs, lse, scores)
+    outputs = (branches.o_cmp, branches.o_slc, branches.o_swa)
+    lses = (branches.lse_cmp, branches.lse_slc, branches.lse_swa)
+    o, lse = (torch.stack([x[rows] for x in xs], dim=1) for xs in (outputs, lses))
+    return Details(rows, o, lse, scores)
 
 
 def by_layer(records: Sequence[Record]) -> dict[int | None, list[Record]]:
@@ -199,7 +196,7 @@ def queries_of(entries: Record | Sequence[Record], sequence: int = 0) -> Queries
 def _rows_of(entry: Record, sequence: int) -> tuple[int, int, int]:
     """The packed rows `begin : stop` of a sequence's queries, and the position of the first."""
     layout = entry.layout
-    starts = (layout.cu_seqlens if layout.cu_seqlens_q is None else layout.cu_seqlens_q).tolist()
+    starts = layout.of_queries.tolist()
     if not 0 <= sequence < len(starts) - 1:
         raise ValueError(
             f"sequence={sequence} must be among the {len(starts) - 1} of this forward, "
@@ -212,9 +209,7 @@ def _rows_of(entry: Record, sequence: int) -> tuple[int, int, int]:
 
 
 def selected_blocks(block_indices: Tensor, block_size: int, length: int | None = None) -> Tensor:
-    """Block indices `[N, HKV, T_sel]` of one sequence -> bool
-    `[N, HKV, ceil(length / block_size)]`; default length N.
-    """
+    """Block indices `[N, HKV, T_sel]` -> bool `[N, HKV, ceil((length or N) / block_size)]`."""
     num_blocks = -(-(block_indices.shape[0] if length is None else length) // block_size)
     index = block_indices.long()
     selected = torch.zeros(*index.shape[:2], num_blocks + 1, dtype=torch.bool, device=index.device)

@@ -1,5 +1,4 @@
-"""How a branch's call becomes an operator: one autograd formula and one dispatch for the
-three of them.
+"""How a branch's call becomes an operator: one autograd formula for the three of them.
 
 A branch's backends are called as `forward(call) -> (o, lse)` and
 `backward(call, do, softmax, add_to) -> (dq, dk, dv)`.
@@ -42,9 +41,7 @@ class AttentionBackend(Backend[A]):
     def backward(
         self, call: A, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
     ) -> AttentionGradients:
-        """The gradients of q, k and v; those that have something to add to are added to it,
-        and are what is returned.
-        """
+        """The gradients of q, k and v, or what they are added to where there is such."""
 
 
 class ReferenceBackend(AttentionBackend[A]):

@@ -1,6 +1,4 @@
-"""Arithmetic of sizes and strides on the host. Triton's own functions, made for kernels too,
-take 7 microseconds a call.
-"""
+"""Sizes and strides on the host, where Triton's own functions take 7 microseconds a call."""
 
 import math
 import operator

@@ -113,9 +113,7 @@ def unsupported_dtype(x: Tensor, name: str) -> str | None:
 
 
 def unsupported_tensors(*tensors: Tensor, name: str = "q") -> str | None:
-    """Why no Triton kernel of this package can take these rows `[T, heads, width]`,
-    of which the first are `name`, or None.
-    """
+    """Why no Triton kernel can take these rows `[T, heads, width]`, the first `name`, or None."""
     first = tensors[0]
     if not first.is_cuda and not interpreted():
         return f"{name} is on {first.device}, and Triton kernels run on CUDA devices"

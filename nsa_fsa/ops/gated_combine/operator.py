@@ -80,11 +80,6 @@ class GatedCall:
         return self.o_cmp.device
 
     @property
-    def rows(self) -> Tensor:
-        """`[T, HQ, DV]`, like all that is read and written."""
-        return self.o_cmp
-
-    @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return self.gate_logits, self.o_cmp, self.o_slc, self.o_swa
 
@@ -110,22 +105,16 @@ class BranchesCall:
     def device(self) -> torch.device:
         return self.do.device
 
-    @property
-    def rows(self) -> Tensor:
-        """`[T, HQ, DV]`, like all that is read and written."""
-        return self.do
 
-
-def unsupported_gates(call: GatedCall | BranchesCall) -> str | None:
-    """Why the Triton kernels cannot run this call, or None."""
-    if (reason := unsupported_tensors(call.rows, name="o_cmp")) is not None:
-        return reason
-    return unsupported_dtype(call.gate_logits, "gate_logits")
+def unsupported_gates(rows: Tensor, gate_logits: Tensor) -> str | None:
+    """Why the Triton kernels cannot take these gates of rows like `[T, HQ, DV]`, or None."""
+    reason = unsupported_tensors(rows, name="o_cmp")
+    return reason or unsupported_dtype(gate_logits, "gate_logits")
 
 
 class Triton(TritonBackend[GatedCall]):
     def refuses(self, call: GatedCall, *, backward: bool = False) -> str | None:
-        return unsupported_gates(call)
+        return unsupported_gates(call.o_cmp, call.gate_logits)
 
     def forward(self, call: GatedCall) -> Tensor:
         from nsa_fsa.ops.gated_combine import triton as kernels
@@ -150,7 +139,7 @@ class Reference(Backend[GatedCall]):
 
 class TritonBranches(TritonBackend[BranchesCall]):
     def refuses(self, call: BranchesCall, *, backward: bool = False) -> str | None:
-        return unsupported_gates(call)
+        return unsupported_gates(call.do, call.gate_logits)
 
     def forward(self, call: BranchesCall) -> tuple[Tensor, Tensor, Tensor]:
         from nsa_fsa.ops.gated_combine import triton as kernels
