@@ -10,8 +10,9 @@ flash_attn_4 2.9, 2.9, 2.9 / 8.5, 9.5, 9.2; torch_flash 5.3, 5.5, 5.4 / 13.4, 14
 
 import functools
 import importlib.util
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable
+from operator import methodcaller
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +86,7 @@ class SlidingWindow(NamedTuple):
         return dict(zip(names, self.lengths, strict=True)) | self.edges
 
 
-class Gradients(NamedTuple):
+class Inputs(NamedTuple):
     """What a library's backward reads."""
 
     do: Tensor
@@ -96,14 +97,38 @@ class Gradients(NamedTuple):
     lse: Tensor  # [HQ, T]
     delta: Tensor | None  # sum(o * do), [HQ, T]
 
-    def of(self, heads: slice, kv_heads: slice) -> "Gradients":
+    def of(self, heads: slice, kv_heads: slice) -> "Inputs":
         """Those of some heads, as views."""
         do, q, k, v, o, lse, delta = self
         do, q, k, v, o = do[:, heads], q[:, heads], k[:, kv_heads], v[:, kv_heads], o[:, heads]
-        return Gradients(do, q, k, v, o, lse[heads], None if delta is None else delta[heads])
+        return Inputs(do, q, k, v, o, lse[heads], None if delta is None else delta[heads])
 
 
-class Library(ABC):
+class FlashBackend(AttentionBackend[WindowedCall]):
+    """What the backends of the libraries share."""
+
+    def avoids(self, call: WindowedCall) -> str | None:
+        """Why "auto" does not take FlashAttention where it can run, or None:
+        its tiles hold rows of one sequence alone.
+
+        One H200, 4 KV heads of 128, FlashAttention (flash-attn 4's backward) / the Triton kernel,
+        forward + backward, ms: 100,000 sequences of 16 tokens, G = 4: 33.8 + 213.9 / 14.2 + 33.0,
+        and 38.5 / 9.4 GiB; 20,000 of 64, G = 4: 8.3 + 51.8 / 8.0 + 24.2; 4,096 of 16, G = 16: 2.8 +
+        29.3 / 1.5 + 4.9; 4,096 of 128, G = 16: 12.3 + 50.6 / 9.6 + 46.3.
+        """
+        if call.device.type != "cuda":
+            return f"the tensors are on {call.device}"
+        sequences, num_rows = call.sequences, call.q.shape[0]
+        number = 0 if sequences.cu_seqlens_q is not None else sequences.cu_seqlens.shape[0] - 1
+        if number < MANY_SEQUENCES or num_rows > number * PADDING:
+            return None
+        return (
+            f"{number} sequences of {PADDING} tokens or fewer on average, "
+            f"for each of which it works on {PADDING}"
+        )
+
+
+class Library(FlashBackend):
     """One FlashAttention. What differs between them stands here; DTYPES and widths they share."""
 
     name: str
@@ -119,11 +144,11 @@ class Library(ABC):
         return None
 
     @abstractmethod
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sliding: SlidingWindow) -> Output:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, sliding: SlidingWindow) -> Output:
         """The output of attention."""
 
     @abstractmethod
-    def backward(self, tensors: Gradients, sliding: SlidingWindow, into: Grads | None) -> Grads:
+    def differentiate(self, tensors: Inputs, sliding: SlidingWindow, into: Grads | None) -> Grads:
         """dq, dk and dv; in the tensors `into`, which may be views, where given."""
 
     def unavailable(self, device: torch.device | None = None) -> str | None:
@@ -158,6 +183,47 @@ class Library(ABC):
             )
         return "no gradient where seqused_k is given, as in decoding" if backward else None
 
+    def forward(self, call: WindowedCall) -> AttentionResult:
+        """`run`, whatever the widths and strides."""
+        q, k, v = call.q, call.k, call.v
+        v_dim, width = v.shape[2], _width(q, v)
+        if q.numel() == 0 or k.numel() == 0:
+            lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
+            return AttentionResult(q.new_zeros(*q.shape[:2], v_dim), lse)
+        q, k, v = (_padded(x, width) for x in (q, k, v))
+        o, lse = self.run(q, k, v, _sliding_window(call))
+        return AttentionResult(o[..., :v_dim].contiguous(), lse.T.contiguous())
+
+    def gradients(self, call: WindowedCall, do: Tensor, softmax: Softmax) -> Grads:
+        """`differentiate`, so many heads at a time as the workspace has room for."""
+        q, k, v = call.q, call.k, call.v
+        head_dim, v_dim, width = q.shape[2], v.shape[2], _width(q, v)
+        if q.numel() == 0 or k.numel() == 0:
+            return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
+        assert softmax.o is not None
+        do, q, k, v, o = (_padded(x, width) for x in (do, q, k, v, softmax.o))
+        delta = None if softmax.delta is None else softmax.delta.T.contiguous()
+        tensors = Inputs(do, q, k, v, o, softmax.lse.T.contiguous(), delta)
+        sliding = _sliding_window(call)
+
+        num_sequences = sliding.cu_seqlens_k.shape[0] - 1
+        one_head = bytes_of_kv_head(q.shape[0], k.shape[0], call.group_size, num_sequences, width)
+        chunks = list(head_chunks(k.shape[1], call.group_size, one_head, call.workspace_bytes))
+        if len(chunks) == 1:
+            dq, dk, dv = self.differentiate(tensors, sliding, None)
+        else:
+            dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+            for heads, kv_heads in chunks:
+                into = (dq[:, heads], dk[:, kv_heads], dv[:, kv_heads])
+                self.differentiate(tensors.of(heads, kv_heads), sliding, into)
+        dq, dk, dv = dq[..., :head_dim], dk[..., :head_dim], dv[..., :v_dim]
+        return dq.contiguous(), dk.contiguous(), dv.contiguous()
+
+    def backward(
+        self, call: WindowedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
+    ) -> AttentionGradients:
+        return add_to.add(self.gradients(call, do, softmax))
+
 
 class FlashAttn4(Library):
     name = "flash_attn_4"
@@ -168,7 +234,7 @@ class FlashAttn4(Library):
     def missing(self) -> str | None:
         return _flash_attn_4_missing()
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sliding: SlidingWindow) -> Output:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, sliding: SlidingWindow) -> Output:
         from flash_attn.cute.interface import _flash_attn_fwd
 
         o, lse, *_ = replay.opaque(
@@ -181,7 +247,7 @@ class FlashAttn4(Library):
         )
         return o, lse
 
-    def backward(self, tensors: Gradients, sliding: SlidingWindow, into: Grads | None) -> Grads:
+    def differentiate(self, tensors: Inputs, sliding: SlidingWindow, into: Grads | None) -> Grads:
         from flash_attn.cute.interface import _flash_attn_bwd
 
         do, q, k, v, o, lse, delta = tensors
@@ -203,7 +269,7 @@ class TorchFlash(Library):
     stops_at_end = True
     max_sequences = 2**16 - 1  # the second axis of its grid, which CUDA limits
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, sliding: SlidingWindow) -> Output:
+    def run(self, q: Tensor, k: Tensor, v: Tensor, sliding: SlidingWindow) -> Output:
         o, lse, *_ = torch.ops.aten._flash_attention_forward(
             *(q, k, v, *sliding.lengths),
             0.0,  # dropout
@@ -215,7 +281,7 @@ class TorchFlash(Library):
         )
         return o, lse
 
-    def backward(self, tensors: Gradients, sliding: SlidingWindow, into: Grads | None) -> Grads:
+    def differentiate(self, tensors: Inputs, sliding: SlidingWindow, into: Grads | None) -> Grads:
         do, q, k, v, o, lse, _ = tensors
         # The seed and offset of dropout, of which there is none.
         seed = torch.empty(2, dtype=torch.uint64, device=q.device)
@@ -240,52 +306,6 @@ def obstacles(call: WindowedCall, *, backward: bool = False) -> dict[str, str | 
     }
 
 
-class FlashBackend(AttentionBackend[WindowedCall]):
-    """What the backends of the libraries share."""
-
-    def avoids(self, call: WindowedCall) -> str | None:
-        """Why "auto" does not take FlashAttention where it can run, or None:
-        its tiles hold rows of one sequence alone.
-
-        One H200, 4 KV heads of 128, FlashAttention (flash-attn 4's backward) / the Triton kernel,
-        forward + backward, ms: 100,000 sequences of 16 tokens, G = 4: 33.8 + 213.9 / 14.2 + 33.0,
-        and 38.5 / 9.4 GiB; 20,000 of 64, G = 4: 8.3 + 51.8 / 8.0 + 24.2; 4,096 of 16, G = 16: 2.8 +
-        29.3 / 1.5 + 4.9; 4,096 of 128, G = 16: 12.3 + 50.6 / 9.6 + 46.3.
-        """
-        if call.device.type != "cuda":
-            return f"the tensors are on {call.device}"
-        sequences, num_rows = call.sequences, call.q.shape[0]
-        number = 0 if sequences.cu_seqlens_q is not None else sequences.cu_seqlens.shape[0] - 1
-        if number < MANY_SEQUENCES or num_rows > number * PADDING:
-            return None
-        return (
-            f"{number} sequences of {PADDING} tokens or fewer on average, "
-            f"for each of which it works on {PADDING}"
-        )
-
-
-class OneLibrary(FlashBackend):
-    """The library that it is named after."""
-
-    def __init__(self, library: Library):
-        self.name = library.name
-        self.library = library
-
-    def unavailable(self, device: torch.device | None = None) -> str | None:
-        return self.library.unavailable(device)
-
-    def refuses(self, call: WindowedCall, *, backward: bool = False) -> str | None:
-        return self.library.refuses(call, backward=backward)
-
-    def forward(self, call: WindowedCall) -> AttentionResult:
-        return flash_attention_fwd(self.library, call)
-
-    def backward(
-        self, call: WindowedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
-    ) -> AttentionGradients:
-        return add_to.add(flash_attention_bwd(self.library, call, do, softmax))
-
-
 class Fastest(FlashBackend):
     """Whichever library the profiler finds fastest; without it the first that is here."""
 
@@ -303,14 +323,13 @@ class Fastest(FlashBackend):
         return None if not reasons or None in reasons else reasons[-1]
 
     def forward(self, call: WindowedCall) -> AttentionResult:
-        run = functools.partial(flash_attention_fwd, call=call)
-        return run(self._choose("forward", call, run))
+        return self._choose("forward", call, methodcaller("forward", call)).forward(call)
 
     def backward(
         self, call: WindowedCall, do: Tensor, softmax: Softmax, add_to: AddTo = NOTHING
     ) -> AttentionGradients:
-        run = functools.partial(flash_attention_bwd, call=call, do=do, softmax=softmax)
-        return add_to.add(run(self._choose("backward", call, run)))
+        run = methodcaller("gradients", call, do, softmax)
+        return self._choose("backward", call, run).backward(call, do, softmax, add_to)
 
     @staticmethod
     def _choose(direction: str, call: WindowedCall, run: Callable[[Library], Any]) -> Library:
@@ -348,18 +367,6 @@ def _sliding_window(call: WindowedCall) -> SlidingWindow:
     )
 
 
-def flash_attention_fwd(library: Library, call: WindowedCall) -> AttentionResult:
-    """A library's forward, whatever the widths and strides."""
-    q, k, v = call.q, call.k, call.v
-    v_dim, width = v.shape[2], _width(q, v)
-    if q.numel() == 0 or k.numel() == 0:
-        lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
-        return AttentionResult(q.new_zeros(*q.shape[:2], v_dim), lse)
-    q, k, v = (_padded(x, width) for x in (q, k, v))
-    o, lse = library.forward(q, k, v, _sliding_window(call))
-    return AttentionResult(o[..., :v_dim].contiguous(), lse.T.contiguous())
-
-
 def bytes_of_kv_head(
     num_queries: int, num_keys: int, group_size: int, num_sequences: int, width: int
 ) -> int:
@@ -370,31 +377,3 @@ def bytes_of_kv_head(
     num_rows = (num_queries + padding) * group_size
     of_keys = 2 * max(num_keys + padding, num_rows // 2) if group_size > 1 else 0
     return 4 * width * (num_rows + of_keys)
-
-
-def flash_attention_bwd(
-    library: Library, call: WindowedCall, do: Tensor, softmax: Softmax
-) -> Grads:
-    """A library's backward, so many heads at a time as the workspace has room for."""
-    q, k, v = call.q, call.k, call.v
-    head_dim, v_dim, width = q.shape[2], v.shape[2], _width(q, v)
-    if q.numel() == 0 or k.numel() == 0:
-        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
-    assert softmax.o is not None
-    do, q, k, v, o = (_padded(x, width) for x in (do, q, k, v, softmax.o))
-    delta = None if softmax.delta is None else softmax.delta.T.contiguous()
-    tensors = Gradients(do, q, k, v, o, softmax.lse.T.contiguous(), delta)
-    sliding = _sliding_window(call)
-
-    num_sequences = sliding.cu_seqlens_k.shape[0] - 1
-    one_head = bytes_of_kv_head(q.shape[0], k.shape[0], call.group_size, num_sequences, width)
-    chunks = list(head_chunks(k.shape[1], call.group_size, one_head, call.workspace_bytes))
-    if len(chunks) == 1:
-        dq, dk, dv = library.backward(tensors, sliding, None)
-    else:
-        dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-        for heads, kv_heads in chunks:
-            into = (dq[:, heads], dk[:, kv_heads], dv[:, kv_heads])
-            library.backward(tensors.of(heads, kv_heads), sliding, into)
-    dq, dk, dv = dq[..., :head_dim], dk[..., :head_dim], dv[..., :v_dim]
-    return dq.contiguous(), dk.contiguous(), dv.contiguous()

@@ -12,7 +12,7 @@ from nsa_fsa.ops.common.calls import WORKSPACE_BYTES, Windows, check_attention, 
 from nsa_fsa.ops.common.reference_attention import Chunk
 from nsa_fsa.ops.common.windowed_attention.backend import TritonWindows
 from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
-from nsa_fsa.ops.sliding_window_attention.flash_attention import LIBRARIES, Fastest, OneLibrary
+from nsa_fsa.ops.sliding_window_attention.flash_attention import LIBRARIES, Fastest
 from nsa_fsa.ops.sliding_window_attention.reference import chunks
 from nsa_fsa.sequences import Sequences
 
@@ -74,10 +74,6 @@ class Reference(ReferenceBackend[WindowedCall]):
 
 
 BACKENDS: Backends[WindowedCall] = Backends(
-    "sliding_window_attention",
-    Fastest(),
-    *(OneLibrary(library) for library in LIBRARIES),
-    TritonWindows("triton_window"),
-    Reference(),
+    "sliding_window_attention", Fastest(), *LIBRARIES, TritonWindows("triton_window"), Reference()
 )
 OPERATOR = define_attention(BACKENDS, WindowedCall)
