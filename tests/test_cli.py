@@ -261,7 +261,7 @@ def gpu(monkeypatch):
     for name in ("flash_attn", "flash_attn.cute", "flash_attn.cute.interface"):
         monkeypatch.setitem(sys.modules, name, None)  # each by itself: another test may have it
     # What was found is remembered, by another test for example.
-    monkeypatch.setattr(flash_attention, "_flash_attn_4_missing", lambda: "it is not installed")
+    monkeypatch.setattr(flash_attention.FLASH_ATTN_4, "missing", lambda: "it is not installed")
     # The file is named after the GPU.
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(cli, "LENGTHS", (64,))

@@ -179,6 +179,7 @@ class Operator(Generic[Call, Result]):
         self.name = name
         self.call = Signature(call)
         self.result = None if result is Tensor else Signature(result)
+        self.num_results = 1 if self.result is None else self.result.size
         self.run: Any = None  # of torch.library
 
     def __call__(self, call: Call) -> Result:
@@ -189,10 +190,6 @@ class Operator(Generic[Call, Result]):
 
     def write_result(self, result: Any, like: Tensor) -> Any:
         return result if self.result is None else tuple(_present(self.result.flatten(result), like))
-
-    @property
-    def result_schema(self) -> str:
-        return "Tensor" if self.result is None else f"({', '.join(['Tensor'] * self.result.size)})"
 
 
 def _in_its_precision() -> contextlib.AbstractContextManager[Any]:
@@ -287,15 +284,18 @@ def define_operator(
     def run_fake(*row):
         return operator.write_result(fake(operator.call.build(row)), row[0])
 
-    schema = f"({', '.join(operator.call.schema())}) -> {operator.result_schema}"
-    operator.run = _register(name, schema, run, run_fake)
+    operator.run = _register(name, operator.call.schema(), operator.num_results, run, run_fake)
     differentiable = None if gradient is None else _differentiable(operator, gradient)
     _register_autograd(name, operator.run, differentiable)
     return operator
 
 
-def _register(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+def _register(
+    name: str, row: list[str], num_results: int, run: Callable[..., Any], fake: Callable[..., Any]
+) -> Any:
+    results = "Tensor" if num_results == 1 else f"({', '.join(['Tensor'] * num_results)})"
+    schema = f"{name}({', '.join(row)}) -> {results}"
+    _LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, unseen_by_the_compiler(run), "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
     return getattr(getattr(torch.ops, NAMESPACE), name).default
@@ -372,9 +372,8 @@ def _define_backward(operator: Operator[Any, Any], gradient: Gradient[Any, Any, 
         inputs = [getattr(call, member) for member in gradients.members]
         return written([None if x is None else x.new_empty(x.shape) for x in inputs], do)
 
-    results = f"({', '.join(['Tensor'] * gradients.size)})" if gradients.size > 1 else "Tensor"
-    arguments = ", ".join(["Tensor dout", *operator.call.schema(), *saved.schema()])
-    backward = _register(name, f"({arguments}) -> {results}", run, run_fake)
+    arguments = ["Tensor dout", *operator.call.schema(), *saved.schema()]
+    backward = _register(name, arguments, gradients.size, run, run_fake)
     _register_autograd(name, backward, None)
     return backward
 

@@ -21,12 +21,16 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def _missing() -> str | None:
+def is_installed(module: str) -> bool:
+    """Whether a module can be found."""
     try:
-        installed = importlib.util.find_spec("triton") is not None
+        return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):
-        installed = False
-    return None if installed else "Triton is not installed (pip install triton)"
+        return False
+
+
+def _missing() -> str | None:
+    return None if is_installed("triton") else "Triton is not installed (pip install triton)"
 
 
 ASSUMED: ContextVar[tuple[int, int] | None] = ContextVar("assumed", default=None)

@@ -304,11 +304,6 @@ class KeyGradients:
         dk, dv = self.sums
         return Heads(dk, dk.stride(0), 0), Heads(dv, dv.stride(0), 0)
 
-    @property
-    def kernels_add(self) -> bool:
-        """True if the kernels add to what is there."""
-        return self.add or self.sums is not None
-
     def begin(self, launch: Launch) -> None:
         """Clears the sums before the first range of a head."""
         if self.sums is not None and launch.low_row == 0:
@@ -394,7 +389,7 @@ def selected_attention_bwd(
 
     scratch = new_scratch(call, work, store_dq)
     key_grads = KeyGradients.of(dk, dv, work.ranged, add_dkdv)
-    outputs, add = key_grads.heads, key_grads.kernels_add
+    outputs, add = key_grads.heads, add_dkdv or work.ranged  # ranges add to sums
     tensors = (heads(q), heads(k), heads(v), heads(do), *outputs)
     inputs = (*tensors, scaled(statistics, call.scale), index, blocks, scratch)
     partials = (dq, scratch, index, rows)

@@ -8,8 +8,6 @@ One H200, 65,536 tokens, 64 heads of 128, window 512, forward / backward, ms (G 
 flash_attn_4 2.9, 2.9, 2.9 / 8.5, 9.5, 9.2; torch_flash 5.3, 5.5, 5.4 / 13.4, 14.6, 14.1.
 """
 
-import functools
-import importlib.util
 from abc import abstractmethod
 from collections.abc import Callable
 from operator import methodcaller
@@ -35,17 +33,6 @@ PADDING = 128
 Output = tuple[Tensor, Tensor]  # o `[T, HQ, DV]` and lse `[HQ, T]`
 Grads = tuple[Tensor, Tensor, Tensor]  # dq, dk and dv
 MANY_SEQUENCES = 512  # of fewer, short ones take no time to speak of
-
-
-@functools.cache
-def _flash_attn_4_missing() -> str | None:
-    # The package flash-attn 2 has the same top level name, and neither tells the other's
-    # parts apart.
-    try:
-        found = importlib.util.find_spec("flash_attn.cute") is not None
-    except (ImportError, ValueError):
-        found = False
-    return None if found else f"flash-attn-4 is not installed ({INSTALL})"
 
 
 def output_and_dlse(
@@ -152,11 +139,9 @@ class Library(FlashBackend):
         """dq, dk and dv; in the tensors `into`, which may be views, where given."""
 
     def unavailable(self, device: torch.device | None = None) -> str | None:
-        """Why it cannot run on this GPU (default: the current one), or None."""
         return self.missing() or triton_backends.too_old(device, self.capability)
 
     def refuses(self, call: WindowedCall, *, backward: bool = False) -> str | None:
-        """Why it cannot run this call, or None."""
         q, v, sequences = call.q, call.v, call.sequences
         if not q.is_cuda:
             return f"q is on {q.device}, and FlashAttention runs on CUDA devices"
@@ -232,7 +217,9 @@ class FlashAttn4(Library):
     max_sequences = 2**31 - 1
 
     def missing(self) -> str | None:
-        return _flash_attn_4_missing()
+        # The package flash-attn 2 has the same top level name, but not this part.
+        here = triton_backends.is_installed("flash_attn.cute")
+        return None if here else f"flash-attn-4 is not installed ({INSTALL})"
 
     def run(self, q: Tensor, k: Tensor, v: Tensor, sliding: SlidingWindow) -> Output:
         from flash_attn.cute.interface import _flash_attn_fwd
