@@ -3,7 +3,8 @@ differentiable by autograd.
 
 Written to be read, and to be the oracle of every faster backend. Memory is bounded by working
 through the queries in chunks, and of long sequences only what is selected or in the window is
-worked on; the `*_backward` functions give the gradients within the same bounds.
+worked on; the `*_backward` functions give the gradients within the same bounds. Arguments are those
+of `nsa_fsa.ops`, with a scale; a backward takes do before q, and o and lse after v.
 """
 
 from nsa_fsa.ops.block_selection.reference import block_scores, select_blocks

@@ -108,8 +108,7 @@ def _details(entry: Record, max_queries: int) -> Details:
     # The last positions of what a cache holds.
     if layout.cu_seqlens_q is not None and layout.seqused_k is not None:
         position = position + layout.seqused_k[sequence] - starts_q.diff()[sequence]
-    # Every query is given as a sequence of its own, which begins where its own does and
-    # ends with it.
+    # Every query is given as a sequence of its own, which begins where its own does.
     scores = block_scores(
         q[rows],
         k_cmp,

@@ -16,8 +16,7 @@ from torch import Tensor
 
 
 class Chunk(NamedTuple):
-    # Rows of the chunk's M queries: int64 [M] where other chunks have more keys of the
-    # same queries.
+    # Rows of the M queries: int64 [M] where other chunks have more keys of the same queries.
     q: slice | Tensor
     k: slice  # rows of the N keys that some of them see
     visible: Tensor  # bool [M, H or 1, N]

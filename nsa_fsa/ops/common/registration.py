@@ -126,8 +126,7 @@ def _without_none(hint: Any) -> tuple[Any, bool]:
     return hint, False
 
 
-# An operator cannot return None: an empty tensor of one axis stands for it,
-# for every result has two or more.
+# An operator cannot return None: an empty tensor of one axis, which no result has, stands for it.
 def _present(row: list[Any], like: Tensor) -> list[Tensor]:
     return [like.new_empty(0) if x is None else x for x in row]
 

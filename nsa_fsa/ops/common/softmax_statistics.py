@@ -15,8 +15,7 @@ from nsa_fsa.ops.common.sizes import aligned_rows, cdiv, padded_dim
 class Statistics(NamedTuple):
     """What `statistics` computes, float32 `[T, HQ]` or `[HKV, T, G]`; in a kernel, pointers."""
 
-    # -lse / scale, so that p = exp((q k + shift) * scale); -inf, which makes p 0, for a query that
-    # saw nothing.
+    # -lse / scale: p = exp((q k + shift) * scale). -inf, which makes p 0, where nothing is seen.
     shift: Tensor
     delta: Tensor  # -sum(o * do)
 

@@ -78,8 +78,7 @@ class CompressedConfig:
     Tiles have m pairs and n compressed tokens.
     """
 
-    # The Gluon kernels instead of their plain Triton twins; their tiles are 128 wide,
-    # in two halves.
+    # The Gluon kernels instead of their plain twins; their tiles are 128 wide, in two halves.
     hopper: bool = False
     fwd_m: int = 128
     fwd_n: int = 64

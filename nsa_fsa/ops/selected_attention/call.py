@@ -12,8 +12,7 @@ from nsa_fsa.sequences import Sequences
 class BlockIndex(NamedTuple):
     """Who chose which block, int32. Chosen blocks that no kernel treats as dense are sparse."""
 
-    # [HKV, T * num_slots]: row of the query * num_slots + slot; a block's entries lie
-    # together, ascending.
+    # [HKV, T * num_slots]: query row * num_slots + slot; a block's lie together, ascending.
     entries: Tensor
     first_entry: Tensor  # [HKV, num_blocks]: where a block's entries begin
     num_entries: Tensor  # [HKV, num_blocks]

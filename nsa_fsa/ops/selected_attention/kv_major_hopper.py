@@ -492,8 +492,7 @@ def gather_bwd_hopper_kernel(
         minus_delta = none + buffers.delta.index(tile % RING).load(s_column)[None, :]
         dp = warpgroup_mma(v_s, do_tile.permute((1, 0)), minus_delta, is_async=True)
 
-        # The rows of the next tile, the statistics of the one after it,
-        # and the entries of the one after that.
+        # The rows of the next tile, the statistics of the one after it, the entries of the third.
         if NUM_STAGES > 1:
             stage = (tile + 1) % NUM_STAGES
             copy_tile(tiles, stage, q_ptr, do_ptr, buffers, (tile + 1) % 2, D, rows)
@@ -515,8 +514,7 @@ def gather_bwd_hopper_kernel(
             p = gl.where(seen, p, 0.0)
 
         dp = warpgroup_mma_wait(0, deps=(dp,))
-        # p stays in float32 until here: read back from 16 bits it would be converted one
-        # number at a time.
+        # p stays in float32 until here: from 16 bits it would be converted one number at a time.
         ds = (p * dp * statistics.scale).to(dtype)
         p = gl.convert_layout(p.to(dtype), a_layout)
         dv_tile = warpgroup_mma(p, do_tile, dv_tile, is_async=True)

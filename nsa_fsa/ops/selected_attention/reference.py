@@ -42,8 +42,7 @@ def chunks(
     num_kv_heads, num_indices = block_indices.shape[1:]
 
     for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
-        # On a CPU alone: which queries chose a block is read back for every block,
-        # which a GPU would wait for.
+        # On a CPU alone: a GPU would wait for who chose each block to be read back.
         num_queries = sequence.q.stop - sequence.q.start
         many_queries = QUERIES_PER_KEY * num_indices * block_size <= num_queries
         by_block = many_queries and q.device.type == "cpu"
@@ -86,8 +85,7 @@ def selected_blocks(indices: Tensor, counts: Tensor | None, own: Tensor, num_blo
     valid = (index >= 0) & (index <= own[:, None, None])
     if counts is not None:
         valid &= torch.arange(index.shape[2], device=index.device) < counts[..., None]
-    # A set of blocks, so duplicates collapse; what is not valid lands in a spare column
-    # that is then dropped.
+    # A set of blocks: duplicates collapse, and what is not valid lands in a spare column.
     selected = index.new_zeros(*index.shape[:2], num_blocks + 1, dtype=torch.bool)
     selected.scatter_(2, torch.where(valid, index, num_blocks), True)
     return selected[..., :num_blocks]

@@ -210,8 +210,7 @@ def compressed_bwd_dkdv_kernel(
         do_tile = load_pairs(do, pairs, SHAPE.DV, SHAPE.PADDED_DV)
         shift, delta = load_statistics(of_sequence, pair, pairs.inside)
 
-        # Scores are transposed, [windows, pairs], so that p and ds feed the matrix unit from
-        # registers.
+        # Scores are transposed, [windows, pairs]: p and ds feed the matrix unit from registers.
         scores = dot_keys(k_tile, q_tile, TILE.PRECISION)
         p = softmax_of(scores, shift[None, :], statistics.scale2, TILE.PRECISION)
         first_pair = seen_by.first + window * (SHAPE.KERNEL_STRIDE * G)
@@ -337,8 +336,7 @@ def cut_parts(
         parts = min(cdiv(num_pairs, config.one_pass_part_rows), config.one_pass_parts)
     else:
         parts = min(cdiv(config.dkdv_programs, num_tiles), cdiv(num_pairs, config.dkdv_part_rows))
-    # A part has whole tiles, and whole queries because the Gluon kernel counts queries from the
-    # first of the part.
+    # A part has whole tiles, and whole queries: the Gluon kernel counts queries from its first.
     whole = math.lcm(config.dkdv_m, group_size)
     return parts, cdiv(cdiv(num_pairs, max(parts, 1)), whole) * whole
 

@@ -331,8 +331,7 @@ def add_dq(dq, pairs, exchange, dq_desc, step, steps, WARPGROUP: gl.constexpr):
     start = (steps - 1 - step) * BLOCK_M
     if step >= 0:
         if start + BLOCK_M > pairs.number:
-            # The other pairs of a last tile may be those of another sequence:
-            # nothing is added to them.
+            # The other pairs of a last tile may be another sequence's: nothing is added to them.
             pair = start + gl.arange(0, BLOCK_M, gl.SliceLayout(1, product_layout(HALF)))
             dq = gl.where((pair < pairs.number)[:, None], dq, 0.0)
         tma.store_wait(0)  # the buffer of the step before has been read
