@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nsa_fsa import checks
 from nsa_fsa.config import BRANCHES
-from nsa_fsa.modules.native_sparse_attention import Details, NativeSparseAttention, Record
+from nsa_fsa.modules.branches import Details, Record, SparseBranches
 from nsa_fsa.reference import block_scores
 
 # Colour-blind safe (Okabe and Ito): orange, blue, green.
@@ -59,16 +59,13 @@ def record(
         ...     model(input_ids)
         >>> records[0].block_indices  # int32 [T, HKV, T_sel]
     """
-    layers = [module for module in model.modules() if isinstance(module, NativeSparseAttention)]
+    layers = [module for module in model.modules() if isinstance(module, SparseBranches)]
     if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no NativeSparseAttention layer. "
-            "Fix: patch_model(model) first."
-        )
+        raise ValueError(f"{type(model).__name__} has no NSA layer. Fix: patch_model(model) first.")
     checks.check_positive(max_queries=max_queries)
     records: list[Record] = []
 
-    def keeper(number: int, layer: NativeSparseAttention) -> Callable[[Record], None]:
+    def keeper(number: int, layer: SparseBranches) -> Callable[[Record], None]:
         def keep(entry: Record) -> None:
             # Inside a backward, gradient checkpointing runs the forward again;
             # a compiled one is not run by Python.

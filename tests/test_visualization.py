@@ -45,7 +45,7 @@ def test_record_collects_forwards_and_lets_go(layer):
         raise RuntimeError("oops")
     assert layer.recorder is None
     with (
-        pytest.raises(ValueError, match=r"Linear has no NativeSparseAttention layer\. Fix"),
+        pytest.raises(ValueError, match=r"Linear has no NSA layer\. Fix"),
         record(torch.nn.Linear(2, 2)),
     ):
         pass

@@ -400,22 +400,14 @@ class NSACache:
         return k_src, v_src, read("cos").repeat(1, 2), read("sin").repeat(1, 2)
 
     def _turned_back(self) -> Tensor:
-        """The buffer "recent" for sequences of the present lengths, from their rotated keys.
-
-        Divides by cos^2 + sin^2, which is not quite 1 in 16 bits, and a larger number where RoPE
-        scales, as YaRN does.
-        """
+        """The buffer "recent" for sequences of the present lengths, from their rotated keys."""
         latest = torch.arange(-self._num_recent, 0, device=self._lengths.device)
         position = self._lengths[:, None] + latest
         rows, column = _rows(position), position.clamp(min=0)
-        k, cos, sin = (self._buffers[name][rows, column] for name in ("k", "cos", "sin"))
-        wide = torch.promote_types(k.dtype, torch.float32)
-        cos, sin = cos[:, :, None].to(wide), sin[:, :, None].to(wide)
-        half = cos.shape[-1]
-        first, second, unrotated = k.split((half, half, k.shape[-1] - 2 * half), dim=-1)
-        square = (cos * cos + sin * sin).clamp(min=torch.finfo(wide).tiny)  # 0 in an empty row
-        first, second = (first * cos + second * sin) / square, (second * cos - first * sin) / square
-        k = torch.cat((first.to(k.dtype), second.to(k.dtype), unrotated), dim=-1)
+        k, cos, sin = (
+            self._buffers[name][rows, column].flatten(0, 1) for name in ("k", "cos", "sin")
+        )
+        k = turn_back(k, cos.repeat(1, 2), sin.repeat(1, 2)).unflatten(0, position.shape)
         return self._buffers["recent"].index_put((rows, position % self._num_recent), k)
 
     @property
@@ -451,3 +443,18 @@ def _starts(x: Tensor, length: int) -> Tensor:
 
 def _round_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+def turn_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Keys `[T, H, D]` as they were before they were rotated by cos and sin `[T, rotary_dim]`.
+
+    Divides by cos^2 + sin^2, which is not quite 1 in 16 bits, and a larger number where RoPE
+    scales, as YaRN does.
+    """
+    wide = torch.promote_types(x.dtype, torch.float32)
+    half = cos.shape[-1] // 2  # the halves are equal
+    cos, sin = cos[:, None, :half].to(wide), sin[:, None, :half].to(wide)
+    first, second, unrotated = x.split((half, half, x.shape[-1] - 2 * half), dim=-1)
+    square = (cos * cos + sin * sin).clamp(min=torch.finfo(wide).tiny)  # 0 in an empty row
+    first, second = (first * cos + second * sin) / square, (second * cos - first * sin) / square
+    return torch.cat((first.to(x.dtype), second.to(x.dtype), unrotated), dim=-1)

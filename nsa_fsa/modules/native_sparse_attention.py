@@ -4,8 +4,8 @@ Shapes: B sequences of up to S tokens, T tokens packed end to end, E hidden widt
 D and DV head widths.
 """
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,49 +13,15 @@ from torch import Tensor, nn
 from nsa_fsa import checks
 from nsa_fsa.cache import KeyValues, NSACache
 from nsa_fsa.config import NSAConfig
-from nsa_fsa.modules.compression import Compressor
-from nsa_fsa.modules.gating import BranchGate
+from nsa_fsa.modules.branches import SparseBranches, put_back, rotate, take
 from nsa_fsa.modules.norm import normalize
-from nsa_fsa.modules.rotary import RotaryEmbedding, apply_rotary
-from nsa_fsa.ops import Branches, nsa_attention, window_starts
-from nsa_fsa.ops.common.backends import check_known
-from nsa_fsa.ops.nsa_attention import OPERATORS
+from nsa_fsa.modules.rotary import RotaryEmbedding
 from nsa_fsa.sequences import Packing, Sequences, pack_batch, positions, uniform_layout
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
 
-class Inside(NamedTuple):
-    """The tensors that one forward of a layer decided by, without gradients."""
-
-    q: Tensor  # [T, HQ, D], rotated
-    k_cmp: Tensor  # compressed keys, rotated, where `layout` says
-    branches: Branches
-
-
-class Details(NamedTuple):
-    """What some of the queries of one forward saw; branch order compressed, selected, sliding."""
-
-    rows: Tensor  # int64 [N], which of the forward's T packed queries these are
-    outputs: Tensor  # [N, 3, HQ, DV], of each branch, before the gates
-    lse: Tensor  # [N, 3, HQ], natural log; -inf where a query sees nothing
-    scores: Tensor  # [N, HKV, blocks], of every block; 0 for future ones
-
-
-class Record(NamedTuple):
-    """What one forward of a layer decided; see `NativeSparseAttention.recorder`."""
-
-    layer_idx: int | None
-    block_indices: Tensor  # int32 [T, HKV, T_sel]
-    gates: Tensor  # [T, HQ or 1, 3], after the sigmoid
-    layout: Sequences
-    config: NSAConfig  # of the layer, in that forward
-    # For the recorder to look at; `nsa_fsa.visualization.record` does not keep it.
-    inside: Inside | None = None
-    details: Details | None = None  # kept on request by `nsa_fsa.visualization.record`
-
-
-class NativeSparseAttention(nn.Module):
+class NativeSparseAttention(SparseBranches, nn.Module):
     """Causal self-attention that reads compressed tokens, the best-scoring blocks of keys,
     and a sliding window.
 
@@ -106,31 +72,18 @@ class NativeSparseAttention(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        own = {"compressor_k": compressor_k, "compressor_v": compressor_v}
-        _check_modules(config, own, projections)
-        check_known(config.backend, "NativeSparseAttention", *OPERATORS)
-        for operator in OPERATORS:
-            if config.backend in operator.by_name:
-                operator.named(config.backend)  # it can run here
+        _check_arguments(config, projections)
         self.config = config
         self.layer_idx = layer_idx
         factory: dict[str, Any] = dict(device=device, dtype=dtype)
         for name, module in (projections or _make_projections(config, factory)).items():
             setattr(self, name, module)
-        self.gate = BranchGate(
-            config.hidden_size,
-            config.num_heads if config.gate == "per_head" else 1,
-            config.gate_init,
-            **factory,
-        )
-        kind_k = config.compress_k if compressor_k is None else compressor_k
-        kind_v = config.compress_v if compressor_v is None else compressor_v
-        self.compress_k = Compressor(config, kind_k, config.head_dim, **factory)
-        self.compress_v = Compressor(config, kind_v, config.v_head_dim, **factory)
+        self.add_branches(config, compressor_k, compressor_v, **factory)
         self.rotary = RotaryEmbedding(config) if config.rope_parameters is not None else None
-        # Called with a Record after every forward while set; `nsa_fsa.visualization.record` sets
-        # and clears it.
-        self.recorder: Callable[[Record], None] | None = None
+
+    @property
+    def nsa_config(self) -> NSAConfig:
+        return self.config
 
     def reset_parameters(self) -> None:
         """Every parameter as a new layer has it, the projections' and your own compressors' by
@@ -183,52 +136,21 @@ class NativeSparseAttention(nn.Module):
                 that do not fit.
         """
         rows, layout = self._pack(hidden_states, attention_mask, cu_seqlens, max_seqlen, cache)
-        x = _take(hidden_states, rows)  # [T, E]
+        x = take(hidden_states, rows)  # [T, E]
 
         q, k, v = self._project(x)  # [T, HQ, D]; k and v: a tensor [T, HKV, D] per branch
         cos, sin = self._rotation(
             hidden_states, rows, layout, position_embeddings, position_ids, cache
         )
-        q = _rotate(q, cos, sin)
+        q = rotate(q, cos, sin)
         keys = self._branch_keys(k, v, cos, sin)
         if cache is None:
-            k_cmp, v_cmp = self._compress(keys.k_src, keys.v_src, keys.cos, keys.sin, layout)
+            k_cmp, v_cmp = self.compress(keys.k_src, keys.v_src, keys.cos, keys.sin, layout)
         else:
-            keys, k_cmp, v_cmp, layout = cache.update(keys, layout, self._compress, rows)
+            keys, k_cmp, v_cmp, layout = cache.update(keys, layout, self.compress, rows)
 
-        c = self.config
-        gate_logits = self.gate(x).unflatten(-1, (-1, 3))  # [T, HQ or 1, 3]
-        o = nsa_attention(
-            q.to(keys.k.dtype),  # a cache filled under another autocast holds wider keys
-            keys.k,
-            keys.v,
-            k_cmp,
-            v_cmp,
-            gate_logits,
-            layout.cu_seqlens,
-            layout.max_seqlen,
-            kernel_size=c.kernel_size,
-            kernel_stride=c.kernel_stride,
-            block_size=c.block_size,
-            num_selected_blocks=c.num_selected_blocks,
-            init_blocks=c.init_blocks,
-            local_blocks=c.local_blocks,
-            window_size=c.window_size,
-            k_swa=keys.k_swa,
-            v_swa=keys.v_swa,
-            scale=c.scale,
-            cu_seqlens_q=layout.cu_seqlens_q,
-            seqused_k=layout.seqused_k,
-            return_branches=self.recorder is not None,
-            recompute=c.recompute,
-            backend=c.backend,
-        )  # [T, HQ, DV]
-        if self.recorder is not None:
-            o, branches = o
-            gates = gate_logits.detach().sigmoid()
-            inside = Inside(q.detach(), k_cmp.detach(), branches)
-            self.recorder(Record(self.layer_idx, branches.block_indices, gates, layout, c, inside))
-        output = _put_back(self.o_proj(o.flatten(1).to(q.dtype)), rows, hidden_states)
+        o = self.mix(q, keys, k_cmp, v_cmp, self.gate(x), layout)  # [T, HQ, DV]
+        output = put_back(self.o_proj(o.flatten(1).to(q.dtype)), rows, *hidden_states.shape[:2])
         if cache is not None:
             cache.commit(needed_by_backward=o.requires_grad)
         return output
@@ -329,7 +251,7 @@ class NativeSparseAttention(nn.Module):
         batch = hidden_states.shape[:2]
         if position_embeddings is not None:
             self._check_rotation(position_embeddings, hidden_states)
-            cos, sin = (_take(x.expand(*batch, -1), rows) for x in position_embeddings)
+            cos, sin = (take(x.expand(*batch, -1), rows) for x in position_embeddings)
             return cos, sin
         if self.rotary is None:
             return None, None
@@ -345,7 +267,7 @@ class NativeSparseAttention(nn.Module):
                     f"{tuple(position_ids.shape)}; it must be int64 or int32 [B or 1, S], here "
                     f"{tuple(batch)}. Fix: leave it out to count from each sequence's first token."
                 )
-            position = _take(position_ids.expand(batch)[..., None], rows).squeeze(-1)
+            position = take(position_ids.expand(batch)[..., None], rows).squeeze(-1)
         elif cache is not None:
             position = cache.next_positions(layout, num_rows)
         else:
@@ -386,35 +308,15 @@ class NativeSparseAttention(nn.Module):
     ) -> KeyValues:
         """Rotates the keys of every branch, and puts beside them what compression reads."""
         if self.config.kv_per_branch:
-            k_cmp, k_slc, k_swa = (_rotate(x, cos, sin) for x in k)
+            k_cmp, k_slc, k_swa = (rotate(x, cos, sin) for x in k)
         else:
-            k_cmp = k_slc = k_swa = _rotate(k[0], cos, sin)
+            k_cmp = k_slc = k_swa = rotate(k[0], cos, sin)
         if self.config.compress_rope == "before":
             return KeyValues(k_slc, v[1], k_swa, v[2], k_cmp, v[0])
         return KeyValues(k_slc, v[1], k_swa, v[2], k[0], v[0], cos, sin)
 
-    def _compress(
-        self,
-        k_src: Tensor,
-        v_src: Tensor,
-        cos: Tensor | None,
-        sin: Tensor | None,
-        layout: Sequences,
-    ) -> tuple[Tensor, Tensor]:
-        """Compressed keys and values of a packed batch; keys are rotated as their window's
-        first position.
-        """
-        k_cmp = self.compress_k(k_src, layout).to(k_src.dtype)
-        v_cmp = self.compress_v(v_src, layout).to(v_src.dtype)
-        if cos is not None and sin is not None:
-            c = self.config
-            sizes: dict[str, Any] = dict(kernel_size=c.kernel_size, kernel_stride=c.kernel_stride)
-            first = window_starts(k_src, layout.cu_seqlens, seqused_k=layout.seqused_k, **sizes)
-            k_cmp = _rotate(k_cmp, cos[first], sin[first])
-        return k_cmp, v_cmp
 
-
-def _check_modules(config: Any, compressors: dict[str, Any], projections: Any) -> None:
+def _check_arguments(config: Any, projections: Any) -> None:
     """Raises ValueError for wrong arguments of the constructor, before anything is built."""
     if not isinstance(config, NSAConfig):
         raise ValueError(
@@ -422,13 +324,6 @@ def _check_modules(config: Any, compressors: dict[str, Any], projections: Any) -
             "Fix: NSAConfig.from_dict of a dict, "
             "or NSAConfig.from_pretrained_config(model.config) of a transformers model."
         )
-    for name, module in compressors.items():
-        if module is not None and not isinstance(module, nn.Module):
-            raise ValueError(
-                f"{name}={module!r} must be an nn.Module or None. "
-                "Fix: pass a module that is built already, not its class; for a kind by name, "
-                f'NSAConfig({name.replace("compressor", "compress")}="mlp", ...).'
-            )
     if projections is None:
         return
     is_mapping = isinstance(projections, Mapping)
@@ -463,10 +358,6 @@ def _make_projections(config: NSAConfig, factory: dict[str, Any]) -> dict[str, n
     }
 
 
-def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    return x if cos is None or sin is None else apply_rotary(x, cos, sin).to(x.dtype)
-
-
 def _beside_cache(
     packing: Packing, mask: Tensor | None, length: int, cache: NSACache | None
 ) -> tuple[Tensor | None, Sequences]:
@@ -483,15 +374,3 @@ def _beside_cache(
     # (Written out, because PyTorch 2.11's compiler hands an empty tuple across a graph break for
     # what `_replace` returns.)
     return packing.rows, Sequences(packing.layout.cu_seqlens, length)
-
-
-def _take(x: Tensor, rows: Tensor | None) -> Tensor:
-    """`[B, S, ...]` -> the packed rows `[T, ...]`."""
-    return x.flatten(0, 1) if rows is None else x.flatten(0, 1).index_select(0, rows)
-
-
-def _put_back(x: Tensor, rows: Tensor | None, like: Tensor) -> Tensor:
-    """The packed rows `[T, E]` -> `[B, S, E]`, 0 where there was padding."""
-    if rows is not None:
-        x = x.new_zeros(like.shape[0] * like.shape[1], x.shape[1]).index_copy(0, rows, x)
-    return x.unflatten(0, like.shape[:2])

@@ -1,0 +1,183 @@
+"""What every NSA layer has beside its projections, whoever makes those: gates, compressors, and the
+three branches that they lead to."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from nsa_fsa.cache import KeyValues
+from nsa_fsa.config import NSAConfig
+from nsa_fsa.modules.compression import Compressor
+from nsa_fsa.modules.gating import BranchGate
+from nsa_fsa.modules.rotary import apply_rotary
+from nsa_fsa.ops import Branches, nsa_attention, window_starts
+from nsa_fsa.ops.common.backends import check_known
+from nsa_fsa.ops.nsa_attention import OPERATORS
+from nsa_fsa.sequences import Sequences
+
+
+class Inside(NamedTuple):
+    """The tensors that one forward of a layer decided by, without gradients."""
+
+    q: Tensor  # [T, HQ, D], rotated
+    k_cmp: Tensor  # compressed keys, rotated, where `layout` says
+    branches: Branches
+
+
+class Details(NamedTuple):
+    """What some of the queries of one forward saw; branch order compressed, selected, sliding."""
+
+    rows: Tensor  # int64 [N], which of the forward's T packed queries these are
+    outputs: Tensor  # [N, 3, HQ, DV], of each branch, before the gates
+    lse: Tensor  # [N, 3, HQ], natural log; -inf where a query sees nothing
+    scores: Tensor  # [N, HKV, blocks], of every block; 0 for future ones
+
+
+class Record(NamedTuple):
+    """What one forward of a layer decided; see `SparseBranches.recorder`."""
+
+    layer_idx: int | None
+    block_indices: Tensor  # int32 [T, HKV, T_sel]
+    gates: Tensor  # [T, HQ or 1, 3], after the sigmoid
+    layout: Sequences
+    config: NSAConfig  # of the layer, in that forward
+    # For the recorder to look at; `nsa_fsa.visualization.record` does not keep it.
+    inside: Inside | None = None
+    details: Details | None = None  # kept on request by `nsa_fsa.visualization.record`
+
+
+class SparseBranches:
+    """Mixed in before an attention module that has queries, keys and values to hand over.
+
+    Of its modules `add_branches` makes "gate", "compress_k" and "compress_v".
+    """
+
+    layer_idx: int | None
+    gate: nn.Module
+    compress_k: Compressor
+    compress_v: Compressor
+    # Called with a Record after every forward while set; `nsa_fsa.visualization.record` sets
+    # and clears it.
+    recorder: Callable[[Record], None] | None = None
+
+    @property
+    def nsa_config(self) -> NSAConfig:
+        """The settings of this layer."""
+        raise NotImplementedError
+
+    def add_branches(
+        self,
+        config: NSAConfig,
+        compressor_k: nn.Module | None = None,
+        compressor_v: nn.Module | None = None,
+        **factory: Any,
+    ) -> None:
+        """Makes the modules; the arguments are those of `NativeSparseAttention`.
+
+        Raises:
+            ValueError: for a backend that no operator knows, or compressors that are no modules.
+            RuntimeError: for a backend that cannot run on this machine.
+        """
+        for name, module in dict(compressor_k=compressor_k, compressor_v=compressor_v).items():
+            if module is not None and not isinstance(module, nn.Module):
+                raise ValueError(
+                    f"{name}={module!r} must be an nn.Module or None. "
+                    "Fix: pass a module that is built already, not its class; for a kind by name, "
+                    f'NSAConfig({name.replace("compressor", "compress")}="mlp", ...).'
+                )
+        check_known(config.backend, "NativeSparseAttention", *OPERATORS)
+        for operator in OPERATORS:
+            if config.backend in operator.by_name:
+                operator.named(config.backend)  # it can run here
+        num_gates = config.num_heads if config.gate == "per_head" else 1
+        self.gate = BranchGate(config.hidden_size, num_gates, config.gate_init, **factory)
+        kind_k = config.compress_k if compressor_k is None else compressor_k
+        kind_v = config.compress_v if compressor_v is None else compressor_v
+        self.compress_k = Compressor(config, kind_k, config.head_dim, **factory)
+        self.compress_v = Compressor(config, kind_v, config.v_head_dim, **factory)
+
+    def compress(
+        self,
+        k_src: Tensor,
+        v_src: Tensor,
+        cos: Tensor | None,
+        sin: Tensor | None,
+        layout: Sequences,
+    ) -> tuple[Tensor, Tensor]:
+        """Compressed keys and values of a packed batch; with cos and sin `[T, rotary_dim]`, keys
+        are rotated as their window's first position.
+        """
+        k_cmp = self.compress_k(k_src, layout).to(k_src.dtype)
+        v_cmp = self.compress_v(v_src, layout).to(v_src.dtype)
+        if cos is not None and sin is not None:
+            c = self.nsa_config
+            sizes: dict[str, Any] = dict(kernel_size=c.kernel_size, kernel_stride=c.kernel_stride)
+            first = window_starts(k_src, layout.cu_seqlens, seqused_k=layout.seqused_k, **sizes)
+            k_cmp = rotate(k_cmp, cos[first], sin[first])
+        return k_cmp, v_cmp
+
+    def mix(
+        self,
+        q: Tensor,
+        keys: KeyValues,
+        k_cmp: Tensor,
+        v_cmp: Tensor,
+        gate_logits: Tensor,
+        layout: Sequences,
+        scale: float | None = None,
+    ) -> Tensor:
+        """The branches' outputs, mixed: q `[T, HQ, D]` -> `[T, HQ, DV]`.
+
+        gate_logits: `[T, 3 * HQ or 3]`, head by head. scale: default the config's.
+        """
+        c = self.nsa_config
+        gate_logits = gate_logits.unflatten(-1, (-1, 3))  # [T, HQ or 1, 3]
+        o = nsa_attention(
+            q.to(keys.k.dtype),  # a cache filled under another autocast holds wider keys
+            keys.k,
+            keys.v,
+            k_cmp,
+            v_cmp,
+            gate_logits,
+            layout.cu_seqlens,
+            layout.max_seqlen,
+            kernel_size=c.kernel_size,
+            kernel_stride=c.kernel_stride,
+            block_size=c.block_size,
+            num_selected_blocks=c.num_selected_blocks,
+            init_blocks=c.init_blocks,
+            local_blocks=c.local_blocks,
+            window_size=c.window_size,
+            k_swa=keys.k_swa,
+            v_swa=keys.v_swa,
+            scale=c.scale if scale is None else scale,
+            cu_seqlens_q=layout.cu_seqlens_q,
+            seqused_k=layout.seqused_k,
+            return_branches=self.recorder is not None,
+            recompute=c.recompute,
+            backend=c.backend,
+        )
+        if self.recorder is not None:
+            o, branches = o
+            gates = gate_logits.detach().sigmoid()
+            inside = Inside(q.detach(), k_cmp.detach(), branches)
+            self.recorder(Record(self.layer_idx, branches.block_indices, gates, layout, c, inside))
+        return o
+
+
+def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    """x `[T, H, D]` by cos and sin `[T, rotary_dim]`, if there are any."""
+    return x if cos is None or sin is None else apply_rotary(x, cos, sin).to(x.dtype)
+
+
+def take(x: Tensor, rows: Tensor | None) -> Tensor:
+    """`[B, S, ...]` -> the packed rows `[T, ...]`."""
+    return x.flatten(0, 1) if rows is None else x.flatten(0, 1).index_select(0, rows)
+
+
+def put_back(x: Tensor, rows: Tensor | None, batch_size: int, length: int) -> Tensor:
+    """The packed rows `[T, ...]` -> `[B, S, ...]`, 0 where there was padding."""
+    if rows is not None:
+        x = x.new_zeros(batch_size * length, *x.shape[1:]).index_copy(0, rows, x)
+    return x.unflatten(0, (batch_size, length))
