@@ -19,12 +19,12 @@ __all__ = [
     "NativeSparseAttention",
     "PatchReport",
     "explain",
+    "explain_model",
     "patch_model",
-    "supported_models",
     "unpatch_model",
 ]
 
-_LAZY = ("PatchReport", "patch_model", "supported_models", "unpatch_model")
+_LAZY = ("PatchReport", "patch_model", "explain_model", "unpatch_model")
 
 
 def __getattr__(name: str) -> Any:

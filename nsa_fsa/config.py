@@ -386,10 +386,12 @@ class NSAConfig:
         """The NSA layer of a patched model's config, or the one that fits a dense Llama,
         Qwen2 or Qwen3 config.
 
-        Of the config of a patched model, or of an `NSALlamaConfig` (and so on), it is what the
-        layers of that model have. Of a dense one it has head counts, biases, norms and RoPE, in the
-        form of transformers 5 or 4 (`rope_theta` and `rope_scaling`), and `gate_init="dense"`, so
-        that the pretrained projections keep working.
+        Of the config of a patched model, or of an `NSALlamaConfig` (and so on, of any family), it
+        is what the layers of that model have, whose biases, norms and RoPE are those of the dense
+        modules. Of a dense one it has head counts, biases, norms and RoPE, in the form of
+        transformers 5 or 4 (`rope_theta` and `rope_scaling`), `gate_init="dense"`, so that the
+        pretrained projections keep working, and `compress_rope="before"`, which starts closer to
+        the dense model than "after".
 
         Args:
             hf_config: a transformers config, such as `model.config`;
@@ -404,10 +406,11 @@ class NSAConfig:
             ValueError: for a model type whose attention this layer cannot stand in for,
                 for layers with different settings where none is named, or for a layer without NSA.
         """
-        values = attention_fields(hf_config)
         if hasattr(hf_config, "nsa_of_layer"):
-            values.update(hf_config.nsa_of_layer(layer))
-        elif layer is not None:
+            values = hf_config.nsa_of_layer(layer)
+        else:
+            values = attention_fields(hf_config)
+        if layer is not None and not hasattr(hf_config, "nsa_of_layer"):
             raise ValueError(
                 f"layer={layer!r} is not allowed with a {type(hf_config).__name__}, "
                 "which is dense: it must be None. "
@@ -426,7 +429,7 @@ def attention_fields(hf_config: Any) -> dict[str, Any]:
     model_type = getattr(hf_config, "model_type", None)
     family = str(model_type).removeprefix("nsa_")
     if family not in ("llama", "qwen2", "qwen3"):
-        fix = "build NSAConfig yourself and use NativeSparseAttention inside your own model"
+        fix = "patch_model(model), or build NSAConfig yourself"
         if hasattr(hf_config, "text_config"):
             fix = "pass its text_config, that of the language model inside"
         raise ValueError(
@@ -447,6 +450,7 @@ def attention_fields(hf_config: Any) -> dict[str, Any]:
         rope_parameters=_rope_of(hf_config),
         max_position_embeddings=hf_config.max_position_embeddings,
         gate_init="dense",
+        compress_rope="before",
     )
 
 

@@ -4,7 +4,6 @@ import torch
 import transformers
 
 from nsa_fsa import NSAConfig
-from nsa_fsa.config import attention_fields
 from nsa_fsa.integrations.transformers import NSAAttention, patch_model
 
 VOCAB = 97
@@ -15,6 +14,18 @@ FAMILIES = {
 }
 # Keys that a query of the preset "tiny" selects: longer sequences are really sparse.
 TINY_REACH = 96
+# Settings of a layer of its own, which a patched one leaves to the dense module it was.
+LEFT_TO_DENSE = {
+    name: getattr(NSAConfig(hidden_size=64, num_heads=8, rope_parameters=None), name)
+    for name in (
+        "rope_parameters",
+        "max_position_embeddings",
+        "qk_norm",
+        "qk_norm_eps",
+        "qkv_bias",
+        "o_bias",
+    )
+}
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -64,11 +75,12 @@ def scramble(model, seed=1):
 
 
 def sparse_model(family="llama", base=False, seed=0, layers=None, nsa=None, **changes):
-    """A patched model all of whose branches matter."""
+    """A patched model all of whose branches matter. It turns keys back before it compresses them,
+    which takes more than to leave them as they are, as in the models of test_families.py.
+    """
     model = dense_model(family, base, seed, **changes)
-    config = NSAConfig.from_pretrained_config(
-        model.config, "tiny", **{"gate_init": "balanced", **(nsa or {})}
-    )
+    start = dict(gate_init="balanced", compress_rope="after")
+    config = NSAConfig.from_pretrained_config(model.config, "tiny", **{**start, **(nsa or {})})
     patch_model(model, config, layers=layers, verbose=False)
     return scramble(model)
 
@@ -96,6 +108,7 @@ def snapshot(model):
         config_values=model.config.to_dict(),
         attention_name=model.config._attn_implementation,
         modules={name: id(module) for name, module in model.named_modules()},
+        classes={name: type(module) for name, module in model.named_modules()},
         configs={
             name: id(module.__dict__["config"])
             for name, module in model.named_modules()
@@ -103,7 +116,7 @@ def snapshot(model):
         },
         parameters={name: (id(p), p.data_ptr()) for name, p in model.named_parameters()},
         values={name: value.clone() for name, value in model.state_dict().items()},
-        attributes=set(model.__dict__),
+        attributes={name: set(module.__dict__) for name, module in model.named_modules()},
     )
 
 
@@ -141,10 +154,19 @@ def output(model, ids, **arguments):
 def open_only_the_selected_branch(model):
     """Gates of exactly 0, 1, 0: sigmoid(40) is 1 in float32."""
     for attention in attentions(model):
+        if not isinstance(attention, NSAAttention):
+            continue
         torch.nn.init.zeros_(attention.gate.weight)
         with torch.no_grad():
             attention.gate.bias.view(-1, 3).copy_(torch.tensor([-120.0, 40.0, -120.0]))
 
 
 def tiny_nsa(model, **changes):
-    return NSAConfig.from_dict({"preset": "tiny", **attention_fields(model.config), **changes})
+    """The preset "tiny", for a layer of its own in the place of one of the model's."""
+    family = model.config.model_type.removeprefix("nsa_")
+    return NSAConfig.from_pretrained_config(dense_config(family), "tiny", **changes)
+
+
+def patched_nsa(model, **changes):
+    """What patch_model makes of `tiny_nsa`."""
+    return tiny_nsa(model, **LEFT_TO_DENSE, **changes)

@@ -15,7 +15,10 @@ peft = pytest.importorskip(
 )
 
 LORA = dict(
-    r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["gate"], task_type="CAUSAL_LM"
+    r=4,
+    target_modules=["q_proj", "v_proj"],
+    modules_to_save=["self_attn.gate"],
+    task_type="CAUSAL_LM",
 )
 
 

@@ -23,11 +23,13 @@ from nsa_fsa.modules import Compressor
 from nsa_fsa.modules.compression import LinearPhi
 from tests.integrations.models import (
     FAMILIES,
+    LEFT_TO_DENSE,
     VOCAB,
     attentions,
     dense_config,
     dense_model,
     greedy,
+    patched_nsa,
     scramble,
     sparse_layers,
     sparse_model,
@@ -62,7 +64,6 @@ def output(model, ids=IDS):
 def assert_same_model(loaded, saved):
     assert type(loaded) is type(saved)
     assert loaded.config.nsa == saved.config.nsa
-    assert loaded.config._attn_implementation == "nsa_fsa"
     assert sparse_layers(loaded) == sparse_layers(saved)
     tensors = loaded.state_dict()
     assert list(tensors) == list(saved.state_dict())
@@ -108,7 +109,7 @@ def test_settings_round_trip(tmp_path, nsa):
     model = sparse_model(nsa=nsa)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert attentions(loaded)[0].config == attentions(model)[0].config
+    assert attentions(loaded)[0].nsa_config == attentions(model)[0].nsa_config
     assert_same_model(loaded, model)
 
 
@@ -228,9 +229,14 @@ def test_a_stock_class_refuses_the_checkpoint(tmp_path, name, arguments):
 
 
 def test_an_auto_class_without_a_sparse_model_refuses(tmp_path):
-    sparse_model().save_pretrained(tmp_path)
+    """A head that transformers has no Llama with; with others the checkpoint loads."""
+    model = sparse_model()
+    model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="NSALlamaConfig"):
-        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path)
+        transformers.AutoModelForMaskedLM.from_pretrained(tmp_path)
+    loaded = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert type(loaded) is integration.NSALlamaForSequenceClassification
+    assert torch.equal(output(loaded.model), output(model.model))
 
 
 @pytest.mark.filterwarnings("ignore:attn_implementation=")
@@ -252,15 +258,11 @@ def test_a_stock_class_given_the_sparse_config_refuses_to_run(tmp_path, name):
         stock.from_pretrained(tmp_path, config=config, **arguments),
         stock.from_pretrained(tmp_path, config=model.config, **arguments),
     ):
-        with pytest.raises(
-            RuntimeError, match=r"layer [01] is dense, but its config, a NSALlamaConfig.*Fix: build"
-        ):
+        with pytest.raises(RuntimeError, match=r"is dense, but its config.*Fix"):
             dense(IDS)
         if name is not None:
             dense.set_attn_implementation(name)
-        with pytest.raises(
-            RuntimeError, match=r"layer [01] is dense, but its config, a NSALlamaConfig.*Fix: build"
-        ):
+        with pytest.raises(RuntimeError, match=r"is dense, but its config.*Fix"):
             dense(IDS)
 
 
@@ -270,6 +272,7 @@ def test_another_attention_implementation_is_no_matter_for_sparse_layers(tmp_pat
     """What users pass to every model, and what a larger model is told for its other parts."""
     model = sparse_model(layers=[1])
     model.save_pretrained(tmp_path / "llama")
+    model.set_attn_implementation(name)
     assert_same_model(
         AutoModelForCausalLM.from_pretrained(tmp_path / "llama", attn_implementation=name), model
     )
@@ -279,11 +282,7 @@ def test_another_attention_implementation_is_no_matter_for_sparse_layers(tmp_pat
     loaded = kind.from_pretrained(tmp_path / "llava", attn_implementation=name).eval()
     assert loaded.config.vision_config._attn_implementation == name
     assert torch.equal(output(loaded), output(model))
-    with pytest.warns(
-        UserWarning,
-        match=f"attn_implementation='{name}' changes nothing in a model with NSA layers",
-    ):
-        model.set_attn_implementation(name)
+    model.set_attn_implementation(name)
     assert model.config.vision_config._attn_implementation == name
     assert torch.equal(output(loaded), output(model))
 
@@ -325,16 +324,35 @@ def test_plain_transformers_refuses_the_checkpoint(tmp_path):
         f"import sys, transformers\nfor folder, names in {attempts!r}.items():\n    "
         "for name in names:\n        try:\n            getattr(transformers, "
         f"name).from_pretrained({str(tmp_path)!r} + '/' + folder)\n            "
-        "print(name, 'loaded')\n        except Exception as error:\n            print(name, "
-        "'nsa_llama' in str(error) or 'import nsa_fsa' in str(error), 'nsa_fsa' in sys.modules)\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True
+        "print(name, 'loaded')\n        except Exception as error:\n            text = str(error)\n"
+        "            words = ('nsa_llama', 'import nsa_fsa', 'trust_remote_code=True')\n"
+        "            said = any(word in text for word in words)\n"
+        "            print()\n            print(name, said, 'nsa_fsa' in sys.modules)\n"
     )
     names = [name for group in attempts.values() for name in group]
-    assert done.stdout.splitlines() == [f"{name} True False" for name in names], (
-        done.stdout + done.stderr
+    lines = [line for line in in_a_new_process(code) if line.startswith(tuple(names))]
+    assert lines == [f"{name} True False" for name in names]
+
+
+def test_plain_transformers_trusts_the_checkpoint(tmp_path):
+    """The code that it holds is a line that imports nsa_fsa, which has to be installed."""
+    model = sparse_model(layers=[1])
+    model.save_pretrained(tmp_path)
+    assert len((tmp_path / "modeling_nsa.py").read_text().splitlines()) == 1
+    code = (
+        "import transformers\nmodel = transformers.AutoModelForCausalLM.from_pretrained("
+        f"{str(tmp_path)!r}, trust_remote_code=True)\nprint(type(model).__name__)\n"
+        "from nsa_fsa.integrations.transformers import NSAAttention\n"
+        "print([isinstance(x.self_attn, NSAAttention) for x in model.model.layers])"
     )
+    assert in_a_new_process(code)[-2:] == ["NSALlamaForCausalLM", "[False, True]"]
+
+
+def in_a_new_process(code):
+    """What it prints, line by line."""
+    settings = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", code], check=True, **settings)
+    return done.stdout.splitlines()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -373,10 +391,13 @@ def test_layers_that_were_set_to_full_attention(tmp_path, family):
 def test_settings_changed_while_training(tmp_path):
     model = sparse_model()
     first, second = attentions(model)
-    first.config = dataclasses.replace(first.config, num_selected_blocks=3)
+    first.nsa_config = dataclasses.replace(first.nsa_config, num_selected_blocks=3)
     model.save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert [attention.config for attention in attentions(loaded)] == [first.config, second.config]
+    assert [attention.nsa_config for attention in attentions(loaded)] == [
+        first.nsa_config,
+        second.nsa_config,
+    ]
     assert_same_model(loaded, model)
 
 
@@ -419,7 +440,7 @@ def test_settings_changed_while_training_whoever_saves(tmp_path, make, how):
     original = make()
     model = how(original)
     sparse = [module for module in model.modules() if isinstance(module, integration.NSAAttention)]
-    sparse[0].config = dataclasses.replace(sparse[0].config, num_selected_blocks=3)
+    sparse[0].nsa_config = dataclasses.replace(sparse[0].nsa_config, num_selected_blocks=3)
     for saved, count in [(model, 3), (original, 3 if model is original else 6)]:
         saved.save_pretrained(tmp_path)
         kind = (
@@ -429,7 +450,7 @@ def test_settings_changed_while_training_whoever_saves(tmp_path, make, how):
         )
         loaded = kind.from_pretrained(tmp_path).eval()
         configs = [
-            module.config
+            module.nsa_config
             for module in loaded.modules()
             if isinstance(module, integration.NSAAttention)
         ]
@@ -440,14 +461,18 @@ def test_settings_changed_while_training_whoever_saves(tmp_path, make, how):
 def test_models_made_from_the_config_of_another(tmp_path):
     """Each has its own settings from then on, and starts with those that the other has now."""
     first = sparse_model()
-    attentions(first)[1].config = dataclasses.replace(attentions(first)[1].config, window_size=7)
+    attentions(first)[1].nsa_config = dataclasses.replace(
+        attentions(first)[1].nsa_config, window_size=7
+    )
     second = integration.NSALlamaForCausalLM(first.config)
-    assert [attention.config.window_size for attention in attentions(second)] == [32, 7]
-    attentions(second)[0].config = dataclasses.replace(attentions(second)[0].config, window_size=9)
+    assert [attention.nsa_config.window_size for attention in attentions(second)] == [32, 7]
+    attentions(second)[0].nsa_config = dataclasses.replace(
+        attentions(second)[0].nsa_config, window_size=9
+    )
     for model, windows in ((first, [32, 7]), (second, [9, 7])):
         model.config.save_pretrained(tmp_path)
         loaded = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
-        assert [attention.config.window_size for attention in attentions(loaded)] == windows
+        assert [attention.nsa_config.window_size for attention in attentions(loaded)] == windows
 
 
 def test_settings_by_layer_round_trip(tmp_path):
@@ -477,7 +502,7 @@ def test_settings_by_layer_of_a_config(tmp_path, key):
     model = integration.NSALlamaForCausalLM(
         integration.NSALlamaConfig(**dense_config().to_dict(), nsa=nsa)
     ).eval()
-    assert [attention.config.window_size for attention in attentions(model)] == [32, 3]
+    assert [attention.nsa_config.window_size for attention in attentions(model)] == [32, 3]
     model.save_pretrained(tmp_path)
     assert_same_model(AutoModelForCausalLM.from_pretrained(tmp_path), model)
 
@@ -549,7 +574,7 @@ def test_a_compressor_of_ones_own(tmp_path, how):
         verbose=False,
     )
     for attention in attentions(model)[: {"argument": 0, "by hand": 2, "for one layer": 1}[how]]:
-        c = attention.config
+        c = attention.nsa_config
         attention.compress_k = Compressor(c, LastToken(c), c.head_dim)
     model.save_pretrained(tmp_path)
     with pytest.raises(
@@ -726,8 +751,10 @@ def test_constructed_with_defaults(family, base):
     }
     model = (base_class if base else causal)(config_class(**values))
     assert sparse_layers(model) == [0, 1]
-    config = attentions(model)[0].config
-    assert config == NSAConfig.from_pretrained_config(dense_config(family), gate_init="balanced")
+    config = attentions(model)[0].nsa_config
+    new = dict(gate_init="balanced", compress_rope="after")
+    alone = NSAConfig.from_pretrained_config(dense_config(family), **new)
+    assert config == dataclasses.replace(alone, **LEFT_TO_DENSE)
     assert (config.block_size, config.num_selected_blocks, config.gate_init) == (64, 16, "balanced")
     assert output(model).shape == (2, 150, 64 if base else VOCAB)
     assert_new_parts_are_at_their_start(model, 0.0)
@@ -756,10 +783,8 @@ def test_from_scratch():
     )
     model = integration.NSALlamaForCausalLM(config)
     assert sparse_layers(model) == [1]
-    expected = NSAConfig.from_pretrained_config(
-        dense_config(), "tiny", window_size=64, gate_init="balanced"
-    )
-    assert attentions(model)[1].config == expected
+    expected = patched_nsa(model, window_size=64, gate_init="balanced", compress_rope="after")
+    assert attentions(model)[1].nsa_config == expected
     assert type(AutoModelForCausalLM.from_config(config)) is integration.NSALlamaForCausalLM
 
 
@@ -768,7 +793,7 @@ def test_from_scratch():
 
 def test_the_config_of_a_patched_model_gives_the_settings_of_its_layers(tmp_path):
     model = sparse_model(nsa=dict(window_size=7, compress_k="linear", gate="per_token"), layers=[1])
-    (config,) = (attentions(model)[i].config for i in sparse_layers(model))
+    (config,) = (attentions(model)[i].nsa_config for i in sparse_layers(model))
     model.save_pretrained(tmp_path)
     for hf_config in (model.config, AutoConfig.from_pretrained(tmp_path)):
         assert NSAConfig.from_pretrained_config(hf_config) == config
@@ -778,7 +803,7 @@ def test_the_config_of_a_patched_model_gives_the_settings_of_its_layers(tmp_path
             config, **{**PRESETS["fsa-128x8"], "num_selected_blocks": 9}
         )
     # and it is what runs now.
-    attentions(model)[1].config = dataclasses.replace(config, window_size=9)
+    attentions(model)[1].nsa_config = dataclasses.replace(config, window_size=9)
     assert NSAConfig.from_pretrained_config(model.config).window_size == 9
     for layer in (0, 2, -2, "1"):
         with pytest.raises(
@@ -792,7 +817,8 @@ def test_layers_with_different_settings_have_to_be_named():
     patch_model(model, {0: "tiny", 2: dict(preset="tiny", window_size=8), 3: "tiny"}, verbose=False)
     for i in (0, 2, 3):
         assert (
-            NSAConfig.from_pretrained_config(model.config, layer=i) == attentions(model)[i].config
+            NSAConfig.from_pretrained_config(model.config, layer=i)
+            == attentions(model)[i].nsa_config
         )
     with pytest.raises(
         ValueError, match=r"the layers \[2\] have other settings.*one of \[0, 2, 3\]. Fix: layer=0"
@@ -812,7 +838,9 @@ def test_layers_with_different_settings_have_to_be_named():
 def test_a_config_gives_the_settings_of_the_model_that_it_makes(nsa):
     config = integration.NSALlamaConfig(**dense_config().to_dict(), nsa=nsa)
     before = NSAConfig.from_pretrained_config(config)
-    assert before == attentions(integration.NSALlamaForCausalLM(config))[0].config
+    model = integration.NSALlamaForCausalLM(config)
+    assert before == attentions(model)[0].nsa_config
+    assert NSAConfig.from_pretrained_config(model.config) == before
 
 
 def test_the_config_of_a_sparse_model_inside_a_llava():
@@ -820,7 +848,7 @@ def test_the_config_of_a_sparse_model_inside_a_llava():
     language_model = model.model.language_model
     assert (
         NSAConfig.from_pretrained_config(model.config.text_config)
-        == attentions(language_model)[0].config
+        == attentions(language_model)[0].nsa_config
     )
     with pytest.raises(
         ValueError, match=r"model_type='llava' is not supported.*Fix: pass its text_config"
@@ -831,14 +859,14 @@ def test_the_config_of_a_sparse_model_inside_a_llava():
 def test_a_compressor_of_ones_own_is_no_setting():
     model = dense_model()
     patch_model(model, "tiny", compressor_k=LastToken, verbose=False)
-    assert NSAConfig.from_pretrained_config(model.config) == attentions(model)[0].config
+    assert NSAConfig.from_pretrained_config(model.config) == attentions(model)[0].nsa_config
 
 
 # --- Settings given to from_pretrained ------------------------------------------------------------
 
 
 def configs(model):
-    return [attentions(model)[i].config for i in sparse_layers(model)]
+    return [attentions(model)[i].nsa_config for i in sparse_layers(model)]
 
 
 @pytest.mark.parametrize("of", ["model", "auto class", "config"])
@@ -923,7 +951,7 @@ def test_a_preset_given_to_from_pretrained_stands_for_its_fields(tmp_path):
         tmp_path, nsa=dict(preset="fsa-64x16", window_size=100)
     )
     expected = dataclasses.replace(
-        attentions(model)[0].config, **{**PRESETS["fsa-64x16"], "window_size": 100}
+        attentions(model)[0].nsa_config, **{**PRESETS["fsa-64x16"], "window_size": 100}
     )
     assert configs(loaded) == [expected, expected]
 
@@ -939,9 +967,10 @@ def test_settings_that_are_none_are_refused_by_from_pretrained(tmp_path):
 
 
 def test_a_dense_checkpoint_loaded_sparse_starts_dense(tmp_path):
+    """As patch_model would make it."""
     dense_model().save_pretrained(tmp_path)
     loaded = integration.NSALlamaForCausalLM.from_pretrained(tmp_path, nsa=dict(preset="tiny"))
-    assert attentions(loaded)[0].config == NSAConfig.from_pretrained_config(dense_config(), "tiny")
+    assert attentions(loaded)[0].nsa_config == patched_nsa(loaded)
     assert_new_parts_are_at_their_start(loaded)
 
 
@@ -993,13 +1022,14 @@ def test_loading_a_dense_checkpoint_sparse(tmp_path, family):
     values = {
         k: v for k, v in dense.config.to_dict().items() if k not in ("model_type", "architectures")
     }
-    nsa = NSAConfig.from_pretrained_config(dense.config, "tiny").to_dict()
-    loaded = causal.from_pretrained(tmp_path, config=config_class(**values, nsa=nsa)).eval()
+    nsa = NSAConfig.from_pretrained_config(dense.config, "tiny")
+    config = config_class(**values, nsa=nsa.to_dict())
+    loaded = causal.from_pretrained(tmp_path, config=config).eval()
     assert_new_parts_are_at_their_start(loaded)
     tensors = loaded.state_dict()
     for name, value in dense.state_dict().items():
         assert torch.equal(tensors[name], value), name
-    patch_model(dense, preset="tiny", verbose=False)
+    patch_model(dense, nsa, verbose=False)
     assert torch.equal(output(loaded), output(dense))
 
 

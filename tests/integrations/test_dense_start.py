@@ -46,7 +46,7 @@ def test_dense_start_is_close_to_the_dense_model(trained):
     patch_model(trained, preset="tiny", verbose=False)
     try:
         logits = trained(ids, use_cache=False).logits
-        assert attentions(trained)[0].config.gate_init == "dense"
+        assert attentions(trained)[0].nsa_config.gate_init == "dense"
         error = (logits - expected).norm() / expected.norm()
         assert 0 < error < 0.05
         assert (logits - expected).abs().max() < 0.05 * expected.abs().max()

@@ -3,19 +3,20 @@ forwards without cache.
 """
 
 import copy
-import re
 
 import pytest
 import torch
-import transformers
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, QuantizedLayer, StaticLayer
 
-from nsa_fsa.integrations.transformers import NSACacheLayer, patch_model
+from nsa_fsa.integrations.transformers import patch_model, unpatch_model
 from tests.integrations.models import (
     TINY_REACH,
     attentions,
     dense_model,
     greedy,
+    open_only_the_selected_branch,
+    output,
     sparse_model,
     tokens,
 )
@@ -75,8 +76,6 @@ def test_cache_objects_of_the_user(model, expected):
         StaticCache(config=model.config, max_cache_len=PROMPT + NEW + 9),
     ):
         assert torch.equal(generate(model, prompt, past_key_values=cache), expected)
-        kinds = [isinstance(layer, NSACacheLayer) for layer in cache.layers]
-        assert kinds == [hasattr(attention, "gate") for attention in attentions(model)]
         assert cache.get_seq_length() == PROMPT + NEW - 1
 
 
@@ -152,9 +151,10 @@ def test_prompt_lookup(model):
     the cache is cropped at most steps.
     """
     prompt = tokens(1, 30).repeat(1, 5)
-    crops = CountCrops(lambda: generate(model, prompt, FEW, prompt_lookup_num_tokens=5))
-    assert torch.equal(crops.result, greedy(model, prompt, FEW))
-    assert crops.count > 0
+    cache = CroppedCache()
+    found = generate(model, prompt, FEW, prompt_lookup_num_tokens=5, past_key_values=cache)
+    assert torch.equal(found, greedy(model, prompt, FEW))
+    assert cache.count > 0
 
 
 def test_assisted_generation(model, expected):
@@ -162,28 +162,26 @@ def test_assisted_generation(model, expected):
     over window and block boundaries.
     """
     assistant = dense_model("llama", seed=7, num_hidden_layers=1)
-    crops = CountCrops(lambda: generate(model, expected[:1, :PROMPT], assistant_model=assistant))
-    assert torch.equal(crops.result, expected[:1])
-    assert crops.count > 0
+    cache, prompt = CroppedCache(), expected[:1, :PROMPT]
+    found = generate(model, prompt, assistant_model=assistant, past_key_values=cache)
+    assert torch.equal(found, expected[:1])
+    assert cache.count > 0
 
 
 def test_a_sparse_assistant(model, expected):
-    """The assistant's cache is cropped as well. A second model guesses for the first:
-    a slightly different copy of it.
-    """
+    """The assistant, a slightly different copy, has a cache that is cropped as well."""
     assistant = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in assistant.parameters():
             parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
-    crops = CountCrops(lambda: generate(model, expected[:1, :PROMPT], assistant_model=assistant))
-    assert torch.equal(crops.result, expected[:1])
-    assert crops.count > 0
+    cache, prompt = CroppedCache(), expected[:1, :PROMPT]
+    found = generate(model, prompt, assistant_model=assistant, past_key_values=cache)
+    assert torch.equal(found, expected[:1])
+    assert cache.count > 0
 
 
 def test_an_assistant_that_guesses_many_tokens():
-    """150 at once, nearly all of them wrong; transformers asks the cache for that before the
-    first forward.
-    """
+    """150 at once, nearly all of them wrong."""
     model, prompt = sparse_model(), tokens(1, 40)
     assistant = dense_model("llama", seed=7, num_hidden_layers=1)
     assistant.generation_config.num_assistant_tokens = 150
@@ -193,31 +191,30 @@ def test_an_assistant_that_guesses_many_tokens():
     def enough(input_ids, scores):
         return torch.tensor([input_ids.shape[1] >= 43])
 
-    crops = CountCrops(
-        lambda: generate(model, prompt, 160, assistant_model=assistant, stopping_criteria=[enough])
+    cache = CroppedCache()
+    found = generate(
+        model,
+        prompt,
+        160,
+        assistant_model=assistant,
+        stopping_criteria=[enough],
+        past_key_values=cache,
     )
-    assert torch.equal(crops.result[:, :43], greedy(model, prompt, 3))
-    assert crops.most > 128
+    assert torch.equal(found[:, :43], greedy(model, prompt, 3))
+    assert cache.most > 128
 
 
-class CountCrops:
-    """Runs something, counting how often an NSA cache layer really took tokens back,
-    and at most how many.
-    """
+class CroppedCache(DynamicCache):
+    """Counts how often tokens were really taken back, and at most how many."""
 
-    def __init__(self, run):
-        self.count, self.most, original = 0, 0, NSACacheLayer.crop
+    count = most = 0
 
-        def crop(layer, tokens_to_remove):
-            self.count += tokens_to_remove != 0
-            self.most = max(self.most, -tokens_to_remove)
-            original(layer, tokens_to_remove)
-
-        NSACacheLayer.crop = crop
-        try:
-            self.result = run()
-        finally:
-            NSACacheLayer.crop = original
+    def crop(self, *args):
+        before = self.get_seq_length()
+        super().crop(*args)
+        taken_back = before - self.get_seq_length()
+        self.count += taken_back > 0
+        self.most = max(self.most, taken_back)
 
 
 def test_contrast_with_batch_selection_and_repetition():
@@ -244,37 +241,6 @@ def test_contrast_with_batch_selection_and_repetition():
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
 
-CROPS = [
-    (-5, 25),
-    (0, 30),
-    (-30, 0),
-    (-40, 0),
-    (22, 22),
-    (30, 30),
-    (40, 30),
-    (torch.tensor(-5), 25),
-]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(("argument", "kept"), CROPS)
-def test_crop_arguments(argument, kept):
-    """transformers removes a negative number; older versions of 5.x pass, as a positive one,
-    the length to keep.
-    """
-    model, ids = sparse_model(), tokens(1, 30)
-    cache = DynamicCache()
-    model(ids, past_key_values=cache)
-    for layer in cache.layers:
-        layer.crop(argument)
-    assert cache.get_seq_length() == kept
-    new = tokens(1, 9, seed=1)
-    expected = model(torch.cat((ids[:, :kept], new), dim=1), use_cache=False).logits[:, -9:]
-    torch.testing.assert_close(
-        model(new, past_key_values=cache).logits, expected, rtol=1e-3, atol=1e-3
-    )
-
-
 def test_reset_of_a_static_cache():
     model = sparse_model()
     cache = StaticCache(config=model.config, max_cache_len=PROMPT + NEW)
@@ -286,8 +252,19 @@ def test_reset_of_a_static_cache():
         cache.reset()
 
 
+CROPPED = [
+    False,
+    pytest.param(
+        True,
+        marks=pytest.mark.skipif(
+            not hasattr(StaticLayer, "crop"), reason="transformers 5.17 cannot crop a static cache"
+        ),
+    ),
+]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("static", CROPPED, ids=["dynamic", "static"])
 def test_crop_back_to_the_prompt(static):
     """One prompt, several answers of 200 tokens, each taken back."""
     model, prompt = sparse_model(), tokens(2, 50)
@@ -385,55 +362,57 @@ def test_autocast_for_the_prompt_only(model, expected):
     assert rms_ratio(actual, full) < 0.1  # the prompt's keys have 8 bits
 
 
+class Unchanged(QuantizedLayer):
+    """A quantized layer whose quantization loses nothing."""
+
+    def _quantize(self, tensor, axis):
+        return tensor
+
+    def _dequantize(self, tensor):
+        return tensor
+
+
+def test_a_quantized_cache(model, expected):
+    cache = Cache(layers=[Unchanged(residual_length=16) for _ in range(2)])
+    assert torch.equal(generate(model, tokens(2, PROMPT), past_key_values=cache), expected)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("static", [False, True])
-def test_keys_and_values_as_transformers_lays_them_out(static):
-    """Those of the first layer, which do not depend on attention, are the dense model's."""
-    mask = torch.ones(2, 40, dtype=torch.int64)
-    mask[0, :7] = 0
-    caches = []
-    for model in (dense_model(), sparse_model()):
-        cache = (
-            StaticCache(config=model.config, max_cache_len=50)
-            if static
-            else DynamicCache(config=model.config)
-        )
-        for chunk in (slice(0, 30), slice(30, 33), slice(33, 34)):
-            model(
-                tokens(2, 40)[:, chunk], attention_mask=mask[:, : chunk.stop], past_key_values=cache
-            )
-        if hasattr(cache.layers[0], "crop"):  # transformers 5.17's StaticLayer has none
-            cache.layers[0].crop(-1)
-        caches.append(cache.layers[0])
-    for name in ("keys", "values"):
-        dense, sparse = (getattr(layer, name)[:, :, :33] for layer in caches)
-        real = mask[:, None, :33, None]
-        torch.testing.assert_close(sparse, dense * real, rtol=1e-5, atol=1e-5)
-        assert getattr(NSACacheLayer(attentions(sparse_model())[0].config), name) is None
+def test_a_cache_goes_from_a_dense_model_to_its_sparse_one_and_back(static):
+    """Within reach of the selected branch alone, it is the dense model throughout."""
+    model, ids = dense_model(), tokens(2, TINY_REACH)
+    expected = output(model, ids)
+    cache = StaticCache(config=model.config, max_cache_len=120) if static else DynamicCache()
+    found = [model(ids[:, :60], past_key_values=cache).logits]
+    patch_model(model, "tiny", verbose=False)
+    open_only_the_selected_branch(model)
+    found += [model(ids[:, i : i + 10], past_key_values=cache).logits for i in (60, 70)]
+    unpatch_model(model)
+    found.append(model(ids[:, 80:], past_key_values=cache).logits)
+    torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
-# --- Refused --------------------------------------------------------------------------------------
+def test_a_cache_of_other_settings():
+    """What `generate` returned, continued after the model was patched again.
 
-
-@torch.no_grad()
-def test_a_full_static_cache():
-    model = sparse_model()
-    cache = StaticCache(config=model.config, max_cache_len=20)
-    model(tokens(1, 15), past_key_values=cache)
-    with pytest.raises(
-        ValueError, match=r"6 more tokens do not fit: the cache holds 15 of 20.*Fix"
-    ):
-        model(tokens(1, 6), past_key_values=cache)
+    One layer alone, because the second layer's keys depend on what the first one saw.
+    """
+    model, ids = sparse_model(num_hidden_layers=1), tokens(1, PROMPT)
+    result = generate(model, ids, return_dict_in_generate=True)
+    before = greedy(model, result.sequences, FEW)
+    patch_model(model, window_size=8, num_selected_blocks=5, verbose=False)
+    expected = greedy(model, result.sequences, FEW)
+    found = generate(model, result.sequences, FEW, past_key_values=result.past_key_values)
+    assert torch.equal(found, expected)
+    assert not torch.equal(before, expected)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("way_out", ["reset", "crop"])
 @pytest.mark.parametrize("history", [0, 30])
 @pytest.mark.parametrize("static", [False, True])
-def test_a_forward_that_raised_half_way(monkeypatch, static, history, way_out):
-    """The layers before the one that ran out of memory have gone on;
-    a repeated call would feed them twice.
-    """
+def test_a_forward_that_raised_half_way(monkeypatch, static, history):
+    """The cache has gone on, and nothing else: reset, or cropped to what it held, it is good."""
     model, ids = sparse_model(), tokens(2, 40)
     cache = StaticCache(config=model.config, max_cache_len=90) if static else DynamicCache()
     if history:
@@ -446,70 +425,43 @@ def test_a_forward_that_raised_half_way(monkeypatch, static, history, way_out):
         patch.setattr(attentions(model)[1].compress_v, "forward", out_of_memory)
         with pytest.raises(torch.OutOfMemoryError):
             model(ids[:, history:], past_key_values=cache)
-    with pytest.raises(
-        RuntimeError, match=rf"layer 1 .* holds {history} tokens where .* 40.*Fix: cache.reset\(\)"
-    ) as error:
-        model(ids[:, history:], past_key_values=cache)
-    if way_out == "reset":
+    if static:
         cache.reset()
     else:
-        exec(
-            re.search(r"for layer in .*: layer.crop\(-\d+\)", str(error.value)).group(),
-            {"cache": cache},
-        )
-    start = cache.get_seq_length()
-    assert start == (0 if way_out == "reset" else history)
+        cache.crop(history - 40)
+    start = 0 if static else history
     logits = model(ids[:, start:], past_key_values=cache).logits
-    torch.testing.assert_close(
-        logits, model(ids, use_cache=False).logits[:, start:], rtol=1e-3, atol=1e-3
-    )
+    expected = model(ids, use_cache=False).logits[:, start:]
+    torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_a_cache_of_other_settings():
-    """What `generate` returned, continued after the model was patched again."""
-    model, ids = sparse_model(), tokens(1, 20)
-    result = generate(model, ids, return_dict_in_generate=True)
-    patch_model(model, window_size=8, num_selected_blocks=5, verbose=False)
-    found = (
-        r"layer 0 of the cache .*num_selected_blocks=6 \(layer: 5\), window_size=32 \(layer: 8\)\. "
-        r"Fix: leave out past_key"
-    )
-    with pytest.raises(ValueError, match=found):
-        generate(model, result.sequences, past_key_values=result.past_key_values)
-    generate(model, result.sequences, past_key_values=DynamicCache())
+# --- Refused --------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def test_a_cache_filled_by_a_dense_model():
-    dense, cache = dense_model(), DynamicCache()
-    dense(tokens(1, 15), past_key_values=cache)
-    with pytest.raises(
-        ValueError, match=r"layer 0 of the cache already holds a dense layer's keys.*Fix"
-    ):
-        sparse_model()(tokens(1, 1), past_key_values=cache)
+@pytest.mark.parametrize("layers", [None, [1]], ids=str)
+def test_a_cache_out_of_step(monkeypatch, layers):
+    """Layer 1 raised before it fed the cache; a repeated call would feed layer 0 twice."""
+    model, ids, cache = sparse_model(layers=layers), tokens(2, 40), DynamicCache()
+    model(ids[:, :30], past_key_values=cache)
+
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(attentions(model)[1].q_proj, "forward", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(ids[:, 30:], past_key_values=cache)
+    assert [layer.get_seq_length() for layer in cache.layers] == [40, 30]
+    with pytest.raises(RuntimeError, match=r"layer 1 .* holds 30 tokens where .* 40.*Fix"):
+        model(ids[:, 30:], past_key_values=cache)
 
 
 @torch.no_grad()
-def test_a_sparse_cache_in_a_dense_model():
-    cache = DynamicCache()
-    sparse_model()(tokens(1, 15), past_key_values=cache)
-    with pytest.raises(RuntimeError, match=r"given the cache of an NSA layer.*Fix: a new cache"):
-        dense_model()(tokens(1, 1), past_key_values=cache)
-
-
-def test_offloaded_caches():
-    with pytest.raises((ValueError, RuntimeError), match="offload"):
-        generate(sparse_model(), tokens(1, 20), past_key_values=DynamicCache(offloading=True))
-
-
-@torch.no_grad()
-def test_other_kinds_of_cache_layers():
-    """Such as a sliding one, which forgets what NSA must keep."""
-    model = sparse_model()
-    sliding = transformers.cache_utils.DynamicSlidingWindowLayer(sliding_window=16)
-    cache = transformers.cache_utils.Cache(layers=[sliding, sliding])
-    with pytest.raises(
-        TypeError,
-        match=r"DynamicSlidingWindowLayer.*can replace a DynamicLayer or a StaticLayer.*Fix",
-    ):
-        model(tokens(1, 20), past_key_values=cache)
+def test_a_cache_that_forgets():
+    """A sliding cache drops keys that a compressed or a selected block may need."""
+    model, ids = sparse_model(), tokens(1, 30)
+    cache = Cache(layers=[DynamicSlidingWindowLayer(sliding_window=16) for _ in range(2)])
+    model(ids[:, :25], past_key_values=cache)
+    with pytest.raises(ValueError, match=r"layer 0 .*its cache forgets.*Fix: a DynamicCache"):
+        model(ids[:, 25:], past_key_values=cache)

@@ -1,5 +1,5 @@
-"""A patched transformers model on a GPU: how often its forward waits,
-and its dense layers through FlashAttention.
+"""A patched transformers model on a GPU: how often its forward waits, its dense layers,
+and a cache that is kept elsewhere.
 """
 
 import itertools
@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 
+import nsa_fsa
 from tests.on_gpu import syncs_forbidden
 
 pytestmark = pytest.mark.gpu
@@ -18,8 +19,6 @@ WAITS = {"plain": 0, "boundaries given": 0, "padded": 1, "packed by positions": 
 
 
 def make_model(layers, num_layers=4):
-    from nsa_fsa.integrations.transformers import patch_model
-
     sizes = dict(
         vocab_size=128, hidden_size=512, intermediate_size=512, num_hidden_layers=num_layers
     )
@@ -27,7 +26,7 @@ def make_model(layers, num_layers=4):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**sizes, **heads, max_position_embeddings=LENGTH)
     model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16)
-    patch_model(model, preset="fsa-64x16", layers=layers, verbose=False)
+    nsa_fsa.patch_model(model, preset="fsa-64x16", layers=layers, verbose=False)
     return model
 
 
@@ -43,27 +42,47 @@ def batch_of(kind):
     return dict(input_ids=ids, position_ids=positions) if "packed" in kind else dict(input_ids=ids)
 
 
-@pytest.mark.parametrize("layers", [None, [0, 2]], ids=str)
-@pytest.mark.parametrize("kind", WAITS)
-def test_a_forward_waits_once_at_most(kind, layers):
-    model, batch = make_model(layers).train(), batch_of(kind)
+def step(model, batch):
+    model(**batch, use_cache=False).logits.float().sum().backward()
 
-    def step():
-        model(**batch, use_cache=False).logits.float().sum().backward()
 
-    step()  # kernels are compiled and chosen
-    if WAITS[kind] == 0:
-        with syncs_forbidden():
-            step()
-        return
+def waits(model, batch):
+    """How often a step waits for the GPU, once kernels are compiled and chosen."""
+    step(model, batch)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as found:
             warnings.simplefilter("always")
-            step()
+            step(model, batch)
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert len([w for w in found if "synchronizing" in str(w.message)]) == WAITS[kind]
+    return len([w for w in found if "synchronizing" in str(w.message)])
+
+
+@pytest.mark.parametrize("layers", [None, [0, 2]], ids=str)
+@pytest.mark.parametrize("kind", WAITS)
+def test_a_forward_waits_once_at_most(kind, layers):
+    """Beside what transformers waits for to make the mask of dense layers."""
+    model, batch = make_model(layers).train(), batch_of(kind)
+    if WAITS[kind] == 0 and layers is None:
+        step(model, batch)
+        with syncs_forbidden():
+            step(model, batch)
+        return
+    found = waits(model, batch)
+    of_dense_layers = 0 if layers is None else waits(nsa_fsa.unpatch_model(model), batch)
+    assert found == WAITS[kind] + of_dense_layers
+
+
+@torch.no_grad()
+def test_an_offloaded_cache():
+    model = make_model(None, num_layers=3).eval()
+    ids = torch.randint(1, 128, (2, 300), device="cuda")
+    found = [
+        model.generate(ids, max_new_tokens=9, do_sample=False, past_key_values=cache)
+        for cache in (transformers.DynamicCache(), transformers.DynamicCache(offloading=True))
+    ]
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("kind", WAITS)

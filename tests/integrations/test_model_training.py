@@ -270,7 +270,7 @@ def test_lora(tmp_path, layers):
     settings = peft.LoraConfig(
         r=4,
         target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
-        modules_to_save=["gate", "compress_k", "compress_v"],
+        modules_to_save=["self_attn.gate", "compress_k", "compress_v"],
         init_lora_weights=True,
     )
     adapted = peft.get_peft_model(model, settings)

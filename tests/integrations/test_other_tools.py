@@ -224,4 +224,4 @@ def test_patching_what_zero3_has_partitioned(deepspeed):
         match=r"compress_k of layer 0 is partitioned by ZeRO-3.*Fix: leave out compressor_k",
     ):
         patch_model(model, compressor_k=flat, window_size=7, verbose=False)
-    assert attentions(model)[0].config.window_size != 7
+    assert attentions(model)[0].nsa_config.window_size != 7

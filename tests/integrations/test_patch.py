@@ -7,11 +7,11 @@ import pickle
 import pytest
 import torch
 import transformers
-from transformers import DynamicCache
 from transformers.distributed import DistributedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention
 
+from nsa_fsa import NativeSparseAttention
 from nsa_fsa.integrations.transformers import (
     NSALlamaConfig,
     NSALlamaForCausalLM,
@@ -100,23 +100,24 @@ def test_a_rope_type_of_somebody_elses(monkeypatch, tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("compress_rope", ["before", "after"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_patched_attention_is_the_layer(family):
-    """The attention inside a model, given transformers' cos and sin,
-    equals the layer that counts positions itself.
+def test_patched_attention_is_the_layer(family, compress_rope):
+    """The attention inside a model, with that model's projections, norms and rotation,
+    equals the layer that has its own.
     """
-    model = sparse_model(family)
-    attention, x = attentions(model)[1], torch.randn(2, 200, 64)
-    seen = []
-    model.base_model.layers[1].self_attn.register_forward_hook(
-        lambda module, args, kwargs, result: seen.append((kwargs, result)), with_kwargs=True
+    model = sparse_model(family, nsa=dict(compress_rope=compress_rope))
+    attention, seen = attentions(model)[1], []
+    attention.register_forward_hook(
+        lambda module, args, kwargs, result: seen.append((kwargs["hidden_states"], *result)),
+        with_kwargs=True,
     )
     output(model, tokens(2, 200))
-    (kwargs, (result, weights)) = seen[0]
+    ((hidden_states, result, weights),) = seen
     assert weights is None
-    alone = super(type(attention), attention).forward(kwargs["hidden_states"])
-    torch.testing.assert_close(result, alone, rtol=1e-4, atol=1e-4)
-    assert x.shape == result.shape
+    layer = NativeSparseAttention(tiny_nsa(model, compress_rope=compress_rope))
+    layer.load_state_dict(attention.state_dict())
+    torch.testing.assert_close(result, layer(hidden_states), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layers", [None, [0], [1]], ids=str)
@@ -306,11 +307,13 @@ def test_only_this_instance_is_patched():
 
 
 def test_all_submodules_share_one_config():
-    """The base model reads its mask function's name from its own reference to the config."""
+    """Of attention modules it is a copy, which names this package's attention function."""
     model = sparse_model()
-    assert model.config is model.model.config
-    assert model.config._attn_implementation == "nsa_fsa"
     assert isinstance(model.config, NSALlamaConfig)
+    assert model.config is model.model.config
+    assert model.config._attn_implementation == "sdpa"
+    for attention in attentions(model):
+        assert attention.config._attn_implementation == "nsa_fsa"
 
 
 # --- The report -----------------------------------------------------------------------------------
@@ -324,7 +327,7 @@ def test_report(capsys):
     assert report.patched_class == "NSALlamaForCausalLM" == type(model).__name__
     assert report.layers == (0, 1, 4)
     assert report.dense_layers == (2, 3)
-    assert report.config == attentions(model)[0].config
+    assert report.config == attentions(model)[0].nsa_config
     gate, compressors = 64 * 24 + 24, 2 * 2 * 16
     assert report.new_parameters == 3 * (gate + compressors)
     assert (
@@ -391,7 +394,7 @@ def test_a_projection_that_is_not_trained_stays_so():
 def test_patching_twice_does_nothing():
     model = sparse_model(layers=[1])
     before = snapshot(model)
-    for again in (dict(), dict(config=attentions(model)[1].config), dict(layers=[1])):
+    for again in (dict(), dict(config=attentions(model)[1].nsa_config), dict(layers=[1])):
         report = patch_model(model, **again, verbose=False)
         assert report.already_patched
         assert report.layers == (1,)
@@ -417,9 +420,6 @@ REFUSED = {
     "another head width": (with_config(head_dim=16), "head_dim=16 does not fit.*8.*Fix"),
     "wide values": (with_config(v_head_dim=16), "v_head_dim=16 does not fit.*8.*Fix"),
     "another scale": (with_config(scale=1.0), "scale=1.0 does not fit.*Fix"),
-    "norms": (with_config(qk_norm=True), "qk_norm=True does not fit.*False.*Fix"),
-    "biases": (with_config(qkv_bias=True), "qkv_bias=True does not fit.*False.*Fix"),
-    "output bias": (with_config(o_bias=True), "o_bias=True does not fit.*False.*Fix"),
     "kv_per_branch": (with_config(kv_per_branch=True), "kv_per_branch=True.*must be False.*Fix"),
     "unknown backend": (with_config(backend="quantum"), "backend='quantum'.*allowed are.*Fix"),
     "unknown preset": (lambda model: dict(preset="huge"), "preset='huge'.*allowed are.*tiny.*Fix"),
@@ -522,59 +522,47 @@ def test_attention_dropout_is_refused():
 
 
 @pytest.mark.parametrize("family", ["qwen2", "qwen3"])
-def test_sliding_layers_are_refused(family):
-    model = dense_model(family, use_sliding_window=True, sliding_window=32, max_window_layers=1)
+def test_sliding_layers_stay_dense(family):
+    """Unless they are named, which is refused."""
+    sizes = dict(use_sliding_window=True, sliding_window=32, max_window_layers=1)
+    model = dense_model(family, **sizes)
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"layers \[1\].*full_attention.*Fix"):
-        patch_model(model, preset="tiny", verbose=False)
+    for layers in ([1], [0, 1]):
+        found = r"layers \[1\] cannot become sparse.*sliding attention.*Fix.*layers=\[0\]"
+        with pytest.raises(ValueError, match=found):
+            patch_model(model, preset="tiny", layers=layers, verbose=False)
     assert_same(before, snapshot(model))
+    report = patch_model(model, preset="tiny", verbose=False)
+    assert (report.layers, report.dense_layers) == ((0,), (1,))
+    assert sparse_layers(model) == [0]
 
 
-def unsupported():
-    return {
-        "GPT2LMHeadModel": transformers.GPT2LMHeadModel(
-            transformers.GPT2Config(vocab_size=50, n_positions=32, n_embd=16, n_layer=1, n_head=2)
-        ),
-        "LlamaForSequenceClassification": transformers.LlamaForSequenceClassification(
-            dense_config()
-        ),
-    }
-
-
-@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForSequenceClassification"])
-def test_unsupported_models_are_refused(name):
-    model = unsupported()[name]
-    before = snapshot(model)
-    with pytest.raises(TypeError, match=f"{name} cannot be patched.*LlamaForCausalLM.*Fix"):
-        patch_model(model, verbose=False)
-    assert_same(before, snapshot(model))
-
-
-def test_a_subclass_is_refused():
-    """Its forward may be anything."""
-
-    class MyLlama(transformers.LlamaForCausalLM):
-        pass
-
-    with pytest.raises(TypeError, match="MyLlama cannot be patched"):
-        patch_model(MyLlama(dense_config()), verbose=False)
-
-
-@pytest.mark.parametrize("kind", ["MistralForCausalLM", "Gemma2ForCausalLM"])
-def test_windowed_models_are_refused_by_name(kind):
-    """A window in the config must never be taken for full attention."""
+@pytest.mark.parametrize("kind", ["MistralForCausalLM", "Gemma2ForCausalLM", "GptOssForCausalLM"])
+def test_models_without_a_possible_layer(kind):
+    """A window, a soft cap or sinks must never be taken for full attention."""
     cls = getattr(transformers, kind)
     sizes = {
         k: v
         for k, v in dense_config().to_dict().items()
         if k in cls.config_class.__dataclass_fields__
     }
-    with pytest.raises(TypeError, match=f"{kind} cannot be patched"):
-        patch_model(
-            cls(cls.config_class(**{**sizes, "layer_types": None, "sliding_window": 32})),
-            "tiny",
-            verbose=False,
-        )
+    del sizes["rope_parameters"]
+    config = cls.config_class(**{**sizes, "layer_types": None, "sliding_window": 32})
+    model = cls(config)
+    before = snapshot(model)
+    with pytest.raises(ValueError, match=r"(no layer|layers \[1\]).*sparse"):
+        patch_model(model, "tiny", verbose=False)
+    assert_same(before, snapshot(model))
+
+
+def test_what_has_no_causal_self_attention_is_refused():
+    sizes = dict(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    for model in (
+        transformers.BertModel(transformers.BertConfig(vocab_size=50, **sizes)),
+        torch.nn.Linear(4, 4),
+    ):
+        with pytest.raises(TypeError, match=rf"{type(model).__name__} cannot be patched.*Fix"):
+            patch_model(model, verbose=False)
 
 
 def test_tensor_parallel_models_are_refused():
@@ -615,76 +603,7 @@ def test_patching_after_gradient_checkpointing():
         assert torch.equal(a, b)
 
 
-def test_a_signature_that_no_longer_fits(monkeypatch):
-    """The transformers of the future: the error names its version and the parameters
-    that are gone.
-    """
-
-    def forward(self, hidden_states, rotary, attention_mask=None, past=None):
-        raise NotImplementedError
-
-    model = dense_model()
-    before = snapshot(model)
-    monkeypatch.setattr(LlamaAttention, "forward", forward)
-    version = transformers.__version__
-    with pytest.raises(
-        RuntimeError,
-        match=rf"transformers {version} lacks.*past_key_values.*position_embeddings.*Fix: install",
-    ):
-        patch_model(model, preset="tiny", verbose=False)
-    assert_same(before, snapshot(model))
-
-
-@pytest.mark.parametrize("name", ["past_key_values", "cache"])
-def test_either_name_of_the_cache(monkeypatch, name):
-    """transformers renamed it in 5.24: the layer takes the cache by both names,
-    and a model with either can be patched.
-    """
-
-    def old(
-        self,
-        hidden_states,
-        position_embeddings=None,
-        attention_mask=None,
-        past_key_values=None,
-        **kwargs,
-    ):
-        raise NotImplementedError
-
-    def new(
-        self, hidden_states, position_embeddings=None, attention_mask=None, cache=None, **kwargs
-    ):
-        raise NotImplementedError
-
-    model = dense_model()
-    monkeypatch.setattr(LlamaAttention, "forward", new if name == "cache" else old)
-    patch_model(model, preset="tiny", verbose=False)
-    layer, cache = model.model.layers[0].self_attn, DynamicCache()
-    hidden = torch.randn(1, 40, model.config.hidden_size)
-    rotary = model.model.rotary_emb(hidden, torch.arange(40)[None])
-
-    def of(rows):
-        embeddings = [x[:, rows] for x in rotary]
-        return layer(
-            hidden_states=hidden[:, rows], position_embeddings=embeddings, **{name: cache}
-        )[0]
-
-    with torch.no_grad():
-        found = torch.cat([of(slice(0, 30)), of(slice(30, 40))], dim=1)
-        expected, _ = layer(hidden_states=hidden, position_embeddings=rotary)
-    # float32, some hundred terms of size 1; without the cache the last ten rows see
-    # thirty keys fewer.
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-    assert cache.get_seq_length() == 40
-
-
-# --- Masks and attention weights ------------------------------------------------------------------
-
-
-def test_4d_masks_are_refused():
-    model, ids = sparse_model(), tokens(1, 20)
-    with pytest.raises(ValueError, match=r"\(1, 1, 20, 20\).*2D padding mask.*Fix"):
-        model(ids, attention_mask=torch.ones(1, 1, 20, 20).tril().bool())
+# --- Outputs --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("layers", [None, [1]], ids=str)

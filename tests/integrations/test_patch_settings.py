@@ -11,13 +11,14 @@ import transformers
 import yaml
 
 from nsa_fsa import NSAConfig
-from nsa_fsa.integrations.transformers import patch_model, supported_models, unpatch_model
+from nsa_fsa.integrations.transformers import patch_model, unpatch_model
 from tests.integrations.models import (
-    FAMILIES,
+    LEFT_TO_DENSE,
     assert_same,
     attentions,
     dense_model,
     output,
+    patched_nsa,
     snapshot,
     sparse_layers,
     sparse_model,
@@ -27,7 +28,7 @@ from tests.integrations.models import (
 
 
 def settings_of(model):
-    return [attention.config for attention in attentions(model)]
+    return [attention.nsa_config for attention in attentions(model)]
 
 
 def yaml_of(config, folder):
@@ -41,11 +42,14 @@ def yaml_of(config, folder):
     ["name", "path", "text path", "dict", "keywords", "config and keyword", "preset and dict"],
 )
 def test_every_form_of_the_settings(tmp_path, form):
+    """Compressed keys are rotated ones unless somebody says "after", such as a file."""
     model = dense_model()
-    wanted = tiny_nsa(model, window_size=64)
+    compress_rope = "after" if form == "path" else "before"
     arguments = {
         "name": dict(config="tiny", window_size=64),
-        "path": dict(config=yaml_of(wanted, tmp_path)),
+        "path": dict(
+            config=yaml_of(tiny_nsa(model, window_size=64, compress_rope="after"), tmp_path)
+        ),
         "text path": dict(config=str(yaml_of(tiny_nsa(model), tmp_path)), window_size=64),
         "dict": dict(config=dict(preset="tiny", window_size=64)),
         "keywords": dict(preset="tiny", window_size=64),
@@ -53,7 +57,8 @@ def test_every_form_of_the_settings(tmp_path, form):
         "preset and dict": dict(config=dict(window_size=64), preset="tiny"),
     }[form]
     patch_model(model, **arguments, verbose=False)
-    assert settings_of(model) == [wanted, wanted]
+    expected = patched_nsa(model, window_size=64, compress_rope=compress_rope)
+    assert settings_of(model) == [expected, expected]
 
 
 def test_the_yaml_file_of_a_known_model():
@@ -67,15 +72,12 @@ def test_the_yaml_file_of_a_known_model():
         num_hidden_layers=1,
         vocab_size=100,
     )
-    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    file = Path(__file__).parents[2] / "configs" / "llama3-8b.yaml"
     with torch.device("meta"):
-        model = transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**sizes, head_dim=128, rope_parameters=rope)
-        )
-        patch_model(model, Path(__file__).parents[2] / "configs" / "llama3-8b.yaml", verbose=False)
-    assert settings_of(model) == [
-        NSAConfig.from_yaml(Path(__file__).parents[2] / "configs" / "llama3-8b.yaml")
-    ]
+        model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, head_dim=128))
+        patch_model(model, file, verbose=False)
+    wanted = dataclasses.replace(NSAConfig.from_yaml(file), **LEFT_TO_DENSE)
+    assert settings_of(model) == [wanted]
 
 
 LAYERS = [
@@ -110,16 +112,16 @@ def test_every_form_of_layers(tmp_path, layers):
 def test_settings_by_layer():
     """In one call, and in a second one for a layer that is still dense."""
     model, ids = dense_model(num_hidden_layers=3), tokens(1, 200)
-    wide = tiny_nsa(model, window_size=64)
+    tiny, wide = patched_nsa(model), patched_nsa(model, window_size=64)
     report = patch_model(model, {0: "tiny", -1: dict(preset="tiny", window_size=64)}, verbose=False)
     assert sparse_layers(model) == [0, 2]
-    assert report.configs == {0: tiny_nsa(model), 2: wide}
+    assert report.configs == {0: tiny, 2: wide}
     assert "layers with other settings than these, which are of layer 0: 2" in str(report)
-    before = [attentions(model)[i] for i in (0, 2)]
+    parts = [attentions(model)[i].gate for i in (0, 2)]
     report = patch_model(model, layers=1, preset="tiny", num_selected_blocks=3, verbose=False)
     assert (report.layers, report.dense_layers, report.started_anew) == ((0, 1, 2), (), ())
-    assert [attentions(model)[i] for i in (0, 2)] == before
-    assert settings_of(model) == [tiny_nsa(model), tiny_nsa(model, num_selected_blocks=3), wide]
+    assert [attentions(model)[i].gate for i in (0, 2)] == parts
+    assert settings_of(model) == [tiny, patched_nsa(model, num_selected_blocks=3), wide]
     together = dense_model(num_hidden_layers=3)
     patch_model(together, dict(enumerate(settings_of(model))), verbose=False)
     assert torch.equal(output(model, ids), output(together, ids))
@@ -184,16 +186,16 @@ def test_a_config_that_does_not_fit_the_modules_is_refused(changes):
     """
     model, ids = sparse_model(), tokens(1, 130)
     attention = attentions(model)[0]
-    before = attentions(model)[0].config
+    before = attentions(model)[0].nsa_config
     expected = output(model, ids)
     names = ", ".join(f"{name}={value!r}" for name, value in changes.items())
     with pytest.raises(
-        ValueError, match=rf"config of layer 0 cannot be.*{names}.*Fix: patch_model"
+        ValueError, match=rf"settings of layer 0 cannot be.*{names}.*Fix: patch_model"
     ):
-        attention.config = dataclasses.replace(before, window_size=7, **changes)
-    assert attention.config is before
+        attention.nsa_config = dataclasses.replace(before, window_size=7, **changes)
+    assert attention.nsa_config is before
     assert torch.equal(output(model, ids), expected)
-    attention.config = dataclasses.replace(
+    attention.nsa_config = dataclasses.replace(
         before, window_size=7, num_selected_blocks=3, block_size=32
     )
     assert (output(model, ids) - expected).abs().max() > 1e-3
@@ -205,8 +207,8 @@ def test_patching_again_keeps_what_was_learned():
     learned, before = dict(model.named_parameters()), output(model, ids)
     report = patch_model(model, window_size=64, num_selected_blocks=3, verbose=False)
     assert (report.layers, report.started_anew, report.already_patched) == ((1,), (), False)
-    assert report.config == tiny_nsa(
-        model, window_size=64, num_selected_blocks=3, gate_init="balanced"
+    assert report.config == patched_nsa(
+        model, window_size=64, num_selected_blocks=3, gate_init="balanced", compress_rope="after"
     )
     for name, parameter in model.named_parameters():
         assert parameter is learned[name], name  # an optimizer goes on with them
@@ -258,7 +260,7 @@ def test_a_part_of_a_patched_model_is_refused():
 
 def test_what_is_no_model_is_refused():
     with pytest.raises(
-        TypeError, match=r"str cannot be patched: supported are .*Fix: patch one of those"
+        TypeError, match=r"str cannot be patched: it is no model.*Fix: patch a model"
     ):
         patch_model("a/name", "tiny")
 
@@ -276,10 +278,3 @@ def test_a_compressor_that_makes_none_is_refused(name, wrong):
     ):
         patch_model(model, "tiny", **{name: wrong})
     assert type(model) is transformers.LlamaForCausalLM
-
-
-def test_supported_models():
-    names = supported_models()
-    assert sorted(names) == sorted(
-        cls.__name__ for _, *classes in FAMILIES.values() for cls in classes
-    )

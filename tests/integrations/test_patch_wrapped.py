@@ -200,7 +200,7 @@ def test_quantized_and_offloaded_models(change):
 
 WRAPPED = {
     "modules_to_save": lambda model: lora(
-        model, modules_to_save=["gate", "compress_k", "compress_v"]
+        model, modules_to_save=["self_attn.gate", "compress_k", "compress_v"]
     ),
     "LoRA on the gate": lambda model: peft.get_peft_model(
         model, peft.LoraConfig(target_modules=["gate", "k_proj"])
@@ -276,24 +276,29 @@ def test_wrappers_around_layers_or_attention(wrap, first):
     assert torch.equal(output(model, ids), expected)
 
 
-def test_a_compiled_attention_module_is_refused():
-    """What torch.compile returned for it would go on calling the one that was replaced."""
-    for patched in (False, True):
-        model = sparse_model() if patched else dense_model()
-        layer, change = model.model.layers[1], unpatch_model if patched else patch_model
-        layer.self_attn = torch.compile(layer.self_attn, backend="eager")
-        before = snapshot(model)
-        with pytest.raises(
-            TypeError,
-            match=r"attention of layers \[1\] is inside an OptimizedModule.*Fix: torch.compile",
-        ):
-            change(model)
-        assert_same(before, snapshot(model))
+@torch.no_grad()
+def test_a_compiled_attention_module():
+    """What torch.compile returned for it runs what is inside, whatever that becomes."""
+    torch._dynamo.reset()
+    model, plain, ids = dense_model(), dense_model(), tokens(1, 130)
+    layer = model.model.layers[1]
+    layer.self_attn = torch.compile(layer.self_attn, backend="eager")
+    expected = output(plain, ids)
+    torch.testing.assert_close(output(model, ids), expected, rtol=1e-5, atol=1e-5)
+    for either in (plain, model):
+        report = patch_model(either, "tiny", gate_init="balanced", verbose=False)
+        assert report.layers == (0, 1)
+        scramble(either)
+    sparse = output(plain, ids)
+    assert (sparse - expected).abs().max() > 1e-3
+    torch.testing.assert_close(output(model, ids), sparse, rtol=1e-5, atol=1e-5)
+    unpatch_model(model)
+    torch.testing.assert_close(output(model, ids), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_wrapped_part_that_would_start_anew_is_refused():
     model = sparse_model()
-    wrapped = lora(model, modules_to_save=["gate", "compress_v"])
+    wrapped = lora(model, modules_to_save=["self_attn.gate", "compress_v"])
     before, own = snapshot(wrapped), lambda config: torch.nn.Identity()
     for part, settings in (
         ("gate", dict(gate="per_token")),

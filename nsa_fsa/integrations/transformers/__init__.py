@@ -1,10 +1,12 @@
-"""Hugging Face transformers: patching Llama, Qwen2 and Qwen3, and the registered `nsa_*`
-model classes.
+"""Hugging Face transformers: one patch for every causal attention, and the `nsa_*` model classes.
 
-Importing this package registers the attention name "nsa_fsa" and the model types "nsa_llama",
-"nsa_qwen2" and "nsa_qwen3" with transformers, so that `AutoModelForCausalLM.from_pretrained` loads
-what a patched model saved.
+Importing this package registers the attention function "nsa_fsa" and the model types "nsa_llama",
+"nsa_mistral" and so on with transformers, so that `AutoModelForCausalLM.from_pretrained` and its
+siblings load what a patched model saved. `NSALlamaForCausalLM`, `NSAMistralConfig` and so on, "NSA"
+before the name of any class of transformers, are made when they are asked for.
 """
+
+from typing import Any
 
 try:
     import transformers  # noqa: F401
@@ -14,36 +16,26 @@ except ImportError as error:
         'Fix: pip install "nsa-fsa[transformers]".'
     ) from error
 
-from nsa_fsa.integrations.transformers.attention import NSAAttention
-from nsa_fsa.integrations.transformers.cache import NSACacheLayer
-from nsa_fsa.integrations.transformers.models import (
-    NSALlamaConfig,
-    NSALlamaForCausalLM,
-    NSALlamaModel,
-    NSAQwen2Config,
-    NSAQwen2ForCausalLM,
-    NSAQwen2Model,
-    NSAQwen3Config,
-    NSAQwen3ForCausalLM,
-    NSAQwen3Model,
-    supported_models,
+from nsa_fsa.integrations.transformers.attention import NSAAttention, sparse_attention
+from nsa_fsa.integrations.transformers.layers import (
+    ModelExplanation,
+    explain_model,
+    register_attention,
 )
+from nsa_fsa.integrations.transformers.models import class_named
 from nsa_fsa.integrations.transformers.patch import PatchReport, patch_model, unpatch_model
 
 __all__ = [
+    "ModelExplanation",
     "NSAAttention",
-    "NSACacheLayer",
-    "NSALlamaConfig",
-    "NSALlamaForCausalLM",
-    "NSALlamaModel",
-    "NSAQwen2Config",
-    "NSAQwen2ForCausalLM",
-    "NSAQwen2Model",
-    "NSAQwen3Config",
-    "NSAQwen3ForCausalLM",
-    "NSAQwen3Model",
     "PatchReport",
+    "explain_model",
     "patch_model",
-    "supported_models",
+    "register_attention",
+    "sparse_attention",
     "unpatch_model",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return class_named(name)

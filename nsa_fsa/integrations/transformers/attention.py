@@ -1,8 +1,10 @@
-"""How transformers reaches a patched attention layer, and the layers left dense beside it.
+"""How transformers reaches a sparse layer.
 
-A forward pre-hook on the decoder (`attach`) looks at the mask and the positions once, before the
-layers, and hands every layer a `Batch`. A layer that is called without one, by itself or past the
-hooks, finds it on its own.
+A patched attention module stays what it was, with its own projections, norms and rotation: only its
+class is swapped for a subclass. Its forward adds gate logits to what it hands on, and its config, a
+copy of the model's, names this package's attention function, which transformers then calls with
+queries, rotated keys and values, those of a cache included. A hook on the decoder (`attach`) looks
+at the mask and the positions once, before the layers, and hands every layer a `Batch`.
 """
 
 import functools
@@ -14,17 +16,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, ContinuousBatchingManager
-from transformers.cache_utils import Cache
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import flash_attention_mask
+from transformers import AttentionInterface, ContinuousBatchingManager
+from transformers.cache_utils import DynamicLayer
 
+from nsa_fsa.cache import KeyValues
+from nsa_fsa.cache.nsa_cache import turn_back
 from nsa_fsa.config import NSAConfig
-from nsa_fsa.integrations.transformers.cache import check_in_step, layer_state
-from nsa_fsa.modules import NativeSparseAttention
-from nsa_fsa.modules.native_sparse_attention import PROJECTIONS
-from nsa_fsa.ops import sliding_window_attention
-from nsa_fsa.ops.sliding_window_attention import flash_attention
+from nsa_fsa.modules.branches import SparseBranches, put_back, take
 from nsa_fsa.sequences import Packing, Sequences, keep_padding, pack_batch
 
 ATTENTION_NAME = "nsa_fsa"
@@ -36,108 +34,210 @@ READ_IN_FORWARD = (
     "window_size",
     "recompute",
 )
+# What an attention function may be told beside queries, keys and values, and no branch can do.
+NOT_AVAILABLE = {
+    "sliding_window": "a sliding window",
+    "softcap": "a soft cap of its scores",
+    "s_aux": "attention sinks",
+    "sinks": "attention sinks",
+    "position_bias": "a position bias",
+    "indices": "a choice of keys of its own",
+    "block_indices": "a choice of keys of its own",
+}
 
 
 class Batch(NamedTuple):
     """What every layer of a forward needs to know about its batch `[B, S]`."""
 
-    packing: Packing
     past: int  # columns that the cache held before, padding included
+    rows: Tensor | None  # int64 [T], of the flattened batch those with real tokens; None: all
+    layout: Sequences  # where the sequences' queries and keys lie
+    # int64 [B, past + S], after a past: columns of the keys, of every row the real ones first.
+    # None: all are real.
+    columns: Tensor | None = None
+    # bool [B, S], where torch traces: padding is computed then, and 0 has to be put in its place.
+    real: Tensor | None = None
+    packed: bool = False  # whether the sequences are others than the batch's rows
+    # After a past, cos and sin [1, past + S, rotary_dim] of `columns`, for layers that turn
+    # keys back.
+    rotation: tuple[Tensor, Tensor] | None = None
 
 
-class NSAAttention(NativeSparseAttention):
-    """`NativeSparseAttention` with the forward of transformers' attention modules,
-    sharing a dense module's projections.
+class NSAAttention(SparseBranches):
+    """Mixed in before an attention class of transformers. `patch_model` makes a module one."""
 
-    Args:
-        config: must fit the dense module; `patch_model` checks that.
-        dense: the Llama, Qwen2 or Qwen3 attention whose projections (and norms)
-            this layer keeps using.
-        new: compressors, device and dtype of what is added, as `NativeSparseAttention` takes them.
-    """
+    dense_class: type[nn.Module]  # the class that it is mixed in before
+    config: Any  # the model's, with this package's attention function
+    _nsa_config: NSAConfig
 
-    def __init__(self, config: NSAConfig, dense: nn.Module, **new: Any) -> None:
-        projections = {
-            name: getattr(dense, name, nn.Identity().train(dense.training)) for name in PROJECTIONS
-        }
-        super().__init__(config, dense.layer_idx, projections=projections, **new)  # type: ignore[arg-type]
-        self.training = dense.training
-        # Not the projections, which are the dense module's.
-        for part in (self.gate, self.compress_k, self.compress_v):
-            part.train(dense.training)
-        self._dense = (dense,)  # in a tuple, so that it is not a submodule
+    @property
+    def nsa_config(self) -> NSAConfig:
+        """The settings of this layer."""
+        return self._nsa_config
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As PyTorch's own; a new `config` may change what every forward reads from it,
-        not what the modules are made for.
+    @nsa_config.setter
+    def nsa_config(self, config: NSAConfig) -> None:
+        """Raises ValueError for a config that other modules would be needed for."""
+        new, old = config.to_dict(), self._nsa_config.to_dict()
+        wrong = [key for key in old if new[key] != old[key] and key not in READ_IN_FORWARD]
+        if wrong:
+            raise ValueError(
+                f"the settings of layer {self.layer_idx} cannot be replaced by others "
+                f"with {', '.join(f'{key}={new[key]!r}' for key in wrong)}: its modules "
+                f"are made for other values. They may differ in {READ_IN_FORWARD}. "
+                "Fix: patch_model(model, ...) with these settings."
+            )
+        self._nsa_config = config
 
-        Raises:
-            ValueError: for a config that other modules would be needed for.
-        """
-        if name == "config" and (old := self.__dict__.get("config")) is not None:
-            new, kept = value.to_dict(), old.to_dict()
-            wrong = [key for key in kept if new[key] != kept[key] and key not in READ_IN_FORWARD]
-            if wrong:
-                raise ValueError(
-                    f"the config of layer {self.layer_idx} cannot be replaced "
-                    f"by one with {', '.join(f'{key}={new[key]!r}' for key in wrong)}: its modules "
-                    f"are made for other values. A new config may differ in {READ_IN_FORWARD}. "
-                    "Fix: patch_model(model, ...) with these settings."
-                )
-        super().__setattr__(name, value)
-
-    def to_dense(self) -> nn.Module:
-        """The dense module this one replaced, with the projections as they are now."""
-        (dense,) = self._dense
-        for name in PROJECTIONS:
-            if hasattr(dense, name):
-                setattr(dense, name, getattr(self, name))
-        dense.training = self.training
-        return dense
-
-    def forward(  # type: ignore[override]
-        self,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor] | None = None,
-        attention_mask: Tensor | None = None,
-        past_key_values: Cache | None = None,
-        cache: Cache | None = None,
-        nsa_batch: Batch | None = None,
-        **kwargs: Any,
-    ) -> tuple[Tensor, None]:
-        """transformers' attention signature. Returns (output `[B, S, E]`, None):
-        there are no attention weights to return.
-
-        What is `cache` since transformers 5.24 was `past_key_values` before.
-        """
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """As the dense class's; there are no attention weights to return."""
         if kwargs.get("output_attentions"):
             raise ValueError(
                 "output_attentions=True is not available: "
                 "sparse attention never has the weights as a matrix. Fix: output_attentions=False; "
                 "nsa_fsa.visualization.record shows which blocks are read."
             )
-        model_cache = past_key_values if cache is None else cache
-        state = None
-        if model_cache is not None:
-            state = layer_state(model_cache, self.layer_idx or 0, self.config)
-            check_in_step(model_cache, self.layer_idx or 0, hidden_states.shape[1])
-        if nsa_batch is None:
-            past = None if state is None else state.num_tokens
-            asked = past is not None
-            nsa_batch = find_batch(hidden_states, past, attention_mask, asked=asked, **kwargs)
-        packing = nsa_batch.packing
-        if packing.packed and state is not None:
-            raise ValueError(PACKED_CACHE)
-        output = super().forward(
-            hidden_states,
-            position_embeddings=position_embeddings,
-            attention_mask=packing,
-            cache=state,
-        )
-        if packing.mask is not None and torch.compiler.is_compiling():  # padding may have been kept
-            output = output * packing.mask[:, -output.shape[1] :, None]
-        return output, None
+        kwargs["nsa_gate_logits"] = self.gate(hidden_states)
+        if self.nsa_config.compress_rope == "after":
+            kwargs["nsa_rotation"] = _argument(self, "position_embeddings", args, kwargs)
+        return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class was made, and is made again wherever a copy is unpickled."""
+        return _new_attention, (self.dense_class,), self.__dict__
+
+
+# Classes that `register_attention` has registered, and the forwards of their sparse layers.
+FORWARDS: dict[type[nn.Module], Callable[..., Any] | None] = {}
+
+
+@functools.cache
+def sparse_attention_class(dense_class: Any) -> Any:
+    """The subclass of an attention class that is sparse."""
+    base = dense_class
+    if (forward := FORWARDS.get(dense_class)) is not None:
+        base = type(dense_class.__name__, (dense_class,), {"forward": forward})
+    names = {"__module__": __name__, "dense_class": dense_class}
+    return type(f"NSA{dense_class.__name__}", (NSAAttention, base), names)
+
+
+def _new_attention(dense_class: Any) -> Any:
+    made = sparse_attention_class(dense_class)
+    return made.__new__(made)
+
+
+def _argument(module: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """An argument of the dense class's forward, however it was passed."""
+    names = [*inspect.signature(module.dense_class.forward).parameters][2:]
+    return kwargs.get(name, dict(zip(names, args, strict=False)).get(name))
+
+
+def sparse_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    nsa_gate_logits: Tensor | None = None,
+    nsa_batch: Batch | None = None,
+    nsa_rotation: tuple[Tensor, Tensor] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The attention function that transformers calls by the name "nsa_fsa".
+
+    query `[B, HQ, S, D]`, key and value `[B, HKV, past + S or more, D or DV]`, rotated, ->
+    (`[B, S, HQ, DV]`, None).
+
+    Raises:
+        RuntimeError: for a module that `patch_model` has not made sparse.
+        ValueError: for what no branch can do, or heads that the layer was not made for.
+    """
+    if nsa_gate_logits is None:
+        raise RuntimeError(
+            f"{type(module).__name__} is dense, but its config names the attention implementation "
+            f'"{ATTENTION_NAME}". Fix: patch_model(model), which makes its layers sparse.'
+        )
+    _check_call(module, query, key, value, dropout, kwargs)
+    batch_size, _, length, _ = query.shape
+    if nsa_batch is None:  # the layers of a few models drop what they do not know
+        nsa_batch = getattr(attention_mask, "nsa_batch", None)
+    if nsa_batch is None:  # the layer was called by itself, or past the hook
+        past = key.shape[2] - length
+        nsa_batch = find_batch(query.transpose(1, 2), past or None, attention_mask, **kwargs)
+    past, rows, layout, columns, real, _, rotation = nsa_batch
+    if key.shape[2] < past + length:
+        raise ValueError(
+            f"layer {module.layer_idx} was given {key.shape[2]} keys where {past} tokens came "
+            f"before these {length}: its cache forgets. "
+            "Fix: a DynamicCache or StaticCache whose layers are not sliding."
+        )
+    q = take(query.transpose(1, 2), rows)
+    # A static cache has an unused end.
+    k, v = (x.transpose(1, 2)[:, : past + length] for x in (key, value))
+    cos = sin = None
+    if past == 0:
+        k, v = take(k, rows), take(v, rows)
+        if nsa_rotation is not None:
+            cos, sin = (take(x.expand(batch_size, -1, -1), rows) for x in nsa_rotation)
+    else:
+        k, v = _real_first(k, columns), _real_first(v, columns)
+        if nsa_rotation is not None:
+            if rotation is None:
+                raise ValueError(NOT_BY_ITSELF)
+            cos, sin = (x.expand(batch_size, -1, -1).flatten(0, 1) for x in rotation)
+    # Under autocast a rotation may return float32 where the projections return 16 bits.
+    q, k = q.to(v.dtype), k.to(v.dtype)
+    k_src = k if cos is None or sin is None else turn_back(k, cos, sin)
+    keys = KeyValues(k, v, k, v, k_src, v, cos, sin)
+    k_cmp, v_cmp = module.compress(k_src, v, cos, sin, layout)
+    gate_logits = take(nsa_gate_logits, rows)
+    o = module.mix(q, keys, k_cmp, v_cmp, gate_logits, layout, scaling)  # [T, HQ, DV]
+    o = put_back(o, rows, batch_size, length)
+    return o if real is None else o * real[..., None, None], None
+
+
+NOT_BY_ITSELF = (
+    'a layer with compress_rope="after" turns cached keys back, '
+    "for which it needs what its decoder knows of them. Fix: call the model, not the layer."
+)
+
+
+def _check_call(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float, others: dict[str, Any]
+) -> None:
+    """Raises ValueError for what the layer of a model cannot be asked for."""
+    c: NSAConfig = module.nsa_config
+    if wanted := [NOT_AVAILABLE[x] for x in NOT_AVAILABLE if others.get(x) is not None]:
+        raise ValueError(
+            f"{type(module).__name__} of layer {module.layer_idx} asks for {wanted[0]}, "
+            "which NSA layers do not have. Fix: leave that layer dense, as in "
+            "patch_model(model, layers=...)."
+        )
+    if dropout:
+        raise ValueError(
+            f"attention dropout of {dropout} is not available in NSA: "
+            "it must be 0. Fix: model.config.attention_dropout = 0.0 before the model is built."
+        )
+    found = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
+    wanted_sizes = (c.num_heads, c.num_kv_heads, c.head_dim, c.v_head_dim)
+    if found != wanted_sizes:
+        raise ValueError(
+            f"layer {module.layer_idx} was given heads (query heads, KV heads, widths of keys and "
+            f"values) of {found}, and was made for {wanted_sizes}. An NSA layer cannot be split "
+            "over ranks by tensor parallelism. Fix: replicate it, or shard it with FSDP."
+        )
+
+
+def _real_first(x: Tensor, columns: Tensor | None) -> Tensor:
+    """`[B, K, H, D]` -> `[B * K, H, D]`, of every row the real columns first."""
+    if columns is not None:
+        x = x[torch.arange(x.shape[0], device=x.device)[:, None], columns]
+    return x.flatten(0, 1)
+
+
+# --- What a batch is like -------------------------------------------------------------------------
 
 PACKED_CACHE = (
     "a packed batch cannot fill a cache. "
@@ -161,7 +261,7 @@ def find_batch(
     Args:
         like: any tensor `[B, S, ...]` on the batch's device.
         past: columns that the cache holds; None: there is no cache.
-        attention_mask: `[B, past + S]`.
+        attention_mask: `[B, past + S]`, or 4D if it says no more than that would.
         position_ids: `[B or 1, S]`; without a past, a sequence starts wherever they do not go on.
             None where the model counts them itself.
         cu_seq_lens_q, max_length_q: boundaries of the sequences in the flattened batch,
@@ -181,32 +281,68 @@ def find_batch(
             )
         longest = batch_size * length if max_length_q is None else int(max_length_q)
         layout = Sequences(cu_seq_lens_q, longest).check(like.device)
-        return Batch(Packing(None, layout, packed=True), past)
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; "
-            "NSA layers take the 2D padding mask and are causal by themselves. "
-            f'Fix: leave config._attn_implementation at "{ATTENTION_NAME}", and pass no 4D mask.'
-        )
+        return Batch(past, None, layout, packed=True)
+    if attention_mask is not None and attention_mask.ndim == 4:
+        attention_mask = _padding_of(attention_mask, past, length)
     if attention_mask is not None and attention_mask.shape != (batch_size, past + length):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; "
             f"it must be [B, past + S] = {(batch_size, past + length)}. "
             "Fix: a column for every token so far, those in the cache included."
         )
+    compiling = torch.compiler.is_compiling()
     # Whether positions pack a batch is in their values, which a trace cannot see. `generate`
     # passes them with every prompt: beside a cache they bound no sequences then, as in
     # transformers' dense models.
-    if past or length == 1 or (asked and torch.compiler.is_compiling()):
+    if past or length == 1 or (asked and compiling):
         position_ids = None
-    if (
-        torch.compiler.is_compiling()
-        and attention_mask is not None
-        and position_ids is None
-        and not cached
-    ):
-        return Batch(keep_padding(attention_mask), past)
-    return Batch(pack_batch(batch_size, length, like.device, attention_mask, position_ids), past)
+    if position_ids is not None and position_ids.ndim == 3:  # of text, height and width
+        position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
+    if compiling and attention_mask is not None and position_ids is None and not cached:
+        packing = keep_padding(attention_mask)
+    else:
+        packing = pack_batch(batch_size, length, like.device, attention_mask, position_ids)
+    return _beside(packing, past, length)
+
+
+def _beside(packing: Packing, past: int, length: int) -> Batch:
+    """New tokens, and after a past all keys, which a cache holds column by column."""
+    rows, layout, mask, packed, padded = packing
+    if past == 0:
+        real = mask if mask is not None and torch.compiler.is_compiling() else None
+        return Batch(0, rows, layout, real=real, packed=packed)
+    starts = layout.cu_seqlens
+    total = past + length
+    key_starts = torch.arange(len(starts), dtype=torch.int32, device=starts.device) * total
+    columns, lengths = None, torch.full_like(starts[1:], total)
+    if mask is not None and padded:
+        columns = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        lengths = mask.sum(1, dtype=torch.int32)
+    return Batch(past, rows, Sequences(key_starts, total, starts, lengths), columns)
+
+
+def _padding_of(mask: Tensor, past: int, length: int) -> Tensor:
+    """The `[B, past + S]` mask that a 4D one says as much as, as `generate` makes for a
+    static cache.
+
+    Raises:
+        ValueError: for any other.
+    """
+    visible = mask if mask.dtype == torch.bool else mask == 0
+    visible = visible[:, 0, :, : past + length]
+    padding = visible[:, -1]
+    column = torch.arange(past + length, device=mask.device)
+    expected = (column <= column[past:, None]) & padding[:, None]
+    if torch.compiler.is_compiling():  # where values cannot be looked at
+        return padding
+    # What padding sees is nobody's business.
+    if mask.shape[1] != 1 or (padding[:, past:, None] & (visible != expected)).any():
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)} and is not causal: "
+            "NSA layers take the 2D padding mask and are causal by themselves. "
+            "Fix: pass the 2D mask."
+        )
+    return padding
 
 
 # --- Before the layers ----------------------------------------------------------------------------
@@ -229,20 +365,11 @@ def detach(decoder: nn.Module) -> None:
 
 
 def _before_layers(
-    names: tuple[str, ...], decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    names: tuple[str, ...], decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[()], dict[str, Any]]:
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
-    name = decoder.config._attn_implementation  # type: ignore[union-attr]
-    if name != ATTENTION_NAME:
-        raise ValueError(
-            f"the config of {type(decoder).__name__} is a {type(decoder.config).__name__} "
-            f"with the attention implementation {name!r}; a model with NSA layers needs the config "
-            f'that it was patched or built with, whose implementation is "{ATTENTION_NAME}". '
-            "Fix: assign that config to the model and to its decoder again."
-        )
-    # It may be wrapped.
-    first = next((module for module in decoder.modules() if isinstance(module, NSAAttention)), None)
-    if first is None:
+    layers = [module for module in decoder.modules() if isinstance(module, NSAAttention)]
+    if not layers:
         raise RuntimeError(
             f"{type(decoder).__name__} has no NSA layer: its attention "
             "was replaced after patching. Fix: unpatch_model(model), which makes it dense."
@@ -256,22 +383,50 @@ def _before_layers(
     cache = kwargs.get("past_key_values")
     cache = kwargs.get("cache") if cache is None else cache
     use_cache = kwargs.get("use_cache")
-    past = 0 if (decoder.config.use_cache if use_cache is None else use_cache) else None  # type: ignore[union-attr]
+    past = 0 if (decoder.config.use_cache if use_cache is None else use_cache) else None
     if cache is not None:
-        past = layer_state(cache, first.layer_idx or 0, first.config).num_tokens
+        past = int(cache.get_seq_length(layers[0].layer_idx))
+        _check_in_step(cache)
     mask = kwargs.get("attention_mask")
     if isinstance(mask, dict):  # by layer type, as `generate` prepares it for a static cache
         mask = mask["full_attention"]
     asked = cache is not None or bool(use_cache)
     batch = find_batch(inputs, past, asked=asked, **{**kwargs, "attention_mask": mask})
-    if batch.packing.packed:
+    if batch.packed:
         if asked:
             raise ValueError(PACKED_CACHE)
         kwargs["use_cache"] = False  # on by default, and nobody could read it
-    # Nobody reads this mask: at one of four dimensions transformers stops before it looks at
-    # positions and waits for the GPU.
-    done = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=inputs.device)
-    return (), {**kwargs, "attention_mask": done, "nsa_batch": batch}
+    if batch.past and any(x.nsa_config.compress_rope == "after" for x in layers):
+        batch = batch._replace(rotation=_rotation(decoder, layers[0], batch.layout.max_seqlen))
+    if len(layers) == decoder.config.num_hidden_layers:
+        # Nobody reads this mask: at one of four dimensions transformers stops before it looks at
+        # positions and waits for the GPU.
+        done = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=inputs.device)
+        done.nsa_batch = batch  # type: ignore[attr-defined]
+        kwargs["attention_mask"] = done
+    return (), {**kwargs, "nsa_batch": batch}
+
+
+def _check_in_step(cache: Any) -> None:
+    """Raises RuntimeError if an earlier forward stopped between two layers."""
+    held = [x.get_seq_length() for x in cache.layers if type(x) is DynamicLayer]
+    if len(set(held)) > 1:
+        i = next(i for i in range(1, len(held)) if held[i] != held[0])
+        raise RuntimeError(
+            f"layer {i} of the cache holds {held[i]} tokens where the layers before it hold "
+            f"{held[0]}: an earlier forward raised between them. "
+            "Fix: a new cache, and feed all tokens again."
+        )
+
+
+def _rotation(decoder: Any, layer: NSAAttention, num_columns: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of so many real tokens of a sequence, from the model's own rotary embedding.
+
+    What counts is how far apart two keys of a window are, so the first token is as good as at 0.
+    """
+    like: Any = layer.gate.weight
+    position_ids = torch.arange(num_columns, device=like.device)[None]
+    return decoder.rotary_emb(like, position_ids=position_ids)
 
 
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -292,7 +447,8 @@ def warn_of_frozen_gates(decoder: nn.Module) -> None:
     warnings.warn(
         "the gates of the NSA layers are frozen while other parameters train: "
         "they stay as they are, which after patch_model may be nearly closed. "
-        'Fix: with LoRA, modules_to_save=["gate", "compress_k", "compress_v"].',
+        'Fix: with LoRA, modules_to_save=["self_attn.gate", "compress_k", "compress_v"] where '
+        "attention is called self_attn; patch_model's report has it as modules_to_save.",
         stacklevel=3,
     )
 
@@ -319,117 +475,5 @@ def _refuse_continuous_batching(make_manager: Callable[..., None]) -> Callable[.
     return init
 
 
-def padding_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
-    """The 2D padding mask `[B, tokens so far]`, or None when there is no padding:
-    never anything of size S x S.
-    """
-    sizes = (batch_size, q_length, kv_length, q_offset, kv_offset)
-    mask = flash_attention_mask(*sizes, attention_mask=attention_mask, **kwargs)
-    if mask is None and kv_length != q_offset + q_length:
-        # A static cache is longer than what it holds; only a mask can tell a dense layer how
-        # long that is.
-        shape = (batch_size, int(q_offset) + q_length)
-        mask = torch.ones(shape, dtype=torch.bool, device=kwargs.get("device"))
-    return mask
-
-
-# --- Layers left dense ----------------------------------------------------------------------------
-
-
-def dense_attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    nsa_batch: Batch | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Full attention for the layers that a partial patch left dense,
-    at the cost that they had before.
-
-    query `[B, HQ, S, D]`, key and value `[B, HKV, past + S or more, D]` -> (`[B, S, HQ, D]`, None).
-    Only queries after a past need a mask of their number times that of the keys, as in
-    transformers' own SDPA.
-
-    Raises:
-        RuntimeError: for a layer that its config wants sparse.
-    """
-    sparse = (getattr(module.config, "nsa", {"layers": ()}) or {}).get("layers")
-    if sparse is None or module.layer_idx in sparse:
-        raise RuntimeError(
-            f"layer {module.layer_idx} is dense, but its config, a {type(module.config).__name__}, "
-            "has NSA there. Fix: build or load the model with AutoModelForCausalLM or AutoModel."
-        )
-    length = query.shape[2]
-    if nsa_batch is None:
-        past = (key.shape[2] if attention_mask is None else attention_mask.shape[1]) - length
-        nsa_batch = find_batch(query.transpose(1, 2), past, attention_mask, **kwargs)
-    (rows, layout, mask, packed, _), past = nsa_batch
-    # A static cache has an unused end.
-    key, value = key[:, :, : past + length], value[:, :, : past + length]
-    if past == 0 and (packed or rows is not None):
-        q, k, v = (_take(x.transpose(1, 2), rows) for x in (query, key, value))
-        o = _packed_attention(module, q, k, v, layout, scaling, dropout)
-        if rows is not None:
-            o = o.new_zeros(query.shape[0] * length, *o.shape[1:]).index_copy(0, rows, o)
-        return o.unflatten(0, (query.shape[0], length)), None
-    visible = None
-    if past > 0 and (length > 1 or mask is not None):
-        column = torch.arange(past + length, device=query.device)
-        visible = (column <= column[past:, None])[None, None]  # [1, 1, S, past + S]
-        if mask is not None:
-            # A padded query sees nothing, which softmax would turn into NaN;
-            # its own position is as good as anything.
-            visible = visible & mask[:, None, None] | (column == column[past:, None])
-    options: dict[str, Any] = dict(dropout=dropout, scaling=scaling)
-    return sdpa_attention_forward(module, query, key, value, visible, **options)
-
-
-def _packed_attention(
-    module: nn.Module,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    layout: Sequences,
-    scaling: float | None,
-    dropout: float,
-) -> Tensor:
-    """q `[T, HQ, D]`, k and v `[T, HKV, D]` -> `[T, HQ, D]`: FlashAttention where it runs,
-    else sequence by sequence.
-    """
-    flash = q.is_cuda and q.dtype in flash_attention.DTYPES and not dropout
-    if torch.compiler.is_compiling() or flash:
-        window_size = max(1, layout.max_seqlen)
-        return sliding_window_attention(
-            q, k, v, *layout[:2], window_size=window_size, scale=scaling
-        )
-    parts = []
-    options: dict[str, Any] = dict(dropout=dropout, scaling=scaling)
-    lengths = layout.cu_seqlens.diff().tolist()
-    for sequence in zip(*(x.split(lengths) for x in (q, k, v)), strict=True):
-        if len(sequence[0]) > 0:
-            q_, k_, v_ = (x.transpose(0, 1)[None] for x in sequence)
-            o, _ = sdpa_attention_forward(module, q_, k_, v_, None, **options)
-            parts.append(o[0])
-    return torch.cat(parts) if parts else q
-
-
-def _take(x: Tensor, rows: Tensor | None) -> Tensor:
-    """`[B, S, ...]` -> the packed rows `[T, ...]`."""
-    return x.flatten(0, 1) if rows is None else x.flatten(0, 1).index_select(0, rows)
-
-
 ContinuousBatchingManager.__init__ = _refuse_continuous_batching(ContinuousBatchingManager.__init__)  # type: ignore[method-assign]
-AttentionInterface.register(ATTENTION_NAME, dense_attention)
-AttentionMaskInterface.register(ATTENTION_NAME, padding_mask)
+AttentionInterface.register(ATTENTION_NAME, sparse_attention)

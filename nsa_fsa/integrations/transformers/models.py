@@ -1,4 +1,6 @@
-"""Registered model classes: `nsa_llama`, `nsa_qwen2` and `nsa_qwen3`.
+"""Config and model classes of sparse models: "NSA" before the name of the dense class, and "nsa_"
+before its `model_type`, for every family that transformers has. They are made when they are asked
+for: by `patch_model`, by a checkpoint, or by name, as in `models.NSALlamaForCausalLM`.
 
 They are the transformers classes with NSA attention installed at the end of the constructor. Their
 own `model_type` makes `save_pretrained` / `from_pretrained` round-trip exactly, and makes a
@@ -10,41 +12,40 @@ a class reads that was named outright, such as `LlamaForCausalLM`, is refused by
 import copy
 import functools
 import operator
-import warnings
 import weakref
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LlamaModel,
-    PreTrainedConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen2Model,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    Qwen3Model,
-)
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, conversion_mapping
 from transformers.initialization import guard_torch_init_functions
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from nsa_fsa.config import PRESETS, NSAConfig, with_changes
+from nsa_fsa.config import NSAConfig, with_changes
 from nsa_fsa.integrations.transformers.attention import (
     ATTENTION_NAME,
     NSAAttention,
     warn_of_frozen_gates,
 )
+from nsa_fsa.integrations.transformers.layers import sizes_in
+from nsa_fsa.integrations.transformers.settings import (
+    COMPRESSORS,
+    LEFT_TO_DENSE,
+    check_nsa,
+    describe,
+    indices_of,
+    of_layers,
+    settings_of,
+)
 from nsa_fsa.modules.compression import Compressor, LinearPhi, MLPPhi, PoolPhi
 from nsa_fsa.modules.gating import BranchGate
 
+PACKAGE = "nsa_fsa.integrations.transformers"
 # What a file holds as `layer_types`: transformers checks that field in every config, and names what
 # it found. (A value of `attn_implementation` that nobody has registered would be refused, too, but
 # `from_pretrained` takes that as an argument.)
@@ -52,37 +53,13 @@ _FOR_NSA_ONLY = [
     "sparse: import nsa_fsa.integrations.transformers, "
     "then load with AutoModelForCausalLM or AutoModel"
 ]
+_KINDS = "dense_layer_types"  # what a file holds as `layer_types` otherwise
+_REMOTE_FILE = "modeling_nsa"  # in a checkpoint, for tools that are given its path alone
 
 
 def _is_for_nsa_only(layer_types: Any) -> bool:
     """Whether a config's `layer_types` is that mark."""
     return str(layer_types).startswith("['sparse")
-
-
-def is_index(key: Any) -> bool:
-    """Whether a key is the text of a layer's index, as JSON has it."""
-    return isinstance(key, str) and key.removeprefix("-").isdecimal()
-
-
-def check_nsa(nsa: Any) -> None:
-    """Raises ValueError for what a config's field `nsa` cannot be."""
-    fix = '{"preset": "fsa-64x16"}, for example'
-    if isinstance(nsa, str) and nsa in PRESETS:
-        fix = f'{{"preset": "{nsa}"}}'
-    elif isinstance(nsa, NSAConfig):
-        fix = "config.to_dict()"
-    elif isinstance(nsa, Mapping):
-        unknown = [key for key in nsa if is_index(key) or not isinstance(key, str)]
-        if not unknown:
-            return
-        per_layer = '{1: {"window_size": 64}}'
-        fix = f'{{"preset": "fsa-64x16", "layers": [0, 1], "per_layer": {per_layer}}}, for example'
-    elif nsa is None:
-        return
-    raise ValueError(
-        f"nsa={nsa!r} is not allowed: it must be a dict of NSAConfig's fields, with "
-        f"`layers` and `per_layer` for what is not the same in all layers, or None. Fix: nsa={fix}."
-    )
 
 
 class _SparseConfig:
@@ -98,7 +75,7 @@ class _SparseConfig:
 
     # Beside __dict__, which is compared, copied and written: the model,
     # and whether `nsa` is not what the file says.
-    __slots__ = ("__dict__", "_model", "is_changed")
+    __slots__ = ("__dict__", "_dense_attention", "_model", "is_changed")
     is_changed: bool
     nsa: dict[str, Any] | None
 
@@ -112,8 +89,6 @@ class _SparseConfig:
         return model if model is not None and model.config is self else None
 
     def _describe(self) -> None:
-        from nsa_fsa.integrations.transformers.patch import describe
-
         if (model := self.nsa_model()) is not None:
             self.nsa = describe(model)
 
@@ -121,11 +96,9 @@ class _SparseConfig:
         """What `nsa` says of one layer, or of all of them where they are alike:
         see `NSAConfig.from_pretrained_config`.
         """
-        from nsa_fsa.integrations.transformers.patch import COMPRESSORS, settings_of
-
         self._describe()
         settings = settings_of(self)
-        first, count = min(settings), self.num_hidden_layers  # type: ignore[attr-defined]
+        first, count = min(settings), self.get_text_config().num_hidden_layers  # type: ignore[attr-defined]
         others = [i for i in settings if settings[i] != settings[first]]
         if layer is None and others:
             raise ValueError(
@@ -138,7 +111,8 @@ class _SparseConfig:
                 f"one of {list(settings)}. Fix: layer={first}, for example."
             )
         of_layer = settings[first if layer is None else layer % count]
-        return {name: value for name, value in of_layer.items() if name not in COMPRESSORS}
+        values = {name: value for name, value in of_layer.items() if name not in COMPRESSORS}
+        return {**sizes_in(self.get_text_config()), **values, **LEFT_TO_DENSE}  # type: ignore[attr-defined]
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -148,8 +122,6 @@ class _SparseConfig:
         It changes them in every layer, or with `per_layer` in one, and a preset stands for its
         fields. `layers` says anew which layers have NSA; what the file says of others is dropped.
         """
-        from nsa_fsa.integrations.transformers.patch import indices_of, of_layers, settings_of
-
         saved, given = config_dict.get("nsa"), kwargs.pop("nsa", None)
         if given is not None:
             check_nsa(given)
@@ -190,64 +162,52 @@ class _SparseConfig:
 
     def __getstate__(self) -> tuple[dict[str, Any], dict[str, Any]]:
         self._describe()
-        return dict(self.__dict__), {"is_changed": getattr(self, "is_changed", False)}
+        kept = dict(_dense_attention=self.dense_attention)
+        return dict(self.__dict__), {**kept, "is_changed": getattr(self, "is_changed", False)}
 
-    # Every model class gives its layers the attention of this name, and a stock one's refuse to run
-    # (`dense_attention`): with another name they would run dense. Another is not refused here: a
-    # larger model passes what it is told to all its parts.
+    # A stock class that is given this config would build dense layers: they are told the attention
+    # function of sparse ones, which refuses them. It is the other one once a sparse model has it.
     @property
-    def _attn_implementation_internal(self) -> str:
-        return ATTENTION_NAME
+    def _attn_implementation_internal(self) -> str | None:
+        return ATTENTION_NAME if self.nsa_model() is None else self.dense_attention
 
     @_attn_implementation_internal.setter
-    def _attn_implementation_internal(self, value: Any) -> None:
-        if value not in (None, ATTENTION_NAME):
-            warnings.warn(
-                f"attn_implementation={value!r} changes nothing in a model with NSA layers: "
-                f'theirs is "{ATTENTION_NAME}", for dense layers beside them, too.',
-                stacklevel=4,
-            )
+    def _attn_implementation_internal(self, value: str | None) -> None:
+        if value != ATTENTION_NAME:
+            self._dense_attention = value
+
+    @property
+    def dense_attention(self) -> str | None:
+        """The attention function of layers left dense; None: the model's default."""
+        return getattr(self, "_dense_attention", None)
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_nsa(self.nsa)
-        if _is_for_nsa_only(kwargs.get("layer_types")):
-            del kwargs["layer_types"]
-        fields: dict[str, Any] = self.__dict__
-        if _is_for_nsa_only(fields.get("layer_types")):  # Qwen has such a field
-            # patch_model takes no others.
-            fields["layer_types"] = ["full_attention"] * fields["num_hidden_layers"]
+        kwargs.pop("auto_map", None)  # for those who do not know the class yet
+        for fields in (kwargs, self.__dict__, *self.__dict__.values()):
+            if isinstance(fields, dict) and _is_for_nsa_only(fields.get("layer_types")):
+                del fields["layer_types"]
+                if (kinds := kwargs.pop(_KINDS, None) or fields.pop(_KINDS, None)) is not None:
+                    fields["layer_types"] = kinds
         super().__post_init__(**kwargs)  # type: ignore[misc]
+        if (text := self.get_text_config()) is not self:  # type: ignore[attr-defined]
+            text._attn_implementation_internal = ATTENTION_NAME
 
     def to_diff_dict(self) -> dict[str, Any]:
         """What is written into a file."""
-        return {**super().to_diff_dict(), "layer_types": _FOR_NSA_ONLY}  # type: ignore[misc]
-
-
-class NSALlamaConfig(_SparseConfig, LlamaConfig):  # type: ignore[misc]
-    """A Llama config with a field `nsa`: `NSAConfig`'s fields, `layers` (None: all)
-    and `per_layer`, what differs there.
-    """
-
-    model_type = "nsa_llama"
-    nsa: dict[str, Any] | None = None
-
-
-class NSAQwen2Config(_SparseConfig, Qwen2Config):  # type: ignore[misc]
-    """A Qwen2 config with a field `nsa`: `NSAConfig`'s fields, `layers` (None: all)
-    and `per_layer`, what differs there.
-    """
-
-    model_type = "nsa_qwen2"
-    nsa: dict[str, Any] | None = None
-
-
-class NSAQwen3Config(_SparseConfig, Qwen3Config):  # type: ignore[misc]
-    """A Qwen3 config with a field `nsa`: `NSAConfig`'s fields, `layers` (None: all)
-    and `per_layer`, what differs there.
-    """
-
-    model_type = "nsa_qwen3"
-    nsa: dict[str, Any] | None = None
+        values = super().to_diff_dict()  # type: ignore[misc]
+        names: dict[str, tuple[str, ...]] = {}
+        names[f"{_REMOTE_FILE}.{type(self).__name__}"] = ("AutoConfig",)
+        for cls in values.get("architectures") or ():
+            names[f"{_REMOTE_FILE}.{cls}"] = autos_of(type(self), cls)
+        values["auto_map"] = {auto: name for name, autos in names.items() for auto in autos}
+        text = self.get_text_config()  # type: ignore[attr-defined]
+        parts = [key for key in self.sub_configs if getattr(self, key, None) is text]  # type: ignore[attr-defined]
+        marked = values[parts[0]] if parts else values
+        if marked.get("layer_types"):
+            marked[_KINDS] = marked["layer_types"]
+        marked["layer_types"] = _FOR_NSA_ONLY
+        return values
 
 
 class _NSAModel:
@@ -269,9 +229,21 @@ class _NSAModel:
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
         """Whether `generate` compiles decoding by itself: not here,
-        where the cache counts its tokens on the host.
+        where a step waits for the GPU.
         """
         return False
+
+    def create_masks_for_generate(self, attention_mask: Any = None, **kwargs: Any) -> Any:
+        """The 2D mask as it is: what is made of it is made in the forward."""
+        return attention_mask
+
+    @classmethod
+    def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
+        """Nothing: a checkpoint holds a line that imports this package, and not its files."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """The class was made, and is made again wherever a copy is unpickled."""
+        return _new_model, (dense_class_of(type(self)),), self.__dict__
 
     def __init__(
         self,
@@ -289,29 +261,29 @@ class _NSAModel:
             )
         if config.nsa_model() is not None:  # and goes on saying what that one's layers are
             config = copy.deepcopy(config)
+        text = config.get_text_config()
+        if text is not config and text._attn_implementation_internal == ATTENTION_NAME:
+            text._attn_implementation_internal = None
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
+        config._attn_implementation_internal = self._check_and_adjust_attn_implementation(  # type: ignore[attr-defined]
+            config.dense_attention, is_init_check=True
+        )
         from nsa_fsa.integrations.transformers.patch import install
 
         # `from_config` turns torch.nn.init off where DeepSpeed's ZeRO-3 is on.
         with guard_torch_init_functions():
             install(self, {"compressor_k": compressor_k, "compressor_v": compressor_v})  # type: ignore[arg-type]
-        for module in self.modules():  # type: ignore[attr-defined]
-            if isinstance(module, NSAAttention):
-                _mark_as_initialized(module)
-
-    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
-        """Refused: every layer has the attention that its config's `nsa` says."""
-        if attn_implementation != ATTENTION_NAME:
-            raise ValueError(
-                "the attention implementation of a model with "
-                f'NSA layers cannot become {attn_implementation!r}: it must be "{ATTENTION_NAME}", '
-                "for its dense layers, too. Fix: leave it, or unpatch_model(model) first."
-            )
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own, also where somebody has given the model another config object."""
         self.config.belong_to(self)  # type: ignore[attr-defined]
-        return super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        result = super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
+        folder = Path(kwargs.get("save_directory") or args[0])
+        if folder.is_dir() and kwargs.get("is_main_process", True):
+            names = f"{type(self.config).__name__}, {type(self).__name__}"  # type: ignore[attr-defined]
+            line = f"from {PACKAGE} import {names}\n"
+            (folder / f"{_REMOTE_FILE}.py").write_text(line, encoding="utf-8")
+        return result
 
     def __setstate__(self, state: Any) -> None:
         """A copy of the model has a copy of the config."""
@@ -347,7 +319,7 @@ class _NSAModel:
         super().initialize_weights()  # type: ignore[misc]
 
 
-def _mark_as_initialized(attention: NSAAttention) -> None:
+def mark_as_initialized(attention: NSAAttention) -> None:
     """Keeps transformers from initialising what a layer adds as it does any Linear,
     unless it is made without memory.
     """
@@ -407,48 +379,125 @@ def _is_initialized(x: nn.Module | torch.Tensor) -> bool:
     return getattr(x, "_is_hf_initialized", False)
 
 
-class NSALlamaModel(_NSAModel, LlamaModel):
-    config_class = NSALlamaConfig
+# --- The classes ----------------------------------------------------------------------------------
 
 
-class NSALlamaForCausalLM(_NSAModel, LlamaForCausalLM):
-    config_class = NSALlamaConfig
+@functools.cache
+def _make_config_class(dense: Any) -> Any:
+    names = dict(
+        __module__=PACKAGE,
+        __annotations__={"nsa": dict[str, Any] | None},
+        model_type=f"nsa_{dense.model_type}",
+        nsa=None,
+        dense_class=dense,
+    )
+    return type(f"NSA{dense.__name__}", (_SparseConfig, dense), names)
 
 
-class NSAQwen2Model(_NSAModel, Qwen2Model):
-    config_class = NSAQwen2Config
+_registered: set[type] = set()
 
 
-class NSAQwen2ForCausalLM(_NSAModel, Qwen2ForCausalLM):
-    config_class = NSAQwen2Config
+def sparse_config_class(dense: Any) -> Any:
+    """The config class with a field `nsa`, registered where transformers looks for it."""
+    made: Any = _make_config_class(dense)
+    if made in _registered or not _known(dense):
+        return made
+    _registered.add(made)  # first, because a model's class asks for its config's
+    AutoConfig.register(made.model_type, made, exist_ok=True)
+    _convert_as(dense.model_type, made.model_type)
+    for auto in _auto_classes():
+        model = auto._model_mapping.get(dense, None)
+        if isinstance(model, type) and getattr(model, "config_class", None) is dense:
+            auto.register(made, sparse_class(model), exist_ok=True)
+    return made
 
 
-class NSAQwen3Model(_NSAModel, Qwen3Model):
-    config_class = NSAQwen3Config
-
-
-class NSAQwen3ForCausalLM(_NSAModel, Qwen3ForCausalLM):
-    config_class = NSAQwen3Config
-
-
-SPARSE_CLASS: dict[type[PreTrainedModel], type[PreTrainedModel]] = {
-    LlamaModel: NSALlamaModel,
-    LlamaForCausalLM: NSALlamaForCausalLM,
-    Qwen2Model: NSAQwen2Model,
-    Qwen2ForCausalLM: NSAQwen2ForCausalLM,
-    Qwen3Model: NSAQwen3Model,
-    Qwen3ForCausalLM: NSAQwen3ForCausalLM,
-}
-DENSE_CLASS = {sparse: dense for dense, sparse in SPARSE_CLASS.items()}
-
-for _dense, _sparse in SPARSE_CLASS.items():
-    _config: Any = _sparse.config_class
-    AutoConfig.register(_config.model_type, _config, exist_ok=True)
-    _auto = AutoModelForCausalLM if _dense.__name__.endswith("ForCausalLM") else AutoModel
-    _auto.register(_config, _sparse, exist_ok=True)
+@functools.cache
+def _make_sparse_class(dense: Any) -> Any:
+    names = dict(__module__=PACKAGE, dense_class=dense)
+    made: Any = type(f"NSA{dense.__name__}", (_NSAModel, dense), names)
     # transformers notes in a constructor which outputs a class can record; patched instances never
     # ran that of their class. The registry's own `__setitem__` takes an instance.
-    dict.__setitem__(_CAN_RECORD_REGISTRY, str(_sparse), _sparse._can_record_outputs)
+    dict.__setitem__(_CAN_RECORD_REGISTRY, str(made), made._can_record_outputs)
+    _convert_as(dense.__name__, made.__name__)
+    return made
+
+
+def sparse_class(dense: Any) -> Any:
+    """The sparse class of a dense one."""
+    made: Any = _make_sparse_class(dense)
+    if not issubclass(made.config_class, _SparseConfig):
+        made.config_class = sparse_config_class(dense.config_class)
+    return made
+
+
+def dense_class_of(sparse: type) -> Any:
+    """The dense class that a sparse class was made of, or None."""
+    return vars(sparse).get("dense_class")
+
+
+def _new_model(dense: type[PreTrainedModel]) -> PreTrainedModel:
+    made = sparse_class(dense)
+    return made.__new__(made)
+
+
+def _known(config_class: type[PreTrainedConfig]) -> bool:
+    """Whether transformers finds this class by its `model_type`."""
+    name = config_class.model_type
+    return dict.__contains__(_made_when_asked, name) or (
+        name in CONFIG_MAPPING._mapping and CONFIG_MAPPING[name] is config_class
+    )
+
+
+def _convert_as(known: str, name: str) -> None:
+    """Checkpoints of `name` are converted on reading and writing as those of `known` are."""
+    found = conversion_mapping.get_checkpoint_conversion_mapping(known)
+    if found is not None:
+        conversion_mapping.register_checkpoint_conversion_mapping(name, found, overwrite=True)
+
+
+def _auto_classes() -> list[Any]:
+    """transformers' Auto classes of models."""
+    classes = [x for x in vars(modeling_auto).values() if isinstance(x, type)]
+    return [x for x in classes if getattr(x, "_model_mapping", None) is not None]
+
+
+def autos_of(config_class: type, name: str) -> tuple[str, ...]:
+    """The names of the Auto classes that make a class of this name of such a config."""
+    autos = (x for x in _auto_classes() if config_class in x._model_mapping._extra_content)
+    return tuple(x.__name__ for x in autos if x._model_mapping[config_class].__name__ == name)
+
+
+def class_named(name: str) -> type:
+    """`NSALlamaConfig`, `NSALlamaForCausalLM` and so on.
+
+    Raises:
+        AttributeError: for another name.
+    """
+    dense = getattr(transformers, name[3:], None) if name.startswith("NSA") else None
+    if isinstance(dense, type) and issubclass(dense, PreTrainedConfig):
+        return sparse_config_class(dense)
+    if isinstance(dense, type) and issubclass(dense, PreTrainedModel):
+        return sparse_class(dense)
+    raise AttributeError(f"module {PACKAGE!r} has no attribute {name!r}")
+
+
+class _MadeWhenAsked(dict):
+    """What others have registered with AutoConfig, and every "nsa_*" that there can be."""
+
+    def __contains__(self, key: object) -> bool:
+        if super().__contains__(key):
+            return True
+        dense = key.removeprefix("nsa_") if isinstance(key, str) else key
+        return dense != key and (super().__contains__(dense) or dense in CONFIG_MAPPING._mapping)
+
+    def __missing__(self, key: str) -> type[PreTrainedConfig]:
+        if key not in self:
+            raise KeyError(key)
+        return sparse_config_class(CONFIG_MAPPING[key.removeprefix("nsa_")])
+
+
+_made_when_asked = CONFIG_MAPPING._extra_content = _MadeWhenAsked(CONFIG_MAPPING._extra_content)
 
 
 def _read_by_any_class(from_json_file: Callable[..., Any]) -> Callable[..., Any]:
@@ -468,8 +517,3 @@ def _read_by_any_class(from_json_file: Callable[..., Any]) -> Callable[..., Any]
 
 _from_json_file: Any = PreTrainedConfig.from_json_file
 PreTrainedConfig.from_json_file = classmethod(_read_by_any_class(_from_json_file.__func__))  # type: ignore
-
-
-def supported_models() -> tuple[str, ...]:
-    """Names of the transformers classes that `patch_model` can patch."""
-    return tuple(cls.__name__ for cls in SPARSE_CLASS)

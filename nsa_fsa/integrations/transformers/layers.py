@@ -1,0 +1,252 @@
+"""Which modules of a model are attention that can become sparse.
+
+A module is recognised by what it is, not by a list: causal self-attention that knows its
+`layer_idx` and calls transformers' attention interface.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from nsa_fsa.cache.nsa_cache import turn_back
+from nsa_fsa.config import NSAConfig
+from nsa_fsa.integrations.transformers.attention import FORWARDS
+
+CROSS = ("encoder_hidden_states", "key_value_states")  # arguments of cross-attention
+SIZES = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "v_head_dim")
+_SIZES_OF: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {}
+
+
+class Layer(NamedTuple):
+    """A causal self-attention module of a model."""
+
+    name: str  # as in `model.named_modules()`
+    module: Any
+    why_not: str | None = None  # why it cannot become sparse, if it cannot
+    is_full: bool = True  # whether it is full attention, which is refused rather than left alone
+
+
+def register_attention(
+    attention_class: type[nn.Module],
+    forward: Callable[..., Any] | None = None,
+    sizes: Callable[[Any], dict[str, Any]] | None = None,
+) -> None:
+    """Makes `patch_model` take an attention class of your own for causal self-attention.
+
+    Its instances need `config`, a transformers config, and `layer_idx`.
+
+    Args:
+        attention_class: the class itself; subclasses are registered by themselves.
+        forward: what runs in a sparse layer instead of its own forward, where that does not call
+            transformers' attention interface. It takes the same arguments and `**kwargs`, and hands
+            its rotated queries `[B, HQ, S, D]`, and keys and values `[B, HKV, S, D or DV]` after
+            the cache, to `sparse_attention(self, q, k, v, attention_mask, scaling=..., **kwargs)`,
+            which returns (`[B, S, HQ, DV]`, None).
+        sizes: `NSAConfig`'s hidden_size, num_heads, num_kv_heads, head_dim and v_head_dim of a
+            module, where they are not in its config by their usual names.
+    """
+    FORWARDS[attention_class] = forward
+    if sizes is not None:
+        _SIZES_OF[attention_class] = sizes
+
+
+def attention_layers(model: nn.Module) -> dict[int, Layer]:
+    """The causal self-attention of a model's decoder, by `layer_idx`.
+
+    Raises:
+        ValueError: for a model with several decoders.
+    """
+    found: dict[int, Layer] = {}
+    for name, module in model.named_modules():
+        if not is_attention(module):
+            continue
+        i: Any = module.layer_idx
+        if i in found:
+            raise ValueError(
+                f"{type(model).__name__} has two attention modules of layer {i}, {found[i].name} "
+                f"and {name}. Fix: patch the model that contains one of them alone."
+            )
+        found[i] = Layer(name, module, *_obstacle(module))
+    return dict(sorted(found.items()))
+
+
+def is_attention(module: nn.Module) -> bool:
+    """Whether a module is causal self-attention that can be reached, sparse or not."""
+    dense = getattr(type(module), "dense_class", type(module))
+    if not isinstance(getattr(module, "layer_idx", None), int) or not hasattr(module, "config"):
+        return False
+    if dense in FORWARDS:
+        return True
+    code = getattr(inspect.unwrap(dense.forward), "__code__", None)
+    if code is None or "ALL_ATTENTION_FUNCTIONS" not in code.co_names:
+        return False
+    crosses = any(name in code.co_varnames for name in CROSS)
+    if crosses and getattr(module, "is_cross_attention", True):
+        return False
+    return bool(getattr(module, "is_causal", False))
+
+
+def _obstacle(module: Any) -> tuple[str | None, bool]:
+    """Why attention cannot become sparse, or None, and whether it is full attention."""
+    c, i = module.config, module.layer_idx
+    kinds = getattr(c, "layer_types", None)
+    if kinds and i < len(kinds) and kinds[i] != "full_attention":
+        return f"it is {kinds[i].replace('_', ' ')}", False
+    window = getattr(module, "sliding_window", None)
+    if not kinds and not hasattr(module, "sliding_window"):
+        code = inspect.unwrap(getattr(type(module), "dense_class", type(module)).forward).__code__
+        reads = "sliding_window" in (*code.co_names, *code.co_consts)
+        window = getattr(c, "sliding_window", None) if reads else None
+    if not kinds and window is not None:
+        return f"it has a sliding window of {window}", False
+    if getattr(module, "attn_logit_softcapping", None) is not None:
+        return "its scores have a soft cap, which NSA's kernels do not have", True
+    if getattr(module, "sinks", None) is not None:
+        return "it has attention sinks, which NSA's kernels do not have", True
+    return None, True
+
+
+def sizes_of(module: Any) -> dict[str, Any]:
+    """The fields of NSAConfig that an attention module decides."""
+    dense = getattr(type(module), "dense_class", type(module))
+    if dense in _SIZES_OF:
+        return {"scale": None, **_SIZES_OF[dense](module)}
+    found = sizes_in(module.config)
+    width = _first(module, "qk_head_dim", "head_dim", "head_size") or found["head_dim"]
+    scale = getattr(module, "scaling", None)
+    found |= dict(
+        head_dim=width,
+        v_head_dim=_first(module, "v_head_dim") or width,
+        scale=float(scale) if isinstance(scale, (int, float)) else None,
+    )
+    if hasattr(module, "kv_b_proj"):  # latent attention
+        found["num_kv_heads"] = found["num_heads"]
+    return found
+
+
+def sizes_in(config: Any) -> dict[str, Any]:
+    """The same as far as a config of transformers says."""
+    heads = config.num_attention_heads
+    width = _first(config, "qk_head_dim", "head_dim") or config.hidden_size // heads
+    return dict(
+        hidden_size=config.hidden_size,
+        num_heads=heads,
+        num_kv_heads=_first(config, "num_key_value_heads", "num_kv_heads") or heads,
+        head_dim=width,
+        v_head_dim=_first(config, "v_head_dim") or width,
+    )
+
+
+def _first(x: Any, *names: str) -> Any:
+    return next((y for name in names if (y := getattr(x, name, None)) is not None), None)
+
+
+def decoder_of(model: nn.Module, name: str) -> Any:
+    """The innermost model of transformers that a module is in: what is called with the mask."""
+    found = model
+    while "." in name:
+        name = name.rpartition(".")[0]
+        if isinstance(module := model.get_submodule(name), PreTrainedModel):
+            found = module
+            break
+    return found
+
+
+def check_rotation(model: nn.Module, layer: Layer, config: NSAConfig) -> None:
+    """Raises ValueError unless the keys of a layer can be turned back, where they have to be."""
+    unset = (p.is_meta or p.numel() == 0 for p in layer.module.parameters())
+    if config.compress_rope == "before" or any(unset):
+        return  # what is made without memory was looked at when it was first made
+    rotary = getattr(decoder_of(model, layer.name), "rotary_emb", None)
+    reason = "it is not known how they were rotated"
+    if (rope_type := getattr(rotary, "rope_type", None)) in ("dynamic", "longrope"):
+        reason = f'a rotation of type "{rope_type}" changes with the length of the sequence'
+    elif "mrope_section" in (getattr(layer.module.config, "rope_parameters", None) or {}):
+        reason = "the positions of images in a cache are not known"
+    elif rotary is not None and _can_turn_back(layer.module, rotary):
+        return
+    raise ValueError(
+        f'compress_rope="after" is not available in {type(layer.module).__name__}: its keys '
+        f'cannot be turned back, because {reason}. Fix: compress_rope="before".'
+    )
+
+
+@torch.no_grad()
+def _can_turn_back(attention: Any, rotary: nn.Module) -> bool:
+    """Whether keys of random tokens, rotated and turned back, are those that were not rotated."""
+    weight = next(p for p in attention.parameters() if p.is_floating_point())
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, attention.config.hidden_size, generator=generator).to(weight)
+    found: list[Tensor] = []
+
+    def keep_keys(module: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> Any:
+        found.append(k[0].transpose(0, 1))  # [S, HKV, D]
+        return torch.zeros_like(q).transpose(1, 2)[..., : v.shape[3]], None
+
+    config = attention.config
+    AttentionInterface.register(_PROBE, keep_keys)
+    try:
+        attention.config = with_function(config, _PROBE)
+        cos, sin = rotary(x, position_ids=torch.arange(3, device=x.device)[None])
+        for pair in ((cos, sin), (torch.ones_like(cos), torch.zeros_like(sin))):
+            dense = getattr(type(attention), "dense_class", type(attention))
+            dense.forward(attention, x, position_embeddings=pair, attention_mask=None)
+    except Exception:  # of another signature
+        return False
+    finally:
+        attention.config = config
+    rotated, plain = found
+    if not plain.isfinite().all():  # weights that are to be set later
+        return True
+    if cos.ndim != 3 or cos.shape[-1] > plain.shape[-1]:
+        return False
+    error = (turn_back(rotated, cos[0], sin[0]) - plain).abs().max()
+    return bool(error <= 8 * torch.finfo(plain.dtype).eps * plain.abs().max())
+
+
+_PROBE = "nsa_fsa_probe"
+
+
+def with_function(config: Any, name: str) -> Any:
+    """A config for attention modules alone, with another attention function."""
+    made: Any = object.__new__(getattr(type(config), "dense_class", type(config)))
+    made.__dict__.update(config.__dict__)
+    made._attn_implementation_internal = name
+    return made
+
+
+@dataclass(frozen=True)
+class ModelExplanation:
+    """What `patch_model` would do with every attention module; printing it gives a table."""
+
+    model_class: str
+    # Of every module its name, its class, and why it cannot become sparse; "" where it can or is.
+    layers: tuple[tuple[str, str, str], ...]
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return (
+                f"{self.model_class} has no causal self-attention that calls "
+                "transformers' attention interface; register_attention takes a class of your own."
+            )
+        lines = [f"{self.model_class}:"]
+        for name, cls, why_not in self.layers:
+            what = f"stays as it is: {why_not}" if why_not else "NSA"
+            lines.append(f"  {name} ({cls}): {what}")
+        return "\n".join(lines)
+
+
+def explain_model(model: nn.Module) -> ModelExplanation:
+    """Module by module, what `patch_model` would do with a model, and why not more.
+
+    Raises:
+        ValueError: for a model with several decoders.
+    """
+    layers = attention_layers(model).values()
+    rows = tuple((x.name, type(x.module).__name__, x.why_not or "") for x in layers)
+    return ModelExplanation(type(model).__name__, rows)
