@@ -338,9 +338,9 @@ def _padding_of(mask: Tensor, past: int, length: int) -> Tensor:
     # What padding sees is nobody's business.
     if mask.shape[1] != 1 or (padding[:, past:, None] & (visible != expected)).any():
         raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)} and is not causal: "
-            "NSA layers take the 2D padding mask and are causal by themselves. "
-            "Fix: pass the 2D mask."
+            f"attention_mask has shape {tuple(mask.shape)} and is not causal, as where the tokens "
+            "of an image see each other: NSA layers take the 2D padding mask and are causal by "
+            "themselves. Fix: pass the 2D mask; with images, a model that reads them causally."
         )
     return padding
 

@@ -1,0 +1,62 @@
+"""Patched models on two processes: DDP and FSDP2 compute what one process does."""
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from nsa_fsa.integrations.transformers import NSAAttention, patch_model
+from tests.integrations.families import family, tokens
+from tests.integrations.models import scramble
+
+ROOT = Path(__file__).parents[2]
+NAMES = ("Mistral", "Gemma3", "Mixtral", "DeepseekV3", "Qwen3Next", "Phi3", "Llava", "Qwen3-VL")
+
+
+def test_on_two_processes():
+    module = "tests.integrations.test_distributed"
+    launch = ("torch.distributed.run", "--standalone", "--nproc-per-node=2", "--module", module)
+    command = [sys.executable, "-m", *launch]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert run.stdout.split() == list(NAMES)
+
+
+def gradients(model):
+    """Of the gates, whole, after a step on the same tokens."""
+    ids = tokens(2, 130)
+    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    layers = [module for module in model.modules() if isinstance(module, NSAAttention)]
+    found = [layer.gate.weight.grad for layer in layers]
+    return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in found]
+
+
+def main():
+    distributed.init_process_group("gloo")
+    torch.set_num_threads(1)
+    for name in NAMES:
+        model = family(name)
+        patch_model(model, "tiny", verbose=False)
+        scramble(model).train()
+        expected = gradients(copy.deepcopy(model))
+        assert expected
+
+        replicated = DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=True)
+        for layer in getattr(model.base_model, "language_model", model.base_model).layers:
+            fully_shard(layer)
+        fully_shard(model)
+        for wrapped in (replicated, model):
+            for found, gradient in zip(gradients(wrapped), expected, strict=True):
+                torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
+        if distributed.get_rank() == 0:
+            print(name, flush=True)
+    distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
