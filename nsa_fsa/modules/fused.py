@@ -51,6 +51,8 @@ def kernels_for(x: Tensor) -> Kernels | None:
         and x.shape[-1] <= 512
         and x.shape[-1] % 8 == 0
         and x.stride(-1) == 1
+        # The kernels read 16 bytes at once.
+        and all(n % 8 == 0 for n in (x.storage_offset(), *x.stride()[:-1]))
         and torch.cuda.get_device_capability(x.device) >= (9, 0)
     )
     return quack_kernels() if takes else None

@@ -22,6 +22,7 @@ from transformers.cache_utils import DynamicLayer
 from nsa_fsa.cache import KeyValues
 from nsa_fsa.cache.nsa_cache import turn_back
 from nsa_fsa.config import NSAConfig
+from nsa_fsa.integrations.transformers.rotation import with_fused_rotation
 from nsa_fsa.modules.branches import SparseBranches, put_back, take
 from nsa_fsa.sequences import Packing, Sequences, keep_padding, pack_batch
 
@@ -114,7 +115,7 @@ FORWARDS: dict[type[nn.Module], Callable[..., Any] | None] = {}
 @functools.cache
 def sparse_attention_class(dense_class: Any) -> Any:
     """The subclass of an attention class that is sparse."""
-    base = dense_class
+    base = with_fused_rotation(dense_class)
     if (forward := FORWARDS.get(dense_class)) is not None:
         base = type(dense_class.__name__, (dense_class,), {"forward": forward})
     names = {"__module__": __name__, "dense_class": dense_class}

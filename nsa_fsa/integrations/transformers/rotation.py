@@ -1,0 +1,96 @@
+"""The rotation of a model's queries and keys, in one kernel where there is one."""
+
+import functools
+import inspect
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsa_fsa.modules.fused import kernels_for
+from nsa_fsa.modules.rotary import apply_rotary
+
+ROTATION = "apply_rotary_pos_emb"  # what transformers' models call theirs
+
+
+def with_fused_rotation(attention_class: type[nn.Module]) -> type[nn.Module]:
+    """An attention class whose forward rotates queries and keys in one kernel where
+    `nsa_fsa.modules.fused` has one; the same class if it rotates in another way than Llama.
+
+    The forward is the class's own; only the function of that name that it finds among the globals
+    of its module is another one.
+    """
+    plain = attention_class.forward
+    core: Any = inspect.unwrap(plain)
+    names = getattr(core, "__globals__", {})
+    rotation: Any = names.get(ROTATION)
+    if (
+        ROTATION not in getattr(getattr(core, "__code__", None), "co_names", ())
+        # Somebody else's kernel stays.
+        or getattr(rotation, "__module__", None) != core.__module__
+        or not _is_half_split(rotation)
+    ):
+        return attention_class
+    fused = _rebuilt(plain, {**names, ROTATION: _fused(rotation)})
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        # torch.compile looks for the globals of a function in its module.
+        return (plain if torch.compiler.is_compiling() else fused)(self, *args, **kwargs)
+
+    return type(attention_class.__name__, (attention_class,), {"forward": forward})
+
+
+def _rebuilt(function: Any, names: dict[str, Any]) -> Any:
+    """A function as it is, decorators included, with other globals at its core."""
+    closure, wrapped = function.__closure__, getattr(function, "__wrapped__", None)
+    if wrapped is not None:
+        names, core = function.__globals__, _rebuilt(wrapped, names)
+        cells = (types.CellType(core) if x.cell_contents is wrapped else x for x in closure)
+        closure = tuple(cells)
+    code, defaults = function.__code__, function.__defaults__
+    made: Any = types.FunctionType(code, names, function.__name__, defaults, closure)
+    made.__kwdefaults__ = function.__kwdefaults__
+    functools.update_wrapper(made, function)
+    del made.__wrapped__  # `update_wrapper` names the function that this one replaces
+    if wrapped is not None:
+        made.__wrapped__ = core
+    return made
+
+
+def _is_half_split(rotation: Callable[..., Any]) -> bool:
+    """Whether a model's rotation is the one that `apply_rotary` computes."""
+    kind: dict[str, Any] = dict(dtype=torch.float64, device="cpu")
+    angle = torch.linspace(0, 3, 12, **kind).view(1, 3, 4).repeat(1, 1, 2)
+    x, cos, sin = torch.linspace(-1, 1, 24, **kind).view(1, 1, 3, 8), angle.cos(), angle.sin()
+    try:
+        q, k = rotation(x, -x, cos, sin)
+        expected = _rotated(x, cos, sin)
+        return torch.allclose(q, expected) and torch.allclose(k, -expected)
+    except Exception:  # of another signature
+        return False
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x `[B, H, S, D]`, which usually is a view of `[B, S, H, D]`, by cos and sin
+    `[B or 1, S, D]`."""
+    batch_size, _, length, _ = x.shape
+    cos, sin = (y.expand(batch_size, -1, -1).flatten(0, 1) for y in (cos, sin))
+    rows = apply_rotary(x.transpose(1, 2).flatten(0, 1), cos, sin)
+    return rows.unflatten(0, (batch_size, length)).transpose(1, 2)
+
+
+def _fused(rotation: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's rotation, in one kernel where that runs and the arguments are the usual ones."""
+
+    @functools.wraps(rotation)
+    def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *args: Any, **kwargs: Any) -> Any:
+        usual = not args and not kwargs and cos.ndim == 3
+        alike = all(x.dtype == cos.dtype and x.shape[-1] == cos.shape[-1] for x in (q, k))
+        if not usual or not alike or kernels_for(q) is None or kernels_for(k) is None:
+            return rotation(q, k, cos, sin, *args, **kwargs)
+        return _rotated(q, cos, sin), _rotated(k, cos, sin)
+
+    return rotate
