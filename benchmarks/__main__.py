@@ -14,7 +14,7 @@ from nsa_fsa.benchmarking.runs import Bench
 from nsa_fsa.cli import need_a_gpu
 
 SUITES = suites.load()
-QUOTED = [name for name in SUITES if name != "ablations"]
+QUOTED = [name for name in SUITES if name not in ("ablations", "patched")]
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 console = Console(width=int(os.environ.get("COLUMNS", 160)))
 
@@ -23,7 +23,7 @@ console = Console(width=int(os.environ.get("COLUMNS", 160)))
 def run(
     suite: Annotated[
         list[str] | None,
-        typer.Argument(help=f"Of {', '.join(SUITES)}. Default: all but ablations."),
+        typer.Argument(help=f"Of {', '.join(SUITES)}. Default: all but ablations and patched."),
     ] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Only these lengths; repeat.")] = None,
     group: Annotated[list[int] | None, typer.Option(help="Only these sizes; repeat.")] = None,

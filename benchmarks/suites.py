@@ -11,6 +11,7 @@ import yaml
 from benchmarks.ablations import ABLATIONS
 from benchmarks.inputs import SuiteCase
 from benchmarks.operators import COMPRESSION, LOOP_ORDERS, PARTS, RECOMPUTING
+from benchmarks.patched import PATCHED
 from benchmarks.peers import FLEX, FULL, PEERS
 from nsa_fsa.benchmarking.implementations import NSA_CORE
 from nsa_fsa.benchmarking.runs import Bench
@@ -19,7 +20,8 @@ from nsa_fsa.config import NSAConfig
 IMPLEMENTATIONS = {
     x.name: x
     for x in (
-        NSA_CORE, RECOMPUTING, *PARTS, *COMPRESSION, *LOOP_ORDERS, *FULL, *PEERS, FLEX, *ABLATIONS
+        NSA_CORE, RECOMPUTING, *PARTS, *COMPRESSION, *LOOP_ORDERS, *FULL, *PEERS, FLEX, *ABLATIONS,
+        *PATCHED,
     )
 }  # fmt: skip
 Grid = dict[str, Any]

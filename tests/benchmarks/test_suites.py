@@ -90,7 +90,7 @@ def test_the_sizes_are_those_of_the_pages():
     assert {(x.seed, x.device) for x in cases} == {(7, "cuda")}
 
 
-@pytest.mark.parametrize("name", [name for name in suites.load() if name != "ablations"])
+@pytest.mark.parametrize("name", command.QUOTED)
 def test_the_command_measures_every_row_that_is_published(name):
     def asks_for(grid, row):
         blocks = f"{row['block_size']}x{row['num_blocks']}"
@@ -164,6 +164,18 @@ def test_the_choice_of_blocks(run):
     }
     select = [r for r in document["rows"] if r["implementation"] == "select_blocks"]
     assert all(set(row["errors"]) == {"score_lost"} for row in select)
+
+
+def test_a_patched_layer_and_the_layer_by_itself(run):
+    document = run("patched", small("patched"))
+    names = found(document, "implementation", "num_tokens", "group_size", "pass")
+    assert names == {
+        (layer, tokens, group, name)
+        for layer in ("nsa_layer", "patched_layer")
+        for tokens in (96, 128)
+        for group in (1, 4)
+        for name in PASSES
+    }
 
 
 def test_selected_attention(run):
@@ -289,7 +301,9 @@ def test_a_command_shows_what_it_measured(monkeypatch, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("suite", "rows"), [("core", 3), ("core_branches", 16), ("selection", 6)])
+@pytest.mark.parametrize(
+    ("suite", "rows"), [("core", 3), ("core_branches", 16), ("selection", 6), ("patched", 6)]
+)
 def test_on_a_gpu(suite, rows, tmp_path):
     options = ["--tokens=8192", "--group=4", "--milliseconds=5", f"--output={tmp_path}"]
     line = [sys.executable, "-m", "benchmarks", "run", suite, *options]
