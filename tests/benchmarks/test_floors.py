@@ -8,7 +8,7 @@ from benchmarks.inputs import SuiteCase
 from benchmarks.published import FOLDER, GPU, read
 from tests.benchmarking.tools import RATES, SIZES, case
 
-FILES = sorted(path.stem.removesuffix(f"_{GPU}") for path in FOLDER.glob("*.json"))
+FILES = sorted(path.stem.removesuffix(f"_{GPU}") for path in FOLDER.glob(f"*_{GPU}.json"))
 
 
 def row(implementation="", kind="part", **sizes):

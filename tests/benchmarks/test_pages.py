@@ -1,5 +1,6 @@
 """README.md and docs/performance.md have the tables and pictures of what is in results/."""
 
+import json
 import re
 
 import pytest
@@ -200,3 +201,19 @@ def test_the_picture_of_selected_attention(grids):
     here = rows[(rows.implementation == "triton_query_major") & (rows["pass"] == "backward")]
     here = here[here.num_tokens == 65536].sort_values("group_size")
     assert list(zip(here.group_size, here.ms, strict=True)) in points(axes["backward", 65536])
+
+
+def test_what_a_patched_layer_costs():
+    """The table of a page that is written by hand."""
+    path = FOLDER / "patched_nvidia_h100_80gb_hbm3.json"
+    found = {}
+    for row in json.loads(path.read_text())["rows"]:
+        if row["pass"] == "forward_backward":
+            case = (row["num_tokens"], row["group_size"])
+            found.setdefault(case, {})[row["implementation"]] = row["ms"]
+    page = (FOLDER.parents[1] / "docs/lab/patched_models.md").read_text()
+    for (tokens, group), ms in found.items():
+        alone, patched = ms["nsa_layer"], ms["patched_layer"]
+        line = f"| {tokens:,} | {group} | {alone:.2f} | {patched:.2f} | {patched / alone:.2f} |"
+        assert line in page.splitlines()
+        assert patched < 1.02 * alone

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import distributed
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -40,6 +41,7 @@ def gradients(model):
 def main(store, rank):
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.set_num_threads(1)
+    mesh = init_device_mesh("cpu", (2,))  # the default is a GPU where there is one
     for name in NAMES:
         model = family(name)
         patch_model(model, "tiny", verbose=False)
@@ -49,8 +51,8 @@ def main(store, rank):
 
         replicated = DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=True)
         for layer in getattr(model.base_model, "language_model", model.base_model).layers:
-            fully_shard(layer)
-        fully_shard(model)
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
         for wrapped in (replicated, model):
             for found, gradient in zip(gradients(wrapped), expected, strict=True):
                 torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)

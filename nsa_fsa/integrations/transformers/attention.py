@@ -398,7 +398,11 @@ def _before_layers(
             raise ValueError(PACKED_CACHE)
         kwargs["use_cache"] = False  # on by default, and nobody could read it
     if batch.past and any(x.nsa_config.compress_rope == "after" for x in layers):
-        batch = batch._replace(rotation=_rotation(decoder, layers[0], batch.layout.max_seqlen))
+        past, rows, layout, columns, real, packed, _ = batch
+        rotation = _rotation(decoder, layers[0], layout.max_seqlen)
+        # PyTorch 2.11's compiler hands an empty tuple across a graph break for what `_replace`
+        # returns.
+        batch = Batch(past, rows, layout, columns, real, packed, rotation)
     if len(layers) == decoder.config.num_hidden_layers:
         # Nobody reads this mask: at one of four dimensions transformers stops before it looks at
         # positions and waits for the GPU.
