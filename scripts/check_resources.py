@@ -40,6 +40,10 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from nsa_fsa.decode.append import append_tokens
+from nsa_fsa.decode.call import AppendCall, DecodeCall
+from nsa_fsa.decode.launch import nsa_decode
+from nsa_fsa.decode.pages import Pages
 from nsa_fsa.ops.block_selection.call import SelectionCall
 from nsa_fsa.ops.block_selection.triton import select_blocks
 from nsa_fsa.ops.common import tuning
@@ -167,6 +171,7 @@ def call_operators(case: Case, enter: Callable[[str], None]) -> None:
     call_sliding_window(case, q, do, enter)
     call_gated_combine(do, lse, enter)
     call_selection(case, q, k, cu_seqlens, num_indices, enter)
+    call_decoding(case, q, k, v, num_indices, enter)
 
 
 def call_selected_attention(
@@ -313,6 +318,50 @@ def call_selection(
         enter("select_blocks")
         call = SelectionCall(*tensors, sequences, scale, windows, blocks, num_indices, "triton")
         select_blocks(call)
+
+
+def call_decoding(
+    case: Case,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    num_indices: int,
+    enter: Callable[[str], None],
+) -> None:
+    """One new token and several, of sequences in pages and in one page each."""
+    windows, blocks = Windows(min(32, case.block_size), 16), Blocks(case.block_size, 1, 2)
+    num_heads, of_windows = k.shape[1], (k.shape[1], windows.kernel_size)
+    logits, lengths = k.new_empty(of_windows, dtype=torch.float32), k.new_empty(4).int()
+    half = case.head_dim // 2
+    turn = k.new_empty(2, windows.kernel_size, half, dtype=torch.float32)
+    for num_new, page_size in ((1, 64), (4, 64), (1, NUM_TOKENS)):
+        table = k.new_empty(4, NUM_TOKENS // page_size, dtype=torch.int32)
+        pages = Pages.empty(
+            *(table.numel(), page_size, num_heads, case.head_dim, case.value_dim),
+            *(windows.kernel_stride, table, k.dtype),
+        )
+        number = 4 * num_new
+        cos = k.new_empty(number, 2 * half)
+        for of_keys, of_values in (
+            (k.new_empty(*of_windows, case.head_dim), v.new_empty(*of_windows, case.value_dim)),
+            (None, None),
+        ):
+            enter(f"append_tokens, {num_new} in pages of {page_size}")
+            rotation = (None, None, None) if of_keys is None else (turn, cos, cos)
+            append_tokens(
+                AppendCall(
+                    *(k[:number], v[:number], pages, lengths, logits, of_keys, logits, of_values),
+                    *(*rotation, windows, 1, "triton"),
+                )
+            )
+        enter(f"nsa_decode, {num_new} in pages of {page_size}")
+        gates, scale = q.new_empty(number, NUM_HEADS, 3), case.head_dim**-0.5
+        nsa_decode(
+            DecodeCall(
+                *(q[:number], gates, pages, lengths, scale, windows, blocks, num_indices),
+                *(512, "triton"),
+            )
+        )
 
 
 class OfflineDriver:

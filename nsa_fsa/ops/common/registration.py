@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -287,6 +287,44 @@ def define_operator(
     differentiable = None if gradient is None else _differentiable(operator, gradient)
     _register_autograd(name, operator.run, differentiable)
     return operator
+
+
+def define_mutation(
+    name: str, call: type[Call], forward: Callable[[Call], None], written: Collection[str]
+) -> Callable[[Call], None]:
+    """Registers `nsa_fsa::<name>`, which writes into tensors that it is given and returns nothing;
+    no gradient goes through what it writes.
+
+    Args:
+        call: a frozen dataclass whose first member is a tensor.
+        forward: the operator on real tensors.
+        written: names of the tensors that it writes to, as they stand in the row.
+    """
+    signature = Signature(call)
+    row = [
+        x.replace("Tensor", f"Tensor({chr(ord('a') + n)}!)") if x.split()[1] in written else x
+        for n, x in enumerate(signature.schema())
+    ]
+
+    def run(*row):
+        with _in_its_precision(), on_device(row[0]):
+            return replayed(name, row, lambda: forward(signature.build(row)))
+
+    def run_fake(*row):
+        return None
+
+    operator = _register(name, row, 0, run, run_fake)
+
+    def below_autograd(*row):
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*row)
+
+    _LIBRARY.impl(name, unseen_by_the_compiler(below_autograd), "Autograd")
+
+    def mutate(call: Call) -> None:
+        operator(*signature.flatten(call))
+
+    return mutate
 
 
 def _register(

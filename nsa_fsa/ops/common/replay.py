@@ -215,7 +215,8 @@ class Recorder(TorchDispatchMode):
         body = [*self._body(returned)]
         lines += [f"{name} = {expression}" for expression, name in self.asked.items()]
         lines += body
-        lines.append(f"return {', '.join(results)}{'' if isinstance(found, Tensor) else ','}")
+        several = "," if isinstance(found, tuple) else ""
+        lines.append(f"return {', '.join(results)}{several}")
         source = "\n    ".join(["def play(tensors, addresses):", *lines])
 
         namespace = {"empty": torch.empty_strided, **self.constants}

@@ -1,0 +1,131 @@
+"""Decoding's kernels on a GPU: against the reference, in CUDA graphs, and without waiting."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from nsa_fsa.decode import Pages, append_tokens, nsa_decode
+from tests.decode.problems import Problem, Run
+from tests.on_gpu import assert_rms_close, record, syncs_forbidden
+
+pytestmark = pytest.mark.gpu
+GPU = Problem(
+    lengths=(0, 700, 3001), num_kv_heads=2, group_size=4, head_dim=128, v_head_dim=128,
+    kernel_size=32, kernel_stride=16, block_size=64, num_selected_blocks=16, local_blocks=2,
+    window_size=512, page_size=64, rotary_dim=128, scale=128**-0.5, dtype=torch.bfloat16,
+    device="cuda",
+)  # fmt: skip
+PROBLEMS = {
+    "bfloat16": GPU,
+    "float16": dataclasses.replace(GPU, dtype=torch.float16, num_new=3, gates="shared"),
+    "float32": dataclasses.replace(GPU, dtype=torch.float32, group_size=3),
+    "one head": dataclasses.replace(GPU, group_size=1, num_new=16),
+    "large group": dataclasses.replace(GPU, group_size=64, num_kv_heads=1, num_new=2),
+    "narrow": dataclasses.replace(GPU, head_dim=64, v_head_dim=96, rotary_dim=32, scale=0.125),
+    "wide": dataclasses.replace(GPU, head_dim=192, v_head_dim=256, page_size=0),
+    "blocks of 128": dataclasses.replace(GPU, block_size=128, num_selected_blocks=8),
+    "small blocks": dataclasses.replace(
+        GPU, block_size=16, kernel_size=16, page_size=128, num_selected_blocks=32
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_equals_the_reference(name):
+    """Of the same blocks; scores in 16 bits may tie, and then another is as good."""
+    run, expected = (Run(PROBLEMS[name], x) for x in ("triton", "reference"))
+    for x, y in zip(run.pages, expected.pages, strict=True):
+        x.copy_(y)  # what a prompt leaves is the same
+    for _ in range(2):
+        found, wanted = run.step(), expected.step()
+        alike = (found.block_indices == wanted.block_indices).flatten(1).all(1)
+        assert alike.float().mean() > 0.95
+        assert_rms_close("o", found.o[alike], wanted.o[alike], run.problem.dtype)
+        assert not found.o.isnan().any()
+        for x, y in zip(run.pages[:4], expected.pages, strict=False):
+            assert torch.equal(x.isnan(), y.isnan())
+            assert_rms_close("pages", x.nan_to_num(), y.nan_to_num(), run.problem.dtype)
+
+
+def inputs_of(run):
+    p, number = run.problem, len(run.sequences)
+    heads = p.num_kv_heads * p.group_size
+    made = (p.normal(number, heads, p.head_dim), p.normal(number, heads, 3))
+    return (
+        *made,
+        p.normal(number, p.num_kv_heads, p.head_dim),
+        p.normal(number, p.num_kv_heads, p.v_head_dim),
+    )
+
+
+def step_of(run, q, gates, k, v, lengths):
+    p = run.problem
+    cos = torch.ones(len(lengths), p.rotary_dim, device="cuda")
+    rotation = (cos, torch.zeros_like(cos))
+    pooling = dict(pool_k=run.pool_k, pool_v=run.pool_v, turn=run.turn, rotation=rotation)
+
+    def step():
+        append_tokens(k, v, run.pages, lengths, **p.windows, **pooling)
+        return nsa_decode(q, gates, run.pages, lengths, **p.windows, **p.selection)
+
+    return step
+
+
+def test_a_graph_is_replayed_at_other_lengths():
+    run = Run(GPU, "triton", num_steps=40)
+    q, gates, k, v = inputs_of(run)
+    lengths = run.lengths + 1
+    step = step_of(run, q, gates, k, v, lengths)
+    graph, found = record(step)
+    for grown in (0, 1, 14, 15, 30):
+        lengths.copy_(run.lengths + 1 + grown)
+        graph.replay()
+        replayed = [x.clone() for x in found]
+        with syncs_forbidden():
+            direct = step()
+        assert torch.equal(replayed[0], direct.o)
+        assert torch.equal(replayed[1], direct.block_indices)
+
+
+def test_runs_have_the_same_bits():
+    run = Run(GPU, "triton")
+    step = step_of(run, *inputs_of(run), run.lengths + 1)
+    first = step()
+    for _ in range(100):
+        assert torch.equal(step().o, first.o)
+
+
+def test_neighbours_do_not_matter():
+    """To the last bit, whatever their lengths are."""
+    run = Run(GPU, "triton")
+    q, gates, k, v = inputs_of(run)
+    lengths = run.lengths + 1
+    whole = step_of(run, q, gates, k, v, lengths)().o
+    for b in range(3):
+        one = Run(GPU, "triton")
+        one.pages = one.pages._replace(table=one.pages.table[b : b + 1].contiguous())
+        rows = slice(b, b + 1)
+        alone = step_of(one, q[rows], gates[rows], k[rows], v[rows], lengths[rows].clone())().o
+        assert torch.equal(alone, whole[rows])
+
+
+def test_a_million_tokens():
+    """Of one KV head, where offsets pass 2^31 bytes, against the reference."""
+    length, page = 1 << 20, 64
+    torch.manual_seed(0)
+    table = torch.randperm(length // page, device="cuda").int()[None]
+    pages = Pages.empty(length // page, page, 1, 128, 128, 16, table)
+    for x in pages[:4]:
+        x.normal_()
+    q = torch.randn(1, 4, 128, device="cuda", dtype=torch.bfloat16)
+    gates = torch.randn(1, 4, 3, device="cuda")
+    lengths = torch.tensor([length - 5], dtype=torch.int32, device="cuda")
+    settings = dict(
+        kernel_size=32, kernel_stride=16, block_size=64, num_selected_blocks=16, window_size=512
+    )
+    found, wanted = (
+        nsa_decode(q, gates, pages, lengths, **settings, backend=x) for x in ("auto", "reference")
+    )
+    assert torch.equal(found.block_indices, wanted.block_indices)
+    assert_rms_close("o", found.o, wanted.o)

@@ -1,0 +1,256 @@
+"""What is decoded step by step is what the whole sequence gives, from pages in any order that hold
+NaN wherever no token was written."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from nsa_fsa.decode import Pages, Pooling, append_tokens, nsa_decode
+from nsa_fsa.decode.call import AppendCall, DecodeCall
+from nsa_fsa.decode.operator import DECODE
+from nsa_fsa.ops.common.calls import Blocks, Windows
+from nsa_fsa.ops.common.registration import Signature
+from tests.decode.problems import NAN, Problem, Run, small_shares
+
+BACKENDS = ("triton", "reference")
+PROBLEMS = {
+    "as it comes": Problem(),
+    "one page": Problem(page_size=0),
+    "several new": Problem(num_new=3, group_size=3, lengths=(0, 33, 61), gates="shared"),
+    "most new": Problem(num_new=16, num_kv_heads=1, lengths=(7, 48), group_size=1),
+    "widths": Problem(head_dim=24, v_head_dim=40, rotary_dim=24, lengths=(70,)),
+    "mean": Problem(logits=False, embedding=False, rotary_dim=0, lengths=(15, 90)),
+    "no forced": Problem(init_blocks=0, local_blocks=0, lengths=(100,), num_selected_blocks=2),
+    "only forced": Problem(init_blocks=2, local_blocks=2, lengths=(100,)),
+    "hops": Problem(
+        kernel_size=12, kernel_stride=4, block_size=12, page_size=24, lengths=(83, 11),
+        local_blocks=2,
+    ),
+    "blocks of one window": Problem(
+        kernel_size=16, kernel_stride=16, block_size=16, lengths=(95, 160), num_selected_blocks=3
+    ),
+    "many lists": Problem(lengths=(700,), num_kv_heads=1, num_selected_blocks=5),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def shares(monkeypatch):
+    small_shares(monkeypatch)
+
+
+def assert_as_the_whole(run, found, which=None):
+    new = run.problem.num_new
+    for b in range(len(run.sequences)) if which is None else which:
+        rows = slice(b * new, (b + 1) * new)
+        o, blocks = run.whole(b)
+        assert torch.equal(found.block_indices[rows], blocks[-new:]), b
+        torch.testing.assert_close(found.o[rows].double(), o[-new:], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_equals_the_whole_sequence(name, backend):
+    run = Run(PROBLEMS[name], backend)
+    for _ in range(2):
+        assert_as_the_whole(run, run.step())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sequences_that_rest(backend):
+    """They get 0, and nothing is read or written for them."""
+    run = Run(Problem(lengths=(40, 50, 33)), backend)
+    before = [x.clone() for x in run.pages[:4]]
+    found = run.step(which=[1])
+    assert_as_the_whole(run, found, which=[1])
+    for rows in (slice(0, 1), slice(2, 3)):
+        assert (found.o[rows] == 0).all()
+        assert (found.block_indices[rows] == -1).all()
+    own = run.pages.table[1].long()
+    others = [i for i in range(run.pages.k.shape[0]) if i not in own.tolist()]
+    for x, y in zip(before, run.pages, strict=False):
+        assert torch.equal(x[others].isnan(), y[others].isnan())
+        assert torch.equal(x[others].nan_to_num(), y[others].nan_to_num())
+    assert_as_the_whole(run, run.step(which=[0, 2]), which=[0, 2])
+
+
+def test_neither_neighbours_nor_pages_matter():
+    """To the last bit."""
+    whole = Run(Problem(), "triton").step()
+    for b in range(4):
+        run = Run(Problem(), "triton")
+        table = run.pages.table[b : b + 1]
+        one, sequence, length = run.pages._replace(table=table), run.sequences[b], run.lengths[b]
+        stop = int(length) + 1
+        rows = slice(stop - 1, stop)
+        run.append(one, [b], stop - 1, length[None] + 1, 1)
+        found = nsa_decode(
+            sequence.q[rows], sequence.gate_logits[rows], one, length[None] + 1,
+            **run.problem.windows, **run.problem.selection, backend="triton",
+        )  # fmt: skip
+        assert torch.equal(found.o, whole.o[b : b + 1])
+    for other in (
+        Run(Problem(), "triton", page_order=torch.arange(16).flip(0)),
+        Run(Problem(page_size=64), "triton"),
+        Run(Problem(page_size=0), "triton"),
+    ):
+        assert torch.equal(other.step().o, whole.o)
+
+
+def test_pages_of_a_prefix_can_be_shared():
+    """Compressed tokens that reach past a page lie in the page where they end."""
+    problem = Problem(lengths=(64, 64), page_size=32)
+    run = Run(problem, "triton", num_steps=10)
+    first, second = run.sequences
+    second.k[:64], second.v[:64] = first.k[:64], first.v[:64]
+    run.pages.table[1, :2] = run.pages.table[0, :2]  # the first two pages are the other's
+    for _ in range(10):
+        found = run.step()
+    assert_as_the_whole(run, found)
+
+
+def test_tokens_are_taken_back_by_a_shorter_length():
+    run = Run(Problem(lengths=(40, 97)), "triton", num_steps=12)
+    for _ in range(10):
+        run.step()
+    run.lengths -= 9
+    for sequence in run.sequences:
+        for x in vars(sequence).values():
+            x[41:] = x[41:].roll(1, 0)  # other tokens than before
+    run.sequences[1].k[:98], run.sequences[1].v[:98] = (
+        run.sequences[1].k[:98],
+        run.sequences[1].v[:98],
+    )
+    found = run.step(which=[0])
+    assert_as_the_whole(run, found, which=[0])
+
+
+def test_what_others_compress_is_left_to_them():
+    run = Run(Problem(lengths=(31, 40)), "triton")
+    before = run.pages.k_cmp.clone(), run.pages.v_cmp.clone()
+    k, v = (torch.cat([getattr(x, n)[-1:] for x in run.sequences]) for n in ("k", "v"))
+    append_tokens(
+        k, v, run.pages, run.lengths + 1, **run.problem.windows, compress=False, backend="triton"
+    )
+    for x, y in zip(before, (run.pages.k_cmp, run.pages.v_cmp), strict=True):
+        assert torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0))
+
+
+# What torch.library sees
+
+
+def call_of(run):
+    p, number = run.problem, len(run.sequences)
+    q, gates = (torch.cat([getattr(x, n)[:1] for x in run.sequences]) for n in ("q", "gate_logits"))
+    assert q.shape[0] == number
+    return (q, gates, run.pages, run.lengths), dict(**p.windows, **p.selection)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_operators_pass_opcheck(backend):
+    run = Run(Problem(lengths=(40, 70)), backend)
+    for x in run.pages[:4]:
+        x.nan_to_num_(0.0)  # opcheck compares what comes before and after, and NaN differs
+    (q, gates, pages, lengths), _settings = call_of(run)
+    p = run.problem
+    windows = Windows(p.kernel_size, p.kernel_stride)
+    blocks = Blocks(p.block_size, p.init_blocks, p.local_blocks)
+    call = DecodeCall(
+        q, gates, pages, lengths, p.scale, windows, blocks, p.num_selected_blocks, p.window_size,
+        backend,
+    )  # fmt: skip
+    torch.library.opcheck(torch.ops.nsa_fsa.nsa_decode.default, DECODE.call.flatten(call))
+    k, v = run.sequences[0].k[:2], run.sequences[0].v[:2]
+    rotation = torch.rand(2, 2, p.rotary_dim).unbind(0)
+    append = AppendCall(
+        k, v, pages, lengths, *run.pool_k, *run.pool_v, run.turn, *rotation, windows, 1, backend
+    )
+    row = Signature(AppendCall).flatten(append)
+    torch.library.opcheck(torch.ops.nsa_fsa.append_tokens.default, row)
+
+
+def test_a_step_compiles_to_one_graph():
+    run = Run(Problem(lengths=(40, 70)), "reference")
+    (q, gates, pages, lengths), settings = call_of(run)
+    k, v = (torch.cat([getattr(x, n)[:1] for x in run.sequences]) for n in ("k", "v"))
+
+    def step(q, gates, k, v, pages, lengths):
+        append_tokens(k, v, pages, lengths, **run.problem.windows)
+        return nsa_decode(q, gates, pages, lengths, **settings).o * 2
+
+    copies = [Pages(*(x.clone() for x in pages)) for _ in range(2)]
+    expected = step(q, gates, k, v, copies[0], lengths)
+    found = torch.compile(step, fullgraph=True, backend="aot_eager")(
+        q, gates, k, v, copies[1], lengths
+    )
+    assert torch.equal(found, expected)
+    for x, y in zip(*copies, strict=True):
+        assert torch.equal(x.float().nan_to_num(7.0), y.float().nan_to_num(7.0))
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(lengths=torch.ones(2)), "lengths is torch.float32"),
+        (dict(lengths=torch.ones(3, dtype=torch.int32)), r"asks for int32 \[2\]"),
+        (dict(lengths=[3, 4]), "lengths"),
+        (dict(table=torch.zeros(2, 4)), "table is torch.float32"),
+        (dict(k_cmp=torch.zeros(3, 2, 5, 16)), "k_cmp of the pages"),
+        (dict(v=torch.zeros(3, 1, 32, 16)), "v of the pages"),
+        (dict(q=torch.zeros(3, 4, 16)), "q has shape"),
+        (dict(q=torch.zeros(34, 4, 16)), "gate_logits|16 at most"),
+        (dict(q=torch.zeros(2, 4, 16, dtype=torch.float64)), "q has dtype torch.float64"),
+        (dict(q=torch.zeros(2, 5, 16)), "KV heads"),
+        (dict(gate_logits=torch.zeros(2, 3, 3)), "gate_logits has shape"),
+        (dict(scale=NAN), "scale=nan"),
+        (dict(backend="cuda"), "backend='cuda'"),
+        (dict(window_size=0), "window_size=0"),
+        (dict(kernel_stride=7), "kernel_size=16"),
+    ],
+    ids=lambda x: str(x)[:40],
+)  # fmt: skip
+def test_bad_input_is_refused(change, message):
+    run = Run(Problem(lengths=(40, 70)), "reference")
+    (q, gates, pages, lengths), settings = call_of(run)
+    given = dict(q=q, gate_logits=gates, lengths=lengths, **settings)
+    of_pages = {name: x for name, x in change.items() if name in Pages._fields}
+    given |= {name: x for name, x in change.items() if name not in of_pages}
+    with pytest.raises(ValueError, match=message):
+        nsa_decode(pages=pages._replace(**of_pages), **given)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(k=torch.zeros(2, 3, 16)), "k has shape"),
+        (dict(v=torch.zeros(2, 2, 8)), "v has shape"),
+        (dict(pool_k=Pooling(torch.zeros(2, 15))), "logits of pool_k"),
+        (dict(pool_v=Pooling(None, torch.zeros(2, 16, 8))), "embedding of pool_v"),
+        (dict(turn=torch.zeros(2, 16, 9)), "turn has shape"),
+        (dict(turn=torch.zeros(16, 4)), "turn has shape"),
+        (
+            dict(turn=torch.zeros(2, 16, 4), pool_k=Pooling(None, torch.zeros(2, 16, 16))),
+            "rotation is None",
+        ),
+        (dict(turn=torch.zeros(2, 16, 4), rotation=(torch.zeros(2, 4),) * 2), "cos of rotation"),
+        (dict(backend="gluon"), "backend='gluon'"),
+    ],
+    ids=lambda x: str(x)[:40],
+)  # fmt: skip
+def test_bad_tokens_are_refused(change, message):
+    run = Run(Problem(lengths=(40, 70)), "reference")
+    before = [x.clone() for x in run.pages]
+    given = dict(k=torch.zeros(2, 2, 16), v=torch.zeros(2, 2, 16)) | change
+    with pytest.raises(ValueError, match=message):
+        append_tokens(pages=run.pages, lengths=run.lengths, **run.problem.windows, **given)
+    for x, y in zip(before, run.pages, strict=True):
+        assert torch.equal(x.nan_to_num(7.0), y.nan_to_num(7.0))
+
+
+def test_pages_know_their_sizes():
+    run = Run(dataclasses.replace(Problem(), page_size=16), "reference")
+    assert run.pages.page_size == 16
+    assert run.pages.capacity == 16 * run.pages.table.shape[1] >= 99
