@@ -27,6 +27,7 @@ class Layer(NamedTuple):
 
     name: str  # as in `model.named_modules()`
     module: Any
+    decoder: Any  # the innermost model of transformers around it: what is called with the mask
     why_not: str | None = None  # why it cannot become sparse, if it cannot
     is_full: bool = True  # whether it is full attention, which is refused rather than left alone
 
@@ -62,7 +63,10 @@ def attention_layers(model: nn.Module) -> dict[int, Layer]:
         ValueError: for a model with several decoders.
     """
     found: dict[int, Layer] = {}
+    decoders = {"": model}
     for name, module in model.named_modules():
+        if isinstance(module, PreTrainedModel):
+            decoders[f"{name}." if name else ""] = module
         if not is_attention(module):
             continue
         i: Any = module.layer_idx
@@ -71,7 +75,8 @@ def attention_layers(model: nn.Module) -> dict[int, Layer]:
                 f"{type(model).__name__} has two attention modules of layer {i}, {found[i].name} "
                 f"and {name}. Fix: patch the model that contains one of them alone."
             )
-        found[i] = Layer(name, module, *_obstacle(module))
+        *_, decoder = (x for prefix, x in decoders.items() if name.startswith(prefix))
+        found[i] = Layer(name, module, decoder, *_obstacle(module))
     return dict(sorted(found.items()))
 
 
@@ -146,23 +151,12 @@ def _first(x: Any, *names: str) -> Any:
     return next((y for name in names if (y := getattr(x, name, None)) is not None), None)
 
 
-def decoder_of(model: nn.Module, name: str) -> Any:
-    """The innermost model of transformers that a module is in: what is called with the mask."""
-    found = model
-    while "." in name:
-        name = name.rpartition(".")[0]
-        if isinstance(module := model.get_submodule(name), PreTrainedModel):
-            found = module
-            break
-    return found
-
-
-def check_rotation(model: nn.Module, layer: Layer, config: NSAConfig) -> None:
+def check_rotation(layer: Layer, config: NSAConfig) -> None:
     """Raises ValueError unless the keys of a layer can be turned back, where they have to be."""
     unset = (p.is_meta or p.numel() == 0 for p in layer.module.parameters())
     if config.compress_rope == "before" or any(unset):
         return  # what is made without memory was looked at when it was first made
-    rotary = getattr(decoder_of(model, layer.name), "rotary_emb", None)
+    rotary = getattr(layer.decoder, "rotary_emb", None)
     reason = "it is not known how they were rotated"
     if (rope_type := getattr(rotary, "rope_type", None)) in ("dynamic", "longrope"):
         reason = f'a rotation of type "{rope_type}" changes with the length of the sequence'
@@ -247,6 +241,10 @@ def explain_model(model: nn.Module) -> ModelExplanation:
     Raises:
         ValueError: for a model with several decoders.
     """
-    layers = attention_layers(model).values()
-    rows = tuple((x.name, type(x.module).__name__, x.why_not or "") for x in layers)
-    return ModelExplanation(type(model).__name__, rows)
+    return explanation_of(model, attention_layers(model))
+
+
+def explanation_of(model: nn.Module, layers: dict[int, Layer]) -> ModelExplanation:
+    """The same of a model whose layers are known."""
+    rows = ((x.name, type(x.module).__name__, x.why_not or "") for x in layers.values())
+    return ModelExplanation(type(model).__name__, tuple(rows))

@@ -21,10 +21,10 @@ from nsa_fsa.integrations.transformers.attention import (
     sparse_attention_class,
 )
 from nsa_fsa.integrations.transformers.layers import (
+    Layer,
     ModelExplanation,
     attention_layers,
-    decoder_of,
-    explain_model,
+    explanation_of,
     with_function,
 )
 from nsa_fsa.integrations.transformers.models import (
@@ -186,7 +186,7 @@ def patch_model(
         TypeError: for a model without an attention that can become sparse, or a wrapper around one.
         ValueError: for settings that do not fit the model. The model is untouched then.
     """
-    _check_model(model)
+    found = _layers_of(model)
     before = type(model)
     patched = "_nsa_dense" in model.__dict__
     patched_class = before if patched else sparse_class(before)
@@ -197,8 +197,8 @@ def patch_model(
                 f"{name} is a {type(make).__name__}; it must be a class or a function that "
                 f"makes a layer's own nn.Module from its NSAConfig. Fix: {name}=lambda config: ..."
             )
-    settings = settings_by_layer(model, config, preset, layers, overrides)
-    made, anew = _build(model, settings, dict.fromkeys(settings, own))
+    settings = settings_by_layer(model, found, config, preset, layers, overrides)
+    made, anew = _build(model, found, settings, dict.fromkeys(settings, own))
 
     now = sparse_layers(model)
     configs = {i: layer.nsa_config for i, layer in now.items()}
@@ -214,8 +214,8 @@ def patch_model(
         total_parameters=_count(model)
         + _count_new(made.values())
         - _count_new(now[i] for i in made if i in now),
-        explanation=explain_model(model),
-        modules_to_save=_modules_to_save(model),
+        explanation=explanation_of(model, found),
+        modules_to_save=_modules_to_save(found),
         dry_run=dry_run,
         already_patched=not made,
         configs=configs,
@@ -225,7 +225,7 @@ def patch_model(
         sparse_config = model.config
         if not patched:
             sparse_config = _convert_config(model.config, patched_class.config_class)
-        _swap(model, patched_class, sparse_config, made, settings)
+        _swap(model, found, patched_class, sparse_config, made, settings)
         _rename(model, changed_by="patch_model")
     if verbose:
         print(report)
@@ -313,12 +313,13 @@ def install(model: PreTrainedModel, own: Mapping[str, Any]) -> None:
     layers = attention_layers(model)
     if missing := [i for i in settings if i not in layers or layers[i].why_not]:
         raise ValueError(
-            f"layers {missing} of {type(model).__name__} cannot be sparse. {explain_model(model)}\n"
+            f"layers {missing} of {type(model).__name__} cannot be sparse. "
+            f"{explanation_of(model, layers)}\n"
             "Fix: nsa=dict(layers=...) with other layers."
         )
-    configs = {i: resolve(model, layers[i], values) for i, values in settings.items()}
-    made, _ = _build(model, configs, own_of)
-    _swap(model, type(model), model.config, made, configs)
+    configs = {i: resolve(layers[i], values) for i, values in settings.items()}
+    made, _ = _build(model, layers, configs, own_of)
+    _swap(model, layers, type(model), model.config, made, configs)
     for attention in sparse_layers(model).values():
         mark_as_initialized(attention)
     saved_as = getattr(model.config, "architectures", None) or ()
@@ -336,9 +337,9 @@ class _Parts(SparseBranches, nn.Module):
         self.add_branches(config, **new)
 
 
-def _check_model(model: Any) -> None:
-    if isinstance(model, PreTrainedModel) and attention_layers(model):
-        return
+def _layers_of(model: Any) -> dict[int, Layer]:
+    if isinstance(model, PreTrainedModel) and (found := attention_layers(model)):
+        return found
     modules = model.modules() if isinstance(model, nn.Module) else ()
     inside = [type(m).__name__ for m in modules if isinstance(m, PreTrainedModel)]
     fix = "patch a model of transformers, or register_attention(...) your own class of attention"
@@ -353,9 +354,9 @@ def _check_model(model: Any) -> None:
     )
 
 
-def _modules_to_save(model: PreTrainedModel) -> tuple[str, ...]:
+def _modules_to_save(layers: dict[int, Layer]) -> tuple[str, ...]:
     """A mixture of experts has a "gate" of its own, so the attention's name comes before ours."""
-    names = (layer.name.rpartition(".")[2] for layer in attention_layers(model).values())
+    names = (layer.name.rpartition(".")[2] for layer in layers.values())
     return (*dict.fromkeys(f"{name}.gate" for name in names), "compress_k", "compress_v")
 
 
@@ -363,21 +364,17 @@ def _num_layers(model: PreTrainedModel) -> int:
     return model.config.get_text_config().num_hidden_layers
 
 
-def _decoders(model: PreTrainedModel) -> list[nn.Module]:
-    """What is called with the masks of the NSA layers."""
-    names = (name for name, m in model.named_modules() if isinstance(m, NSAAttention))
-    return list({id(x): x for x in (decoder_of(model, name) for name in names)}.values())
-
-
 def _build(
-    model: PreTrainedModel, settings: Mapping[int, NSAConfig], own: Mapping[int, Mapping[str, Any]]
+    model: PreTrainedModel,
+    layers: dict[int, Layer],
+    settings: Mapping[int, NSAConfig],
+    own: Mapping[int, Mapping[str, Any]],
 ) -> tuple[dict[int, _Parts], tuple[str, ...]]:
     """New parts of the layers that change, and which learned ones start anew.
     The model is untouched.
     """
     made: dict[int, _Parts] = {}
     anew: list[str] = []
-    layers = attention_layers(model)
     _check_distribution(model)
     for i, config in sorted(settings.items()):
         attention: Any = layers[i].module
@@ -502,6 +499,7 @@ def _lasting_values(config: Any) -> dict[str, Any]:
 
 def _swap(
     model: PreTrainedModel,
+    layers: dict[int, Layer],
     patched_class: type[PreTrainedModel],
     sparse_config: Any,
     made: Mapping[int, _Parts],
@@ -516,7 +514,6 @@ def _swap(
             dense_config = _convert_config(model.config, dense_class.config_class)
             del dense_config.nsa
         model._nsa_dense = _DenseState(dense_config, _lasting_values(sparse_config))  # type: ignore[assignment]
-    layers = attention_layers(model)
     _rebind_config(model, model.config, sparse_config)
     for i, parts in made.items():
         attention = layers[i].module
@@ -532,7 +529,7 @@ def _swap(
     for attention in sparse_layers(model).values():
         (config,) = attention.__dict__.setdefault("_dense_config", (attention.config,))
         attention.config = with_function(config, ATTENTION_NAME)
-    for decoder in _decoders(model):
+    for decoder in {x.decoder for x in layers.values() if isinstance(x.module, NSAAttention)}:
         attach(decoder)
     model.__class__ = patched_class
     sparse_config.belong_to(model)

@@ -13,9 +13,8 @@ from nsa_fsa.integrations.transformers.attention import NSAAttention
 from nsa_fsa.integrations.transformers.layers import (
     SIZES,
     Layer,
-    attention_layers,
     check_rotation,
-    explain_model,
+    explanation_of,
     sizes_of,
 )
 
@@ -172,17 +171,18 @@ def of_layers(values: Any, count: int) -> dict[int, Any]:
 
 def settings_by_layer(
     model: PreTrainedModel,
+    found: dict[int, Layer],
     config: Any,
     preset: str | None,
     layers: Any,
     overrides: Mapping[str, Any],
 ) -> dict[int, NSAConfig]:
-    """The arguments of `patch_model` as one NSAConfig for each layer to be patched.
+    """The arguments of `patch_model` as one NSAConfig for each layer to be patched, of those that
+    were found.
 
     Raises:
         ValueError: for settings that do not fit, or layers that cannot become sparse.
     """
-    found = attention_layers(model)
     now = {i: attention.nsa_config for i, attention in sparse_layers(model).items()}
     count = model.config.get_text_config().num_hidden_layers
     if isinstance(config, Mapping) and not config:
@@ -206,7 +206,7 @@ def settings_by_layer(
         full = [i for i, layer in found.items() if layer.is_full]
         given = dict.fromkeys(now or full, config)
     if not given:
-        raise ValueError(f"no layer of the model can become sparse. {explain_model(model)}")
+        raise ValueError(f"no layer of the model can become sparse. {explanation_of(model, found)}")
     if refused := [i for i in given if i not in found or found[i].why_not]:
         i, possible = refused[0], [i for i in found if not found[i].why_not]
         why = found[i].why_not if i in found else "it is no causal self-attention that is known"
@@ -215,20 +215,17 @@ def settings_by_layer(
             f"the attention of layers {refused} cannot become sparse: of layer {i}, {why}. "
             f"explain_model(model) says so of every module. Fix: {fix}."
         )
-    return {i: resolve(model, found[i], y, preset, overrides, now.get(i)) for i, y in given.items()}
+    return {i: resolve(found[i], y, preset, overrides, now.get(i)) for i, y in given.items()}
 
 
 def resolve(
-    model: PreTrainedModel,
     layer: Layer,
     given: Any,
     preset: str | None = None,
     overrides: Any = None,
     now: NSAConfig | None = None,
 ) -> NSAConfig:
-    """One layer's settings, in whichever form they were given, as an NSAConfig that
-    fits the model.
-    """
+    """One layer's settings, in whichever form they were given, as an NSAConfig that fits it."""
     whole = isinstance(given, (NSAConfig, str, os.PathLike))
     whole = whole or (isinstance(given, Mapping) and "preset" in given)
     if whole and preset is not None:
@@ -276,5 +273,5 @@ def resolve(
             "but patching keeps the pretrained ones: it must be False. "
             "Fix: kv_per_branch=False, or build a model around NativeSparseAttention."
         )
-    check_rotation(model, layer, config)
+    check_rotation(layer, config)
     return dataclasses.replace(config, **LEFT_TO_DENSE)
