@@ -23,7 +23,8 @@ from nsa_fsa.integrations.transformers.layers import (
     register_attention,
 )
 from nsa_fsa.integrations.transformers.models import class_named
-from nsa_fsa.integrations.transformers.patch import PatchReport, patch_model, unpatch_model
+from nsa_fsa.integrations.transformers.patch import patch_model, unpatch_model
+from nsa_fsa.integrations.transformers.report import PatchReport
 
 __all__ = [
     "ModelExplanation",

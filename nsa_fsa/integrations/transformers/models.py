@@ -11,28 +11,22 @@ a class reads that was named outright, such as `LlamaForCausalLM`, is refused by
 
 import copy
 import functools
-import operator
 import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
-from torch import nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, conversion_mapping
 from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from nsa_fsa.config import NSAConfig, with_changes
-from nsa_fsa.integrations.transformers.attention import (
-    ATTENTION_NAME,
-    NSAAttention,
-    warn_of_frozen_gates,
-)
+from nsa_fsa.config import with_changes
+from nsa_fsa.integrations.transformers.attention import ATTENTION_NAME, warn_of_frozen_gates
 from nsa_fsa.integrations.transformers.layers import sizes_in
+from nsa_fsa.integrations.transformers.parts import start_parts
 from nsa_fsa.integrations.transformers.settings import (
     COMPRESSORS,
     LEFT_TO_DENSE,
@@ -42,8 +36,6 @@ from nsa_fsa.integrations.transformers.settings import (
     of_layers,
     settings_of,
 )
-from nsa_fsa.modules.compression import Compressor, LinearPhi, MLPPhi, PoolPhi
-from nsa_fsa.modules.gating import BranchGate
 
 PACKAGE = "nsa_fsa.integrations.transformers"
 # What a file holds as `layer_types`: transformers checks that field in every config, and names what
@@ -298,85 +290,10 @@ class _NSAModel:
             warn_of_frozen_gates(self.base_model)  # type: ignore[attr-defined]
         return super().train(mode)  # type: ignore[misc]
 
-    @torch.no_grad()
     def initialize_weights(self) -> None:
-        """Initialises what NSA adds and no checkpoint brought, before transformers would do it as
-        for any Linear.
-        """
-        for module in self.modules():  # type: ignore[attr-defined]
-            if isinstance(module, Compressor):
-                _start(module.phi)
-            is_ours = isinstance(module, (BranchGate, Compressor, LinearPhi, MLPPhi, PoolPhi))
-            if is_ours and not _is_initialized(module):
-                loaded = [p for p in module.parameters(recurse=False) if _is_initialized(p)]
-                if len(loaded) < len(list(module.parameters(recurse=False))):
-                    # A reset writes every parameter of the module.
-                    values = [p.clone() for p in loaded]
-                    module.reset_parameters()
-                    for parameter, value in zip(loaded, values, strict=True):
-                        parameter.copy_(value)
-                module._is_hf_initialized = True
+        """Starts the parts of layers before transformers would, as it does any Linear."""
+        start_parts(self)  # type: ignore[arg-type]
         super().initialize_weights()  # type: ignore[misc]
-
-
-def mark_as_initialized(attention: NSAAttention) -> None:
-    """Keeps transformers from initialising what a layer adds as it does any Linear,
-    unless it is made without memory.
-    """
-    if torch.empty(0).is_meta:
-        return
-    for part in (attention.gate, attention.compress_k, attention.compress_v):
-        for module in part.modules():
-            module._is_hf_initialized = True  # type: ignore[assignment]
-
-
-def make_phi(
-    make: Callable[[NSAConfig], nn.Module], config: NSAConfig, **factory: Any
-) -> nn.Module:
-    """A compressor of the user's own, on the device and in the dtype of what is added beside it.
-
-    In a model that is made without memory, as in `from_pretrained`, it keeps the values that it is
-    made with, and which of its tensors are one: transformers puts unset memory in the place of what
-    no checkpoint has, and places and casts the rest.
-    """
-    if not torch.empty(0).is_meta:
-        phi = make(config)
-        # What is none is refused where it is used.
-        return phi.to(**factory) if isinstance(phi, nn.Module) else phi
-    with torch.device("cpu"):
-        phi = make(config)
-    start: dict[int, tuple[list[str], torch.Tensor]] = {}
-    for found in (phi.named_parameters, phi.named_buffers):
-        for name, x in found(remove_duplicate=False):
-            start.setdefault(id(x), ([], x.detach().clone()))[0].append(name)
-    phi._nsa_start = list(start.values())  # type: ignore[assignment]
-    return phi
-
-
-def _start(phi: nn.Module) -> None:
-    """Gives such a compressor the values that it was made with, where no checkpoint
-    brought others.
-    """
-    start = phi.__dict__.pop("_nsa_start", None)
-    if start is None:
-        return
-    for names, value in start:
-        tensors = [operator.attrgetter(name)(phi) for name in names]
-        if all(_is_initialized(x) for x in tensors):
-            continue
-        kept = next((x for x in tensors if _is_initialized(x)), None)
-        if kept is None:
-            kept = tensors[0].copy_(value)
-        for name in names:
-            holder, _, own_name = name.rpartition(".")
-            setattr(phi.get_submodule(holder), own_name, kept)
-    for module in phi.modules():
-        module._is_hf_initialized = True  # type: ignore[assignment]
-
-
-def _is_initialized(x: nn.Module | torch.Tensor) -> bool:
-    """Whether transformers marked it as loaded or initialised."""
-    return getattr(x, "_is_hf_initialized", False)
 
 
 # --- The classes ----------------------------------------------------------------------------------

@@ -5,11 +5,11 @@ import gc
 import os
 import types
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-import transformers
-from torch import Tensor, nn
+import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from nsa_fsa.config import NSAConfig
@@ -22,33 +22,26 @@ from nsa_fsa.integrations.transformers.attention import (
 )
 from nsa_fsa.integrations.transformers.layers import (
     Layer,
-    ModelExplanation,
     attention_layers,
     explanation_of,
     with_function,
 )
-from nsa_fsa.integrations.transformers.models import (
-    dense_class_of,
-    make_phi,
-    mark_as_initialized,
-    sparse_class,
-)
+from nsa_fsa.integrations.transformers.models import dense_class_of, sparse_class
+from nsa_fsa.integrations.transformers.parts import PARTS, Parts, make_parts, mark_as_initialized
+from nsa_fsa.integrations.transformers.report import PatchReport, count, count_parts
 from nsa_fsa.integrations.transformers.settings import (
     COMPRESSORS,
     describe,
-    own_phi,
     resolve,
     settings_by_layer,
     settings_of,
     sparse_layers,
 )
-from nsa_fsa.modules.branches import SparseBranches
 from nsa_fsa.modules.compression import Compressor
 from nsa_fsa.modules.gating import BranchGate
 from nsa_fsa.ops.compression.operator import POOL_BACKENDS
 
 Settings: TypeAlias = NSAConfig | Mapping[str, Any] | str | os.PathLike[str]
-PARTS = ("gate", "compress_k", "compress_v")  # what a layer adds, and learns
 # What follows the `name_or_path` of a model that is no longer what is there. PEFT writes it into
 # adapters as their base model: whatever loads a base model by it raises an error with this text,
 # instead of giving the adapter another one.
@@ -59,71 +52,9 @@ HOW_TO_LOAD = ": load and change it alike, then PeftModel.from_pretrained(model,
 KEEPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 
 
-@dataclass(frozen=True)
-class PatchReport:
-    """What `patch_model` changed, or would change."""
-
-    model_class: str  # before
-    patched_class: str  # after: the class whose checkpoints round-trip
-    config: NSAConfig  # of the first NSA layer
-    layers: tuple[int, ...]  # layers that now have NSA attention
-    dense_layers: tuple[int, ...]  # layers left as they were
-    new_parameters: int  # in gates and compressors
-    total_parameters: int  # of the patched model
-    explanation: ModelExplanation  # of every attention module
-    # What is new, by the names by which PEFT knows what to train and save whole beside adapters.
-    modules_to_save: tuple[str, ...]
-    dry_run: bool = False
-    already_patched: bool = False
-    configs: Mapping[int, NSAConfig] = field(default_factory=dict)  # by layer
-    # Parts of layers patched before that do not fit the new settings: "0.compress_k".
-    started_anew: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        c = self.config
-        verb = "was already" if self.already_patched else "is now"
-        verb = "would become" if self.dry_run else verb
-        reach = c.num_selected_blocks * c.block_size
-        dense = f"; dense: {_ranges(self.dense_layers)}" if self.dense_layers else ""
-        others = tuple(i for i in self.layers if self.configs[i] != c)
-        gates = c.gate_init
-        if gates == "dense":
-            gates += f", so outputs stay close up to {reach} tokens"
-        if self.model_class == self.patched_class:
-            gates = f"those that fit are kept as they are; new ones start {c.gate_init}"
-        version = f"transformers {transformers.__version__}"
-        heads = f"{c.num_heads} query, {c.num_kv_heads} KV (group size {c.group_size})"
-        lines = [
-            f"{self.model_class} {verb} {self.patched_class} ({version})",
-            f"  NSA layers: {_ranges(self.layers)}{dense}",
-            f"  heads: {heads}, head dim {c.head_dim}",
-            f"  each query reads: {c.num_selected_blocks} blocks of {c.block_size} keys = {reach}, "
-            f"the last {c.window_size}, and one compressed token per {c.kernel_stride}",
-            f"  new parameters: {self.new_parameters:,} of {self.total_parameters:,} "
-            f"({self.new_parameters / max(1, self.total_parameters):.2%}); "
-            "all others are kept. With LoRA: "
-            f"modules_to_save={list(self.modules_to_save)}, or they stay as they are",
-            f"  gates: {gates}",
-        ]
-        lines += [f"  {line}" for line in str(self.explanation).split("\n")[1:] if self.dry_run]
-        if others:
-            lines.append(
-                f"  layers with other settings than these, which are of layer {self.layers[0]}: "
-                f"{_ranges(others)}"
-            )
-        if self.started_anew:
-            lines.append(
-                "  learned before, and started anew because the shape changed: "
-                f"{', '.join(self.started_anew)}"
-            )
-        return "\n".join(lines)
-
-
 @dataclass
 class _DenseState:
-    """What `unpatch_model` needs besides the dense attention modules,
-    which their replacements keep.
-    """
+    """What `unpatch_model` needs to know of a model besides what its attention modules keep."""
 
     config: Any  # the model's config before patching
     # What the patched model's config held then, to see whether it was changed since.
@@ -187,9 +118,8 @@ def patch_model(
         ValueError: for settings that do not fit the model. The model is untouched then.
     """
     found = _layers_of(model)
-    before = type(model)
     patched = "_nsa_dense" in model.__dict__
-    patched_class = before if patched else sparse_class(before)
+    patched_class = type(model) if patched else sparse_class(type(model))
     own = {"compressor_k": compressor_k, "compressor_v": compressor_v}
     for name, make in own.items():
         if make is not None and (not callable(make) or isinstance(make, nn.Module)):
@@ -198,22 +128,22 @@ def patch_model(
                 f"makes a layer's own nn.Module from its NSAConfig. Fix: {name}=lambda config: ..."
             )
     settings = settings_by_layer(model, found, config, preset, layers, overrides)
-    made, anew = _build(model, found, settings, dict.fromkeys(settings, own))
+    _check_model(model)
+    made, anew = make_parts(model, found, settings, dict.fromkeys(settings, own))
 
     now = sparse_layers(model)
     configs = {i: layer.nsa_config for i, layer in now.items()}
-    configs = dict(sorted({**configs, **{i: settings[i] for i in made}}.items()))
-    parts = {**now, **made}
+    configs = dict(sorted({**configs, **settings}.items()))
+    num_layers = model.config.get_text_config().num_hidden_layers
+    new_parameters = count_parts({**now, **made}.values())
     report = PatchReport(
-        model_class=before.__name__,
+        model_class=type(model).__name__,
         patched_class=patched_class.__name__,
         config=configs[min(configs)],
         layers=tuple(configs),
-        dense_layers=tuple(i for i in range(_num_layers(model)) if i not in configs),
-        new_parameters=_count_new(parts.values()),
-        total_parameters=_count(model)
-        + _count_new(made.values())
-        - _count_new(now[i] for i in made if i in now),
+        dense_layers=tuple(i for i in range(num_layers) if i not in configs),
+        new_parameters=new_parameters,
+        total_parameters=count(model) - count_parts(now.values()) + new_parameters,
         explanation=explanation_of(model, found),
         modules_to_save=_modules_to_save(found),
         dry_run=dry_run,
@@ -250,13 +180,9 @@ def unpatch_model(model: nn.Module) -> nn.Module:
     """
     modules = list(model.modules())
     patched = [m for m in modules if "_nsa_dense" in m.__dict__ and dense_class_of(type(m))]
-
-    def keeps(module: nn.Module) -> bool:
-        return not KEEPERS.isdisjoint(cls.__name__ for cls in type(module).__mro__)
-
-    keepers = [type(m).__name__ for m in modules if keeps(m)]
-    found = any(isinstance(m, NSAAttention) for m in modules)
-    if found and (keepers or not patched):
+    kinds = dict.fromkeys(type(m) for m in modules)
+    keepers = [x.__name__ for x in kinds if KEEPERS & {base.__name__ for base in x.__mro__}]
+    if any(isinstance(m, NSAAttention) for m in modules) and (keepers or not patched):
         raise TypeError(
             f"{(keepers or [type(model).__name__])[0]} cannot be unpatched: "
             "it is not what patch_model made, or it keeps a list of the parameters that would go. "
@@ -275,7 +201,7 @@ def _unpatch(model: PreTrainedModel) -> None:
         for part in PARTS:
             delattr(attention, part)
         del attention._nsa_config
-        attention.config = attention.__dict__.pop("_dense_config")[0]
+        attention.config = attention.__dict__.pop("_dense_config")
         _change_class(attention, attention.dense_class)
     for module in model.modules():
         detach(module)
@@ -284,27 +210,23 @@ def _unpatch(model: PreTrainedModel) -> None:
     for name in changed:
         setattr(dense_config, name, copy.deepcopy(getattr(model.config, name)))
     _rebind_config(model, model.config, dense_config)
-    # The dense attention modules still have the original.
-    _replace_config(model, state.config, dense_config)
     model.__class__ = dense_class_of(type(model))
     _rename(model, changed_by="unpatch_model" if state.of_sparse_checkpoint else None)
     del model._nsa_dense
 
 
 def install(model: PreTrainedModel, own: Mapping[str, Any]) -> None:
-    """Gives a newly constructed `nsa_*` model the attention that its config's `nsa`
-    field asks for.
-    """
+    """Gives a newly constructed `nsa_*` model the attention that its config's `nsa` asks for."""
     settings = settings_of(model.config)
     own_of: dict[int, dict[str, Any]] = {i: {} for i in settings}
     changed = getattr(model.config, "is_changed", False)
     for name in COMPRESSORS:
         phis = {i: values.pop(name, None) for i, values in settings.items()}
-        saved = {i: phi for i, phi in phis.items() if phi is not None}
+        saved = [i for i, phi in phis.items() if phi is not None]
         if saved and own[name] is None:
             raise ValueError(
                 f"the model was saved with a {name} of its own, "
-                f"{saved[min(saved)]}, which no file holds. Fix: from_pretrained(..., {name}=...), "
+                f"{phis[saved[0]]}, which no file holds. Fix: from_pretrained(..., {name}=...), "
                 "a function that makes it from an NSAConfig, as in patch_model."
             )
         changed |= own[name] is not None and not saved
@@ -318,23 +240,17 @@ def install(model: PreTrainedModel, own: Mapping[str, Any]) -> None:
             "Fix: nsa=dict(layers=...) with other layers."
         )
     configs = {i: resolve(layers[i], values) for i, values in settings.items()}
-    made, _ = _build(model, layers, configs, own_of)
+    _check_model(model)
+    made, _ = make_parts(model, layers, configs, own_of)
     _swap(model, layers, type(model), model.config, made, configs)
-    for attention in sparse_layers(model).values():
-        mark_as_initialized(attention)
+    if not torch.empty(0).is_meta:  # what has no memory yet is initialised later
+        for parts in made.values():
+            mark_as_initialized(parts)
     saved_as = getattr(model.config, "architectures", None) or ()
     of_sparse_checkpoint = any(name.startswith("NSA") for name in saved_as)
     model._nsa_dense.of_sparse_checkpoint = of_sparse_checkpoint  # type: ignore[union-attr]
     if changed or not of_sparse_checkpoint:
         _rename(model, changed_by=type(model).__name__)
-
-
-class _Parts(SparseBranches, nn.Module):
-    """What a layer adds, before it is the layer's."""
-
-    def __init__(self, config: NSAConfig, **new: Any) -> None:
-        super().__init__()
-        self.add_branches(config, **new)
 
 
 def _layers_of(model: Any) -> dict[int, Layer]:
@@ -360,111 +276,9 @@ def _modules_to_save(layers: dict[int, Layer]) -> tuple[str, ...]:
     return (*dict.fromkeys(f"{name}.gate" for name in names), "compress_k", "compress_v")
 
 
-def _num_layers(model: PreTrainedModel) -> int:
-    return model.config.get_text_config().num_hidden_layers
-
-
-def _build(
-    model: PreTrainedModel,
-    layers: dict[int, Layer],
-    settings: Mapping[int, NSAConfig],
-    own: Mapping[int, Mapping[str, Any]],
-) -> tuple[dict[int, _Parts], tuple[str, ...]]:
-    """New parts of the layers that change, and which learned ones start anew.
-    The model is untouched.
-    """
-    made: dict[int, _Parts] = {}
-    anew: list[str] = []
-    _check_distribution(model)
-    for i, config in sorted(settings.items()):
-        attention: Any = layers[i].module
-        before = attention if isinstance(attention, NSAAttention) else None
-        if before is not None and not hasattr(type(model), "dense_class"):
-            raise ValueError(
-                f"layer {i} is patched already, as a part of another model. "
-                "Fix: patch or unpatch that one."
-            )
-        if before is not None and before.nsa_config == config and not any(own[i].values()):
-            continue
-        factory = _factory(model, attention)
-        new = {x: make_phi(make, config, **factory) for x, make in own[i].items() if make}
-        if before is not None:
-            new = {**{name: own_phi(before, name) for name in COMPRESSORS}, **new}
-        made[i] = _Parts(config, **new, **factory)
-        for part in PARTS:
-            getattr(made[i], part).train(attention.training)
-        if before is not None:
-            anew += _carry_over(i, before, made[i], own[i])
-    return made, tuple(anew)
-
-
-def _factory(model: PreTrainedModel, attention: nn.Module) -> dict[str, Any]:
-    """Where and in what precision a layer's new parameters are made: as its projections."""
-    projections = [m for m in attention.children() if hasattr(m, "weight")]
-    projection = max(projections, default=attention, key=lambda m: getattr(m, "in_features", 0))
-    weight: Any = getattr(projection, "weight", None)
-    # torch.ao has a method of that name, and GPTQ buffers of other names.
-    if not isinstance(weight, Tensor):
-        tensors = (*projection.parameters(), *projection.buffers())
-        device = next((x.device for x in tensors), model.device)
-        return dict(device=device, dtype=model.dtype)
-    # accelerate brings offloaded weights to the hook's device when they are needed.
-    hook = getattr(projection, "_hf_hook", None)
-    device = weight.device
-    if device.type == "meta" and hook is not None:
-        device = hook.execution_device
-    packed = not weight.is_floating_point() or weight.element_size() == 1
-    return dict(device=device, dtype=model.dtype if packed else weight.dtype)
-
-
-def _carry_over(i: int, before: NSAAttention, after: _Parts, own: Mapping[str, Any]) -> list[str]:
-    """Gives layer i what its predecessor learned, part by part; returns the parts that do not fit.
-
-    Parts go over as whole modules, with what others put around or on them:
-    adapters, hooks that bring offloaded weights.
-    """
-    anew = []
-    phis: dict[str, Any] = {name: own_phi(before, name) for name in COMPRESSORS}
-    # Shapes without what is around them.
-    unlearned = _Parts(before.nsa_config, device="meta", **phis)
-    for part in PARTS:
-        given = own.get(part.replace("compress_", "compressor_")) is not None
-        old, new = getattr(before, part), getattr(after, part)
-        learned = (old if given else getattr(unlearned, part)).state_dict(keep_vars=True)
-        wanted = new.state_dict()
-        shapes, needed = ({key: x.shape for key, x in y.items()} for y in (learned, wanted))
-        fits = shapes == needed
-        if type(old) is not type(new) and (given or not fits):
-            raise ValueError(
-                f"{part} of layer {i} has to be made anew with these settings, "
-                f"but a {type(old).__name__} has taken its place. Fix: merge or unload "
-                "the adapter first, or keep the settings that decide the shape."
-            )
-        devices, here = ({x.device.type for x in y.values()} for y in (learned, wanted))
-        offloaded = devices - here == {"meta"}
-        # DeepSpeed's ZeRO-3 partitions parameters.
-        partitioned = any(getattr(x, "ds_shape", x.shape) != x.shape for x in learned.values())
-        if given and (offloaded or partitioned):
-            raise ValueError(
-                f"{part} of layer {i} is {'offloaded' if offloaded else 'partitioned by ZeRO-3'}, "
-                "and cannot be moved into another compressor. "
-                f"Fix: leave out {part.replace('compress_', 'compressor_')}, "
-                "which keeps the one that is there, "
-                f"or patch before {'offloading' if offloaded else 'deepspeed.initialize'}."
-            )
-        if not fits:
-            anew.append(f"{i}.{part}")
-        elif given:
-            for key, parameter in new.named_parameters():
-                # The module gives this to what it loads.
-                parameter.requires_grad_(learned[key].requires_grad)
-            new.load_state_dict(learned, assign=True)
-        else:
-            setattr(after, part, old)
-    return anew
-
-
-def _check_distribution(model: PreTrainedModel) -> None:
+def _check_model(model: PreTrainedModel) -> None:
+    """Raises ValueError for what no model with NSA layers can be."""
+    text = model.config.get_text_config()
     distributed = getattr(model.config, "distributed_config", None)
     tp_size = getattr(distributed, "tp_size", None) or getattr(model, "_tp_size", None) or 1
     if tp_size > 1 or any(hasattr(p, "device_mesh") for p in model.parameters()):
@@ -473,9 +287,9 @@ def _check_distribution(model: PreTrainedModel) -> None:
             "or sharded already, and the new parameters would not be. "
             "Fix: load it without tp_plan; patch_model before fully_shard."
         )
-    if getattr(model.config.get_text_config(), "attention_dropout", 0.0):
+    if getattr(text, "attention_dropout", 0.0):
         raise ValueError(
-            f"attention_dropout={model.config.get_text_config().attention_dropout} is not "
+            f"attention_dropout={text.attention_dropout} is not "
             "available in NSA: it must be 0. Fix: model.config.attention_dropout = 0.0."
         )
 
@@ -502,7 +316,7 @@ def _swap(
     layers: dict[int, Layer],
     patched_class: type[PreTrainedModel],
     sparse_config: Any,
-    made: Mapping[int, _Parts],
+    made: Mapping[int, Parts],
     settings: Mapping[int, NSAConfig],
 ) -> None:
     """The only place that changes a model, and nothing in it can fail half-way."""
@@ -525,10 +339,9 @@ def _swap(
         if not isinstance(attention, NSAAttention):
             own_class: Any = type(attention)
             _change_class(attention, sparse_attention_class(own_class))
+            attention._dense_config = attention.config
+            attention.config = with_function(attention.config, ATTENTION_NAME)
         _update(attention, settings[i])
-    for attention in sparse_layers(model).values():
-        (config,) = attention.__dict__.setdefault("_dense_config", (attention.config,))
-        attention.config = with_function(config, ATTENTION_NAME)
     for decoder in {x.decoder for x in layers.values() if isinstance(x.module, NSAAttention)}:
         attach(decoder)
     model.__class__ = patched_class
@@ -580,9 +393,12 @@ def _models_around(model: PreTrainedModel) -> list[PreTrainedModel]:
     asked, which does not know of objects that were frozen. A model whose constructor raised has
     no `_modules`.
     """
-    others = [x for x in gc.get_objects() if issubclass(type(x), PreTrainedModel)]
-    others = [x for x in others if "_modules" in x.__dict__]
-    found = [x for x in others if x is not model and any(module is model for module in x.modules())]
+
+    def contains(x: Any) -> bool:
+        is_model = issubclass(type(x), PreTrainedModel) and "_modules" in x.__dict__
+        return is_model and x is not model and any(part is model for part in x.modules())
+
+    found = [x for x in gc.get_objects() if contains(x)]
     return [*sorted(found, key=lambda x: -len(list(x.modules()))), model]
 
 
@@ -602,32 +418,3 @@ def _replace_config(model: nn.Module, old: Any, new: Any) -> None:
     for module in model.modules():
         if module.__dict__.get("config") is old:
             module.config = new
-
-
-def _count_new(attentions: Iterable[Any]) -> int:
-    parts = (getattr(attention, part) for attention in attentions for part in PARTS)
-    return sum(_numel(p) for part in parts for p in part.parameters())
-
-
-def _count(model: PreTrainedModel) -> int:
-    """`num_parameters()`, which knows of packed weights, and what ZeRO-3 holds elsewhere."""
-    return model.num_parameters() + sum(_numel(p) - p.numel() for p in model.parameters())
-
-
-def _numel(parameter: nn.Parameter) -> int:
-    """Of the whole parameter: DeepSpeed's ZeRO-3 leaves an empty tensor in its place until its
-    module runs.
-    """
-    return getattr(parameter, "ds_numel", parameter.numel())
-
-
-def _ranges(indices: tuple[int, ...]) -> str:
-    """(0, 1, 2, 5) -> "0-2, 5"."""
-    runs: list[list[int]] = []
-    for i in indices:
-        if runs and i == runs[-1][-1] + 1:
-            runs[-1].append(i)
-        else:
-            runs.append([i])
-    texts = (str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return ", ".join(texts) or "none"
