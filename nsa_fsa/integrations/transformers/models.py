@@ -12,7 +12,7 @@ a class reads that was named outright, such as `LlamaForCausalLM`, is refused by
 import copy
 import functools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +23,15 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from nsa_fsa.config import with_changes
 from nsa_fsa.integrations.transformers.attention import ATTENTION_NAME, warn_of_frozen_gates
 from nsa_fsa.integrations.transformers.layers import sizes_in
 from nsa_fsa.integrations.transformers.parts import start_parts
 from nsa_fsa.integrations.transformers.settings import (
     COMPRESSORS,
     LEFT_TO_DENSE,
+    changed_nsa,
     check_nsa,
     describe,
-    indices_of,
-    of_layers,
     settings_of,
 )
 
@@ -89,7 +87,7 @@ class _SparseConfig:
         see `NSAConfig.from_pretrained_config`.
         """
         self._describe()
-        settings = settings_of(self)
+        settings = settings_of(self, self.nsa)
         first, count = min(settings), self.get_text_config().num_hidden_layers  # type: ignore[attr-defined]
         others = [i for i in settings if settings[i] != settings[first]]
         if layer is None and others:
@@ -109,43 +107,21 @@ class _SparseConfig:
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
         """As transformers' own, where an argument takes the place of a field;
-        `nsa` changes only the settings that it names.
-
-        It changes them in every layer, or with `per_layer` in one, and a preset stands for its
-        fields. `layers` says anew which layers have NSA; what the file says of others is dropped.
+        `nsa` changes only the settings that it names: see `changed_nsa`.
         """
         saved, given = config_dict.get("nsa"), kwargs.pop("nsa", None)
-        if given is not None:
-            check_nsa(given)
-            nsa = with_changes(saved or {}, given)
-            saved_per_layer = (saved or {}).get("per_layer") or {}
-            per_layer = given.get("per_layer") or {}
-            if saved_per_layer and isinstance(per_layer, Mapping):
-                default = cls.num_hidden_layers  # type: ignore[attr-defined]
-                saved_count: int = config_dict.get("num_hidden_layers", default)
-                count: int = kwargs.get("num_hidden_layers", saved_count)
-                named = {"preset", *with_changes({}, given)}
-                merged: dict[int, dict[str, Any]] = {}
-                for i, values in of_layers(saved_per_layer, saved_count).items():
-                    if i in indices_of(nsa.get("layers"), count):
-                        kept = with_changes({}, values).items()
-                        merged[i] = {key: value for key, value in kept if key not in named}
-                for i, values in of_layers(per_layer, count).items():
-                    merged[i] = with_changes(merged.get(i, {}), values)
-                nsa["per_layer"] = merged
-            config_dict = {**config_dict, "nsa": nsa}
+        check_nsa(given)
         made = super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
-        if saved and given:
+        if given is not None:
             config = made[0] if isinstance(made, tuple) else made  # return_unused_kwargs
-
-            def explicit(nsa: dict[str, Any]) -> dict[int, dict[str, Any]]:
-                config.nsa = nsa
-                settings = settings_of(config).items()
-                return {i: {**with_changes({}, x), "preset": None} for i, x in settings}
-
-            # The file may name layers that there are no longer.
-            fewer = "num_hidden_layers" in kwargs
-            config.is_changed = fewer or explicit(saved) != explicit(nsa)
+            count = config.get_text_config().num_hidden_layers
+            saved_count = config_dict.get("num_hidden_layers", count)
+            config.nsa = changed_nsa(saved or {}, given, saved_count, count)
+            if saved and given:
+                # The file may name layers that there are no longer.
+                fewer = "num_hidden_layers" in kwargs
+                now = settings_of(config, config.nsa)
+                config.is_changed = fewer or settings_of(config, saved) != now
         return made
 
     def to_dict(self) -> dict[str, Any]:
@@ -188,11 +164,10 @@ class _SparseConfig:
     def to_diff_dict(self) -> dict[str, Any]:
         """What is written into a file."""
         values = super().to_diff_dict()  # type: ignore[misc]
-        names: dict[str, tuple[str, ...]] = {}
-        names[f"{_REMOTE_FILE}.{type(self).__name__}"] = ("AutoConfig",)
+        made = {"AutoConfig": type(self).__name__}
         for cls in values.get("architectures") or ():
-            names[f"{_REMOTE_FILE}.{cls}"] = autos_of(type(self), cls)
-        values["auto_map"] = {auto: name for name, autos in names.items() for auto in autos}
+            made |= dict.fromkeys(autos_of(type(self), cls), cls)
+        values["auto_map"] = {auto: f"{_REMOTE_FILE}.{name}" for auto, name in made.items()}
         text = self.get_text_config()  # type: ignore[attr-defined]
         parts = [key for key in self.sub_configs if getattr(self, key, None) is text]  # type: ignore[attr-defined]
         marked = values[parts[0]] if parts else values
@@ -311,15 +286,12 @@ def _make_config_class(dense: Any) -> Any:
     return type(f"NSA{dense.__name__}", (_SparseConfig, dense), names)
 
 
-_registered: set[type] = set()
-
-
 def sparse_config_class(dense: Any) -> Any:
     """The config class with a field `nsa`, registered where transformers looks for it."""
     made: Any = _make_config_class(dense)
-    if made in _registered or not _known(dense):
+    if _known(made) or not _known(dense):
         return made
-    _registered.add(made)  # first, because a model's class asks for its config's
+    # First, because a model's class asks for its config's.
     AutoConfig.register(made.model_type, made, exist_ok=True)
     _convert_as(dense.model_type, made.model_type)
     for auto in _auto_classes():
@@ -330,8 +302,8 @@ def sparse_config_class(dense: Any) -> Any:
 
 
 @functools.cache
-def _make_sparse_class(dense: Any) -> Any:
-    names = dict(__module__=PACKAGE, dense_class=dense)
+def _make_sparse_class(dense: Any, config_class: Any) -> Any:
+    names = dict(__module__=PACKAGE, dense_class=dense, config_class=config_class)
     made: Any = type(f"NSA{dense.__name__}", (_NSAModel, dense), names)
     # transformers notes in a constructor which outputs a class can record; patched instances never
     # ran that of their class. The registry's own `__setitem__` takes an instance.
@@ -342,10 +314,7 @@ def _make_sparse_class(dense: Any) -> Any:
 
 def sparse_class(dense: Any) -> Any:
     """The sparse class of a dense one."""
-    made: Any = _make_sparse_class(dense)
-    if not issubclass(made.config_class, _SparseConfig):
-        made.config_class = sparse_config_class(dense.config_class)
-    return made
+    return _make_sparse_class(dense, sparse_config_class(dense.config_class))
 
 
 def dense_class_of(sparse: type) -> Any:
@@ -360,10 +329,10 @@ def _new_model(dense: type[PreTrainedModel]) -> PreTrainedModel:
 
 def _known(config_class: type[PreTrainedConfig]) -> bool:
     """Whether transformers finds this class by its `model_type`."""
-    name = config_class.model_type
-    return dict.__contains__(_made_when_asked, name) or (
-        name in CONFIG_MAPPING._mapping and CONFIG_MAPPING[name] is config_class
-    )
+    found = _made_when_asked.get(name := config_class.model_type)
+    if found is None and name in CONFIG_MAPPING._mapping:
+        found = CONFIG_MAPPING[name]
+    return found is config_class
 
 
 def _convert_as(known: str, name: str) -> None:

@@ -91,7 +91,7 @@ def _carry_over(
     plain = Parts(before.nsa_config, device="meta", **phis)  # without what is around them
     for part in PARTS:
         old, new = getattr(before, part), getattr(after, part)
-        name = part.replace("compress_", "compressor_")
+        name = part.replace("compress", "compressor")
         is_given = name in given
         learned = (old if is_given else getattr(plain, part)).state_dict(keep_vars=True)
         wanted = new.state_dict()

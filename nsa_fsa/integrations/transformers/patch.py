@@ -152,10 +152,7 @@ def patch_model(
         started_anew=anew,
     )
     if made and not dry_run:
-        sparse_config = model.config
-        if not patched:
-            sparse_config = _convert_config(model.config, patched_class.config_class)
-        _swap(model, found, patched_class, sparse_config, made, settings)
+        _swap(model, found, patched_class, made, settings)
         _rename(model, changed_by="patch_model")
     if verbose:
         print(report)
@@ -217,7 +214,7 @@ def _unpatch(model: PreTrainedModel) -> None:
 
 def install(model: PreTrainedModel, own: Mapping[str, Any]) -> None:
     """Gives a newly constructed `nsa_*` model the attention that its config's `nsa` asks for."""
-    settings = settings_of(model.config)
+    settings = settings_of(model.config, model.config.nsa)
     own_of: dict[int, dict[str, Any]] = {i: {} for i in settings}
     changed = getattr(model.config, "is_changed", False)
     for name in COMPRESSORS:
@@ -242,7 +239,7 @@ def install(model: PreTrainedModel, own: Mapping[str, Any]) -> None:
     configs = {i: resolve(layers[i], values) for i, values in settings.items()}
     _check_model(model)
     made, _ = make_parts(model, layers, configs, own_of)
-    _swap(model, layers, type(model), model.config, made, configs)
+    _swap(model, layers, type(model), made, configs)
     if not torch.empty(0).is_meta:  # what has no memory yet is initialised later
         for parts in made.values():
             mark_as_initialized(parts)
@@ -314,19 +311,20 @@ def _lasting_values(config: Any) -> dict[str, Any]:
 def _swap(
     model: PreTrainedModel,
     layers: dict[int, Layer],
-    patched_class: type[PreTrainedModel],
-    sparse_config: Any,
+    patched_class: Any,
     made: Mapping[int, Parts],
     settings: Mapping[int, NSAConfig],
 ) -> None:
     """The only place that changes a model, and nothing in it can fail half-way."""
+    dense_config: Any = model.config
+    sparse_config: Any = model.config
     if "_nsa_dense" not in model.__dict__:
-        dense_config = model.config
-        # Built sparse: the dense config exists only as what unpatching would give.
-        if patched_class is type(model):
+        if patched_class is type(model):  # built sparse
             dense_class = dense_class_of(patched_class)
-            dense_config = _convert_config(model.config, dense_class.config_class)
+            dense_config = _convert_config(sparse_config, dense_class.config_class)
             del dense_config.nsa
+        else:
+            sparse_config = _convert_config(dense_config, patched_class.config_class)
         model._nsa_dense = _DenseState(dense_config, _lasting_values(sparse_config))  # type: ignore[assignment]
     _rebind_config(model, model.config, sparse_config)
     for i, parts in made.items():

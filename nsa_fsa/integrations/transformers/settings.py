@@ -35,59 +35,87 @@ def is_index(key: Any) -> bool:
     return isinstance(key, str) and key.removeprefix("-").isdecimal()
 
 
+def names_layers(key: Any) -> bool:
+    """Whether a key of a dict names layers rather than a setting."""
+    return is_index(key) or not isinstance(key, str)
+
+
 def check_nsa(nsa: Any) -> None:
     """Raises ValueError for what a config's field `nsa` cannot be."""
-    fix = '{"preset": "fsa-64x16"}, for example'
+    if nsa is None or (isinstance(nsa, Mapping) and not any(map(names_layers, nsa))):
+        return
+    per_layer = '{1: {"window_size": 64}}'
+    fix = f'{{"preset": "fsa-64x16", "layers": [0, 1], "per_layer": {per_layer}}}, for example'
     if isinstance(nsa, str) and nsa in PRESETS:
         fix = f'{{"preset": "{nsa}"}}'
     elif isinstance(nsa, NSAConfig):
         fix = "config.to_dict()"
-    elif isinstance(nsa, Mapping):
-        unknown = [key for key in nsa if is_index(key) or not isinstance(key, str)]
-        if not unknown:
-            return
-        per_layer = '{1: {"window_size": 64}}'
-        fix = f'{{"preset": "fsa-64x16", "layers": [0, 1], "per_layer": {per_layer}}}, for example'
-    elif nsa is None:
-        return
     raise ValueError(
         f"nsa={nsa!r} is not allowed: it must be a dict of NSAConfig's fields, with "
         f"`layers` and `per_layer` for what is not the same in all layers, or None. Fix: nsa={fix}."
     )
 
 
-def settings_of(config: Any) -> dict[int, dict[str, Any]]:
+def settings_of(config: Any, nsa: Any) -> dict[int, dict[str, Any]]:
     """What the `nsa` of an `nsa_*` config says of each NSA layer, by index from 0:
-    fields of NSAConfig, a preset, and the names of compressors of its own.
+    fields of NSAConfig, those of presets included, and the names of compressors of its own.
 
     Raises:
         ValueError: for an `nsa` of another form, or layers that there are not.
     """
-    check_nsa(config.nsa)
+    check_nsa(nsa)
     # The config of a checkpoint alone names an architecture.
     of_dense = dict(gate_init="dense", compress_rope="before")
     new = dict(gate_init="balanced", compress_rope="after")
-    common = {**(of_dense if getattr(config, "architectures", None) else new), **(config.nsa or {})}
+    start = of_dense if getattr(config, "architectures", None) else new
+    common = with_changes(start, nsa or {})
     text = config.get_text_config()
-    count = text.num_hidden_layers
-    per_layer = common.pop("per_layer", None) or {}
+    differ = _by_layer(common.pop("per_layer", None), text.num_hidden_layers)
     listed, kinds = common.pop("layers", None), getattr(text, "layer_types", None)
     if listed is None and kinds:
         listed = [i for i, kind in enumerate(kinds) if kind == "full_attention"]
-    layers = indices_of(listed, count)
+    layers = indices_of(listed, text.num_hidden_layers)
+    if dense := sorted(differ.keys() - set(layers)):
+        raise ValueError(
+            f"per_layer names layers {dense}, which are not among nsa's layers={layers}. "
+            "Fix: add or drop them."
+        )
+    settings = {i: with_changes(common, differ.get(i, {})) for i in layers}
+    return {i: {k: x for k, x in y.items() if k != "preset"} for i, y in settings.items()}
+
+
+def changed_nsa(
+    saved: Mapping[str, Any], given: Mapping[str, Any], saved_count: int, count: int
+) -> dict[str, Any]:
+    """The `nsa` of a file with changes, in every layer or with `per_layer` in one.
+
+    A preset stands for its fields. `layers` says anew which layers have NSA; what the file says of
+    others is dropped. The counts are of the layers that the file has, and that there are now.
+    """
+    nsa = with_changes(saved, given)
+    if saved_per_layer := _by_layer(saved.get("per_layer"), saved_count):
+        named = {"preset", *with_changes({}, given)}
+        layers = indices_of(nsa.get("layers"), count)
+        nsa["per_layer"] = per_layer = {
+            i: {key: x for key, x in with_changes({}, values).items() if key not in named}
+            for i, values in saved_per_layer.items()
+            if i in layers
+        }
+        for i, values in _by_layer(given.get("per_layer"), count).items():
+            per_layer[i] = with_changes(per_layer.get(i, {}), values)
+    return nsa
+
+
+def _by_layer(per_layer: Any, count: int) -> dict[int, dict[str, Any]]:
+    """What an `nsa` says of single layers, by index from 0."""
+    per_layer = per_layer or {}
     is_dict = isinstance(per_layer, Mapping)
     if not is_dict or not all(isinstance(values, Mapping) for values in per_layer.values()):
         raise ValueError(
             f"per_layer={per_layer!r} is not allowed in the config's nsa: it must be a dict "
             "by layer of what differs there. Fix: per_layer={0: {'window_size': 64}}, for example."
         )
-    differ = of_layers(per_layer, count)
-    if dense := sorted(differ.keys() - set(layers)):
-        raise ValueError(
-            f"per_layer names layers {dense}, which are not among nsa's layers={layers}. "
-            "Fix: add or drop them."
-        )
-    return {i: with_changes(common, differ.get(i, {})) for i in layers}
+    return of_layers(per_layer, count)
 
 
 def describe(model: PreTrainedModel) -> dict[str, Any]:
@@ -99,15 +127,11 @@ def describe(model: PreTrainedModel) -> dict[str, Any]:
             if (phi := own_phi(attention, name)) is not None:
                 layers[i][name] = f"{type(phi).__module__}.{type(phi).__qualname__}"
     common = layers[min(layers)] if layers else {}
-    per_layer = {
-        str(i): {
-            key: values.get(key)
-            for key in {**common, **values}
-            if values.get(key) != common.get(key)
-        }
-        for i, values in layers.items()
-        if values != common
-    }
+    per_layer = {}
+    for i, values in layers.items():
+        names = [x for x in {**common, **values} if values.get(x) != common.get(x)]
+        if names:
+            per_layer[str(i)] = {name: values.get(name) for name in names}
     whole = len(layers) == model.config.get_text_config().num_hidden_layers
     listed = None if whole else sorted(layers)
     return {**common, "layers": listed, **({"per_layer": per_layer} if per_layer else {})}
@@ -121,7 +145,7 @@ def sparse_layers(model: Any) -> dict[int, NSAAttention]:
 
 def own_phi(attention: NSAAttention, name: str) -> Any:
     """A layer's phi for keys or values, if it is not of those that a config can name."""
-    compressor: Any = getattr(attention, "compress" + name.removeprefix("compressor"))
+    compressor: Any = getattr(attention, name.replace("compressor", "compress"))
     return getattr(compressor, "phi", compressor) if getattr(compressor, "is_own", True) else None
 
 
@@ -191,9 +215,7 @@ def settings_by_layer(
             "Fix: leave it out for the preset or for the settings that the model has, "
             'or name some, as in config=dict(preset="tiny") or config={0: "tiny"}.'
         )
-    if isinstance(config, Mapping) and all(
-        is_index(key) or not isinstance(key, str) for key in config
-    ):
+    if isinstance(config, Mapping) and all(map(names_layers, config)):
         if layers is not None:
             raise ValueError(
                 f"layers={layers!r} and a config for each layer are both given. "
@@ -246,7 +268,7 @@ def resolve(
             f"config={given!r} is not allowed: it must be an NSAConfig, a preset's name, the path "
             'of a YAML file, a dict, or a dict of these by layer. Fix: config="tiny", for example.'
         )
-    if unknown := [key for key in given or {} if is_index(key) or not isinstance(key, str)]:
+    if unknown := [key for key in given or {} if names_layers(key)]:
         raise ValueError(
             f"config={given!r} has the keys {unknown} where names of settings must be. "
             "Fix: config={0: ..., 1: ...} for settings by layer, with nothing else beside them."
