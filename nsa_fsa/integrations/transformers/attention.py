@@ -1,10 +1,10 @@
 """How transformers reaches a sparse layer.
 
-A patched attention module stays what it was, with its own projections, norms and rotation: only its
-class is swapped for a subclass. Its forward adds gate logits to what it hands on, and its config, a
-copy of the model's, names this package's attention function, which transformers then calls with
-queries, rotated keys and values, those of a cache included. A hook on the decoder (`attach`) looks
-at the mask and the positions once, before the layers, and hands every layer a `Batch`.
+A patched attention module keeps its projections, norms and rotation: only its class is swapped for
+a subclass. Its forward adds gate logits to what it hands on, and its config, a copy of the model's,
+names this package's attention function, which transformers then calls with queries, rotated keys
+and values, those of a cache included. A hook on the decoder (`attach`) looks at the mask and the
+positions once, before the layers, and hands every layer a `Batch`.
 """
 
 import functools
@@ -28,13 +28,8 @@ from nsa_fsa.sequences import Packing, Sequences, keep_padding, pack_batch
 
 ATTENTION_NAME = "nsa_fsa"
 READ_IN_FORWARD = (
-    "block_size",
-    "num_selected_blocks",
-    "init_blocks",
-    "local_blocks",
-    "window_size",
-    "recompute",
-)
+    "block_size", "num_selected_blocks", "init_blocks", "local_blocks", "window_size", "recompute",
+)  # fmt: skip
 # What an attention function may be told beside queries, keys and values, and no branch can do.
 NOT_AVAILABLE = {
     "sliding_window": "a sliding window",
@@ -54,13 +49,10 @@ class Batch(NamedTuple):
     rows: Tensor | None  # int64 [T], of the flattened batch those with real tokens; None: all
     layout: Sequences  # where the sequences' queries and keys lie
     # int64 [B, past + S], after a past: columns of the keys, of every row the real ones first.
-    # None: all are real.
-    columns: Tensor | None = None
-    # bool [B, S], where torch traces: padding is computed then, and 0 has to be put in its place.
-    real: Tensor | None = None
+    columns: Tensor | None = None  # None: all are real
+    real: Tensor | None = None  # bool [B, S], where torch traces and cannot leave padding out
     packed: bool = False  # whether the sequences are others than the batch's rows
-    # After a past, cos and sin [1, past + S, rotary_dim] of `columns`, for layers that turn
-    # keys back.
+    # After a past, cos and sin [1, past + S, rotary_dim] of `columns`, to turn keys back.
     rotation: tuple[Tensor, Tensor] | None = None
 
 
@@ -83,9 +75,9 @@ class NSAAttention(SparseBranches):
         wrong = [key for key in old if new[key] != old[key] and key not in READ_IN_FORWARD]
         if wrong:
             raise ValueError(
-                f"the settings of layer {self.layer_idx} cannot be replaced by others "
-                f"with {', '.join(f'{key}={new[key]!r}' for key in wrong)}: its modules "
-                f"are made for other values. They may differ in {READ_IN_FORWARD}. "
+                f"the settings of layer {self.layer_idx} cannot be replaced by others with "
+                f"{', '.join(f'{key}={new[key]!r}' for key in wrong)}: its modules are made for "
+                f"other values. They may differ in {READ_IN_FORWARD}. "
                 "Fix: patch_model(model, ...) with these settings."
             )
         self._nsa_config = config
@@ -94,18 +86,21 @@ class NSAAttention(SparseBranches):
         """As the dense class's; there are no attention weights to return."""
         if kwargs.get("output_attentions"):
             raise ValueError(
-                "output_attentions=True is not available: "
-                "sparse attention never has the weights as a matrix. Fix: output_attentions=False; "
-                "nsa_fsa.visualization.record shows which blocks are read."
+                "output_attentions=True is not available: sparse attention has no matrix of "
+                "weights. Fix: output_attentions=False; nsa_fsa.visualization.record shows which "
+                "blocks are read."
             )
         kwargs["nsa_gate_logits"] = self.gate(hidden_states)
         if self.nsa_config.compress_rope == "after":
-            kwargs["nsa_rotation"] = _argument(self, "position_embeddings", args, kwargs)
+            # Of the dense class's forward, however it was passed.
+            names = [*inspect.signature(self.dense_class.forward).parameters][2:]
+            passed = {**dict(zip(names, args, strict=False)), **kwargs}
+            kwargs["nsa_rotation"] = passed.get("position_embeddings")
         return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class was made, and is made again wherever a copy is unpickled."""
-        return _new_attention, (self.dense_class,), self.__dict__
+        return new_of, (sparse_attention_class, self.dense_class), self.__dict__
 
 
 # Classes that `register_attention` has registered, and the forwards of their sparse layers.
@@ -122,15 +117,10 @@ def sparse_attention_class(dense_class: Any) -> Any:
     return type(f"NSA{dense_class.__name__}", (NSAAttention, base), names)
 
 
-def _new_attention(dense_class: Any) -> Any:
-    made = sparse_attention_class(dense_class)
+def new_of(made_class: Callable[[Any], Any], dense_class: Any) -> Any:
+    """An instance of the sparse class of a dense one that is yet to be filled."""
+    made = made_class(dense_class)
     return made.__new__(made)
-
-
-def _argument(module: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """An argument of the dense class's forward, however it was passed."""
-    names = [*inspect.signature(module.dense_class.forward).parameters][2:]
-    return kwargs.get(name, dict(zip(names, args, strict=False)).get(name))
 
 
 def sparse_attention(
@@ -177,17 +167,19 @@ def sparse_attention(
     q = take(query.transpose(1, 2), rows)
     # A static cache has an unused end.
     k, v = (x.transpose(1, 2)[:, : past + length] for x in (key, value))
-    cos = sin = None
     if past == 0:
-        k, v = take(k, rows), take(v, rows)
-        if nsa_rotation is not None:
-            cos, sin = (take(x.expand(batch_size, -1, -1), rows) for x in nsa_rotation)
+        k, v, turning = take(k, rows), take(v, rows), nsa_rotation
     else:
-        k, v = _real_first(k, columns), _real_first(v, columns)
-        if nsa_rotation is not None:
-            if rotation is None:
-                raise ValueError(NOT_BY_ITSELF)
-            cos, sin = (x.expand(batch_size, -1, -1).flatten(0, 1) for x in rotation)
+        k, v, turning = _real_first(k, columns), _real_first(v, columns), rotation
+    cos = sin = None
+    if nsa_rotation is not None:
+        if turning is None:
+            raise ValueError(
+                'a layer with compress_rope="after" turns cached keys back, for which it needs '
+                "what its decoder knows of them. Fix: call the model, not the layer."
+            )
+        of_keys = rows if past == 0 else None  # after a past, they are in the order of the keys
+        cos, sin = (take(x.expand(batch_size, -1, -1), of_keys) for x in turning)
     # Under autocast a rotation may return float32 where the projections return 16 bits.
     q, k = q.to(v.dtype), k.to(v.dtype)
     k_src = k if cos is None or sin is None else turn_back(k, cos, sin)
@@ -199,12 +191,6 @@ def sparse_attention(
     return o if real is None else o * real[..., None, None], None
 
 
-NOT_BY_ITSELF = (
-    'a layer with compress_rope="after" turns cached keys back, '
-    "for which it needs what its decoder knows of them. Fix: call the model, not the layer."
-)
-
-
 def _check_call(
     module: Any, query: Tensor, key: Tensor, value: Tensor, dropout: float, others: dict[str, Any]
 ) -> None:
@@ -213,20 +199,19 @@ def _check_call(
     if wanted := [NOT_AVAILABLE[x] for x in NOT_AVAILABLE if others.get(x) is not None]:
         raise ValueError(
             f"{type(module).__name__} of layer {module.layer_idx} asks for {wanted[0]}, "
-            "which NSA layers do not have. Fix: leave that layer dense, as in "
-            "patch_model(model, layers=...)."
+            "which NSA layers do not have. Fix: leave it dense: patch_model(model, layers=...)."
         )
     if dropout:
         raise ValueError(
-            f"attention dropout of {dropout} is not available in NSA: "
-            "it must be 0. Fix: model.config.attention_dropout = 0.0 before the model is built."
+            f"attention dropout of {dropout} is not available in NSA: it must be 0. "
+            "Fix: model.config.attention_dropout = 0.0 before the model is built."
         )
     found = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-    wanted_sizes = (c.num_heads, c.num_kv_heads, c.head_dim, c.v_head_dim)
-    if found != wanted_sizes:
+    sizes = (c.num_heads, c.num_kv_heads, c.head_dim, c.v_head_dim)
+    if found != sizes:
         raise ValueError(
             f"layer {module.layer_idx} was given heads (query heads, KV heads, widths of keys and "
-            f"values) of {found}, and was made for {wanted_sizes}. An NSA layer cannot be split "
+            f"values) of {found}, and was made for {sizes}. An NSA layer cannot be split "
             "over ranks by tensor parallelism. Fix: replicate it, or shard it with FSDP."
         )
 
@@ -240,11 +225,6 @@ def _real_first(x: Tensor, columns: Tensor | None) -> Tensor:
 
 # --- What a batch is like -------------------------------------------------------------------------
 
-PACKED_CACHE = (
-    "a packed batch cannot fill a cache. "
-    "Fix: pass neither a cache nor use_cache=True with packed sequences."
-)
-
 
 def find_batch(
     like: Tensor,
@@ -256,30 +236,24 @@ def find_batch(
     asked: bool = False,
     **_: Any,
 ) -> Batch:
-    """Where the real tokens and the sequences of a batch lie, from what transformers' models are
-    called with.
+    """Where the real tokens and the sequences of a batch lie, from what models are called with.
 
     Args:
         like: any tensor `[B, S, ...]` on the batch's device.
         past: columns that the cache holds; None: there is no cache.
         attention_mask: `[B, past + S]`, or 4D if it says no more than that would.
         position_ids: `[B or 1, S]`; without a past, a sequence starts wherever they do not go on.
-            None where the model counts them itself.
-        cu_seq_lens_q, max_length_q: boundaries of the sequences in the flattened batch,
-            if the caller knows them.
-        asked: whether the cache was asked for, which a packed batch cannot fill;
-            one that is there by default is left out.
+        cu_seq_lens_q, max_length_q: boundaries of the sequences in the flattened batch, if known.
+        asked: whether the cache was asked for, which a packed batch cannot fill; one that is there
+            by default is left out.
 
     Raises:
-        ValueError: for a mask that is no padding mask of this batch,
-            or that comes beside boundaries.
+        ValueError: for a mask that is no padding mask of this batch, or comes beside boundaries.
     """
     (batch_size, length), cached, past = like.shape[:2], past is not None, past or 0
     if cu_seq_lens_q is not None:
         if attention_mask is not None:
-            raise ValueError(
-                "attention_mask and cu_seq_lens_q are both given. Fix: pass one of them."
-            )
+            raise ValueError("attention_mask and cu_seq_lens_q are both given. Fix: pass one.")
         longest = batch_size * length if max_length_q is None else int(max_length_q)
         layout = Sequences(cu_seq_lens_q, longest).check(like.device)
         return Batch(past, None, layout, packed=True)
@@ -292,9 +266,8 @@ def find_batch(
             "Fix: a column for every token so far, those in the cache included."
         )
     compiling = torch.compiler.is_compiling()
-    # Whether positions pack a batch is in their values, which a trace cannot see. `generate`
-    # passes them with every prompt: beside a cache they bound no sequences then, as in
-    # transformers' dense models.
+    # Whether positions pack a batch is in their values, which a trace cannot see, and `generate`
+    # passes them with every prompt: beside a cache they bound no sequences then.
     if past or length == 1 or (asked and compiling):
         position_ids = None
     if position_ids is not None and position_ids.ndim == 3:  # of text, height and width
@@ -323,12 +296,7 @@ def _beside(packing: Packing, past: int, length: int) -> Batch:
 
 
 def _padding_of(mask: Tensor, past: int, length: int) -> Tensor:
-    """The `[B, past + S]` mask that a 4D one says as much as, as `generate` makes for a
-    static cache.
-
-    Raises:
-        ValueError: for any other.
-    """
+    """The `[B, past + S]` mask that a 4D one says as much as; raises ValueError for any other."""
     visible = mask if mask.dtype == torch.bool else mask == 0
     visible = visible[:, 0, :, : past + length]
     padding = visible[:, -1]
@@ -340,8 +308,8 @@ def _padding_of(mask: Tensor, past: int, length: int) -> Tensor:
     if mask.shape[1] != 1 or (padding[:, past:, None] & (visible != expected)).any():
         raise ValueError(
             f"attention_mask has shape {tuple(mask.shape)} and is not causal, as where the tokens "
-            "of an image see each other: NSA layers take the 2D padding mask and are causal by "
-            "themselves. Fix: pass the 2D mask; with images, a model that reads them causally."
+            "of an image see each other: NSA layers are causal by themselves. "
+            "Fix: pass the 2D mask; with images, a model that reads them causally."
         )
     return padding
 
@@ -350,9 +318,7 @@ def _padding_of(mask: Tensor, past: int, length: int) -> Tensor:
 
 
 def attach(decoder: nn.Module) -> None:
-    """Makes every forward of a decoder find its `Batch` once, for all layers;
-    doing so again changes nothing.
-    """
+    """Makes every forward of a decoder find its `Batch` once, for all layers."""
     detach(decoder)
     names = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
     decoder.register_forward_pre_hook(functools.partial(_before_layers, names), with_kwargs=True)
@@ -377,31 +343,34 @@ def _before_layers(
         )
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         warn_of_frozen_gates(decoder)
-    inputs = kwargs.get("inputs_embeds")
-    inputs = kwargs.get("input_ids") if inputs is None else inputs
+    given = {name: x for name, x in kwargs.items() if x is not None}
+    inputs = given.get("inputs_embeds", given.get("input_ids"))
     if inputs is None:
         return (), kwargs  # the model's own error names the arguments
-    cache = kwargs.get("past_key_values")
-    cache = kwargs.get("cache") if cache is None else cache
-    use_cache = kwargs.get("use_cache")
-    past = 0 if (decoder.config.use_cache if use_cache is None else use_cache) else None
+    cache, past = given.get("past_key_values", given.get("cache")), None
     if cache is not None:
         past = int(cache.get_seq_length(layers[0].layer_idx))
         _check_in_step(cache)
-    mask = kwargs.get("attention_mask")
-    if isinstance(mask, dict):  # by layer type, as `generate` prepares it for a static cache
+    elif given.get("use_cache", decoder.config.use_cache):
+        past = 0
+    asked = cache is not None or bool(given.get("use_cache"))
+    if isinstance(mask := given.get("attention_mask"), dict):  # as for a static cache
         mask = mask["full_attention"]
-    asked = cache is not None or bool(use_cache)
-    batch = find_batch(inputs, past, asked=asked, **{**kwargs, "attention_mask": mask})
+    batch = find_batch(inputs, past, asked=asked, **{**given, "attention_mask": mask})
     if batch.packed:
         if asked:
-            raise ValueError(PACKED_CACHE)
+            raise ValueError(
+                "a packed batch cannot fill a cache. "
+                "Fix: pass neither a cache nor use_cache=True with packed sequences."
+            )
         kwargs["use_cache"] = False  # on by default, and nobody could read it
     if batch.past and any(x.nsa_config.compress_rope == "after" for x in layers):
         past, rows, layout, columns, real, packed, _ = batch
-        rotation = _rotation(decoder, layers[0], layout.max_seqlen)
-        # PyTorch 2.11's compiler hands an empty tuple across a graph break for what `_replace`
-        # returns.
+        # What counts is how far apart two keys of a window are, so the first token may be at 0.
+        like: Any = layers[0].gate.weight
+        position_ids = torch.arange(layout.max_seqlen, device=like.device)[None]
+        rotation = decoder.rotary_emb(like, position_ids=position_ids)
+        # PyTorch 2.11's compiler loses what `_replace` returns between two graphs.
         batch = Batch(past, rows, layout, columns, real, packed, rotation)
     if len(layers) == decoder.config.num_hidden_layers:
         # Nobody reads this mask: at one of four dimensions transformers stops before it looks at
@@ -424,23 +393,11 @@ def _check_in_step(cache: Any) -> None:
         )
 
 
-def _rotation(decoder: Any, layer: NSAAttention, num_columns: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of so many real tokens of a sequence, from the model's own rotary embedding.
-
-    What counts is how far apart two keys of a window are, so the first token is as good as at 0.
-    """
-    like: Any = layer.gate.weight
-    position_ids = torch.arange(num_columns, device=like.device)[None]
-    return decoder.rotary_emb(like, position_ids=position_ids)
-
-
 _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def warn_of_frozen_gates(decoder: nn.Module) -> None:
-    """Says once for a decoder that its gates are frozen while other parameters of it,
-    such as adapters, are to be trained.
-    """
+    """Says once for a decoder that its gates are frozen while others of its parameters train."""
     attentions = (module for module in decoder.modules() if isinstance(module, NSAAttention))
     if (
         decoder in _warned
@@ -450,35 +407,30 @@ def warn_of_frozen_gates(decoder: nn.Module) -> None:
         return
     _warned.add(decoder)
     warnings.warn(
-        "the gates of the NSA layers are frozen while other parameters train: "
-        "they stay as they are, which after patch_model may be nearly closed. "
-        'Fix: with LoRA, modules_to_save=["self_attn.gate", "compress_k", "compress_v"] where '
-        "attention is called self_attn; patch_model's report has it as modules_to_save.",
+        "the gates of the NSA layers are frozen while other parameters train: they stay as they "
+        "are, which after patch_model may be nearly closed. Fix: with LoRA, "
+        "modules_to_save=report.modules_to_save, of the report that patch_model returns.",
         stacklevel=3,
     )
 
 
-def _refuse_continuous_batching(make_manager: Callable[..., None]) -> Callable[..., None]:
+_make_manager: Any = ContinuousBatchingManager.__init__
+
+
+@functools.wraps(_make_manager)
+def _refuse_nsa_layers(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> None:
     """The constructor of transformers' manager, through which every way to continuous batching
-    leads, for other models.
-
-    It is the last that happens in the caller's thread: in the manager's own an error is only
-    logged, and every output empty. The model in the manager may be a stock one with a patched
-    model inside.
+    leads: the last that happens in the caller's thread, where an error is not only logged. Its
+    model may be a stock one with a patched model inside.
     """
-
-    @functools.wraps(make_manager)
-    def init(self: ContinuousBatchingManager, model: nn.Module, *args: Any, **kwargs: Any) -> None:
-        if any(isinstance(module, NSAAttention) for module in model.modules()):
-            raise NotImplementedError(
-                "continuous batching (generate_batch) is not available with NSA layers: "
-                "their cache has no pages. Fix: model.generate(input_ids, attention_mask=mask), "
-                "with the prompts padded on the left."
-            )
-        make_manager(self, model, *args, **kwargs)
-
-    return init
+    if any(isinstance(module, NSAAttention) for module in model.modules()):
+        raise NotImplementedError(
+            "continuous batching (generate_batch) is not available with NSA layers: "
+            "their cache has no pages. Fix: model.generate(input_ids, attention_mask=mask), "
+            "with the prompts padded on the left."
+        )
+    _make_manager(self, model, *args, **kwargs)
 
 
-ContinuousBatchingManager.__init__ = _refuse_continuous_batching(ContinuousBatchingManager.__init__)  # type: ignore[method-assign]
+ContinuousBatchingManager.__init__ = _refuse_nsa_layers  # type: ignore[method-assign]
 AttentionInterface.register(ATTENTION_NAME, sparse_attention)

@@ -19,8 +19,7 @@ def with_fused_rotation(attention_class: type[nn.Module]) -> type[nn.Module]:
     """An attention class whose forward rotates queries and keys in one kernel where
     `nsa_fsa.modules.fused` has one; the same class if it rotates in another way than Llama.
 
-    The forward is the class's own; only the function of that name that it finds among the globals
-    of its module is another one.
+    The forward is the class's own, but for the rotation that it finds among its globals.
     """
     plain = attention_class.forward
     core: Any = inspect.unwrap(plain)
@@ -74,8 +73,7 @@ def _is_half_split(rotation: Callable[..., Any]) -> bool:
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x `[B, H, S, D]`, which usually is a view of `[B, S, H, D]`, by cos and sin
-    `[B or 1, S, D]`."""
+    """x `[B, H, S, D]`, usually a view of `[B, S, H, D]`, by cos and sin `[B or 1, S, D]`."""
     batch_size, _, length, _ = x.shape
     cos, sin = (y.expand(batch_size, -1, -1).flatten(0, 1) for y in (cos, sin))
     rows = apply_rotary(x.transpose(1, 2).flatten(0, 1), cos, sin)
