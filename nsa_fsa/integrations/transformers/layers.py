@@ -17,7 +17,6 @@ from nsa_fsa.cache.nsa_cache import turn_back
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.integrations.transformers.attention import FORWARDS
 
-CROSS = ("encoder_hidden_states", "key_value_states")  # arguments of cross-attention
 SIZES = ("hidden_size", "num_heads", "num_kv_heads", "head_dim", "v_head_dim")
 _SIZES_OF: dict[type[nn.Module], Callable[[Any], dict[str, Any]]] = {}
 
@@ -43,11 +42,11 @@ def register_attention(
 
     Args:
         attention_class: the class itself; subclasses are registered by themselves.
-        forward: what runs in a sparse layer instead of its own forward, where that does not call
-            transformers' attention interface. It takes the same arguments and `**kwargs`, and hands
-            its rotated queries `[B, HQ, S, D]`, and keys and values `[B, HKV, S, D or DV]` after
-            the cache, to `sparse_attention(self, q, k, v, attention_mask, scaling=..., **kwargs)`,
-            which returns (`[B, S, HQ, DV]`, None).
+        forward: what a sparse layer runs instead of its own, where that does not call transformers'
+            attention interface. It takes the same arguments and `**kwargs`, and hands its rotated
+            queries `[B, HQ, S, D]`, and keys and values `[B, HKV, S, D or DV]` after the cache, to
+            `sparse_attention(self, q, k, v, attention_mask, scaling=..., **kwargs)`, which returns
+            (`[B, S, HQ, DV]`, None).
         sizes: `NSAConfig`'s hidden_size, num_heads, num_kv_heads, head_dim and v_head_dim of a
             module, where they are not in its config by their usual names.
     """
@@ -57,11 +56,7 @@ def register_attention(
 
 
 def attention_layers(model: nn.Module) -> dict[int, Layer]:
-    """The causal self-attention of a model's decoder, by `layer_idx`.
-
-    Raises:
-        ValueError: for a model with several decoders.
-    """
+    """The causal self-attention of a model's decoder, by `layer_idx`; there may be one decoder."""
     found: dict[int, Layer] = {}
     decoders = {"": model}
     for name, module in model.named_modules():
@@ -80,9 +75,14 @@ def attention_layers(model: nn.Module) -> dict[int, Layer]:
     return dict(sorted(found.items()))
 
 
+def dense_type(x: Any) -> Any:
+    """The class that a module or a config has, or had before it became sparse."""
+    return getattr(type(x), "dense_class", type(x))
+
+
 def is_attention(module: nn.Module) -> bool:
-    """Whether a module is causal self-attention that can be reached, sparse or not."""
-    dense = getattr(type(module), "dense_class", type(module))
+    """Whether a module is causal self-attention that can be reached; sparse ones are."""
+    dense = dense_type(module)
     if not isinstance(getattr(module, "layer_idx", None), int) or not hasattr(module, "config"):
         return False
     if dense in FORWARDS:
@@ -90,7 +90,7 @@ def is_attention(module: nn.Module) -> bool:
     code = getattr(inspect.unwrap(dense.forward), "__code__", None)
     if code is None or "ALL_ATTENTION_FUNCTIONS" not in code.co_names:
         return False
-    crosses = any(name in code.co_varnames for name in CROSS)
+    crosses = {"encoder_hidden_states", "key_value_states"} & {*code.co_varnames}
     if crosses and getattr(module, "is_cross_attention", True):
         return False
     return bool(getattr(module, "is_causal", False))
@@ -104,7 +104,7 @@ def _obstacle(module: Any) -> tuple[str | None, bool]:
         return f"it is {kinds[i].replace('_', ' ')}", False
     window = getattr(module, "sliding_window", None)
     if not kinds and not hasattr(module, "sliding_window"):
-        code = inspect.unwrap(getattr(type(module), "dense_class", type(module)).forward).__code__
+        code = inspect.unwrap(dense_type(module).forward).__code__
         reads = "sliding_window" in (*code.co_names, *code.co_consts)
         window = getattr(c, "sliding_window", None) if reads else None
     if not kinds and window is not None:
@@ -118,9 +118,8 @@ def _obstacle(module: Any) -> tuple[str | None, bool]:
 
 def sizes_of(module: Any) -> dict[str, Any]:
     """The fields of NSAConfig that an attention module decides."""
-    dense = getattr(type(module), "dense_class", type(module))
-    if dense in _SIZES_OF:
-        return {"scale": None, **_SIZES_OF[dense](module)}
+    if (own := _SIZES_OF.get(dense_type(module))) is not None:
+        return {"scale": None, **own(module)}
     found = sizes_in(module.config)
     width = _first(module, "qk_head_dim", "head_dim", "head_size") or found["head_dim"]
     scale = getattr(module, "scaling", None)
@@ -172,7 +171,7 @@ def check_rotation(layer: Layer, config: NSAConfig) -> None:
 
 @torch.no_grad()
 def _can_turn_back(attention: Any, rotary: nn.Module) -> bool:
-    """Whether keys of random tokens, rotated and turned back, are those that were not rotated."""
+    """Whether keys of random tokens, rotated and turned back, are those that were not."""
     weight = next(p for p in attention.parameters() if p.is_floating_point())
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 3, attention.config.hidden_size, generator=generator).to(weight)
@@ -188,8 +187,8 @@ def _can_turn_back(attention: Any, rotary: nn.Module) -> bool:
         attention.config = with_function(config, _PROBE)
         cos, sin = rotary(x, position_ids=torch.arange(3, device=x.device)[None])
         for pair in ((cos, sin), (torch.ones_like(cos), torch.zeros_like(sin))):
-            dense = getattr(type(attention), "dense_class", type(attention))
-            dense.forward(attention, x, position_embeddings=pair, attention_mask=None)
+            forward = dense_type(attention).forward
+            forward(attention, x, position_embeddings=pair, attention_mask=None)
     except Exception:  # of another signature
         return False
     finally:
@@ -208,7 +207,7 @@ _PROBE = "nsa_fsa_probe"
 
 def with_function(config: Any, name: str) -> Any:
     """A config for attention modules alone, with another attention function."""
-    made: Any = object.__new__(getattr(type(config), "dense_class", type(config)))
+    made: Any = object.__new__(dense_type(config))
     made.__dict__.update(config.__dict__)
     made._attn_implementation_internal = name
     return made
@@ -241,10 +240,6 @@ def explain_model(model: nn.Module) -> ModelExplanation:
     Raises:
         ValueError: for a model with several decoders.
     """
-    return explanation_of(model, attention_layers(model))
-
-
-def explanation_of(model: nn.Module, layers: dict[int, Layer]) -> ModelExplanation:
-    """The same of a model whose layers are known."""
-    rows = ((x.name, type(x.module).__name__, x.why_not or "") for x in layers.values())
+    layers = attention_layers(model).values()
+    rows = ((x.name, type(x.module).__name__, x.why_not or "") for x in layers)
     return ModelExplanation(type(model).__name__, tuple(rows))

@@ -3,10 +3,9 @@ before its `model_type`, for every family that transformers has. They are made w
 for: by `patch_model`, by a checkpoint, or by name, as in `models.NSALlamaForCausalLM`.
 
 They are the transformers classes with NSA attention installed at the end of the constructor. Their
-own `model_type` makes `save_pretrained` / `from_pretrained` round-trip exactly, and makes a
-transformers that does not know this package refuse the checkpoint instead of loading it dense. What
-a class reads that was named outright, such as `LlamaForCausalLM`, is refused by its config: see
-`_SparseConfig`.
+own `model_type` lets checkpoints round-trip, and a transformers that does not know this package
+refuse them. What a class reads that was named outright, such as `LlamaForCausalLM`, is refused by
+its config: see `_SparseConfig`.
 """
 
 import copy
@@ -23,7 +22,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from nsa_fsa.integrations.transformers.attention import ATTENTION_NAME, warn_of_frozen_gates
+from nsa_fsa.integrations.transformers.attention import ATTENTION_NAME, new_of, warn_of_frozen_gates
 from nsa_fsa.integrations.transformers.layers import sizes_in
 from nsa_fsa.integrations.transformers.parts import start_parts
 from nsa_fsa.integrations.transformers.settings import (
@@ -37,12 +36,8 @@ from nsa_fsa.integrations.transformers.settings import (
 
 PACKAGE = "nsa_fsa.integrations.transformers"
 # What a file holds as `layer_types`: transformers checks that field in every config, and names what
-# it found. (A value of `attn_implementation` that nobody has registered would be refused, too, but
-# `from_pretrained` takes that as an argument.)
-_FOR_NSA_ONLY = [
-    "sparse: import nsa_fsa.integrations.transformers, "
-    "then load with AutoModelForCausalLM or AutoModel"
-]
+# it found. (An unknown `attn_implementation` would be refused, too, but may be an argument.)
+_FOR_NSA_ONLY = [f"sparse: import {PACKAGE}, then load with AutoModelForCausalLM or AutoModel"]
 _KINDS = "dense_layer_types"  # what a file holds as `layer_types` otherwise
 _REMOTE_FILE = "modeling_nsa"  # in a checkpoint, for tools that are given its path alone
 
@@ -53,18 +48,15 @@ def _is_for_nsa_only(layer_types: Any) -> bool:
 
 
 class _SparseConfig:
-    """Mixed in before a transformers config class: a file that no other class reads,
-    and a field `nsa` that is a dict.
+    """Mixed in before a transformers config class: a file that no other class reads, and a field.
 
-    `nsa` holds `NSAConfig`'s fields or a `preset`, `layers` (None: all) and `per_layer`,
-    a dict by layer of what differs there.
-
-    While a model has this config, `nsa` says what the layers of the model are whenever the config
-    is written or copied, whoever does that, such as a larger model. A copy belongs to no model.
+    `nsa` is a dict of `NSAConfig`'s fields or a `preset`, with `layers` (None: all) and
+    `per_layer`, a dict by layer of what differs there. While a model has this config, `nsa` says
+    what its layers are whenever the config is written or copied, whoever does that, such as a
+    larger model. A copy belongs to no model.
     """
 
-    # Beside __dict__, which is compared, copied and written: the model,
-    # and whether `nsa` is not what the file says.
+    # Beside __dict__, which is compared and written. is_changed: `nsa` is not what the file says.
     __slots__ = ("__dict__", "_dense_attention", "_model", "is_changed")
     is_changed: bool
     nsa: dict[str, Any] | None
@@ -83,12 +75,11 @@ class _SparseConfig:
             self.nsa = describe(model)
 
     def nsa_of_layer(self, layer: int | None = None) -> dict[str, Any]:
-        """What `nsa` says of one layer, or of all of them where they are alike:
-        see `NSAConfig.from_pretrained_config`.
-        """
+        """What `NSAConfig.from_pretrained_config` takes: of one layer, or of all if alike."""
         self._describe()
         settings = settings_of(self, self.nsa)
-        first, count = min(settings), self.get_text_config().num_hidden_layers  # type: ignore[attr-defined]
+        text: Any = self.get_text_config()  # type: ignore[attr-defined]
+        first, count = min(settings), text.num_hidden_layers
         others = [i for i in settings if settings[i] != settings[first]]
         if layer is None and others:
             raise ValueError(
@@ -100,9 +91,10 @@ class _SparseConfig:
                 f"layer={layer!r} is not allowed: it must be the index of a layer with NSA, "
                 f"one of {list(settings)}. Fix: layer={first}, for example."
             )
-        of_layer = settings[first if layer is None else layer % count]
-        values = {name: value for name, value in of_layer.items() if name not in COMPRESSORS}
-        return {**sizes_in(self.get_text_config()), **values, **LEFT_TO_DENSE}  # type: ignore[attr-defined]
+        values = settings[first if layer is None else layer % count]
+        for name in COMPRESSORS:
+            values.pop(name, None)
+        return {**sizes_in(text), **values, **LEFT_TO_DENSE}
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
@@ -117,11 +109,11 @@ class _SparseConfig:
             count = config.get_text_config().num_hidden_layers
             saved_count = config_dict.get("num_hidden_layers", count)
             config.nsa = changed_nsa(saved or {}, given, saved_count, count)
+            # The file may name layers that there are no longer.
             if saved and given:
-                # The file may name layers that there are no longer.
-                fewer = "num_hidden_layers" in kwargs
-                now = settings_of(config, config.nsa)
-                config.is_changed = fewer or settings_of(config, saved) != now
+                config.is_changed = "num_hidden_layers" in kwargs or (
+                    settings_of(config, saved) != settings_of(config, config.nsa)
+                )
         return made
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,11 +122,11 @@ class _SparseConfig:
 
     def __getstate__(self) -> tuple[dict[str, Any], dict[str, Any]]:
         self._describe()
-        kept = dict(_dense_attention=self.dense_attention)
-        return dict(self.__dict__), {**kept, "is_changed": getattr(self, "is_changed", False)}
+        is_changed = getattr(self, "is_changed", False)
+        return vars(self), dict(_dense_attention=self.dense_attention, is_changed=is_changed)
 
-    # A stock class that is given this config would build dense layers: they are told the attention
-    # function of sparse ones, which refuses them. It is the other one once a sparse model has it.
+    # A stock class that is given this config would build dense layers: until a sparse model has it,
+    # they are told the attention function of sparse ones, which refuses them.
     @property
     def _attn_implementation_internal(self) -> str | None:
         return ATTENTION_NAME if self.nsa_model() is None else self.dense_attention
@@ -178,8 +170,7 @@ class _SparseConfig:
 
 
 class _NSAModel:
-    """Mixed in before a transformers model class: installs NSA attention,
-    and initialises what it adds.
+    """Mixed in before a transformers model class: installs NSA attention, and starts what it adds.
 
     The config's `nsa` may hold any of `NSAConfig`'s fields and a `preset`; sizes come from the
     config itself. Gates start "balanced", or "dense" where the config names the architecture of a
@@ -195,9 +186,7 @@ class _NSAModel:
     _can_compile_fullgraph = False
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether `generate` compiles decoding by itself: not here,
-        where a step waits for the GPU.
-        """
+        """Whether `generate` compiles decoding by itself: not here, where a step waits."""
         return False
 
     def create_masks_for_generate(self, attention_mask: Any = None, **kwargs: Any) -> Any:
@@ -210,7 +199,7 @@ class _NSAModel:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """The class was made, and is made again wherever a copy is unpickled."""
-        return _new_model, (dense_class_of(type(self)),), self.__dict__
+        return new_of, (sparse_class, dense_class_of(type(self))), self.__dict__
 
     def __init__(
         self,
@@ -237,9 +226,9 @@ class _NSAModel:
         )
         from nsa_fsa.integrations.transformers.patch import install
 
-        # `from_config` turns torch.nn.init off where DeepSpeed's ZeRO-3 is on.
-        with guard_torch_init_functions():
-            install(self, {"compressor_k": compressor_k, "compressor_v": compressor_v})  # type: ignore[arg-type]
+        own: dict[str, Any] = dict(compressor_k=compressor_k, compressor_v=compressor_v)
+        with guard_torch_init_functions():  # which are off in `from_config` with ZeRO-3
+            install(self, own)  # type: ignore[arg-type]
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers' own, also where somebody has given the model another config object."""
@@ -258,9 +247,7 @@ class _NSAModel:
         self.config.belong_to(self)  # type: ignore[attr-defined]
 
     def train(self, mode: bool = True) -> Any:
-        """As PyTorch's own; warns where gates are frozen while other parameters, such as adapters,
-        are to be trained.
-        """
+        """As PyTorch's own; warns where gates are frozen while other parameters train."""
         if mode:
             warn_of_frozen_gates(self.base_model)  # type: ignore[attr-defined]
         return super().train(mode)  # type: ignore[misc]
@@ -322,11 +309,6 @@ def dense_class_of(sparse: type) -> Any:
     return vars(sparse).get("dense_class")
 
 
-def _new_model(dense: type[PreTrainedModel]) -> PreTrainedModel:
-    made = sparse_class(dense)
-    return made.__new__(made)
-
-
 def _known(config_class: type[PreTrainedConfig]) -> bool:
     """Whether transformers finds this class by its `model_type`."""
     found = _made_when_asked.get(name := config_class.model_type)
@@ -355,11 +337,7 @@ def autos_of(config_class: type, name: str) -> tuple[str, ...]:
 
 
 def class_named(name: str) -> type:
-    """`NSALlamaConfig`, `NSALlamaForCausalLM` and so on.
-
-    Raises:
-        AttributeError: for another name.
-    """
+    """`NSALlamaConfig`, `NSALlamaForCausalLM` and so on; raises AttributeError for another name."""
     dense = getattr(transformers, name[3:], None) if name.startswith("NSA") else None
     if isinstance(dense, type) and issubclass(dense, PreTrainedConfig):
         return sparse_config_class(dense)
@@ -386,20 +364,18 @@ class _MadeWhenAsked(dict):
 _made_when_asked = CONFIG_MAPPING._extra_content = _MadeWhenAsked(CONFIG_MAPPING._extra_content)
 
 
-def _read_by_any_class(from_json_file: Callable[..., Any]) -> Callable[..., Any]:
-    """`PreTrainedConfig.from_json_file`, for this class itself: the Trainer reads the config of
-    what it resumes from so, of whatever model, and the mark would be refused. It gets the config of
-    the file's own class."""
-
-    @functools.wraps(from_json_file)
-    def read(cls: type[PreTrainedConfig], json_file: Any) -> Any:
-        values = cls._dict_from_json_file(json_file)
-        if cls is PreTrainedConfig and _is_for_nsa_only(values.get("layer_types")):
-            return AutoConfig.for_model(**values)
-        return from_json_file(cls, json_file)
-
-    return read
+_from_json_file: Any = PreTrainedConfig.from_json_file.__func__  # type: ignore[attr-defined]
 
 
-_from_json_file: Any = PreTrainedConfig.from_json_file
-PreTrainedConfig.from_json_file = classmethod(_read_by_any_class(_from_json_file.__func__))  # type: ignore
+@functools.wraps(_from_json_file)
+def _read_by_any_class(cls: type[PreTrainedConfig], json_file: Any) -> Any:
+    """For `PreTrainedConfig` itself, by which the Trainer reads the config of what it resumes from,
+    whatever its class; it would refuse the mark.
+    """
+    values = cls._dict_from_json_file(json_file)
+    if cls is PreTrainedConfig and _is_for_nsa_only(values.get("layer_types")):
+        return AutoConfig.for_model(**values)
+    return _from_json_file(cls, json_file)
+
+
+PreTrainedConfig.from_json_file = classmethod(_read_by_any_class)  # type: ignore

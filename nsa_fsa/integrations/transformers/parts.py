@@ -46,8 +46,7 @@ def make_parts(
         patched = isinstance(attention, NSAAttention)
         if patched and not hasattr(type(model), "dense_class"):
             raise ValueError(
-                f"layer {i} is patched already, as a part of another model. "
-                "Fix: patch or unpatch that one."
+                f"layer {i} is patched already, as a part of another model. Fix: patch that one."
             )
         if patched and attention.nsa_config == config and not any(own[i].values()):
             continue
@@ -56,7 +55,7 @@ def make_parts(
         given = {name: make_phi(make, config, **factory) for name, make in own[i].items() if make}
         made[i] = Parts(config, **{**phis, **given}, **factory).train(attention.training)
         if patched:
-            anew += _carry_over(i, attention, made[i], given)
+            anew += _carry_over(i, attention, made[i], phis, given)
     return made, tuple(anew)
 
 
@@ -66,28 +65,24 @@ def _factory(model: PreTrainedModel, attention: nn.Module) -> dict[str, Any]:
     projection = max(projections, default=attention, key=lambda m: getattr(m, "in_features", 0))
     weight: Any = getattr(projection, "weight", None)
     # torch.ao has a method of that name, and GPTQ buffers of other names.
-    if not isinstance(weight, Tensor):
-        tensors = (*projection.parameters(), *projection.buffers())
-        device = next((x.device for x in tensors), model.device)
-        return dict(device=device, dtype=model.dtype)
-    device, hook = weight.device, getattr(projection, "_hf_hook", None)
-    if device.type == "meta" and hook is not None:
+    is_tensor = isinstance(weight, Tensor)
+    tensors = [weight] if is_tensor else [*projection.parameters(), *projection.buffers()]
+    device = next((x.device for x in tensors), model.device)
+    if device.type == "meta" and (hook := getattr(projection, "_hf_hook", None)) is not None:
         device = hook.execution_device  # where accelerate brings offloaded weights
-    packed = not weight.is_floating_point() or weight.element_size() == 1
-    return dict(device=device, dtype=model.dtype if packed else weight.dtype)
+    is_packed = not is_tensor or not weight.is_floating_point() or weight.element_size() == 1
+    return dict(device=device, dtype=model.dtype if is_packed else weight.dtype)
 
 
 def _carry_over(
-    i: int, before: NSAAttention, after: Parts, given: Mapping[str, nn.Module]
+    i: int, before: NSAAttention, after: Parts, phis: Mapping[str, Any], given: Mapping[str, Any]
 ) -> list[str]:
     """Gives layer i what its predecessor learned, part by part; returns the parts that do not fit.
 
     Parts go over as whole modules, with what others put around or on them, such as adapters and
-    hooks that bring offloaded weights. A compressor that is given again is another module, into
-    which the values go.
+    hooks that bring offloaded weights. Of a compressor that is given again only the values do.
     """
     anew = []
-    phis: dict[str, Any] = {name: own_phi(before, name) for name in COMPRESSORS}
     plain = Parts(before.nsa_config, device="meta", **phis)  # without what is around them
     for part in PARTS:
         old, new = getattr(before, part), getattr(after, part)

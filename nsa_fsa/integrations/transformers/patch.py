@@ -23,7 +23,7 @@ from nsa_fsa.integrations.transformers.attention import (
 from nsa_fsa.integrations.transformers.layers import (
     Layer,
     attention_layers,
-    explanation_of,
+    explain_model,
     with_function,
 )
 from nsa_fsa.integrations.transformers.models import dense_class_of, sparse_class
@@ -31,6 +31,7 @@ from nsa_fsa.integrations.transformers.parts import PARTS, Parts, make_parts, ma
 from nsa_fsa.integrations.transformers.report import PatchReport, count, count_parts
 from nsa_fsa.integrations.transformers.settings import (
     COMPRESSORS,
+    check_possible,
     describe,
     resolve,
     settings_by_layer,
@@ -43,12 +44,10 @@ from nsa_fsa.ops.compression.operator import POOL_BACKENDS
 
 Settings: TypeAlias = NSAConfig | Mapping[str, Any] | str | os.PathLike[str]
 # What follows the `name_or_path` of a model that is no longer what is there. PEFT writes it into
-# adapters as their base model: whatever loads a base model by it raises an error with this text,
-# instead of giving the adapter another one.
+# adapters as their base model, and whatever loads that raises an error with this text.
 CHANGED = ", changed by "
 HOW_TO_LOAD = ": load and change it alike, then PeftModel.from_pretrained(model, adapter)"
-# Wrappers that keep a list of the parameters they found, and would miss those that
-# unpatching drops.
+# Wrappers that keep a list of the parameters they found, and would miss those that go.
 KEEPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 
 
@@ -78,21 +77,18 @@ def patch_model(
 
     Its projections, norms and rotation are kept; gates and compressors are added. The instance
     becomes a `NSALlamaForCausalLM` (and so on), so that `save_pretrained` writes a checkpoint that
-    loads sparse or not at all. Nothing else changes: not the transformers class, no other model,
-    not even one made from the same config object. (A larger model that contains this one gets a
-    config that says so.)
+    loads sparse or not at all. No other model changes, not even one made from the same config
+    object, but that a larger model around this one gets a config that says so.
 
     An adapter that PEFT saves names its base model by `name_or_path`, which says from now on that
-    the checkpoint there was changed: `AutoPeftModelForCausalLM` refuses it.
-    `PeftModel.from_pretrained(model, adapter)` takes whatever model it is given, so give it one
-    that was patched alike. PEFT cannot compare vocabularies then, and warns: where it was resized,
-    `save_pretrained(adapter, save_embedding_layers=True)`. To have an adapter that loads by itself,
-    save the patched model, and train the adapter on what `AutoModelForCausalLM.from_pretrained`
-    gives of that.
+    the checkpoint there was changed: `AutoPeftModelForCausalLM` refuses it, and
+    `PeftModel.from_pretrained(model, adapter)` wants a model that was patched alike. PEFT cannot
+    compare vocabularies then, and warns: save a resized one with `save_embedding_layers=True`. To
+    have an adapter that loads by itself, save the patched model, and train the adapter on what
+    `AutoModelForCausalLM.from_pretrained` gives of that.
 
     A patched model may be patched again: layers that are still dense become sparse, and layers with
-    other settings change to them, keeping the gates and compressors that still fit. With the same
-    settings nothing happens.
+    other settings change to them, keeping the gates and compressors that still fit.
 
     Args:
         model: any model of transformers with a decoder; `explain_model` says which of its layers
@@ -144,7 +140,7 @@ def patch_model(
         dense_layers=tuple(i for i in range(num_layers) if i not in configs),
         new_parameters=new_parameters,
         total_parameters=count(model) - count_parts(now.values()) + new_parameters,
-        explanation=explanation_of(model, found),
+        explanation=explain_model(model),
         modules_to_save=_modules_to_save(found),
         dry_run=dry_run,
         already_patched=not made,
@@ -160,8 +156,8 @@ def patch_model(
 
 
 def unpatch_model(model: nn.Module) -> nn.Module:
-    """Undoes `patch_model` in place: the model's own attention modules, class and config come back,
-    bit for bit.
+    """Undoes `patch_model` in place: the model's attention, class and config are bit for bit again
+    what they were.
 
     Projections that were trained meanwhile keep their new values, and so does a config that was
     changed (by `resize_token_embeddings`, say); gates and compressors are dropped. A patched model
@@ -230,12 +226,7 @@ def install(model: PreTrainedModel, own: Mapping[str, Any]) -> None:
         for i in saved or settings:
             own_of[i][name] = own[name]
     layers = attention_layers(model)
-    if missing := [i for i in settings if i not in layers or layers[i].why_not]:
-        raise ValueError(
-            f"layers {missing} of {type(model).__name__} cannot be sparse. "
-            f"{explanation_of(model, layers)}\n"
-            "Fix: nsa=dict(layers=...) with other layers."
-        )
+    check_possible(layers, settings)
     configs = {i: resolve(layers[i], values) for i, values in settings.items()}
     _check_model(model)
     made, _ = make_parts(model, layers, configs, own_of)
@@ -257,10 +248,7 @@ def _layers_of(model: Any) -> dict[int, Layer]:
     inside = [type(m).__name__ for m in modules if isinstance(m, PreTrainedModel)]
     fix = "patch a model of transformers, or register_attention(...) your own class of attention"
     if inside and not isinstance(model, PreTrainedModel):
-        fix = (
-            f"patch the {inside[0]} inside it before wrapping, "
-            "as in patch_model before get_peft_model"
-        )
+        fix = f"patch the {inside[0]} inside it before wrapping, and before get_peft_model"
     raise TypeError(
         f"{type(model).__name__} cannot be patched: it is no model of transformers, or it has no "
         f"causal self-attention that calls transformers' attention interface. Fix: {fix}."
@@ -286,8 +274,8 @@ def _check_model(model: PreTrainedModel) -> None:
         )
     if getattr(text, "attention_dropout", 0.0):
         raise ValueError(
-            f"attention_dropout={text.attention_dropout} is not "
-            "available in NSA: it must be 0. Fix: model.config.attention_dropout = 0.0."
+            f"attention_dropout={text.attention_dropout} is not available in NSA: it must be 0. "
+            "Fix: model.config.attention_dropout = 0.0."
         )
 
 
@@ -367,11 +355,10 @@ def _update(attention: NSAAttention, c: NSAConfig) -> None:
 
 
 def _rebind_config(model: PreTrainedModel, old: Any, new: Any) -> None:
-    """Every module that refers to the old config object gets the new one;
-    the old one itself is not changed.
+    """Gives every module that refers to the old config object the new one.
 
-    A larger model that contains this one, such as a Llava, does not know of it,
-    and would write a file that loads dense. Its config becomes a copy with the new one inside.
+    A larger model that contains this one, such as a Llava, does not know of it, and would write a
+    file that loads dense: its config becomes a copy with the new one inside.
     """
     if old is new:
         return
@@ -387,9 +374,8 @@ def _rebind_config(model: PreTrainedModel, old: Any, new: Any) -> None:
 def _models_around(model: PreTrainedModel) -> list[PreTrainedModel]:
     """The models that contain this one, the largest first, and itself.
 
-    Nothing in PyTorch leads from a module to what contains it, so the garbage collector is
-    asked, which does not know of objects that were frozen. A model whose constructor raised has
-    no `_modules`.
+    Nothing in PyTorch leads from a module to what contains it, so the garbage collector is asked.
+    A model whose constructor raised has no `_modules`.
     """
 
     def contains(x: Any) -> bool:
@@ -401,9 +387,7 @@ def _models_around(model: PreTrainedModel) -> list[PreTrainedModel]:
 
 
 def _rename(model: PreTrainedModel, changed_by: str | None) -> None:
-    """Says in `name_or_path` of the model, its parts and the models around it that they are not
-    what is there, or are again.
-    """
+    """Says in `name_or_path` of the model, and of those in and around it, what became of them."""
     parts = (module for module in model.modules() if isinstance(module, PreTrainedModel))
     for module in (*parts, *_models_around(model)):
         name = (module.name_or_path or "").partition(CHANGED)[0]

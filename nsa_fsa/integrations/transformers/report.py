@@ -1,7 +1,7 @@
 """What `patch_model` says of what it did."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import transformers
@@ -26,11 +26,11 @@ class PatchReport:
     explanation: ModelExplanation  # of every attention module
     # What is new, by the names by which PEFT knows what to train and save whole beside adapters.
     modules_to_save: tuple[str, ...]
-    dry_run: bool = False
-    already_patched: bool = False
-    configs: Mapping[int, NSAConfig] = field(default_factory=dict)  # by layer
+    dry_run: bool
+    already_patched: bool
+    configs: Mapping[int, NSAConfig]  # by layer
     # Parts of layers patched before that do not fit the new settings: "0.compress_k".
-    started_anew: tuple[str, ...] = ()
+    started_anew: tuple[str, ...]
 
     def __str__(self) -> str:
         c = self.config

@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -14,7 +14,7 @@ from nsa_fsa.integrations.transformers.layers import (
     SIZES,
     Layer,
     check_rotation,
-    explanation_of,
+    explain_model,
     sizes_of,
 )
 
@@ -30,14 +30,9 @@ LEFT_TO_DENSE: dict[str, Any] = dict(
 )
 
 
-def is_index(key: Any) -> bool:
-    """Whether a key is the text of a layer's index, as JSON has it."""
-    return isinstance(key, str) and key.removeprefix("-").isdecimal()
-
-
 def names_layers(key: Any) -> bool:
-    """Whether a key of a dict names layers rather than a setting."""
-    return is_index(key) or not isinstance(key, str)
+    """Whether a key of a dict names layers, not a setting; JSON has the text of an index."""
+    return not isinstance(key, str) or key.removeprefix("-").isdecimal()
 
 
 def check_nsa(nsa: Any) -> None:
@@ -57,11 +52,8 @@ def check_nsa(nsa: Any) -> None:
 
 
 def settings_of(config: Any, nsa: Any) -> dict[int, dict[str, Any]]:
-    """What the `nsa` of an `nsa_*` config says of each NSA layer, by index from 0:
-    fields of NSAConfig, those of presets included, and the names of compressors of its own.
-
-    Raises:
-        ValueError: for an `nsa` of another form, or layers that there are not.
+    """What an `nsa` says of each NSA layer of a model with this config, by index from 0: fields of
+    NSAConfig, those of presets included, and the names of compressors of its own.
     """
     check_nsa(nsa)
     # The config of a checkpoint alone names an architecture.
@@ -90,7 +82,7 @@ def changed_nsa(
     """The `nsa` of a file with changes, in every layer or with `per_layer` in one.
 
     A preset stands for its fields. `layers` says anew which layers have NSA; what the file says of
-    others is dropped. The counts are of the layers that the file has, and that there are now.
+    others is dropped. The counts are of the layers in the file and now.
     """
     nsa = with_changes(saved, given)
     if saved_per_layer := _by_layer(saved.get("per_layer"), saved_count):
@@ -150,9 +142,7 @@ def own_phi(attention: NSAAttention, name: str) -> Any:
 
 
 def indices_of(layers: Any, count: int) -> list[int]:
-    """Layers as sorted indices from 0: of an int, or of anything that holds ints,
-    arrays and tensors included.
-    """
+    """Layers as sorted indices from 0: of an int, or of whatever holds ints, tensors included."""
     if layers is None:
         return list(range(count))
 
@@ -171,24 +161,22 @@ def indices_of(layers: Any, count: int) -> list[int]:
         indices = []
     if not indices or not all(-count <= i < count for i in indices):
         raise ValueError(
-            f"layers={layers!r} must be an index or indices among 0 .. "
-            f"{count - 1}, or negative ones that count from the end, and at least one. "
+            f"layers={layers!r} must be an index or indices among 0 .. {count - 1}, or negative "
+            "ones that count from the end, and at least one. "
             "Fix: name layers that the model has, or none at all to patch all of them."
         )
     return sorted({i % count for i in indices})
 
 
 def of_layers(values: Any, count: int) -> dict[int, Any]:
-    """`{0: ..., -1: ..., (1, 2): ...}`, or with "0" as JSON has it,
-    as a dict with an index from 0 for every layer.
-    """
+    """What `{0: ..., (1, -1): ...}`, or "0" as JSON has it, says of layers, by index from 0."""
     found: dict[int, Any] = {}
     for key, value in values.items():
-        for i in indices_of(int(key) if is_index(key) else key, count):
+        if isinstance(key, str) and names_layers(key):
+            key = int(key)
+        for i in indices_of(key, count):
             if i in found:
-                raise ValueError(
-                    f"layer {i} is named twice in {list(values)}. Fix: name every layer once."
-                )
+                raise ValueError(f"layer {i} is named twice in {list(values)}. Fix: name it once.")
             found[i] = value
     return found
 
@@ -201,25 +189,18 @@ def settings_by_layer(
     layers: Any,
     overrides: Mapping[str, Any],
 ) -> dict[int, NSAConfig]:
-    """The arguments of `patch_model` as one NSAConfig for each layer to be patched, of those that
-    were found.
-
-    Raises:
-        ValueError: for settings that do not fit, or layers that cannot become sparse.
-    """
+    """The arguments of `patch_model`, as an NSAConfig for each layer that they name."""
     now = {i: attention.nsa_config for i, attention in sparse_layers(model).items()}
     count = model.config.get_text_config().num_hidden_layers
     if isinstance(config, Mapping) and not config:
         raise ValueError(
-            "config={} is not allowed: it names no layer and no setting. "
-            "Fix: leave it out for the preset or for the settings that the model has, "
-            'or name some, as in config=dict(preset="tiny") or config={0: "tiny"}.'
+            "config={} is not allowed: it names no layer and no setting. Fix: leave it out for the "
+            'preset or the settings that the model has, or name some: config={0: "tiny"}.'
         )
     if isinstance(config, Mapping) and all(map(names_layers, config)):
         if layers is not None:
             raise ValueError(
-                f"layers={layers!r} and a config for each layer are both given. "
-                "Fix: pass one of them."
+                f"layers={layers!r} and a config for each layer are both given. Fix: pass one."
             )
         given = of_layers(config, count)
     elif layers is not None:
@@ -228,16 +209,22 @@ def settings_by_layer(
         full = [i for i, layer in found.items() if layer.is_full]
         given = dict.fromkeys(now or full, config)
     if not given:
-        raise ValueError(f"no layer of the model can become sparse. {explanation_of(model, found)}")
-    if refused := [i for i in given if i not in found or found[i].why_not]:
-        i, possible = refused[0], [i for i in found if not found[i].why_not]
+        raise ValueError(f"no layer of the model can become sparse. {explain_model(model)}")
+    check_possible(found, given)
+    return {i: resolve(found[i], y, preset, overrides, now.get(i)) for i, y in given.items()}
+
+
+def check_possible(found: dict[int, Layer], named: Iterable[int]) -> None:
+    """Raises ValueError for layers that cannot become sparse."""
+    possible = [i for i in found if not found[i].why_not]
+    if refused := [i for i in named if i not in possible]:
+        i = refused[0]
         why = found[i].why_not if i in found else "it is no causal self-attention that is known"
-        fix = f"name others, as in patch_model(model, layers={possible})" if possible else "none"
+        fix = f"name others, as in layers={possible}" if possible else "none"
         raise ValueError(
             f"the attention of layers {refused} cannot become sparse: of layer {i}, {why}. "
             f"explain_model(model) says so of every module. Fix: {fix}."
         )
-    return {i: resolve(found[i], y, preset, overrides, now.get(i)) for i, y in given.items()}
 
 
 def resolve(
@@ -291,9 +278,9 @@ def resolve(
             )
     if config.kv_per_branch:
         raise ValueError(
-            "NSAConfig.kv_per_branch=True needs projections of its own, "
-            "but patching keeps the pretrained ones: it must be False. "
-            "Fix: kv_per_branch=False, or build a model around NativeSparseAttention."
+            "NSAConfig.kv_per_branch=True needs projections of its own, and patching keeps the "
+            "model's: it must be False. Fix: kv_per_branch=False, or a model of your own around "
+            "NativeSparseAttention."
         )
     check_rotation(layer, config)
     return dataclasses.replace(config, **LEFT_TO_DENSE)
