@@ -58,11 +58,14 @@ def default_config(q: Tensor, num_kv_heads: int) -> DecodeConfig:
     not."""
     shares = next_power_of_2(cdiv(2 * num_processors(q.device), num_kv_heads))
     config = DecodeConfig(score_shares=min(max(shares, 4), 64))
+    wide = q.shape[2] > 128
     if q.element_size() == 4:
         # Without the matrix unit a thread holds whole rows of both factors of a product.
-        return dataclasses.replace(config, score_rows=16, score_windows=32, keys=32)
-    if q.shape[2] > 128:
-        return dataclasses.replace(config, score_rows=32, score_stages=2)
+        config = dataclasses.replace(config, score_rows=16, score_windows=32, keys=32)
+        return dataclasses.replace(config, score_warps=4, score_windows=16) if wide else config
+    if wide:
+        sizes = dict(score_rows=32, score_warps=4, score_windows=32, score_stages=2)
+        return dataclasses.replace(config, **sizes)
     return config
 
 
