@@ -10,7 +10,7 @@ from transformers.models.cohere import modeling_cohere
 from transformers.models.llama import modeling_llama
 
 from nsa_fsa.integrations.transformers import rotation
-from nsa_fsa.integrations.transformers.attention import sparse_attention_class
+from nsa_fsa.integrations.transformers.attention import _sparse_attention_class
 from nsa_fsa.integrations.transformers.rotation import ROTATION, with_fused_rotation
 from nsa_fsa.modules.fused import quack_kernels
 from tests.integrations.models import dense_model, sparse_model, tokens
@@ -127,6 +127,66 @@ def test_a_kernel_that_somebody_else_has_put_there_stays(monkeypatch):
     assert with_fused_rotation(ATTENTION) is ATTENTION
 
 
+@torch.no_grad()
+def test_a_rotation_that_is_replaced_later_is_the_one_that_runs(calls, monkeypatch):
+    """As code that extends contexts does, whether a model has been patched before or not."""
+    made = attention_of(with_fused_rotation(ATTENTION))
+    x, (cos, sin) = torch.randn(2, 5, 32), rotation_of(1, 5)
+    original = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(
+        modeling_llama, ROTATION, lambda q, k, cos, sin: original(q, k, cos * 2, sin)
+    )
+    calls.clear()
+    found = made(x, (cos, sin), attention_mask=None)[0]
+    torch.testing.assert_close(
+        found, attention_of(ATTENTION)(x, (cos, sin), attention_mask=None)[0]
+    )
+    assert calls == []
+
+
+@torch.no_grad()
+def test_what_else_is_replaced_later_is_seen(calls, monkeypatch):
+    made = attention_of(with_fused_rotation(ATTENTION))
+    ran = []
+
+    def eager(module, q, k, v, *args, **kwargs):
+        ran.append(q.shape)
+        return v.new_zeros(2, 5, 4, 8), None
+
+    monkeypatch.setattr(modeling_llama, "eager_attention_forward", eager)
+    made(torch.randn(2, 5, 32), rotation_of(1, 5), attention_mask=None)
+    assert ran == [(2, 4, 5, 8)]
+
+
+class Decorator:
+    """A decorator that is no function."""
+
+    def __init__(self, function):
+        functools.update_wrapper(self, function)
+        self.function = function
+
+    def __get__(self, instance, owner):
+        return self if instance is None else functools.partial(self.function, instance)
+
+    def __call__(self, *args, **kwargs):
+        return self.function(*args, **kwargs)
+
+
+def without_closure(function):
+    made = functools.wraps(function)(lambda *args, **kwargs: HIDDEN[0](*args, **kwargs))
+    HIDDEN[:] = [function]
+    return made
+
+
+HIDDEN = []
+
+
+@pytest.mark.parametrize("decorate", [Decorator, without_closure, torch.compile])
+def test_a_forward_that_cannot_be_rebuilt_stays(decorate):
+    cls = type("Decorated", (ATTENTION,), {"forward": decorate(ATTENTION.forward)})
+    assert with_fused_rotation(cls) is cls
+
+
 def test_what_no_kernel_takes_is_the_models_own(calls, monkeypatch):
     """A rotation of other dtypes or widths than the heads', and what no kernel runs on."""
     own = []
@@ -157,7 +217,7 @@ def test_what_no_kernel_takes_is_the_models_own(calls, monkeypatch):
 @torch.no_grad()
 def test_patched_layers_alone_rotate_so(calls):
     """Beside one that stays dense."""
-    sparse_attention_class.cache_clear()
+    _sparse_attention_class.cache_clear()
     ids, dense, patched = tokens(2, 40), dense_model(), sparse_model(layers=[1])
     calls.clear()
     dense(ids)
