@@ -21,10 +21,15 @@ __all__ = [
     "explain",
     "explain_model",
     "patch_model",
+    "register_attention",
+    "sparse_attention",
     "unpatch_model",
 ]
 
-_LAZY = ("PatchReport", "patch_model", "explain_model", "unpatch_model")
+_LAZY = (
+    "PatchReport", "explain_model", "patch_model", "register_attention", "sparse_attention",
+    "unpatch_model",
+)  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

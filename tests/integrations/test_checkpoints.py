@@ -348,6 +348,62 @@ def test_plain_transformers_trusts_the_checkpoint(tmp_path):
     assert in_a_new_process(code)[-2:] == ["NSALlamaForCausalLM", "[False, True]"]
 
 
+def test_a_class_that_nobody_can_import_is_in_no_file(tmp_path):
+    """A subclass of a user's own loads by its path as the class that it is a subclass of."""
+
+    class Own(transformers.LlamaForCausalLM):
+        pass
+
+    model = sparse_model()
+    model.__class__ = integration.models.sparse_class(Own)
+    model.save_pretrained(tmp_path)
+    line = (tmp_path / "modeling_nsa.py").read_text()
+    assert line == "from nsa_fsa.integrations.transformers import NSALlamaConfig\n"
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "modeling_nsa.NSALlamaConfig"
+    }
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(loaded) is integration.NSALlamaForCausalLM
+    assert torch.equal(output(loaded.eval()), output(model))
+
+
+def test_a_family_of_a_users_own_says_how_its_checkpoint_loads(tmp_path):
+    class ToyConfig(transformers.LlamaConfig):
+        model_type = "toy_family"
+
+    class Toy(transformers.LlamaForCausalLM):
+        config_class = ToyConfig
+
+    model = Toy(ToyConfig(**dense_config().to_diff_dict())).eval()
+    patch_model(model, "tiny", verbose=False)
+    with pytest.warns(UserWarning, match=r"Toy is no class of transformers.*AutoConfig\.register"):
+        model.save_pretrained(tmp_path)
+    assert not (tmp_path / "modeling_nsa.py").exists()
+    assert "auto_map" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_what_others_ask_a_config(tmp_path):
+    """TRL asks for its `auto_map`, and AutoConfig for names that there are not."""
+    sparse_model().save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path).auto_map == {}
+    for name in ("NSAPreTrainedModel", "NSAPreTrainedConfig", "NSANothing"):
+        assert not hasattr(integration, name) or name == "NSAPreTrainedConfig"
+    with pytest.raises(ValueError, match="nsa_nsa_llama"):
+        AutoConfig.for_model("nsa_nsa_llama")
+
+
+def test_a_llava_of_different_layers_loads_with_other_settings(tmp_path):
+    model = llava()
+    settings = {0: dict(window_size=16), 1: dict(window_size=24)}
+    patch_model(model, {i: {"preset": "tiny", **x} for i, x in settings.items()}, verbose=False)
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(
+        tmp_path, nsa=dict(num_selected_blocks=5)
+    )
+    configs = [x.self_attn.nsa_config for x in loaded.model.language_model.layers]
+    assert [(x.window_size, x.num_selected_blocks) for x in configs] == [(16, 5), (24, 5)]
+
+
 def in_a_new_process(code):
     """What it prints, line by line."""
     settings = dict(stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300)

@@ -226,3 +226,84 @@ def test_a_path_alone_is_enough_for_other_tools(tmp_path):
         expected = model(torch.arange(1, 151)[None] % 90 + 1).logits.double().sum().item()
     assert name == "NSAMistralForCausalLM"
     assert float(total) == pytest.approx(expected, rel=1e-9)
+
+
+# --- Classes of one's own, once more --------------------------------------------------------------
+
+
+class Plain(nn.Module):
+    """Attention that calls no interface."""
+
+    def __init__(self, config, layer_idx):
+        super().__init__()
+        self.config, self.layer_idx = config, layer_idx
+
+    def forward(self, hidden_states, **kwargs):
+        return hidden_states, None
+
+
+class Calls(transformers.models.llama.modeling_llama.LlamaAttention):
+    """Its forward is another's, with something around it."""
+
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def test_a_class_that_calls_no_interface_needs_a_forward():
+    with pytest.raises(ValueError, match=r"Plain does not call .*forward=.*sparse_attention"):
+        register_attention(Plain)
+    with pytest.raises(ValueError, match=r"must be a class of nn\.Module"):
+        register_attention(nn.Linear(2, 2))
+
+
+def test_a_class_may_be_registered_again(monkeypatch):
+    """As in a notebook, where its forward is mended."""
+    monkeypatch.setattr(layers, "FORWARDS", registered := {})
+    monkeypatch.setattr("nsa_fsa.integrations.transformers.attention.FORWARDS", registered)
+    ran, original = [], transformers.models.llama.modeling_llama.LlamaAttention.forward
+    for number in range(2):
+        model = model_of("Llama")
+
+        def forward(self, *args, number=number, **kwargs):
+            ran.append(number)
+            return original(self, *args, **kwargs)
+
+        register_attention(type(model.model.layers[0].self_attn), forward)
+        patch_model(model, "tiny", verbose=False)
+        model(tokens(1, 20))
+    assert ran == [0, 0, 1, 1]
+
+
+@torch.no_grad()
+def test_a_forward_around_a_known_one_is_seen():
+    model = model_of("Llama")
+    for layer in model.model.layers:
+        layer.self_attn.__class__ = Calls
+    assert str(explain_model(model)).count("(Calls): NSA") == 2
+    assert patch_model(model, "tiny", verbose=False).layers == (0, 1)
+    assert model(tokens(1, 20)).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_a_decoder_that_takes_nothing_more():
+    """Its forward has no **kwargs, by which others hand on what they do not know."""
+    model = model_of("Llama").eval()
+    decoder = type(model.model)
+
+    class Narrow(decoder):
+        def forward(
+            self, input_ids=None, attention_mask=None, past_key_values=None, use_cache=None
+        ):
+            return super().forward(
+                input_ids, attention_mask, past_key_values=past_key_values, use_cache=use_cache
+            )
+
+    model.model.__class__ = Narrow
+    patch_model(model.model, "tiny", verbose=False)
+    scramble(model.model)
+    ids = tokens(2, 60)
+    mask = torch.ones_like(ids)
+    mask[0, :9] = 0
+    found = model.model(ids, attention_mask=mask, use_cache=False)[0]
+    alone = model.model(ids[:1, 9:], use_cache=False)[0]
+    torch.testing.assert_close(found[:1, 9:], alone, rtol=1e-4, atol=1e-4)

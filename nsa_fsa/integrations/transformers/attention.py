@@ -11,7 +11,7 @@ import functools
 import inspect
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicLayer
 
 from nsa_fsa.cache import KeyValues
 from nsa_fsa.cache.nsa_cache import turn_back
+from nsa_fsa.checks import check_tensor
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.integrations.transformers.rotation import with_fused_rotation
 from nsa_fsa.modules.branches import SparseBranches, put_back, take
@@ -42,6 +43,12 @@ NOT_AVAILABLE = {
 }
 
 
+NO_WEIGHTS = (
+    "output_attentions=True is not available: sparse attention has no matrix of weights. "
+    "Fix: output_attentions=False; nsa_fsa.visualization.record shows which blocks are read."
+)
+
+
 class Batch(NamedTuple):
     """What every layer of a forward needs to know about its batch `[B, S]`."""
 
@@ -52,7 +59,7 @@ class Batch(NamedTuple):
     columns: Tensor | None = None  # None: all are real
     real: Tensor | None = None  # bool [B, S], where torch traces and cannot leave padding out
     packed: bool = False  # whether the sequences are others than the batch's rows
-    # After a past, cos and sin [1, past + S, rotary_dim] of `columns`, to turn keys back.
+    # After a past, cos and sin [B or 1, past + S, rotary_dim] of `columns`, to turn keys back.
     rotation: tuple[Tensor, Tensor] | None = None
 
 
@@ -85,12 +92,10 @@ class NSAAttention(SparseBranches):
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the dense class's; there are no attention weights to return."""
         if kwargs.get("output_attentions"):
-            raise ValueError(
-                "output_attentions=True is not available: sparse attention has no matrix of "
-                "weights. Fix: output_attentions=False; nsa_fsa.visualization.record shows which "
-                "blocks are read."
-            )
+            raise ValueError(NO_WEIGHTS)
         kwargs["nsa_gate_logits"] = self.gate(hidden_states)
+        if kwargs.get("nsa_batch") is None and not torch.compiler.is_compiling():
+            kwargs["nsa_batch"] = self.__dict__.get("_batch")
         if self.nsa_config.compress_rope == "after":
             # Of the dense class's forward, however it was passed.
             names = [*inspect.signature(self.dense_class.forward).parameters][2:]
@@ -107,11 +112,16 @@ class NSAAttention(SparseBranches):
 FORWARDS: dict[type[nn.Module], Callable[..., Any] | None] = {}
 
 
-@functools.cache
 def sparse_attention_class(dense_class: Any) -> Any:
     """The subclass of an attention class that is sparse."""
+    return _sparse_attention_class(dense_class, FORWARDS.get(dense_class))
+
+
+@functools.cache
+def _sparse_attention_class(dense_class: Any, forward: Callable[..., Any] | None) -> Any:
+    """forward: what it runs instead of the dense one's."""
     base = with_fused_rotation(dense_class)
-    if (forward := FORWARDS.get(dense_class)) is not None:
+    if forward is not None:
         base = type(dense_class.__name__, (dense_class,), {"forward": forward})
     names = {"__module__": __name__, "dense_class": dense_class}
     return type(f"NSA{dense_class.__name__}", (NSAAttention, base), names)
@@ -201,6 +211,11 @@ def _check_call(
             f"{type(module).__name__} of layer {module.layer_idx} asks for {wanted[0]}, "
             "which NSA layers do not have. Fix: leave it dense: patch_model(model, layers=...)."
         )
+    if others.get("is_causal") is False:
+        raise ValueError(
+            "is_causal=False is not available: NSA layers are causal. "
+            "Fix: leave it out, or unpatch_model(model)."
+        )
     if dropout:
         raise ValueError(
             f"attention dropout of {dropout} is not available in NSA: it must be 0. "
@@ -258,7 +273,7 @@ def find_batch(
         layout = Sequences(cu_seq_lens_q, longest).check(like.device)
         return Batch(past, None, layout, packed=True)
     if attention_mask is not None and attention_mask.ndim == 4:
-        attention_mask = _padding_of(attention_mask, past, length)
+        attention_mask = _padding_of(attention_mask, batch_size, past, length)
     if attention_mask is not None and attention_mask.shape != (batch_size, past + length):
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; "
@@ -295,45 +310,90 @@ def _beside(packing: Packing, past: int, length: int) -> Batch:
     return Batch(past, rows, Sequences(key_starts, total, starts, lengths), columns)
 
 
-def _padding_of(mask: Tensor, past: int, length: int) -> Tensor:
+def _padding_of(mask: Tensor, batch_size: int, past: int, length: int) -> Tensor:
     """The `[B, past + S]` mask that a 4D one says as much as; raises ValueError for any other."""
     visible = mask if mask.dtype == torch.bool else mask == 0
+    if mask.shape[0] == 1:
+        visible = visible.expand(batch_size, -1, -1, -1)
     visible = visible[:, 0, :, : past + length]
     padding = visible[:, -1]
     column = torch.arange(past + length, device=mask.device)
     expected = (column <= column[past:, None]) & padding[:, None]
+    # What padding sees is nobody's business, but that it is padding: transformers lets it see what
+    # real tokens do, or everything.
+    sees_all = ~padding[:, past:] & visible.all(-1)
+    is_padding_mask = ((visible == expected).all(-1) | sees_all).all()
+    reason = (
+        f"attention_mask has shape {tuple(mask.shape)} and is not causal with padding, as "
+        "where sequences are packed, or the tokens of an image see each other. "
+        "Fix: pass the 2D mask; where packed, position_ids; with images, a model that reads them "
+        "causally."
+    )
     if torch.compiler.is_compiling():  # where values cannot be looked at
-        return padding
-    # What padding sees is nobody's business.
-    if mask.shape[1] != 1 or (padding[:, past:, None] & (visible != expected)).any():
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)} and is not causal, as where the tokens "
-            "of an image see each other: NSA layers are causal by themselves. "
-            "Fix: pass the 2D mask; with images, a model that reads them causally."
-        )
+        torch._assert_async(is_padding_mask, reason)
+    elif mask.shape[1] != 1 or not is_padding_mask:
+        raise ValueError(reason)
     return padding
 
 
 # --- Before the layers ----------------------------------------------------------------------------
 
 
-def attach(decoder: nn.Module) -> None:
-    """Makes every forward of a decoder find its `Batch` once, for all layers."""
+def attach(decoder: nn.Module, indices: Collection[int]) -> None:
+    """Makes every forward of a decoder find its `Batch` once, for all layers.
+
+    indices: of its layers with attention, sparse or not.
+    """
     detach(decoder)
-    names = tuple(inspect.signature(type(decoder).forward).parameters)[1:]
-    decoder.register_forward_pre_hook(functools.partial(_before_layers, names), with_kwargs=True)
+    parameters = inspect.signature(type(decoder).forward).parameters
+    names = tuple(parameters)[1:]
+    takes_more = any(x.kind is x.VAR_KEYWORD for x in parameters.values())
+    before = functools.partial(
+        _before_layers, names, indices, takes_more, _reads_mask_itself(decoder)
+    )
+    decoder.register_forward_pre_hook(before, with_kwargs=True)
+    decoder.register_forward_hook(_after_layers, always_call=True)
 
 
 def detach(decoder: nn.Module) -> None:
     """Undoes `attach`."""
-    for key, hook in list(decoder._forward_pre_hooks.items()):
-        if isinstance(hook, functools.partial) and hook.func is _before_layers:
-            del decoder._forward_pre_hooks[key], decoder._forward_pre_hooks_with_kwargs[key]
+    for hooks, with_more in (
+        (decoder._forward_pre_hooks, decoder._forward_pre_hooks_with_kwargs),
+        (decoder._forward_hooks, decoder._forward_hooks_always_called),
+    ):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "func", hook) in (_before_layers, _after_layers):
+                del hooks[key], with_more[key]
+
+
+def _reads_mask_itself(decoder: nn.Module) -> bool:
+    """Whether a decoder makes more of its mask than what its layers are handed, as where it
+    counts positions by it."""
+    code = getattr(inspect.unwrap(type(decoder).forward), "__code__", None)
+    parts = (type(x).forward for x in decoder.children() if not isinstance(x, nn.ModuleList))
+    return "cumsum" in getattr(code, "co_names", ()) or any(
+        "attention_mask" in inspect.signature(forward).parameters for forward in parts
+    )
+
+
+def _after_layers(decoder: Any, args: Any, output: Any) -> None:
+    """Takes away what `_before_layers` gave layers that are not handed it."""
+    if not torch.compiler.is_compiling():
+        for module in decoder.modules():
+            module.__dict__.pop("_batch", None)
 
 
 def _before_layers(
-    names: tuple[str, ...], decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    names: tuple[str, ...],
+    indices: Collection[int],
+    takes_more: bool,
+    reads_mask: bool,
+    decoder: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> tuple[tuple[()], dict[str, Any]]:
+    """names: of the forward's arguments. indices: of layers with attention. takes_more: whether it
+    hands others on. reads_mask: whether it needs its mask itself."""
     kwargs = {**dict(zip(names, args, strict=False)), **kwargs}
     layers = [module for module in decoder.modules() if isinstance(module, NSAAttention)]
     if not layers:
@@ -347,15 +407,24 @@ def _before_layers(
     inputs = given.get("inputs_embeds", given.get("input_ids"))
     if inputs is None:
         return (), kwargs  # the model's own error names the arguments
+    if given.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
+        raise ValueError(NO_WEIGHTS)
     cache, past = given.get("past_key_values", given.get("cache")), None
     if cache is not None:
         past = int(cache.get_seq_length(layers[0].layer_idx))
-        _check_in_step(cache)
-    elif given.get("use_cache", decoder.config.use_cache):
+        _check_in_step(getattr(cache, "self_attention_cache", cache), indices)
+    elif given.get("use_cache", getattr(decoder.config, "use_cache", False)):
         past = 0
     asked = cache is not None or bool(given.get("use_cache"))
     if isinstance(mask := given.get("attention_mask"), dict):  # as for a static cache
-        mask = mask["full_attention"]
+        mask = mask.get("full_attention")
+        if mask is None:
+            raise ValueError(
+                f"attention_mask has the masks {list(given['attention_mask'])}, and none for "
+                '"full_attention". Fix: pass the 2D mask.'
+            )
+    if mask is not None:
+        check_tensor("attention_mask", mask, "[B, past + S]")
     batch = find_batch(inputs, past, asked=asked, **{**given, "attention_mask": mask})
     if batch.packed:
         if asked:
@@ -366,29 +435,60 @@ def _before_layers(
         kwargs["use_cache"] = False  # on by default, and nobody could read it
     if batch.past and any(x.nsa_config.compress_rope == "after" for x in layers):
         past, rows, layout, columns, real, packed, _ = batch
-        # What counts is how far apart two keys of a window are, so the first token may be at 0.
-        like: Any = layers[0].gate.weight
-        position_ids = torch.arange(layout.max_seqlen, device=like.device)[None]
+        # The gate itself may be offloaded.
+        dtype: Any = layers[0].gate.weight.dtype
+        like = torch.empty(0, dtype=dtype, device=inputs.device)
+        position_ids = _positions_of_keys(batch, mask, given.get("position_ids"), inputs)
         rotation = decoder.rotary_emb(like, position_ids=position_ids)
         # PyTorch 2.11's compiler loses what `_replace` returns between two graphs.
         batch = Batch(past, rows, layout, columns, real, packed, rotation)
-    if len(layers) == decoder.config.num_hidden_layers:
+    if len(layers) == decoder.config.num_hidden_layers and not reads_mask:
         # Nobody reads this mask: at one of four dimensions transformers stops before it looks at
         # positions and waits for the GPU.
         done = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=inputs.device)
         done.nsa_batch = batch  # type: ignore[attr-defined]
         kwargs["attention_mask"] = done
-    return (), {**kwargs, "nsa_batch": batch}
+    if not torch.compiler.is_compiling():  # for layers that are not handed what they do not know
+        for layer in layers:
+            layer.__dict__["_batch"] = batch
+    return (), {**kwargs, "nsa_batch": batch} if takes_more else kwargs
 
 
-def _check_in_step(cache: Any) -> None:
+def _positions_of_keys(batch: Batch, mask: Tensor | None, position_ids: Any, like: Any) -> Tensor:
+    """The positions by which the keys of a cache were rotated, `[B or 1, past + S]`, in the order
+    of `batch.columns`.
+
+    Nobody says those of cached tokens. They were columns, if nothing else is said of the new ones
+    or they are, too. Otherwise tokens are counted as real ones, from whatever number on.
+    """
+    past, total = batch.past, batch.layout.max_seqlen
+    device = like.device
+    rank = torch.arange(total, device=device)[None]
+    columns = rank if batch.columns is None else batch.columns
+    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
+        return columns
+    counted, first = rank[:, past:], torch.zeros(1, 1, dtype=torch.int64, device=device)
+    if batch.columns is not None:
+        assert mask is not None
+        real = mask.ne(0)
+        counted = real.cumsum(1)[:, past:] - 1
+        first = real[:, past:].int().argmax(1, keepdim=True)
+    number = max(len(position_ids), len(counted))
+    given, counted, first = (x.expand(number, -1) for x in (position_ids, counted, first))
+    at, begin = given.gather(1, first), counted.gather(1, first)
+    return torch.where(at == first + past, columns, rank + at - begin)
+
+
+def _check_in_step(cache: Any, indices: Collection[int]) -> None:
     """Raises RuntimeError if an earlier forward stopped between two layers."""
-    held = [x.get_seq_length() for x in cache.layers if type(x) is DynamicLayer]
-    if len(set(held)) > 1:
-        i = next(i for i in range(1, len(held)) if held[i] != held[0])
+    layers = {i: cache.layers[i] for i in indices if i < len(cache.layers)}
+    held = {i: x.get_seq_length() for i, x in layers.items() if type(x) is DynamicLayer}
+    if len(set(held.values())) > 1:
+        first = next(iter(held))
+        i = next(i for i in held if held[i] != held[first])
         raise RuntimeError(
             f"layer {i} of the cache holds {held[i]} tokens where the layers before it hold "
-            f"{held[0]}: an earlier forward raised between them. "
+            f"{held[first]}: an earlier forward raised between them. "
             "Fix: a new cache, and feed all tokens again."
         )
 

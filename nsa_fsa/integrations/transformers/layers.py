@@ -49,7 +49,22 @@ def register_attention(
             (`[B, S, HQ, DV]`, None).
         sizes: `NSAConfig`'s hidden_size, num_heads, num_kv_heads, head_dim and v_head_dim of a
             module, where they are not in its config by their usual names.
+
+    Raises:
+        ValueError: for what is no class of modules, or a class that calls no attention interface
+            and comes without a forward that does.
     """
+    if not (isinstance(attention_class, type) and issubclass(attention_class, nn.Module)):
+        raise ValueError(
+            f"attention_class={attention_class!r:.100} must be a class of nn.Module. "
+            "Fix: the class of your attention modules, not one of them."
+        )
+    if forward is None and not _calls_interface(attention_class):
+        raise ValueError(
+            f"{attention_class.__name__} does not call transformers' attention interface, so a "
+            "sparse layer needs another forward. "
+            "Fix: register_attention(..., forward=...), which ends in sparse_attention."
+        )
     FORWARDS[attention_class] = forward
     if sizes is not None:
         _SIZES_OF[attention_class] = sizes
@@ -71,7 +86,7 @@ def attention_layers(model: nn.Module) -> dict[int, Layer]:
                 f"and {name}. Fix: patch the model that contains one of them alone."
             )
         *_, decoder = (x for prefix, x in decoders.items() if name.startswith(prefix))
-        found[i] = Layer(name, module, decoder, *_obstacle(module))
+        found[i] = Layer(name, module, decoder, *_obstacle(module, decoder))
     return dict(sorted(found.items()))
 
 
@@ -87,16 +102,35 @@ def is_attention(module: nn.Module) -> bool:
         return False
     if dense in FORWARDS:
         return True
-    code = getattr(inspect.unwrap(dense.forward), "__code__", None)
-    if code is None or "ALL_ATTENTION_FUNCTIONS" not in code.co_names:
+    code = _calls_interface(dense)
+    if code is None:
         return False
     crosses = {"encoder_hidden_states", "key_value_states"} & {*code.co_varnames}
     if crosses and getattr(module, "is_cross_attention", True):
         return False
-    return bool(getattr(module, "is_causal", False))
+    is_causal = getattr(module, "is_causal", False) and getattr(module.config, "is_causal", True)
+    return bool(is_causal)
 
 
-def _obstacle(module: Any) -> tuple[str | None, bool]:
+def _code_of(function: Any) -> Any:
+    """The code of a function inside its decorators; None where there is none."""
+    return getattr(inspect.unwrap(function), "__code__", None)
+
+
+def _calls_interface(attention_class: type) -> Any:
+    """The code that calls transformers' attention interface, of a class's forward or of one that it
+    calls by `super()`; None where it does not."""
+    for cls in attention_class.__mro__:
+        if "forward" in vars(cls):
+            code = _code_of(vars(cls)["forward"])
+            if code is None or "ALL_ATTENTION_FUNCTIONS" in code.co_names:
+                return code
+            if "super" not in code.co_names:
+                return None
+    return None
+
+
+def _obstacle(module: Any, decoder: Any) -> tuple[str | None, bool]:
     """Why attention cannot become sparse, or None, and whether it is full attention."""
     c, i = module.config, module.layer_idx
     kinds = getattr(c, "layer_types", None)
@@ -104,9 +138,10 @@ def _obstacle(module: Any) -> tuple[str | None, bool]:
         return f"it is {kinds[i].replace('_', ' ')}", False
     window = getattr(module, "sliding_window", None)
     if not kinds and not hasattr(module, "sliding_window"):
-        code = inspect.unwrap(dense_type(module).forward).__code__
-        reads = "sliding_window" in (*code.co_names, *code.co_consts)
-        window = getattr(c, "sliding_window", None) if reads else None
+        # The module may be told of a window that only its decoder's mask has.
+        codes = [_code_of(dense_type(x).forward) for x in (module, decoder)]
+        names = [name for code in codes if code for name in (*code.co_names, *code.co_consts)]
+        window = getattr(c, "sliding_window", None) if "sliding_window" in names else None
     if not kinds and window is not None:
         return f"it has a sliding window of {window}", False
     if getattr(module, "attn_logit_softcapping", None) is not None:
@@ -120,8 +155,9 @@ def sizes_of(module: Any) -> dict[str, Any]:
     """The fields of NSAConfig that an attention module decides."""
     if (own := _SIZES_OF.get(dense_type(module))) is not None:
         return {"scale": None, **own(module)}
-    found = sizes_in(module.config)
-    width = _first(module, "qk_head_dim", "head_dim", "head_size") or found["head_dim"]
+    width = _first(module, "qk_head_dim", "head_dim", "head_size")
+    found = sizes_in(module.config, width)
+    width = found["head_dim"]
     scale = getattr(module, "scaling", None)
     found |= dict(
         head_dim=width,
@@ -133,10 +169,10 @@ def sizes_of(module: Any) -> dict[str, Any]:
     return found
 
 
-def sizes_in(config: Any) -> dict[str, Any]:
-    """The same as far as a config of transformers says."""
+def sizes_in(config: Any, width: int | None = None) -> dict[str, Any]:
+    """The same as far as a config of transformers says; width: of heads, where it is known."""
     heads = config.num_attention_heads
-    width = _first(config, "qk_head_dim", "head_dim") or config.hidden_size // heads
+    width = width or _first(config, "qk_head_dim", "head_dim") or config.hidden_size // heads
     return dict(
         hidden_size=config.hidden_size,
         num_heads=heads,
@@ -193,6 +229,7 @@ def _can_turn_back(attention: Any, rotary: nn.Module) -> bool:
         return False
     finally:
         attention.config = config
+        AttentionInterface._global_mapping.pop(_PROBE, None)
     rotated, plain = found
     if not plain.isfinite().all():  # weights that are to be set later
         return True

@@ -10,6 +10,7 @@ its config: see `_SparseConfig`.
 
 import copy
 import functools
+import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -143,7 +144,8 @@ class _SparseConfig:
 
     def __post_init__(self, **kwargs: Any) -> None:
         check_nsa(self.nsa)
-        kwargs.pop("auto_map", None)  # for those who do not know the class yet
+        # A file's is for those who do not know the class yet. Empty, because TRL asks for it.
+        kwargs["auto_map"] = {}
         for fields in (kwargs, self.__dict__, *self.__dict__.values()):
             if isinstance(fields, dict) and _is_for_nsa_only(fields.get("layer_types")):
                 del fields["layer_types"]
@@ -156,10 +158,12 @@ class _SparseConfig:
     def to_diff_dict(self) -> dict[str, Any]:
         """What is written into a file."""
         values = super().to_diff_dict()  # type: ignore[misc]
-        made = {"AutoConfig": type(self).__name__}
-        for cls in values.get("architectures") or ():
-            made |= dict.fromkeys(autos_of(type(self), cls), cls)
-        values["auto_map"] = {auto: f"{_REMOTE_FILE}.{name}" for auto, name in made.items()}
+        values.pop("auto_map", None)
+        if _can_be_imported(type(self)):
+            made = {"AutoConfig": type(self).__name__}
+            for cls in values.get("architectures") or ():
+                made |= dict.fromkeys(autos_of(type(self), cls), cls)
+            values["auto_map"] = {auto: f"{_REMOTE_FILE}.{name}" for auto, name in made.items()}
         text = self.get_text_config()  # type: ignore[attr-defined]
         parts = [key for key in self.sub_configs if getattr(self, key, None) is text]  # type: ignore[attr-defined]
         marked = values[parts[0]] if parts else values
@@ -236,10 +240,24 @@ class _NSAModel:
         result = super().save_pretrained(*args, **kwargs)  # type: ignore[misc]
         folder = Path(kwargs.get("save_directory") or args[0])
         if folder.is_dir() and kwargs.get("is_main_process", True):
-            names = f"{type(self.config).__name__}, {type(self).__name__}"  # type: ignore[attr-defined]
-            line = f"from {PACKAGE} import {names}\n"
-            (folder / f"{_REMOTE_FILE}.py").write_text(line, encoding="utf-8")
+            self._write_import(folder)
         return result
+
+    def _write_import(self, folder: Path) -> None:
+        """The file that lets other tools load a checkpoint which are given its path alone."""
+        kinds = (type(self.config), type(self))  # type: ignore[attr-defined]
+        names = [x.__name__ for x in kinds if _can_be_imported(x)]
+        if _can_be_imported(kinds[0]):
+            line = f"from {PACKAGE} import {', '.join(names)}\n"
+            (folder / f"{_REMOTE_FILE}.py").write_text(line, encoding="utf-8")
+            return
+        dense = [dense_class_of(x).__name__ for x in kinds]
+        warnings.warn(
+            f"{dense[1]} is no class of transformers, so the checkpoint loads only after "
+            f"AutoConfig.register(..., {dense[0]}), AutoModelForCausalLM.register({dense[0]}, "
+            f"{dense[1]}) and import {PACKAGE}.",
+            stacklevel=3,
+        )
 
     def __setstate__(self, state: Any) -> None:
         """A copy of the model has a copy of the config."""
@@ -341,9 +359,18 @@ def class_named(name: str) -> type:
     dense = getattr(transformers, name[3:], None) if name.startswith("NSA") else None
     if isinstance(dense, type) and issubclass(dense, PreTrainedConfig):
         return sparse_config_class(dense)
-    if isinstance(dense, type) and issubclass(dense, PreTrainedModel):
+    is_model = isinstance(dense, type) and issubclass(dense, PreTrainedModel)
+    if is_model and isinstance(dense.config_class, type):  # type: ignore[union-attr]
         return sparse_class(dense)
     raise AttributeError(f"module {PACKAGE!r} has no attribute {name!r}")
+
+
+def _can_be_imported(cls: type) -> bool:
+    """Whether a sparse class is one that this package gives by its name."""
+    try:
+        return class_named(cls.__name__) is cls
+    except AttributeError:
+        return False
 
 
 class _MadeWhenAsked(dict):
@@ -352,8 +379,11 @@ class _MadeWhenAsked(dict):
     def __contains__(self, key: object) -> bool:
         if super().__contains__(key):
             return True
-        dense = key.removeprefix("nsa_") if isinstance(key, str) else key
-        return dense != key and (super().__contains__(dense) or dense in CONFIG_MAPPING._mapping)
+        if not isinstance(key, str) or not key.startswith("nsa_"):
+            return False
+        dense = key.removeprefix("nsa_")
+        known = super().__contains__(dense) or dense in CONFIG_MAPPING._mapping
+        return known and not dense.startswith("nsa_")
 
     def __missing__(self, key: str) -> type[PreTrainedConfig]:
         if key not in self:

@@ -53,7 +53,10 @@ def make_parts(
         factory = _factory(model, attention)
         phis = {name: own_phi(attention, name) for name in COMPRESSORS} if patched else {}
         given = {name: make_phi(make, config, **factory) for name, make in own[i].items() if make}
+        modes = [(x, x.training) for phi in phis.values() if phi for x in phi.modules()]
         made[i] = Parts(config, **{**phis, **given}, **factory).train(attention.training)
+        for module, mode in modes:  # a phi that stays is as it was
+            module.training = mode
         if patched:
             anew += _carry_over(i, attention, made[i], phis, given)
     return made, tuple(anew)

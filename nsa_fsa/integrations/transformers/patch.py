@@ -47,6 +47,8 @@ Settings: TypeAlias = NSAConfig | Mapping[str, Any] | str | os.PathLike[str]
 # adapters as their base model, and whatever loads that raises an error with this text.
 CHANGED = ", changed by "
 HOW_TO_LOAD = ": load and change it alike, then PeftModel.from_pretrained(model, adapter)"
+# What transformers' configs call the dropout of attention weights.
+DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob", "attn_dropout")
 # Wrappers that keep a list of the parameters they found, and would miss those that go.
 KEEPERS = {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DeepSpeedEngine"}
 
@@ -272,22 +274,32 @@ def _check_model(model: PreTrainedModel) -> None:
             "or sharded already, and the new parameters would not be. "
             "Fix: load it without tp_plan; patch_model before fully_shard."
         )
-    if getattr(text, "attention_dropout", 0.0):
-        raise ValueError(
-            f"attention_dropout={text.attention_dropout} is not available in NSA: it must be 0. "
-            "Fix: model.config.attention_dropout = 0.0."
-        )
+    for name in DROPOUTS:
+        if value := getattr(text, name, 0.0):
+            raise ValueError(
+                f"{name}={value} is not available in NSA: it must be 0. "
+                f"Fix: model.config.{name} = 0.0, before the model is built."
+            )
 
 
 def _convert_config(config: Any, config_class: Any) -> Any:
     """A copy of a model config as another class of the same family."""
     converted = config_class.__new__(config_class)
-    values = copy.deepcopy(config).__dict__
+    # What belongs to other models, such as the text model inside, keeps its own config.
+    memo = {id(x): x for key in config.sub_configs if (x := getattr(config, key, None)) is not None}
+    values = copy.deepcopy(config, memo).__dict__
     attention = values.pop("_attn_implementation_internal", None)  # no attribute of a sparse one
     values.pop("model_type", None)  # a config read from a file has it as an attribute of its own
     converted.__dict__.update(values)
     converted._attn_implementation_internal = getattr(config, "dense_attention", attention)
     return converted
+
+
+def _name_dense_attention(model: PreTrainedModel, config: Any) -> None:
+    """Layers left dense need a function of their own, also where the model's config named ours."""
+    if config.dense_attention is None:
+        found = model._check_and_adjust_attn_implementation(None, is_init_check=True)
+        config._attn_implementation_internal = found
 
 
 def _lasting_values(config: Any) -> dict[str, Any]:
@@ -313,6 +325,7 @@ def _swap(
             del dense_config.nsa
         else:
             sparse_config = _convert_config(dense_config, patched_class.config_class)
+            _name_dense_attention(model, sparse_config)
         model._nsa_dense = _DenseState(dense_config, _lasting_values(sparse_config))  # type: ignore[assignment]
     _rebind_config(model, model.config, sparse_config)
     for i, parts in made.items():
@@ -329,7 +342,7 @@ def _swap(
             attention.config = with_function(attention.config, ATTENTION_NAME)
         _update(attention, settings[i])
     for decoder in {x.decoder for x in layers.values() if isinstance(x.module, NSAAttention)}:
-        attach(decoder)
+        attach(decoder, tuple(i for i, x in layers.items() if x.decoder is decoder))
     model.__class__ = patched_class
     sparse_config.belong_to(model)
     sparse_config.nsa = describe(model)
