@@ -351,7 +351,7 @@ def call_decoding(
             append_tokens(
                 AppendCall(
                     *(k[:number], v[:number], pages, lengths, logits, of_keys, logits, of_values),
-                    *(*rotation, windows, 1, "triton"),
+                    *(*rotation, windows, 1, 1, "triton"),
                 )
             )
         enter(f"nsa_decode, {num_new} in pages of {page_size}")

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.decode.call import AppendCall, Pooling
-from nsa_fsa.decode.paged import paged, row_of, table_of
+from nsa_fsa.decode.paged import page_rows, paged, row_of, table_of
 from nsa_fsa.ops.common.bundles import constants, heads
 from nsa_fsa.ops.common.primitives import kernel
 from nsa_fsa.ops.common.sizes import next_power_of_2, rows_contiguous
@@ -49,8 +49,10 @@ class Sizes(NamedTuple):
     DV: int
     PADDED_DV: int
     HALF_ROTATED: int  # channels of half the rotation
+    WRITE: bool
     COMPRESS: bool
     PAGE: int  # tokens of a page; 0: a sequence has one
+    STATES: int  # states of a page; 0: a sequence has one
 
 
 class Window(NamedTuple):
@@ -180,8 +182,8 @@ def copy_row(source, token, page, row, head, WIDTH: tl.constexpr, PADDED: tl.con
 
 
 @kernel
-def append_kernel(keys, values, table, lengths_ptr, num_new, SIZES: tl.constexpr):
-    """Program (new token, KV head); keys and values are `Source`, table is `Table`."""
+def append_kernel(keys, values, table, table_of_states, lengths_ptr, num_new, SIZES: tl.constexpr):
+    """Program (new token, KV head); keys and values are `Source`, the tables are `Table`."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(0) // num_new
     total = tl.load(lengths_ptr + sequence)
@@ -190,9 +192,10 @@ def append_kernel(keys, values, table, lengths_ptr, num_new, SIZES: tl.constexpr
     if position < 0:
         return
 
-    page, row = row_of(table, sequence, position, True, SIZES.PAGE)
-    copy_row(keys, token, page, row, head, SIZES.D, 2 * SIZES.HALF_D)
-    copy_row(values, token, page, row, head, SIZES.DV, SIZES.PADDED_DV)
+    if SIZES.WRITE:
+        page, row = row_of(table, sequence, position, True, SIZES.PAGE)
+        copy_row(keys, token, page, row, head, SIZES.D, 2 * SIZES.HALF_D)
+        copy_row(values, token, page, row, head, SIZES.DV, SIZES.PADDED_DV)
 
     if SIZES.COMPRESS:
         first = position + 1 - SIZES.L
@@ -202,9 +205,12 @@ def append_kernel(keys, values, table, lengths_ptr, num_new, SIZES: tl.constexpr
             of_window = first + place
             pages, rows = row_of(table, sequence, of_window, exists, SIZES.PAGE)
             new_row = (sequence * num_new + of_window - old).to(tl.int64)
-            window = Window(place, exists, of_window >= old, new_row, pages, rows)
+            is_new = of_window >= old
+            if not SIZES.WRITE:
+                is_new = of_window < 0
+            window = Window(place, exists, is_new, new_row, pages, rows)
             state = first // SIZES.STRIDE + SIZES.L // SIZES.STRIDE - 1
-            page, state = row_of(table, sequence, state, True, SIZES.PAGE // SIZES.STRIDE)
+            page, state = row_of(table_of_states, sequence, state, True, SIZES.STATES)
             pool_keys(keys, window, head, page, state, token, SIZES)
             pool_values(values, window, head, page, state, SIZES)
 
@@ -227,8 +233,10 @@ def append_tokens(call: AppendCall) -> None:
     sizes = Sizes(
         *(kernel_size, next_power_of_2(kernel_size), kernel_stride),
         *(width, max(next_power_of_2(width) // 2, 1), v_width, next_power_of_2(v_width)),
-        *(half_rotated, bool(call.compress), pages.page_size if pages.table.shape[1] > 1 else 0),
+        *(half_rotated, bool(call.write), bool(call.compress)),
+        *(page_rows(pages.table, pages.k), page_rows(pages.table_of_states, pages.k_cmp)),
     )
     append_kernel[(call.new_k.shape[0], num_heads)](
-        *(keys, values, table_of(pages.table), call.lengths, call.num_new, constants(sizes))
+        *(keys, values, table_of(pages.table), table_of(pages.table_of_states)),
+        *(call.lengths, call.num_new, constants(sizes)),
     )

@@ -34,6 +34,7 @@ class AppendCall:
     cos: Tensor | None  # [T, rotary_dim], of the new tokens
     sin: Tensor | None
     windows: Windows
+    write: int  # 1: write the tokens; 0: the pages have them
     compress: int  # 1: pool the windows that the new tokens complete; 0: the caller does
     backend: str
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nsa_fsa.decode.attend import attend_kernel, merge_kernel
 from nsa_fsa.decode.call import DecodeCall, Decoded
-from nsa_fsa.decode.paged import paged, table_of
+from nsa_fsa.decode.paged import page_rows, paged, table_of
 from nsa_fsa.decode.score import (
     BlockSums,
     Partial,
@@ -78,7 +78,8 @@ def sizes_of(call: DecodeCall) -> Sizes:
         *(head_dim, padded_dim(head_dim), v_dim, padded_dim(v_dim)),
         *(kernel_size // kernel_stride, blocks.block_size // kernel_stride, kernel_stride),
         *(call.num_selected_blocks, blocks.init_blocks, blocks.local_blocks, call.window_size),
-        *(pages.page_size if pages.table.shape[1] > 1 else 0, dot_precision(call.q.dtype)),
+        *(page_rows(pages.table, pages.k), page_rows(pages.table_of_states, pages.k_cmp)),
+        dot_precision(call.q.dtype),
     )
 
 
@@ -96,7 +97,8 @@ def nsa_decode(call: DecodeCall, config: DecodeConfig | None = None) -> Decoded:
     config = config or default_config(q, pages.k.shape[1])
     num_tokens, num_kv_heads, sizes = q.shape[0], pages.k.shape[1], sizes_of(call)
     num_blocks, scale = cdiv(pages.capacity, call.blocks.block_size), call.scale * LOG2_E
-    table, size = table_of(pages.table), constants(sizes)
+    table, of_states = table_of(pages.table), table_of(pages.table_of_states)
+    size = constants(sizes)
 
     compressed = new_partial(call, config.score_shares)
     phases = next_power_of_2(sizes.BLOCK_HOPS)
@@ -111,7 +113,7 @@ def nsa_decode(call: DecodeCall, config: DecodeConfig | None = None) -> Decoded:
     sums = BlockSums(own, following, q.new_empty(*pairs, tiles, dtype=torch.float32))
     tiles_of_pairs = cdiv(sizes.NEW * sizes.G, rows)
     score_kernel[(config.score_shares, num_kv_heads * tiles_of_pairs, lengths.shape[0])](
-        *(heads(q), paged(pages.k_cmp), paged(pages.v_cmp), table, lengths),
+        *(heads(q), paged(pages.k_cmp), paged(pages.v_cmp), of_states, lengths),
         *(compressed, sums, scale, num_blocks, size, tile),
         num_warps=max(config.score_warps, rows // 16),
     )

@@ -29,6 +29,7 @@ def append_tokens(
     pool_v: Pooling = MEAN,
     turn: Tensor | None = None,
     rotation: tuple[Tensor, Tensor] | None = None,
+    write: bool = True,
     compress: bool = True,
     backend: str = "auto",
 ) -> None:
@@ -47,6 +48,7 @@ def append_tokens(
             back by it before they are pooled. None: they are pooled as they are.
         rotation: cos and sin `[T, rotary_dim]` of the new tokens, which an embedding of keys that
             are turned back is rotated by.
+        write: False where the pages have the tokens already.
         compress: False where the caller writes compressed tokens.
         backend: "triton", "reference", or "auto": the first of them that can, on a GPU.
 
@@ -65,7 +67,7 @@ def append_tokens(
     APPEND_BACKENDS.check(backend)
     call = AppendCall(
         *(k, v, pages, lengths, *pool_k, *pool_v, turn, cos, sin),
-        *(windows, int(compress), backend),
+        *(windows, int(write), int(compress), backend),
     )
     if k.shape[0]:
         APPEND(call)

@@ -33,6 +33,11 @@ def table_of(table: Tensor) -> Table:
     return Table(table, table.stride(0))
 
 
+def page_rows(table: Tensor, pages: Tensor) -> int:
+    """Rows of a page, as kernels take them: 0 where a sequence has one page."""
+    return pages.shape[2] if table.shape[1] > 1 else 0
+
+
 @triton.jit
 def row_of(table, sequence, row, exists, PAGE: tl.constexpr):
     """The page, int64, and the row in it, of rows of a sequence; what does not exist is not looked

@@ -5,7 +5,8 @@ token i lies where its last hop does, as if a hop were a row: in state `i + l / 
 have `page_size / s` states. So all that is computed from a page's tokens, and from those before
 them, lies in that page, and sequences that share the tokens of a prefix can share its pages.
 
-A cache that is contiguous has one page for every sequence.
+A cache that is contiguous has one page for every sequence. One in which compressed tokens lie
+elsewhere than tokens has a table for each.
 """
 
 from typing import NamedTuple
@@ -18,13 +19,15 @@ from nsa_fsa.ops.common.calls import Windows
 
 
 class Pages(NamedTuple):
-    """Keys, which are rotated, values, and compressed tokens, with one table for all of them."""
+    """Keys, which are rotated, values, and compressed tokens, usually with one table for all."""
 
     k: Tensor  # [pages, HKV, page_size, D]
     v: Tensor  # [pages, HKV, page_size, DV]
     k_cmp: Tensor  # [pages, HKV, page_size // kernel_stride, D]
     v_cmp: Tensor  # [pages, HKV, page_size // kernel_stride, DV]
     table: Tensor  # int32 [B, pages of a sequence]; only those in use have to be pages
+    # int32 [B, pages of a sequence], of k_cmp and v_cmp, whose pages may then be of another size.
+    states: Tensor | None = None
 
     @property
     def page_size(self) -> int:
@@ -35,6 +38,15 @@ class Pages(NamedTuple):
     def capacity(self) -> int:
         """Tokens that a sequence can have."""
         return self.table.shape[1] * self.page_size
+
+    @property
+    def table_of_states(self) -> Tensor:
+        return self.table if self.states is None else self.states
+
+    @property
+    def capacity_of_states(self) -> int:
+        """Compressed tokens that a sequence can have, and what lies before the first of them."""
+        return self.table_of_states.shape[1] * self.k_cmp.shape[2]
 
     @classmethod
     def empty(
@@ -63,36 +75,55 @@ class Pages(NamedTuple):
     def check(self, windows: Windows) -> "Pages":
         """Raises ValueError for shapes, dtypes or devices that do not fit together; returns
         itself."""
-        k, _, _, _, table = self
-        stride = windows.kernel_stride
+        stride, shape = windows.kernel_stride, self.k.shape
+        check_tensor("k of the pages", self.k, "[pages, HKV, rows, width]")
         for name, x in zip(self._fields[:4], self[:4], strict=True):
-            check_tensor(name, x, "[pages, HKV, rows, width]")
-            rows = self.page_size if name in ("k", "v") else self.page_size // stride
-            width = k.shape[3] if name in ("k", "k_cmp") else self.v.shape[3]
-            expected = (k.shape[0], k.shape[1], rows, width)
-            if x.ndim != 4 or x.shape != expected or x.dtype != k.dtype:
+            check_tensor(f"{name} of the pages", x, "[pages, HKV, rows, width]")
+            expected = [*shape[:3], shape[3] if name in ("k", "k_cmp") else self.v.shape[-1]]
+            if name.endswith("cmp"):
+                expected[2] = shape[2] // stride
+                if self.states is not None:
+                    expected[0], expected[2] = self.k_cmp.shape[0], self.k_cmp.shape[2]
+            if list(x.shape) != expected or x.dtype != self.k.dtype:
                 raise ValueError(
-                    f"{name} of the pages is {x.dtype} {tuple(x.shape)}; it must be {k.dtype} "
-                    f"{expected}. Fix: Pages.empty(...), with this kernel_stride."
+                    f"{name} of the pages is {x.dtype} {tuple(x.shape)}; it must be {self.k.dtype} "
+                    f"{tuple(expected)}. Fix: Pages.empty(...), with this kernel_stride."
                 )
             if x.stride(3) != 1:
                 raise ValueError(
                     f"{name} of the pages has strides {x.stride()}: the last must be 1. "
                     "Fix: keep the width of a head contiguous."
                 )
-            check_device(f"{name} of the pages", x, table.device)
-        check_tensor("table", table, "int32 [B, pages of a sequence]")
-        if table.dtype != torch.int32 or table.ndim != 2 or table.shape[1] == 0:
-            raise ValueError(
-                f"table is {table.dtype} {tuple(table.shape)}; it must be int32 [B, pages of a "
-                "sequence], at least one. Fix: table.int()."
-            )
-        if self.page_size % stride != 0:
+            check_device(f"{name} of the pages", x, self.k.device)
+        for name, table in (("table", self.table), ("states", self.states)):
+            if table is not None:
+                self._check_table(name, table)
+        if self.states is None and self.page_size % stride != 0:
             raise ValueError(
                 f"pages have {self.page_size} rows, which is no multiple of "
                 f"kernel_stride={stride}. Fix: for example pages of {8 * stride} tokens."
             )
+        if self.capacity_of_states * stride < self.capacity - stride + 1:
+            raise ValueError(
+                f"{self.capacity_of_states} states are too few for {self.capacity} tokens: "
+                f"kernel_stride={stride} asks for {self.capacity // stride}. Fix: more of them."
+            )
         return self
+
+    def _check_table(self, name: str, table: Tensor) -> None:
+        check_tensor(name, table, "int32 [B, pages of a sequence]")
+        number = self.table.shape[0]
+        if table.dtype != torch.int32 or table.ndim != 2 or 0 in table.shape[1:]:
+            raise ValueError(
+                f"{name} is {table.dtype} {tuple(table.shape)}; it must be int32 [B, pages of a "
+                f"sequence], at least one. Fix: {name}.int()."
+            )
+        if table.shape[0] != number:
+            raise ValueError(
+                f"states has {table.shape[0]} rows and table {number}. "
+                "Fix: one row for every sequence in both."
+            )
+        check_device(name, table, self.k.device)
 
 
 def read_rows(pages: Tensor, table: Tensor, first: int, last: int) -> Tensor:

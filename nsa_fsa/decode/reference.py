@@ -21,16 +21,17 @@ def append_tokens(call: AppendCall) -> None:
         table, old = pages.table[b], total - call.num_new
         rows = slice(b * call.num_new, (b + 1) * call.num_new)
         for position in range(max(old, 0), total):
-            page, row = table[position // pages.page_size], position % pages.page_size
-            pages.k[page, :, row] = call.new_k[rows][position - old]
-            pages.v[page, :, row] = call.new_v[rows][position - old]
+            if call.write:
+                page, row = table[position // pages.page_size], position % pages.page_size
+                pages.k[page, :, row] = call.new_k[rows][position - old]
+                pages.v[page, :, row] = call.new_v[rows][position - old]
 
             first = position + 1 - kernel_size
-            if first < 0 or first % kernel_stride:
+            if first < 0 or first % kernel_stride or not call.compress:
                 continue
             state = first // kernel_stride + hops - 1
             per_page = pages.k_cmp.shape[2]
-            page, row = table[state // per_page], state % per_page
+            page, row = pages.table_of_states[b, state // per_page], state % per_page
             for source, target, pooling in (
                 (pages.k, pages.k_cmp, call.pool_k),
                 (pages.v, pages.v_cmp, call.pool_v),
@@ -93,10 +94,13 @@ def nsa_decode(call: DecodeCall) -> tuple[Tensor, Tensor]:
         new = min(call.num_new, total)
         if new <= 0:
             continue
-        table, rows = pages.table[b], slice((b + 1) * call.num_new - new, (b + 1) * call.num_new)
+        table, of_states = pages.table[b], pages.table_of_states[b]
+        rows = slice((b + 1) * call.num_new - new, (b + 1) * call.num_new)
         k, v = (read_rows(x, table, 0, total) for x in (pages.k, pages.v))
         states = max(total // kernel_stride, hops - 1)
-        k_cmp, v_cmp = (read_rows(x, table, hops - 1, states) for x in (pages.k_cmp, pages.v_cmp))
+        k_cmp, v_cmp = (
+            read_rows(x, of_states, hops - 1, states) for x in (pages.k_cmp, pages.v_cmp)
+        )
         # The operators' layout has a row for every hop; the last ones are nobody's.
         missing = total // kernel_stride - k_cmp.shape[0]
         k_cmp, v_cmp = (torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) for x in (k_cmp, v_cmp))

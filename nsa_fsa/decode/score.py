@@ -41,6 +41,7 @@ class Sizes(NamedTuple):
     LOCAL: int
     WINDOW: int  # keys of the sliding window
     PAGE: int  # tokens of a page; 0: a sequence has one
+    STATES: int  # states of a page; 0: a sequence has one
     PRECISION: str  # of products
 
 
@@ -160,7 +161,7 @@ def score_kernel(
         window = (tile * TILE.BLOCKS + block) * SIZES.BLOCK_HOPS + phase
         exists = (window < windows) & (phase < SIZES.BLOCK_HOPS)
         state = window + SIZES.WINDOW_HOPS - 1
-        page, row = row_of(table, sequence, state, exists, SIZES.PAGE // SIZES.STRIDE)
+        page, row = row_of(table, sequence, state, exists, SIZES.STATES)
         where = page * k_cmp.stride_p + head * k_cmp.stride_h + row * k_cmp.stride_n
         k = load_rows(k_cmp.ptr, where, exists, SIZES.D, SIZES.PADDED_D, True)
         where = page * v_cmp.stride_p + head * v_cmp.stride_h + row * v_cmp.stride_n

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nsa_fsa import ops, reference
 from nsa_fsa.config import COMPRESSION_KINDS, NSAConfig
+from nsa_fsa.decode.call import Pooling
 from nsa_fsa.modules.start import assign
 from nsa_fsa.ops.compression.operator import POOL_BACKENDS
 from nsa_fsa.sequences import Sequences
@@ -169,6 +170,18 @@ class Compressor(nn.Module):
 
     def extra_repr(self) -> str:
         return f"kernel_size={self.kernel_size}, kernel_stride={self.kernel_stride}"
+
+    def pooling(self) -> Pooling | None:
+        """How tokens are pooled, for kernels that do it themselves; None where that takes this
+        module: for other kinds, and for parameters that are elsewhere, in pieces, or wrapped."""
+        phi: Any = self.phi
+        parameters = (getattr(phi, "logits", None), self.position_embedding)
+        at_hand = (x is None or (type(x) is nn.Parameter and not x.is_meta) for x in parameters)
+        sizes_fit = all(x is None or x.numel() for x in parameters)  # ZeRO-3 leaves nothing behind
+        hooked = any(hasattr(x, "_hf_hook") for x in (self, phi))
+        if type(phi) is not PoolPhi or hooked or not (all(at_hand) and sizes_fit):
+            return None
+        return Pooling(*parameters)
 
     @property
     def is_own(self) -> bool:
