@@ -26,13 +26,19 @@ PROMPT, NEW = 150, 60  # 210 tokens are 14 blocks, of which a query reads 6
 FEW = 20  # where the comparison without cache is slow; two strides and a block boundary still
 
 # A partial patch has layers of both kinds in one cache.
-MODELS = [("llama", None), ("qwen2", None), ("qwen3", [1])]
+# Compressed tokens of keys that are not turned back lie beside the cache.
+MODELS = [("llama", None, "before"), ("qwen2", None, "after"), ("qwen3", [1], "before")]
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda p: f"{p[0]}-{p[1] or 'all'}")
 def model(request):
-    family, layers = request.param
-    return sparse_model(family, layers=layers)
+    family, layers, rope = request.param
+    return sparse_model(family, layers=layers, nsa=dict(compress_rope=rope))
+
+
+@pytest.fixture(params=["before", "after"])
+def nsa(request):
+    return dict(compress_rope=request.param)
 
 
 @pytest.fixture(scope="module")
@@ -180,9 +186,9 @@ def test_a_sparse_assistant(model, expected):
     assert cache.count > 0
 
 
-def test_an_assistant_that_guesses_many_tokens():
+def test_an_assistant_that_guesses_many_tokens(nsa):
     """150 at once, nearly all of them wrong."""
-    model, prompt = sparse_model(), tokens(1, 40)
+    model, prompt = sparse_model(nsa=nsa), tokens(1, 40)
     assistant = dense_model("llama", seed=7, num_hidden_layers=1)
     assistant.generation_config.num_assistant_tokens = 150
     assistant.generation_config.num_assistant_tokens_schedule = "constant"
@@ -217,9 +223,9 @@ class CroppedCache(DynamicCache):
         self.most = max(self.most, taken_back)
 
 
-def test_contrast_with_batch_selection_and_repetition():
+def test_contrast_with_batch_selection_and_repetition(nsa):
     """The cache methods that decoding strategies call, against the state they stand for."""
-    model = sparse_model()
+    model = sparse_model(nsa=nsa)
     prompt = tokens(4, PROMPT)
     for change, rows in (
         (lambda c: c.batch_select_indices(torch.tensor([3, 1])), [3, 1]),
@@ -241,8 +247,8 @@ def test_contrast_with_batch_selection_and_repetition():
         torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_reset_of_a_static_cache():
-    model = sparse_model()
+def test_reset_of_a_static_cache(nsa):
+    model = sparse_model(nsa=nsa)
     cache = StaticCache(config=model.config, max_cache_len=PROMPT + NEW)
     for seed in (0, 1):
         prompt = tokens(2, PROMPT, seed=seed)
@@ -265,9 +271,9 @@ CROPPED = [
 
 @torch.no_grad()
 @pytest.mark.parametrize("static", CROPPED, ids=["dynamic", "static"])
-def test_crop_back_to_the_prompt(static):
+def test_crop_back_to_the_prompt(static, nsa):
     """One prompt, several answers of 200 tokens, each taken back."""
-    model, prompt = sparse_model(), tokens(2, 50)
+    model, prompt = sparse_model(nsa=nsa), tokens(2, 50)
     cache = StaticCache(config=model.config, max_cache_len=260) if static else DynamicCache()
     model(prompt, past_key_values=cache)
     for seed in (1, 2):
@@ -280,8 +286,8 @@ def test_crop_back_to_the_prompt(static):
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_crop_after_a_padded_continuation(side):
-    model, ids, new = sparse_model(), tokens(2, 60), tokens(2, 9, seed=1)
+def test_crop_after_a_padded_continuation(side, nsa):
+    model, ids, new = sparse_model(nsa=nsa), tokens(2, 60), tokens(2, 9, seed=1)
     mask = torch.ones(2, 69, dtype=torch.int64)
     mask[1, slice(50, 56) if side == "left" else slice(54, 60)] = 0
     cache = DynamicCache()
@@ -393,12 +399,12 @@ def test_a_cache_goes_from_a_dense_model_to_its_sparse_one_and_back(static):
     torch.testing.assert_close(torch.cat(found, dim=1), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_cache_of_other_settings():
+def test_a_cache_of_other_settings(nsa):
     """What `generate` returned, continued after the model was patched again.
 
     One layer alone, because the second layer's keys depend on what the first one saw.
     """
-    model, ids = sparse_model(num_hidden_layers=1), tokens(1, PROMPT)
+    model, ids = sparse_model(num_hidden_layers=1, nsa=nsa), tokens(1, PROMPT)
     result = generate(model, ids, return_dict_in_generate=True)
     before = greedy(model, result.sequences, FEW)
     patch_model(model, window_size=8, num_selected_blocks=5, verbose=False)
@@ -411,9 +417,9 @@ def test_a_cache_of_other_settings():
 @torch.no_grad()
 @pytest.mark.parametrize("history", [0, 30])
 @pytest.mark.parametrize("static", [False, True])
-def test_a_forward_that_raised_half_way(monkeypatch, static, history):
+def test_a_forward_that_raised_half_way(monkeypatch, static, history, nsa):
     """The cache has gone on, and nothing else: reset, or cropped to what it held, it is good."""
-    model, ids = sparse_model(), tokens(2, 40)
+    model, ids = sparse_model(nsa=nsa), tokens(2, 40)
     cache = StaticCache(config=model.config, max_cache_len=90) if static else DynamicCache()
     if history:
         model(ids[:, :history], past_key_values=cache)
@@ -422,7 +428,7 @@ def test_a_forward_that_raised_half_way(monkeypatch, static, history):
         raise torch.OutOfMemoryError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(attentions(model)[1].compress_v, "forward", out_of_memory)
+        patch.setattr(attentions(model)[1].o_proj, "forward", out_of_memory)
         with pytest.raises(torch.OutOfMemoryError):
             model(ids[:, history:], past_key_values=cache)
     if static:
@@ -440,9 +446,9 @@ def test_a_forward_that_raised_half_way(monkeypatch, static, history):
 
 @torch.no_grad()
 @pytest.mark.parametrize("layers", [None, [1]], ids=str)
-def test_a_cache_out_of_step(monkeypatch, layers):
+def test_a_cache_out_of_step(monkeypatch, layers, nsa):
     """Layer 1 raised before it fed the cache; a repeated call would feed layer 0 twice."""
-    model, ids, cache = sparse_model(layers=layers), tokens(2, 40), DynamicCache()
+    model, ids, cache = sparse_model(layers=layers, nsa=nsa), tokens(2, 40), DynamicCache()
     model(ids[:, :30], past_key_values=cache)
 
     def out_of_memory(*args):
@@ -458,10 +464,91 @@ def test_a_cache_out_of_step(monkeypatch, layers):
 
 
 @torch.no_grad()
-def test_a_cache_that_forgets():
+def test_a_cache_that_forgets(nsa):
     """A sliding cache drops keys that a compressed or a selected block may need."""
-    model, ids = sparse_model(), tokens(1, 30)
+    model, ids = sparse_model(nsa=nsa), tokens(1, 30)
     cache = Cache(layers=[DynamicSlidingWindowLayer(sliding_window=16) for _ in range(2)])
     model(ids[:, :25], past_key_values=cache)
     with pytest.raises(ValueError, match=r"layer 0 .*its cache forgets.*Fix: a DynamicCache"):
         model(ids[:, 25:], past_key_values=cache)
+
+
+# --- Compressed tokens beside a cache -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", ["dynamic", "static"])
+@pytest.mark.parametrize("padded", [False, True])
+@torch.no_grad()
+def test_steps_compress_only_what_they_complete(monkeypatch, make, padded):
+    model, ids = sparse_model(nsa=dict(compress_rope="before")).eval(), tokens(2, 100)
+    cache = DynamicCache() if make == "dynamic" else StaticCache(model.config, max_cache_len=110)
+    mask = torch.ones_like(ids)
+    mask[0, : 17 * padded] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    arguments = dict(attention_mask=mask, position_ids=positions, past_key_values=DynamicCache())
+    whole = model(ids, **arguments).logits
+    sizes, found = [], []
+    for attention in attentions(model):
+        original = attention.compress
+        monkeypatch.setattr(
+            attention, "compress", lambda k, *x, f=original: (sizes.append(len(k)), f(k, *x))[1]
+        )
+    chunks = [(0, 60), (60, 61), (61, 64), (64, 65), (65, 99), (99, 100)]
+    for start, stop in chunks:
+        rows = slice(start, stop)
+        arguments = dict(attention_mask=mask[:, :stop], position_ids=positions[:, rows])
+        found.append(model(ids[:, rows], past_key_values=cache, **arguments).logits)
+    real = mask.bool()
+    torch.testing.assert_close(torch.cat(found, 1)[real], whole[real], rtol=1e-4, atol=1e-4)
+    # Prompts and long chunks compress all keys, beside padding several tokens do, and one never.
+    columns = [60, *([64] if padded else []), 99]
+    tokens_of = [2 * n - (17 * padded if n == 60 else 0) for n in columns]
+    assert sizes == [n for n in tokens_of for _ in range(2)]
+    held = [layer.compressed for layer in cache.layers]
+    assert [x.num_columns for x in held] == [100, 100]
+
+
+@torch.no_grad()
+def test_what_is_done_to_a_cache_is_done_to_its_compressed_tokens():
+    model, ids = sparse_model(nsa=dict(compress_rope="before")).eval(), tokens(3, 80)
+    cache = DynamicCache()
+    model(ids[:, :60], past_key_values=cache)
+    rows = torch.tensor([2, 0, 2])
+    cache.reorder_cache(rows)
+    cache.crop(-9)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([0, 3, 5]))
+    copied = copy.deepcopy(cache)
+    chosen = ids[torch.tensor([2, 0, 2])]
+    for held in (cache, copied):
+        found = [model(chosen[:, n : n + 1], past_key_values=held).logits for n in range(51, 80)]
+        expected = model(chosen, use_cache=False).logits[:, 51:]
+        torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-4)
+    cache.reset()
+    assert cache.layers[0].compressed is None
+
+
+@torch.no_grad()
+def test_compressed_tokens_of_other_keys_are_not_read():
+    """Where a dense model has gone on with the cache, or a mask hides what it did not hide."""
+    sparse = sparse_model(nsa=dict(compress_rope="before")).eval()
+    dense, ids, cache = copy.deepcopy(sparse), tokens(2, 80), DynamicCache()
+    unpatch_model(dense)
+    sparse(ids[:, :60], past_key_values=cache)
+    twin = copy.deepcopy(cache)
+    for held in (cache, twin):
+        dense(ids[:, 60:70], past_key_values=held)
+    for layer in twin.layers:
+        layer.compressed = None
+    found, expected = (sparse(ids[:, 70:71], past_key_values=x).logits for x in (cache, twin))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+    mask = torch.ones(2, 72, dtype=torch.int64)
+    mask[1, 50:71] = 0
+    arguments = dict(attention_mask=mask, position_ids=mask.cumsum(1)[:, -1:] - 1)
+    alone = DynamicCache()
+    sparse(ids[1:, :50], past_key_values=alone)
+    found = sparse(ids[:, 71:72], past_key_values=cache, **arguments).logits[1:]
+    # The first cached keys are the dense model's where it has gone on, and the same before that.
+    expected = sparse(ids[1:, 71:72], past_key_values=alone).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

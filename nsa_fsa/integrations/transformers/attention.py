@@ -17,14 +17,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, ContinuousBatchingManager
-from transformers.cache_utils import DynamicLayer
 
 from nsa_fsa.cache import KeyValues
 from nsa_fsa.cache.nsa_cache import turn_back
 from nsa_fsa.checks import check_tensor
 from nsa_fsa.config import NSAConfig
+from nsa_fsa.integrations.transformers import cache
 from nsa_fsa.integrations.transformers.rotation import with_fused_rotation
 from nsa_fsa.modules.branches import SparseBranches, put_back, take
+from nsa_fsa.ops.common.calls import Windows
 from nsa_fsa.sequences import Packing, Sequences, keep_padding, pack_batch
 
 ATTENTION_NAME = "nsa_fsa"
@@ -61,6 +62,8 @@ class Batch(NamedTuple):
     packed: bool = False  # whether the sequences are others than the batch's rows
     # After a past, cos and sin [B or 1, past + S, rotary_dim] of `columns`, to turn keys back.
     rotation: tuple[Tensor, Tensor] | None = None
+    # Of transformers, where compressed tokens may lie beside it; None where torch traces.
+    cache: Any = None
 
 
 class NSAAttention(SparseBranches):
@@ -167,13 +170,21 @@ def sparse_attention(
     if nsa_batch is None:  # the layer was called by itself, or past the hook
         past = key.shape[2] - length
         nsa_batch = find_batch(query.transpose(1, 2), past or None, attention_mask, **kwargs)
-    past, rows, layout, columns, real, _, rotation = nsa_batch
+    past, rows, layout, columns, real, _, rotation, kept = nsa_batch
     if key.shape[2] < past + length:
         raise ValueError(
             f"layer {module.layer_idx} was given {key.shape[2]} keys where {past} tokens came "
             f"before these {length}: its cache forgets. "
             "Fix: a DynamicCache or StaticCache whose layers are not sliding."
         )
+    beside, keys = cache.layer_of(kept, module.layer_idx), (key, value)
+    padding = (columns is not None, rows is not None)
+    if not torch.is_grad_enabled() and cache.can_go_on(
+        beside, module, keys, length, past, *padding
+    ):
+        new_q, new_gates = query.transpose(1, 2).flatten(0, 1), nsa_gate_logits.flatten(0, 1)
+        o = cache.decode(module, beside, new_q, keys, new_gates, layout, columns, scaling)
+        return o.unflatten(0, (batch_size, length)), None
     q = take(query.transpose(1, 2), rows)
     # A static cache has an unused end.
     k, v = (x.transpose(1, 2)[:, : past + length] for x in (key, value))
@@ -193,10 +204,14 @@ def sparse_attention(
     # Under autocast a rotation may return float32 where the projections return 16 bits.
     q, k = q.to(v.dtype), k.to(v.dtype)
     k_src = k if cos is None or sin is None else turn_back(k, cos, sin)
-    keys = KeyValues(k, v, k, v, k_src, v, cos, sin)
+    packed = KeyValues(k, v, k, v, k_src, v, cos, sin)
     k_cmp, v_cmp = module.compress(k_src, v, cos, sin, layout)
+    if beside is not None:
+        windows = Windows(module.nsa_config.kernel_size, module.nsa_config.kernel_stride)
+        held = (past + length, rows is not None or columns is not None)
+        cache.keep(beside, k_cmp, v_cmp, layout, windows, held)
     gate_logits = take(nsa_gate_logits, rows)
-    o = module.mix(q, keys, k_cmp, v_cmp, gate_logits, layout, scaling)  # [T, HQ, DV]
+    o = module.mix(q, packed, k_cmp, v_cmp, gate_logits, layout, scaling)  # [T, HQ, DV]
     o = put_back(o, rows, batch_size, length)
     return o if real is None else o * real[..., None, None], None
 
@@ -409,13 +424,13 @@ def _before_layers(
         return (), kwargs  # the model's own error names the arguments
     if given.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
         raise ValueError(NO_WEIGHTS)
-    cache, past = given.get("past_key_values", given.get("cache")), None
-    if cache is not None:
-        past = int(cache.get_seq_length(layers[0].layer_idx))
-        _check_in_step(getattr(cache, "self_attention_cache", cache), indices)
+    kept, past = given.get("past_key_values", given.get("cache")), None
+    if kept is not None:
+        past = int(kept.get_seq_length(layers[0].layer_idx))
+        _check_in_step(getattr(kept, "self_attention_cache", kept), indices)
     elif given.get("use_cache", getattr(decoder.config, "use_cache", False)):
         past = 0
-    asked = cache is not None or bool(given.get("use_cache"))
+    asked = kept is not None or bool(given.get("use_cache"))
     if isinstance(mask := given.get("attention_mask"), dict):  # as for a static cache
         mask = mask.get("full_attention")
         if mask is None:
@@ -434,7 +449,7 @@ def _before_layers(
             )
         kwargs["use_cache"] = False  # on by default, and nobody could read it
     if batch.past and any(x.nsa_config.compress_rope == "after" for x in layers):
-        past, rows, layout, columns, real, packed, _ = batch
+        past, rows, layout, columns, real, packed, *_ = batch
         # The gate itself may be offloaded.
         dtype: Any = layers[0].gate.weight.dtype
         like = torch.empty(0, dtype=dtype, device=inputs.device)
@@ -442,6 +457,9 @@ def _before_layers(
         rotation = decoder.rotary_emb(like, position_ids=position_ids)
         # PyTorch 2.11's compiler loses what `_replace` returns between two graphs.
         batch = Batch(past, rows, layout, columns, real, packed, rotation)
+    own = getattr(kept, "self_attention_cache", kept)
+    if own is not None and not torch.compiler.is_compiling():
+        batch = batch._replace(cache=own)
     if len(layers) == decoder.config.num_hidden_layers and not reads_mask:
         # Nobody reads this mask: at one of four dimensions transformers stops before it looks at
         # positions and waits for the GPU.
@@ -479,10 +497,10 @@ def _positions_of_keys(batch: Batch, mask: Tensor | None, position_ids: Any, lik
     return torch.where(at == first + past, columns, rank + at - begin)
 
 
-def _check_in_step(cache: Any, indices: Collection[int]) -> None:
+def _check_in_step(kept: Any, indices: Collection[int]) -> None:
     """Raises RuntimeError if an earlier forward stopped between two layers."""
-    layers = {i: cache.layers[i] for i in indices if i < len(cache.layers)}
-    held = {i: x.get_seq_length() for i, x in layers.items() if type(x) is DynamicLayer}
+    layers = {i: kept.layers[i] for i in indices if i < len(kept.layers)}
+    held = {i: x.get_seq_length() for i, x in layers.items() if type(x) in cache.DYNAMIC}
     if len(set(held.values())) > 1:
         first = next(iter(held))
         i = next(i for i in held if held[i] != held[first])
