@@ -530,7 +530,8 @@ def test_what_is_done_to_a_cache_is_done_to_its_compressed_tokens():
 
 @torch.no_grad()
 def test_compressed_tokens_of_other_keys_are_not_read():
-    """Where a dense model has gone on with the cache, or a mask hides what it did not hide."""
+    """Where a dense model has gone on with the cache, or a mask hides what it did not hide, or the
+    layers have other compressors now."""
     sparse = sparse_model(nsa=dict(compress_rope="before")).eval()
     dense, ids, cache = copy.deepcopy(sparse), tokens(2, 80), DynamicCache()
     unpatch_model(dense)
@@ -552,3 +553,15 @@ def test_compressed_tokens_of_other_keys_are_not_read():
     # The first cached keys are the dense model's where it has gone on, and the same before that.
     expected = sparse(ids[1:, 71:72], past_key_values=alone).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+    patch_model(sparse, kernel_size=8, kernel_stride=8, verbose=False)
+    more = tokens(2, 30, seed=2)
+    cache = DynamicCache()
+    sparse(more[:, :20], past_key_values=cache)
+    patch_model(sparse, kernel_size=16, kernel_stride=8, verbose=False)
+    found = sparse(more[:, 20:21], past_key_values=cache).logits
+    for layer in cache.layers:
+        layer.crop(-1)
+        layer.compressed = None
+    expected = sparse(more[:, 20:21], past_key_values=cache).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -25,7 +25,6 @@ from nsa_fsa.config import NSAConfig
 from nsa_fsa.integrations.transformers import cache
 from nsa_fsa.integrations.transformers.rotation import with_fused_rotation
 from nsa_fsa.modules.branches import SparseBranches, put_back, take
-from nsa_fsa.ops.common.calls import Windows
 from nsa_fsa.sequences import Packing, Sequences, keep_padding, pack_batch
 
 ATTENTION_NAME = "nsa_fsa"
@@ -207,9 +206,8 @@ def sparse_attention(
     packed = KeyValues(k, v, k, v, k_src, v, cos, sin)
     k_cmp, v_cmp = module.compress(k_src, v, cos, sin, layout)
     if beside is not None:
-        windows = Windows(module.nsa_config.kernel_size, module.nsa_config.kernel_stride)
         held = (past + length, rows is not None or columns is not None)
-        cache.keep(beside, k_cmp, v_cmp, layout, windows, held)
+        cache.keep(beside, module, k_cmp, v_cmp, layout, held)
     gate_logits = take(nsa_gate_logits, rows)
     o = module.mix(q, packed, k_cmp, v_cmp, gate_logits, layout, scaling)  # [T, HQ, DV]
     o = put_back(o, rows, batch_size, length)

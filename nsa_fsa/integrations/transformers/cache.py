@@ -15,7 +15,6 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from nsa_fsa.decode import Pages, append_tokens, nsa_decode
 from nsa_fsa.decode.operator import BACKENDS, MOST_NEW
-from nsa_fsa.ops.common.calls import Windows
 from nsa_fsa.ops.common.sizes import cdiv
 from nsa_fsa.sequences import Sequences
 
@@ -28,6 +27,7 @@ class CompressedTokens:
     v: Tensor  # [B, HKV, states, DV]
     num_columns: int  # of the cache, padding included, whose windows have been compressed
     padded: bool  # whether a mask hid any of them
+    made_by: tuple[Any, ...]  # what tells the compressors of one layer from those of another
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Does something to the rows."""
@@ -100,19 +100,27 @@ def layer_of(cache: Any, layer_idx: int) -> Any:
     return layer if type(layer) in (*COMPRESSED, *COMPRESSED.values()) else None
 
 
+def compressors_of(module: Any) -> tuple[Any, ...]:
+    """The windows and compressors of a layer; by ids, so that a copied cache copies no module."""
+    c = module.nsa_config
+    return c.kernel_size, c.kernel_stride, id(module.compress_k), id(module.compress_v)
+
+
 def keep(
     layer: Any,
+    module: Any,
     k_cmp: Tensor,
     v_cmp: Tensor,
     layout: Sequences,
-    windows: Windows,
     columns: tuple[int, bool],
 ) -> None:
-    """Puts compressed tokens of all keys, as the operators have them, beside a cache's layer.
+    """Puts compressed tokens of all keys, as a module's operators have them, beside a cache's
+    layer.
 
     columns: how many the cache holds, and whether any is padding.
     """
-    hops, stride = windows.kernel_size // windows.kernel_stride, windows.kernel_stride
+    stride = module.nsa_config.kernel_stride
+    hops = module.nsa_config.kernel_size // stride
     starts, held = layout.cu_seqlens[:-1].long() // stride, columns[0]
     number = max(held // stride - hops + 1, 0)
     rows = torch.arange(number, device=starts.device) + starts[:, None]  # [B, number]
@@ -126,7 +134,8 @@ def keep(
         return kept
 
     layer.__class__ = COMPRESSED.get(type(layer), type(layer))
-    layer.compressed = CompressedTokens(placed(k_cmp.detach()), placed(v_cmp.detach()), *columns)
+    k, v = (placed(x.detach()) for x in (k_cmp, v_cmp))
+    layer.compressed = CompressedTokens(k, v, *columns, compressors_of(module))
 
 
 def can_go_on(
@@ -149,6 +158,7 @@ def can_go_on(
         compressed is not None
         and 0 < past == compressed.num_columns
         and padded == compressed.padded
+        and compressed.made_by == compressors_of(module)
         and {x.dtype for x in keys} == {compressed.k.dtype}
         and num_new <= (1 if padded else MOST_NEW)
         and not has_padding_now
