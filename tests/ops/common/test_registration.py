@@ -168,7 +168,8 @@ def test_every_registered_operator_is_checked_here():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("nsa_fsa::")
     }
-    assert {name.split(".")[0] for name in registered} == {*FORWARD, *BACKWARD}
+    decoding = {"append_tokens", "nsa_decode"}  # tests/decode has them
+    assert {name.split(".")[0] for name in registered} - decoding == {*FORWARD, *BACKWARD}
 
 
 @pytest.mark.parametrize(("kind", "name"), _SCHEMA_TYPES.items(), ids=str)
