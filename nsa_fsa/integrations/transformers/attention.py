@@ -457,6 +457,8 @@ def _before_layers(
         batch = Batch(past, rows, layout, columns, real, packed, rotation)
     own = getattr(kept, "self_attention_cache", kept)
     if own is not None and not torch.compiler.is_compiling():
+        hides = batch.rows is not None or batch.columns is not None
+        cache.compare_masks(own, mask if hides else None, batch.past)
         batch = batch._replace(cache=own)
     if len(layers) == decoder.config.num_hidden_layers and not reads_mask:
         # Nobody reads this mask: at one of four dimensions transformers stops before it looks at

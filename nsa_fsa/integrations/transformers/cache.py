@@ -100,6 +100,21 @@ def layer_of(cache: Any, layer_idx: int) -> Any:
     return layer if type(layer) in (*COMPRESSED, *COMPRESSED.values()) else None
 
 
+def compare_masks(cache: Any, mask: Tensor | None, past: int) -> None:
+    """Forgets the compressed tokens of a cache if its past columns are hidden by another mask
+    `[B, past + S]` than before; None: nothing is hidden."""
+    before = getattr(cache, "nsa_mask", None)
+    now = None if mask is None else mask[:, :past].ne(0)
+    alike = before is now is None
+    if before is not None and now is not None:
+        alike = torch.equal(before[:, :past], now)
+    if not alike:
+        for layer in cache.layers:
+            if isinstance(layer, _WithCompressedTokens):
+                layer.compressed = None
+    cache.nsa_mask = None if mask is None else mask.ne(0)
+
+
 def compressors_of(module: Any) -> tuple[Any, ...]:
     """The windows and compressors of a layer; by ids, so that a copied cache copies no module."""
     c = module.nsa_config
@@ -149,9 +164,7 @@ def can_go_on(
 ) -> bool:
     """Whether a few new tokens can be decoded with the compressed tokens that lie beside a layer.
 
-    keys: the cache's, and its values. padded: whether a mask hides any column. Several new tokens
-    beside it may be a continuation after hidden ones, by which earlier windows are others: all of
-    them are compressed anew then.
+    keys: the cache's, and its values. padded: whether a mask hides any column.
     """
     compressed = getattr(layer, "compressed", None)
     return (
@@ -160,7 +173,7 @@ def can_go_on(
         and padded == compressed.padded
         and compressed.made_by == compressors_of(module)
         and {x.dtype for x in keys} == {compressed.k.dtype}
-        and num_new <= (1 if padded else MOST_NEW)
+        and num_new <= MOST_NEW
         and not has_padding_now
         and module.recorder is None
         and module.nsa_config.compress_rope == "before"
