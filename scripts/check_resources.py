@@ -94,8 +94,8 @@ STACK_ALLOWED = 16
 STACK_KNOWN = {"compressed_bwd_dkdv_hopper_kernel": 64, "compressed_fwd_hopper_kernel": 32}
 # plain is what a layer calls. chunked has a small workspace, counts, and no promise about forced
 # blocks. candidates is plain with every configuration that the profiler tries; it leaves out what
-# does not run.
-VARIANTS = ("plain", "chunked", "candidates")
+# does not run. decoding is what a few new tokens launch.
+VARIANTS = ("plain", "chunked", "candidates", "decoding")
 NUM_TOKENS, NUM_HEADS = 4096, 64
 
 
@@ -158,6 +158,9 @@ def call_operators(case: Case, enter: Callable[[str], None]) -> None:
         new(NUM_TOKENS, num_kv_heads, case.head_dim),
         new(NUM_TOKENS, num_kv_heads, case.value_dim),
     )
+    if case.variant == "decoding":
+        call_decoding(case, q, k, v, num_indices, enter)
+        return
     indices = new(NUM_TOKENS, num_kv_heads, num_indices, dtype=torch.int32)
     cu_seqlens = new(2, dtype=torch.int32)
     plain = case.variant != "chunked"
@@ -171,7 +174,6 @@ def call_operators(case: Case, enter: Callable[[str], None]) -> None:
     call_sliding_window(case, q, do, enter)
     call_gated_combine(do, lse, enter)
     call_selection(case, q, k, cu_seqlens, num_indices, enter)
-    call_decoding(case, q, k, v, num_indices, enter)
 
 
 def call_selected_attention(
@@ -617,6 +619,7 @@ def default_cases(archs: list[str]) -> list[Case]:
         for arch in archs
         for group in (GROUP_SIZES if arch == "sm_90" else (4,))
     ]
+    shapes += [Case(arch, 128, 128, "bf16", 64, 4, "decoding") for arch in archs]
     if "sm_90" in archs:
         shapes.append(Case("sm_90", 128, 128, "bf16", 64, 4, "chunked"))
     return shapes

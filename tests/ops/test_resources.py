@@ -52,6 +52,9 @@ def test_default_configurations_fit(arch, tmp_path):
         "plan_kernel",
         "merge_fwd_kernel",
         "query_fwd_kernel",
+        "append_kernel",
+        "score_kernel",
+        "attend_kernel",
     } <= kernels
     twin = "hopper_" if arch == "sm_90" else ""
     names = ("fwd", "bwd_dq", "bwd_dkdv")
