@@ -8,6 +8,7 @@ import torch
 from nsa_fsa.decode import Pages, Pooling, append_tokens, launch, nsa_decode
 from nsa_fsa.modules.rotary import apply_rotary
 from nsa_fsa.ops import nsa_attention, pool_windows
+from tests.cases import device_of
 
 NAN = float("nan")
 SHARES = dict(score_shares=4, shares=2, score_windows=16, keys=16, ranked=32, lists=2)
@@ -37,7 +38,7 @@ class Problem:
     scale: float = 0.4
     gates: str = "per_head"
     dtype: torch.dtype = torch.float32
-    device: str = "cpu"
+    device: str = device_of("triton")
     seed: int = 0
 
     @property

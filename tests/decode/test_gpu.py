@@ -35,7 +35,7 @@ PROBLEMS = {
 def test_equals_the_reference(name):
     """Of the same blocks; scores in 16 bits may tie, and then another is as good."""
     run, expected = (Run(PROBLEMS[name], x) for x in ("triton", "reference"))
-    for x, y in zip(run.pages, expected.pages, strict=True):
+    for x, y in zip(run.pages[:4], expected.pages[:4], strict=True):
         x.copy_(y)  # what a prompt leaves is the same
     for _ in range(2):
         found, wanted = run.step(), expected.step()
@@ -43,7 +43,7 @@ def test_equals_the_reference(name):
         assert alike.float().mean() > 0.95
         assert_rms_close("o", found.o[alike], wanted.o[alike], run.problem.dtype)
         assert not found.o.isnan().any()
-        for x, y in zip(run.pages[:4], expected.pages, strict=False):
+        for x, y in zip(run.pages[:4], expected.pages[:4], strict=True):
             assert torch.equal(x.isnan(), y.isnan())
             assert_rms_close("pages", x.nan_to_num(), y.nan_to_num(), run.problem.dtype)
 
@@ -74,6 +74,8 @@ def step_of(run, q, gates, k, v, lengths):
 
 def test_a_graph_is_replayed_at_other_lengths():
     run = Run(GPU, "triton", num_steps=40)
+    for x in run.pages[:4]:
+        x.nan_to_num_(1.0)  # the tokens that are skipped
     q, gates, k, v = inputs_of(run)
     lengths = run.lengths + 1
     step = step_of(run, q, gates, k, v, lengths)
