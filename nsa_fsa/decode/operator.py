@@ -69,8 +69,10 @@ def append_tokens(
         *(k, v, pages, lengths, *pool_k, *pool_v, turn, cos, sin),
         *(windows, int(write), int(compress), backend),
     )
-    if k.shape[0]:
+    if k.shape[0] and write:
         APPEND(call)
+    elif k.shape[0]:
+        COMPRESS(call)
 
 
 def nsa_decode(
@@ -251,4 +253,6 @@ def _fake(call: DecodeCall) -> Decoded:
 APPEND_BACKENDS = Backends("append_tokens", TritonAppend(), ReferenceAppend())
 BACKENDS = Backends("nsa_decode", Triton(), Reference())
 APPEND = define_mutation("append_tokens", AppendCall, APPEND_BACKENDS.run, Pages._fields[:4])
+# Where keys and values are only read, so that a compiler need not copy them before.
+COMPRESS = define_mutation("compress_tokens", AppendCall, APPEND_BACKENDS.run, Pages._fields[2:4])
 DECODE = define_operator("nsa_decode", DecodeCall, Decoded, BACKENDS.run, _fake)

@@ -6,10 +6,11 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, QuantizedLayer, StaticLayer
 
 from nsa_fsa.integrations.transformers import patch_model, unpatch_model
+from nsa_fsa.integrations.transformers.cache import Hidden
 from tests.integrations.models import (
     TINY_REACH,
     attentions,
@@ -441,6 +442,83 @@ def test_a_forward_that_raised_half_way(monkeypatch, static, history, nsa):
     torch.testing.assert_close(logits, expected, rtol=1e-3, atol=1e-3)
 
 
+# --- Compiled -------------------------------------------------------------------------------------
+
+
+def compiled(model, prompt, new=FEW, **arguments):
+    """What a static cache gives where `generate` compiles steps by itself, as on a GPU."""
+    config = CompileConfig(backend="eager", mode=None, fullgraph=True)
+    config._compile_all_devices = True
+    if "past_key_values" not in arguments:
+        arguments["cache_implementation"] = "static"
+    return generate(model, prompt, new, compile_config=config, **arguments)
+
+
+def num_graphs():
+    return torch._dynamo.utils.counters["stats"].get("unique_graphs", 0)
+
+
+@pytest.fixture
+def counted():
+    """Graphs are made anew, and counted from 0."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+
+
+@pytest.mark.parametrize("layers", [None, [1]], ids=["all", "one"])
+def test_a_compiled_step_is_one_graph_for_all_lengths(layers, counted):
+    model = sparse_model(layers=layers, nsa=dict(compress_rope="before")).eval()
+    prompt = tokens(2, PROMPT)
+    assert torch.equal(compiled(model, prompt), greedy(model, prompt, FEW))
+    assert num_graphs() == 1
+
+
+def test_a_static_cache_is_used_again_without_another_graph(counted):
+    """One graph where rows are padded and one where they are not."""
+    model = sparse_model(nsa=dict(compress_rope="before")).eval()
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + FEW)
+    for seed, graphs in ((0, 1), (1, 1), (2, 2), (3, 2)):
+        prompt = tokens(3, PROMPT - 7 * seed, seed=seed)
+        mask = torch.ones_like(prompt)
+        if seed >= 2:
+            mask[1, : 31 + seed] = mask[2, :5] = 0
+        expected = greedy(model, prompt * mask, FEW, attention_mask=mask)
+        cache.reset()
+        found = compiled(model, prompt * mask, attention_mask=mask, past_key_values=cache)
+        assert torch.equal(found, expected)
+        assert num_graphs() == graphs
+    # Steps that are not compiled go on with what the graph has compressed.
+    expected = greedy(model, expected, 3, attention_mask=pad_ones(mask, FEW))
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + FEW + 3)
+    arguments = dict(attention_mask=mask, past_key_values=cache)
+    sequence = compiled(model, prompt * mask, **arguments)
+    arguments["attention_mask"] = pad_ones(mask, FEW)
+    assert torch.equal(generate(model, sequence, 3, **arguments), expected)
+
+
+def pad_ones(mask, number):
+    return torch.nn.functional.pad(mask, (0, number), value=1)
+
+
+@torch.no_grad()
+def test_what_a_compiled_step_cannot_do_is_refused(counted):
+    model = sparse_model(nsa=dict(compress_rope="before")).eval()
+    step = torch.compile(model, backend="eager", fullgraph=True)
+    cache, ids = StaticCache(config=model.config, max_cache_len=90), tokens(2, 70)
+    model(ids[:, :60], past_key_values=cache)
+    mask = torch.zeros(2, 90, dtype=torch.int64)
+    mask[:, :61] = 1
+    step(ids[:, 60:61], past_key_values=cache, attention_mask=mask)
+    mask[:, 61] = 1
+    mask[1, 30:33] = 0
+    with pytest.raises(RuntimeError, match="hides other tokens than when the static cache"):
+        step(ids[:, 61:62], past_key_values=cache, attention_mask=mask)
+    dense = unpatch_model(copy.deepcopy(model))
+    dense(ids[:, 61:62], past_key_values=cache)
+    with pytest.raises(RuntimeError, match="whose windows have not been compressed"):
+        step(ids[:, 62:63], past_key_values=cache)
+
+
 # --- Refused --------------------------------------------------------------------------------------
 
 
@@ -561,10 +639,7 @@ def test_compressed_tokens_of_other_keys_are_not_read(padded):
     mask[1, 5:30] = 0
     # Once where nothing was hidden, and once where something else was.
     for held in (cache, twin):
-        held.nsa_mask = torch.ones(2, 70, dtype=torch.bool) if padded else None
-        for layer in held.layers:
-            if layer.compressed is not None:
-                layer.compressed.padded = padded
+        held.nsa_hidden = Hidden(torch.ones(2, 70, dtype=torch.bool)) if padded else None
     arguments = dict(attention_mask=mask, position_ids=mask.cumsum(1)[:, -1:] - 1)
     found, expected = (
         sparse(ids[:, 70:71], past_key_values=x, **arguments).logits for x in (cache, twin)

@@ -25,7 +25,7 @@ from nsa_fsa.config import NSAConfig
 from nsa_fsa.integrations.transformers import cache
 from nsa_fsa.integrations.transformers.rotation import with_fused_rotation
 from nsa_fsa.modules.branches import SparseBranches, put_back, take
-from nsa_fsa.sequences import Packing, Sequences, keep_padding, pack_batch
+from nsa_fsa.sequences import Packing, Sequences, keep_padding, pack_batch, uniform_layout
 
 ATTENTION_NAME = "nsa_fsa"
 READ_IN_FORWARD = (
@@ -61,8 +61,9 @@ class Batch(NamedTuple):
     packed: bool = False  # whether the sequences are others than the batch's rows
     # After a past, cos and sin [B or 1, past + S, rotary_dim] of `columns`, to turn keys back.
     rotation: tuple[Tensor, Tensor] | None = None
-    # Of transformers, where compressed tokens may lie beside it; None where torch traces.
-    cache: Any = None
+    # The cache of transformers, where compressed tokens may lie beside it.
+    kept: Any = None
+    step: cache.Step | None = None  # set where compressed tokens are all there, and new ones few
 
 
 class NSAAttention(SparseBranches):
@@ -169,21 +170,18 @@ def sparse_attention(
     if nsa_batch is None:  # the layer was called by itself, or past the hook
         past = key.shape[2] - length
         nsa_batch = find_batch(query.transpose(1, 2), past or None, attention_mask, **kwargs)
-    past, rows, layout, columns, real, _, rotation, kept = nsa_batch
+    past, rows, layout, columns, real, _, rotation, kept, step = nsa_batch
+    beside = cache.layer_of(kept, module.layer_idx)
+    if step is not None:
+        new_q, new_gates = query.transpose(1, 2).flatten(0, 1), nsa_gate_logits.flatten(0, 1)
+        o = cache.decode(module, beside, new_q, (key, value), new_gates, step, scaling)
+        return o.unflatten(0, (batch_size, length)), None
     if key.shape[2] < past + length:
         raise ValueError(
             f"layer {module.layer_idx} was given {key.shape[2]} keys where {past} tokens came "
             f"before these {length}: its cache forgets. "
             "Fix: a DynamicCache or StaticCache whose layers are not sliding."
         )
-    beside, keys = cache.layer_of(kept, module.layer_idx), (key, value)
-    padding = (columns is not None, rows is not None)
-    if not torch.is_grad_enabled() and cache.can_go_on(
-        beside, module, keys, length, past, *padding
-    ):
-        new_q, new_gates = query.transpose(1, 2).flatten(0, 1), nsa_gate_logits.flatten(0, 1)
-        o = cache.decode(module, beside, new_q, keys, new_gates, layout, columns, scaling)
-        return o.unflatten(0, (batch_size, length)), None
     q = take(query.transpose(1, 2), rows)
     # A static cache has an unused end.
     k, v = (x.transpose(1, 2)[:, : past + length] for x in (key, value))
@@ -206,8 +204,7 @@ def sparse_attention(
     packed = KeyValues(k, v, k, v, k_src, v, cos, sin)
     k_cmp, v_cmp = module.compress(k_src, v, cos, sin, layout)
     if beside is not None:
-        held = (past + length, rows is not None or columns is not None)
-        cache.keep(beside, module, k_cmp, v_cmp, layout, held)
+        cache.keep(beside, module, k_cmp, v_cmp, layout, past + length)
     gate_logits = take(nsa_gate_logits, rows)
     o = module.mix(q, packed, k_cmp, v_cmp, gate_logits, layout, scaling)  # [T, HQ, DV]
     o = put_back(o, rows, batch_size, length)
@@ -318,7 +315,7 @@ def _beside(packing: Packing, past: int, length: int) -> Batch:
     key_starts = torch.arange(len(starts), dtype=torch.int32, device=starts.device) * total
     columns, lengths = None, torch.full_like(starts[1:], total)
     if mask is not None and padded:
-        columns = mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+        columns = cache.real_first(mask)
         lengths = mask.sum(1, dtype=torch.int32)
     return Batch(past, rows, Sequences(key_starts, total, starts, lengths), columns)
 
@@ -350,6 +347,15 @@ def _padding_of(mask: Tensor, batch_size: int, past: int, length: int) -> Tensor
 
 
 # --- Before the layers ----------------------------------------------------------------------------
+
+
+def can_be_traced(decoder: nn.Module) -> bool:
+    """Whether one trace of a decoder's step is right for every length: what its layers need is
+    handed on to them, and the mask is read by nobody else."""
+    parameters = inspect.signature(type(decoder).forward).parameters.values()
+    hands_on = any(x.kind is x.VAR_KEYWORD for x in parameters)
+    layers = (x for x in decoder.modules() if isinstance(x, NSAAttention))
+    return hands_on and not _reads_mask_itself(decoder) and all(map(cache.decodes, layers))
 
 
 def attach(decoder: nn.Module, indices: Collection[int]) -> None:
@@ -422,13 +428,6 @@ def _before_layers(
         return (), kwargs  # the model's own error names the arguments
     if given.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
         raise ValueError(NO_WEIGHTS)
-    kept, past = given.get("past_key_values", given.get("cache")), None
-    if kept is not None:
-        past = int(kept.get_seq_length(layers[0].layer_idx))
-        _check_in_step(getattr(kept, "self_attention_cache", kept), indices)
-    elif given.get("use_cache", getattr(decoder.config, "use_cache", False)):
-        past = 0
-    asked = kept is not None or bool(given.get("use_cache"))
     if isinstance(mask := given.get("attention_mask"), dict):  # as for a static cache
         mask = mask.get("full_attention")
         if mask is None:
@@ -438,28 +437,18 @@ def _before_layers(
             )
     if mask is not None:
         check_tensor("attention_mask", mask, "[B, past + S]")
-    batch = find_batch(inputs, past, asked=asked, **{**given, "attention_mask": mask})
-    if batch.packed:
-        if asked:
-            raise ValueError(
-                "a packed batch cannot fill a cache. "
-                "Fix: pass neither a cache nor use_cache=True with packed sequences."
-            )
-        kwargs["use_cache"] = False  # on by default, and nobody could read it
-    if batch.past and any(x.nsa_config.compress_rope == "after" for x in layers):
-        past, rows, layout, columns, real, packed, *_ = batch
-        # The gate itself may be offloaded.
-        dtype: Any = layers[0].gate.weight.dtype
-        like = torch.empty(0, dtype=dtype, device=inputs.device)
-        position_ids = _positions_of_keys(batch, mask, given.get("position_ids"), inputs)
-        rotation = decoder.rotary_emb(like, position_ids=position_ids)
-        # PyTorch 2.11's compiler loses what `_replace` returns between two graphs.
-        batch = Batch(past, rows, layout, columns, real, packed, rotation)
+    kept = given.get("past_key_values", given.get("cache"))
     own = getattr(kept, "self_attention_cache", kept)
-    if own is not None and not torch.compiler.is_compiling():
-        hides = batch.rows is not None or batch.columns is not None
-        cache.compare_masks(own, mask if hides else None, batch.past)
-        batch = batch._replace(cache=own)
+    step = None
+    if own is not None and _reads_nothing_back() and (mask is None or mask.ndim == 2):
+        step = cache.traced_step(layers, own, mask, inputs.shape[1])
+    if step is not None:
+        layout = uniform_layout(inputs.shape[0], inputs.shape[1], inputs.device)
+        batch = Batch(0, None, layout, kept=own, step=step)
+    else:
+        batch = _look_at(decoder, layers, indices, kept, mask, inputs, given)
+    if batch.packed:
+        kwargs["use_cache"] = False  # on by default, and nobody could read it
     if len(layers) == decoder.config.num_hidden_layers and not reads_mask:
         # Nobody reads this mask: at one of four dimensions transformers stops before it looks at
         # positions and waits for the GPU.
@@ -470,6 +459,58 @@ def _before_layers(
         for layer in layers:
             layer.__dict__["_batch"] = batch
     return (), {**kwargs, "nsa_batch": batch} if takes_more else kwargs
+
+
+def _reads_nothing_back() -> bool:
+    """Whether what is on the device stays unknown: torch traces, or records a CUDA graph."""
+    return torch.compiler.is_compiling() or (
+        torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    )
+
+
+def _look_at(
+    decoder: Any,
+    layers: list[NSAAttention],
+    indices: Collection[int],
+    kept: Any,
+    mask: Tensor | None,
+    inputs: Tensor,
+    given: dict[str, Any],
+) -> Batch:
+    """The batch of one forward. kept: its cache, if it has one; given: its arguments."""
+    own, past = getattr(kept, "self_attention_cache", kept), None
+    if kept is not None:
+        past = int(kept.get_seq_length(layers[0].layer_idx))
+        _check_in_step(own, indices)
+    elif given.get("use_cache", getattr(decoder.config, "use_cache", False)):
+        past = 0
+    num_new = inputs.shape[1]
+    if mask is not None and mask.ndim == 2 and mask.shape[1] == cache.room_of(own):
+        mask = mask[:, : (past or 0) + num_new]
+    asked = kept is not None or bool(given.get("use_cache"))
+    batch = find_batch(inputs, past, asked=asked, **{**given, "attention_mask": mask})
+    if batch.packed and asked:
+        raise ValueError(
+            "a packed batch cannot fill a cache. "
+            "Fix: pass neither a cache nor use_cache=True with packed sequences."
+        )
+    past, rows, layout, columns, real, packed, *_ = batch
+    rotation = step = None
+    if past and any(x.nsa_config.compress_rope == "after" for x in layers):
+        # The gate itself may be offloaded.
+        dtype: Any = layers[0].gate.weight.dtype
+        like = torch.empty(0, dtype=dtype, device=inputs.device)
+        position_ids = _positions_of_keys(batch, mask, given.get("position_ids"), inputs)
+        rotation = decoder.rotary_emb(like, position_ids=position_ids)
+    if own is None or torch.compiler.is_compiling():
+        # PyTorch 2.11's compiler loses what `_replace` returns between two graphs.
+        return Batch(past, rows, layout, columns, real, packed, rotation)
+    hides = rows is not None or columns is not None
+    cache.compare_masks(own, mask if hides else None, past)
+    if past and rows is None and cache.can_decode(layers, own, past, num_new):
+        assert layout.seqused_k is not None
+        step = cache.step_of(layout.seqused_k, columns)
+    return Batch(past, rows, layout, columns, real, packed, rotation, own, step)
 
 
 def _positions_of_keys(batch: Batch, mask: Tensor | None, position_ids: Any, like: Any) -> Tensor:

@@ -7,7 +7,7 @@ tokens gets a class that does with them what is done to its keys: reordering, cr
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,13 +25,21 @@ class CompressedTokens:
 
     k: Tensor  # [B, HKV, states, D]
     v: Tensor  # [B, HKV, states, DV]
-    num_columns: int  # of the cache, padding included, whose windows have been compressed
-    padded: bool  # whether a mask hid any of them
+    # Of the cache, padding included, whose windows have been compressed; beside a static cache an
+    # int64 on its device, so that a step reads nothing back.
+    num_columns: int | Tensor
     made_by: tuple[Any, ...]  # what tells the compressors of one layer from those of another
 
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Does something to the rows."""
         self.k, self.v = change(self.k), change(self.v)
+
+    def advance(self, num_new: int) -> None:
+        """Counts columns whose windows have been compressed."""
+        if isinstance(self.num_columns, Tensor):
+            self.num_columns.add_(num_new)
+        else:
+            self.num_columns += num_new
 
     def reserve(self, num_states: int) -> None:
         """Makes room for so many states of every row, and for as many again, in tensors that can be
@@ -66,12 +74,18 @@ class _WithCompressedTokens(CacheLayerMixin):
     def crop(self, *args: Any, **kwargs: Any) -> None:
         super().crop(*args, **kwargs)  # type: ignore[misc]
         if self.compressed is not None:
-            held = int(self.get_seq_length())
-            self.compressed.num_columns = min(self.compressed.num_columns, held)
+            held, compressed = self.get_seq_length(), self.compressed
+            if isinstance(compressed.num_columns, Tensor):
+                compressed.num_columns.clamp_(max=held)
+            else:
+                compressed.num_columns = min(compressed.num_columns, int(held))
 
     def reset(self) -> None:
         super().reset()
-        self.compressed = None
+        if self.compressed is not None and isinstance(self.compressed.num_columns, Tensor):
+            self.compressed.num_columns.zero_()  # the tensors may be those of a graph
+        else:
+            self.compressed = None
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.compressed is not None:
@@ -100,19 +114,62 @@ def layer_of(cache: Any, layer_idx: int) -> Any:
     return layer if type(layer) in (*COMPRESSED, *COMPRESSED.values()) else None
 
 
+def room_of(cache: Any) -> int:
+    """Columns of the layers of a static cache, full attention's; 0 for another cache."""
+    layers = (x for x in getattr(cache, "layers", ()) if isinstance(x, StaticLayer))
+    return next((x.max_cache_len for x in layers if not x.is_sliding), 0)
+
+
+class Hidden(NamedTuple):
+    """Which columns of a cache a mask has hidden."""
+
+    mask: Tensor  # bool [B, columns], False where hidden; beside a static cache of all it can hold
+    # Beside a static cache, int64 [B, columns], of every row the real ones first, and how many are
+    # hidden, int32 [B].
+    columns: Tensor | None = None
+    number: Tensor | None = None
+
+
 def compare_masks(cache: Any, mask: Tensor | None, past: int) -> None:
     """Forgets the compressed tokens of a cache if its past columns are hidden by another mask
     `[B, past + S]` than before; None: nothing is hidden."""
-    before = getattr(cache, "nsa_mask", None)
+    before: Hidden | None = getattr(cache, "nsa_hidden", None)
     now = None if mask is None else mask[:, :past].ne(0)
     alike = before is now is None
     if before is not None and now is not None:
-        alike = torch.equal(before[:, :past], now)
+        alike = torch.equal(before.mask[:, :past], now)
     if not alike:
         for layer in cache.layers:
             if isinstance(layer, _WithCompressedTokens):
                 layer.compressed = None
-    cache.nsa_mask = None if mask is None else mask.ne(0)
+    if mask is None:
+        cache.nsa_hidden = None
+        return
+    mask = mask.ne(0)
+    room = room_of(cache)
+    if room == 0:
+        cache.nsa_hidden = Hidden(mask)
+        return
+    mask = torch.nn.functional.pad(mask, (0, room - mask.shape[1]), value=True)
+    found = (mask, real_first(mask), (~mask).sum(1, dtype=torch.int32))
+    if before is not None and before.mask.shape == mask.shape:  # they may be those of a graph
+        for old, new in zip(before, found, strict=True):
+            assert old is not None
+            old.copy_(new)
+    else:
+        cache.nsa_hidden = Hidden(*_fixed(*found))
+
+
+def real_first(mask: Tensor) -> Tensor:
+    """The columns of a mask `[B, columns]`, of every row the real ones first, int64."""
+    return mask.to(torch.int8).argsort(dim=1, descending=True, stable=True)
+
+
+def _fixed(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors of which torch.compile knows that they stay where they are."""
+    for x in tensors:
+        torch._dynamo.mark_static_address(x)
+    return tensors
 
 
 def compressors_of(module: Any) -> tuple[Any, ...]:
@@ -122,63 +179,120 @@ def compressors_of(module: Any) -> tuple[Any, ...]:
 
 
 def keep(
-    layer: Any,
-    module: Any,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    layout: Sequences,
-    columns: tuple[int, bool],
+    layer: Any, module: Any, k_cmp: Tensor, v_cmp: Tensor, layout: Sequences, held: int
 ) -> None:
     """Puts compressed tokens of all keys, as a module's operators have them, beside a cache's
-    layer.
-
-    columns: how many the cache holds, and whether any is padding.
-    """
+    layer, which holds so many columns."""
     stride = module.nsa_config.kernel_stride
     hops = module.nsa_config.kernel_size // stride
-    starts, held = layout.cu_seqlens[:-1].long() // stride, columns[0]
+    starts = layout.cu_seqlens[:-1].long() // stride
     number = max(held // stride - hops + 1, 0)
     rows = torch.arange(number, device=starts.device) + starts[:, None]  # [B, number]
     rows = rows.clamp(max=max(k_cmp.shape[0] - 1, 0))
-    room = max(getattr(layer, "max_cache_len", 0) // stride, 2 * (held // stride), hops + 1)
+    is_static = isinstance(layer, StaticLayer)
+    room = layer.max_cache_len // stride if is_static else 2 * (held // stride)
+    layer.__class__ = COMPRESSED.get(type(layer), type(layer))
+    before = layer.compressed
 
-    def placed(x: Tensor) -> Tensor:
-        kept = x.new_empty(len(starts), x.shape[1], room, x.shape[2])
+    def placed(x: Tensor, old: Tensor | None) -> Tensor:
+        shape = (len(starts), x.shape[1], max(room, hops + 1), x.shape[2])
+        # A graph may have been made of the tensors beside a static cache.
+        stays = is_static and old is not None and (old.shape, old.dtype) == (shape, x.dtype)
+        kept = old if old is not None and stays else x.new_empty(shape)
         if number:
             kept[:, :, hops - 1 : hops - 1 + number] = x[rows].transpose(1, 2)
         return kept
 
-    layer.__class__ = COMPRESSED.get(type(layer), type(layer))
-    k, v = (placed(x.detach()) for x in (k_cmp, v_cmp))
-    layer.compressed = CompressedTokens(k, v, *columns, compressors_of(module))
+    old = (None, None) if before is None else (before.k, before.v)
+    k, v = (placed(x.detach(), y) for x, y in zip((k_cmp, v_cmp), old, strict=True))
+    if not is_static:
+        layer.compressed = CompressedTokens(k, v, held, compressors_of(module))
+    elif before is not None and k is before.k and v is before.v:
+        before.num_columns.fill_(held)
+        before.made_by = compressors_of(module)
+    else:
+        k, v, number_held = _fixed(k, v, torch.tensor(held, device=k.device))
+        layer.compressed = CompressedTokens(k, v, number_held, compressors_of(module))
 
 
-def can_go_on(
-    layer: Any,
-    module: Any,
-    keys: tuple[Tensor, Tensor],
-    num_new: int,
-    past: int,
-    padded: bool,
-    has_padding_now: bool,
-) -> bool:
-    """Whether a few new tokens can be decoded with the compressed tokens that lie beside a layer.
+class Step(NamedTuple):
+    """What the layers of a model need to decode a few new tokens, all real, of every row."""
 
-    keys: the cache's, and its values. padded: whether a mask hides any column.
-    """
-    compressed = getattr(layer, "compressed", None)
+    lengths: Tensor  # int32 [B], of the real tokens, the new ones included
+    one_page: Tensor  # int32 [B, 1], the number of every row
+    columns: Tensor | None  # int64 [B, columns], of every row the real ones first; None: all real
+
+
+def step_of(lengths: Tensor, columns: Tensor | None) -> Step:
+    """A step of rows of a cache, each a page of its own."""
+    one_page = torch.arange(lengths.shape[0], dtype=torch.int32, device=lengths.device)
+    return Step(lengths, one_page[:, None], columns)
+
+
+def decodes(module: Any) -> bool:
+    """Whether a module's new tokens can be decoded by themselves."""
     return (
-        compressed is not None
-        and 0 < past == compressed.num_columns
-        and padded == compressed.padded
-        and compressed.made_by == compressors_of(module)
-        and {x.dtype for x in keys} == {compressed.k.dtype}
-        and num_new <= MOST_NEW
-        and not has_padding_now
-        and module.recorder is None
+        module.recorder is None
         and module.nsa_config.compress_rope == "before"
         and None not in (module.compress_k.pooling(), module.compress_v.pooling())
     )
+
+
+def _compressed(modules: list[Any], cache: Any, num_new: int) -> list[Any] | None:
+    """The `CompressedTokens` with which modules can decode so many new tokens, or None."""
+    layers: list[Any] = [layer_of(cache, module.layer_idx) for module in modules]
+    found: list[Any] = [getattr(layer, "compressed", None) for layer in layers]
+    if num_new > MOST_NEW or torch.is_grad_enabled() or None in found:
+        return None
+    alike = all(
+        x.keys.dtype == x.values.dtype == y.k.dtype for x, y in zip(layers, found, strict=True)
+    )
+    return found if alike and all(map(decodes, modules)) else None
+
+
+def can_decode(modules: list[Any], cache: Any, past: int, num_new: int) -> bool:
+    """Whether beside a cache lie the compressed tokens of all its `past` columns, made by the
+    compressors that the modules have now, and new ones are few."""
+    found = _compressed(modules, cache, num_new)
+    if found is None or any(
+        x.made_by != compressors_of(module) for x, module in zip(found, modules, strict=True)
+    ):
+        return False
+    held: list[Any] = [x.num_columns for x in found]
+    if isinstance(held[0], Tensor):
+        return bool(torch.stack(held).eq(past).all())
+    return all(x == past for x in held)
+
+
+def traced_step(modules: list[Any], cache: Any, mask: Tensor | None, num_new: int) -> Step | None:
+    """The step of a forward that must read nothing back, of which a compiler or a CUDA graph makes
+    one for all lengths; None where it cannot be had. Only beside static caches there is one.
+
+    mask: `[B, columns]`, those that have not been fed yet of any value. It can show and hide what
+    it did before, which is looked at on the device.
+    """
+    found = _compressed(modules, cache, num_new)
+    if found is None or room_of(cache) == 0:
+        return None
+    first, hidden = cache.layers[modules[0].layer_idx], getattr(cache, "nsa_hidden", None)
+    total = first.cumulative_length + num_new
+    torch._assert_async(
+        found[0].num_columns + num_new == total,
+        "the static cache holds tokens whose windows have not been compressed, as after a dense "
+        "model has gone on with it. Fix: a step that is not compiled.",
+    )
+    if mask is not None:
+        shown, column = mask.ne(0), torch.arange(mask.shape[1], device=mask.device)
+        real = True if hidden is None else hidden.mask[:, : mask.shape[1]]
+        torch._assert_async(
+            ((shown == real) | (column >= total)).all(),
+            "attention_mask hides other tokens than when the static cache was filled, which a "
+            "compiled step cannot do. Fix: a step that is not compiled.",
+        )
+    lengths = total.to(torch.int32).expand(first.keys.shape[0])
+    if hidden is None:
+        return step_of(lengths.contiguous(), None)
+    return step_of(lengths - hidden.number, hidden.columns)
 
 
 def decode(
@@ -187,29 +301,23 @@ def decode(
     q: Tensor,
     keys: tuple[Tensor, Tensor],
     gate_logits: Tensor,
-    layout: Sequences,
-    columns: Tensor | None,
+    step: Step,
     scale: float | None,
 ) -> Tensor:
     """What new tokens read of a cache: q `[B * S, HQ, D]` -> `[B * S, HQ, DV]`.
 
-    keys: the cache's, `[B, HKV, columns, D or DV]`, and values. columns: `[B, columns]`, of every
-    row the real ones first; None: all are real.
+    keys: the cache's, `[B, HKV, columns, D or DV]`, and values.
     """
-    c, compressed, lengths = module.nsa_config, layer.compressed, layout.seqused_k
-    assert lengths is not None
-    (k, v), number = keys, keys[0].shape[0]
-    total, num_new = layout.max_seqlen, q.shape[0] // number
-    compressed.reserve(cdiv(total, c.kernel_stride))
-    one_page = torch.arange(number, dtype=torch.int32, device=q.device)[:, None]
+    c, compressed, (lengths, one_page, columns) = module.nsa_config, layer.compressed, step
+    (k, v), (number, num_heads, room) = keys, keys[0].shape[:3]
+    num_new = q.shape[0] // number
+    if not isinstance(layer, StaticLayer):
+        compressed.reserve(cdiv(room, c.kernel_stride))
     table = one_page
     if columns is not None:
         # Every row of the cache is a page, whose number is that of the row among all heads'.
         k, v = (_as_rows(x) for x in (k, v))
-        first = torch.arange(number, device=q.device)[:, None] * (
-            keys[0].shape[1] * keys[0].shape[2]
-        )
-        table = (first + columns).int()
+        table = (one_page * (num_heads * room) + columns[:, :room]).int()
     pages = Pages(k, v, compressed.k, compressed.v, table, one_page)
     # These are in the cache already: their number is all that is asked for.
     new_k, new_v = (x[:1, :, 0].expand(q.shape[0], -1, -1) for x in keys)
@@ -234,7 +342,7 @@ def decode(
         scale=c.scale if scale is None else scale,
         backend=backend,
     )
-    compressed.num_columns += num_new
+    compressed.advance(num_new)
     return found.o
 
 

@@ -17,14 +17,22 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, conversion_mapping
 from transformers.initialization import guard_torch_init_functions
 from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from nsa_fsa.integrations.transformers.attention import ATTENTION_NAME, new_of, warn_of_frozen_gates
-from nsa_fsa.integrations.transformers.layers import sizes_in
+from nsa_fsa.integrations.transformers.attention import (
+    ATTENTION_NAME,
+    NSAAttention,
+    can_be_traced,
+    new_of,
+    warn_of_frozen_gates,
+)
+from nsa_fsa.integrations.transformers.cache import room_of
+from nsa_fsa.integrations.transformers.layers import attention_layers, sizes_in
 from nsa_fsa.integrations.transformers.parts import start_parts
 from nsa_fsa.integrations.transformers.settings import (
     COMPRESSORS,
@@ -190,12 +198,23 @@ class _NSAModel:
     _can_compile_fullgraph = False
 
     def _valid_auto_compile_criteria(self, *args: Any, **kwargs: Any) -> bool:
-        """Whether `generate` compiles decoding by itself: not here, where a step waits."""
-        return False
+        """Whether `generate` compiles decoding by itself."""
+        valid = super()._valid_auto_compile_criteria(*args, **kwargs)  # type: ignore[misc]
+        return valid and self._step_is_traced()
 
     def create_masks_for_generate(self, attention_mask: Any = None, **kwargs: Any) -> Any:
-        """The 2D mask as it is: what is made of it is made in the forward."""
+        """The 2D mask, for a step that is compiled as wide as the cache: what is made of it is made
+        in the forward."""
+        room = room_of(kwargs.get("past_key_values", kwargs.get("cache")))
+        if room and isinstance(attention_mask, Tensor) and self._step_is_traced():
+            return nn.functional.pad(attention_mask, (0, room - attention_mask.shape[1]))
         return attention_mask
+
+    def _step_is_traced(self) -> bool:
+        """Whether a compiled step is right for every length."""
+        layers = attention_layers(self).values()  # type: ignore[arg-type]
+        decoders = {x.decoder for x in layers if isinstance(x.module, NSAAttention)}
+        return all(map(can_be_traced, decoders))
 
     @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
