@@ -14,7 +14,7 @@ from nsa_fsa.benchmarking.runs import Bench
 from nsa_fsa.cli import need_a_gpu
 
 SUITES = suites.load()
-QUOTED = [name for name in SUITES if name not in ("ablations", "patched")]
+QUOTED = [name for name in SUITES if name not in ("ablations", "patched", "decode")]
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 console = Console(width=int(os.environ.get("COLUMNS", 160)))
 
@@ -23,7 +23,7 @@ console = Console(width=int(os.environ.get("COLUMNS", 160)))
 def run(
     suite: Annotated[
         list[str] | None,
-        typer.Argument(help=f"Of {', '.join(SUITES)}. Default: all but ablations and patched."),
+        typer.Argument(help=f"Of {', '.join(SUITES)}. Default: what the pages quote."),
     ] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Only these lengths; repeat.")] = None,
     group: Annotated[list[int] | None, typer.Option(help="Only these sizes; repeat.")] = None,
@@ -73,6 +73,7 @@ def show(suite: str, gpu: str, folder: Path) -> None:
     """Prints the medians of a file, and draws its pictures."""
     rows = rows_of(suite, gpu, folder)
     index = ["head_dim", "block_size", "selection", "num_tokens", "group_size", "implementation"]
+    index += [name for name in ("batch_size", "num_new") if name in rows]
     wide = rows.pivot_table(index=index, columns="pass", values=["ms", "of_floor"])
     console.print(wide.to_string(float_format="{:.3g}".format), markup=False, highlight=False)
     for path in pictures.draw(suite, gpu, folder):

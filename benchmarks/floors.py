@@ -98,6 +98,18 @@ def combination(row: Row) -> dict[str, Work]:
     return dict(forward=Work(0, 4 * o + gates), backward=Work(0, 7 * o + 2 * gates))
 
 
+def decoding(row: Row) -> dict[str, Work]:
+    """All compressed tokens of every sequence, and of its last tokens the chosen blocks and the
+    window, once for all new ones; of full attention all tokens. What a step writes is next to
+    nothing."""
+    keys = num_windows(row) + row["block_size"] * row["num_blocks"] + row["window_size"]
+    if row["kind"] == "full":
+        keys = row["num_tokens"]
+    keys *= row["batch_size"] * num_kv_heads(row)
+    width, pairs = row["head_dim"] * item_size(row), row["group_size"] * row["num_new"] * keys
+    return dict(forward=Work(2 * FORWARD_PRODUCTS * row["head_dim"] * pairs, 2 * keys * width))
+
+
 def core(row: Row) -> dict[str, Work]:
     """The arithmetic of all parts; but of the bytes only what goes in (backward also do) and what
     comes out, for what passes from one part to another need not reach memory."""
@@ -118,6 +130,8 @@ def item_size(row: Row) -> int:
 def work(row: Row, implementation: str | None = None) -> dict[str, Work]:
     """The work of an implementation, forward and backward."""
     name, tokens = implementation or row["implementation"], row["num_tokens"]
+    if "batch_size" in row:
+        return decoding(row)
     if name.startswith("nsa_fsa"):
         return core(row)
     if row["kind"] == "full":

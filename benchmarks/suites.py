@@ -13,6 +13,8 @@ from benchmarks.inputs import SuiteCase
 from benchmarks.operators import COMPRESSION, LOOP_ORDERS, PARTS, RECOMPUTING
 from benchmarks.patched import PATCHED
 from benchmarks.peers import FLEX, FULL, PEERS
+from nsa_fsa.benchmarking.cases import Case
+from nsa_fsa.benchmarking.decoding import FULL_DECODING, NSA_DECODE, DecodeCase
 from nsa_fsa.benchmarking.implementations import NSA_CORE
 from nsa_fsa.benchmarking.runs import Bench
 from nsa_fsa.config import NSAConfig
@@ -21,9 +23,10 @@ IMPLEMENTATIONS = {
     x.name: x
     for x in (
         NSA_CORE, RECOMPUTING, *PARTS, *COMPRESSION, *LOOP_ORDERS, *FULL, *PEERS, FLEX, *ABLATIONS,
-        *PATCHED,
+        *PATCHED, NSA_DECODE,
     )
 }  # fmt: skip
+DECODING = {x.name: x for x in FULL_DECODING}
 Grid = dict[str, Any]
 
 
@@ -34,7 +37,7 @@ def load() -> dict[str, list[Grid]]:
     return {name: [defaults | grid for grid in grids] for name, grids in suites.items()}
 
 
-def cases(grid: Grid, device: str, seed: int = 0, **fields: Any) -> Iterator[SuiteCase]:
+def cases(grid: Grid, device: str, seed: int = 0, **fields: Any) -> Iterator[Case]:
     """fields: of NSAConfig, beside those that the grid has."""
     axes = ("head_dim", "tokens", "blocks", "selection", "groups")
     for width, tokens, blocks, selection, group in itertools.product(*(grid[x] for x in axes)):
@@ -45,7 +48,13 @@ def cases(grid: Grid, device: str, seed: int = 0, **fields: Any) -> Iterator[Sui
             block_size=block_size, num_selected_blocks=number, **fields,
         )  # fmt: skip
         dtype = getattr(torch, grid["dtype"])
-        yield SuiteCase(config, tokens, dtype, device, seed, selection)
+        if "batch" not in grid:
+            yield SuiteCase(config, tokens, dtype, device, seed, selection)
+            continue
+        for batch, new in itertools.product(grid["batch"], grid.get("new", [1])):
+            yield DecodeCase(
+                config, tokens, dtype, device, seed, selection, batch_size=batch, num_new=new
+            )
 
 
 def run(grids: list[Grid], bench: Bench, device: str = "cuda", **options: Any) -> None:
@@ -55,7 +64,8 @@ def run(grids: list[Grid], bench: Bench, device: str = "cuda", **options: Any) -
     """
     measured: list[dict[str, Any]] = []
     for grid in grids:
-        implementations = [IMPLEMENTATIONS[name] for name in grid["implementations"]]
+        known = IMPLEMENTATIONS | (DECODING if "batch" in grid else {})
+        implementations = [known[name] for name in grid["implementations"]]
         if grid.get("search"):
             lengths = grid["tokens"]
             for case in cases(grid | dict(tokens=lengths[:1]), device, **options):

@@ -1,0 +1,165 @@
+"""What `generate` of transformers takes for a whole model, dense and sparse: until the first token,
+and for each further one.
+
+The model has the shape of Llama-3-8B, and random weights. Prompts of a batch are one random prompt,
+computed once. A step is what `generate` compiles for a static cache by itself.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from rich.console import Console
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
+
+from nsa_fsa import patch_model, unpatch_model
+from nsa_fsa.benchmarking.results import Results
+
+LLAMA_3_8B: dict[str, Any] = dict(
+    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+    num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=1 << 20,
+    rope_parameters=dict(rope_type="default", rope_theta=500000.0),
+)  # fmt: skip
+NEW_TOKENS, RUNS = 64, 3
+
+
+def make_model(device: str = "cuda", **changes: Any) -> Any:
+    """The dense model in bfloat16, with random weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(**LLAMA_3_8B | changes, dtype=torch.bfloat16)
+    with torch.device(device):
+        model: Any = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
+    return model.eval()
+
+
+def prompt_of(model: Any, tokens: int) -> torch.Tensor:
+    generator = torch.Generator(model.device).manual_seed(1)
+    vocabulary = model.config.vocab_size
+    return torch.randint(vocabulary, (1, tokens), generator=generator, device=model.device)
+
+
+def seconds_of(run: Callable[[], Any], runs: int = RUNS) -> list[float]:
+    times = []
+    for _ in range(runs):
+        synchronize()
+        began = time.perf_counter()
+        run()
+        synchronize()
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def first_token(model: Any, prompt: torch.Tensor, batch_size: int) -> dict[str, Any]:
+    """Seconds until there is a first token, with transformers' own dynamic cache."""
+
+    def run() -> None:
+        model.generate(prompt.expand(batch_size, -1), max_new_tokens=1, do_sample=False)
+
+    run()
+    times = seconds_of(run)
+    return dict(first_token_s=statistics.median(times), times=times)
+
+
+@torch.no_grad()
+def filled_cache(model: Any, prompt: torch.Tensor, batch_size: int, room: int) -> Any:
+    """A static cache all of whose rows hold the prompt."""
+    one: Any = DynamicCache()
+    cache: Any = StaticCache(config=model.config, max_cache_len=room)
+    model(prompt[:, :-1], past_key_values=one, logits_to_keep=1)
+    for source, target in zip(one.layers, cache.layers, strict=True):
+        k, v = (x.expand(batch_size, -1, -1, -1) for x in (source.keys, source.values))
+        target.update(k, v)
+        source.keys = source.values = None
+    # By which a sparse model compresses all that is there.
+    model(prompt[:, -1:].expand(batch_size, -1), past_key_values=cache)
+    return cache
+
+
+def rewind(cache: Any, held: int) -> None:
+    for layer in cache.layers:
+        layer.cumulative_length.fill_(held)
+        if getattr(layer, "compressed", None) is not None:
+            layer.compressed.num_columns.fill_(held)
+
+
+def further_tokens(model: Any, prompt: torch.Tensor, batch_size: int) -> dict[str, Any]:
+    """Milliseconds of a step after the prompt, from what many steps take more than a few."""
+    tokens, few = prompt.shape[1], 4
+    cache = filled_cache(model, prompt, batch_size, tokens + NEW_TOKENS + 2)
+    more = torch.cat((prompt, prompt[:, :1]), dim=1).expand(batch_size, -1)
+
+    def run(new: int) -> None:
+        rewind(cache, tokens)
+        options = dict(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+        model.generate(more, past_key_values=cache, **options)
+
+    began = time.perf_counter()
+    run(few)
+    run(few)
+    compiled = time.perf_counter() - began
+    short, long = (seconds_of(partial(run, n)) for n in (few, NEW_TOKENS))
+    step = (statistics.median(long) - statistics.median(short)) / (NEW_TOKENS - few)
+    return dict(
+        step_ms=1e3 * step, tokens_per_s=batch_size / step, times=[short, long], warm_s=compiled
+    )
+
+
+MEASURED = dict(first_token=first_token, further_tokens=further_tokens)
+
+
+@contextmanager
+def as_dense(model: Any, attention: str) -> Iterator[str]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation(attention)
+    yield f"dense, {attention}"
+    model.set_attn_implementation(before)
+
+
+@contextmanager
+def as_sparse(model: Any) -> Iterator[str]:
+    patch_model(model, "fsa-64x16", verbose=False)
+    yield "nsa_fsa"
+    unpatch_model(model)
+
+
+def measure(
+    results: Results,
+    console: Console,
+    lengths: list[int],
+    batches: list[int],
+    attentions: list[str],
+    model: Any,
+) -> None:
+    """Adds rows of every length, batch and way; one that does not run is left out and says why."""
+    ways = [*(as_dense(model, x) for x in attentions), as_sparse(model)]
+    for way in ways:
+        with way as name:
+            for tokens in lengths:
+                prompt = prompt_of(model, tokens)
+                calls = [("first_token", 1), *(("further_tokens", n) for n in batches)]
+                for what, batch_size in calls:
+                    where = dict(implementation=name, num_tokens=tokens, batch_size=batch_size)
+                    where["pass"] = what
+                    try:
+                        found = MEASURED[what](model, prompt, batch_size)
+                    except Exception as error:  # of memory, or of an attention that is not there
+                        reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+                        results.add("not_timed", **where, reason=reason)
+                        console.print(f"{where}: {reason}", style="yellow", markup=False)
+                    else:
+                        results.add("rows", **where, **found)
+                        console.print(f"{where}: {found}", markup=False, highlight=False)
+                    torch._dynamo.reset()
+                    if hasattr(model, "_compiled_call"):
+                        del model._compiled_call
+                    if torch.cuda.is_available():
+                        torch.cuda.empty_cache()

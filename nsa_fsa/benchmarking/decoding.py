@@ -1,0 +1,208 @@
+"""A layer's decoding step: appending, compressing and attending, as a CUDA graph replays it.
+
+The layer turns keys back and compresses them by weights of its own, as `NSAConfig` has it by
+default, and every step completes a window. Full attention reads a contiguous cache that holds the
+new tokens already.
+"""
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nsa_fsa.benchmarking.cases import Case, Named, Options, Pass
+from nsa_fsa.benchmarking.check import WrongResult, compare
+from nsa_fsa.benchmarking.implementations import CUDNN, FLASH_ATTN_4, Function, Implementation
+from nsa_fsa.decode import Pages, Pooling, append_tokens, nsa_decode
+from nsa_fsa.modules.rotary import RotaryEmbedding
+
+Step = Callable[[], Any]
+PAGE = 64  # tokens
+LEAST_ALIKE = 0.9  # of queries' choices of blocks, the reference's and ours: scores may tie
+
+
+@dataclass(frozen=True)
+class DecodeCase(Case):
+    """The next `num_new` tokens of every sequence; `num_tokens` counts them, too."""
+
+    batch_size: int = 1
+    num_new: int = 1
+
+    def make(self, name: str) -> Tensor:
+        c, number, new = self.config, self.batch_size, self.batch_size * self.num_new
+        pages = -(-self.num_tokens // PAGE)
+        heads, states = c.num_kv_heads, PAGE // c.kernel_stride
+        if name == "lengths":
+            return torch.full((number,), self.num_tokens, dtype=torch.int32, device=self.device)
+        if name == "table":  # pages in any order
+            generator = torch.Generator(self.device).manual_seed(self.seed)
+            order = torch.randperm(number * pages, generator=generator, device=self.device)
+            return order.view(number, pages).int()
+        if name == "turn":  # cos and sin [2, l, rotary_dim / 2]
+            position = torch.arange(c.kernel_size, device=self.device)
+            rotary = torch.stack(RotaryEmbedding(c)(position, self.num_tokens, torch.float32))
+            return rotary[:, :, : rotary.shape[2] // 2].contiguous()
+        shapes = dict(
+            q=(new, c.num_heads, c.head_dim), gate_logits=(new, c.num_heads, 3),
+            new_k=(new, heads, c.head_dim), new_v=(new, heads, c.v_head_dim),
+            k=(number * pages, heads, PAGE, c.head_dim),
+            v=(number * pages, heads, PAGE, c.v_head_dim),
+            k_cmp=(number * pages, heads, states, c.head_dim),
+            v_cmp=(number * pages, heads, states, c.v_head_dim),
+            full_k=(number, self.num_tokens, heads, c.head_dim),
+            full_v=(number, self.num_tokens, heads, c.v_head_dim),
+            logits_k=(heads, c.kernel_size), logits_v=(heads, c.kernel_size),
+        )  # fmt: skip
+        made = self.normal(name, *shapes[name])
+        return made.float() if name.startswith("logits") else made
+
+    @property
+    def pages(self) -> Pages:
+        return Pages(*(self[name] for name in ("k", "v", "k_cmp", "v_cmp", "table")))
+
+    def sizes(self, reads_blocks: bool = True) -> dict[str, Any]:
+        more = dict(batch_size=self.batch_size, num_new=self.num_new)
+        return super().sizes(reads_blocks) | more
+
+
+def nsa_step(case: DecodeCase, backend: str = "auto") -> Step:
+    c, pages, lengths = case.config, case.pages, case["lengths"]
+    q, gates, k, v = (case[name] for name in ("q", "gate_logits", "new_k", "new_v"))
+    pools = [Pooling(case[name]) for name in ("logits_k", "logits_v")]
+    options: Options = case.windows | dict(backend=backend)
+    more: Options = dict(pool_k=pools[0], pool_v=pools[1], turn=case["turn"])
+
+    def step() -> Any:
+        append_tokens(k, v, pages, lengths, **options, **more)
+        sizes: Options = case.blocks | dict(window_size=c.window_size, scale=c.scale)
+        return nsa_decode(q, gates, pages, lengths, **options, **sizes)
+
+    return step
+
+
+def flash_attn_4_step(case: DecodeCase) -> Step:
+    function = importlib.import_module("flash_attn.cute").flash_attn_func
+    q = case["q"].unflatten(0, (case.batch_size, -1))
+    options: dict[str, Any] = dict(causal=True, softmax_scale=case.config.scale)
+
+    def step() -> Tensor:
+        o = function(q, case["full_k"], case["full_v"], **options)
+        return (o[0] if isinstance(o, tuple) else o).flatten(0, 1)
+
+    return step
+
+
+def sdpa_step(case: DecodeCase, backend: str = "CUDNN_ATTENTION") -> Step:
+    if case.num_new > 1:
+        raise ValueError("its causal mask stands at the first key, not at the last")
+    k, v = (case[name].transpose(1, 2).contiguous() for name in ("full_k", "full_v"))
+    q = case["q"][:, :, None]
+    grouped = case.config.group_size > 1
+
+    def step() -> Tensor:
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return nn.functional.scaled_dot_product_attention(
+                q, k, v, scale=case.config.scale, enable_gqa=grouped
+            )[:, :, 0]
+
+    return step
+
+
+def full_step(case: DecodeCase) -> Step:
+    """In float32, of the first and the last sequence."""
+    c, new = case.config, case.num_new
+
+    def step() -> Tensor:
+        results = []
+        for b in sorted({0, case.batch_size - 1}):
+            q = case["q"][b * new : (b + 1) * new].float().unflatten(1, (c.num_kv_heads, -1))
+            k, v = (case[name][b].float() for name in ("full_k", "full_v"))
+            scores = torch.einsum("thgd,nhd->hgtn", q, k) * (c.scale or c.head_dim**-0.5)
+            position = torch.arange(case.num_tokens, device=q.device)
+            hidden = position > case.num_tokens - new + position[:new, None]
+            p = scores.masked_fill(hidden, -torch.inf).softmax(-1)
+            results.append(torch.einsum("hgtn,nhd->thgd", p, v).flatten(1, 2))
+        return torch.cat(results)
+
+    return step
+
+
+def of_ends(case: DecodeCase, x: Tensor) -> Tensor:
+    """The rows of the first and the last sequence."""
+    ends = sorted({0, case.batch_size - 1})
+    return x.unflatten(0, (case.batch_size, -1))[ends].flatten(0, 1)
+
+
+class Decoding(Implementation):
+    """`function` and `reference` take a case and return a step."""
+
+    def passes(self, case: Any, function: Function | None = None) -> dict[str, Pass]:
+        replay, results = captured((function or self.function)(case), case.device)
+
+        def forward() -> Named:
+            replay()
+            return dict(o=results[-1])
+
+        return dict(forward=forward)
+
+    def check(self, case: Any, name: str, results: Named) -> dict[str, float]:
+        found, expected = results["o"], self.reference(case)()
+        if isinstance(expected, Tensor):
+            return dict(o=compare("o", of_ends(case, found), expected))
+        # Where scores tie to rounding another block is as good, and gives other numbers.
+        ours = self.function(case)().block_indices
+        alike = (ours == expected.block_indices).all(-1)  # [T, HKV]
+        if alike.float().mean() < LEAST_ALIKE:
+            raise WrongResult(f"of {alike.numel()} choices of blocks {int(alike.sum())} are right")
+        shape = (case.config.num_kv_heads, -1)
+        found, expected = (x.unflatten(1, shape)[alike] for x in (found, expected.o))
+        return dict(o=compare("o", found, expected))
+
+
+def captured(step: Step, device: str) -> tuple[Step, list[Tensor]]:
+    """What replays a CUDA graph of a step, and a list whose last member is the output; where there
+    is no GPU, the step itself."""
+    results: list[Tensor] = []
+
+    def run() -> None:
+        found = step()
+        results.append(found if isinstance(found, Tensor) else found.o)
+
+    if device != "cuda":
+        return run, results
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay, results[-1:]
+
+
+NSA_DECODE = Decoding(
+    "nsa_decode", "nsa_fsa, decoding", "ours", nsa_step, partial(nsa_step, backend="reference"), (),
+)  # fmt: skip
+SDPA = Decoding(
+    CUDNN.name, CUDNN.label, "full", sdpa_step, full_step, (), reads_blocks=False,
+    distribution="torch",
+)  # fmt: skip
+FULL_DECODING = [
+    dataclasses.replace(
+        SDPA, name=FLASH_ATTN_4.name, label=FLASH_ATTN_4.label, function=flash_attn_4_step,
+        distribution=FLASH_ATTN_4.distribution,
+    ),
+    SDPA,
+    dataclasses.replace(
+        SDPA, name="sdpa_flash", label="full: FA2 (SDPA)",
+        function=partial(sdpa_step, backend="FLASH_ATTENTION"),
+    ),
+]  # fmt: skip
