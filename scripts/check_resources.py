@@ -185,7 +185,8 @@ def call_selected_attention(
     blocks: Blocks,
     enter: Callable[[str], None],
 ) -> torch.Tensor:
-    """Both loop orders, or all that the profiler tries, of q, k, v and do; returns an lse."""
+    """Both loop orders, or all that the profiler tries, of q, k, v and do, forward also where these
+    follow a past; returns an lse."""
     q, k, v, do = tensors
     # With an unlimited workspace all heads are done at once, with a tiny one ranges of one head.
     workspace_bytes = 1 << 20 if case.variant == "chunked" else 1 << 50
@@ -206,6 +207,13 @@ def call_selected_attention(
     for name, way in ways["forward"].items():
         enter(f"{name} forward")
         o, lse = way.forward(call)
+    after_a_past = Sequences(cu_seqlens, NUM_TOKENS, cu_seqlens, cu_seqlens[1:])
+    chunk = replace(call, sequences=after_a_past)
+    enter("block_index after a past")
+    chunk = replace(chunk, index=build_block_index(IndexCall.of(chunk)))
+    for name, way in ways["forward"].items():
+        enter(f"{name} forward after a past")
+        way.forward(chunk)
     for name, way in ways["backward"].items():
         enter(f"{name} backward")
         softmax = Softmax(o, lse)

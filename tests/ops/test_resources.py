@@ -51,6 +51,7 @@ def test_default_configurations_fit(arch, tmp_path):
         "collect_kernel",
         "plan_kernel",
         "merge_fwd_kernel",
+        "locate_runs_kernel",
         "query_fwd_kernel",
         "append_kernel",
         "score_kernel",

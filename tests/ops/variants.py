@@ -88,7 +88,8 @@ def step(lengths, num_heads, num_kv_heads, head_dim=128):
 
 
 def decode(tokens, num_heads, num_kv_heads, head_dim=128, batch=4):
-    """One query of each sequence, and caches of `tokens` rows in all."""
+    """One query of each sequence, and caches of `tokens` rows in all; selected attention in both
+    loop orders."""
     q, lse = new(batch, num_heads, head_dim), new(batch, num_heads, dtype=F32)
     k, k_cmp = new(tokens, num_kv_heads, head_dim), new(tokens // 16, num_kv_heads, head_dim)
     cu_seqlens, cu_seqlens_q = (new(batch + 1, dtype=torch.int32) for _ in range(2))
@@ -98,7 +99,10 @@ def decode(tokens, num_heads, num_kv_heads, head_dim=128, batch=4):
     indices = select_blocks(
         SelectionCall(q, k_cmp, lse, sequences, SCALE, WINDOWS, BLOCKS, 16, "triton")
     )
-    QueryMajor().forward(SelectedCall(q, k, k, sequences, *SHARED, BLOCKS, indices, None, None))
+    selected = SelectedCall(q, k, k, sequences, *SHARED, BLOCKS, indices, None, None)
+    QueryMajor().forward(selected)
+    selected = replace(selected, index=build_block_index(IndexCall.of(selected)))
+    KVMajor(tuning.default_config(q, k, BLOCKS.block_size)).forward(selected)
 
 
 def main(kind, steps, *heads):

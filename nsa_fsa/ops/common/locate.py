@@ -4,6 +4,10 @@ every kernel.
 Blocks of all sequences share one numbering that needs nothing read back from the device: block j of
 sequence b has number `cu_seqlens[b] // block_size + b + j`. There is always room, because
 `floor(x / n) + ceil(y / n) <= floor((x + y) / n) + 1`; numbers that no block owns have no rows.
+
+The queries that share their own block are a run of rows. Runs are numbered by rows of queries in
+the same way, but two numbers are set aside for every sequence instead of one, because the last
+queries of a sequence may begin inside a block.
 """
 
 from typing import Any, NamedTuple
@@ -25,6 +29,7 @@ class RowTable(NamedTuple):
     position: Tensor
     first_key: Tensor  # the row of its sequence's first key
     first_block: Tensor  # the number of its sequence's first block
+    end_query: Tensor  # the row after its sequence's last query that has a position
 
 
 class BlockTable(NamedTuple):
@@ -34,7 +39,20 @@ class BlockTable(NamedTuple):
     # Keys in it: block_size, fewer at the end of a sequence, 0 for a number that no block owns.
     num_rows: Tensor
     number: Tensor  # inside its sequence
-    end_row: Tensor  # the row after its sequence's last
+    first_query: Tensor  # row of its sequence's first query at or behind its first key
+    end_query: Tensor  # the row after its sequence's last query that has a position
+
+
+class RunTable(NamedTuple):
+    """Of every run of queries that share their own block, int32 `[num_runs]`: the rows of what
+    `locate_runs` returns."""
+
+    first_query: Tensor
+    num_queries: Tensor  # 0 for a number that no run owns
+    # Of the own block inside its sequence, less than 0 for queries that stand before every key.
+    number: Tensor
+    first_key: Tensor  # row of the own block's first key
+    end_key: Tensor  # the row after the own block's last key in use
 
 
 class Tile(NamedTuple):
@@ -68,6 +86,16 @@ class Boundaries(NamedTuple):
     seqused_k: Tensor | None  # [B]
 
 
+class Extent(NamedTuple):
+    """Where a sequence lies, in a kernel."""
+
+    first_key: Any  # row
+    num_keys: Any  # in use
+    first_query: Any  # row
+    end_query: Any  # the row after the last query that has a position
+    offset: Any  # position of the first query
+
+
 @triton.jit
 def find_sequence(starts_ptr, value, num_sequences, num_steps, divisor, step: tl.constexpr):
     """The last sequence b with `starts[b] // divisor + b * step <= value`, by bisection.
@@ -84,48 +112,93 @@ def find_sequence(starts_ptr, value, num_sequences, num_steps, divisor, step: tl
     return low
 
 
+@triton.jit
+def load_extent(bounds, sequence):
+    """Where a sequence lies."""
+    first_key = tl.load(bounds.cu_seqlens + sequence)
+    if bounds.seqused_k is None:
+        num_keys = tl.load(bounds.cu_seqlens + sequence + 1) - first_key
+    else:
+        num_keys = tl.load(bounds.seqused_k + sequence)
+    if bounds.cu_seqlens_q is None:
+        first_query, end_query, offset = first_key, first_key + num_keys, first_key * 0
+    else:
+        first_query = tl.load(bounds.cu_seqlens_q + sequence)
+        end_query = tl.load(bounds.cu_seqlens_q + sequence + 1)
+        offset = num_keys - (end_query - first_query)
+    return Extent(first_key, num_keys, first_query, end_query, offset)
+
+
 @kernel
 def locate_rows_kernel(
-    bounds, table, num_rows, num_sequences, num_steps, block_size, ROWS: tl.constexpr
+    bounds, table, num_rows, num_sequences, num_steps, block_size, COLUMNS: tl.constexpr
 ):
-    CACHED: tl.constexpr = bounds.cu_seqlens_q is not None
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = row < num_rows
-    starts_ptr = bounds.cu_seqlens_q if CACHED else bounds.cu_seqlens
+    starts_ptr = bounds.cu_seqlens if bounds.cu_seqlens_q is None else bounds.cu_seqlens_q
     known_row = tl.where(inside, row, 0)
     sequence = find_sequence(starts_ptr, known_row, num_sequences, num_steps, 1, 0)
-    first_key = tl.load(bounds.cu_seqlens + sequence)
-    if CACHED:
-        end = tl.load(bounds.cu_seqlens_q + sequence + 1)
-        position = tl.load(bounds.seqused_k + sequence) - (end - row)
-    else:
-        position = row - first_key
-        if bounds.seqused_k is not None:  # a row past the used ones sees nothing
-            used = position < tl.load(bounds.seqused_k + sequence)
-            position = tl.where(used, position, -1)
+    extent = load_extent(bounds, sequence)
+    position = extent.offset + row - extent.first_query
+    # A row past the used ones sees nothing.
+    position = tl.where(row < extent.end_query, position, -1)
 
     tl.store(table.position + row, position, mask=inside)
-    tl.store(table.first_key + row, first_key, mask=inside)
-    tl.store(table.first_block + row, first_key // block_size + sequence, mask=inside)
+    tl.store(table.first_key + row, extent.first_key, mask=inside)
+    tl.store(table.first_block + row, extent.first_key // block_size + sequence, mask=inside)
+    tl.store(table.end_query + row, extent.end_query, mask=inside)
 
 
 @kernel
 def locate_blocks_kernel(
-    cu_seqlens_ptr, table, num_blocks, num_sequences, num_steps, block_size, BLOCKS: tl.constexpr
+    bounds, table, num_blocks, num_sequences, num_steps, block_size, COLUMNS: tl.constexpr
 ):
-    block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
+    block = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = block < num_blocks
     known_block = tl.where(inside, block, 0)
-    sequence = find_sequence(cu_seqlens_ptr, known_block, num_sequences, num_steps, block_size, 1)
-    start, end = tl.load(cu_seqlens_ptr + sequence), tl.load(cu_seqlens_ptr + sequence + 1)
-    index = block - (start // block_size + sequence)
-    first_row = start + index * block_size
-    num_rows = tl.minimum(tl.maximum(end - first_row, 0), block_size)
+    sequence = find_sequence(
+        bounds.cu_seqlens, known_block, num_sequences, num_steps, block_size, 1
+    )
+    extent = load_extent(bounds, sequence)
+    index = block - (extent.first_key // block_size + sequence)
+    first_position = index * block_size
+    num_rows = tl.minimum(tl.maximum(extent.num_keys - first_position, 0), block_size)
+    first_query = extent.first_query + tl.maximum(first_position - extent.offset, 0)
 
-    tl.store(table.first_row + block, first_row, mask=inside)
+    tl.store(table.first_row + block, extent.first_key + first_position, mask=inside)
     tl.store(table.num_rows + block, num_rows, mask=inside)
     tl.store(table.number + block, index, mask=inside)
-    tl.store(table.end_row + block, end, mask=inside)
+    tl.store(table.first_query + block, first_query, mask=inside)
+    tl.store(table.end_query + block, extent.end_query, mask=inside)
+
+
+@kernel
+def locate_runs_kernel(
+    bounds, table, num_runs, num_sequences, num_steps, block_size, COLUMNS: tl.constexpr
+):
+    run = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = run < num_runs
+    starts_ptr = bounds.cu_seqlens if bounds.cu_seqlens_q is None else bounds.cu_seqlens_q
+    known_run = tl.where(inside, run, 0)
+    sequence = find_sequence(starts_ptr, known_run, num_sequences, num_steps, block_size, 2)
+    extent = load_extent(bounds, sequence)
+    num_rows = tl.load(starts_ptr + sequence + 1) - extent.first_query
+
+    # Division rounds to zero, and the first query may stand before every key: there are at most as
+    # many blocks before the first one as `ahead`.
+    ahead = num_rows // block_size + 1
+    first_number = (extent.offset + ahead * block_size) // block_size - ahead
+    number = first_number + run - (extent.first_query // block_size + 2 * sequence)
+    position = number * block_size
+    first = tl.maximum(position - extent.offset, 0)
+    end = tl.minimum(position + block_size - extent.offset, num_rows)
+    end_position = tl.minimum(position + block_size, extent.num_keys)
+
+    tl.store(table.first_query + run, extent.first_query + first, mask=inside)
+    tl.store(table.num_queries + run, tl.maximum(end - first, 0), mask=inside)
+    tl.store(table.number + run, number, mask=inside)
+    tl.store(table.first_key + run, extent.first_key + position, mask=inside)
+    tl.store(table.end_key + run, extent.first_key + end_position, mask=inside)
 
 
 @kernel
@@ -214,39 +287,40 @@ def max_num_blocks(num_rows: int, num_sequences: int, block_size: int) -> int:
     return num_rows // block_size + num_sequences
 
 
-def locate_rows(
-    num_rows: int,
-    cu_seqlens: Tensor,
+def locate_rows(num_rows: int, sequences: Sequences, block_size: int) -> Tensor:
+    """`[4, num_rows]`, read as `RowTable(*found)`, of so many queries."""
+    return _located(locate_rows_kernel, RowTable, num_rows, sequences, block_size)
+
+
+def locate_blocks(num_rows: int, sequences: Sequences, block_size: int) -> Tensor:
+    """`[5, num_blocks]`, read as `BlockTable(*found)`, of a batch of `num_rows` keys."""
+    number = max_num_blocks(num_rows, sequences.cu_seqlens.shape[0] - 1, block_size)
+    return _located(locate_blocks_kernel, BlockTable, number, sequences, block_size)
+
+
+def locate_runs(num_rows: int, sequences: Sequences, block_size: int) -> Tensor:
+    """`[5, num_runs]`, read as `RunTable(*found)`, of a batch of `num_rows` queries."""
+    number = num_rows // block_size + 2 * (sequences.cu_seqlens.shape[0] - 1)
+    return _located(locate_runs_kernel, RunTable, number, sequences, block_size)
+
+
+def _located(
+    locate_kernel: Any,
+    kind: type[RowTable | BlockTable | RunTable],
+    number: int,
+    sequences: Sequences,
     block_size: int,
-    cu_seqlens_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
 ) -> Tensor:
-    """`[3, num_rows]`, read as `RowTable(*found)`; cu_seqlens_q and seqused_k as in `Sequences`."""
+    """A table of a kind, of `number` columns, which the kernel fills."""
+    cu_seqlens, _, cu_seqlens_q, seqused_k = sequences
     num_sequences = cu_seqlens.shape[0] - 1
-    found = aligned_rows(3, num_rows, dtype=torch.int32, device=cu_seqlens.device)
-    if num_rows:
-        if cu_seqlens_q is not None and seqused_k is None:
-            seqused_k = cu_seqlens.diff()
-        rows = 256
-        locate_rows_kernel[(cdiv(num_rows, rows),)](
-            *(Boundaries(cu_seqlens, cu_seqlens_q, seqused_k), RowTable(*found)),
-            *(num_rows, num_sequences, num_sequences.bit_length(), block_size),
-            ROWS=rows,
-        )
-    return found
-
-
-def locate_blocks(num_rows: int, cu_seqlens: Tensor, block_size: int) -> Tensor:
-    """`[4, num_blocks]`, read as `BlockTable(*found)`, for a packed batch of `num_rows` keys."""
-    num_sequences = cu_seqlens.shape[0] - 1
-    num_blocks = max_num_blocks(num_rows, num_sequences, block_size)
-    found = aligned_rows(4, num_blocks, dtype=torch.int32, device=cu_seqlens.device)
-    if num_blocks:
-        blocks = 256
-        locate_blocks_kernel[(cdiv(num_blocks, blocks),)](
-            *(cu_seqlens, BlockTable(*found)),
-            *(num_blocks, num_sequences, num_sequences.bit_length(), block_size),
-            BLOCKS=blocks,
+    rows, columns = len(kind._fields), 256
+    found = aligned_rows(rows, number, dtype=torch.int32, device=cu_seqlens.device)
+    if number:
+        locate_kernel[(cdiv(number, columns),)](
+            *(Boundaries(cu_seqlens, cu_seqlens_q, seqused_k), kind(*found)),
+            *(number, num_sequences, num_sequences.bit_length(), block_size),
+            COLUMNS=columns,
         )
     return found
 

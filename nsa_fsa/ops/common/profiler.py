@@ -146,18 +146,19 @@ def known(key: str, device: torch.device) -> Record | None:
 
 def problem_key(operator: str, direction: str, call: AttentionCall, own: str) -> str:
     """The kind of problem that is remembered: tokens, sequences and KV heads count in
-    powers of two.
+    powers of two, and so do the keys where they are not the tokens.
 
     own: what else of the call matters to this operator.
     """
     num_tokens, _, head_dim = call.q.shape
     num_sequences = call.sequences.cu_seqlens.shape[0] - 1
+    keys = "" if call.sequences.shares_rows else f" K<={next_power_of_2(call.k.shape[0])}"
     dtype = str(call.q.dtype).removeprefix("torch.")
     if call.q.dtype == torch.float32:
         dtype += "(tf32)" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "(ieee)"
     return (
         f"{operator} {direction} G={call.group_size} HKV<={next_power_of_2(call.k.shape[1])} "
-        f"D={head_dim} DV={call.v.shape[2]} {dtype} {own} T<={next_power_of_2(num_tokens)} "
+        f"D={head_dim} DV={call.v.shape[2]} {dtype} {own} T<={next_power_of_2(num_tokens)}{keys} "
         f"B<={next_power_of_2(num_sequences)} workspace={call.workspace_bytes}"
     )
 

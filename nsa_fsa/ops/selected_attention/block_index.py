@@ -7,8 +7,9 @@ each query the block stands. A list needs one atomic to get its place, so where 
 run to run and what it says does not.
 
 A block's row has as many words as the longest sequence, for none but its own sequence's queries can
-choose it, and begins with that sequence's first: 8,192 sequences of 128 tokens take 0.5 MB a head,
-and took 3.2 GB as rows of the whole batch. The bitmap is made for as many heads and blocks at a
+choose it, and ends with that sequence's last: 8,192 sequences of 128 tokens take 0.5 MB a head,
+and took 3.2 GB as rows of the whole batch. Where queries are the last positions of their sequences,
+words count their rows, not those of the keys. The bitmap is made for as many heads and blocks at a
 time as fit its budget.
 
 H200, 65,536 tokens, 13 sparse blocks of 64: 1.9 ms with 64 KV heads (zeroing 0.1, marking 0.9,
@@ -39,6 +40,12 @@ def popcount(x):
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
     return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def first_word(end_query, num_words):
+    """The word of query rows with which the bitmap begins for a sequence that ends at a row."""
+    return (end_query + 31) // 32 - num_words
 
 
 @kernel
@@ -103,8 +110,9 @@ def mark_kernel(
     tl.store(sparse_ptr + at, kept, mask=inside[:, None])
 
     number = first_block[:, None] + block
-    word = row // 32 - tl.load(rows.first_key + row, mask=inside, other=0) // 32
-    marked = sparse & (number >= low_block) & (number < high_block) & (word < num_words)[:, None]
+    end_query = tl.load(rows.end_query + row, mask=inside, other=0)
+    word = row // 32 - first_word(end_query, num_words)
+    marked = sparse & (number >= low_block) & (number < high_block) & (word >= 0)[:, None]
     first_bit_row = tl.program_id(1).to(tl.int64) * (high_block - low_block)
     word = (first_bit_row + number - low_block) * num_words + word[:, None]
     bit = tl.full([ROWS, PADDED_INDICES], 1, tl.int32) << (row % 32)[:, None]
@@ -158,7 +166,6 @@ def collect_kernel(
     high_block,
     NUM_SLOTS: tl.constexpr,
     PADDED_INDICES: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
     WORDS: tl.constexpr,
     ENTRIES: tl.constexpr,
 ):
@@ -174,12 +181,11 @@ def collect_kernel(
 
     # Only later queries of the same sequence can have chosen this block without owning it.
     number = tl.load(blocks.number + block)
-    first_row = tl.load(blocks.first_row + block)
-    first_word = (first_row - number * BLOCK_SIZE) // 32  # of the sequence
-    start = first_row // 32
-    stop = tl.minimum((tl.load(blocks.end_row + block) + 31) // 32, first_word + num_words)
+    lowest = first_word(tl.load(blocks.end_query + block), num_words)
+    start = tl.maximum(tl.load(blocks.first_query + block) // 32, lowest)
+    stop = lowest + num_words
     bit_row = tl.program_id(1).to(tl.int64) * (high_block - low_block) + block - low_block
-    bitmap_ptr += bit_row * num_words - first_word
+    bitmap_ptr += bit_row * num_words - lowest
 
     total = count_bits(bitmap_ptr, start, stop, WORDS)
     place = tl.atomic_add(cursor_ptr + head, total, sem="relaxed")
@@ -210,7 +216,7 @@ class Bitmap(NamedTuple):
     words: Tensor  # int32 [num_heads * num_blocks * num_words]
     cursor: Tensor  # int32 [HKV]: how many entries of a head are written
     both: Tensor  # these two, which begin as zeros
-    num_words: int  # of a block: those of the longest sequence, at whatever bit it begins
+    num_words: int  # of a block: those of the longest sequence, at whatever bit it ends
     num_heads: int  # at a time
     num_blocks: int
 
@@ -234,9 +240,9 @@ def build_block_index(call: IndexCall) -> BlockIndex:
     the query's own, and the query's own block whatever local_blocks is.
     """
     num_rows, num_heads, num_indices = call.block_indices.shape
-    cu_seqlens, (block_size, init_blocks, local_blocks) = call.sequences.cu_seqlens, call.blocks
-    row_table = locate_rows(num_rows, cu_seqlens, block_size)
-    block_table = locate_blocks(num_rows, cu_seqlens, block_size)
+    block_size, init_blocks, local_blocks = call.blocks
+    row_table = locate_rows(num_rows, call.sequences, block_size)
+    block_table = locate_blocks(call.num_keys, call.sequences, block_size)
     index = empty_index(call, row_table, block_table)
     if num_rows == 0 or num_heads == 0:
         return index
@@ -255,9 +261,17 @@ def build_block_index(call: IndexCall) -> BlockIndex:
 
     to_mark = (indices, counts, rows, sparse, index, bitmap, num_rows, init_blocks, local_blocks)
     to_collect = (blocks, sparse, index, bitmap, cursor, num_rows, num_blocks)
-    sizes = dict(PADDED_INDICES=padded, BLOCK_SIZE=block_size)
-    marking = dict(NUM_INDICES=num_indices, NUM_SLOTS=slots, ROWS=mark_rows, num_warps=4, **sizes)
-    collecting = dict(NUM_SLOTS=max(slots, 1), WORDS=512, ENTRIES=128, num_warps=2, **sizes)
+    marking = dict(
+        NUM_INDICES=num_indices,
+        PADDED_INDICES=padded,
+        NUM_SLOTS=slots,
+        BLOCK_SIZE=block_size,
+        ROWS=mark_rows,
+        num_warps=4,
+    )
+    collecting = dict(
+        NUM_SLOTS=max(slots, 1), PADDED_INDICES=padded, WORDS=512, ENTRIES=128, num_warps=2
+    )
     for head in range(0, num_heads, some_heads):
         count = min(some_heads, num_heads - head)
         for low in range(0, num_blocks, some_blocks):

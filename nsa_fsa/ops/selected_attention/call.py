@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from nsa_fsa.ops.common.calls import AttentionCall, Blocks
-from nsa_fsa.sequences import Sequences
+from nsa_fsa.sequences import Length, Sequences
 
 
 class BlockIndex(NamedTuple):
@@ -18,8 +18,8 @@ class BlockIndex(NamedTuple):
     num_entries: Tensor  # [HKV, num_blocks]
     # [HKV, T]: sparse blocks of a query, which fill its slots from 0 on; bit 31: its own is chosen.
     num_sparse: Tensor
-    rows: Tensor  # [3, T]: where the queries lie, as `RowTable`
-    blocks: Tensor  # [4, num_blocks]: where the blocks lie, as `BlockTable`
+    rows: Tensor  # [4, T]: where the queries lie, as `RowTable`
+    blocks: Tensor  # [5, num_blocks]: where the blocks lie, as `BlockTable`
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,22 @@ def num_slots(num_indices: int, blocks: Blocks) -> int:
 
 @dataclass(frozen=True)
 class IndexCall:
-    """One call of `block_index`, whose queries and keys share their rows."""
+    """One call of `block_index`."""
 
     block_indices: Tensor  # int32 [T, HKV, T_sel]
     block_counts: Tensor | None  # int32 [T, HKV]
     sequences: Sequences
+    num_keys: Length  # rows of the keys, which are those of the queries unless these are the last
     blocks: Blocks
     workspace_bytes: int
 
     @classmethod
     def of(cls, call: SelectedCall) -> "IndexCall":
         """What makes the index of a call of selected attention."""
+        indices, counts = call.block_indices, call.block_counts
         return cls(
-            call.block_indices, call.block_counts, call.sequences, call.blocks, call.workspace_bytes
+            *(indices, counts, call.sequences, call.k.shape[0]),
+            *(call.blocks, call.workspace_bytes),
         )
 
 

@@ -9,6 +9,9 @@
              blocks densely, which is the only causal masking here, and folds in the partial
              results. The initial block, which every query sees, is no hot spot.
 
+Where queries are the last positions of longer sequences, blocks are rows of the keys and all else
+is rows of the queries: what is allocated grows with the queries, and with the number of blocks.
+
 Partial results take `workspace_bytes` at most: KV heads, and where one head is too much ranges of
 queries, are done in turn.
 """
@@ -18,11 +21,12 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from nsa_fsa.ops.common import tuning
 from nsa_fsa.ops.common.bundles import heads
 from nsa_fsa.ops.common.calls import AttentionResult
-from nsa_fsa.ops.common.locate import BlockTable
+from nsa_fsa.ops.common.locate import BlockTable, RowTable, RunTable, locate_runs
 from nsa_fsa.ops.common.primitives import (
     LOG2_E,
     dot_keys,
@@ -51,6 +55,18 @@ class Partials(NamedTuple):
 
     o: Any  # [partials, DV]
     lse: Any  # [partials], of base 2
+
+
+class Runs(NamedTuple):
+    """Runs of queries that share their own block, as `RunTable`. Where queries and keys share their
+    rows these are the blocks themselves, and what would say so again is None."""
+
+    first_query: Tensor
+    num_queries: Tensor
+    number: Tensor
+    first_key: Tensor | None
+    end_key: Tensor | None
+    position: Tensor | None  # [T], of every query, as in `RowTable`
 
 
 @kernel
@@ -132,18 +148,19 @@ def attend_forced(
     k,
     v,
     head,
-    query,
+    own_key,
     flags,
     own,
-    first_row,
-    end_row,
+    first_key,
+    end_key,
     scale,
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Attends to the local blocks, and to the initial ones that are not among them.
 
-    own, first_row, end_row: number, first row and row after the last of the queries' own block.
+    own_key: the rows of the queries' own keys, which are the last that they see.
+    own, first_key, end_key: number, first row and row after the last of the queries' own block.
     """
     k, v = of_head(k, head), of_head(v, head)
     acc = tl.zeros([TILE.BLOCK_M, SHAPE.PADDED_DV], tl.float32)
@@ -155,11 +172,11 @@ def attend_forced(
         is_local = i < SHAPE.LOCAL_BLOCKS
         back = tl.where(is_local, i, own - (i - SHAPE.LOCAL_BLOCKS))  # from the own block
         if (back <= own) & (is_local | (back >= SHAPE.LOCAL_BLOCKS)):
-            for first_key in range(0, SHAPE.BLOCK_SIZE, TILE.KEYS):
-                key = first_row - back * SHAPE.BLOCK_SIZE + first_key + column
-                k_tile, v_tile = load_keys(k, v, key, key < end_row, SHAPE)
+            for first in range(0, SHAPE.BLOCK_SIZE, TILE.KEYS):
+                key = first_key - back * SHAPE.BLOCK_SIZE + first + column
+                k_tile, v_tile = load_keys(k, v, key, key < end_key, SHAPE)
                 scores = dot_keys(q_tile, k_tile, TILE.PRECISION) * scale
-                seen = key[None, :] <= query[:, None]
+                seen = key[None, :] <= own_key[:, None]
                 if SHAPE.OWN_IS_OPTIONAL:
                     seen = seen & ((back > 0) | (flags < 0))[:, None]
                 scores = tl.where(seen, scores, float("-inf"))
@@ -175,7 +192,7 @@ def merge_fwd_kernel(
     k,
     v,
     index,
-    blocks,
+    runs,
     partials,
     o_ptr,
     lse_ptr,
@@ -188,31 +205,37 @@ def merge_fwd_kernel(
     SHAPE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """A program owns a tile of pairs of one block."""
+    """A program owns a tile of pairs of one run."""
 
     G: tl.constexpr = SHAPE.G
     TILES: tl.constexpr = (SHAPE.BLOCK_SIZE * G + TILE.BLOCK_M - 1) // TILE.BLOCK_M
-    block, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
+    run, tile = tl.program_id(0) // TILES, tl.program_id(0) % TILES
     head = first_head + tl.program_id(1)
-    first_row = tl.load(blocks.first_row + block)
-    rows_of_block = tl.load(blocks.num_rows + block)
-    end_row = first_row + rows_of_block
-    is_empty = tile * TILE.BLOCK_M // G >= rows_of_block
-    if is_empty | (end_row <= low_row) | (first_row >= high_row):
+    first_query = tl.load(runs.first_query + run)
+    num_queries = tl.load(runs.num_queries + run)
+    end_query = first_query + num_queries
+    is_empty = tile * TILE.BLOCK_M // G >= num_queries
+    if is_empty | (end_query <= low_row) | (first_query >= high_row):
         return
 
-    own = tl.load(blocks.number + block)
+    own = tl.load(runs.number + run)
     row = tile * TILE.BLOCK_M + tl.arange(0, TILE.BLOCK_M)
-    query = first_row + row // G
-    inside = (row // G < rows_of_block) & (query >= low_row) & (query < high_row)
+    query = first_query + row // G
+    inside = (row // G < num_queries) & (query >= low_row) & (query < high_row)
     query_head = (head * G + row % G).to(tl.int64)
     at = head.to(tl.int64) * num_tokens + query
     flags = tl.load(index.num_sparse + at, mask=inside, other=0)  # bit 31: its own was chosen
     q_offset = query.to(tl.int64) * q.stride_t + query_head * q.stride_h
     q_tile = load_rows(q.ptr, q_offset, inside, SHAPE.D, SHAPE.PADDED_D, True)
 
+    if runs.position is None:
+        own_key, first_key, end_key = query, first_query, end_query
+    else:
+        first_key, end_key = tl.load(runs.first_key + run), tl.load(runs.end_key + run)
+        position = tl.load(runs.position + query, mask=inside, other=-1)
+        own_key = first_key + (position - own * SHAPE.BLOCK_SIZE)
     acc, maximum, total = attend_forced(
-        q_tile, k, v, head, query, flags, own, first_row, end_row, scale, SHAPE, TILE
+        q_tile, k, v, head, own_key, flags, own, first_key, end_key, scale, SHAPE, TILE
     )
 
     if SHAPE.NUM_SLOTS > 0:
@@ -248,7 +271,7 @@ def hopper() -> Any:
 def cut_forward(call: SelectedCall, index: BlockIndex, config: tuning.Config) -> Work:
     """How the forward is cut so that its partial results fit the workspace."""
     block_size, num_slots = call.blocks.block_size, call.num_slots
-    num_tokens, num_kv_heads, v_dim = call.v.shape
+    num_tokens, (_, num_kv_heads, v_dim) = call.q.shape[0], call.v.shape
     keys = block_size if config.fwd_hopper else min(config.fwd_keys, block_size)
     pieces = block_size // keys
 
@@ -257,6 +280,15 @@ def cut_forward(call: SelectedCall, index: BlockIndex, config: tuning.Config) ->
     units = cut_units(num_kv_heads, num_tokens, row_bytes, call.workspace_bytes, block_size)
     item_queries = max(config.fwd_item_rows // call.group_size, 1)
     return Work(units, num_tokens, index.blocks.shape[1], num_slots, item_queries, pieces)
+
+
+def runs_of(call: SelectedCall, index: BlockIndex) -> Runs:
+    """Where the queries lie that share their own block."""
+    if call.sequences.shares_rows:
+        blocks = BlockTable(*index.blocks)
+        return Runs(blocks.first_row, blocks.num_rows, blocks.number, None, None, None)
+    found = locate_runs(call.q.shape[0], call.sequences, call.blocks.block_size)
+    return Runs(*RunTable(*found), RowTable(*index.rows).position)
 
 
 def selected_attention_fwd(call: SelectedCall, config: tuning.Config) -> AttentionResult:
@@ -269,7 +301,7 @@ def selected_attention_fwd(call: SelectedCall, config: tuning.Config) -> Attenti
     if o.numel() == 0:
         return AttentionResult(o, lse.fill_(-torch.inf))
 
-    index, blocks = call.index, BlockTable(*call.index.blocks)
+    index, blocks, runs = call.index, BlockTable(*call.index.blocks), runs_of(call, call.index)
     work = cut_forward(call, index, config)
     shape, block_size = shape_of(call, work), call.blocks.block_size
     block_pairs = block_size * call.group_size
@@ -281,13 +313,13 @@ def selected_attention_fwd(call: SelectedCall, config: tuning.Config) -> Attenti
     merging = dict(
         SHAPE=shape, TILE=tile_of(call, work, *merge_sizes), num_warps=config.merge_warps
     )
-    merge_programs = work.num_blocks * cdiv(block_pairs, merge_m)
+    merge_programs = runs.number.shape[0] * cdiv(block_pairs, merge_m)
 
     num_partials = work.partials(call.group_size)
     partials = Partials(
         q.new_empty(num_partials, v.shape[2]), q.new_empty(num_partials, dtype=torch.float32)
     )
-    inputs = (heads(q), heads(k), heads(v), index, blocks, partials)
+    inputs = (heads(q), heads(k), heads(v), index)
     gather = hopper().gather_fwd_hopper_kernel if config.fwd_hopper else gather_fwd_kernel
     scale = call.scale * LOG2_E
 
@@ -296,8 +328,10 @@ def selected_attention_fwd(call: SelectedCall, config: tuning.Config) -> Attenti
         if call.num_slots:
             items = (plan, place, first_head, num_tokens, work.item_queries)
             gather[(work.max_items * work.pieces, count)](
-                *inputs, *items, low_row, scale, **gathering
+                *(*inputs, blocks, partials, *items, low_row, scale), **gathering
             )
         rows = (first_head, low_row, high_row, num_tokens, num_heads)
-        merge_fwd_kernel[(merge_programs, count)](*inputs, o, lse, *rows, scale, **merging)
+        merge_fwd_kernel[(merge_programs, count)](
+            *(*inputs, runs, partials, o, lse, *rows, scale), **merging
+        )
     return AttentionResult(o, lse)

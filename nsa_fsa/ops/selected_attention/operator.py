@@ -44,6 +44,10 @@ if TYPE_CHECKING:
 
 BLOCK_SIZES = (16, 32, 64, 128)
 MAX_INDICES = 128
+# Queries that follow a past go by blocks where sequences have so many of them or more on average.
+# Not measured yet: of 256 queries with 13 sparse blocks each a tile of 64 pairs is full, at G = 1,
+# where 52 blocks or fewer are chosen.
+FEW_QUERIES = 256
 
 
 def selected_attention(
@@ -97,8 +101,8 @@ def selected_attention(
             workspace needs in which its partial results do not fit, what is more than half of it.
         backend: which implementation runs: "triton_kv_major" (the loop order of FSA),
             "triton_query_major" (that of NSA), "triton" (whichever of their variants the profiler
-            finds fastest on this GPU), "reference", or "auto": "triton" on a GPU that can, and the
-            reference elsewhere.
+            finds fastest on this GPU; that of NSA for few queries that follow a past), "reference",
+            or "auto": "triton" on a GPU that can, and the reference elsewhere.
 
     Returns:
         o `[T, HQ, DV]` in q's dtype, and on request the natural-log lse `[T, HQ]` in float32
@@ -155,18 +159,27 @@ def _check_selection(
 # The block index
 
 
+def has_few_queries(call: SelectedCall) -> bool:
+    """Whether queries that follow a past are so few that they go query by query: where few chose
+    a block, a KV-major kernel loads its keys for tiles that are almost empty.
+    """
+    sequences = call.sequences
+    if sequences.shares_rows:
+        return False
+    return call.q.shape[0] < FEW_QUERIES * (sequences.cu_seqlens.shape[0] - 1)
+
+
 def wants_index(call: SelectedCall) -> bool:
     """Whether the backend will use a block index, as far as that can be told without
     running anything.
 
     "triton_query_major" would in backward, but has none to read forward, and makes its own.
     """
-    of_kv_major = call.backend in ("triton", "triton_kv_major") or (
-        call.backend == "auto" and call.q.is_cuda
-    )
+    chooses = call.backend == "triton" or (call.backend == "auto" and call.q.is_cuda)
+    of_kv_major = call.backend == "triton_kv_major" or (chooses and not has_few_queries(call))
     if not of_kv_major or triton_backends.unavailable(call.device) is not None:
         return False
-    return refuses_kv_major(call) is None
+    return refuses_triton(call) is None
 
 
 def with_index(call: SelectedCall) -> SelectedCall:
@@ -182,17 +195,16 @@ def make_index(call: IndexCall) -> BlockIndex:
 
 
 def _checked_index(call: IndexCall) -> BlockIndex:
-    num_rows = call.block_indices.shape[0]
-    call.sequences.check_values(num_rows, num_rows)
+    call.sequences.check_values(call.block_indices.shape[0], call.num_keys)
     return make_index(call)
 
 
 def fake_index(call: IndexCall) -> BlockIndex:
     """Shapes and dtypes of a block index."""
     cu_seqlens, num_rows = call.sequences.cu_seqlens, call.block_indices.shape[0]
-    num_blocks = num_rows // call.blocks.block_size + cu_seqlens.shape[0] - 1
-    rows = aligned_rows(3, num_rows, dtype=torch.int32, device=cu_seqlens.device)
-    blocks = aligned_rows(4, num_blocks, dtype=torch.int32, device=cu_seqlens.device)
+    num_blocks = call.num_keys // call.blocks.block_size + cu_seqlens.shape[0] - 1
+    rows = aligned_rows(4, num_rows, dtype=torch.int32, device=cu_seqlens.device)
+    blocks = aligned_rows(5, num_blocks, dtype=torch.int32, device=cu_seqlens.device)
     return empty_index(call, rows, blocks)
 
 
@@ -212,25 +224,19 @@ def refuses_triton(call: SelectedCall) -> str | None:
     return None
 
 
-def refuses_last_queries(call: SelectedCall, what: str) -> str | None:
-    """Why what wants queries and keys to share their rows cannot run this call, or None."""
+def refuses_gradient(call: SelectedCall) -> str | None:
+    """Why neither loop order can run the backward of what it can run forward, or None."""
     if call.sequences.shares_rows:
         return None
-    return f"no {what} where cu_seqlens_q or seqused_k is given, as in decoding"
-
-
-def refuses_kv_major(call: SelectedCall) -> str | None:
-    """Why the KV-major kernels cannot run this call, or None."""
-    return refuses_triton(call) or refuses_last_queries(call, "support")
+    return "no gradient where cu_seqlens_q or seqused_k is given, as in decoding"
 
 
 class SelectedTriton(TritonBackend[SelectedCall], AttentionBackend[SelectedCall]):
-    """Whichever order and tiles the profiler finds fastest; the KV-major default without it."""
+    """Whichever order and tiles the profiler finds fastest; without it the KV-major default, or
+    query-major for few queries that follow a past."""
 
     def refuses(self, call: SelectedCall, *, backward: bool = False) -> str | None:
-        return refuses_triton(call) or (
-            refuses_last_queries(call, "gradient") if backward else None
-        )
+        return refuses_triton(call) or (refuses_gradient(call) if backward else None)
 
     def forward(self, call: SelectedCall) -> AttentionResult:
         ways = self.ways(call, "forward")
@@ -253,7 +259,7 @@ class SelectedTriton(TritonBackend[SelectedCall], AttentionBackend[SelectedCall]
         from nsa_fsa.ops.common import tuning
         from nsa_fsa.ops.selected_attention.launch import KVMajor, QueryMajor
 
-        if refuses_kv_major(call) is not None:
+        if has_few_queries(call):
             return {"query_major": QueryMajor()}
         configs = tuning.candidates(call.q, call.v, call.blocks.block_size, direction)
         return {
@@ -266,9 +272,6 @@ class SelectedKVMajor(SelectedTriton):
     """The loop order of FSA with its default tiles, and so the same kernels in every process."""
 
     name = "triton_kv_major"
-
-    def refuses(self, call: SelectedCall, *, backward: bool = False) -> str | None:
-        return refuses_kv_major(call)
 
     def ways(self, call: SelectedCall, direction: str) -> "Mapping[str, Way]":
         from nsa_fsa.ops.common import tuning

@@ -213,9 +213,7 @@ def query_major_fwd(call: SelectedCall) -> AttentionResult:
     if o.numel() == 0 or indices.shape[2] == 0:
         return AttentionResult(o.zero_(), lse.fill_(-torch.inf))
 
-    cu_seqlens, _, cu_seqlens_q, seqused_k = call.sequences
-    block_size = call.blocks.block_size
-    rows = RowTable(*locate_rows(num_queries, cu_seqlens, block_size, cu_seqlens_q, seqused_k))
+    rows = RowTable(*locate_rows(num_queries, call.sequences, call.blocks.block_size))
     counts = None if call.block_counts is None else heads(call.block_counts)
     keys, num_warps, num_stages = tuning.query_major_tile(q, v)
     shape = make_shape(call, keys, num_stages)

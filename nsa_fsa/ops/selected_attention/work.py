@@ -255,8 +255,8 @@ class DenseRun(NamedTuple):
 @triton.jit
 def dense_run(blocks, block, inside, low_row, high_row, init_blocks, local_rows):
     """All rows from an initial block on, and local_rows rows from any other."""
-    first_row = tl.load(blocks.first_row + block, mask=inside, other=0)
-    end_row = tl.load(blocks.end_row + block, mask=inside, other=0)
+    first_row = tl.load(blocks.first_query + block, mask=inside, other=0)
+    end_row = tl.load(blocks.end_query + block, mask=inside, other=0)
     used = tl.load(blocks.num_rows + block, mask=inside, other=0) > 0
     initial = tl.load(blocks.number + block, mask=inside, other=0) < init_blocks
 

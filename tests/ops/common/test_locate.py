@@ -1,4 +1,6 @@
-"""locate_rows, locate_blocks, locate_tiles and load_tile against loops over the sequences."""
+"""locate_rows, locate_blocks, locate_runs, locate_tiles and load_tile against loops over the
+sequences.
+"""
 
 from itertools import accumulate, pairwise
 
@@ -10,7 +12,14 @@ pytest.importorskip("triton", reason="Triton is not installed")
 import triton
 import triton.language as tl
 
-from nsa_fsa.ops.common.locate import Tile, load_tile, locate_blocks, locate_rows, locate_tiles
+from nsa_fsa.ops.common.locate import (
+    Tile,
+    load_tile,
+    locate_blocks,
+    locate_rows,
+    locate_runs,
+    locate_tiles,
+)
 from nsa_fsa.sequences import Sequences
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,12 +51,24 @@ def first_number(b, start, block_size):
     return start // block_size + b
 
 
+def packed(lengths):
+    return Sequences(ints(starts(lengths)), max(lengths, default=0))
+
+
+def cached(capacities, num_queries, used):
+    """Sequences whose queries, where their numbers are given, are the last used positions."""
+    of_queries = None if num_queries is None else ints(starts(num_queries))
+    return packed(capacities)._replace(
+        cu_seqlens_q=of_queries, seqused_k=None if used is None else ints(used)
+    )
+
+
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_rows(lengths, block_size):
-    found = locate_rows(sum(lengths), ints(starts(lengths)), block_size)
+    found = locate_rows(sum(lengths), packed(lengths), block_size)
     expected = [
-        (t, start, first_number(b, start, block_size))
+        (t, start, first_number(b, start, block_size), start + length)
         for b, (start, length) in enumerate(zip(starts(lengths), lengths, strict=False))
         for t in range(length)
     ]
@@ -58,10 +79,10 @@ def test_rows(lengths, block_size):
 @pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 def test_blocks(lengths, block_size):
     """Every block has a number of its own, and a number that no block owns has no rows."""
-    found = locate_blocks(sum(lengths), ints(starts(lengths)), block_size)
+    found = locate_blocks(sum(lengths), packed(lengths), block_size)
     owned = {
         first_number(b, start, block_size) + j: [
-            start + j * block_size, min(block_size, stop - start - j * block_size), j, stop
+            first := start + j * block_size, min(block_size, stop - first), j, first, stop
         ]
         for b, (start, stop) in enumerate(pairwise(starts(lengths)))
         for j in range(-(-(stop - start) // block_size))
@@ -88,21 +109,63 @@ CACHED = [
 @pytest.mark.parametrize(("capacities", "used", "num_queries"), CACHED, ids=str)
 def test_rows_of_queries_over_a_cache(capacities, used, num_queries, block_size):
     """The queries are the last positions among the used ones."""
-    found = locate_rows(
-        sum(num_queries),
-        ints(starts(capacities)),
-        block_size,
-        ints(starts(num_queries)),
-        ints(used),
-    )
+    found = locate_rows(sum(num_queries), cached(capacities, num_queries, used), block_size)
     expected = [
-        [n - count + i, start, first_number(b, start, block_size)]
-        for b, (start, n, count) in enumerate(
-            zip(starts(capacities), used, num_queries, strict=False)
+        [n - count + i, start, first_number(b, start, block_size), first_query + count]
+        for b, (start, n, first_query, count) in enumerate(
+            zip(starts(capacities), used, starts(num_queries), num_queries, strict=False)
         )
         for i in range(count)
     ]
     assert found.T.tolist() == expected
+
+
+# None: the queries share the rows of the keys, and those past the used ones have no position.
+LAST = [*CACHED, ((40, 3, 9), (33, 0, 9), None), ((70, 20), (20, 1), (50, 3))]
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize(("capacities", "used", "num_queries"), LAST, ids=str)
+def test_blocks_of_a_cache(capacities, used, num_queries, block_size):
+    """Only keys in use are in a block, and it knows the queries that lie behind its first key."""
+    sequences = cached(capacities, num_queries, used)
+    found = locate_blocks(sum(capacities), sequences, block_size).T.tolist()
+    of_queries = starts(capacities if num_queries is None else num_queries)
+    counts = used if num_queries is None else num_queries
+    owned = set()
+    for b, (start, n) in enumerate(zip(starts(capacities), used, strict=False)):
+        end_query = of_queries[b] + counts[b]
+        position = {of_queries[b] + i: n - counts[b] + i for i in range(counts[b])}
+        for j in range(-(-n // block_size)):
+            first = j * block_size
+            behind = [row for row, at in position.items() if at >= first] or [end_query]
+            owned.add(number := first_number(b, start, block_size) + j)
+            size = min(block_size, n - first)
+            assert found[number] == [start + first, size, j, behind[0], end_query]
+    assert all(row[1] == 0 for number, row in enumerate(found) if number not in owned)
+
+
+@pytest.mark.parametrize("block_size", [16, 64])
+@pytest.mark.parametrize(("capacities", "used", "num_queries"), LAST, ids=str)
+def test_runs_of_queries_that_share_their_own_block(capacities, used, num_queries, block_size):
+    """Every query is in one run, also one that stands before every key or has no position."""
+    sequences = cached(capacities, num_queries, used)
+    counts = capacities if num_queries is None else num_queries
+    seen = []
+    for first, count, number, first_key, end_key in locate_runs(
+        sum(counts), sequences, block_size
+    ).T.tolist():
+        for row in range(first, first + count):
+            seen.append(row)
+            b = max(b for b, start in enumerate(starts(counts)[:-1]) if start <= row)
+            position = row - starts(counts)[b]
+            if num_queries is not None:
+                position += used[b] - counts[b]
+            assert number == position // block_size
+            start = starts(capacities)[b]
+            assert first_key == start + number * block_size
+            assert end_key == start + min((number + 1) * block_size, used[b])
+    assert sorted(seen) == list(range(sum(counts)))
 
 
 @pytest.mark.parametrize(
@@ -110,7 +173,7 @@ def test_rows_of_queries_over_a_cache(capacities, used, num_queries, block_size)
 )
 def test_rows_of_the_last_queries_of_full_sequences(lengths, num_queries):
     """cu_seqlens_q alone: every row of the keys is used."""
-    found = locate_rows(sum(num_queries), ints(starts(lengths)), 16, ints(starts(num_queries)))
+    found = locate_rows(sum(num_queries), cached(lengths, num_queries, None), 16)
     positions = [
         n - count + i for n, count in zip(lengths, num_queries, strict=True) for i in range(count)
     ]
@@ -122,9 +185,7 @@ def test_rows_beyond_the_used_ones():
     before every key.
     """
     capacities, used = (20, 0, 16, 5), (17, 0, 16, 0)
-    position, first_key, _ = locate_rows(
-        sum(capacities), ints(starts(capacities)), 16, None, ints(used)
-    )
+    position, first_key, *_ = locate_rows(sum(capacities), cached(capacities, None, used), 16)
     expected = [
         t if t < n else None for c, n in zip(capacities, used, strict=True) for t in range(c)
     ]

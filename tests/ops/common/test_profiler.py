@@ -327,12 +327,14 @@ def test_what_tells_kinds_of_problems_apart():
         sequences=8,
         block_size=64,
         window=512,
+        cached=None,
     ):
         """The keys of a problem of selected attention, and of one of the sliding window."""
         q = torch.empty(tokens, 8, 64, dtype=dtype)
-        k = torch.empty(tokens, kv_heads, 64, dtype=dtype)
+        k = torch.empty(cached or tokens, kv_heads, 64, dtype=dtype)
         starts = torch.empty(sequences + 1, dtype=torch.int32)
-        shared = (q, k, k, Sequences(starts, tokens), 0.1, workspace, "auto")
+        layout = Sequences(starts, tokens, None if cached is None else starts)
+        shared = (q, k, k, layout, 0.1, workspace, "auto")
         chosen = torch.empty(tokens, kv_heads, 16, dtype=torch.int32)
         selected = SelectedCall(*shared, Blocks(block_size, 1, 2), chosen, None, None)
         sliding = WindowedCall(*shared, Windows(1, 1), window)
@@ -346,7 +348,10 @@ def test_what_tells_kinds_of_problems_apart():
         of(workspace=2**21),
         of(sequences=9),
         of(block_size=32, window=256),
+        of(cached=1000),
+        of(cached=5000),
     ]
     for keys in zip(of(), *others, strict=True):
         assert len(set(keys)) == 1 + len(others)
     assert of() == of(tokens=700) == of(sequences=6)
+    assert of(cached=5000) == of(cached=8000)

@@ -121,7 +121,7 @@ def variants(operator, x, backend):
             init_blocks=1,
             local_blocks=1,
         )
-        if backend == "reference" or (backend == "triton_query_major" and not differentiated):
+        if backend == "reference" or not differentiated:
             few_indices = x.replace(q=x.q[few], block_indices=x.block_indices[few])
             yield call(
                 "selected_attention", case, few_indices, backend, block_counts=counts[few], **last

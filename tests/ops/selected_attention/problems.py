@@ -41,7 +41,8 @@ class Problem:
         """What makes its block index."""
         sequences = Sequences(self.cu_seqlens, max(self.lengths))
         blocks = Blocks(self.block_size, self.init_blocks, self.local_blocks)
-        return IndexCall(self.block_indices, None, sequences, blocks, WORKSPACE_BYTES)
+        num_keys = self.k.shape[0]
+        return IndexCall(self.block_indices, None, sequences, num_keys, blocks, WORKSPACE_BYTES)
 
     def forward(self, backend, **extra):
         """o and lse."""

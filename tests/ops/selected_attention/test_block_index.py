@@ -31,7 +31,8 @@ def build(
     longest = max(lengths, default=0) if max_seqlen is None else max_seqlen
     indices, counts = (None if x is None else x.to(DEVICE) for x in (block_indices, block_counts))
     blocks, sequences = Blocks(block_size, *forced), Sequences(cu_seqlens, longest)
-    index = build_block_index(IndexCall(indices, counts, sequences, blocks, workspace_bytes))
+    call = IndexCall(indices, counts, sequences, sum(lengths), blocks, workspace_bytes)
+    index = build_block_index(call)
     return [x.cpu() for x in index]
 
 

@@ -296,7 +296,7 @@ def test_block_index_of_a_million_tokens(num_kv_heads, block_size):
     )
     sequences = Sequences(starts((length,)), length)
     blocks = Blocks(block_size, init_blocks, local_blocks)
-    index = build_block_index(IndexCall(indices, None, sequences, blocks, WORKSPACE_BYTES))
+    index = build_block_index(IndexCall(indices, None, sequences, length, blocks, WORKSPACE_BYTES))
     entries, first_entry, num_entries, num_sparse, _, _ = index
     own = torch.arange(length, device="cuda") // block_size
     num_blocks = length // block_size

@@ -4,6 +4,7 @@ at sizes that only a large GPU could run.
 On tensors that have a shape and no memory, with kernels that are not launched.
 """
 
+import dataclasses
 import weakref
 
 import pytest
@@ -73,7 +74,8 @@ def new(*shape, dtype=torch.bfloat16):
 
 
 def index_call(indices, cu_seqlens, max_seqlen, workspace_bytes=WORKSPACE_BYTES):
-    return IndexCall(indices, None, Sequences(cu_seqlens, max_seqlen), BLOCKS, workspace_bytes)
+    sequences, num_keys = Sequences(cu_seqlens, max_seqlen), indices.shape[0]
+    return IndexCall(indices, None, sequences, num_keys, BLOCKS, workspace_bytes)
 
 
 def selected_call(q, k, index_of, workspace_bytes, index):
@@ -171,3 +173,23 @@ def test_plans_are_cut_where_one_does_not_fit(monkeypatch):
     plans, gathers = units_of_launches(monkeypatch, 2**20, 64, 256 * MIB)
     assert sum(plans) == sum(gathers)
     assert 1 < len(plans) < len(gathers) / 8
+
+
+@pytest.mark.usefixtures("no_launches")
+def test_a_chunk_takes_memory_for_its_queries_and_not_for_the_past():
+    """4,096 queries after 16 times as many keys: what grows are tables of blocks alone."""
+    peaks = {}
+    for num_keys in (2**16, 2**20):
+        q, k = new(4096, 64, 128), new(num_keys, 4, 128)
+        indices = new(4096, 4, 16, dtype=torch.int32)
+        ends, used = new(2, dtype=torch.int32), new(1, dtype=torch.int32)
+        sequences = Sequences(ends, num_keys, ends, used)
+        shared = (BLOCKS, indices, None, None)
+        call = SelectedCall(q, k, k, sequences, 0.1, WORKSPACE_BYTES, "triton", *shared)
+        with Allocated() as found:
+            call = dataclasses.replace(call, index=build_block_index(IndexCall.of(call)))
+            KVMajor(tuning.default_config(q, k, 64)).forward(call)
+        peaks[num_keys] = found.peak
+    more_blocks = (2**20 - 2**16) // 64
+    of_block = (6 + 2) * 4 * 4 + 5 * 4 + 4096 // 8  # plan and index, table, bits of the bitmap
+    assert peaks[2**20] - peaks[2**16] <= more_blocks * of_block, peaks
