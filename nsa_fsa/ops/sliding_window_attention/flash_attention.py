@@ -22,6 +22,7 @@ from nsa_fsa.ops.common.attention_operator import AttentionBackend
 from nsa_fsa.ops.common.calls import NOTHING, AddTo, AttentionGradients, AttentionResult, Softmax
 from nsa_fsa.ops.common.sizes import head_chunks, rows_contiguous
 from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
+from nsa_fsa.ops.sliding_window_attention.last_keys import keys_before, over_last_keys
 
 DTYPES = (torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 256
@@ -121,8 +122,8 @@ class Library(FlashBackend):
     name: str
     capability: tuple[int, int]  # the oldest GPU
     # Whether the keys past a sequence's end can be anything. Otherwise they are read, and weighed
-    # with 0: a NaN or an infinity among them shows. In a cache's unused rows there may be such;
-    # packed, it is the next sequence, which is lost itself.
+    # with 0: a NaN or an infinity among them shows. In a cache's unused rows there may be such, so
+    # that the keys in use are copied; packed, it is the next sequence, which is lost itself.
     stops_at_end: bool
     max_sequences: int  # of one packed batch
 
@@ -161,12 +162,16 @@ class Library(FlashBackend):
         # The libraries take the last query for that of the last used key.
         if sequences.cu_seqlens_q is None:
             return "no support where seqused_k is given without cu_seqlens_q"
-        if not self.stops_at_end:
+        if backward:
+            return "no gradient where seqused_k is given, as in decoding"
+        before = keys_before(call) * number
+        if not self.stops_at_end and q.shape[0] < before:
             return (
-                "no support where seqused_k is given: "
-                "it reads past the keys in use, where there may be NaN"
+                f"{q.shape[0]} queries with up to {before} keys of a cache before them in their "
+                "sliding windows: it reads past the keys in use, where there may be NaN, and so "
+                "needs a copy of them, for which there must be as many queries"
             )
-        return "no gradient where seqused_k is given, as in decoding" if backward else None
+        return None
 
     def forward(self, call: WindowedCall) -> AttentionResult:
         """`run`, whatever the widths and strides."""
@@ -175,7 +180,10 @@ class Library(FlashBackend):
         if q.numel() == 0 or k.numel() == 0:
             lse = torch.full(q.shape[:2], -torch.inf, dtype=torch.float32, device=q.device)
             return AttentionResult(q.new_zeros(*q.shape[:2], v_dim), lse)
-        q, k, v = (_padded(x, width) for x in (q, k, v))
+        pads = min(q.shape[2], v_dim) < width  # which would copy the whole of a cache
+        if call.sequences.seqused_k is not None and (pads or not self.stops_at_end):
+            call = over_last_keys(call)
+        q, k, v = (_padded(x, width) for x in (q, call.k, call.v))
         o, lse = self.run(q, k, v, _sliding_window(call))
         return AttentionResult(o[..., :v_dim].contiguous(), lse.T.contiguous())
 

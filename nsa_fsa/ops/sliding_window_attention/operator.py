@@ -46,7 +46,9 @@ def sliding_window_attention(
             "reference", or "auto": on a GPU "flash_attention" or "triton_window" where they can,
             and the reference elsewhere. flash-attn 4 reads past a sequence's end, and weighs with
             0 what is there: a NaN or an infinity in the next sequence of the batch reaches the
-            last queries of this one.
+            last queries of this one. Where seqused_k is given it therefore runs over a copy of the
+            keys that the queries see, which workspace_bytes does not count, and only where these
+            are at least half queries' own.
         The other arguments are those of `selected_attention`.
 
     Returns:

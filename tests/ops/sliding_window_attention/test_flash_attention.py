@@ -59,12 +59,12 @@ REFUSED = [
     ),
     (
         (FLASH_ATTN_4,),
+        dict(num_tokens=5, cu_seqlens_q=LAST, seqused_k=USED),
         {},
-        dict(seqused_k=USED, cu_seqlens_q=LAST),
-        "it reads past the keys in use, where there may be NaN",
+        "5 queries with up to 6 keys of a cache before them in their sliding windows",
     ),
     (
-        (TORCH_FLASH,),
+        BOTH,
         {},
         dict(seqused_k=USED, cu_seqlens_q=LAST, backward=True),
         "no gradient where seqused_k is given",
@@ -87,15 +87,15 @@ def test_says_nothing_of_what_can(library):
     assert library.refuses(window_call(torch.float16, 80, 96), backward=True) is None
     assert library.refuses(window_call(head_dim=256, v_head_dim=8, cu_seqlens_q=LAST)) is None
     assert library.refuses(window_call(num_sequences=65_535)) is None
-    if library.stops_at_end:
-        assert library.refuses(window_call(cu_seqlens_q=LAST, seqused_k=USED)) is None
+    few = 1 if library.stops_at_end else 6  # of two sequences with three keys before their queries
+    assert library.refuses(window_call(num_tokens=few, cu_seqlens_q=LAST, seqused_k=USED)) is None
 
 
 def test_any_library_that_can_will_do(monkeypatch):
     """With both there, decoding has one; where only flash-attn 4 is, none,
     and the reason is its own.
     """
-    decoding = window_call(cu_seqlens_q=LAST, seqused_k=USED)
+    decoding = window_call(num_tokens=2, cu_seqlens_q=LAST, seqused_k=USED)
     fastest = BACKENDS["sliding_window_attention"].by_name["flash_attention"]
     for library in LIBRARIES:
         monkeypatch.setattr(library, "unavailable", lambda *_: None)
