@@ -13,6 +13,7 @@ import torch
 
 from tests.cases import (
     ATTENTIONS,
+    BACKENDS,
     DIFFERENTIABLE,
     SEVERAL_SEQUENCES,
     backends_of,
@@ -278,11 +279,17 @@ GAPPED = [
     ("packed_nine", lambda n: min(n, 2), lambda b: 37 - b),
     ("nine_bf16", lambda n: 0, lambda b: 4),  # nobody asks
 ]
+# The whole also takes the loop orders of selected attention by name.
+LOOP_ORDERS = [
+    pytest.param("nsa_attention", *x.values, marks=x.marks, id=f"nsa_attention-{x.values[0]}")
+    for x in backends_of("selected_attention")
+    if x.values[0] not in BACKENDS["compressed_attention"].by_name
+]
 
 
 @pytest.mark.parametrize(("name", "num_queries", "gap"), GAPPED, ids=range(len(GAPPED)))
 @pytest.mark.parametrize(
-    ("operator", "backend"), operators_and_backends(*ATTENTIONS, "nsa_attention")
+    ("operator", "backend"), operators_and_backends(*ATTENTIONS, "nsa_attention") + LOOP_ORDERS
 )
 def test_last_queries_over_gapped_keys(operator, backend, name, num_queries, gap):
     case = case_for(operator, backend, by_name(name), calls=0)  # few of its queries

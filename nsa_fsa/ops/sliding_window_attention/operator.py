@@ -47,8 +47,8 @@ def sliding_window_attention(
             and the reference elsewhere. flash-attn 4 reads past a sequence's end, and weighs with
             0 what is there: a NaN or an infinity in the next sequence of the batch reaches the
             last queries of this one. Where seqused_k is given it therefore runs over a copy of the
-            keys that the queries see, which workspace_bytes does not count, and only where these
-            are at least half queries' own.
+            keys that the queries see, which workspace_bytes does not count, and only where there
+            are as many queries as there can be cached keys before them in their windows.
         The other arguments are those of `selected_attention`.
 
     Returns:

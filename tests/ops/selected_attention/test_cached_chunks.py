@@ -16,7 +16,7 @@ from nsa_fsa.ops.selected_attention import operator
 from tests.cases import backends_of, device_of, on_a_gpu_only, widest_dtype
 from tests.guards import guarded, guarded_allocations
 
-BLOCK_SIZE, NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM = 16, 2, 32, 24
+NUM_KV_HEADS, HEAD_DIM, V_HEAD_DIM = 2, 32, 24
 # Of every sequence the tokens before the chunk, the chunk's, and the rows of the cache behind them.
 # No past; a past that ends with a block, one token before its end and one behind it; no chunk; a
 # chunk inside one block; nothing at all; a chunk over several blocks.
@@ -36,7 +36,7 @@ class Chunk:
     v: torch.Tensor
     block_indices: torch.Tensor
     layout: dict
-    forced: dict
+    blocks: dict
 
     def run(self, backend, **extra):
         """o and lse in the backend's widest dtype, as float64 on the CPU."""
@@ -48,13 +48,13 @@ class Chunk:
         }
         with guarded_allocations():
             found = ops.selected_attention(
-                *tensors, guarded(self.block_indices.to(device))[0], block_size=BLOCK_SIZE,
-                return_lse=True, backend=backend, **layout, **self.forced, **extra,
+                *tensors, guarded(self.block_indices.to(device))[0], return_lse=True,
+                backend=backend, **layout, **self.blocks, **extra,
             )  # fmt: skip
         return [x.cpu().double() for x in found]
 
 
-def make_chunk(group_size=1, forced=(1, 1), free=2, chunks=CHUNKS):
+def make_chunk(group_size=1, forced=(1, 1), free=2, chunks=CHUNKS, block_size=16):
     """Every query has its forced blocks, and any others, some of them twice or out of range."""
     generator = torch.Generator().manual_seed(7)
     init_blocks, local_blocks = forced
@@ -63,7 +63,7 @@ def make_chunk(group_size=1, forced=(1, 1), free=2, chunks=CHUNKS):
     of_sequences = zip(starts, chunks, strict=False)
     used = [start + i for start, (past, new, _) in of_sequences for i in range(past + new)]
     position = torch.tensor([past + i for past, new, _ in chunks for i in range(new)])
-    own, total = position[:, None] // BLOCK_SIZE, len(position)
+    own, total = position[:, None] // block_size, len(position)
 
     def randn(rows, heads, width):
         return torch.randn(rows, heads, width, generator=generator, dtype=torch.float64)
@@ -88,9 +88,10 @@ def make_chunk(group_size=1, forced=(1, 1), free=2, chunks=CHUNKS):
         cu_seqlens_q=ints(accumulate((new for _, new, _ in chunks), initial=0)),
         seqused_k=ints(past + new for past, new, _ in chunks),
     )
+    blocks = dict(block_size=block_size, init_blocks=init_blocks, local_blocks=local_blocks)
     return Chunk(
         randn(total, NUM_KV_HEADS * group_size, HEAD_DIM), cache(HEAD_DIM), cache(V_HEAD_DIM),
-        indices.int(), layout, dict(init_blocks=init_blocks, local_blocks=local_blocks),
+        indices.int(), layout, blocks,
     )  # fmt: skip
 
 

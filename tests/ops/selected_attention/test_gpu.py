@@ -127,6 +127,42 @@ def test_decoding():
         assert torch.equal(found, expected)
 
 
+# Queries of a chunk: all of a sequence, the last of one, none, a few that lie across two blocks.
+CHUNK = (700, 1, 0, 70, 1500)
+
+
+@pytest.mark.parametrize("workspace_bytes", RANGES, ids=["ranges", "at_once"])
+@pytest.mark.parametrize(("group_size", "head_dim"), SHAPES)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_chunk_after_a_past(backend, group_size, head_dim, workspace_bytes):
+    """What whole sequences give for these queries, over a cache with NaN where it is not in use,
+    and without host syncs."""
+    lengths, rest = (700, 300, 90, 1000, 5000), 50
+    p = make_problem(lengths, 2, group_size, head_dim=head_dim)
+    of_lengths, capacities = starts(lengths).tolist(), [n + rest for n in lengths]
+    cached = [of_lengths[b] + b * rest + i for b, n in enumerate(lengths) for i in range(n)]
+    rows = [of_lengths[b + 1] - n + i for b, n in enumerate(CHUNK) for i in range(n)]
+    caches = []
+    for x in (p.k, p.v):
+        cache = x.new_full((sum(capacities), *x.shape[1:]), torch.nan)
+        cache[cached] = x.detach()
+        caches.append(cache)
+    arguments = p.arguments() | dict(
+        cu_seqlens=starts(capacities), max_seqlen=max(lengths), cu_seqlens_q=starts(CHUNK),
+        seqused_k=torch.tensor(lengths, dtype=torch.int32, device="cuda"), backend=backend,
+        workspace_bytes=workspace_bytes,
+    )  # fmt: skip
+    q, indices = p.q.detach()[rows], p.block_indices[rows]
+    with torch.no_grad():
+        o, lse = (x[rows] for x in p.forward(backend))
+        ops.selected_attention(q, *caches, indices, **arguments)  # loads the kernels
+        with syncs_forbidden():
+            o_chunk, lse_chunk = ops.selected_attention(q, *caches, indices, **arguments)
+    assert_rms_close("o", o_chunk, o)
+    # float32, and sums of 128 products of numbers around 1.
+    torch.testing.assert_close(lse_chunk, lse, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("workspace_bytes", RANGES)
 @pytest.mark.parametrize("group_size", [1, 4])
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from nsa_fsa.ops.common import tuning
 from tests.cases import F32, Case, backends_of, on_a_gpu_only
+from tests.ops.selected_attention import test_cached_chunks as cached
 from tests.ops.selected_attention.promised import (
     assert_results_close,
     output_gradient,
@@ -66,6 +67,17 @@ def test_how_work_is_cut_does_not_show(backend, case, group_size, workspace_byte
     assert_results_close(
         backend, run(backend, case, x, indices, do, workspace_bytes=workspace_bytes), expected
     )
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("workspace_bytes", [60_000, 2**30])
+@pytest.mark.parametrize("block_size", [16, 32])
+@pytest.mark.parametrize("backend", backends_of("selected_attention"))
+def test_how_the_work_of_a_chunk_is_cut_does_not_show(backend, block_size, workspace_bytes):
+    """Blocks of one and of two pieces, which many queries after them chose."""
+    on_a_gpu_only(backend)
+    chunk = cached.make_chunk(group_size=3, free=2, block_size=block_size)
+    cached.check(backend, chunk, workspace_bytes=workspace_bytes)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
