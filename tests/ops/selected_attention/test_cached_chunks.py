@@ -11,8 +11,14 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
+from torch._subclasses.fake_tensor import FakeTensorMode
+
 from nsa_fsa import ops
+from nsa_fsa.ops.common import triton_backends
+from nsa_fsa.ops.common.calls import WORKSPACE_BYTES, Blocks
 from nsa_fsa.ops.selected_attention import operator
+from nsa_fsa.ops.selected_attention.call import SelectedCall
+from nsa_fsa.sequences import Sequences
 from tests.cases import backends_of, device_of, on_a_gpu_only, widest_dtype
 from tests.guards import guarded, guarded_allocations
 
@@ -150,3 +156,25 @@ def test_few_queries_after_a_past_go_query_by_query(monkeypatch, few_queries, or
     chunk = make_chunk(chunks=[(20, 19, 3), (0, 2, 0)])
     for found, expected in zip(chunk.run("triton"), chunk.run(order), strict=True):
         assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("num_queries", "cached", "by_blocks"),
+    [(4 * 256, True, True), (4 * 256 - 1, True, False), (4, False, True)],
+)
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+def test_what_goes_by_blocks_on_a_gpu(backend, num_queries, cached, by_blocks):
+    """Four sequences: of whole ones any number of queries, after a past many."""
+    bf16, int32 = torch.bfloat16, torch.int32
+    with FakeTensorMode(), triton_backends.assuming((9, 0)):
+        q, k, indices, starts, used = (
+            torch.empty(shape, dtype=dtype, device="cuda")
+            for shape, dtype in (
+                ((num_queries, 4, 64), bf16), ((4096 if cached else num_queries, 2, 64), bf16),
+                ((num_queries, 2, 8), int32), (5, int32), (4, int32),
+            )
+        )  # fmt: skip
+        sequences = Sequences(starts, 1024, *((starts, used) if cached else ()))
+        shared = (sequences, 0.1, WORKSPACE_BYTES, backend, Blocks(64, 1, 2))
+        call = SelectedCall(q, k, k, *shared, indices, None, None)
+        assert operator.wants_index(call) == by_blocks
