@@ -3,15 +3,22 @@
 Buffers are `[B, capacity, HKV, width]`, row b holding sequence b from its first real token on, so
 that the operators read them in place: sequence b begins at row `b * capacity` of the flattened
 buffer and counts `lengths[b]` rows. Compressed buffers are
-`[B, capacity // kernel_stride, HKV, width]`, which is where the operators expect compressed tokens.
+`[B, capacity // kernel_stride, HKV, width]`. To the operators of decoding the buffers are pages, a
+page for every sequence, and so compressed token i lies in state `i + l / s - 1`, counted from 0
+like rows. Other operators expect it at `i`: they see the flattened compressed buffers from row
+`l / s - 1` on.
 
-Compression, by default, reads keys as they were before RoPE. The latest ones are kept as they came,
-in the buffer "recent": the key of position p in column `p % num_recent`. So that `crop` reaches as
-far back as one likes, the cos and sin of every token are kept as well, and a crop beyond the recent
-keys turns rotated ones back. That is 6% more memory for a Llama-3-8B, where a second copy of all
-keys would be 50%. Turning back every time would do without "recent", but would cost a layer in 16
-bits 0.3% of its output's scale, and a choice of blocks here and there. With `kv_per_branch`, what
-compression reads is kept whole beside the keys and values of the other two branches.
+Keys are kept rotated. Compression, by default, reads keys as they were before RoPE, and they are
+turned back: by `turn` where a window's keys are pooled in a kernel, otherwise by the cos and sin of
+every token, which are kept as well. That is 6% more memory for a Llama-3-8B, where a second copy of
+all keys would be 50%. In 16 bits a key is rounded once more by this, before a mean is taken.
+
+A layer that never decodes the fast way, whose compressors may do other things than take a mean,
+keeps the latest keys as they came, too, in the buffer "recent": the key of position p in column
+`p % num_recent`. It turns rotated ones back only after a crop beyond them. Turning back every time
+would cost it up to 0.7% of its output's scale in 16 bits, and a choice of blocks here and there.
+With `kv_per_branch`, what compression reads is kept whole beside the keys and values of the other
+two branches.
 
 Only `hide`, and `reorder` with a bool index, wait for the device.
 """
@@ -24,6 +31,7 @@ from torch import Tensor
 
 from nsa_fsa import checks
 from nsa_fsa.config import NSAConfig
+from nsa_fsa.decode.pages import Pages
 from nsa_fsa.sequences import Sequences, sequence_ids
 
 
@@ -46,18 +54,30 @@ Sources = tuple[Tensor, Tensor, Tensor | None, Tensor | None]  # k_src, v_src, c
 Compress = Callable[
     [Tensor, Tensor, Tensor | None, Tensor | None, Sequences], tuple[Tensor, Tensor]
 ]
+# (positions [N], dtype) -> cos and sin, [N, rotary_dim]
+Rotation = Callable[[Tensor, torch.dtype], tuple[Tensor, Tensor]]
+
+
+class Step(NamedTuple):
+    """Where a few new tokens of every sequence go; T of them together."""
+
+    pages: Pages
+    lengths: Tensor  # int32 [B], new tokens included
+    # cos and sin of the new tokens, [T, rotary_dim], and `turn` of `append_tokens`, where
+    # compressed keys are rotated after compression
+    rotation: tuple[Tensor, Tensor] | None
+    turn: Tensor | None
 
 
 class _Update(NamedTuple):
-    """What `NSACache.update` prepared and `NSACache.commit` makes last; T new tokens."""
+    """What an update or a step prepared and `NSACache.commit` makes last."""
 
     buffers: dict[str, Tensor]
     lengths: Tensor  # int64 [B]
-    num_tokens: int
-    sequence: Tensor  # int64 [T]
-    position: Tensor  # int64 [T]
-    k_src: Tensor  # [T, HKV, D]
-    padded: bool  # whether any of the new columns may hold no token
+    num_columns: int  # new ones
+    padding: Tensor | None = None  # bool [B, new columns], where they hold no token
+    # Where in the buffer "recent" the keys of the T new tokens go, and these.
+    recent: tuple[tuple[Tensor, Tensor], Tensor] | None = None
 
 
 class NSACache:
@@ -68,11 +88,16 @@ class NSACache:
     a pending backward needs. A forward that raises leaves the cache as it was, but for tokens that
     its mask hid, which stay hidden.
 
+    A few new tokens at a time, without gradients and without padding among them, take the fast path
+    of decoding where the layer's compressors are "mean" or "weighted" and the branches share their
+    keys: see the layer.
+
     Args:
         config: the layer's configuration.
         max_length: None for buffers that grow by doubling; a number of tokens for buffers of fixed
             size, allocated once.
-        rollback: how many of the latest tokens `crop` can take back without rounding any key.
+        rollback: how many of the latest tokens `crop` can take back without rounding any key, in a
+            layer that never takes the fast path. It has no effect in others.
 
     Example:
         >>> cache = NSACache(attn.config)
@@ -93,21 +118,29 @@ class NSACache:
         self.config = config
         self.max_length = max_length
         self.rollback = rollback
+        # [B, capacity, ...] or [B, capacity // kernel_stride, ...]; in an empty cache they are to
+        # be used again, if they fit.
+        # "padding", bool [B, capacity]: which of the columns fed hold no token.
+        # "recent", [B, num_recent + 1, HKV, D]: see above; the last column takes the other keys.
+        self._buffers: dict[str, Tensor] = {}
+        self._lengths = torch.zeros(0, dtype=torch.int64)  # [B]; of an empty cache, meaningless
+        self._turn: Tensor | None = None
+        self._needed_by_backward = False  # then the next update writes into copies of the buffers
         self.reset()
 
     def reset(self) -> None:
-        """Forgets everything."""
+        """Forgets everything. A cache of fixed size keeps its memory."""
         # Columns fed so far, padding included: an upper bound on every length that the host knows.
         self.num_tokens = 0
         self.has_padding = False  # whether any column may hold no token; what the host knows
-        # [B, capacity, ...] or [B, capacity // kernel_stride, ...], meaningless in an empty cache.
-        # "real", bool [B, capacity]: which of the columns fed hold real tokens.
-        # "recent", [B, num_recent + 1, HKV, D]: see above; the last column takes the other keys.
-        self._buffers: dict[str, Tensor] = {}
-        self._lengths = torch.zeros(0, dtype=torch.int64)  # [B]
+        # Whether the cos and sin of every position are known, past and to come: see `update`.
+        self.is_by_position = True
         self._furthest = 0  # the most columns that there were since "recent" was last turned back
-        self._needed_by_backward = False  # then the next update writes into copies of the buffers
         self._pending: _Update | None = None
+        if self.max_length is None:
+            self._buffers, self._needed_by_backward = {}, False
+        elif self._buffers:
+            self._show_columns(0)
 
     @property
     def is_empty(self) -> bool:
@@ -120,8 +153,9 @@ class NSACache:
 
     @property
     def lengths(self) -> Tensor:
-        """Real tokens of each sequence, int64 `[B]`; `[0]` before the first batch."""
-        return self._lengths
+        """Real tokens of each sequence, int64 `[B]`; `[0]` before the first batch. The next call
+        of the layer may write into it."""
+        return self._lengths[:0] if self.is_empty else self._lengths
 
     def differences(self, config: NSAConfig) -> str:
         """The settings in which a layer's config differs from the cache's, with both values;
@@ -150,7 +184,12 @@ class NSACache:
         return self._places(layout, num_rows)[1]
 
     def update(
-        self, new: KeyValues, layout: Sequences, compress: Compress, rows: Tensor | None = None
+        self,
+        new: KeyValues,
+        layout: Sequences,
+        compress: Compress,
+        rows: Tensor | None = None,
+        rotation: Rotation | None = None,
     ) -> tuple[KeyValues, Tensor, Tensor, Sequences]:
         """Prepares to append a packed batch of new tokens; `commit` makes it last.
 
@@ -160,6 +199,8 @@ class NSACache:
             compress: turns packed keys and values into compressed ones.
             rows: int64 `[T]`, where the tokens stood in the flattened `[B, S]` batch, the other
                 places being padding; None: there is no padding.
+            rotation: how any position is rotated, where keys are rotated after compression and the
+                layer may go on by `step`. Tokens have the cos and sin of the positions they take.
 
         Returns:
             Keys and values of everything so far, the compressed ones, and the layout that makes the
@@ -172,21 +213,34 @@ class NSACache:
         num_sequences, num_columns = layout.cu_seqlens.shape[0] - 1, layout.max_seqlen
         self.check_room(num_sequences, num_columns)
         self._pending = None  # what a forward that raised has left takes memory
+        if rotation is None and new.cos is not None and self.is_by_position:
+            self.is_by_position = False
+            if not (self.is_empty or self.config.kv_per_branch):
+                self._keep_recent()
         stride, device = self.config.kernel_stride, new.k.device
         sequence, position = self._places(layout, new.k.shape[0])
         no_tokens = torch.zeros(num_sequences, dtype=torch.int64, device=device)
         old_lengths = no_tokens if self.is_empty else self._lengths
         lengths = old_lengths + layout.cu_seqlens.diff()
         num_tokens = self.num_tokens + num_columns
+        padding = None
+        if rows is not None:
+            padding = torch.ones(num_sequences * num_columns, dtype=torch.bool, device=device)
+            padding = padding.index_fill_(0, rows, False).view(num_sequences, num_columns)
 
         # Until the commit, everything is written beyond the lengths that hold.
-        buffers = self._writable(new, num_sequences, num_tokens)
-        for name, values in self._tokens(new).items():
+        tokens = self._tokens(new)
+        like = tokens | {"k_cmp": new.k_src, "v_cmp": new.v_src}
+        like["padding"] = torch.empty(0, dtype=torch.bool, device=device)
+        recent = None
+        if not (self.is_by_position or new.cos is None or self.config.kv_per_branch):
+            like["recent"] = new.k_src
+            is_recent = position >= (lengths - self._num_recent)[sequence]
+            column = torch.where(is_recent, position % self._num_recent, self._num_recent)
+            recent = (sequence, column), new.k_src  # written at the commit
+        buffers = self._writable(like, num_sequences, num_tokens, rotation)
+        for name, values in tokens.items():
             _put(buffers[name], (sequence, position), values)
-        real = torch.full((num_sequences * num_columns,), rows is None, device=device)
-        if rows is not None:
-            real.index_fill_(0, rows, True)
-        buffers["real"][:, self.num_tokens : num_tokens] = real.view(num_sequences, num_columns)
 
         # From the first window on that was not complete before.
         num_complete = self._num_windows(old_lengths)
@@ -197,46 +251,81 @@ class NSACache:
             first = num_complete * stride
             width = _round_up(self.config.kernel_size + num_columns, stride)
             sources = self._sources(buffers, first, width)
-            if "recent" in buffers:  # it gets the new keys at the commit
+            if new.cos is not None:  # what is new has not to be turned back
                 _put(sources[0], (sequence * width + position - first[sequence],), new.k_src)
             windows = Sequences(_starts(lengths, width), width, seqused_k=(lengths - first).int())
             k_cmp, v_cmp = compress(*sources, windows)
         # Incomplete windows are written as well: nobody reads them before they are overwritten.
         window = torch.arange(min(windows.max_seqlen // stride, k_cmp.shape[0]), device=device)
         row = (windows.cu_seqlens[:-1, None] // stride + window).clamp(max=k_cmp.shape[0] - 1)
-        place = (_rows(lengths), num_complete[:, None] + window)
+        place = (_rows(lengths), self._first_state + num_complete[:, None] + window)
         _put(buffers["k_cmp"], place, k_cmp[row])
         _put(buffers["v_cmp"], place, v_cmp[row])
 
-        self._pending = _Update(
-            buffers, lengths, num_tokens, sequence, position, new.k_src, rows is not None
-        )
+        self._pending = _Update(buffers, lengths, num_columns, padding, recent)
         if self.is_empty:
             return new, k_cmp, v_cmp, layout
-        flat = {name: x.flatten(0, 1) for name, x in buffers.items()}
+        # So many rows less of tokens, because so many compressed ones come before the first.
+        num_rows = max(buffers["padding"].numel() - self._first_state * stride, 0)
+        flat = {name: x.flatten(0, 1)[:num_rows] for name, x in buffers.items()}
+        k_cmp, v_cmp = (buffers[x].flatten(0, 1)[self._first_state :] for x in ("k_cmp", "v_cmp"))
         k_swa, v_swa = ("k_swa", "v_swa") if self.config.kv_per_branch else ("k", "v")
         keys = KeyValues(
             flat["k"], flat["v"], flat[k_swa], flat[v_swa], new.k_src, new.v_src, new.cos, new.sin
         )
-        starts = _starts(lengths, buffers["k"].shape[1])
+        starts = _starts(lengths, buffers["k"].shape[1]).clamp(max=num_rows)
         everything = Sequences(starts, num_tokens, layout.cu_seqlens, lengths.int())
-        return keys, flat["k_cmp"], flat["v_cmp"], everything
+        return keys, k_cmp, v_cmp, everything
+
+    def step(self, k: Tensor, v: Tensor, num_new: int, rotation: Rotation | None) -> Step:
+        """Prepares to append `num_new` tokens of every sequence, which the caller writes into the
+        pages; `commit` makes it last. The cache must not be empty.
+
+        Args:
+            k, v: `[T, HKV, D]` and `[T, HKV, DV]`, of the dtype of the new ones.
+            rotation: how any position is rotated, where compressed keys are rotated after
+                compression.
+
+        Raises:
+            ValueError: as `check_room` does.
+        """
+        num_sequences = self._lengths.shape[0]
+        self.check_room(num_sequences, num_new)
+        self._pending = None
+        like = {name: x.flatten(0, 1) for name, x in self._buffers.items()}
+        like |= {"k": k, "v": v, "k_cmp": k, "v_cmp": v}
+        buffers = self._writable(like, num_sequences, self.num_tokens + num_new, rotation)
+        lengths = self._lengths + num_new
+        row = torch.arange(num_sequences, dtype=torch.int32, device=k.device)[:, None]
+        cos_and_sin = None
+        if rotation is not None:
+            position = self._lengths[:, None] + torch.arange(num_new, device=k.device)
+            cos, sin = (
+                buffers[name][row, position].flatten(0, 1).repeat(1, 2) for name in ("cos", "sin")
+            )
+            cos_and_sin = cos, sin
+        k, v, k_cmp, v_cmp = (buffers[x].transpose(1, 2) for x in ("k", "v", "k_cmp", "v_cmp"))
+        self._pending = _Update(buffers, lengths, num_new)
+        pages = Pages(k, v, k_cmp, v_cmp, table=row)
+        return Step(pages, lengths.int(), cos_and_sin, None if rotation is None else self._turn)
 
     def commit(self, needed_by_backward: bool) -> None:
-        """Makes the last update last; for the end of a forward, when nothing can fail any more.
+        """Makes the last update or step last; for the end of a forward, when nothing can fail any
+        more.
 
         needed_by_backward: whether the forward recorded a graph, which then holds the buffers: the
             next update leaves them as they are and writes into copies.
         """
         assert self._pending is not None, "there is no update to commit"
-        buffers, lengths, num_tokens, sequence, position, k_src, padded = self._pending
-        self.has_padding = self.has_padding or padded
-        if "recent" in buffers:
-            is_recent = position >= (lengths - self._num_recent)[sequence]
-            column = torch.where(is_recent, position % self._num_recent, self._num_recent)
-            _put(buffers["recent"], (sequence, column), k_src)
-        self._buffers, self._lengths, self.num_tokens = buffers, lengths, num_tokens
-        self._furthest = max(self._furthest, num_tokens)
+        buffers, lengths, num_columns, padding, recent = self._pending
+        if recent is not None:
+            _put(buffers["recent"], *recent)
+        if padding is not None:
+            self.has_padding = True
+            buffers["padding"][:, self.num_tokens : self.num_tokens + num_columns] = padding
+        self._buffers, self._lengths = buffers, _written(self._lengths, lengths)
+        self.num_tokens += num_columns
+        self._furthest = max(self._furthest, self.num_tokens)
         self._needed_by_backward, self._pending = needed_by_backward, None
 
     # -- what generation does to a cache -----------------------------------------------------------
@@ -274,10 +363,11 @@ class NSACache:
             self.reset()
             return
         self.num_tokens -= num_removed
-        self._lengths = self._buffers["real"][:, : self.num_tokens].sum(1)
+        self._show_columns(self.num_tokens)
+        padding = self._buffers["padding"]
+        self._lengths = _written(self._lengths, self.num_tokens - padding.sum(1))
         if "recent" in self._buffers and self._furthest - self.num_tokens > self.rollback:
-            self._buffers["recent"] = self._turned_back()
-            self._furthest = self.num_tokens
+            self._keep_recent()
 
     def hide(self, mask: Tensor) -> None:
         """Takes back the tokens that a mask hides, which must be the last ones of their rows.
@@ -289,7 +379,8 @@ class NSACache:
             ValueError: if a row goes on after hidden tokens, with tokens that were computed from
                 them, or if the mask shows a column that holds no token. Nothing is changed then.
         """
-        fed, shown = self._buffers["real"][:, : self.num_tokens], mask.bool()
+        padding = self._buffers["padding"]
+        fed, shown = ~padding[:, : self.num_tokens], mask.bool()
         kept = fed & shown
         goes_on = kept.sum(1, keepdim=True) > kept.cumsum(1)
         wrong = (fed & ~shown & goes_on) | (shown & ~fed)
@@ -311,19 +402,22 @@ class NSACache:
                 "Fix: keep the mask of earlier columns as it was."
             )
         self.has_padding = True
-        num_fed, self._lengths = self._lengths, kept.sum(1)
-        unused = self._buffers["real"].shape[1] - self.num_tokens
-        self._buffers["real"] = torch.nn.functional.pad(kept, (0, unused))
+        shorter = kept.sum(1) != self._lengths
+        self._lengths = _written(self._lengths, kept.sum(1))
+        unused = padding.shape[1] - self.num_tokens
+        hidden = torch.nn.functional.pad(~kept, (0, unused))
+        self._buffers["padding"] = _written(padding, hidden)
         if "recent" in self._buffers:
-            shorter = (num_fed != self._lengths)[:, None, None, None]
-            recent = torch.where(shorter, self._turned_back(), self._buffers["recent"])
+            recent = torch.where(
+                shorter[:, None, None, None], self._turned_back(), self._buffers["recent"]
+            )
             self._buffers["recent"] = recent
 
     def by_column(self, name: str) -> Tensor | None:
         """The buffer "k" or "v" in the order fed, 0 at padding: `[B, HKV, num_tokens, width]`."""
         if self.is_empty:
             return None
-        real = self._buffers["real"][:, : self.num_tokens]
+        real = ~self._buffers["padding"][:, : self.num_tokens]
         position = (real.cumsum(1) - 1).clamp(min=0)
         tokens = self._buffers[name][_rows(real), position]  # [B, num_tokens, HKV, width]
         return (tokens * real[..., None, None]).transpose(1, 2)
@@ -349,39 +443,59 @@ class NSACache:
             tokens |= {"cos": new.cos[:, :half], "sin": new.sin[:, :half]}
         return tokens
 
-    def _writable(self, new: KeyValues, num_sequences: int, num_tokens: int) -> dict[str, Tensor]:
-        """Buffers with what the cache holds and room for `num_tokens`, that may be written to."""
+    def _writable(
+        self,
+        like: dict[str, Tensor],
+        num_sequences: int,
+        num_tokens: int,
+        rotation: Rotation | None,
+    ) -> dict[str, Tensor]:
+        """Buffers with what the cache holds and room for `num_tokens`, that may be written to.
+
+        like: by the names of the buffers, rows of as many numbers, of the dtype to be written.
+        """
         stride = self.config.kernel_stride
         slack = self.config.kernel_size + 2 * stride  # compressed tokens past the last complete one
         capacity = self.capacity
         if num_tokens + slack > capacity:
             wanted = self.max_length or max(num_tokens, 2 * capacity - slack)
             capacity = _round_up(wanted + slack, stride)
-        sizes = {name: (capacity, x) for name, x in self._tokens(new).items()}
-        sizes["k_cmp"] = (capacity // stride, new.k_src)
-        sizes["v_cmp"] = (capacity // stride, new.v_src)
-        sizes["real"] = (capacity, torch.empty(0, dtype=torch.bool, device=new.k.device))
-        if new.cos is not None and not self.config.kv_per_branch:
-            sizes["recent"] = (self._num_recent + 1, new.k_src)
-        return {
-            name: self._writable_buffer(name, (num_sequences, length, *like.shape[1:]), like)
-            for name, (length, like) in sizes.items()
-        }
+        states = capacity // stride
+        lengths = {"k_cmp": states, "v_cmp": states, "recent": self._num_recent + 1}
+        buffers = {}
+        for name, rows in like.items():
+            length = lengths.get(name, capacity)
+            shape = (num_sequences, length, *rows.shape[1:])
+            buffers[name] = self._writable_buffer(name, shape, rows)
+        is_new = self.is_empty or buffers.get("cos") is not self._buffers.get("cos")
+        if rotation is not None and self.is_by_position and is_new:
+            self._rotate_all(buffers, rotation)
+        return buffers
 
     def _writable_buffer(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
         """The buffer, or a copy where it is too short, of a narrower dtype, needed as it is by a
         backward, or made in inference mode, outside of which it may not be written to."""
-        if self.is_empty:
+        old = self._buffers.get(name)
+        if old is None:
             return like.new_zeros(shape)
-        old = self._buffers[name]
-        dtype = torch.promote_types(old.dtype, like.dtype)
-        inference_only = old.is_inference() and not torch.is_inference_mode_enabled()
-        frozen = self._needed_by_backward or inference_only
-        if old.shape == shape and old.dtype == dtype and not frozen:
+        dtype = like.dtype if self.is_empty else torch.promote_types(old.dtype, like.dtype)
+        fits = old.shape == shape and old.dtype == dtype and old.device == like.device
+        if fits and not self._needed_by_backward and _can_be_written(old):
             return old
-        copy = old.new_zeros(shape, dtype=dtype)
-        copy[:, : old.shape[1]] = old
+        copy = like.new_zeros(shape, dtype=dtype)
+        if not self.is_empty:
+            copy[:, : old.shape[1]] = old
         return copy
+
+    def _rotate_all(self, buffers: dict[str, Tensor], rotation: Rotation) -> None:
+        """Writes the cos and sin of every position, those to come included."""
+        cos, sin = buffers["cos"], buffers["sin"]
+        position, half = torch.arange(cos.shape[1], device=cos.device), cos.shape[2]
+        for buffer, values in zip((cos, sin), rotation(position, cos.dtype), strict=True):
+            buffer.copy_(values[:, :half])
+        wide = torch.promote_types(cos.dtype, torch.float32)
+        turn = torch.stack(rotation(position[: self.config.kernel_size], wide))[..., :half]
+        self._turn = turn / turn[0, 0, 0]  # where RoPE scales, as YaRN does, that is its factor
 
     def _sources(self, buffers: dict[str, Tensor], first: Tensor, width: int) -> Sources:
         """What compression reads of positions `first[b] .. first[b] + width`, packed."""
@@ -397,7 +511,15 @@ class NSACache:
             k_src = read("k_src" if self.config.kv_per_branch else "k")
         if "cos" not in buffers:
             return k_src, v_src, None, None
-        return k_src, v_src, read("cos").repeat(1, 2), read("sin").repeat(1, 2)
+        cos, sin = (read(name).repeat(1, 2) for name in ("cos", "sin"))
+        if "recent" not in buffers and not self.config.kv_per_branch:
+            k_src = turn_back(k_src, cos, sin)
+        return k_src, v_src, cos, sin
+
+    def _keep_recent(self) -> None:
+        """Makes the buffer "recent" of rotated keys."""
+        self._buffers["recent"] = self._turned_back()
+        self._furthest = self.num_tokens
 
     def _turned_back(self) -> Tensor:
         """The buffer "recent" for sequences of the present lengths, from their rotated keys."""
@@ -408,12 +530,24 @@ class NSACache:
             self._buffers[name][rows, column].flatten(0, 1) for name in ("k", "cos", "sin")
         )
         k = turn_back(k, cos.repeat(1, 2), sin.repeat(1, 2)).unflatten(0, position.shape)
-        return self._buffers["recent"].index_put((rows, position % self._num_recent), k)
+        recent = k.new_zeros(k.shape[0], self._num_recent + 1, *k.shape[2:])
+        return recent.index_put((rows, position % self._num_recent), k)
 
     @property
     def _num_recent(self) -> int:
         """Enough for every window that is incomplete after a crop of `rollback` tokens."""
         return self.rollback + self.config.kernel_size
+
+    @property
+    def _first_state(self) -> int:
+        """Where the first compressed token of a sequence lies."""
+        return self.config.kernel_size // self.config.kernel_stride - 1
+
+    def _show_columns(self, num_columns: int) -> None:
+        """Forgets of what is padding from a column on: what is not fed yet is none."""
+        padding = self._buffers["padding"]
+        column = torch.arange(padding.shape[1], device=padding.device)
+        self._buffers["padding"] = _written(padding, padding & (column < num_columns))
 
     def _num_windows(self, lengths: Tensor) -> Tensor:
         """Complete compression windows of sequences of these lengths, int64 `[B]`."""
@@ -425,6 +559,17 @@ class NSACache:
         if not self.is_empty:
             self._buffers = {name: change(x) for name, x in self._buffers.items()}
             self._lengths = change(self._lengths)
+
+
+def _can_be_written(x: Tensor) -> bool:
+    return torch.is_inference_mode_enabled() or not x.is_inference()
+
+
+def _written(x: Tensor, values: Tensor) -> Tensor:
+    """x with other values, in its own memory, which a CUDA graph may know, where that is
+    possible; otherwise the values."""
+    fits = x.shape == values.shape and x.device == values.device
+    return x.copy_(values) if fits and _can_be_written(x) else values
 
 
 def _put(x: Tensor, index: tuple[Tensor, ...], values: Tensor) -> None:

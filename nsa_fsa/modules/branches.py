@@ -6,8 +6,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from nsa_fsa.cache import KeyValues
+from nsa_fsa.cache import KeyValues, Step
 from nsa_fsa.config import NSAConfig
+from nsa_fsa.decode import append_tokens, nsa_decode
+from nsa_fsa.decode.operator import BACKENDS
 from nsa_fsa.modules.compression import Compressor
 from nsa_fsa.modules.gating import BranchGate
 from nsa_fsa.modules.rotary import apply_rotary
@@ -164,6 +166,40 @@ class SparseBranches:
             inside = Inside(q.detach(), k_cmp.detach(), branches)
             self.recorder(Record(self.layer_idx, branches.block_indices, gates, layout, c, inside))
         return o
+
+    def mix_step(self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor, step: Step) -> Tensor:
+        """As `mix`, for a few new tokens of every sequence of a cache, which are written into it:
+        q `[T, HQ, D]` -> `[T, HQ, DV]`. Both compressors must pool.
+
+        k, v: `[T, HKV, D]` and `[T, HKV, DV]`, rotated. gate_logits: `[T, 3 * HQ or 3]`.
+        """
+        c, dtype = self.nsa_config, step.pages.k.dtype
+        backend = BACKENDS.or_auto(c.backend)
+        pool_k, pool_v = self.compress_k.pooling(), self.compress_v.pooling()
+        assert pool_k is not None
+        assert pool_v is not None
+        append_tokens(
+            *(k.to(dtype), v.to(dtype), step.pages, step.lengths),
+            kernel_size=c.kernel_size,
+            kernel_stride=c.kernel_stride,
+            pool_k=pool_k,
+            pool_v=pool_v,
+            turn=step.turn,
+            rotation=step.rotation,
+            backend=backend,
+        )
+        return nsa_decode(
+            *(q.to(dtype), gate_logits.unflatten(-1, (-1, 3)), step.pages, step.lengths),
+            kernel_size=c.kernel_size,
+            kernel_stride=c.kernel_stride,
+            block_size=c.block_size,
+            num_selected_blocks=c.num_selected_blocks,
+            init_blocks=c.init_blocks,
+            local_blocks=c.local_blocks,
+            window_size=c.window_size,
+            scale=c.scale,
+            backend=backend,
+        ).o
 
 
 def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:

@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from nsa_fsa import checks
 from nsa_fsa.cache import KeyValues, NSACache
+from nsa_fsa.cache.nsa_cache import Rotation
 from nsa_fsa.config import NSAConfig
+from nsa_fsa.decode.operator import MOST_NEW
 from nsa_fsa.modules.branches import SparseBranches, put_back, rotate, take
 from nsa_fsa.modules.norm import normalize
 from nsa_fsa.modules.rotary import RotaryEmbedding
 from nsa_fsa.sequences import Packing, Sequences, pack_batch, positions, uniform_layout
 
+# What the caller says of positions: position_embeddings and position_ids.
+_Given = tuple[tuple[Tensor, Tensor] | None, Tensor | None]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
 
@@ -128,7 +132,10 @@ class NativeSparseAttention(SparseBranches, nn.Module):
             position_ids: int64 or int32 `[B or 1, S]`, for the rotary embedding only;
                 default: counted from each sequence's first real token.
             cache: decode state; new tokens are appended to it, and everything it holds is
-                attended to.
+                attended to. Up to 16 new tokens of each row, without gradients and without padding
+                among them, take a few launches where compressors pool ("mean", "weighted"), keys
+                are shared by the branches, and positions are those that the cache counts, or
+                `compress_rope="before"`.
 
         Raises:
             ValueError: for a mask that is not 2D or has negative values, packed input with a
@@ -136,23 +143,83 @@ class NativeSparseAttention(SparseBranches, nn.Module):
                 that do not fit.
         """
         rows, layout = self._pack(hidden_states, attention_mask, cu_seqlens, max_seqlen, cache)
+        given = (position_embeddings, position_ids)
+        rotation = None if cache is None else self._rotation_by_position(given)
+        if cache is not None and self._decodes(hidden_states, rows, cache, given, rotation):
+            return self._decode(hidden_states, layout, cache, rotation, given)
         x = take(hidden_states, rows)  # [T, E]
 
         q, k, v = self._project(x)  # [T, HQ, D]; k and v: a tensor [T, HKV, D] per branch
-        cos, sin = self._rotation(
-            hidden_states, rows, layout, position_embeddings, position_ids, cache
-        )
+        cos, sin = self._rotation(hidden_states, rows, layout, given, cache)
         q = rotate(q, cos, sin)
         keys = self._branch_keys(k, v, cos, sin)
         if cache is None:
             k_cmp, v_cmp = self.compress(keys.k_src, keys.v_src, keys.cos, keys.sin, layout)
         else:
-            keys, k_cmp, v_cmp, layout = cache.update(keys, layout, self.compress, rows)
+            keys, k_cmp, v_cmp, layout = cache.update(keys, layout, self.compress, rows, rotation)
 
         o = self.mix(q, keys, k_cmp, v_cmp, self.gate(x), layout)  # [T, HQ, DV]
         output = put_back(self.o_proj(o.flatten(1).to(q.dtype)), rows, *hidden_states.shape[:2])
         if cache is not None:
             cache.commit(needed_by_backward=o.requires_grad)
+        return output
+
+    def _rotation_by_position(self, given: _Given) -> Rotation | None:
+        """How any position is rotated, where a cache needs it to decode the fast way: where keys
+        are rotated after compression, by the positions that a cache counts, and RoPE depends on
+        nothing else."""
+        if self.rotary is None or _has_any(given) or self.config.compress_rope == "before":
+            return None
+        return self.rotary.at if self.rotary.is_by_position and self._pools else None
+
+    @property
+    def _pools(self) -> bool:
+        """Whether decoding's kernels can compress as this layer does."""
+        pooling = (self.compress_k.pooling(), self.compress_v.pooling())
+        return None not in pooling and not self.config.kv_per_branch
+
+    def _decodes(
+        self,
+        hidden_states: Tensor,
+        rows: Tensor | None,
+        cache: NSACache,
+        given: _Given,
+        rotation: Rotation | None,
+    ) -> bool:
+        """Whether new tokens go the fast way of decoding: a few of each sequence, after others,
+        without padding, gradients, or anyone who records."""
+        rotates = self.rotary is not None or _has_any(given)
+        turns = self.config.compress_rope == "after" and rotates
+        return (
+            rows is None
+            and not cache.is_empty
+            and 0 < hidden_states.shape[1] <= MOST_NEW
+            and hidden_states.shape[0] > 0
+            and not torch.is_grad_enabled()
+            and self.recorder is None
+            and self._pools
+            and cache.is_by_position
+            and turns == (rotation is not None)
+        )
+
+    def _decode(
+        self,
+        hidden_states: Tensor,
+        layout: Sequences,
+        cache: NSACache,
+        rotation: Rotation | None,
+        given: _Given,
+    ) -> Tensor:
+        """The forward where it `_decodes`: few operations, of which none copies what the cache
+        holds or depends on the host."""
+        x = hidden_states.flatten(0, 1)  # [T, E]
+        q, (k, *_), (v, *_) = self._project(x)
+        step = cache.step(k, v, hidden_states.shape[1], rotation)
+        cos, sin = step.rotation or self._rotation(hidden_states, None, layout, given, cache)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        o = self.mix_step(q, k, v, self.gate(x), step)  # [T, HQ, DV]
+        output = put_back(self.o_proj(o.flatten(1).to(q.dtype)), None, *hidden_states.shape[:2])
+        cache.commit(needed_by_backward=False)
         return output
 
     def _pack(
@@ -243,11 +310,11 @@ class NativeSparseAttention(SparseBranches, nn.Module):
         hidden_states: Tensor,
         rows: Tensor | None,
         layout: Sequences,
-        position_embeddings: tuple[Tensor, Tensor] | None,
-        position_ids: Tensor | None,
+        given: _Given,
         cache: NSACache | None,
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """cos and sin of the packed tokens, `[T, rotary_dim]`; None where nothing is rotated."""
+        position_embeddings, position_ids = given
         batch = hidden_states.shape[:2]
         if position_embeddings is not None:
             self._check_rotation(position_embeddings, hidden_states)
@@ -314,6 +381,10 @@ class NativeSparseAttention(SparseBranches, nn.Module):
         if self.config.compress_rope == "before":
             return KeyValues(k_slc, v[1], k_swa, v[2], k_cmp, v[0])
         return KeyValues(k_slc, v[1], k_swa, v[2], k[0], v[0], cos, sin)
+
+
+def _has_any(given: _Given) -> bool:
+    return any(x is not None for x in given)
 
 
 def _check_arguments(config: Any, projections: Any) -> None:

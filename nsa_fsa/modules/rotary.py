@@ -8,6 +8,9 @@ from torch import Tensor
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.modules.fused import kernels_for
 
+# A token's angles are its position times frequencies that depend on nothing else.
+BY_POSITION = ("default", "linear", "llama3", "yarn")
+
 # A launch of quack's kernel has at most 65,535 programs along the sequence,
 # each of eight tokens or more.
 MOST_TOKENS = 65_535 * 8
@@ -29,6 +32,15 @@ class RotaryEmbedding:
         self.rotary_dim = int(config.head_dim * self.rope.get("partial_rotary_factor", 1.0))
         unscaled = self.rope["rope_type"] in ("default", "linear")
         self.scaled = None if unscaled else _ScaledRope(config)
+
+    @property
+    def is_by_position(self) -> bool:
+        """Whether a token's angles depend on its position alone."""
+        return self.rope["rope_type"] in BY_POSITION
+
+    def at(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """As the call gives them, of a type that `is_by_position`."""
+        return self(positions, 0, dtype)
 
     def __call__(
         self, positions: Tensor, max_position: int, dtype: torch.dtype

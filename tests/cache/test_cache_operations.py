@@ -162,7 +162,7 @@ def test_crop_after_any_feeding(variant, chunks, removed):
 @pytest.mark.parametrize("rollback", [0, 1, 3, 4, 9])
 def test_crop_always_reaches_back_rollback_tokens(rollback):
     """At every length, with one-by-one feeding, which trims the open window the most."""
-    layer, x = make_variant("default"), randn(1, 34, 24)
+    layer, x = make_variant("mean-linear"), randn(1, 34, 24)
     cache = NSACache(layer.config, rollback=rollback)
     for i in range(34):
         layer(x[:, i : i + 1], cache=cache)
@@ -242,7 +242,9 @@ def test_crop_beyond_the_rollback_turns_back_any_rotation(rope):
     """
     layer = make_layer(
         small_config(
-            rope_parameters={"rope_type": rope, "factor": 4.0}, max_position_embeddings=16
+            rope_parameters={"rope_type": rope, "factor": 4.0},
+            max_position_embeddings=16,
+            compress_v="linear",
         ),
         dtype=torch.float64,
     )
@@ -257,9 +259,9 @@ def test_crop_beyond_the_rollback_turns_back_any_rotation(rope):
 @torch.no_grad()
 @pytest.mark.parametrize("variant", ["default", "mean-linear", "wide-values"])
 def test_crop_in_16_bits(variant):
-    """Within the rollback nothing is rounded. Beyond, the keys of the last window are, once, and
-    the bound is that of row 16; every block is selected there, because a choice between near-ties
-    may fall otherwise."""
+    """Within the rollback nothing is rounded, or as much as without the crop. Beyond, the keys of
+    the last window are, once, and the bound is that of row 16; every block is selected there,
+    because a choice between near-ties may fall otherwise."""
     for removed, bound, changes in ((5, 0.0, {}), (30, 2e-3, dict(num_selected_blocks=8))):
         layer = make_variant(variant, torch.bfloat16, **changes)
         x = randn(2, 60, 24, dtype=torch.bfloat16)
@@ -348,7 +350,7 @@ def test_a_growing_cache_reallocates_rarely():
     """Doubling: 300 single tokens cost a handful of copies, not 300;
     and what is kept of the latest stays short.
     """
-    layer, x = make_variant("default", torch.float32), randn(1, 300, 24, dtype=torch.float32)
+    layer, x = make_variant("mean-linear", torch.float32), randn(1, 300, 24, dtype=torch.float32)
     cache, capacities = NSACache(layer.config, rollback=10), set()
     for i in range(300):
         layer(x[:, i : i + 1], cache=cache)

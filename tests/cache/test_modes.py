@@ -156,7 +156,7 @@ FAILURES = [
 def test_a_call_that_raised_can_be_repeated(monkeypatch, failure, history):
     """Wherever it stopped: all buffers are new or have to grow."""
     name, method, call = failure
-    layer, x = make_variant("default"), randn(2, history + 29, 24)
+    layer, x = make_variant("wide-values"), randn(2, history + 29, 24)
     mask = torch.ones(2, history + 29)
     mask[1, history : history + 4] = 0
     cache = NSACache(layer.config, rollback=3)
