@@ -92,6 +92,12 @@ class NSACache:
     of decoding where the layer's compressors are "mean" or "weighted" and the branches share their
     keys: see the layer.
 
+    In a cache of fixed size such a step can be recorded in a CUDA graph, because the lengths are on
+    the device. The host counts columns beside them: `advance` counts those of a replay, and refuses
+    what does not fit. A graph stays good after `crop`, `hide`, `reset` and other calls in its mode
+    of gradients, for as many sequences of the same dtype, but not after `reorder` and
+    `repeat_interleave`. With `compress_rope="before"` RoPE must be "default" or "linear" for it.
+
     Args:
         config: the layer's configuration.
         max_length: None for buffers that grow by doubling; a number of tokens for buffers of fixed
@@ -103,6 +109,20 @@ class NSACache:
         >>> cache = NSACache(attn.config)
         >>> prompt, rest = attn(x[:, :100], cache=cache), attn(x[:, 100:], cache=cache)
         >>> y = torch.cat((prompt, rest), dim=1)  # equals attn(x)
+
+        A loop of one's own, of which a GPU runs whole steps without the host. `model` calls layers
+        that have a cache each, and writes its answer into `token`, its input:
+
+        >>> caches = [NSACache(layer.config, max_length=4096) for layer in layers]
+        >>> model(prompt, caches)
+        >>> model(token, caches)  # the first step compiles kernels
+        >>> graph = torch.cuda.CUDAGraph()
+        >>> with torch.cuda.graph(graph):
+        ...     model(token, caches)
+        >>> for _ in range(100):
+        ...     for cache in caches:
+        ...         cache.advance(1)
+        ...     graph.replay()
     """
 
     def __init__(
@@ -324,9 +344,27 @@ class NSACache:
             self.has_padding = True
             buffers["padding"][:, self.num_tokens : self.num_tokens + num_columns] = padding
         self._buffers, self._lengths = buffers, _written(self._lengths, lengths)
-        self.num_tokens += num_columns
+        # What a CUDA graph records does not run yet: see `advance`.
+        if not (lengths.is_cuda and torch.cuda.is_current_stream_capturing()):
+            self.num_tokens += num_columns
         self._furthest = max(self._furthest, self.num_tokens)
         self._needed_by_backward, self._pending = needed_by_backward, None
+
+    def advance(self, num_columns: int) -> None:
+        """Counts the columns that a replay of a recorded step is about to append, for there the
+        host does not see them.
+
+        Raises:
+            ValueError: where they do not fit, or buffers grow.
+        """
+        checks.check_ints(0, num_columns=num_columns)
+        if self.max_length is None or self.is_empty:
+            raise ValueError(
+                "advance counts the tokens of a recorded step, which goes on from a prompt in "
+                "buffers of fixed size. Fix: NSACache(config, max_length=...), and feed a prompt."
+            )
+        self.check_room(self._lengths.shape[0], num_columns)
+        self.num_tokens += num_columns
 
     # -- what generation does to a cache -----------------------------------------------------------
 

@@ -1,5 +1,5 @@
 """A few new tokens at a time, the fast way: what it gives, when it is taken, how little it
-launches.
+launches, and that a recorded step can be run again.
 """
 
 import copy
@@ -280,7 +280,7 @@ def test_given_positions_do_not_matter_where_keys_are_compressed_as_they_are():
     torch.testing.assert_close(actual, layer(x, position_ids=positions)[:, 30:], **CLOSE)
 
 
-# --- How little it launches -----------------------------------------------------------------------
+# --- How little it launches, and that it can be recorded ------------------------------------------
 
 
 @torch.no_grad()
@@ -293,6 +293,86 @@ def test_a_step_launches_little(name, most):
     with Recording() as recording:
         layer(x[:, :1], cache=cache)
     assert len(recording.launches) <= most, recording.launches
+
+
+class Loop:
+    """Two layers, a cache for each, and a step that writes its output where its input was."""
+
+    def __init__(self, name, size=1, **cache):
+        layer = layer_of(name)
+        self.layers = [layer, make_layer(layer.config, seed=1)]
+        self.caches = [NSACache(layer.config, **cache) for layer in self.layers]
+        self.token = torch.zeros(2, size, 24, dtype=torch.float64)
+
+    def feed(self, x):
+        for layer, cache in zip(self.layers, self.caches, strict=True):
+            x = torch.nn.functional.rms_norm(x + layer(x, cache=cache), (24,))
+        return x
+
+    def prompt(self, x):
+        size = self.token.shape[1]
+        self.token.copy_(self.feed(x)[:, -size:])
+
+    def step(self):
+        self.token.copy_(self.feed(self.token))
+
+    def crop(self, removed):
+        for cache in self.caches:
+            cache.crop(removed)
+
+    def reset(self):
+        for cache in self.caches:
+            cache.reset()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("name", ["weighted", "before", "embeddings", "no rope"])
+def test_a_recorded_step_can_be_run_again(name, size):
+    """With nothing but `advance` on the host: at other lengths, over the ends of windows and
+    blocks, after tokens were taken back, after a chunk, and after another prompt."""
+    again, eager = Loop(name, size, max_length=120), Loop(name, size)
+    recording = None
+    for prompt, removed in ((20, 0), (17, 0), (40, 5)):
+        x = randn(2, prompt, 24, seed=prompt)
+        if prompt == 40:
+            again.reset()
+            eager.reset()
+        for loop in (again, eager):
+            loop.prompt(x)
+        if recording is None:
+            for loop in (again, eager):
+                loop.step()
+            with Recording() as recording:
+                again.step()
+            eager.step()
+        for i in range(8):
+            for cache in again.caches:
+                cache.advance(size)
+            recording.replay()
+            eager.step()
+            torch.testing.assert_close(again.token, eager.token, **CLOSE)
+            if i == 4:
+                for loop in (again, eager):
+                    loop.crop(removed)
+        for one, other in zip(again.caches, eager.caches, strict=True):
+            assert one.num_tokens == other.num_tokens
+            assert torch.equal(one.lengths, other.lengths)
+
+
+@torch.no_grad()
+def test_advance_refuses_what_does_not_fit():
+    layer, x = layer_of("weighted"), randn(2, 20, 24)
+    cache = fill(layer, x, max_length=24)
+    cache.advance(3)
+    with pytest.raises(ValueError, match="2 more tokens do not fit: the cache holds 23 of 24"):
+        cache.advance(2)
+    assert cache.num_tokens == 23
+    with pytest.raises(ValueError, match="num_columns=-1 must be an int >= 0"):
+        cache.advance(-1)
+    for other in (fill(layer, x), NSACache(layer.config, max_length=24)):
+        with pytest.raises(ValueError, match=r"buffers of fixed size\. Fix: NSACache\(config, max"):
+            other.advance(1)
 
 
 @torch.no_grad()
