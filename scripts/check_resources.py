@@ -352,16 +352,20 @@ def call_decoding(
         )
         number = 4 * num_new
         cos = k.new_empty(number, 2 * half)
-        for of_keys, of_values in (
-            (k.new_empty(*of_windows, case.head_dim), v.new_empty(*of_windows, case.value_dim)),
-            (None, None),
+        learned = (
+            *(logits, k.new_empty(*of_windows, case.head_dim)),
+            *(logits, v.new_empty(*of_windows, case.value_dim)),
+        )
+        for pooling, rotation in (
+            (learned, (turn, cos, cos)),
+            ((logits, None) * 2, (None,) * 3),
+            ((None, None) * 2, (None,) * 3),
         ):
             enter(f"append_tokens, {num_new} in pages of {page_size}")
-            rotation = (None, None, None) if of_keys is None else (turn, cos, cos)
             append_tokens(
                 AppendCall(
-                    *(k[:number], v[:number], pages, lengths, logits, of_keys, logits, of_values),
-                    *(*rotation, windows, 1, 1, "triton"),
+                    *(k[:number], v[:number], pages, lengths, *pooling, *rotation),
+                    *(windows, 1, 1, "triton"),
                 )
             )
         enter(f"nsa_decode, {num_new} in pages of {page_size}")

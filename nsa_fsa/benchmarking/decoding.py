@@ -1,8 +1,9 @@
 """A layer's decoding step: appending, compressing and attending, as a CUDA graph replays it.
 
-The layer turns keys back and compresses them by weights of its own, as `NSAConfig` has it by
-default, and every step completes a window. Full attention reads a contiguous cache that holds the
-new tokens already.
+The graph has several layers, as that of a model, each with a cache of its own, and times are those
+of one. A layer turns keys back and compresses them by weights of its own, as `NSAConfig` has it by
+default, and its step completes a window. Full attention reads a contiguous cache that holds the new
+tokens already.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ from nsa_fsa.modules.rotary import RotaryEmbedding
 
 Step = Callable[[], Any]
 PAGE = 64  # tokens
+MOST_LAYERS, MOST_BYTES = 8, 16 << 30  # of a graph, and of the caches of all its layers
 LEAST_ALIKE = 0.9  # of queries' choices of blocks, the reference's and ours: scores may tie
 
 
@@ -34,16 +36,25 @@ class DecodeCase(Case):
     batch_size: int = 1
     num_new: int = 1
 
+    @property
+    def repeats(self) -> int:
+        """The layers of the graph."""
+        c = self.config
+        token = c.num_kv_heads * (c.head_dim + c.v_head_dim) * self.dtype.itemsize
+        fits = MOST_BYTES // (self.batch_size * self.num_tokens * token)
+        return max(min(fits, MOST_LAYERS), 1)
+
     def make(self, name: str) -> Tensor:
         c, number, new = self.config, self.batch_size, self.batch_size * self.num_new
-        pages = -(-self.num_tokens // PAGE)
+        rows, pages = self.repeats * number, -(-self.num_tokens // PAGE)
         heads, states = c.num_kv_heads, PAGE // c.kernel_stride
         if name == "lengths":
             return torch.full((number,), self.num_tokens, dtype=torch.int32, device=self.device)
-        if name == "table":  # pages in any order
+        if name == "table":  # of every layer's own pages, in any order
             generator = torch.Generator(self.device).manual_seed(self.seed)
             order = torch.randperm(number * pages, generator=generator, device=self.device)
-            return order.view(number, pages).int()
+            layer = torch.arange(self.repeats, device=self.device)[:, None, None]
+            return (layer * (number * pages) + order.view(number, pages)).int()
         if name == "turn":  # cos and sin [2, l, rotary_dim / 2]
             position = torch.arange(c.kernel_size, device=self.device)
             rotary = torch.stack(RotaryEmbedding(c)(position, self.num_tokens, torch.float32))
@@ -51,28 +62,32 @@ class DecodeCase(Case):
         shapes = dict(
             q=(new, c.num_heads, c.head_dim), gate_logits=(new, c.num_heads, 3),
             new_k=(new, heads, c.head_dim), new_v=(new, heads, c.v_head_dim),
-            k=(number * pages, heads, PAGE, c.head_dim),
-            v=(number * pages, heads, PAGE, c.v_head_dim),
-            k_cmp=(number * pages, heads, states, c.head_dim),
-            v_cmp=(number * pages, heads, states, c.v_head_dim),
-            full_k=(number, self.num_tokens, heads, c.head_dim),
-            full_v=(number, self.num_tokens, heads, c.v_head_dim),
+            k=(rows * pages, heads, PAGE, c.head_dim),
+            v=(rows * pages, heads, PAGE, c.v_head_dim),
+            k_cmp=(rows * pages, heads, states, c.head_dim),
+            v_cmp=(rows * pages, heads, states, c.v_head_dim),
+            full_k=(rows, self.num_tokens, heads, c.head_dim),
+            full_v=(rows, self.num_tokens, heads, c.v_head_dim),
             logits_k=(heads, c.kernel_size), logits_v=(heads, c.kernel_size),
         )  # fmt: skip
         made = self.normal(name, *shapes[name])
         return made.float() if name.startswith("logits") else made
 
-    @property
-    def pages(self) -> Pages:
-        return Pages(*(self[name] for name in ("k", "v", "k_cmp", "v_cmp", "table")))
+    def pages(self, layer: int) -> Pages:
+        k, v, k_cmp, v_cmp = (self[x] for x in ("k", "v", "k_cmp", "v_cmp"))
+        return Pages(k, v, k_cmp, v_cmp, self["table"][layer])
+
+    def full(self, name: str, layer: int) -> Tensor:
+        """Contiguous keys or values of a layer, `[B, num_tokens, HKV, D or DV]`."""
+        return self[name][layer * self.batch_size : (layer + 1) * self.batch_size]
 
     def sizes(self, reads_blocks: bool = True) -> dict[str, Any]:
         more = dict(batch_size=self.batch_size, num_new=self.num_new)
         return super().sizes(reads_blocks) | more
 
 
-def nsa_step(case: DecodeCase, backend: str = "auto") -> Step:
-    c, pages, lengths = case.config, case.pages, case["lengths"]
+def nsa_step(case: DecodeCase, layer: int, backend: str = "auto") -> Step:
+    c, pages, lengths = case.config, case.pages(layer), case["lengths"]
     q, gates, k, v = (case[name] for name in ("q", "gate_logits", "new_k", "new_v"))
     pools = [Pooling(case[name]) for name in ("logits_k", "logits_v")]
     options: Options = case.windows | dict(backend=backend)
@@ -86,22 +101,23 @@ def nsa_step(case: DecodeCase, backend: str = "auto") -> Step:
     return step
 
 
-def flash_attn_4_step(case: DecodeCase) -> Step:
+def flash_attn_4_step(case: DecodeCase, layer: int) -> Step:
     function = importlib.import_module("flash_attn.cute").flash_attn_func
     q = case["q"].unflatten(0, (case.batch_size, -1))
+    k, v = (case.full(name, layer) for name in ("full_k", "full_v"))
     options: dict[str, Any] = dict(causal=True, softmax_scale=case.config.scale)
 
     def step() -> Tensor:
-        o = function(q, case["full_k"], case["full_v"], **options)
+        o = function(q, k, v, **options)
         return (o[0] if isinstance(o, tuple) else o).flatten(0, 1)
 
     return step
 
 
-def sdpa_step(case: DecodeCase, backend: str = "CUDNN_ATTENTION") -> Step:
+def sdpa_step(case: DecodeCase, layer: int, backend: str = "CUDNN_ATTENTION") -> Step:
     if case.num_new > 1:
         raise ValueError("its causal mask stands at the first key, not at the last")
-    k, v = (case[name].transpose(1, 2).contiguous() for name in ("full_k", "full_v"))
+    k, v = (case.full(x, layer).transpose(1, 2).contiguous() for x in ("full_k", "full_v"))
     q = case["q"][:, :, None]
     grouped = case.config.group_size > 1
 
@@ -114,7 +130,7 @@ def sdpa_step(case: DecodeCase, backend: str = "CUDNN_ATTENTION") -> Step:
     return step
 
 
-def full_step(case: DecodeCase) -> Step:
+def full_step(case: DecodeCase, layer: int) -> Step:
     """In float32, of the first and the last sequence."""
     c, new = case.config, case.num_new
 
@@ -122,7 +138,7 @@ def full_step(case: DecodeCase) -> Step:
         results = []
         for b in sorted({0, case.batch_size - 1}):
             q = case["q"][b * new : (b + 1) * new].float().unflatten(1, (c.num_kv_heads, -1))
-            k, v = (case[name][b].float() for name in ("full_k", "full_v"))
+            k, v = (case.full(name, layer)[b].float() for name in ("full_k", "full_v"))
             scores = torch.einsum("thgd,nhd->hgtn", q, k) * (c.scale or c.head_dim**-0.5)
             position = torch.arange(case.num_tokens, device=q.device)
             hidden = position > case.num_tokens - new + position[:new, None]
@@ -140,10 +156,11 @@ def of_ends(case: DecodeCase, x: Tensor) -> Tensor:
 
 
 class Decoding(Implementation):
-    """`function` and `reference` take a case and return a step."""
+    """`function` and `reference` take a case and a layer, and return a step."""
 
     def passes(self, case: Any, function: Function | None = None) -> dict[str, Pass]:
-        replay, results = captured((function or self.function)(case), case.device)
+        make, layers = function or self.function, range(case.repeats)
+        replay, results = captured([make(case, layer) for layer in layers], case.device)
 
         def forward() -> Named:
             replay()
@@ -152,11 +169,12 @@ class Decoding(Implementation):
         return dict(forward=forward)
 
     def check(self, case: Any, name: str, results: Named) -> dict[str, float]:
-        found, expected = results["o"], self.reference(case)()
+        last = case.repeats - 1
+        found, expected = results["o"], self.reference(case, last)()
         if isinstance(expected, Tensor):
             return dict(o=compare("o", of_ends(case, found), expected))
         # Where scores tie to rounding another block is as good, and gives other numbers.
-        ours = self.function(case)().block_indices
+        ours = self.function(case, last)().block_indices
         alike = (ours == expected.block_indices).all(-1)  # [T, HKV]
         if alike.float().mean() < LEAST_ALIKE:
             raise WrongResult(f"of {alike.numel()} choices of blocks {int(alike.sum())} are right")
@@ -165,14 +183,15 @@ class Decoding(Implementation):
         return dict(o=compare("o", found, expected))
 
 
-def captured(step: Step, device: str) -> tuple[Step, list[Tensor]]:
-    """What replays a CUDA graph of a step, and a list whose last member is the output; where there
-    is no GPU, the step itself."""
+def captured(steps: list[Step], device: str) -> tuple[Callable[[], None], list[Tensor]]:
+    """What replays a CUDA graph of steps, and a list whose last member is the last one's output;
+    where there is no GPU, the steps themselves."""
     results: list[Tensor] = []
 
     def run() -> None:
-        found = step()
-        results.append(found if isinstance(found, Tensor) else found.o)
+        for step in steps:
+            found = step()
+            results.append(found if isinstance(found, Tensor) else found.o)
 
     if device != "cuda":
         return run, results

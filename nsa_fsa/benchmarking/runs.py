@@ -38,7 +38,9 @@ class Bench:
                 where["pass"], call = name, calls[name]
                 try:
                     errors = right if name == "forward" else by.check(case, name, call())
-                    measured = self.meter.time(call) | self.meter.memory(call)
+                    taken = self.meter.time(call)
+                    measured = {x: y / case.repeats for x, y in taken.items()}
+                    measured |= self.meter.memory(call)
                 except Exception as error:
                     self.leave_out(where, error)
                     continue

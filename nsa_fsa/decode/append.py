@@ -92,12 +92,13 @@ def pooled_embedding(source, window, weight, head, column, inside, WIDTH: tl.con
 def weights(source, window, head, L: tl.constexpr):
     """What every token of a window weighs, float32 `[PADDED_L]`."""
     if source.logits_ptr is None:
-        return tl.where(window.exists, 1.0 / L, 0.0)
-    logits = tl.load(
-        source.logits_ptr + head * L + window.place, mask=window.exists, other=-float("inf")
-    ).to(tl.float32)
-    weight = tl.exp(logits - tl.max(logits, 0))
-    return weight / tl.sum(weight, 0)
+        weight = tl.where(window.exists, 1.0 / L, 0.0)
+    else:
+        at = source.logits_ptr + head * L + window.place
+        logits = tl.load(at, mask=window.exists, other=-float("inf")).to(tl.float32)
+        weight = tl.exp(logits - tl.max(logits, 0))
+        weight /= tl.sum(weight, 0)
+    return weight
 
 
 @triton.jit

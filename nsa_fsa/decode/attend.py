@@ -7,34 +7,47 @@ merge   A program owns one new token and one head, and adds up the shares of the
         weighted by their gates.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from nsa_fsa.decode.paged import row_of
-from nsa_fsa.decode.score import LAST_BLOCK, store_partial
+from nsa_fsa.decode.score import best_of, store_partial, unpack
 from nsa_fsa.ops.common.primitives import dot_keys, kernel, load_rows, online_softmax
 
 
+class Chosen(NamedTuple):
+    """The blocks that a query reads, in a kernel: the first ones, the last ones, and between them
+    those whose scores are the best."""
+
+    own: Any  # the block of the query itself; -1 for a query that there is not
+    best: Any  # [N], whether a listed block is read
+    number: Any  # [N], its number among those that are
+    block: Any  # [N]
+
+
 @triton.jit
-def chosen_blocks(
-    list_ptr, token, head, own, CHUNKS: tl.constexpr, LISTED: tl.constexpr, SIZES: tl.constexpr
-):
-    """The blocks that a query reads, ascending, `[LISTED]`; LAST_BLOCK where there is none."""
-    FREE: tl.constexpr = SIZES.NUM_SELECTED - SIZES.INIT - SIZES.LOCAL
-    at = (token * SIZES.HKV + head) * (CHUNKS * LISTED)
-    keys = tl.load(list_ptr + at + tl.arange(0, CHUNKS * LISTED))
-    best = keys
-    if CHUNKS > 1:
-        best = tl.topk(keys, LISTED)
-    place = tl.arange(0, LISTED)
-    block = LAST_BLOCK - (best & LAST_BLOCK).to(tl.int32)
-    block = tl.where((place < FREE) & (best >= 0), block, LAST_BLOCK)
-    # The forced ones.
-    block = tl.where((place >= FREE) & (place < FREE + SIZES.INIT), place - FREE, block)
-    is_local = (place >= FREE + SIZES.INIT) & (place < SIZES.NUM_SELECTED)
-    block = tl.where(is_local, own - (SIZES.NUM_SELECTED - 1 - place), block)
-    everything = tl.where(place <= own, place, LAST_BLOCK)
-    return tl.sort(tl.where(own + 1 <= SIZES.NUM_SELECTED, everything, block))
+def choose(list_ptr, own, LISTS: tl.constexpr, LISTED: tl.constexpr, SIZES: tl.constexpr):
+    """The best of all shortlists of a query, whose blocks ascend."""
+    score, block = unpack(tl.load(list_ptr + tl.arange(0, LISTS * LISTED)))
+    if LISTS == 1:
+        best, number = score >= 0, tl.arange(0, LISTED)
+    else:
+        best, number = best_of(score, SIZES.NUM_SELECTED - SIZES.INIT - SIZES.LOCAL)
+    return Chosen(own, best, number, block)
+
+
+@triton.jit
+def chosen_block(chosen, place, SIZES: tl.constexpr):
+    """The block that a query reads at one of the places 0 to NUM_SELECTED - 1; -1: none."""
+    all_of_them = chosen.own < SIZES.NUM_SELECTED
+    here = chosen.best & (chosen.number == place - SIZES.INIT)
+    block = tl.sum(tl.where(here, chosen.block, 0), 0)
+    block = tl.where(place < SIZES.INIT, place, block)
+    from_last = SIZES.NUM_SELECTED - 1 - place
+    block = tl.where(from_last < SIZES.LOCAL, chosen.own - from_last, block)
+    return tl.where(all_of_them, tl.where(place <= chosen.own, place, -1), block)
 
 
 @triton.jit
@@ -81,23 +94,19 @@ def attend_kernel(
     KEYS: tl.constexpr,
     SHARES: tl.constexpr,
     STAGES: tl.constexpr,
-    CHUNKS: tl.constexpr,
+    LISTS: tl.constexpr,
     LISTED: tl.constexpr,
 ):
     """Program (share, KV head, new token). selected and sliding are `Partial`; scale is that of
-    base 2. The first share writes down which blocks are read."""
+    base 2. Which blocks are read is written to indices `[T, HKV, NUM_SELECTED]`."""
     share, sequence = tl.program_id(0), tl.program_id(2) // SIZES.NEW
     head, token = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     new = tl.program_id(2) % SIZES.NEW
     position = tl.load(lengths_ptr + sequence) - SIZES.NEW + new
     BLOCK: tl.constexpr = SIZES.BLOCK_HOPS * SIZES.STRIDE
     own = tl.where(position >= 0, position // BLOCK, -1)
-    chosen = chosen_blocks(list_ptr, token, head, own, CHUNKS, LISTED, SIZES)
-    place = tl.arange(0, LISTED)
-    if share == 0:
-        at = (token * SIZES.HKV + head) * SIZES.NUM_SELECTED + place
-        index = tl.where(chosen == LAST_BLOCK, -1, chosen)
-        tl.store(indices_ptr + at, index, mask=place < SIZES.NUM_SELECTED)
+    of_pair = token * SIZES.HKV + head
+    chosen = choose(list_ptr + of_pair * (LISTS * LISTED), own, LISTS, LISTED, SIZES)
 
     member = tl.arange(0, ROWS)
     used = (member < SIZES.G) & (position >= 0)
@@ -109,12 +118,13 @@ def attend_kernel(
     STEPS: tl.constexpr = (BLOCK + KEYS - 1) // KEYS  # of a block
     softmax = nothing_seen(ROWS, SIZES)
     for step in tl.range(share, SIZES.NUM_SELECTED * STEPS, SHARES, num_stages=STAGES):
-        block = tl.sum(tl.where(place == step // STEPS, chosen, 0), 0)
+        place = step // STEPS
+        block = chosen_block(chosen, place, SIZES)
+        if step % STEPS == 0:
+            tl.store(indices_ptr + of_pair * SIZES.NUM_SELECTED + place, block)
         in_block = step % STEPS * KEYS + column
-        # The key of a block that is none is not computed, which would overflow.
-        exists = block <= own
-        key = tl.where(exists, block, 0) * BLOCK + in_block
-        seen = exists & (in_block < BLOCK) & (key <= position)
+        key = block * BLOCK + in_block
+        seen = (block >= 0) & (in_block < BLOCK) & (key <= position)
         softmax = attend_keys(
             queries, softmax, k, v, table, sequence, head, key, seen, scale, SIZES
         )
@@ -139,7 +149,9 @@ def merged(partial, pair, SHARES: tl.constexpr, SIZES: tl.constexpr):
     top = tl.max(maximum, 0)
     weight = tl.exp2(maximum - tl.where(top == float("-inf"), 0.0, top))
     total = tl.sum(tl.load(partial.total_ptr + at) * weight, 0)
-    o = load_rows(partial.o_ptr, at * SIZES.DV, at >= 0, SIZES.DV, SIZES.PADDED_DV, False)
+    # A share that has nothing left no output.
+    some = maximum > -float("inf")
+    o = load_rows(partial.o_ptr, at * SIZES.DV, some, SIZES.DV, SIZES.PADDED_DV, True)
     return tl.sum(o * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
 
 

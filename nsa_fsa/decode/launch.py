@@ -33,11 +33,11 @@ class DecodeConfig:
 
     score_rows: int = 64  # pairs of a program at most
     score_windows: int = 64  # of a step
-    score_shares: int = 16  # of a sequence
+    score_shares: int = 16  # of a sequence at most
+    score_least: int = 2  # steps of a share
     score_warps: int = 2
-    score_stages: int = 3
-    ranked: int = 2048  # blocks of all heads together, that a shortlist ranks at a time
-    lists: int = 16  # of a query and KV head at most
+    score_stages: int = 2
+    ranked: int = 1024  # blocks of all heads together, of a shortlist
     shortlist_warps: int = 4
     keys: int = 64  # of a step
     shares: int = 8  # of what a query reads
@@ -57,15 +57,12 @@ def default_config(q: Tensor, num_kv_heads: int) -> DecodeConfig:
     """For queries `[T, HQ, D]`. Depends on no length and no batch, as what a sequence gets must
     not."""
     shares = next_power_of_2(cdiv(2 * num_processors(q.device), num_kv_heads))
-    config = DecodeConfig(score_shares=min(max(shares, 4), 64))
-    wide = q.shape[2] > 128
+    config = DecodeConfig(score_shares=min(max(shares, 4), 32))
     if q.element_size() == 4:
         # Without the matrix unit a thread holds whole rows of both factors of a product.
-        config = dataclasses.replace(config, score_rows=16, score_windows=32, keys=32)
-        return dataclasses.replace(config, score_warps=4, score_windows=16) if wide else config
-    if wide:
-        sizes = dict(score_rows=32, score_warps=4, score_windows=32, score_stages=2)
-        return dataclasses.replace(config, **sizes)
+        return dataclasses.replace(config, score_rows=16, score_warps=4, score_windows=16, keys=16)
+    if q.shape[2] > 128:
+        return dataclasses.replace(config, score_rows=32, score_warps=4, score_windows=32)
     return config
 
 
@@ -105,7 +102,10 @@ def nsa_decode(call: DecodeCall, config: DecodeConfig | None = None) -> Decoded:
     blocks_of_tile = max(config.score_windows // phases, 1)
     rows = min(max(next_power_of_2(sizes.NEW * sizes.G), 16), config.score_rows)
     tile = constants(
-        ScoreTile(rows, blocks_of_tile, phases, config.score_shares, config.score_stages)
+        ScoreTile(
+            *(rows, blocks_of_tile, phases),
+            *(config.score_shares, config.score_least, config.score_stages),
+        )
     )
     pairs = (num_tokens, q.shape[1])
     own, following = (q.new_empty(*pairs, num_blocks, dtype=torch.float32) for _ in range(2))
@@ -121,12 +121,11 @@ def nsa_decode(call: DecodeCall, config: DecodeConfig | None = None) -> Decoded:
     listed = max(next_power_of_2(sizes.NUM_SELECTED), 2)
     heads_of_group = next_power_of_2(sizes.G)
     chunk = max(config.ranked // heads_of_group, listed)
-    chunks = next_power_of_2(cdiv(num_blocks, chunk))
-    lists = min(chunks, config.lists)
+    lists = next_power_of_2(cdiv(num_blocks, chunk))
     shortlists = q.new_empty(num_tokens, num_kv_heads, lists, listed, dtype=torch.int64)
     shortlist_kernel[(lists, num_kv_heads, num_tokens)](
         *(sums, compressed, lengths, shortlists, num_blocks, size, tile),
-        *(chunk, chunks // lists, heads_of_group, listed),
+        *(chunk, heads_of_group, listed),
         num_warps=config.shortlist_warps,
     )
 

@@ -6,8 +6,7 @@
                to the block that they begin in, and what to the next one. Nothing is read twice.
     shortlist  Once the shares' softmax statistics are known, so is what these weights are of the
                whole. A program owns one new token, one KV head and some neighbouring blocks, and
-               leaves the best of them as sort keys: the bits of a score, and below them the number
-               of the block, so that the lower one wins a tie.
+               leaves the best of them.
 
 How a sequence is cut into shares depends on its own length alone.
 """
@@ -19,8 +18,6 @@ import triton.language as tl
 
 from nsa_fsa.decode.paged import row_of
 from nsa_fsa.ops.common.primitives import dot_keys, kernel, load_rows, online_softmax
-
-LAST_BLOCK = tl.constexpr(2**31 - 1)
 
 
 class Sizes(NamedTuple):
@@ -51,7 +48,8 @@ class ScoreTile(NamedTuple):
     ROWS: int  # pairs of a program: heads of the group, for one new token after the other
     BLOCKS: int  # of a step
     PHASES: int  # windows that begin in a block, to a power of two
-    SHARES: int  # of a sequence
+    SHARES: int  # of a sequence at most
+    LEAST: int  # steps of a share
     STAGES: int
 
 
@@ -78,17 +76,19 @@ def num_windows(num_tokens, SIZES: tl.constexpr):
 
 
 @triton.jit
-def share_of(tiles, share, SHARES: tl.constexpr):
+def share_of(tiles, share, TILE: tl.constexpr):
     """The tiles of one of a sequence's shares: the first, and the one after the last."""
-    most = tl.cdiv(tiles, SHARES)
+    most = tl.maximum(tl.cdiv(tiles, TILE.SHARES), TILE.LEAST)
     return share * most, tl.minimum(share * most + most, tiles)
 
 
 @triton.jit
 def store_partial(partial, at, acc, maximum, total, used, SIZES: tl.constexpr):
-    """acc `[M, PADDED_DV]`, maximum and total `[M]`, to the places `at`."""
+    """acc `[M, PADDED_DV]`, maximum and total `[M]`, to the places `at`; no acc where nothing is
+    seen."""
     column = tl.arange(0, SIZES.PADDED_DV)
-    inside = used[:, None] & (column < SIZES.DV)[None, :]
+    some = used & (maximum > -float("inf"))
+    inside = some[:, None] & (column < SIZES.DV)[None, :]
     tl.store(partial.o_ptr + (at * SIZES.DV)[:, None] + column[None, :], acc, mask=inside)
     tl.store(partial.maximum_ptr + at, maximum, mask=used)
     tl.store(partial.total_ptr + at, total, mask=used)
@@ -109,6 +109,16 @@ def store_sums(sums, p, shift, pair, tile, used, num_blocks, SIZES: tl.constexpr
     tl.store(sums.own_ptr + at, tl.sum(p * hops.to(tl.float32), 1), mask=mask)
     tl.store(sums.next_ptr + at, tl.sum(p * rest.to(tl.float32), 1), mask=mask)
     tl.store(sums.shift_ptr + pair * tl.cdiv(num_blocks, TILE.BLOCKS) + tile, shift, mask=used)
+
+
+@triton.jit
+def store_nothing(partial, number, share, head, sequence, SIZES: tl.constexpr, TILE: tl.constexpr):
+    """What a share without any tile leaves; nobody reads its output."""
+    token = (sequence * SIZES.NEW + number // SIZES.G).to(tl.int64)
+    pair = token * (SIZES.HKV * SIZES.G) + head * SIZES.G + number % SIZES.G
+    used = number < SIZES.NEW * SIZES.G
+    tl.store(partial.maximum_ptr + pair * TILE.SHARES + share, float("-inf"), mask=used)
+    tl.store(partial.total_ptr + pair * TILE.SHARES + share, 0.0, mask=used)
 
 
 @kernel
@@ -137,6 +147,12 @@ def score_kernel(
     number = tl.program_id(1) % TILES * TILE.ROWS + tl.arange(0, TILE.ROWS)
     new = number // SIZES.G
     total_tokens = tl.load(lengths_ptr + sequence)
+    windows = num_windows(total_tokens, SIZES)
+    tiles = tl.cdiv(windows, TILE.BLOCKS * SIZES.BLOCK_HOPS)
+    first, end = share_of(tiles, share, TILE)
+    if first >= end:
+        store_nothing(partial, number, share, head, sequence, SIZES, TILE)
+        return
     position = total_tokens - SIZES.NEW + new
     used = (number < PAIRS) & (position >= 0)
     token = (sequence * SIZES.NEW + new).to(tl.int64)
@@ -146,9 +162,6 @@ def score_kernel(
     visible = tl.where(used, num_windows(position + 1, SIZES), 0)
     pair = token * (SIZES.HKV * SIZES.G) + query_head
 
-    windows = num_windows(total_tokens, SIZES)
-    tiles = tl.cdiv(windows, TILE.BLOCKS * SIZES.BLOCK_HOPS)
-    first, end = share_of(tiles, share, TILE.SHARES)
     acc = tl.zeros([TILE.ROWS, SIZES.PADDED_DV], tl.float32)
     maximum = tl.full([TILE.ROWS], float("-inf"), tl.float32)
     total = tl.zeros([TILE.ROWS], tl.float32)
@@ -199,6 +212,36 @@ def weight_of(sums_ptr, shift_ptr, log_total, pair, block, here, num_blocks, TIL
     return tl.where(here, weight * tl.exp2(shift - log_total[:, None]), 0.0)
 
 
+@triton.jit
+def pack(score, block):
+    """The bits of a score, and a block, in 64 bits."""
+    return (score.to(tl.int64) << 32) | block.to(tl.int64)
+
+
+@triton.jit
+def unpack(packed):
+    """The opposite; -1 and -1 of -1."""
+    return (packed >> 32).to(tl.int32), packed.to(tl.int32)
+
+
+@triton.jit
+def best_of(score, BEST: tl.constexpr):
+    """Which are the BEST of all scores, or all that there are, and what number each has among them.
+
+    score: int32, the bits of a number that is not negative, or -1 for none; `[N]`. Of equal ones
+    the first are the best. A sort would take many times the instructions of this search, bit by
+    bit, for the least score that is good enough.
+    """
+    least = tl.sum(score * 0, 0)
+    for bit in tl.static_range(30, -1, -1):
+        tried = least | (1 << bit)
+        least = tl.where(tl.sum((score >= tried).to(tl.int32), 0) >= BEST, tried, least)
+    better, equal = score > least, score == least
+    room = BEST - tl.sum(better.to(tl.int32), 0)
+    best = better | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    return best, tl.cumsum(best.to(tl.int32), 0) - 1
+
+
 @kernel
 def shortlist_kernel(
     sums,
@@ -209,47 +252,45 @@ def shortlist_kernel(
     SIZES: tl.constexpr,
     TILE: tl.constexpr,
     CHUNK: tl.constexpr,
-    CHUNKS: tl.constexpr,
     HEADS: tl.constexpr,
     LISTED: tl.constexpr,
 ):
-    """Program (neighbouring chunks of blocks, KV head, new token): its LISTED best blocks that are
-    not forced, as sort keys, to list `[T, HKV, programs, LISTED]`; -1 where there are fewer.
+    """Program (CHUNK neighbouring blocks, KV head, new token): its best blocks that are not forced,
+    ascending, and their scores, to list `[T, HKV, programs, LISTED]`; -1 behind them.
 
     HEADS is the group's size, to a power of two.
     """
-    first_chunk, head, token = tl.program_id(0) * CHUNKS, tl.program_id(1), tl.program_id(2)
+    chunk, head, token = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     total_tokens = tl.load(lengths_ptr + token // SIZES.NEW)
     position = total_tokens - SIZES.NEW + token % SIZES.NEW
     own = position // (SIZES.BLOCK_HOPS * SIZES.STRIDE)
     tiles = tl.cdiv(num_windows(total_tokens, SIZES), TILE.BLOCKS * SIZES.BLOCK_HOPS)
     written = tiles * TILE.BLOCKS  # blocks whose sums there are
+    at = (token.to(tl.int64) * SIZES.HKV + head) * tl.num_programs(0) + chunk
+    list_ptr += at * LISTED
 
-    best = tl.full([LISTED], -1, tl.int64)
-    # Otherwise all blocks are chosen.
-    if (position >= 0) & (own + 1 > SIZES.NUM_SELECTED):
-        member = tl.arange(0, HEADS)
-        used = member < SIZES.G
-        pair = token.to(tl.int64) * (SIZES.HKV * SIZES.G) + head * SIZES.G + member
-        log_total = log_of_total(partial, pair, used, TILE.SHARES)
-        last = tl.cdiv(own - SIZES.LOCAL + 1, CHUNK)
-        for chunk in range(first_chunk, tl.minimum(first_chunk + CHUNKS, last)):
-            block = chunk * CHUNK + tl.arange(0, CHUNK)
-            eligible = (block >= SIZES.INIT) & (block <= own - SIZES.LOCAL)
-            here = used[:, None] & (eligible & (block < written))[None, :]
-            weight = weight_of(
-                *(sums.own_ptr, sums.shift_ptr, log_total, pair, block, here, num_blocks, TILE)
-            )
-            before = block - 1
-            here = eligible & (before >= 0) & (before < written)
-            weight += weight_of(
-                *(sums.next_ptr, sums.shift_ptr, log_total, pair, before),
-                *(used[:, None] & here[None, :], num_blocks, TILE),
-            )
-            score = tl.sum(weight, 0)
-            bits = score.to(tl.int32, bitcast=True).to(tl.int64)
-            key = (bits << 32) | (LAST_BLOCK - block.to(tl.int64))
-            key = tl.topk(tl.where(eligible, key, -1), LISTED)
-            best = tl.topk(tl.reshape(tl.join(best, key), [2 * LISTED]), LISTED)
-    at = (token.to(tl.int64) * SIZES.HKV + head) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(list_ptr + at * LISTED + tl.arange(0, LISTED), best)
+    # Of few blocks all are chosen, whatever is listed.
+    if (own < SIZES.NUM_SELECTED) | (chunk * CHUNK > own - SIZES.LOCAL):
+        place = tl.arange(0, LISTED)
+        tl.store(list_ptr + place, tl.full([LISTED], -1, tl.int64))
+        return
+    member = tl.arange(0, HEADS)
+    used = member < SIZES.G
+    pair = token.to(tl.int64) * (SIZES.HKV * SIZES.G) + head * SIZES.G + member
+    log_total = log_of_total(partial, pair, used, TILE.SHARES)
+    block = chunk * CHUNK + tl.arange(0, CHUNK)
+    eligible = (block >= SIZES.INIT) & (block <= own - SIZES.LOCAL)
+    here = used[:, None] & (eligible & (block < written))[None, :]
+    weight = weight_of(
+        *(sums.own_ptr, sums.shift_ptr, log_total, pair, block, here, num_blocks, TILE)
+    )
+    before = block - 1
+    here = used[:, None] & (eligible & (before >= 0) & (before < written))[None, :]
+    weight += weight_of(
+        *(sums.next_ptr, sums.shift_ptr, log_total, pair, before, here, num_blocks, TILE)
+    )
+    score = tl.where(eligible, tl.sum(weight, 0).to(tl.int32, bitcast=True), -1)
+    best, number = best_of(score, SIZES.NUM_SELECTED - SIZES.INIT - SIZES.LOCAL)
+    tl.store(list_ptr + number, pack(score, block), mask=best)
+    place = tl.arange(0, LISTED)
+    tl.store(list_ptr + place, -1, mask=place >= tl.sum(best.to(tl.int32), 0))
