@@ -533,7 +533,8 @@ class NSACache:
             buffer.copy_(values[:, :half])
         wide = torch.promote_types(cos.dtype, torch.float32)
         turn = torch.stack(rotation(position[: self.config.kernel_size], wide))[..., :half]
-        self._turn = turn / turn[0, 0, 0]  # where RoPE scales, as YaRN does, that is its factor
+        turn = turn / turn[0, 0, 0]  # where RoPE scales, as YaRN does, that is its factor
+        self._turn = turn if self._turn is None else _written(self._turn, turn)
 
     def _sources(self, buffers: dict[str, Tensor], first: Tensor, width: int) -> Sources:
         """What compression reads of positions `first[b] .. first[b] + width`, packed."""
