@@ -1,6 +1,7 @@
 """The command line: `nsa-fsa info` (what is here, and what can run), `nsa-fsa explain` (what a
-layer would run, and why), `nsa-fsa bench` (how long it takes, beside full attention) and
-`nsa-fsa crossover` (from which length on it is faster)."""
+layer would run, and why), `nsa-fsa bench` (how long it takes, beside full attention),
+`nsa-fsa bench decode` (the same of the next token) and `nsa-fsa crossover` (from which length on it
+is faster)."""
 
 import importlib.metadata
 import os
@@ -16,11 +17,14 @@ from rich.table import Table
 
 import nsa_fsa
 from nsa_fsa.benchmarking.cases import PASSES, Case
+from nsa_fsa.benchmarking.decoding import FULL_DECODING, NSA_DECODE, DecodeCase
 from nsa_fsa.benchmarking.implementations import FULL_ATTENTION, NSA_CORE, NSA_LAYER
 from nsa_fsa.benchmarking.meter import CudaMeter
 from nsa_fsa.benchmarking.results import Results
 from nsa_fsa.benchmarking.runs import LENGTHS, Bench
 from nsa_fsa.config import PRESETS, NSAConfig
+from nsa_fsa.decode.operator import APPEND_BACKENDS, MOST_NEW
+from nsa_fsa.decode.operator import BACKENDS as DECODE_BACKENDS
 from nsa_fsa.modules.explain import GPUS
 from nsa_fsa.modules.fused import quack_kernels
 from nsa_fsa.ops.common.backends import Backends
@@ -30,7 +34,9 @@ from nsa_fsa.ops.sliding_window_attention.flash_attention import FLASH_ATTN_4
 
 PACKAGES = ("torch", "triton", "flash-attn-4", "quack-kernels", "transformers")
 # In the order in which a layer calls them.
-OPERATORS: tuple[Backends[Any], ...] = (POOL_BACKENDS, GATHER_BACKENDS, *CORE_OPERATORS)
+OPERATORS: tuple[Backends[Any], ...] = (
+    POOL_BACKENDS, GATHER_BACKENDS, *CORE_OPERATORS, APPEND_BACKENDS, DECODE_BACKENDS,
+)  # fmt: skip
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 
 app = typer.Typer(
@@ -51,6 +57,7 @@ HalfDtype = Annotated[str, typer.Option(help="Of bfloat16, float16.")]
 Milliseconds = Annotated[float, typer.Option(min=0, help="Of each measurement; at least 5 runs.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**62, help="Of all random inputs.")]
 Output = Annotated[Path, typer.Option(file_okay=False, help="Where the JSON goes.")]
+FULL_LABELS = {x.label for x in FULL_DECODING}
 IMPLEMENTATIONS = {x.name: x for x in (NSA_CORE, NSA_LAYER)} | FULL_ATTENTION
 HALF = ("bfloat16", "float16")
 MAX_TOKENS = 2**31 - 1  # as far as the int32 of cu_seqlens counts
@@ -190,8 +197,13 @@ def need_a_gpu() -> None:
         raise typer.Exit(1)
 
 
-@app.command()
+bench_app = typer.Typer(invoke_without_command=True)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback()
 def bench(
+    context: typer.Context,
     tokens: Annotated[
         list[int] | None,
         typer.Option(min=1, max=MAX_TOKENS, help="Repeat. Default: 8192, 32768, 65536."),
@@ -219,6 +231,12 @@ def bench(
 
     The sizes are those of --config, or of --preset, --heads, --kv-heads and --head-dim.
     """
+    if context.invoked_subcommand is not None:
+        sources = {name: context.get_parameter_source(name) for name in context.params}
+        if given := [x for x, y in sources.items() if y is not None and y.name == "COMMANDLINE"]:
+            fix = f"Fix: nsa-fsa bench {context.invoked_subcommand} --{given[0]} ..."
+            raise typer.BadParameter(f"options come behind the command's name. {fix}")
+        return
     names = implementation or list(IMPLEMENTATIONS)
     timed = [IMPLEMENTATIONS[chosen(x, IMPLEMENTATIONS, "--implementation")] for x in names]
     passes = [chosen(x, PASSES, "--pass") for x in only or PASSES]
@@ -234,6 +252,47 @@ def bench(
             for by in timed:
                 Bench(meter, results, console).measure(case, by, passes)
     console.print(bench_table(results.document))
+    console.print(f"Results: {results.path}")
+
+
+@bench_app.command()
+def decode(
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=64, max=MAX_TOKENS, help="Repeat. Default: 8192, 32768, 65536, 131072."),
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Repeat. Default: 1.")] = None,
+    new: Annotated[
+        int, typer.Option(min=1, max=MOST_NEW, help="New tokens of a sequence, as many as guessed.")
+    ] = 1,
+    config: Config = None,
+    preset: Preset = None,
+    heads: Heads = None,
+    kv_heads: KvHeads = None,
+    head_dim: HeadDim = None,
+    dtype: HalfDtype = "bfloat16",
+    milliseconds: Milliseconds = 100.0,
+    seed: Seed = 0,
+    output: Output = RESULTS,
+) -> None:
+    """How long the next token takes a layer here, appended and compressed, from a cache in pages,
+    beside full attention. Of a CUDA graph with several layers, each of which is checked first.
+
+    The sizes are those of --config, or of --preset, --heads, --kv-heads and --head-dim.
+    """
+    shapes: list[Any] = kv_heads or [None]
+    layers = [layer_of(config, preset, heads, x, head_dim) for x in shapes]
+    kind = DTYPES[chosen(dtype, HALF, "--dtype")]
+    need_a_gpu()
+    meter = CudaMeter(milliseconds)
+    results = Results(output, "bench_decode", meter.method)
+    for layer in layers:
+        for number in batch or (1,):
+            for length in tokens or (8192, 32768, 65536, 131072):
+                case = DecodeCase(layer, length, kind, seed=seed, batch_size=number, num_new=new)
+                for by in (NSA_DECODE, *FULL_DECODING):
+                    Bench(meter, results, console).measure(case, by, ["forward"])
+    console.print(decode_table(results.document))
     console.print(f"Results: {results.path}")
 
 
@@ -309,6 +368,28 @@ def bench_table(document: dict[str, Any]) -> Table:
         host = " / ".join(number(passes.get(name), "host_ms") for name in PASSES[:2])
         memory = number(passes.get("forward_backward"), "extra_gib")
         table.add_row(f"{heads} / {kv_heads}", f"{tokens:,}", label, *times, memory, host)
+    return table
+
+
+def decode_table(document: dict[str, Any]) -> Table:
+    """A line for each case: microseconds of a layer."""
+    rows = document["rows"]
+    names = list(dict.fromkeys(row["label"] for row in rows))
+    table = table_of(
+        f"The next tokens of sequences in a cache, {document['gpu']}",
+        "us a layer: median. speed-up: over the fastest full attention.",
+        ("heads / KV", "batch", "new", "tokens"), *names, "speed-up",
+    )  # fmt: skip
+    lines: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows:
+        place = row["num_heads"], row["group_size"], row["batch_size"], row["num_new"]
+        lines.setdefault((*place, row["num_tokens"]), {})[row["label"]] = 1e3 * row["ms"]
+    for (heads, group, batch, new, tokens), times in lines.items():
+        ours, full = times.get(NSA_DECODE.label), [times[x] for x in times if x in FULL_LABELS]
+        gain = "-" if ours is None or not full else f"{min(full) / ours:.2f}x"
+        cells = [f"{times[name]:,.1f}" if name in times else "-" for name in names]
+        place = f"{heads} / {heads // group}", str(batch), str(new), f"{tokens:,}"
+        table.add_row(*place, *cells, gain)
     return table
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import nsa_fsa
 from nsa_fsa import NativeSparseAttention, NSAConfig, cli
 from nsa_fsa.benchmarking.cases import PASSES, Case
+from nsa_fsa.benchmarking.decoding import FULL_DECODING, DecodeCase, sdpa_step
 from nsa_fsa.benchmarking.implementations import CUDNN, sdpa
 from nsa_fsa.ops.sliding_window_attention import flash_attention
 from tests.benchmarking.tools import FakeMeter
@@ -57,7 +58,8 @@ def test_pictures_are_no_concern_of_info_and_explain(monkeypatch):
 
 def test_info_knows_every_operator():
     named = {operator.operator for operator in cli.OPERATORS}
-    assert named == {*DIFFERENTIABLE, "select_blocks"} - {"nsa_attention"}
+    others = {"select_blocks", "append_tokens", "nsa_decode"}
+    assert named == {*DIFFERENTIABLE, *others} - {"nsa_attention"}
 
 
 @pytest.mark.parametrize(
@@ -221,6 +223,10 @@ def test_explain_what_an_old_or_wrongly_asked_gpu_would_run():
         (("bench", "--milliseconds", "-1"), "Invalid value for '--milliseconds'"),
         (("bench", "--seed", str(2**63)), "Invalid value for '--seed'"),
         (("bench", "--output", __file__), "Invalid value for '--output'"),
+        (("bench", "decode", "--kv-heads", "3"), "it must be a divisor of num_heads=32"),
+        (("bench", "decode", "--new", "17"), "Invalid value for '--new'"),
+        (("bench", "decode", "--batch", "0"), "Invalid value for '--batch'"),
+        (("bench", "--tokens", "64", "decode"), "Fix: nsa-fsa bench decode --tokens"),
         (("crossover", "--kv-heads", "5"), "it must be a divisor of num_heads=32"),
         (("crossover", "--head-dim", "0"), "Invalid value for '--head-dim'"),
         (("crossover", "--against", "magic"),
@@ -234,10 +240,10 @@ def test_wrong_sizes_are_explained_before_a_gpu_is_looked_for(arguments, said, m
     assert said in told(*arguments)
 
 
-@pytest.mark.parametrize("command", ["bench", "crossover"])
+@pytest.mark.parametrize("command", ["bench", "bench decode", "crossover"])
 def test_without_a_gpu_there_is_nothing_to_time(command, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    printed = " ".join(run(command, f"--output={tmp_path}", code=1).split())
+    printed = " ".join(run(*command.split(), f"--output={tmp_path}", code=1).split())
     assert "cannot run here: PyTorch" in printed
     assert "sees no CUDA GPU" in printed
     assert not list(tmp_path.iterdir())
@@ -318,6 +324,25 @@ def test_bench_takes_a_part_of_it(gpu, tmp_path):
     assert {(r["num_heads"], r["block_size"]) for r in rows} == {
         (config.num_heads, config.block_size)
     }
+
+
+def test_bench_decode(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli, "DecodeCase", partial(DecodeCase, device="cpu"))
+    math = partial(sdpa_step, backend="MATH")
+    full = [
+        dataclasses.replace(x, function=math) if x.name == "cudnn" else x for x in FULL_DECODING[:2]
+    ]
+    monkeypatch.setattr(cli, "FULL_DECODING", full)
+    sizes = ("--kv-heads=2", "--tokens=96", "--tokens=208", "--batch=1", "--batch=2")
+    printed = run("bench", "decode", *SIZES, *sizes, f"--output={tmp_path}")
+    document = json.loads((tmp_path / "bench_decode_none.json").read_text())
+    assert {(r["implementation"], r["num_tokens"], r["batch_size"]) for r in document["rows"]} == {
+        (name, t, b) for name in ("nsa_decode", "cudnn") for t in (96, 208) for b in (1, 2)
+    }
+    assert all(max(r["errors"].values()) < 0.005 for r in document["rows"])
+    assert {x["implementation"] for x in document["not_timed"]} == {"flash_attn_4"}
+    for said in ("4 / 2", "nsa_fsa, decoding", "full: cuDNN", "2.00x"):
+        assert said in printed
 
 
 def test_crossover(gpu, tmp_path):
