@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 import matplotlib
-from training import Steps  # beside this file; it wants to be imported before torch
+from progress import Steps  # beside this file; it wants to be imported before torch
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -88,7 +88,7 @@ def training(monkeypatch):
     # as the module would, and undone after the test.
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
     specification = importlib.util.spec_from_file_location(
-        "training", SCRIPT.parent / "training.py"
+        "progress", SCRIPT.parent / "progress.py"
     )
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)

@@ -1,4 +1,4 @@
-"""What the scripts that train share: threads that wait without spinning,
+"""What the scripts that take long share: threads that wait without spinning,
 and progress that a log can show as well.
 
 Import it before torch, whose OpenMP library reads the environment once, while it is loaded.
@@ -29,7 +29,7 @@ SECONDS_BETWEEN_LINES = 30
 
 
 class Steps:
-    """Progress of a training run: a bar on a terminal; elsewhere a line for every `report`,
+    """Progress of a run: a bar on a terminal; elsewhere a line for every `report`,
     and one now and then between.
 
     Says once if a step is far slower than the first.
@@ -41,12 +41,12 @@ class Steps:
         ...         progress.advance()
     """
 
-    def __init__(self, total: int, console: Console) -> None:
+    def __init__(self, total: int, console: Console, what: str = "training") -> None:
         times = (TimeElapsedColumn(), TimeRemainingColumn())
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
         self._bar = Progress(*columns, console=console) if console.is_terminal else None
-        self._task = None if self._bar is None else self._bar.add_task("training", total=total)
-        self._console, self._total, self._done, self._said = console, total, 0, "training"
+        self._task = None if self._bar is None else self._bar.add_task(what, total=total)
+        self._console, self._total, self._done, self._said = console, total, 0, what
         self._first: float | None = None  # seconds that the first step took
         self._warned = False
 
