@@ -465,6 +465,14 @@ def counted():
     torch._dynamo.utils.counters.clear()
 
 
+def test_chunks_of_a_prompt_are_not_compiled(counted):
+    model = sparse_model(nsa=dict(compress_rope="before")).eval()
+    prompt = tokens(2, PROMPT)
+    found = compiled(model, prompt, prefill_chunk_size=40)
+    assert torch.equal(found, greedy(model, prompt, FEW))
+    assert num_graphs() == 1
+
+
 @pytest.mark.parametrize("layers", [None, [1]], ids=["all", "one"])
 def test_a_compiled_step_is_one_graph_for_all_lengths(layers, counted):
     model = sparse_model(layers=layers, nsa=dict(compress_rope="before")).eval()

@@ -24,6 +24,7 @@ from transformers.models.auto import modeling_auto
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from nsa_fsa.decode.operator import MOST_NEW
 from nsa_fsa.integrations.transformers.attention import (
     ATTENTION_NAME,
     NSAAttention,
@@ -201,6 +202,18 @@ class _NSAModel:
         """Whether `generate` compiles decoding by itself."""
         valid = super()._valid_auto_compile_criteria(*args, **kwargs)  # type: ignore[misc]
         return valid and self._step_is_traced()
+
+    def get_compiled_call(self, compile_config: Any) -> Callable[..., Any]:
+        """What `generate` runs over a static cache: compiled for a few new tokens. A chunk of a
+        prompt runs as it is, for otherwise every chunk would be compiled."""
+        compiled = super().get_compiled_call(compile_config)  # type: ignore[misc]
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            new = (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
+            few = all(x.shape[1] <= MOST_NEW for x in new if isinstance(x, Tensor))
+            return (compiled if few else self)(*args, **kwargs)  # type: ignore[operator]
+
+        return call
 
     def create_masks_for_generate(self, attention_mask: Any = None, **kwargs: Any) -> Any:
         """The 2D mask, for a step that is compiled as wide as the cache: what is made of it is made
