@@ -18,14 +18,14 @@ LENGTH, PADDING = 2048, 1100
 WAITS = {"plain": 0, "boundaries given": 0, "padded": 1, "packed by positions": 1}
 
 
-def make_model(layers, num_layers=4):
+def make_model(layers, num_layers=4, dtype=torch.bfloat16):
     sizes = dict(
         vocab_size=128, hidden_size=512, intermediate_size=512, num_hidden_layers=num_layers
     )
     heads = dict(num_attention_heads=8, num_key_value_heads=2, head_dim=64)
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**sizes, **heads, max_position_embeddings=LENGTH)
-    model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16)
+    model = transformers.LlamaForCausalLM(config).to("cuda", dtype)
     nsa_fsa.patch_model(model, preset="fsa-64x16", layers=layers, verbose=False)
     return model
 
@@ -98,3 +98,28 @@ def test_sequences_together_equal_each_alone(kind):
         alone = model(batch["input_ids"][:, start:stop], use_cache=False).logits[0].float()
         # bfloat16 through two layers
         assert (logits[start:stop] - alone).norm() < 0.02 * alone.norm(), (start, stop)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_generate_compiles_a_step_over_a_static_cache(dtype):
+    """Where kernels decode, into a CUDA graph, padded too; the reference would read lengths."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model = make_model(None, num_layers=2, dtype=dtype).eval()
+    ids = torch.randint(1, 128, (2, 700), device="cuda")
+    options = dict(max_new_tokens=40, min_new_tokens=40, do_sample=False, pad_token_id=0)
+    for padding in (0, 90):
+        mask = torch.ones_like(ids)
+        mask[0, :padding] = 0
+        expected = model.generate(ids * mask, attention_mask=mask, **options)
+        options["attention_mask"] = mask
+        for _ in range(2):
+            found = model.generate(ids * mask, cache_implementation="static", **options)
+            assert torch.equal(found, expected)
+        del options["attention_mask"]
+        graphs = (1 + (padding > 0)) * (dtype == torch.float32)
+        assert counters["stats"].get("unique_graphs", 0) == graphs
+    assert not counters["inductor"]["cudagraph_skips"]
+    assert not counters["graph_break"]

@@ -354,8 +354,9 @@ def can_be_traced(decoder: nn.Module) -> bool:
     handed on to them, and the mask is read by nobody else."""
     parameters = inspect.signature(type(decoder).forward).parameters.values()
     hands_on = any(x.kind is x.VAR_KEYWORD for x in parameters)
-    layers = (x for x in decoder.modules() if isinstance(x, NSAAttention))
-    return hands_on and not _reads_mask_itself(decoder) and all(map(cache.decodes, layers))
+    layers = [x for x in decoder.modules() if isinstance(x, NSAAttention)]
+    decodes = all(cache.decodes(x) and cache.reads_nothing_back(x) for x in layers)
+    return hands_on and decodes and not _reads_mask_itself(decoder)
 
 
 def attach(decoder: nn.Module, indices: Collection[int]) -> None:

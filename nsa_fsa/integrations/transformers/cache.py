@@ -16,6 +16,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 from nsa_fsa.decode import Pages, append_tokens, nsa_decode
 from nsa_fsa.decode.operator import BACKENDS, MOST_NEW
 from nsa_fsa.ops.common.sizes import cdiv
+from nsa_fsa.ops.common.triton_backends import unavailable, unsupported_tensors
 from nsa_fsa.sequences import Sequences
 
 
@@ -236,6 +237,17 @@ def decodes(module: Any) -> bool:
         and module.nsa_config.compress_rope == "before"
         and None not in (module.compress_k.pooling(), module.compress_v.pooling())
     )
+
+
+def reads_nothing_back(module: Any) -> bool:
+    """Whether a module's decoding leaves what is on a GPU there, as its kernels do."""
+    like: Tensor = module.gate.weight
+    if not like.is_cuda:
+        return True
+    c = module.nsa_config
+    rows = like.new_empty(0, 1, max(c.head_dim, c.v_head_dim))
+    missing = unavailable(like.device) or unsupported_tensors(rows)
+    return missing is None and BACKENDS.or_auto(c.backend) != "reference"
 
 
 def _compressed(modules: list[Any], cache: Any, num_new: int) -> list[Any] | None:
