@@ -78,6 +78,9 @@ def main(
         int | None, typer.Option(min=1, help="Only so many of the prompt, or random ones.")
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    chunk: Annotated[
+        int | None, typer.Option(min=1, help="Compute the prompt in chunks of so many tokens.")
+    ] = None,
     preset: Annotated[
         str, typer.Option(help=f"How a dense model is patched. Of {', '.join(PRESETS)}.")
     ] = "fsa-64x16",
@@ -98,9 +101,9 @@ def main(
     ids = prompt_ids(made, tokenizer, prompt, tokens)
     if not any(isinstance(x, NSAAttention) for x in made.modules()):
         patch_model(made, preset)
-    rows = [run("nsa_fsa", made, tokenizer, ids, new_tokens)]
+    rows = [run("nsa_fsa", made, tokenizer, ids, new_tokens, chunk)]
     if beside_dense:
-        rows.append(run("dense", unpatch_model(made), tokenizer, ids, new_tokens))
+        rows.append(run("dense", unpatch_model(made), tokenizer, ids, new_tokens, chunk))
     console.print(table_of(rows, device))
     if output is not None:
         about = dict(device=torch.cuda.get_device_name() if device == "cuda" else "cpu")
@@ -137,13 +140,15 @@ def prompt_ids(model: Any, tokenizer: Any, path: Path | None, number: int | None
     return ids.to(model.device)
 
 
-def run(name: str, model: Any, tokenizer: Any, ids: Tensor, new_tokens: int) -> dict[str, Any]:
+def run(
+    name: str, model: Any, tokenizer: Any, ids: Tensor, new_tokens: int, chunk: int | None
+) -> dict[str, Any]:
     """Generates, prints the text, and returns the figures."""
     if model.device.type == "cuda":
         with console.status(f"{name}: compiling a step"):
-            generate(model, ids, new_tokens, None)
+            generate(model, ids, new_tokens, chunk, None)
     with Steps(new_tokens, console, name) as steps:
-        found, times = generate(model, ids, new_tokens, steps)
+        found, times = generate(model, ids, new_tokens, chunk, steps)
     if tokenizer is None:
         text = repr(bytes(found.clamp(max=255).tolist()))
     else:
@@ -158,7 +163,7 @@ def run(name: str, model: Any, tokenizer: Any, ids: Tensor, new_tokens: int) -> 
 
 
 def generate(
-    model: Any, ids: Tensor, number: int, steps: Steps | None
+    model: Any, ids: Tensor, number: int, chunk: int | None, steps: Steps | None
 ) -> tuple[Tensor, list[float]]:
     """The new tokens, and when the call began and each of them came."""
     watch = Watch(steps)
@@ -166,6 +171,7 @@ def generate(
     found = model.generate(
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=number, min_new_tokens=number,
         do_sample=False, pad_token_id=0, streamer=watch, cache_implementation=cache,
+        prefill_chunk_size=chunk,
     )  # fmt: skip
     return found[0, ids.shape[1] :], watch.times
 

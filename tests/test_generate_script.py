@@ -40,7 +40,7 @@ def test_a_prompt_is_continued_sparse_and_dense(run, tmp_path):
     prompt.write_text("Dass sie alle einen Anfang haben. " * 10)
     printed = run(
         "--random-init=tiny", f"--prompt={prompt}", "--new-tokens=6", "--preset=tiny",
-        "--beside-dense", f"--json={figures}",
+        "--beside-dense", "--chunk=150", f"--json={figures}",
     )  # fmt: skip
     rows = {row["name"]: row for row in json.loads(figures.read_text())["rows"]}
     assert list(rows) == ["nsa_fsa", "dense"]
