@@ -1,7 +1,7 @@
 """The command line: `nsa-fsa info` (what is here, and what can run), `nsa-fsa explain` (what a
 layer would run, and why), `nsa-fsa bench` (how long it takes, beside full attention),
-`nsa-fsa bench decode` (the same of the next token) and `nsa-fsa crossover` (from which length on it
-is faster)."""
+`nsa-fsa bench decode` and `nsa-fsa bench prefill` (the same of a token and of a prompt), and
+`nsa-fsa crossover` (from which length on it is faster)."""
 
 import importlib.metadata
 import os
@@ -20,6 +20,7 @@ from nsa_fsa.benchmarking.cases import PASSES, Case
 from nsa_fsa.benchmarking.decoding import FULL_DECODING, NSA_DECODE, DecodeCase
 from nsa_fsa.benchmarking.implementations import FULL_ATTENTION, NSA_CORE, NSA_LAYER
 from nsa_fsa.benchmarking.meter import CudaMeter
+from nsa_fsa.benchmarking.prefill import prefill
 from nsa_fsa.benchmarking.results import Results
 from nsa_fsa.benchmarking.runs import LENGTHS, Bench
 from nsa_fsa.config import PRESETS, NSAConfig
@@ -293,6 +294,45 @@ def decode(
                 for by in (NSA_DECODE, *FULL_DECODING):
                     Bench(meter, results, console).measure(case, by, ["forward"])
     console.print(decode_table(results.document))
+    console.print(f"Results: {results.path}")
+
+
+@bench_app.command(name="prefill")
+def bench_prefill(
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(min=64, max=MAX_TOKENS, help="Repeat. Default: 32768, 65536, 131072."),
+    ] = None,
+    chunk: Annotated[
+        list[int] | None, typer.Option(min=1, help="Tokens at a time. Repeat. Default: 16384.")
+    ] = None,
+    config: Config = None,
+    preset: Preset = None,
+    heads: Heads = None,
+    kv_heads: KvHeads = None,
+    head_dim: HeadDim = None,
+    dtype: HalfDtype = "bfloat16",
+    milliseconds: Milliseconds = 100.0,
+    seed: Seed = 0,
+    output: Output = RESULTS,
+) -> None:
+    """How long a prompt takes a layer here: by itself, into a cache, and in chunks into a cache.
+
+    The sizes are those of --config, or of --preset, --heads, --kv-heads and --head-dim.
+    """
+    shapes: list[Any] = kv_heads or [None]
+    layers = [layer_of(config, preset, heads, x, head_dim) for x in shapes]
+    kind = DTYPES[chosen(dtype, HALF, "--dtype")]
+    need_a_gpu()
+    meter = CudaMeter(milliseconds)
+    results = Results(output, "bench_prefill", meter.method)
+    ways = [NSA_LAYER, *(prefill(x) for x in (None, *(chunk or (16384,))))]
+    for layer in layers:
+        for length in tokens or (32768, 65536, 131072):
+            case = Case(layer, length, kind, seed=seed)
+            for by in ways:
+                Bench(meter, results, console).measure(case, by, ["forward"])
+    console.print(bench_table(results.document))
     console.print(f"Results: {results.path}")
 
 

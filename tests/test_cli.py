@@ -226,6 +226,7 @@ def test_explain_what_an_old_or_wrongly_asked_gpu_would_run():
         (("bench", "decode", "--kv-heads", "3"), "it must be a divisor of num_heads=32"),
         (("bench", "decode", "--new", "17"), "Invalid value for '--new'"),
         (("bench", "decode", "--batch", "0"), "Invalid value for '--batch'"),
+        (("bench", "prefill", "--chunk", "0"), "Invalid value for '--chunk'"),
         (("bench", "--tokens", "64", "decode"), "Fix: nsa-fsa bench decode --tokens"),
         (("crossover", "--kv-heads", "5"), "it must be a divisor of num_heads=32"),
         (("crossover", "--head-dim", "0"), "Invalid value for '--head-dim'"),
@@ -240,7 +241,7 @@ def test_wrong_sizes_are_explained_before_a_gpu_is_looked_for(arguments, said, m
     assert said in told(*arguments)
 
 
-@pytest.mark.parametrize("command", ["bench", "bench decode", "crossover"])
+@pytest.mark.parametrize("command", ["bench", "bench decode", "bench prefill", "crossover"])
 def test_without_a_gpu_there_is_nothing_to_time(command, monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     printed = " ".join(run(*command.split(), f"--output={tmp_path}", code=1).split())
@@ -343,6 +344,17 @@ def test_bench_decode(gpu, tmp_path, monkeypatch):
     assert {x["implementation"] for x in document["not_timed"]} == {"flash_attn_4"}
     for said in ("4 / 2", "nsa_fsa, decoding", "full: cuDNN", "2.00x"):
         assert said in printed
+
+
+def test_bench_prefill(gpu, tmp_path):
+    sizes = ("--kv-heads=2", "--tokens=208", "--chunk=96", "--chunk=128", "--dtype=float16")
+    printed = run("bench", "prefill", *SIZES, *sizes, f"--output={tmp_path}")
+    document = json.loads((tmp_path / "bench_prefill_none.json").read_text())
+    names = [row["implementation"] for row in document["rows"]]
+    assert names == ["nsa_layer", "prefill", "prefill_96", "prefill_128"]
+    assert not document["not_timed"]
+    assert all(max(row["errors"].values()) < 0.02 for row in document["rows"])
+    assert "nsa_fsa, into a cache by 96" in printed
 
 
 def test_crossover(gpu, tmp_path):
