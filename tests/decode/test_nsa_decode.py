@@ -294,3 +294,30 @@ def test_pages_know_their_sizes():
     run = Run(dataclasses.replace(Problem(), page_size=16), "reference")
     assert run.pages.page_size == 16
     assert run.pages.capacity == 16 * run.pages.table.shape[1] >= 99
+
+
+# What is extreme
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("times", [0.0, 30.0])
+def test_extreme_scores(backend, times):
+    """Of keys that are all equal the lower blocks are chosen; large scores overflow nothing."""
+    run = Run(Problem(lengths=(120, 100), num_selected_blocks=5), backend)
+    for sequence in run.sequences:
+        sequence.q *= max(times, 1.0)
+        sequence.k *= times
+    for x in (run.pages.k, run.pages.k_cmp):
+        x *= times
+    run.pool_k = run.pool_k._replace(embedding=None)
+    expected = Run(run.problem, "reference")
+    expected.sequences, expected.pool_k = run.sequences, run.pool_k
+    for x, y in zip(expected.pages[:4], run.pages[:4], strict=True):
+        x.copy_(y)
+    expected.pages = expected.pages._replace(table=run.pages.table.to(expected.lengths.device))
+    found, wanted = run.step(), expected.step()
+    assert found.o.isfinite().all()
+    torch.testing.assert_close(found.o, wanted.o)
+    assert torch.equal(found.block_indices, wanted.block_indices)
+    if times == 0:
+        assert (found.block_indices[..., :4] == torch.arange(4, device=found.o.device)).all()

@@ -11,6 +11,7 @@ import torch
 
 from nsa_fsa.ops.common import tuning
 from tests.cases import BF16, F16, Case, by_name, call, gradients, make_inputs, output, select
+from tests.decode.problems import Problem, Run
 
 # name, lengths, HKV, G, D, DV, dtype, kernel_size, kernel_stride, block_size, T_sel, init, local,
 # window, seed
@@ -51,7 +52,12 @@ OTHERS = [
 # Compressed attention, backward in one pass, which long sequences have;
 # where the kernels for Hopper can run.
 IN_ONE_PASS = [(PAIRS,), (NARROW,)]
-RUNS = [*SELECTED, *OTHERS, *IN_ONE_PASS]
+# Steps of decoding: lengths before, and new tokens.
+DECODING = [
+    (Problem(lengths=(0, 5, 97), device="cuda"),),
+    (Problem(lengths=(33, 200), num_new=3, page_size=0, dtype=BF16, device="cuda"),),
+]
+RUNS = [*SELECTED, *OTHERS, *IN_ONE_PASS, *DECODING]
 
 
 def run_selected(backend, case, workspace_bytes):
@@ -84,6 +90,11 @@ def run_in_one_pass(case):
         tuning.compressed_config = choose
 
 
+def run_decoding(problem):
+    run = Run(problem, "triton")
+    return [run.step().o for _ in range(2)]
+
+
 def main():
     # FlashAttention 4 is others' work, and compiles for minutes under the tool:
     # the window of the whole goes to PyTorch's, whose kernels the tool is told to leave out.
@@ -92,6 +103,7 @@ def main():
         (run_selected, SELECTED),
         (run_other, OTHERS),
         (run_in_one_pass, IN_ONE_PASS),
+        (run_decoding, DECODING),
     ):
         for case in cases:
             for result in run(*case):
