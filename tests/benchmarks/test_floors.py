@@ -1,11 +1,14 @@
 """The work that cannot be done without: counted by loops and by hand, and as it was recorded."""
 
 import pytest
+import torch
 
 from benchmarks import floors
 from benchmarks.floors import floor, work
 from benchmarks.inputs import SuiteCase
 from benchmarks.published import FOLDER, GPU, read
+from nsa_fsa import NSAConfig
+from nsa_fsa.benchmarking.decoding import NSA_DECODE, SDPA, DecodeCase
 from tests.benchmarking.tools import RATES, SIZES, case
 
 FILES = sorted(path.stem.removesuffix(f"_{GPU}") for path in FOLDER.glob(f"*_{GPU}.json"))
@@ -121,3 +124,16 @@ def test_every_floor_is_as_it_was_recorded(suite):
         parts = [x for name, x in work(row).items() if row["pass"] in (name, "_".join(names))]
         assert sum(x.flops for x in parts) / 1e12 == pytest.approx(row["necessary_tflop"])
         assert sum(x.bytes for x in parts) / 1e9 == pytest.approx(row["necessary_gb"])
+
+
+def test_the_floor_of_a_step():
+    """All compressed tokens, the chosen blocks and the window, of keys and values."""
+    sizes = dict(preset="tiny", hidden_size=64, num_heads=8, num_kv_heads=2, head_dim=16)
+    c = NSAConfig.from_dict(sizes)
+    step = DecodeCase(c, 208, torch.float32, "cpu", batch_size=3)
+    row = NSA_DECODE.where(step) | {"pass": "forward", "ms": 1.0}
+    windows = step.num_windows
+    keys = windows + c.block_size * c.num_selected_blocks + c.window_size
+    assert floors.work(row)["forward"].bytes == 2 * 3 * 2 * keys * 16 * 4
+    full = SDPA.where(step) | {"pass": "forward", "ms": 1.0}
+    assert floors.work(full)["forward"].bytes == 2 * 3 * 2 * 208 * 16 * 4
