@@ -1,8 +1,8 @@
 """The selected and the sliding branch of new tokens, and the sum of the three.
 
 attend  A program owns a share of what one new token reads for one KV head: some of the chosen
-        blocks, and some of the sliding window. Every share knows which blocks are chosen from
-        the shortlists.
+        blocks, or some of the sliding window. Which blocks are chosen every share finds from the
+        shortlists.
 merge   A program owns one new token and one head, and adds up the shares of the three branches,
         weighted by their gates.
 """
@@ -93,30 +93,42 @@ def attend_kernel(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     SHARES: tl.constexpr,
+    WINDOW_SHARES: tl.constexpr,
     STAGES: tl.constexpr,
     LISTS: tl.constexpr,
     LISTED: tl.constexpr,
 ):
-    """Program (share, KV head, new token). selected and sliding are `Partial`; scale is that of
-    base 2. Which blocks are read is written to indices `[T, HKV, NUM_SELECTED]`."""
+    """Program (share, KV head, new token); the first SHARES are of the blocks, WINDOW_SHARES of the
+    window. selected and sliding are `Partial`; scale is that of base 2. Which blocks are read is
+    written to indices `[T, HKV, NUM_SELECTED]`."""
     share, sequence = tl.program_id(0), tl.program_id(2) // SIZES.NEW
     head, token = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     new = tl.program_id(2) % SIZES.NEW
     position = tl.load(lengths_ptr + sequence) - SIZES.NEW + new
-    BLOCK: tl.constexpr = SIZES.BLOCK_HOPS * SIZES.STRIDE
-    own = tl.where(position >= 0, position // BLOCK, -1)
-    of_pair = token * SIZES.HKV + head
-    chosen = choose(list_ptr + of_pair * (LISTS * LISTED), own, LISTS, LISTED, SIZES)
-
     member = tl.arange(0, ROWS)
     used = (member < SIZES.G) & (position >= 0)
     at = token * q.stride_t + (head * SIZES.G + member) * q.stride_h
     queries = load_rows(q.ptr, at, used, SIZES.D, SIZES.PADDED_D, True)
     pair = token * (SIZES.HKV * SIZES.G) + head * SIZES.G + member
     column = tl.arange(0, KEYS)
-
-    STEPS: tl.constexpr = (BLOCK + KEYS - 1) // KEYS  # of a block
     softmax = nothing_seen(ROWS, SIZES)
+
+    if share >= SHARES:
+        START: tl.constexpr = (SIZES.WINDOW + KEYS - 1) // KEYS
+        for step in tl.range(share - SHARES, START, WINDOW_SHARES, num_stages=STAGES):
+            key = position - SIZES.WINDOW + 1 + step * KEYS + column
+            seen = (key >= 0) & (key <= position)
+            softmax = attend_keys(
+                queries, softmax, k, v, table, sequence, head, key, seen, scale, SIZES
+            )
+        store_partial(sliding, pair * WINDOW_SHARES + share - SHARES, *softmax, used, SIZES)
+        return
+
+    BLOCK: tl.constexpr = SIZES.BLOCK_HOPS * SIZES.STRIDE
+    STEPS: tl.constexpr = (BLOCK + KEYS - 1) // KEYS  # of a block
+    own = tl.where(position >= 0, position // BLOCK, -1)
+    of_pair = token * SIZES.HKV + head
+    chosen = choose(list_ptr + of_pair * (LISTS * LISTED), own, LISTS, LISTED, SIZES)
     for step in tl.range(share, SIZES.NUM_SELECTED * STEPS, SHARES, num_stages=STAGES):
         place = step // STEPS
         block = chosen_block(chosen, place, SIZES)
@@ -129,16 +141,6 @@ def attend_kernel(
             queries, softmax, k, v, table, sequence, head, key, seen, scale, SIZES
         )
     store_partial(selected, pair * SHARES + share, *softmax, used, SIZES)
-
-    softmax = nothing_seen(ROWS, SIZES)
-    START: tl.constexpr = (SIZES.WINDOW + KEYS - 1) // KEYS
-    for step in tl.range(share, START, SHARES, num_stages=STAGES):
-        key = position - SIZES.WINDOW + 1 + step * KEYS + column
-        seen = (key >= 0) & (key <= position)
-        softmax = attend_keys(
-            queries, softmax, k, v, table, sequence, head, key, seen, scale, SIZES
-        )
-    store_partial(sliding, pair * SHARES + share, *softmax, used, SIZES)
 
 
 @triton.jit
@@ -166,6 +168,7 @@ def merge_kernel(
     SIZES: tl.constexpr,
     SCORE_SHARES: tl.constexpr,
     SHARES: tl.constexpr,
+    WINDOW_SHARES: tl.constexpr,
 ):
     """Program (new token, query head). The branches are `Partial`, gates are `Gates`."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -181,5 +184,5 @@ def merge_kernel(
         logit = tl.load(gate + gates.stride_b).to(tl.float32)
         o += merged(selected, pair, SHARES, SIZES) * tl.sigmoid(logit)
         logit = tl.load(gate + 2 * gates.stride_b).to(tl.float32)
-        o += merged(sliding, pair, SHARES, SIZES) * tl.sigmoid(logit)
+        o += merged(sliding, pair, WINDOW_SHARES, SIZES) * tl.sigmoid(logit)
     tl.store(o_ptr + pair * SIZES.DV + column, o.to(o_ptr.dtype.element_ty), mask=inside)

@@ -25,6 +25,7 @@ from nsa_fsa.ops.common.tuning import dot_precision
 from nsa_fsa.ops.gated_combine.triton import gates_of
 
 MERGED_BY_WARP = 2048  # numbers of a pair's shares that a warp holds
+MOST_LISTS = 64  # of a query and KV head, all of which every share of it reads
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ class DecodeConfig:
     ranked: int = 1024  # blocks of all heads together, of a shortlist
     shortlist_warps: int = 4
     keys: int = 64  # of a step
-    shares: int = 8  # of what a query reads
+    shares: int = 8  # of the blocks that a query reads
+    window_shares: int = 4  # of its window
     attend_warps: int = 4
     attend_stages: int = 2
 
@@ -120,7 +122,8 @@ def nsa_decode(call: DecodeCall, config: DecodeConfig | None = None) -> Decoded:
 
     listed = max(next_power_of_2(sizes.NUM_SELECTED), 2)
     heads_of_group = next_power_of_2(sizes.G)
-    chunk = max(config.ranked // heads_of_group, listed)
+    least = next_power_of_2(cdiv(num_blocks, MOST_LISTS))
+    chunk = max(config.ranked // heads_of_group, listed, least)
     lists = next_power_of_2(cdiv(num_blocks, chunk))
     shortlists = q.new_empty(num_tokens, num_kv_heads, lists, listed, dtype=torch.int64)
     shortlist_kernel[(lists, num_kv_heads, num_tokens)](
@@ -129,12 +132,12 @@ def nsa_decode(call: DecodeCall, config: DecodeConfig | None = None) -> Decoded:
         num_warps=config.shortlist_warps,
     )
 
-    selected, sliding = (new_partial(call, config.shares) for _ in range(2))
+    selected, sliding = (new_partial(call, x) for x in (config.shares, config.window_shares))
     indices = q.new_empty(num_tokens, num_kv_heads, sizes.NUM_SELECTED, dtype=torch.int32)
-    attend_kernel[(config.shares, num_kv_heads, num_tokens)](
+    attend_kernel[(config.shares + config.window_shares, num_kv_heads, num_tokens)](
         *(heads(q), paged(pages.k), paged(pages.v), table, lengths, shortlists, indices),
         *(selected, sliding, scale, size, max(next_power_of_2(sizes.G), 16)),
-        *(config.keys, config.shares, config.attend_stages, lists, listed),
+        *(config.keys, config.shares, config.window_shares, config.attend_stages, lists, listed),
         num_warps=config.attend_warps,
     )
 
@@ -142,7 +145,7 @@ def nsa_decode(call: DecodeCall, config: DecodeConfig | None = None) -> Decoded:
     shares = max(config.score_shares, config.shares)
     merge_kernel[pairs](
         *(compressed, selected, sliding, gates_of(call.gate_logits), lengths, o, size),
-        *(config.score_shares, config.shares),
+        *(config.score_shares, config.shares, config.window_shares),
         num_warps=max(shares * sizes.PADDED_DV // MERGED_BY_WARP, 1),
     )
     return Decoded(o, indices)

@@ -11,7 +11,9 @@ from nsa_fsa.ops import nsa_attention, pool_windows
 from tests.cases import device_of
 
 NAN = float("nan")
-SHARES = dict(score_shares=4, score_least=1, shares=2, score_windows=16, keys=16, ranked=32)
+SHARES = dict(
+    score_shares=4, score_least=1, shares=2, window_shares=2, score_windows=16, keys=16, ranked=32,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
