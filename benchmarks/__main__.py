@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks import floors, pages, pictures, suites
+from benchmarks import floors, pages, pictures, suites, tuning
 from benchmarks.published import FOLDER, GPU, SuiteResults, rows_of
 from nsa_fsa.benchmarking.meter import CudaMeter
 from nsa_fsa.benchmarking.runs import Bench
@@ -79,6 +79,25 @@ def show(suite: str, gpu: str, folder: Path) -> None:
     console.print(wide.to_string(float_format="{:.3g}".format), markup=False, highlight=False)
     for path in pictures.draw(suite, gpu, folder):
         console.print(f"Picture: {path}")
+
+
+@app.command()
+def tune(
+    case: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(tuning.CASES)}; repeat. Default: all.")
+    ] = None,
+    change: Annotated[
+        list[str] | None, typer.Option(help="A word of its name; repeat. Default: all.")
+    ] = None,
+    milliseconds: Annotated[float, typer.Option(min=0, help="Of each measurement.")] = 20.0,
+) -> None:
+    """Times other ways to cut decoding's work than the default, in microseconds of a layer."""
+    known = list(tuning.CHANGES)
+    changes = [x for x in known if change is None or x == "default" or any(y in x for y in change)]
+    need_a_gpu()
+    cases = [x for x in tuning.CASES if case is None or x in case]
+    table = tuning.run(CudaMeter(milliseconds), cases, changes)
+    console.print(table.round(1).to_string(), markup=False, highlight=False)
 
 
 @app.command(name="pages")

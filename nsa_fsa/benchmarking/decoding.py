@@ -86,17 +86,27 @@ class DecodeCase(Case):
         return super().sizes(reads_blocks) | more
 
 
-def nsa_step(case: DecodeCase, layer: int, backend: str = "auto") -> Step:
-    c, pages, lengths = case.config, case.pages(layer), case["lengths"]
-    q, gates, k, v = (case[name] for name in ("q", "gate_logits", "new_k", "new_v"))
+def append(case: DecodeCase, layer: int, backend: str = "auto") -> None:
+    """Appends the new tokens to a layer's pages."""
     pools = [Pooling(case[name]) for name in ("logits_k", "logits_v")]
-    options: Options = case.windows | dict(backend=backend)
-    more: Options = dict(pool_k=pools[0], pool_v=pools[1], turn=case["turn"])
+    append_tokens(
+        *(case["new_k"], case["new_v"], case.pages(layer), case["lengths"]),
+        **case.windows,
+        pool_k=pools[0],
+        pool_v=pools[1],
+        turn=case["turn"],
+        backend=backend,
+    )
+
+
+def nsa_step(case: DecodeCase, layer: int, backend: str = "auto") -> Step:
+    c = case.config
+    q, gates, pages, lengths = case["q"], case["gate_logits"], case.pages(layer), case["lengths"]
+    sizes: Options = case.blocks | dict(window_size=c.window_size, scale=c.scale, backend=backend)
 
     def step() -> Any:
-        append_tokens(k, v, pages, lengths, **options, **more)
-        sizes: Options = case.blocks | dict(window_size=c.window_size, scale=c.scale)
-        return nsa_decode(q, gates, pages, lengths, **options, **sizes)
+        append(case, layer, backend)
+        return nsa_decode(q, gates, pages, lengths, **case.windows, **sizes)
 
     return step
 

@@ -34,7 +34,7 @@ class DecodeConfig:
 
     score_rows: int = 64  # pairs of a program at most
     score_windows: int = 64  # of a step
-    score_shares: int = 16  # of a sequence at most
+    score_shares: int = 32  # of a sequence at most
     score_least: int = 2  # steps of a share
     score_warps: int = 2
     score_stages: int = 2

@@ -1,0 +1,111 @@
+"""Times ways to cut decoding's work on this machine's GPU: the default, and each change of it.
+
+A change is a row of `CHANGES`; a case is one of `CASES`. Every result is compared with the
+reference's before it is timed. What is faster on the GPUs that matter becomes the default, in
+`nsa_fsa/decode/launch.py`.
+"""
+
+import dataclasses
+import multiprocessing
+from typing import Any
+
+import pandas as pd
+import torch
+
+from nsa_fsa import NSAConfig
+from nsa_fsa.benchmarking.check import WrongResult
+from nsa_fsa.benchmarking.decoding import NSA_DECODE, DecodeCase, Step, append
+from nsa_fsa.benchmarking.meter import CudaMeter
+from nsa_fsa.decode.call import DecodeCall
+from nsa_fsa.decode.launch import default_config, nsa_decode
+from nsa_fsa.ops.common.calls import Blocks, Windows, default_scale
+
+# Batch, tokens, group size and new tokens.
+CASES = {
+    "1 x 32K, G = 4": (1, 32768, 4, 1),
+    "1 x 64K, G = 4": (1, 65536, 4, 1),
+    "1 x 64K, G = 16": (1, 65536, 16, 1),
+    "1 x 256K, G = 16": (1, 262144, 16, 1),
+    "32 x 64K, G = 4": (32, 65536, 4, 1),
+    "32 x 64K, G = 16": (32, 65536, 16, 1),
+    "8 x 64K, G = 4": (8, 65536, 4, 1),
+    "8 x 64K, G = 4, 4 new": (8, 65536, 4, 4),
+}
+CHANGES: dict[str, dict[str, int]] = {
+    "default": {},
+    "score by 1 warp, 32 windows": dict(score_warps=1, score_windows=32, score_least=4),
+    "score by 1 warp, 16 windows": dict(score_warps=1, score_windows=16, score_least=8),
+    "score by 2 warps, 32 windows": dict(score_windows=32, score_least=4),
+    "score in 16 shares": dict(score_shares=16),
+    "score, 4 steps of a share": dict(score_least=4),
+    "shortlist by 1 warp": dict(shortlist_warps=1),
+    "shortlist by 2 warps": dict(shortlist_warps=2),
+    "shortlist of 4096": dict(ranked=4096),
+    "shortlist of 4096 by 8 warps": dict(ranked=4096, shortlist_warps=8),
+    "attend by 1 warp, 32 keys": dict(attend_warps=1, keys=32, shares=16, window_shares=8),
+    "attend by 1 warp, 32 keys, 8 shares": dict(attend_warps=1, keys=32),
+    "attend by 2 warps, 32 keys": dict(attend_warps=2, keys=32, shares=16, window_shares=8),
+    "attend in 16 and 8 shares": dict(shares=16, window_shares=8),
+    "attend in 8 and 2 shares": dict(window_shares=2),
+    "attend in 4 and 2 shares": dict(shares=4, window_shares=2),
+}
+
+
+def case_of(name: str) -> DecodeCase:
+    batch, tokens, group, new = CASES[name]
+    config = NSAConfig(hidden_size=8192, num_heads=64, num_kv_heads=64 // group, head_dim=128)
+    return DecodeCase(config, tokens, batch_size=batch, num_new=new)
+
+
+def changed_step(case: DecodeCase, layer: int, change: dict[str, int]) -> Step:
+    """A layer's step with another configuration."""
+    c, pages, q = case.config, case.pages(layer), case["q"]
+    config = dataclasses.replace(default_config(q, c.num_kv_heads), **change)
+    call = DecodeCall(
+        *(q, case["gate_logits"], pages, case["lengths"], default_scale(q, c.scale)),
+        Windows(c.kernel_size, c.kernel_stride),
+        Blocks(c.block_size, c.init_blocks, c.local_blocks),
+        *(c.num_selected_blocks, c.window_size, "triton"),
+    )
+
+    def step() -> Any:
+        append(case, layer)
+        return nsa_decode(call, config)
+
+    return step
+
+
+def compile_one(job: tuple[str, str]) -> None:
+    """In a process of its own: compiling takes longer than all the rest, and one core."""
+    name, change = job
+    case = dataclasses.replace(case_of(name), batch_size=1)
+    changed_step(case, 0, CHANGES[change])()
+    torch.cuda.synchronize()
+
+
+def run(meter: CudaMeter, cases: list[str], changes: list[str]) -> pd.DataFrame:
+    """Microseconds of a layer, by change and case; NaN where the result is wrong or none."""
+    jobs = [(name, change) for name in cases for change in changes]
+    processes = min(multiprocessing.cpu_count(), len(jobs))
+    with multiprocessing.get_context("spawn").Pool(processes) as pool:
+        pool.map(compile_one, jobs, chunksize=1)
+    table = pd.DataFrame(index=changes, columns=cases, dtype=float)
+    for name in cases:
+        case = case_of(name)
+        for change in changes:
+
+            def function(case: Any, layer: int, change: str = change) -> Step:
+                return changed_step(case, layer, CHANGES[change])
+
+            way = dataclasses.replace(NSA_DECODE, function=function)
+            try:
+                call = way.passes(case)["forward"]
+                way.check(case, "forward", call())
+            except (WrongResult, RuntimeError) as error:
+                print(f"{change}, {name}: {error}", flush=True)
+                continue
+            table.loc[change, name] = 1e3 * meter.time(call)["ms"] / case.repeats
+        print(table[[name]].round(1).T.to_string(), flush=True)
+        del case
+        torch.cuda.empty_cache()
+    return table
