@@ -14,7 +14,7 @@ from benchmarks.operators import COMPRESSION, LOOP_ORDERS, PARTS, RECOMPUTING
 from benchmarks.patched import PATCHED
 from benchmarks.peers import FLEX, FULL, PEERS
 from nsa_fsa.benchmarking.cases import Case
-from nsa_fsa.benchmarking.decoding import FULL_DECODING, NSA_DECODE, DecodeCase
+from nsa_fsa.benchmarking.decoding import FULL_DECODING, LAYER_DECODE, NSA_DECODE, DecodeCase
 from nsa_fsa.benchmarking.implementations import NSA_CORE, NSA_LAYER
 from nsa_fsa.benchmarking.prefill import prefill
 from nsa_fsa.benchmarking.runs import Bench
@@ -24,7 +24,7 @@ IMPLEMENTATIONS = {
     x.name: x
     for x in (
         NSA_CORE, RECOMPUTING, *PARTS, *COMPRESSION, *LOOP_ORDERS, *FULL, *PEERS, FLEX, *ABLATIONS,
-        *PATCHED, NSA_DECODE, NSA_LAYER, prefill(None), prefill(16384),
+        *PATCHED, NSA_DECODE, LAYER_DECODE, NSA_LAYER, prefill(None), prefill(16384),
     )
 }  # fmt: skip
 DECODING = {x.name: x for x in FULL_DECODING}

@@ -104,7 +104,7 @@ def run(meter: CudaMeter, cases: list[str], changes: list[str]) -> pd.DataFrame:
             except (WrongResult, RuntimeError) as error:
                 print(f"{change}, {name}: {error}", flush=True)
                 continue
-            table.loc[change, name] = 1e3 * meter.time(call)["ms"] / case.repeats
+            table.loc[change, name] = 1e3 * meter.time(call)["ms"] / case.layers
         print(table[[name]].round(1).T.to_string(), flush=True)
         del case
         torch.cuda.empty_cache()

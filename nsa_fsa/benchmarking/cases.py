@@ -29,11 +29,6 @@ class Case:
     tensors: Named = field(default_factory=dict, init=False)  # those made so far
     truth: dict[Any, Any] = field(default_factory=dict, init=False)  # what checks have computed
 
-    @property
-    def repeats(self) -> int:
-        """How often a pass does what is timed, one after the other."""
-        return 1
-
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.tensors:
             self.tensors[name] = self.make(name)

@@ -19,12 +19,22 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nsa_fsa.benchmarking.cases import Case, Named, Options, Pass
 from nsa_fsa.benchmarking.check import WrongResult, compare
-from nsa_fsa.benchmarking.implementations import CUDNN, FLASH_ATTN_4, Function, Implementation
+from nsa_fsa.benchmarking.implementations import (
+    CUDNN,
+    FLASH_ATTN_4,
+    LAYER_TOLERANCE,
+    Function,
+    Implementation,
+    Layer,
+    layer,
+)
+from nsa_fsa.cache import NSACache
 from nsa_fsa.decode import Pages, Pooling, append_tokens, nsa_decode
 from nsa_fsa.modules.rotary import RotaryEmbedding
 
 Step = Callable[[], Any]
-PAGE = 64  # tokens
+PAGE, CHUNK = 64, 1 << 16  # tokens
+REPLAYS = 4096  # of a layer's step, before tokens are taken back
 MOST_LAYERS, MOST_BYTES = 8, 16 << 30  # of a graph, and of the caches of all its layers
 LEAST_ALIKE = 0.9  # of queries' choices of blocks, the reference's and ours: scores may tie
 
@@ -37,8 +47,8 @@ class DecodeCase(Case):
     num_new: int = 1
 
     @property
-    def repeats(self) -> int:
-        """The layers of the graph."""
+    def layers(self) -> int:
+        """Layers of the graph."""
         c = self.config
         token = c.num_kv_heads * (c.head_dim + c.v_head_dim) * self.dtype.itemsize
         fits = MOST_BYTES // (self.batch_size * self.num_tokens * token)
@@ -46,14 +56,14 @@ class DecodeCase(Case):
 
     def make(self, name: str) -> Tensor:
         c, number, new = self.config, self.batch_size, self.batch_size * self.num_new
-        rows, pages = self.repeats * number, -(-self.num_tokens // PAGE)
+        rows, pages = self.layers * number, -(-self.num_tokens // PAGE)
         heads, states = c.num_kv_heads, PAGE // c.kernel_stride
         if name == "lengths":
             return torch.full((number,), self.num_tokens, dtype=torch.int32, device=self.device)
         if name == "table":  # of every layer's own pages, in any order
             generator = torch.Generator(self.device).manual_seed(self.seed)
             order = torch.randperm(number * pages, generator=generator, device=self.device)
-            layer = torch.arange(self.repeats, device=self.device)[:, None, None]
+            layer = torch.arange(self.layers, device=self.device)[:, None, None]
             return (layer * (number * pages) + order.view(number, pages)).int()
         if name == "turn":  # cos and sin [2, l, rotary_dim / 2]
             position = torch.arange(c.kernel_size, device=self.device)
@@ -69,6 +79,7 @@ class DecodeCase(Case):
             full_k=(rows, self.num_tokens, heads, c.head_dim),
             full_v=(rows, self.num_tokens, heads, c.v_head_dim),
             logits_k=(heads, c.kernel_size), logits_v=(heads, c.kernel_size),
+            x=(number, self.num_tokens, c.hidden_size),
         )  # fmt: skip
         made = self.normal(name, *shapes[name])
         return made.float() if name.startswith("logits") else made
@@ -168,8 +179,11 @@ def of_ends(case: DecodeCase, x: Tensor) -> Tensor:
 class Decoding(Implementation):
     """`function` and `reference` take a case and a layer, and return a step."""
 
+    def repeats(self, case: Any) -> int:
+        return case.layers
+
     def passes(self, case: Any, function: Function | None = None) -> dict[str, Pass]:
-        make, layers = function or self.function, range(case.repeats)
+        make, layers = function or self.function, range(case.layers)
         replay, results = captured([make(case, layer) for layer in layers], case.device)
 
         def forward() -> Named:
@@ -179,7 +193,7 @@ class Decoding(Implementation):
         return dict(forward=forward)
 
     def check(self, case: Any, name: str, results: Named) -> dict[str, float]:
-        last = case.repeats - 1
+        last = case.layers - 1
         found, expected = results["o"], self.reference(case, last)()
         if isinstance(expected, Tensor):
             return dict(o=compare("o", of_ends(case, found), expected))
@@ -217,8 +231,50 @@ def captured(steps: list[Step], device: str) -> tuple[Callable[[], None], list[T
     return graph.replay, results[-1:]
 
 
+class LayerDecoding(Layer):
+    """A whole layer's step, with its projections, into an `NSACache` that has the context."""
+
+    def passes(self, case: Any, function: Function | None = None) -> dict[str, Pass]:
+        module, x, new = (function or self.function)(case), case["x"], case.num_new
+        held = case.num_tokens - new
+        cache = NSACache(module.config, max_length=case.num_tokens + REPLAYS * new)
+        with torch.no_grad():
+            for part in x[:, :held].split(CHUNK, dim=1):
+                module(part, cache=cache)
+            token = x[:, held:].contiguous()
+            step = partial(module, token, cache=cache)
+            replay, results = captured([step], case.device)
+
+        @torch.no_grad()
+        def forward() -> Named:
+            if case.device == "cuda":
+                if cache.num_tokens + new > cache.max_length:
+                    cache.crop(cache.num_tokens - held)
+                cache.advance(new)
+            replay()
+            return dict(y=results[-1])
+
+        return dict(forward=forward)
+
+    def check(self, case: Any, name: str, results: Named) -> dict[str, float]:
+        """Compares the first step after so few tokens that every block is chosen."""
+        few = case.config.block_size * case.config.num_selected_blocks
+        case = dataclasses.replace(case, num_tokens=min(case.num_tokens, few))
+        module, x = self.function(case), case["x"]
+        with torch.no_grad():
+            cache = NSACache(module.config)
+            module(x[:, : -case.num_new], cache=cache)
+            found = module(x[:, -case.num_new :], cache=cache)
+            expected = self.reference(case)(x)[:, -case.num_new :]
+        return dict(y=compare("y", found, expected, LAYER_TOLERANCE))
+
+
 NSA_DECODE = Decoding(
     "nsa_decode", "nsa_fsa, decoding", "ours", nsa_step, partial(nsa_step, backend="reference"), (),
+)  # fmt: skip
+LAYER_DECODE = LayerDecoding(
+    "layer_decode", "nsa_fsa, a layer's step", "layer", layer, partial(layer, backend="reference"),
+    (), outputs=("y",),
 )  # fmt: skip
 SDPA = Decoding(
     CUDNN.name, CUDNN.label, "full", sdpa_step, full_step, (), reads_blocks=False,

@@ -40,6 +40,10 @@ class Implementation:
         where = dict(implementation=self.name, kind=self.kind, **case.sizes(self.reads_blocks))
         return where | (dict(selection="full") if self.kind == "full" else {})
 
+    def repeats(self, case: Any) -> int:
+        """How often a pass does what is timed, one after the other."""
+        return 1
+
     def passes(self, case: Case, function: Function | None = None) -> dict[str, Pass]:
         """The passes of this implementation, or of another function in its place."""
         leaves = {name: case[name] for name in self.leaves}

@@ -39,7 +39,7 @@ class Bench:
                 try:
                     errors = right if name == "forward" else by.check(case, name, call())
                     taken = self.meter.time(call)
-                    measured = {x: y / case.repeats for x, y in taken.items()}
+                    measured = {x: y / by.repeats(case) for x, y in taken.items()}
                     measured |= self.meter.memory(call)
                 except Exception as error:
                     self.leave_out(where, error)

@@ -8,7 +8,14 @@ import torch
 from nsa_fsa import NSAConfig
 from nsa_fsa.benchmarking import decoding
 from nsa_fsa.benchmarking.check import WrongResult
-from nsa_fsa.benchmarking.decoding import NSA_DECODE, SDPA, DecodeCase, nsa_step, sdpa_step
+from nsa_fsa.benchmarking.decoding import (
+    LAYER_DECODE,
+    NSA_DECODE,
+    SDPA,
+    DecodeCase,
+    nsa_step,
+    sdpa_step,
+)  # fmt: skip
 
 CONFIG = NSAConfig.from_dict(
     dict(preset="tiny", hidden_size=64, num_heads=8, num_kv_heads=2, head_dim=16)
@@ -34,11 +41,17 @@ def test_full_attention_is_held_to_its_own_reference():
 
 
 def test_layers_have_caches_of_their_own(monkeypatch):
-    assert CASE.repeats == 8
+    assert CASE.layers == 8
     pages = torch.cat([CASE.pages(layer).table.flatten() for layer in range(8)])
     assert len(pages) == len(pages.unique()) == CASE["k"].shape[0]
     monkeypatch.setattr(decoding, "MOST_BYTES", 3 * 208 * 2 * 32 * 4 * 2)
-    assert CASE.repeats == 2
+    assert CASE.layers == 2
+
+
+def test_a_layers_step():
+    case = dataclasses.replace(CASE, batch_size=2, num_new=2)
+    assert checked(LAYER_DECODE, case)["y"] < 1e-4
+    assert (LAYER_DECODE.repeats(case), NSA_DECODE.repeats(case)) == (1, 8)
 
 
 def test_a_wrong_step_is_refused():
