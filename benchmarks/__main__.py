@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks import floors, pages, pictures, suites, tuning
+from benchmarks import floors, generation, pages, pictures, suites, tuning
 from benchmarks.published import FOLDER, GPU, SuiteResults, rows_of
 from nsa_fsa.benchmarking.meter import CudaMeter
 from nsa_fsa.benchmarking.runs import Bench
@@ -79,6 +79,34 @@ def show(suite: str, gpu: str, folder: Path) -> None:
     console.print(wide.to_string(float_format="{:.3g}".format), markup=False, highlight=False)
     for path in pictures.draw(suite, gpu, folder):
         console.print(f"Picture: {path}")
+
+
+@app.command()
+def generate(
+    tokens: Annotated[
+        list[int] | None, typer.Option(help="Of the prompt; repeat. Default: 32768, 65536.")
+    ] = None,
+    batch: Annotated[list[int] | None, typer.Option(help="Repeat. Default: 1, 8.")] = None,
+    attention: Annotated[
+        list[str] | None,
+        typer.Option(help="Of the dense model, as transformers names it; repeat. Default: sdpa."),
+    ] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Of the model; Llama-3-8B has 32.")] = 32,
+    output: Annotated[Path, typer.Option(file_okay=False, help="Where the file goes.")] = FOLDER,
+    commit: Annotated[str | None, typer.Option(help="Where git here does not know it.")] = None,
+) -> None:
+    """Times `generate` of a Llama-3-8B with random weights, dense and sparse: the first token, and
+    further ones over a static cache, for which transformers compiles a step."""
+    need_a_gpu()
+    os.environ.setdefault("NSA_FSA_PROFILE", "0")
+    meter = CudaMeter(60.0)
+    meter.method = generation.METHOD
+    rates = dict(ceilings=floors.ceilings(meter), seed=0)
+    results = SuiteResults(output, "generate", meter, rates, commit=commit)
+    model = generation.make_model(num_hidden_layers=layers)
+    sizes = (tokens or [32768, 65536], batch or [1, 8], attention or ["sdpa"])
+    generation.measure(results, console, *sizes, model)
+    console.print(f"Results: {results.path}")
 
 
 @app.command()

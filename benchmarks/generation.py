@@ -16,7 +16,8 @@ import torch
 from rich.console import Console
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
-from nsa_fsa import patch_model, unpatch_model
+from nsa_fsa import NSAConfig, patch_model, unpatch_model
+from nsa_fsa.benchmarking.cases import Case
 from nsa_fsa.benchmarking.results import Results
 
 LLAMA_3_8B: dict[str, Any] = dict(
@@ -25,6 +26,11 @@ LLAMA_3_8B: dict[str, Any] = dict(
     rope_parameters=dict(rope_type="default", rope_theta=500000.0),
 )  # fmt: skip
 NEW_TOKENS, RUNS = 64, 3
+METHOD: dict[str, Any] = dict(
+    timing="first_token: wall time of generate with one new token and a dynamic cache, median of "
+    f"{RUNS} after one. further_tokens: wall time of {NEW_TOKENS} new tokens less that of 4, each "
+    f"the median of {RUNS}, over a static cache with the prompt, divided by their number"
+)
 
 
 def make_model(device: str = "cuda", **changes: Any) -> Any:
@@ -53,6 +59,11 @@ def seconds_of(run: Callable[[], Any], runs: int = RUNS) -> list[float]:
     return times
 
 
+def row_of(times: list[float]) -> dict[str, Any]:
+    """The median of some milliseconds, and all of them."""
+    return dict(ms=statistics.median(times), ms_20=min(times), ms_80=max(times), times=times)
+
+
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -65,8 +76,7 @@ def first_token(model: Any, prompt: torch.Tensor, batch_size: int) -> dict[str, 
         model.generate(prompt.expand(batch_size, -1), max_new_tokens=1, do_sample=False)
 
     run()
-    times = seconds_of(run)
-    return dict(first_token_s=statistics.median(times), times=times)
+    return row_of([1e3 * x for x in seconds_of(run)])
 
 
 @torch.no_grad()
@@ -105,12 +115,11 @@ def further_tokens(model: Any, prompt: torch.Tensor, batch_size: int) -> dict[st
     began = time.perf_counter()
     run(few)
     run(few)
-    compiled = time.perf_counter() - began
+    compiling = time.perf_counter() - began
     short, long = (seconds_of(partial(run, n)) for n in (few, NEW_TOKENS))
-    step = (statistics.median(long) - statistics.median(short)) / (NEW_TOKENS - few)
-    return dict(
-        step_ms=1e3 * step, tokens_per_s=batch_size / step, times=[short, long], warm_s=compiled
-    )
+    each = [1e3 * (x - statistics.median(short)) / (NEW_TOKENS - few) for x in long]
+    found = row_of(each)
+    return found | dict(tokens_per_s=1e3 * batch_size / found["ms"], first_runs_s=compiling)
 
 
 MEASURED = dict(first_token=first_token, further_tokens=further_tokens)
@@ -120,7 +129,7 @@ MEASURED = dict(first_token=first_token, further_tokens=further_tokens)
 def as_dense(model: Any, attention: str) -> Iterator[str]:
     before = model.config._attn_implementation
     model.set_attn_implementation(attention)
-    yield f"dense, {attention}"
+    yield f"dense_{attention}"
     model.set_attn_implementation(before)
 
 
@@ -129,6 +138,13 @@ def as_sparse(model: Any) -> Iterator[str]:
     patch_model(model, "fsa-64x16", verbose=False)
     yield "nsa_fsa"
     unpatch_model(model)
+
+
+def sizes_of(model: Any, tokens: int) -> dict[str, Any]:
+    """What a row of results says of the model."""
+    config = NSAConfig.from_pretrained_config(model.config, preset="fsa-64x16")
+    more = dict(num_layers=model.config.num_hidden_layers, num_new=1, kind="model")
+    return Case(config, tokens).sizes() | more
 
 
 def measure(
@@ -140,26 +156,28 @@ def measure(
     model: Any,
 ) -> None:
     """Adds rows of every length, batch and way; one that does not run is left out and says why."""
-    ways = [*(as_dense(model, x) for x in attentions), as_sparse(model)]
-    for way in ways:
+    sizes = {tokens: sizes_of(model, tokens) for tokens in lengths}
+    for way in (*(as_dense(model, x) for x in attentions), as_sparse(model)):
         with way as name:
             for tokens in lengths:
                 prompt = prompt_of(model, tokens)
                 calls = [("first_token", 1), *(("further_tokens", n) for n in batches)]
                 for what, batch_size in calls:
-                    where = dict(implementation=name, num_tokens=tokens, batch_size=batch_size)
+                    where = sizes[tokens] | dict(implementation=name, batch_size=batch_size)
                     where["pass"] = what
                     try:
                         found = MEASURED[what](model, prompt, batch_size)
                     except Exception as error:  # of memory, or of an attention that is not there
                         reason = f"{type(error).__name__}: {error}".splitlines()[0][:300]
                         results.add("not_timed", **where, reason=reason)
-                        console.print(f"{where}: {reason}", style="yellow", markup=False)
+                        console.print(
+                            f"{name}, {what}, {tokens}: {reason}", style="yellow", markup=False
+                        )
                     else:
-                        results.add("rows", **where, **found)
-                        console.print(f"{where}: {found}", markup=False, highlight=False)
+                        results.add("rows", **where, **found, errors={})
+                        said = f"{name}, {what}, {batch_size} x {tokens}: {found['ms']:.4g} ms"
+                        console.print(said, markup=False, highlight=False)
                     torch._dynamo.reset()
-                    if hasattr(model, "_compiled_call"):
-                        del model._compiled_call
+                    model.__dict__.pop("_compiled_call", None)
                     if torch.cuda.is_available():
                         torch.cuda.empty_cache()
