@@ -665,3 +665,15 @@ def test_compressed_tokens_of_other_keys_are_not_read(padded):
         layer.compressed = None
     expected = sparse(more[:, 20:21], past_key_values=cache).logits
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+    # The same compressors, of keys that are not turned back any more.
+    patch_model(sparse, compress_rope="after", verbose=False)
+    cache = DynamicCache()
+    sparse(more[:, :28], past_key_values=cache)
+    patch_model(sparse, compress_rope="before", verbose=False)
+    found = sparse(more[:, 28:29], past_key_values=cache).logits
+    for layer in cache.layers:
+        layer.crop(-1)
+        layer.compressed = None
+    expected = sparse(more[:, 28:29], past_key_values=cache).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

@@ -175,8 +175,8 @@ def _fixed(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def compressors_of(module: Any) -> tuple[Any, ...]:
     """The windows and compressors of a layer; by ids, so that a copied cache copies no module."""
-    c = module.nsa_config
-    return c.kernel_size, c.kernel_stride, id(module.compress_k), id(module.compress_v)
+    c, ids = module.nsa_config, (id(module.compress_k), id(module.compress_v))
+    return c.kernel_size, c.kernel_stride, c.compress_rope, *ids
 
 
 def keep(
