@@ -32,6 +32,7 @@ from torch import Tensor
 from nsa_fsa import checks
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.decode.pages import Pages
+from nsa_fsa.ops.compression.reference import num_windows_of
 from nsa_fsa.sequences import Sequences, sequence_ids
 
 
@@ -590,8 +591,7 @@ class NSACache:
 
     def _num_windows(self, lengths: Tensor) -> Tensor:
         """Complete compression windows of sequences of these lengths, int64 `[B]`."""
-        kernel_size, stride = self.config.kernel_size, self.config.kernel_stride
-        return ((lengths - kernel_size).div(stride, rounding_mode="floor") + 1).clamp(min=0)
+        return num_windows_of(lengths, self.config.kernel_size, self.config.kernel_stride)
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Applies a change of the batch axis to everything."""

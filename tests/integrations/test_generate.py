@@ -3,6 +3,7 @@ forwards without cache.
 """
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -26,15 +27,20 @@ from tests.modules.layers import rms_ratio
 PROMPT, NEW = 150, 60  # 210 tokens are 14 blocks, of which a query reads 6
 FEW = 20  # where the comparison without cache is slow; two strides and a block boundary still
 
+# How windows are compressed: pooled by the operators of decoding, or by a module of the layer.
+POOLED = dict(compress_rope="before")
+TURNED = dict(compress_rope="after", compress_v="mean", compress_position_embedding=True)
+LEARNED = dict(compress_rope="before", compress_k="gated", compress_v="linear")
+LEARNED_AND_TURNED = {**TURNED, "compress_k": "mlp"}
+
 # A partial patch has layers of both kinds in one cache.
-# Compressed tokens of keys that are not turned back lie beside the cache.
-MODELS = [("llama", None, "before"), ("qwen2", None, "after"), ("qwen3", [1], "before")]
+MODELS = [("llama", None, POOLED), ("qwen2", None, TURNED), ("qwen3", [1], LEARNED)]
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda p: f"{p[0]}-{p[1] or 'all'}")
 def model(request):
-    family, layers, rope = request.param
-    return sparse_model(family, layers=layers, nsa=dict(compress_rope=rope))
+    family, layers, nsa = request.param
+    return sparse_model(family, layers=layers, nsa=nsa)
 
 
 @pytest.fixture(params=["before", "after"])
@@ -465,38 +471,76 @@ def counted():
     torch._dynamo.utils.counters.clear()
 
 
+class Squashed(torch.nn.Module):
+    """A compressor of the user's own."""
+
+    def forward(self, windows):
+        return windows.tanh().mean(2)
+
+
+KINDS = {
+    "pooled, one layer": dict(layers=[1], **POOLED),
+    "turned": TURNED,
+    "own and learned": dict(compressor_k=lambda config: Squashed(), **LEARNED),
+    "learned and turned": LEARNED_AND_TURNED,
+}
+
+
+def assert_greedy(model, sequence, mask):
+    """Checks what follows a prompt with this mask by one forward without a cache."""
+    mask = pad_ones(mask, FEW)
+    arguments = dict(attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
+    with torch.no_grad():
+        logits = model(sequence, use_cache=False, **arguments).logits[:, -FEW - 1 : -1]
+    assert torch.equal(logits.argmax(-1), sequence[:, -FEW:])
+
+
 def test_chunks_of_a_prompt_are_not_compiled(counted):
     model = sparse_model(nsa=dict(compress_rope="before")).eval()
     prompt = tokens(2, PROMPT)
     found = compiled(model, prompt, prefill_chunk_size=40)
-    assert torch.equal(found, greedy(model, prompt, FEW))
+    assert_greedy(model, found, torch.ones_like(prompt))
     assert num_graphs() == 1
 
 
-@pytest.mark.parametrize("layers", [None, [1]], ids=["all", "one"])
-def test_a_compiled_step_is_one_graph_for_all_lengths(layers, counted):
-    model = sparse_model(layers=layers, nsa=dict(compress_rope="before")).eval()
-    prompt = tokens(2, PROMPT)
-    assert torch.equal(compiled(model, prompt), greedy(model, prompt, FEW))
+def model_of(layers=None, compressor_k=None, **nsa):
+    model = sparse_model(layers=layers, nsa=nsa).eval()
+    if compressor_k is not None:
+        patch_model(model, compressor_k=compressor_k, verbose=False)
+    return model
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+@torch.no_grad()
+def test_a_compiled_step_is_one_graph_for_all_lengths(kind, counted):
+    """And the one with padding gives what other steps and forwards without cache do."""
+    model, prompt = model_of(**kind), tokens(2, 100)
+    mask = torch.ones_like(prompt)
+    mask[1, :21] = 0
+    found = compiled(model, prompt * mask, attention_mask=mask)
     assert num_graphs() == 1
+    for cache in ("dynamic", "static"):
+        arguments = dict(attention_mask=mask, cache_implementation=cache)
+        assert torch.equal(generate(model, prompt * mask, FEW, **arguments), found)
+    assert_greedy(model, found, mask)
 
 
 def test_a_static_cache_is_used_again_without_another_graph(counted):
     """One graph where rows are padded and one where they are not."""
-    model = sparse_model(nsa=dict(compress_rope="before")).eval()
+    model = sparse_model(nsa=POOLED).eval()
+    patch_model(model, {1: LEARNED_AND_TURNED}, verbose=False)
     cache = StaticCache(config=model.config, max_cache_len=PROMPT + FEW)
     for seed, graphs in ((0, 1), (1, 1), (2, 2), (3, 2)):
         prompt = tokens(3, PROMPT - 7 * seed, seed=seed)
         mask = torch.ones_like(prompt)
         if seed >= 2:
             mask[1, : 31 + seed] = mask[2, :5] = 0
-        expected = greedy(model, prompt * mask, FEW, attention_mask=mask)
         cache.reset()
         found = compiled(model, prompt * mask, attention_mask=mask, past_key_values=cache)
-        assert torch.equal(found, expected)
+        assert_greedy(model, found, mask)
         assert num_graphs() == graphs
     # Steps that are not compiled go on with what the graph has compressed.
-    expected = greedy(model, expected, 3, attention_mask=pad_ones(mask, FEW))
+    expected = greedy(model, found, 3, attention_mask=pad_ones(mask, FEW))
     cache = StaticCache(config=model.config, max_cache_len=PROMPT + FEW + 3)
     arguments = dict(attention_mask=mask, past_key_values=cache)
     sequence = compiled(model, prompt * mask, **arguments)
@@ -510,21 +554,29 @@ def pad_ones(mask, number):
 
 @torch.no_grad()
 def test_what_a_compiled_step_cannot_do_is_refused(counted):
-    model = sparse_model(nsa=dict(compress_rope="before")).eval()
+    """Positions that count real tokens are no columns where the mask hides some between them."""
+    model = sparse_model(nsa=TURNED).eval()
     step = torch.compile(model, backend="eager", fullgraph=True)
     cache, ids = StaticCache(config=model.config, max_cache_len=90), tokens(2, 70)
-    model(ids[:, :60], past_key_values=cache)
     mask = torch.zeros(2, 90, dtype=torch.int64)
     mask[:, :61] = 1
-    step(ids[:, 60:61], past_key_values=cache, attention_mask=mask)
+    mask[1, 30:50] = 0
+    arguments = dict(attention_mask=mask, past_key_values=cache)
+    model(ids[:, :60], attention_mask=mask[:, :60], past_key_values=cache)
+    step(ids[:, 60:61], position_ids=torch.tensor([[60], [40]]), **arguments)
     mask[:, 61] = 1
-    mask[1, 30:33] = 0
+    with pytest.raises(RuntimeError, match=r"positions are columns.*Fix: position_ids"):
+        step(ids[:, 61:62], position_ids=torch.tensor([[61], [61]]), **arguments)
+    arguments["position_ids"] = torch.tensor([[61], [41]])
+    mask[1, 20:23] = 0
     with pytest.raises(RuntimeError, match="hides other tokens than when the static cache"):
-        step(ids[:, 61:62], past_key_values=cache, attention_mask=mask)
+        step(ids[:, 61:62], **arguments)
+    mask[1, 20:23] = 1
     dense = unpatch_model(copy.deepcopy(model))
     dense(ids[:, 61:62], past_key_values=cache)
     with pytest.raises(RuntimeError, match="whose windows have not been compressed"):
-        step(ids[:, 62:63], past_key_values=cache)
+        step(ids[:, 62:63], **arguments)
+    assert num_graphs() == 1
 
 
 # --- Refused --------------------------------------------------------------------------------------
@@ -562,41 +614,75 @@ def test_a_cache_that_forgets(nsa):
 # --- Compressed tokens beside a cache -------------------------------------------------------------
 
 
+@pytest.fixture
+def compressed(monkeypatch):
+    """A function that makes a model's layers say how many keys they compress themselves."""
+
+    def watch(model):
+        sizes = []
+        for attention in attentions(model):
+            original = attention.compress
+            monkeypatch.setattr(
+                attention, "compress", lambda k, *x, f=original: (sizes.append(len(k)), f(k, *x))[1]
+            )
+        return sizes
+
+    return watch
+
+
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=128)
+
+
+def model_of_ways(first, second):
+    """Two layers that compress in ways of their own, with cos and sin that are scaled."""
+    model = sparse_model(nsa=first, rope_parameters=YARN).eval()
+    patch_model(model, {1: second}, verbose=False)
+    return model
+
+
+WAYS = {
+    "pooled": (POOLED, POOLED, 0),
+    "turned": (TURNED, TURNED, 0),
+    "learned": (LEARNED, LEARNED, 2),
+    "both": (LEARNED_AND_TURNED, dict(kernel_size=8, **TURNED, compress_k="weighted"), 1),
+}
+
+
+@pytest.mark.parametrize("ways", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("make", ["dynamic", "static"])
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
-def test_steps_compress_only_what_they_complete(monkeypatch, make, padded):
-    model, ids = sparse_model(nsa=dict(compress_rope="before")).eval(), tokens(2, 100)
+def test_steps_compress_only_what_they_complete(compressed, make, padded, ways):
+    *settings, num_learned = ways
+    model, ids = model_of_ways(*settings), tokens(2, 110)
     cache = DynamicCache() if make == "dynamic" else StaticCache(model.config, max_cache_len=110)
     mask = torch.ones_like(ids)
     mask[0, : 17 * padded] = 0
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     arguments = dict(attention_mask=mask, position_ids=positions, past_key_values=DynamicCache())
     whole = model(ids, **arguments).logits
-    sizes, found = [], []
-    for attention in attentions(model):
-        original = attention.compress
-        monkeypatch.setattr(
-            attention, "compress", lambda k, *x, f=original: (sizes.append(len(k)), f(k, *x))[1]
-        )
-    chunks = [(0, 60), (60, 61), (61, 64), (64, 65), (65, 99), (99, 100)]
-    for start, stop in chunks:
+    sizes, found = compressed(model), []
+    ends = [0, 60, 61, 64, 65, 81, 98, 99, 101, 110]
+    for start, stop in itertools.pairwise(ends):
         rows = slice(start, stop)
         arguments = dict(attention_mask=mask[:, :stop], position_ids=positions[:, rows])
         found.append(model(ids[:, rows], past_key_values=cache, **arguments).logits)
     real = mask.bool()
     torch.testing.assert_close(torch.cat(found, 1)[real], whole[real], rtol=1e-4, atol=1e-4)
-    # Prompts and long chunks compress all keys, and a few tokens none.
-    columns = [60, 99]
-    tokens_of = [2 * n - (17 * padded if n == 60 else 0) for n in columns]
-    assert sizes == [n for n in tokens_of for _ in range(2)]
+    # Prompts and long chunks compress all keys. A few tokens compress none where the operator pools
+    # them, and otherwise the keys of as many windows as they may complete.
+    expected = []
+    for size in (120 - 17 * padded, 32, 32, 32, 64, 2 * 98, 32, 32, 64):
+        expected += [size] * (num_learned if size <= 64 else 2)
+    assert sizes == expected
     held = [layer.compressed for layer in cache.layers]
-    assert [x.num_columns for x in held] == [100, 100]
+    assert [x.num_columns for x in held] == [110, 110]
 
 
+@pytest.mark.parametrize("nsa", [POOLED, LEARNED_AND_TURNED], ids=["pooled", "both"])
 @torch.no_grad()
-def test_what_is_done_to_a_cache_is_done_to_its_compressed_tokens(monkeypatch):
-    model, ids = sparse_model(nsa=dict(compress_rope="before")).eval(), tokens(3, 80)
+def test_what_is_done_to_a_cache_is_done_to_its_compressed_tokens(compressed, nsa):
+    model, ids = sparse_model(nsa=nsa).eval(), tokens(3, 80)
     cache = DynamicCache()
     model(ids[:, :60], past_key_values=cache)
     rows = torch.tensor([2, 0, 2])
@@ -606,19 +692,48 @@ def test_what_is_done_to_a_cache_is_done_to_its_compressed_tokens(monkeypatch):
     cache.batch_select_indices(torch.tensor([0, 3, 5]))
     copied = copy.deepcopy(cache)
     chosen = ids[torch.tensor([2, 0, 2])]
-
-    def compress(*_):
-        raise AssertionError("a step compressed all keys")
-
+    expected = model(chosen, use_cache=False).logits[:, 51:]
+    sizes = compressed(model)
     for held in (cache, copied):
-        for attention in attentions(model):  # a forward without cache, below, has its own again
-            monkeypatch.setattr(attention, "compress", compress)
         found = [model(chosen[:, n : n + 1], past_key_values=held).logits for n in range(51, 80)]
-        monkeypatch.undo()
-        expected = model(chosen, use_cache=False).logits[:, 51:]
         torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-4)
+    assert set(sizes) == ({3 * 16} if "compress_k" in nsa else set())
     cache.reset()
     assert cache.layers[0].compressed is None
+
+
+@torch.no_grad()
+def test_positions_that_do_not_follow_one_another(compressed):
+    """Columns hidden between real ones leave a gap where positions are columns, and none where they
+    count real tokens. Where positions of new tokens jump, cached ones are taken to precede them."""
+    model, ids = sparse_model(nsa=TURNED).eval(), tokens(2, 70)
+    mask = torch.ones_like(ids)
+    mask[1, 55:58] = 0
+    column, counted = torch.arange(70)[None], mask.cumsum(1) - 1
+    sizes = compressed(model)
+    for positions, slow in ((None, True), (column, True), (counted, False)):
+        whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        cache, found = DynamicCache(), []
+        sizes.clear()
+        for start, stop in ((0, 60), *((n, n + 1) for n in range(60, 70))):
+            arguments = dict(attention_mask=mask[:, :stop], past_key_values=cache)
+            if positions is not None:
+                arguments["position_ids"] = positions[:, start:stop]
+            found.append(model(ids[:, start:stop], **arguments).logits[:, -1:])
+        torch.testing.assert_close(torch.cat(found, 1), whole[:, 59:], rtol=1e-4, atol=1e-4)
+        assert len(sizes) == 2 * (11 if slow else 1)
+
+    model, cache = sparse_model(nsa=dict(compress_rope="after")).eval(), DynamicCache()
+    model(ids[:, :60], past_key_values=cache)
+    twin = copy.deepcopy(cache)
+    for n in range(60, 70):
+        arguments = dict(position_ids=torch.tensor([[n + 5]]))
+        for layer in twin.layers:
+            layer.compressed = None
+        found, expected = (
+            model(ids[:, n : n + 1], past_key_values=x, **arguments).logits for x in (cache, twin)
+        )
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -24,6 +24,8 @@ from nsa_fsa.checks import check_tensor
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.integrations.transformers import cache
 from nsa_fsa.integrations.transformers.rotation import with_fused_rotation
+from nsa_fsa.integrations.transformers.steps import find_step
+from nsa_fsa.integrations.transformers.turning import like_rotated, positions_of_keys, turns_back
 from nsa_fsa.modules.branches import SparseBranches, put_back, take
 from nsa_fsa.sequences import Packing, Sequences, keep_padding, pack_batch, uniform_layout
 
@@ -174,7 +176,8 @@ def sparse_attention(
     beside = cache.layer_of(kept, module.layer_idx)
     if step is not None:
         new_q, new_gates = query.transpose(1, 2).flatten(0, 1), nsa_gate_logits.flatten(0, 1)
-        o = cache.decode(module, beside, new_q, (key, value), new_gates, step, scaling)
+        arguments = (new_q, (key, value), new_gates, step, nsa_rotation, scaling)
+        o = cache.decode(module, beside, *arguments)
         return o.unflatten(0, (batch_size, length)), None
     if key.shape[2] < past + length:
         raise ValueError(
@@ -442,7 +445,9 @@ def _before_layers(
     own = getattr(kept, "self_attention_cache", kept)
     step = None
     if own is not None and _reads_nothing_back() and (mask is None or mask.ndim == 2):
-        step = cache.traced_step(layers, own, mask, inputs.shape[1])
+        position_ids, rotary = given.get("position_ids"), getattr(decoder, "rotary_emb", None)
+        arguments = (mask, inputs.shape[1], position_ids, rotary)
+        step = cache.traced_step(layers, own, *arguments)
     if step is not None:
         layout = uniform_layout(inputs.shape[0], inputs.shape[1], inputs.device)
         batch = Batch(0, None, layout, kept=own, step=step)
@@ -496,47 +501,17 @@ def _look_at(
             "Fix: pass neither a cache nor use_cache=True with packed sequences."
         )
     past, rows, layout, columns, real, packed, *_ = batch
-    rotation = step = None
-    if past and any(x.nsa_config.compress_rope == "after" for x in layers):
-        # The gate itself may be offloaded.
-        dtype: Any = layers[0].gate.weight.dtype
-        like = torch.empty(0, dtype=dtype, device=inputs.device)
-        position_ids = _positions_of_keys(batch, mask, given.get("position_ids"), inputs)
-        rotation = decoder.rotary_emb(like, position_ids=position_ids)
-    if own is None or torch.compiler.is_compiling():
-        # PyTorch 2.11's compiler loses what `_replace` returns between two graphs.
-        return Batch(past, rows, layout, columns, real, packed, rotation)
-    hides = rows is not None or columns is not None
-    cache.compare_masks(own, mask if hides else None, past)
-    if past and rows is None and cache.can_decode(layers, own, past, num_new):
-        assert layout.seqused_k is not None
-        step = cache.step_of(layout.seqused_k, columns)
-    return Batch(past, rows, layout, columns, real, packed, rotation, own, step)
-
-
-def _positions_of_keys(batch: Batch, mask: Tensor | None, position_ids: Any, like: Any) -> Tensor:
-    """The positions by which the keys of a cache were rotated, `[B or 1, past + S]`, in the order
-    of `batch.columns`.
-
-    Nobody says those of cached tokens. They were columns, if nothing else is said of the new ones
-    or they are, too. Otherwise tokens are counted as real ones, from whatever number on.
-    """
-    past, total = batch.past, batch.layout.max_seqlen
-    device = like.device
-    rank = torch.arange(total, device=device)[None]
-    columns = rank if batch.columns is None else batch.columns
-    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2:
-        return columns
-    counted, first = rank[:, past:], torch.zeros(1, 1, dtype=torch.int64, device=device)
-    if batch.columns is not None:
-        assert mask is not None
-        real = mask.ne(0)
-        counted = real.cumsum(1)[:, past:] - 1
-        first = real[:, past:].int().argmax(1, keepdim=True)
-    number = max(len(position_ids), len(counted))
-    given, counted, first = (x.expand(number, -1) for x in (position_ids, counted, first))
-    at, begin = given.gather(1, first), counted.gather(1, first)
-    return torch.where(at == first + past, columns, rank + at - begin)
+    position_ids = given.get("position_ids")
+    # PyTorch 2.11's compiler loses what `_replace` returns between two graphs.
+    beside = None if torch.compiler.is_compiling() else own
+    step = rotation = None
+    if beside is not None:
+        at_hand = (batch.layout.seqused_k, rows, columns)
+        step = find_step(decoder, layers, beside, past, *at_hand, mask, position_ids, inputs)
+    if step is None and past and turns_back(layers):
+        positions = positions_of_keys(columns, mask, position_ids, past, inputs)
+        rotation = decoder.rotary_emb(like_rotated(layers, inputs.device), position_ids=positions)
+    return Batch(past, rows, layout, columns, real, packed, rotation, beside, step)
 
 
 def _check_in_step(kept: Any, indices: Collection[int]) -> None:

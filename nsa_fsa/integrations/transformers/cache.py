@@ -13,11 +13,20 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
+from nsa_fsa.cache.nsa_cache import turn_back
 from nsa_fsa.decode import Pages, append_tokens, nsa_decode
 from nsa_fsa.decode.operator import BACKENDS, MOST_NEW
+from nsa_fsa.integrations.transformers.turning import (
+    Rotary,
+    Turning,
+    positions_follow,
+    turning_of,
+    turns_back,
+)
 from nsa_fsa.ops.common.sizes import cdiv
 from nsa_fsa.ops.common.triton_backends import unavailable, unsupported_tensors
-from nsa_fsa.sequences import Sequences
+from nsa_fsa.ops.compression.reference import num_windows_of
+from nsa_fsa.sequences import Sequences, uniform_layout
 
 
 @dataclass
@@ -131,26 +140,32 @@ class Hidden(NamedTuple):
     number: Tensor | None = None
 
 
-def compare_masks(cache: Any, mask: Tensor | None, past: int) -> None:
+def compare_masks(cache: Any, mask: Tensor | None, past: int, follow: Tensor | None = None) -> bool:
     """Forgets the compressed tokens of a cache if its past columns are hidden by another mask
-    `[B, past + S]` than before; None: nothing is hidden."""
+    `[B, past + S]` than before; None: nothing is hidden.
+
+    follow: a bool `[]` that the caller wants to know, and gets; read back with the comparison. It
+    is True where there is none, or nothing to compare.
+    """
     before: Hidden | None = getattr(cache, "nsa_hidden", None)
     now = None if mask is None else mask[:, :past].ne(0)
-    alike = before is now is None
-    if before is not None and now is not None:
-        alike = torch.equal(before.mask[:, :past], now)
+    alike, followed = before is now is None, True
+    if before is not None and now is not None and before.mask[:, :past].shape == now.shape:
+        same = before.mask[:, :past].eq(now).all()
+        truth = same.new_ones(()) if follow is None else follow
+        alike, followed = torch.stack((same, truth)).tolist()
     if not alike:
         for layer in cache.layers:
             if isinstance(layer, _WithCompressedTokens):
                 layer.compressed = None
     if mask is None:
         cache.nsa_hidden = None
-        return
+        return followed
     mask = mask.ne(0)
     room = room_of(cache)
     if room == 0:
         cache.nsa_hidden = Hidden(mask)
-        return
+        return followed
     mask = torch.nn.functional.pad(mask, (0, room - mask.shape[1]), value=True)
     found = (mask, real_first(mask), (~mask).sum(1, dtype=torch.int32))
     if before is not None and before.mask.shape == mask.shape:  # they may be those of a graph
@@ -159,6 +174,18 @@ def compare_masks(cache: Any, mask: Tensor | None, past: int) -> None:
             old.copy_(new)
     else:
         cache.nsa_hidden = Hidden(*_fixed(*found))
+    return followed
+
+
+def keep_turn(cache: Any, turn: Tensor) -> None:
+    """Puts `Turning.turn` of the layers that compress all keys now beside a cache."""
+    before: Tensor | None = getattr(cache, "nsa_turn", None)
+    if room_of(cache) == 0:
+        cache.nsa_turn = turn
+    elif before is not None and (before.shape, before.dtype) == (turn.shape, turn.dtype):
+        before.copy_(turn)  # it may be that of a graph
+    else:
+        (cache.nsa_turn,) = _fixed(turn)
 
 
 def real_first(mask: Tensor) -> Tensor:
@@ -222,21 +249,18 @@ class Step(NamedTuple):
     lengths: Tensor  # int32 [B], of the real tokens, the new ones included
     one_page: Tensor  # int32 [B, 1], the number of every row
     columns: Tensor | None  # int64 [B, columns], of every row the real ones first; None: all real
+    turning: Turning | None = None  # where layers turn keys back
 
 
-def step_of(lengths: Tensor, columns: Tensor | None) -> Step:
+def step_of(lengths: Tensor, columns: Tensor | None, turning: Turning | None) -> Step:
     """A step of rows of a cache, each a page of its own."""
     one_page = torch.arange(lengths.shape[0], dtype=torch.int32, device=lengths.device)
-    return Step(lengths, one_page[:, None], columns)
+    return Step(lengths, one_page[:, None], columns, turning)
 
 
 def decodes(module: Any) -> bool:
-    """Whether a module's new tokens can be decoded by themselves."""
-    return (
-        module.recorder is None
-        and module.nsa_config.compress_rope == "before"
-        and None not in (module.compress_k.pooling(), module.compress_v.pooling())
-    )
+    """Whether a module's new tokens can be decoded by themselves: nobody records what they see."""
+    return module.recorder is None
 
 
 def reads_nothing_back(module: Any) -> bool:
@@ -276,12 +300,22 @@ def can_decode(modules: list[Any], cache: Any, past: int, num_new: int) -> bool:
     return all(x == past for x in held)
 
 
-def traced_step(modules: list[Any], cache: Any, mask: Tensor | None, num_new: int) -> Step | None:
+def traced_step(
+    modules: list[Any],
+    cache: Any,
+    mask: Tensor | None,
+    num_new: int,
+    position_ids: Any,
+    rotary: Rotary | None,
+) -> Step | None:
     """The step of a forward that must read nothing back, of which a compiler or a CUDA graph makes
     one for all lengths; None where it cannot be had. Only beside static caches there is one.
 
-    mask: `[B, columns]`, those that have not been fed yet of any value. It can show and hide what
-    it did before, which is looked at on the device.
+    Args:
+        mask: `[B, columns]`, those that have not been fed yet of any value. It can show and hide
+            what it did before, which is looked at on the device.
+        position_ids: `[B or 1, S]` of the new tokens, or None.
+        rotary: the decoder's, where layers turn keys back.
     """
     found = _compressed(modules, cache, num_new)
     if found is None or room_of(cache) == 0:
@@ -301,10 +335,22 @@ def traced_step(modules: list[Any], cache: Any, mask: Tensor | None, num_new: in
             "attention_mask hides other tokens than when the static cache was filled, which a "
             "compiled step cannot do. Fix: a step that is not compiled.",
         )
+    turning = None
+    if turns_back(modules):
+        assert rotary is not None
+        past = first.cumulative_length
+        turning = turning_of(modules, cache.nsa_turn, rotary, position_ids, past, num_new)
+        if hidden is not None:
+            torch._assert_async(
+                positions_follow(hidden.mask, position_ids, past),
+                "attention_mask hides columns between real ones, and positions are columns: then "
+                "keys cannot be turned back in a compiled step. Fix: position_ids that count the "
+                "real tokens of a row, as generate passes them.",
+            )
     lengths = total.to(torch.int32).expand(first.keys.shape[0])
     if hidden is None:
-        return step_of(lengths.contiguous(), None)
-    return step_of(lengths - hidden.number, hidden.columns)
+        return step_of(lengths.contiguous(), None, turning)
+    return step_of(lengths - hidden.number, hidden.columns, turning)
 
 
 def decode(
@@ -314,13 +360,15 @@ def decode(
     keys: tuple[Tensor, Tensor],
     gate_logits: Tensor,
     step: Step,
+    rotation: tuple[Tensor, Tensor] | None,
     scale: float | None,
 ) -> Tensor:
     """What new tokens read of a cache: q `[B * S, HQ, D]` -> `[B * S, HQ, DV]`.
 
-    keys: the cache's, `[B, HKV, columns, D or DV]`, and values.
+    keys: the cache's, `[B, HKV, columns, D or DV]`, and values. rotation: cos and sin
+    `[B or 1, S, rotary_dim]` of the new tokens, where keys are turned back.
     """
-    c, compressed, (lengths, one_page, columns) = module.nsa_config, layer.compressed, step
+    c, compressed, (lengths, one_page, columns, _) = module.nsa_config, layer.compressed, step
     (k, v), (number, num_heads, room) = keys, keys[0].shape[:3]
     num_new = q.shape[0] // number
     if not isinstance(layer, StaticLayer):
@@ -331,18 +379,29 @@ def decode(
         k, v = (_as_rows(x) for x in (k, v))
         table = (one_page * (num_heads * room) + columns[:, :room]).int()
     pages = Pages(k, v, compressed.k, compressed.v, table, one_page)
-    # These are in the cache already: their number is all that is asked for.
-    new_k, new_v = (x[:1, :, 0].expand(q.shape[0], -1, -1) for x in keys)
     windows = dict(kernel_size=c.kernel_size, kernel_stride=c.kernel_stride)
     backend = BACKENDS.or_auto(c.backend)
-    append_tokens(
-        *(new_k, new_v, pages, lengths),
-        **windows,
-        pool_k=module.compress_k.pooling(),
-        pool_v=module.compress_v.pooling(),
-        write=False,
-        backend=backend,
-    )
+    turning = None if rotation is None else step.turning
+    pool_k, pool_v = module.compress_k.pooling(), module.compress_v.pooling()
+    if pool_k is None or pool_v is None:
+        _compress_completed(module, compressed, keys, num_new, step, turning)
+    else:
+        of_embedding = None
+        if rotation is not None and pool_k.embedding is not None:
+            cos, sin = (x.expand(number, -1, -1).flatten(0, 1) for x in rotation)
+            of_embedding = cos, sin
+        # These are in the cache already: their number is all that is asked for.
+        new_k, new_v = (x[:1, :, 0].expand(q.shape[0], -1, -1) for x in keys)
+        append_tokens(
+            *(new_k, new_v, pages, lengths),
+            **windows,
+            pool_k=pool_k,
+            pool_v=pool_v,
+            turn=None if turning is None else turning.turn[:, : c.kernel_size],
+            rotation=of_embedding,
+            write=False,
+            backend=backend,
+        )
     found = nsa_decode(
         *(q.to(k.dtype), gate_logits.unflatten(-1, (-1, 3)), pages, lengths),
         **windows,
@@ -356,6 +415,46 @@ def decode(
     )
     compressed.advance(num_new)
     return found.o
+
+
+def _compress_completed(
+    module: Any,
+    compressed: CompressedTokens,
+    keys: tuple[Tensor, Tensor],
+    num_new: int,
+    step: Step,
+    turning: Turning | None,
+) -> None:
+    """Writes the compressed tokens of the windows that new tokens complete, by the module's own
+    compressors. Of every row there are as many as can be, because how many are complete is known on
+    the device alone; the others repeat the last of them, or leave what is there."""
+    size, stride = module.nsa_config.kernel_size, module.nsa_config.kernel_stride
+    total = step.lengths.long()[:, None]  # [B, 1]
+    old, complete = (num_windows_of(x, size, stride) for x in (total - num_new, total))
+    most = torch.arange(cdiv(num_new, stride), device=total.device)
+    window = (old + most).clamp(max=complete - 1).maximum(old)  # [B, windows]
+    position = window[..., None] * stride + torch.arange(size, device=total.device)
+    position = position.flatten(1).minimum(total - 1)  # [B, windows * l]
+    column = position if step.columns is None else step.columns.gather(1, position)
+    row = torch.arange(total.shape[0], device=total.device)[:, None]
+    k, v = (x.transpose(1, 2)[row, column].flatten(0, 1) for x in keys)
+    cos = sin = None
+    if turning is not None:
+        assert turning.latest is not None
+        # The last of them is the last new token.
+        latest = (position - total + turning.latest[0].shape[1]).clamp(min=0)
+        cos, sin = (
+            x.expand(total.shape[0], -1, -1)[row, latest].flatten(0, 1) for x in turning.latest
+        )
+        k = turn_back(k, cos, sin)
+    layout = uniform_layout(window.numel(), size, total.device)  # a sequence of every window
+    hops = size // stride  # rows that compression has for each, of which the first one counts
+    state = (window + hops - 1).clamp(max=compressed.k.shape[2] - 1)
+    is_complete = (window < complete)[..., None, None]
+    found = module.compress(k, v, cos, sin, layout)
+    for kept, x in zip((compressed.k, compressed.v), found, strict=True):
+        x, kept = x[::hops].unflatten(0, window.shape), kept.transpose(1, 2)
+        kept.index_put_((row, state), torch.where(is_complete, x, kept[row, state]))
 
 
 def _as_rows(x: Tensor) -> Tensor:

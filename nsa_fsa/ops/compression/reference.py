@@ -17,6 +17,11 @@ def num_windows(length: int, kernel_size: int, kernel_stride: int) -> int:
     return max(0, (length - kernel_size) // kernel_stride + 1)
 
 
+def num_windows_of(lengths: Tensor, kernel_size: int, kernel_stride: int) -> Tensor:
+    """As `num_windows`, of lengths on a device."""
+    return ((lengths - kernel_size).div(kernel_stride, rounding_mode="floor") + 1).clamp(min=0)
+
+
 def window_rows(
     x: Tensor, cu_seqlens: Tensor, kernel_size: int, kernel_stride: int, seqused_k: Tensor | None
 ) -> tuple[Tensor, Tensor]:
