@@ -4,6 +4,7 @@ forwards without cache.
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -734,6 +735,56 @@ def test_positions_that_do_not_follow_one_another(compressed):
             model(ids[:, n : n + 1], past_key_values=x, **arguments).logits for x in (cache, twin)
         )
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_steps_that_compress_all_keys_say_so_once():
+    model, ids = sparse_model(nsa=POOLED).eval(), tokens(2, 64)
+
+    def said(cache=None, model=model, stops=(60, 61, 62, 63, 64), **arguments):
+        start, cache = 0, DynamicCache() if cache is None else cache
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            for stop in stops:
+                given = {name: x[:, :stop] for name, x in arguments.items()}
+                model(ids[:, start:stop], past_key_values=cache, **given)
+                start = stop
+        return [str(x.message) for x in found if "compresses all cached keys" in str(x.message)]
+
+    # What steps do by themselves, what is no step, and where somebody looks.
+    assert said() == said(StaticCache(model.config, max_cache_len=64)) == []
+    quantized = [Cache(layers=[Unchanged(residual_length=16) for _ in range(2)]) for _ in range(4)]
+    assert said(quantized[0], stops=(40, 64)) == []
+    attentions(model)[0].recorder = [].append
+    assert said(quantized[1]) == []
+    attentions(model)[0].recorder = None
+    with torch.enable_grad():
+        assert said(quantized[2]) == []
+    (message,) = said(quantized[3])
+    assert "layer 0 of the cache is of the class Unchanged" in message
+    assert "Fix: a DynamicCache or a StaticCache" in message
+    assert said(Cache(layers=[Unchanged(residual_length=16) for _ in range(2)])) == []
+
+    mask = torch.ones_like(ids)
+    mask[1, 61] = 0
+    other = copy.deepcopy(model)
+    (message,) = said(model=other, stops=(60, 63, 64), attention_mask=mask)
+    assert "some of the new tokens are padding" in message
+    turned = sparse_model(nsa=TURNED).eval()
+    (message,) = said(model=turned, stops=(62, 63, 64), attention_mask=mask)
+    assert "positions are columns" in message
+
+
+@torch.no_grad()
+def test_steps_under_autocast_say_why_they_compress_all_keys():
+    """Where a model leaves its keys in float32 and its values not."""
+    model, ids = sparse_model("qwen3", nsa=POOLED).eval(), tokens(1, 30)
+    cache = DynamicCache()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(ids[:, :29], past_key_values=cache)
+        assert cache.layers[0].keys.dtype != cache.layers[0].values.dtype
+        with pytest.warns(UserWarning, match=r"torch.float32 and values of torch.bfloat16.*Fix"):
+            model(ids[:, 29:], past_key_values=cache)
 
 
 @pytest.mark.parametrize("padded", [False, True])
