@@ -10,6 +10,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nsa_fsa.config import NSAConfig
+from nsa_fsa.decode import Pages
+from nsa_fsa.decode.call import AppendCall, DecodeCall
+from nsa_fsa.decode.operator import APPEND_BACKENDS
+from nsa_fsa.decode.operator import BACKENDS as DECODE_BACKENDS
 from nsa_fsa.modules.compression import POOLED
 from nsa_fsa.modules.native_sparse_attention import NativeSparseAttention
 from nsa_fsa.ops.common import profiler, triton_backends
@@ -203,7 +207,35 @@ def _calls(
         core.sliding(),
         core.combination(o, o, o),
     )
-    return [*found.values(), *zip(OPERATORS, calls, strict=True)]
+    return [*found.values(), *zip(OPERATORS, calls, strict=True), *_steps(config, core)]
+
+
+def _steps(config: NSAConfig, core: CoreCall) -> list[tuple[Backends[Any], Any]]:
+    """What a new token is decoded by, after as many as the core has; nothing for layers that decode
+    by the operators of training: see `NSACache`."""
+    c, dtype, device = config, core.q.dtype, core.q.device
+    if c.kv_per_branch or not {c.compress_k, c.compress_v} <= {*POOLED}:
+        return []
+    with FakeTensorMode():
+
+        def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        widths = (c.head_dim, c.v_head_dim)
+        q, (k, v) = new(1, c.num_heads, c.head_dim), (new(1, c.num_kv_heads, x) for x in widths)
+        gates, number = new(1, c.num_heads, 3), new(1, dtype=torch.int32)
+        rows, table = core.q.shape[0], new(1, 1, dtype=torch.int32)
+        k_cached, v_cached = (new(1, c.num_kv_heads, rows, x) for x in widths)
+        k_cmp, v_cmp = (new(1, c.num_kv_heads, rows // c.kernel_stride, x) for x in widths)
+    pages = Pages(k_cached, v_cached, k_cmp, v_cmp, table)
+    append = AppendCall(
+        *(k, v, pages, number, *(None,) * 7, core.windows, 1, 1), APPEND_BACKENDS.or_auto(c.backend)
+    )
+    decode = DecodeCall(
+        *(q, gates, pages, number, core.scale, core.windows, core.blocks),
+        *(c.num_selected_blocks, c.window_size, DECODE_BACKENDS.or_auto(c.backend)),
+    )
+    return [(APPEND_BACKENDS, append), (DECODE_BACKENDS, decode)]
 
 
 def _explain(operator: Backends[Any], call: Any) -> Choice:
@@ -222,6 +254,8 @@ def _explain(operator: Backends[Any], call: Any) -> Choice:
             why.append(f"{libraries[0]}, the only one that can run this")
         else:
             why.append(_measured(flash_attention.window_key, call, libraries))
+    if operator in (APPEND_BACKENDS, DECODE_BACKENDS):
+        why.append("a few new tokens of a cache, in inference")
     reason = "; ".join(why) or "the first that can run this"
     return Choice(operator.operator, chosen, reason, passed_over)
 

@@ -7,6 +7,7 @@ import torch
 
 import nsa_fsa
 from nsa_fsa import NSAConfig
+from nsa_fsa.decode import operator as decoding
 from nsa_fsa.ops.common import triton_backends
 from nsa_fsa.ops.sliding_window_attention import flash_attention
 from tests.cases import BACKENDS
@@ -14,13 +15,17 @@ from tests.cases import BACKENDS
 CONFIG = NSAConfig(hidden_size=256, num_heads=4, num_kv_heads=2)
 OPERATORS = (
     "pool_windows", "compressed_attention", "select_blocks", "selected_attention",
-    "sliding_window_attention", "gated_combine",
+    "sliding_window_attention", "gated_combine", "append_tokens", "nsa_decode",
 )  # fmt: skip
 WITH_TRITON = tuple(operator for operator in OPERATORS if operator != "sliding_window_attention")
+SEES_KEYS = tuple(operator for operator in WITH_TRITON if operator != "gated_combine")
 needs_triton = pytest.mark.skipif(
     triton_backends.unavailable() is not None,
     reason=f"what the kernels refuse: {triton_backends.unavailable()}",
 )
+
+
+ALL_BACKENDS = BACKENDS | {x.operator: x for x in (decoding.APPEND_BACKENDS, decoding.BACKENDS)}
 
 
 def choice(found, operator="selected_attention"):
@@ -32,7 +37,7 @@ def test_on_a_cpu_the_reference_runs_and_every_backend_before_it_says_why_not(op
     found = choice(nsa_fsa.explain(CONFIG, 1024, device="cpu"), operator)
     assert found.backend == "reference"
     assert list(found.passed_over) == [
-        name for name in BACKENDS[operator].by_name if name != "reference"
+        name for name in ALL_BACKENDS[operator].by_name if name != "reference"
     ]
     assert all(found.passed_over.values())
     for reason in found.passed_over.values():
@@ -44,6 +49,13 @@ def test_every_operator_is_explained():
     assert tuple(c.operator for c in found.choices) == OPERATORS
     for operator in OPERATORS:
         assert operator in str(found)
+
+
+@pytest.mark.parametrize("change", [dict(compress_v="mlp"), dict(kv_per_branch=True)], ids=str)
+def test_steps_that_go_the_way_of_training_have_no_operators(change):
+    found = nsa_fsa.explain(dataclasses.replace(CONFIG, **change), 1024, device="cpu")
+    assert "gated_combine" in str(found)
+    assert "decode" not in str(found)
 
 
 @pytest.mark.parametrize(
@@ -64,7 +76,7 @@ def test_compression_as_the_layer_does_it(compress_k, compress_v, expected):
 # each is asked with its own arguments.
 REFUSED = [
     (dict(), torch.float64, "has dtype torch.float64", WITH_TRITON),
-    (dict(head_dim=272), torch.float16, "272", WITH_TRITON[:-1]),  # the gates see values only
+    (dict(head_dim=272), torch.float16, "272", SEES_KEYS),  # the gates see values only
     (
         dict(v_head_dim=272), torch.float16, "272",
         ("pool_windows", "compressed_attention", "selected_attention", "gated_combine"),
