@@ -18,7 +18,7 @@ LENGTH, PADDING = 2048, 1100
 WAITS = {"plain": 0, "boundaries given": 0, "padded": 1, "packed by positions": 1}
 
 
-def make_model(layers, num_layers=4, dtype=torch.bfloat16):
+def make_model(layers, num_layers=4, dtype=torch.bfloat16, **nsa):
     sizes = dict(
         vocab_size=128, hidden_size=512, intermediate_size=512, num_hidden_layers=num_layers
     )
@@ -26,7 +26,7 @@ def make_model(layers, num_layers=4, dtype=torch.bfloat16):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(**sizes, **heads, max_position_embeddings=LENGTH)
     model = transformers.LlamaForCausalLM(config).to("cuda", dtype)
-    nsa_fsa.patch_model(model, preset="fsa-64x16", layers=layers, verbose=False)
+    nsa_fsa.patch_model(model, preset="fsa-64x16", layers=layers, verbose=False, **nsa)
     return model
 
 
@@ -121,5 +121,37 @@ def test_generate_compiles_a_step_over_a_static_cache(dtype):
         del options["attention_mask"]
         graphs = (1 + (padding > 0)) * (dtype == torch.float32)
         assert counters["stats"].get("unique_graphs", 0) == graphs
+    assert not counters["inductor"]["cudagraph_skips"]
+    assert not counters["graph_break"]
+
+
+TURNED = dict(compress_rope="after", compress_position_embedding=True)
+LEARNED = dict(compress_k="mlp", compress_v="gated")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "nsa", [TURNED, LEARNED, {**TURNED, **LEARNED}], ids=["turned", "learned", "both"]
+)
+def test_steps_of_every_compression_wait_for_nothing(nsa):
+    """And are one CUDA graph beside a static cache; windows of 32 tokens end at every 16th."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    model = make_model(None, num_layers=2, dtype=torch.float32, **nsa).eval()
+    ids = torch.randint(1, 128, (2, 740), device="cuda")
+    whole, cache = model(ids, use_cache=False).logits, transformers.DynamicCache()
+    model(ids[:, :700], past_key_values=cache)
+    found = [model(ids[:, n : n + 1], past_key_values=cache).logits for n in range(700, 720)]
+    with syncs_forbidden():
+        found += [model(ids[:, n : n + 1], past_key_values=cache).logits for n in range(720, 740)]
+    torch.testing.assert_close(torch.cat(found, 1), whole[:, 700:], rtol=1e-3, atol=1e-3)
+
+    options = dict(max_new_tokens=40, min_new_tokens=40, do_sample=False, pad_token_id=0)
+    expected = model.generate(ids, **options)
+    for _ in range(2):
+        found = model.generate(ids, cache_implementation="static", **options)
+        assert torch.equal(found, expected)
+    assert counters["stats"].get("unique_graphs", 0) == 1
     assert not counters["inductor"]["cudagraph_skips"]
     assert not counters["graph_break"]

@@ -450,11 +450,13 @@ def _compress_completed(
     layout = uniform_layout(window.numel(), size, total.device)  # a sequence of every window
     hops = size // stride  # rows that compression has for each, of which the first one counts
     state = (window + hops - 1).clamp(max=compressed.k.shape[2] - 1)
+    head = torch.arange(compressed.k.shape[1], device=total.device)
+    place = row[..., None], head, state[..., None]  # [B, windows, HKV]
     is_complete = (window < complete)[..., None, None]
     found = module.compress(k, v, cos, sin, layout)
     for kept, x in zip((compressed.k, compressed.v), found, strict=True):
-        x, kept = x[::hops].unflatten(0, window.shape), kept.transpose(1, 2)
-        kept.index_put_((row, state), torch.where(is_complete, x, kept[row, state]))
+        x = x[::hops].unflatten(0, window.shape)
+        kept.index_put_(place, torch.where(is_complete, x, kept[place]))
 
 
 def _as_rows(x: Tensor) -> Tensor:
