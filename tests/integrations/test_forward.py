@@ -154,6 +154,23 @@ def test_masks_of_four_dimensions():
             model(ids, attention_mask=wrong, use_cache=False)
 
 
+@torch.no_grad()
+def test_masks_of_four_dimensions_beside_a_cache():
+    """Where they hide cached tokens, whose keys are turned back by the positions of real ones."""
+    model, ids, cache, found = sparse_model(), tokens(2, 40), DynamicCache(), []
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    visible = torch.ones(40, 40, dtype=torch.bool).tril() & mask.bool()[:, None, None]
+    for start, stop in ((0, 25), (25, 28), (28, 29), (29, 40)):
+        new = slice(start, stop)
+        arguments = dict(attention_mask=visible[:, :, new, :stop], position_ids=positions[:, new])
+        found.append(model(ids[:, new], past_key_values=cache, **arguments).logits)
+    whole = model(ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    real = mask.bool()
+    close(torch.cat(found, dim=1)[real], whole[real])
+
+
 @pytest.mark.parametrize("name", ["sdpa", "eager"])
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()

@@ -491,6 +491,8 @@ def _look_at(
     elif given.get("use_cache", getattr(decoder.config, "use_cache", False)):
         past = 0
     num_new = inputs.shape[1]
+    if mask is not None and mask.ndim == 4:
+        mask = _padding_of(mask, inputs.shape[0], past or 0, num_new)
     if mask is not None and mask.ndim == 2 and mask.shape[1] == cache.room_of(own):
         mask = mask[:, : (past or 0) + num_new]
     asked = kept is not None or bool(given.get("use_cache"))
