@@ -11,6 +11,7 @@ from nsa_fsa.ops.common.backends import Backend, Backends
 from nsa_fsa.ops.common.calls import Blocks, Windows, default_scale
 from nsa_fsa.ops.common.registration import define_mutation, define_operator
 from nsa_fsa.ops.common.triton_backends import TritonBackend, unsupported_tensors
+from nsa_fsa.ops.common.windowed_attention.backend import MAX_GROUP_SIZE
 from nsa_fsa.ops.gated_combine.operator import check_gates, unsupported_gates
 
 MEAN = Pooling()
@@ -226,9 +227,19 @@ class ReferenceAppend(Backend[AppendCall]):
         reference.append_tokens(call)
 
 
+def unsupported_heads(q: Tensor, v: Tensor, group_size: int) -> str | None:
+    """Why no Triton kernel can decode rows `[T, heads, width]` in groups of so many query heads, or
+    None."""
+    if (reason := unsupported_tensors(q, v)) is not None:
+        return reason
+    if group_size > MAX_GROUP_SIZE:
+        return f"{group_size} query heads a KV head; supported are at most {MAX_GROUP_SIZE}"
+    return None
+
+
 class Triton(TritonBackend[DecodeCall]):
     def refuses(self, call: DecodeCall, *, backward: bool = False) -> str | None:
-        reason = unsupported_tensors(call.q, call.pages.v)
+        reason = unsupported_heads(call.q, call.pages.v, call.group_size)
         return reason or unsupported_gates(call.q, call.gate_logits)
 
     def forward(self, call: DecodeCall) -> Decoded:

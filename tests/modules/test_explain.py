@@ -79,12 +79,12 @@ REFUSED = [
     (dict(head_dim=272), torch.float16, "272", SEES_KEYS),  # the gates see values only
     (
         dict(v_head_dim=272), torch.float16, "272",
-        ("pool_windows", "compressed_attention", "selected_attention", "gated_combine"),
+        tuple(x for x in WITH_TRITON if x != "select_blocks"),
     ),
     (dict(block_size=48), torch.float16, "block_size=48", ("selected_attention",)),
     (dict(num_selected_blocks=65), torch.float16, "num_selected_blocks=65", ("select_blocks",)),
     (dict(num_selected_blocks=129), torch.float16, "129", ("select_blocks", "selected_attention")),
-    (dict(num_heads=130), torch.float16, "65 query heads", ("compressed_attention",)),
+    (dict(num_heads=130), torch.float16, "65 query heads", ("compressed_attention", "nsa_decode")),
 ]  # fmt: skip
 
 

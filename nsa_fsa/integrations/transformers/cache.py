@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from nsa_fsa.cache.nsa_cache import turn_back
 from nsa_fsa.decode import Pages, append_tokens, nsa_decode
-from nsa_fsa.decode.operator import BACKENDS, MOST_NEW
+from nsa_fsa.decode.operator import BACKENDS, MOST_NEW, unsupported_heads
 from nsa_fsa.integrations.transformers.turning import (
     Rotary,
     Turning,
@@ -24,7 +24,7 @@ from nsa_fsa.integrations.transformers.turning import (
     turns_back,
 )
 from nsa_fsa.ops.common.sizes import cdiv
-from nsa_fsa.ops.common.triton_backends import unavailable, unsupported_tensors
+from nsa_fsa.ops.common.triton_backends import unavailable
 from nsa_fsa.ops.compression.reference import num_windows_of
 from nsa_fsa.sequences import Sequences, uniform_layout
 
@@ -270,7 +270,7 @@ def reads_nothing_back(module: Any) -> bool:
         return True
     c = module.nsa_config
     rows = like.new_empty(0, 1, max(c.head_dim, c.v_head_dim))
-    missing = unavailable(like.device) or unsupported_tensors(rows)
+    missing = unavailable(like.device) or unsupported_heads(rows, rows, c.group_size)
     return missing is None and BACKENDS.or_auto(c.backend) != "reference"
 
 
