@@ -91,7 +91,6 @@ def test_neither_neighbours_nor_pages_matter():
         assert torch.equal(found.o, whole.o[b : b + 1])
     for other in (
         Run(Problem(), "triton", page_order=torch.arange(16).flip(0)),
-        Run(Problem(page_size=64), "triton"),
         Run(Problem(page_size=0), "triton"),
     ):
         assert torch.equal(other.step().o, whole.o)
@@ -205,6 +204,8 @@ def test_operators_pass_opcheck(backend):
     )
     row = Signature(AppendCall).flatten(append)
     torch.library.opcheck(torch.ops.nsa_fsa.append_tokens.default, row)
+    row = Signature(AppendCall).flatten(dataclasses.replace(append, write=0))
+    torch.library.opcheck(torch.ops.nsa_fsa.compress_tokens.default, row)
 
 
 def test_a_step_compiles_to_one_graph():

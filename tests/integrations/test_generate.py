@@ -487,13 +487,13 @@ KINDS = {
 }
 
 
-def assert_greedy(model, sequence, mask):
+def assert_greedy(model, sequence, mask, new=FEW):
     """Checks what follows a prompt with this mask by one forward without a cache."""
-    mask = pad_ones(mask, FEW)
+    mask = pad_ones(mask, new)
     arguments = dict(attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
     with torch.no_grad():
-        logits = model(sequence, use_cache=False, **arguments).logits[:, -FEW - 1 : -1]
-    assert torch.equal(logits.argmax(-1), sequence[:, -FEW:])
+        logits = model(sequence, use_cache=False, **arguments).logits[:, -new - 1 : -1]
+    assert torch.equal(logits.argmax(-1), sequence[:, -new:])
 
 
 def test_chunks_of_a_prompt_are_not_compiled(counted):
@@ -530,22 +530,23 @@ def test_a_static_cache_is_used_again_without_another_graph(counted):
     """One graph where rows are padded and one where they are not."""
     model = sparse_model(nsa=POOLED).eval()
     patch_model(model, {1: LEARNED_AND_TURNED}, verbose=False)
-    cache = StaticCache(config=model.config, max_cache_len=PROMPT + FEW)
+    new = 9  # one window more at least
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + new)
     for seed, graphs in ((0, 1), (1, 1), (2, 2), (3, 2)):
         prompt = tokens(3, PROMPT - 7 * seed, seed=seed)
         mask = torch.ones_like(prompt)
         if seed >= 2:
             mask[1, : 31 + seed] = mask[2, :5] = 0
         cache.reset()
-        found = compiled(model, prompt * mask, attention_mask=mask, past_key_values=cache)
-        assert_greedy(model, found, mask)
+        found = compiled(model, prompt * mask, new, attention_mask=mask, past_key_values=cache)
+        assert_greedy(model, found, mask, new)
         assert num_graphs() == graphs
     # Steps that are not compiled go on with what the graph has compressed.
-    expected = greedy(model, found, 3, attention_mask=pad_ones(mask, FEW))
-    cache = StaticCache(config=model.config, max_cache_len=PROMPT + FEW + 3)
+    expected = greedy(model, found, 3, attention_mask=pad_ones(mask, new))
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + new + 3)
     arguments = dict(attention_mask=mask, past_key_values=cache)
-    sequence = compiled(model, prompt * mask, **arguments)
-    arguments["attention_mask"] = pad_ones(mask, FEW)
+    sequence = compiled(model, prompt * mask, new, **arguments)
+    arguments["attention_mask"] = pad_ones(mask, new)
     assert torch.equal(generate(model, sequence, 3, **arguments), expected)
 
 

@@ -168,7 +168,7 @@ def test_every_registered_operator_is_checked_here():
         for name in torch._C._dispatch_get_all_op_names()
         if name.startswith("nsa_fsa::")
     }
-    decoding = {"append_tokens", "nsa_decode"}  # tests/decode has them
+    decoding = {"append_tokens", "compress_tokens", "nsa_decode"}  # tests/decode has them
     assert {name.split(".")[0] for name in registered} - decoding == {*FORWARD, *BACKWARD}
 
 
