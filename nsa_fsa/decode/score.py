@@ -232,7 +232,7 @@ def best_of(score, BEST: tl.constexpr):
     the first are the best. A sort would take many times the instructions of this search, bit by
     bit, for the least score that is good enough.
     """
-    least = tl.sum(score * 0, 0)
+    least = 0
     for bit in tl.static_range(30, -1, -1):
         tried = least | (1 << bit)
         least = tl.where(tl.sum((score >= tried).to(tl.int32), 0) >= BEST, tried, least)

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from nsa_fsa.cache import KeyValues, Step
+from nsa_fsa.cache import KeyValues
 from nsa_fsa.config import NSAConfig
-from nsa_fsa.decode import append_tokens, nsa_decode
+from nsa_fsa.decode import Pages, append_tokens, nsa_decode
 from nsa_fsa.decode.operator import BACKENDS
 from nsa_fsa.modules.compression import Compressor
 from nsa_fsa.modules.gating import BranchGate
@@ -167,29 +167,43 @@ class SparseBranches:
             self.recorder(Record(self.layer_idx, branches.block_indices, gates, layout, c, inside))
         return o
 
-    def mix_step(self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor, step: Step) -> Tensor:
-        """As `mix`, for a few new tokens of every sequence of a cache, which are written into it:
-        q `[T, HQ, D]` -> `[T, HQ, DV]`. Both compressors must pool.
+    def append_step(
+        self, k: Tensor, v: Tensor, pages: Pages, lengths: Tensor, **options: Any
+    ) -> None:
+        """Appends a few new tokens of every sequence to the pages of a cache, as `append_tokens`
+        does, compressed as this layer compresses. Both compressors must pool.
 
-        k, v: `[T, HKV, D]` and `[T, HKV, DV]`, rotated. gate_logits: `[T, 3 * HQ or 3]`.
+        k, v: `[T, HKV, D]` and `[T, HKV, DV]`, rotated. options: `turn`, `rotation` and `write`.
         """
-        c, dtype = self.nsa_config, step.pages.k.dtype
-        backend = BACKENDS.or_auto(c.backend)
-        pool_k, pool_v = self.compress_k.pooling(), self.compress_v.pooling()
+        c, pool_k, pool_v = self.nsa_config, self.compress_k.pooling(), self.compress_v.pooling()
         assert pool_k is not None
         assert pool_v is not None
         append_tokens(
-            *(k.to(dtype), v.to(dtype), step.pages, step.lengths),
+            *(k, v, pages, lengths),
             kernel_size=c.kernel_size,
             kernel_stride=c.kernel_stride,
             pool_k=pool_k,
             pool_v=pool_v,
-            turn=step.turn,
-            rotation=step.rotation,
-            backend=backend,
+            backend=BACKENDS.or_auto(c.backend),
+            **options,
         )
+
+    def mix_step(
+        self,
+        q: Tensor,
+        gate_logits: Tensor,
+        pages: Pages,
+        lengths: Tensor,
+        scale: float | None = None,
+    ) -> Tensor:
+        """As `mix`, for a few new tokens of every sequence that the pages of a cache hold already:
+        q `[T, HQ, D]` -> `[T, HQ, DV]`.
+
+        gate_logits: `[T, 3 * HQ or 3]`. lengths: int32 `[B]`. scale: as of `mix`.
+        """
+        c = self.nsa_config
         return nsa_decode(
-            *(q.to(dtype), gate_logits.unflatten(-1, (-1, 3)), step.pages, step.lengths),
+            *(q.to(pages.k.dtype), gate_logits.unflatten(-1, (-1, 3)), pages, lengths),
             kernel_size=c.kernel_size,
             kernel_stride=c.kernel_stride,
             block_size=c.block_size,
@@ -197,8 +211,8 @@ class SparseBranches:
             init_blocks=c.init_blocks,
             local_blocks=c.local_blocks,
             window_size=c.window_size,
-            scale=c.scale,
-            backend=backend,
+            scale=c.scale if scale is None else scale,
+            backend=BACKENDS.or_auto(c.backend),
         ).o
 
 

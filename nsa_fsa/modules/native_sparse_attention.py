@@ -217,7 +217,10 @@ class NativeSparseAttention(SparseBranches, nn.Module):
         step = cache.step(k, v, hidden_states.shape[1], rotation)
         cos, sin = step.rotation or self._rotation(hidden_states, None, layout, given, cache)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        o = self.mix_step(q, k, v, self.gate(x), step)  # [T, HQ, DV]
+        k, v = (x.to(step.pages.k.dtype) for x in (k, v))
+        where = step.pages, step.lengths
+        self.append_step(k, v, *where, turn=step.turn, rotation=step.rotation)
+        o = self.mix_step(q, self.gate(x), *where)  # [T, HQ, DV]
         output = put_back(self.o_proj(o.flatten(1).to(q.dtype)), None, *hidden_states.shape[:2])
         cache.commit(needed_by_backward=False)
         return output

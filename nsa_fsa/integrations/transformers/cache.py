@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, StaticLayer
 
 from nsa_fsa.cache.nsa_cache import turn_back
-from nsa_fsa.decode import Pages, append_tokens, nsa_decode
+from nsa_fsa.decode import Pages
 from nsa_fsa.decode.operator import BACKENDS, MOST_NEW, unsupported_heads
 from nsa_fsa.integrations.transformers.turning import (
     Rotary,
@@ -379,8 +379,6 @@ def decode(
         k, v = (_as_rows(x) for x in (k, v))
         table = (one_page * (num_heads * room) + columns[:, :room]).int()
     pages = Pages(k, v, compressed.k, compressed.v, table, one_page)
-    windows = dict(kernel_size=c.kernel_size, kernel_stride=c.kernel_stride)
-    backend = BACKENDS.or_auto(c.backend)
     turning = None if rotation is None else step.turning
     pool_k, pool_v = module.compress_k.pooling(), module.compress_v.pooling()
     if pool_k is None or pool_v is None:
@@ -392,29 +390,12 @@ def decode(
             of_embedding = cos, sin
         # These are in the cache already: their number is all that is asked for.
         new_k, new_v = (x[:1, :, 0].expand(q.shape[0], -1, -1) for x in keys)
-        append_tokens(
-            *(new_k, new_v, pages, lengths),
-            **windows,
-            pool_k=pool_k,
-            pool_v=pool_v,
-            turn=None if turning is None else turning.turn[:, : c.kernel_size],
-            rotation=of_embedding,
-            write=False,
-            backend=backend,
-        )
-    found = nsa_decode(
-        *(q.to(k.dtype), gate_logits.unflatten(-1, (-1, 3)), pages, lengths),
-        **windows,
-        block_size=c.block_size,
-        num_selected_blocks=c.num_selected_blocks,
-        init_blocks=c.init_blocks,
-        local_blocks=c.local_blocks,
-        window_size=c.window_size,
-        scale=c.scale if scale is None else scale,
-        backend=backend,
-    )
+        turn = None if turning is None else turning.turn[:, : c.kernel_size]
+        options = dict(turn=turn, rotation=of_embedding, write=False)
+        module.append_step(new_k, new_v, pages, lengths, **options)
+    o = module.mix_step(q, gate_logits, pages, lengths, scale)
     compressed.advance(num_new)
-    return found.o
+    return o
 
 
 def _compress_completed(
