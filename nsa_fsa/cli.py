@@ -155,6 +155,18 @@ def layer_of(
         raise typer.BadParameter(str(error)) from error
 
 
+def layers_of(
+    config: Path | None,
+    preset: str | None,
+    heads: int | None,
+    kv_heads: list[int] | None,
+    width: int | None,
+) -> list[NSAConfig]:
+    """The layers that the options describe: one for each number of KV heads."""
+    numbers: list[Any] = kv_heads or [None]
+    return [layer_of(config, preset, heads, number, width) for number in numbers]
+
+
 @app.command()
 def explain(
     tokens: Annotated[int, typer.Option(min=1, help="Packed tokens of all sequences.")] = 8192,
@@ -241,8 +253,7 @@ def bench(
     names = implementation or list(IMPLEMENTATIONS)
     timed = [IMPLEMENTATIONS[chosen(x, IMPLEMENTATIONS, "--implementation")] for x in names]
     passes = [chosen(x, PASSES, "--pass") for x in only or PASSES]
-    shapes: list[Any] = kv_heads or [None]
-    layers = [layer_of(config, preset, heads, x, head_dim) for x in shapes]
+    layers = layers_of(config, preset, heads, kv_heads, head_dim)
     kind = DTYPES[chosen(dtype, HALF, "--dtype")]
     need_a_gpu()
     meter = CudaMeter(milliseconds)
@@ -256,8 +267,8 @@ def bench(
     console.print(f"Results: {results.path}")
 
 
-@bench_app.command()
-def decode(
+@bench_app.command(name="decode")
+def bench_decode(
     tokens: Annotated[
         list[int] | None,
         typer.Option(min=64, max=MAX_TOKENS, help="Repeat. Default: 8192, 32768, 65536, 131072."),
@@ -281,8 +292,7 @@ def decode(
 
     The sizes are those of --config, or of --preset, --heads, --kv-heads and --head-dim.
     """
-    shapes: list[Any] = kv_heads or [None]
-    layers = [layer_of(config, preset, heads, x, head_dim) for x in shapes]
+    layers = layers_of(config, preset, heads, kv_heads, head_dim)
     kind = DTYPES[chosen(dtype, HALF, "--dtype")]
     need_a_gpu()
     meter = CudaMeter(milliseconds)
@@ -320,8 +330,7 @@ def bench_prefill(
 
     The sizes are those of --config, or of --preset, --heads, --kv-heads and --head-dim.
     """
-    shapes: list[Any] = kv_heads or [None]
-    layers = [layer_of(config, preset, heads, x, head_dim) for x in shapes]
+    layers = layers_of(config, preset, heads, kv_heads, head_dim)
     kind = DTYPES[chosen(dtype, HALF, "--dtype")]
     need_a_gpu()
     meter = CudaMeter(milliseconds)
@@ -358,8 +367,7 @@ def crossover(
     The sizes are those of --config, or of --preset, --heads, --kv-heads and --head-dim.
     """
     full = chosen(against or first_peer(), FULL_ATTENTION, "--against")
-    shapes: list[Any] = kv_heads or [None]
-    layers = [layer_of(config, preset, heads, x, head_dim) for x in shapes]
+    layers = layers_of(config, preset, heads, kv_heads, head_dim)
     kind = DTYPES[chosen(dtype, HALF, "--dtype")]
     need_a_gpu()
     meter = CudaMeter(milliseconds)
