@@ -20,40 +20,46 @@ from nsa_fsa.decode.call import DecodeCall
 from nsa_fsa.decode.launch import default_config, nsa_decode
 from nsa_fsa.ops.common.calls import Blocks, Windows, default_scale
 
-# Batch, tokens, group size and new tokens.
+# Batch, tokens, query heads, KV heads and new tokens.
 CASES = {
-    "1 x 32K, G = 4": (1, 32768, 4, 1),
-    "1 x 64K, G = 4": (1, 65536, 4, 1),
-    "1 x 64K, G = 16": (1, 65536, 16, 1),
-    "1 x 256K, G = 16": (1, 262144, 16, 1),
-    "32 x 64K, G = 4": (32, 65536, 4, 1),
-    "32 x 64K, G = 16": (32, 65536, 16, 1),
-    "8 x 64K, G = 4": (8, 65536, 4, 1),
-    "8 x 64K, G = 4, 4 new": (8, 65536, 4, 4),
+    "1 x 32K, G = 4": (1, 32768, 64, 16, 1),
+    "1 x 64K, G = 4": (1, 65536, 64, 16, 1),
+    "1 x 64K, G = 16": (1, 65536, 64, 4, 1),
+    "1 x 256K, G = 16": (1, 262144, 64, 4, 1),
+    "32 x 64K, G = 4": (32, 65536, 64, 16, 1),
+    "32 x 64K, G = 16": (32, 65536, 64, 4, 1),
+    "8 x 64K, G = 4": (8, 65536, 64, 16, 1),
+    "8 x 64K, G = 4, 4 new": (8, 65536, 64, 16, 4),
+    "1 x 64K, 32 heads, G = 4": (1, 65536, 32, 8, 1),
+    "8 x 64K, 32 heads, G = 4": (8, 65536, 32, 8, 1),
 }
 CHANGES: dict[str, dict[str, int]] = {
     "default": {},
-    "score by 1 warp, 32 windows": dict(score_warps=1, score_windows=32, score_least=4),
-    "score by 1 warp, 16 windows": dict(score_warps=1, score_windows=16, score_least=8),
-    "score by 2 warps, 32 windows": dict(score_windows=32, score_least=4),
-    "score in 16 shares": dict(score_shares=16),
-    "score, 4 steps of a share": dict(score_least=4),
-    "shortlist by 1 warp": dict(shortlist_warps=1),
-    "shortlist by 2 warps": dict(shortlist_warps=2),
-    "shortlist of 4096": dict(ranked=4096),
-    "shortlist of 4096 by 8 warps": dict(ranked=4096, shortlist_warps=8),
-    "attend by 1 warp, 32 keys": dict(attend_warps=1, keys=32, shares=16, window_shares=8),
-    "attend by 1 warp, 32 keys, 8 shares": dict(attend_warps=1, keys=32),
-    "attend by 2 warps, 32 keys": dict(attend_warps=2, keys=32, shares=16, window_shares=8),
+    "score in one step's memory": dict(score_stages=2),
+    "score a step ahead": dict(score_stages=5),
+    "score a step ahead by 4 warps": dict(score_stages=5, score_warps=4),
+    "score a step ahead, 32 windows by 1 warp": dict(
+        score_stages=5, score_windows=32, score_warps=1, score_least=8
+    ),
+    "score, 2 steps of 32 shares": dict(score_least=2, score_shares=32),
+    "score, 4 steps of 32 shares": dict(score_least=4, score_shares=32),
+    "score, 2 steps of 64 shares": dict(score_least=2, score_shares=64),
+    "score, 4 steps of 64 shares": dict(score_least=4, score_shares=64),
+    "choose by 1 warp": dict(choose_warps=1),
+    "choose by 2 warps": dict(choose_warps=2),
+    "choose by 4 warps": dict(choose_warps=4),
+    "choose from lists of 512": dict(ranked=512),
+    "choose from lists of 2048": dict(ranked=2048),
+    "attend by 2 warps": dict(attend_warps=2),
+    "attend in 8 and 4 shares": dict(shares=8, window_shares=4),
     "attend in 16 and 8 shares": dict(shares=16, window_shares=8),
-    "attend in 8 and 2 shares": dict(window_shares=2),
-    "attend in 4 and 2 shares": dict(shares=4, window_shares=2),
+    "attend, 32 keys by 1 warp": dict(attend_warps=1, keys=32),
 }
 
 
 def case_of(name: str) -> DecodeCase:
-    batch, tokens, group, new = CASES[name]
-    config = NSAConfig(hidden_size=8192, num_heads=64, num_kv_heads=64 // group, head_dim=128)
+    batch, tokens, heads, kv_heads, new = CASES[name]
+    config = NSAConfig(hidden_size=8192, num_heads=heads, num_kv_heads=kv_heads, head_dim=128)
     return DecodeCase(config, tokens, batch_size=batch, num_new=new)
 
 

@@ -1,68 +1,36 @@
 """The selected and the sliding branch of new tokens, and the sum of the three.
 
-attend  A program owns a share of what one new token reads for one KV head: some of the chosen
-        blocks, or some of the sliding window. Which blocks are chosen every share finds from the
-        shortlists.
+attend  A program owns a share of the chosen blocks of one new token, or a share of the sliding
+        windows of all new tokens of a sequence, which overlap; in both cases for one KV head.
 merge   A program owns one new token and one head, and adds up the shares of the three branches,
         weighted by their gates.
 """
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
+from nsa_fsa.decode.choose import AT_ONCE
 from nsa_fsa.decode.paged import row_of
-from nsa_fsa.decode.score import best_of, store_partial, unpack
+from nsa_fsa.decode.score import store_partial
 from nsa_fsa.ops.common.primitives import dot_keys, kernel, load_rows, online_softmax
 
 
-class Chosen(NamedTuple):
-    """The blocks that a query reads, in a kernel: the first ones, the last ones, and between them
-    those whose scores are the best."""
-
-    own: Any  # the block of the query itself; -1 for a query that there is not
-    best: Any  # [N], whether a listed block is read
-    number: Any  # [N], its number among those that are
-    block: Any  # [N]
-
-
 @triton.jit
-def choose(list_ptr, own, LISTS: tl.constexpr, LISTED: tl.constexpr, SIZES: tl.constexpr):
-    """The best of all shortlists of a query, whose blocks ascend."""
-    score, block = unpack(tl.load(list_ptr + tl.arange(0, LISTS * LISTED)))
-    if LISTS == 1:
-        best, number = score >= 0, tl.arange(0, LISTED)
-    else:
-        best, number = best_of(score, SIZES.NUM_SELECTED - SIZES.INIT - SIZES.LOCAL)
-    return Chosen(own, best, number, block)
+def attend_keys(
+    q, softmax, k, v, table, sequence, head, key, there, visible, scale, SIZES: tl.constexpr
+):
+    """One step of attention to some keys of a sequence.
 
-
-@triton.jit
-def chosen_block(chosen, place, SIZES: tl.constexpr):
-    """The block that a query reads at one of the places 0 to NUM_SELECTED - 1; -1: none."""
-    all_of_them = chosen.own < SIZES.NUM_SELECTED
-    here = chosen.best & (chosen.number == place - SIZES.INIT)
-    block = tl.sum(tl.where(here, chosen.block, 0), 0)
-    block = tl.where(place < SIZES.INIT, place, block)
-    from_last = SIZES.NUM_SELECTED - 1 - place
-    block = tl.where(from_last < SIZES.LOCAL, chosen.own - from_last, block)
-    return tl.where(all_of_them, tl.where(place <= chosen.own, place, -1), block)
-
-
-@triton.jit
-def attend_keys(q, softmax, k, v, table, sequence, head, key, seen, scale, SIZES: tl.constexpr):
-    """One step of attention to some keys of a sequence, of which only those `seen` are read.
-
-    softmax: acc, maximum and total so far.
+    softmax: acc, maximum and total so far. Keys that are not `there`, `[N]`, are not read; visible,
+    `[M or 1, N]`, says which query sees which.
     """
-    page, row = row_of(table, sequence, key, seen, SIZES.PAGE)
+    page, row = row_of(table, sequence, key, there, SIZES.PAGE)
     at = page * k.stride_p + head * k.stride_h + row * k.stride_n
-    keys = load_rows(k.ptr, at, seen, SIZES.D, SIZES.PADDED_D, True)
+    keys = load_rows(k.ptr, at, there, SIZES.D, SIZES.PADDED_D, True)
     at = page * v.stride_p + head * v.stride_h + row * v.stride_n
-    values = load_rows(v.ptr, at, seen, SIZES.DV, SIZES.PADDED_DV, True)
+    values = load_rows(v.ptr, at, there, SIZES.DV, SIZES.PADDED_DV, True)
     scores = dot_keys(q, keys, SIZES.PRECISION) * scale
-    scores = tl.where(seen[None, :], scores, float("-inf"))
+    scores = tl.where(visible, scores, float("-inf"))
     acc, maximum, total = softmax
     return online_softmax(acc, maximum, total, scores, values, SIZES.PRECISION)
 
@@ -77,6 +45,76 @@ def nothing_seen(ROWS: tl.constexpr, SIZES: tl.constexpr):
     )
 
 
+@triton.jit
+def queries_of(q, token, query_head, used, SIZES: tl.constexpr):
+    at = token * q.stride_t + query_head * q.stride_h
+    return load_rows(q.ptr, at, used, SIZES.D, SIZES.PADDED_D, True)
+
+
+@triton.jit
+def attend_blocks(
+    q, k, v, table, total_tokens, indices_ptr, partial, scale, share,
+    SIZES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SHARES: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """A share of the chosen blocks of a new token."""
+    head, token = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    sequence, new = tl.program_id(2) // SIZES.NEW, tl.program_id(2) % SIZES.NEW
+    BLOCK: tl.constexpr = SIZES.BLOCK_HOPS * SIZES.STRIDE
+    STEPS: tl.constexpr = (BLOCK + KEYS - 1) // KEYS  # of a block
+    position = total_tokens - SIZES.NEW + new
+    member = tl.arange(0, ROWS)
+    used, query_head = (member < SIZES.G) & (position >= 0), head * SIZES.G + member
+    queries = queries_of(q, token, query_head, used, SIZES)
+    indices_ptr += (token * SIZES.HKV + head) * SIZES.NUM_SELECTED
+    softmax = nothing_seen(ROWS, SIZES)
+    for step in tl.range(share, SIZES.NUM_SELECTED * STEPS, SHARES, num_stages=STAGES):
+        block = tl.load(indices_ptr + step // STEPS)
+        in_block = step % STEPS * KEYS + tl.arange(0, KEYS)
+        key = block * BLOCK + in_block
+        there = (block >= 0) & (in_block < BLOCK) & (key <= position)
+        softmax = attend_keys(
+            *(queries, softmax, k, v, table, sequence, head),
+            *(key, there, there[None, :], scale, SIZES),
+        )
+    pair = token * (SIZES.HKV * SIZES.G) + query_head
+    store_partial(partial, pair * SHARES + share, *softmax, used, SIZES)
+
+
+@triton.jit
+def attend_windows(
+    q, k, v, table, total_tokens, partial, scale, share,
+    SIZES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SHARES: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """A share of the sliding windows of some new tokens of a sequence; nothing where this program's
+    new token comes behind as many tiles as there are."""
+    head, sequence = tl.program_id(1).to(tl.int64), tl.program_id(2) // SIZES.NEW
+    tile = tl.program_id(2) % SIZES.NEW
+    PAIRS: tl.constexpr = SIZES.NEW * SIZES.G
+    if tile * ROWS >= PAIRS:
+        return
+    number = tile * ROWS + tl.arange(0, ROWS)
+    position = total_tokens - SIZES.NEW + number // SIZES.G
+    used = (number < PAIRS) & (position >= 0)
+    token = (sequence * SIZES.NEW + number // SIZES.G).to(tl.int64)
+    query_head = head * SIZES.G + number % SIZES.G
+    queries = queries_of(q, token, query_head, used, SIZES)
+    softmax = nothing_seen(ROWS, SIZES)
+    start = total_tokens - (SIZES.WINDOW + SIZES.NEW - 1)
+    STEPS: tl.constexpr = (SIZES.WINDOW + SIZES.NEW + KEYS - 2) // KEYS
+    for step in tl.range(share, STEPS, SHARES, num_stages=STAGES):
+        key = start + step * KEYS + tl.arange(0, KEYS)
+        there = (key >= 0) & (key < total_tokens)
+        behind = position[:, None] - key[None, :]
+        visible = there[None, :] & (behind >= 0) & (behind < SIZES.WINDOW)
+        softmax = attend_keys(
+            *(queries, softmax, k, v, table, sequence, head, key, there, visible, scale, SIZES)
+        )
+    pair = token * (SIZES.HKV * SIZES.G) + query_head
+    store_partial(partial, pair * SHARES + share, *softmax, used, SIZES)
+
+
 @kernel
 def attend_kernel(
     q,
@@ -84,77 +122,59 @@ def attend_kernel(
     v,
     table,
     lengths_ptr,
-    list_ptr,
     indices_ptr,
     selected,
     sliding,
     scale,
     SIZES: tl.constexpr,
     ROWS: tl.constexpr,
+    WINDOW_ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     SHARES: tl.constexpr,
     WINDOW_SHARES: tl.constexpr,
     STAGES: tl.constexpr,
-    LISTS: tl.constexpr,
-    LISTED: tl.constexpr,
 ):
-    """Program (share, KV head, new token); the first SHARES are of the blocks, WINDOW_SHARES of the
-    window. selected and sliding are `Partial`; scale is that of base 2. Which blocks are read is
-    written to indices `[T, HKV, NUM_SELECTED]`."""
-    share, sequence = tl.program_id(0), tl.program_id(2) // SIZES.NEW
-    head, token = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    new = tl.program_id(2) % SIZES.NEW
-    position = tl.load(lengths_ptr + sequence) - SIZES.NEW + new
-    member = tl.arange(0, ROWS)
-    used = (member < SIZES.G) & (position >= 0)
-    at = token * q.stride_t + (head * SIZES.G + member) * q.stride_h
-    queries = load_rows(q.ptr, at, used, SIZES.D, SIZES.PADDED_D, True)
-    pair = token * (SIZES.HKV * SIZES.G) + head * SIZES.G + member
-    column = tl.arange(0, KEYS)
-    softmax = nothing_seen(ROWS, SIZES)
+    """Program (share, KV head, new token). The first SHARES are of the token's blocks, for the
+    group of heads, ROWS. Of the other WINDOW_SHARES the n-th new token of a sequence has those of
+    the n-th WINDOW_ROWS of all pairs of new tokens and heads of the group, if there are as many.
 
-    if share >= SHARES:
-        START: tl.constexpr = (SIZES.WINDOW + KEYS - 1) // KEYS
-        for step in tl.range(share - SHARES, START, WINDOW_SHARES, num_stages=STAGES):
-            key = position - SIZES.WINDOW + 1 + step * KEYS + column
-            seen = (key >= 0) & (key <= position)
-            softmax = attend_keys(
-                queries, softmax, k, v, table, sequence, head, key, seen, scale, SIZES
-            )
-        store_partial(sliding, pair * WINDOW_SHARES + share - SHARES, *softmax, used, SIZES)
-        return
-
-    BLOCK: tl.constexpr = SIZES.BLOCK_HOPS * SIZES.STRIDE
-    STEPS: tl.constexpr = (BLOCK + KEYS - 1) // KEYS  # of a block
-    own = tl.where(position >= 0, position // BLOCK, -1)
-    of_pair = token * SIZES.HKV + head
-    chosen = choose(list_ptr + of_pair * (LISTS * LISTED), own, LISTS, LISTED, SIZES)
-    for step in tl.range(share, SIZES.NUM_SELECTED * STEPS, SHARES, num_stages=STAGES):
-        place = step // STEPS
-        block = chosen_block(chosen, place, SIZES)
-        if step % STEPS == 0:
-            tl.store(indices_ptr + of_pair * SIZES.NUM_SELECTED + place, block)
-        in_block = step % STEPS * KEYS + column
-        key = block * BLOCK + in_block
-        seen = (block >= 0) & (in_block < BLOCK) & (key <= position)
-        softmax = attend_keys(
-            queries, softmax, k, v, table, sequence, head, key, seen, scale, SIZES
+    indices are `[T, HKV, NUM_SELECTED]`, selected and sliding are `Partial`; scale is that of base
+    2."""
+    share = tl.program_id(0)
+    total_tokens = tl.load(lengths_ptr + tl.program_id(2) // SIZES.NEW)
+    if share < SHARES:
+        attend_blocks(
+            *(q, k, v, table, total_tokens, indices_ptr, selected, scale, share),
+            *(SIZES, ROWS, KEYS, SHARES, STAGES),
         )
-    store_partial(selected, pair * SHARES + share, *softmax, used, SIZES)
+    else:
+        attend_windows(
+            *(q, k, v, table, total_tokens, sliding, scale, share - SHARES),
+            *(SIZES, WINDOW_ROWS, KEYS, WINDOW_SHARES, STAGES),
+        )
 
 
 @triton.jit
-def merged(partial, pair, SHARES: tl.constexpr, SIZES: tl.constexpr):
-    """A branch's output for one pair, float32 `[PADDED_DV]`; 0 where nothing is seen."""
-    at = pair * SHARES + tl.arange(0, SHARES)
-    maximum = tl.load(partial.maximum_ptr + at)
-    top = tl.max(maximum, 0)
-    weight = tl.exp2(maximum - tl.where(top == float("-inf"), 0.0, top))
-    total = tl.sum(tl.load(partial.total_ptr + at) * weight, 0)
-    # A share that has nothing left no output.
-    some = maximum > -float("inf")
-    o = load_rows(partial.o_ptr, at * SIZES.DV, some, SIZES.DV, SIZES.PADDED_DV, True)
-    return tl.sum(o * weight[:, None], 0) / tl.where(total > 0, total, 1.0)
+def merged(partial, pair, num_shares, SHARES: tl.constexpr, SIZES: tl.constexpr):
+    """A branch's output for one pair, float32 `[PADDED_DV]`; 0 where nothing is seen. SHARES are
+    loaded at once."""
+    acc = tl.zeros([SIZES.PADDED_DV], tl.float32)
+    top, total = -float("inf"), 0.0
+    for first in tl.range(0, num_shares, SHARES, num_stages=1):
+        share = first + tl.arange(0, SHARES)
+        at = pair * num_shares + share
+        maximum = tl.load(partial.maximum_ptr + at, mask=share < num_shares, other=-float("inf"))
+        # A share that has nothing left no output.
+        some = maximum > -float("inf")
+        o = load_rows(partial.o_ptr, at * SIZES.DV, some, SIZES.DV, SIZES.PADDED_DV, True)
+        totals = tl.load(partial.total_ptr + at, mask=some, other=0.0)
+        higher = tl.maximum(top, tl.max(maximum, 0))
+        shift = tl.where(higher == -float("inf"), 0.0, higher)
+        weight, decay = tl.exp2(maximum - shift), tl.exp2(top - shift)
+        total = total * decay + tl.sum(totals * weight, 0)
+        acc = acc * decay + tl.sum(o * weight[:, None], 0)
+        top = higher
+    return acc / tl.where(total > 0, total, 1.0)
 
 
 @kernel
@@ -165,12 +185,13 @@ def merge_kernel(
     gates,
     lengths_ptr,
     o_ptr,
+    num_shares,
     SIZES: tl.constexpr,
-    SCORE_SHARES: tl.constexpr,
     SHARES: tl.constexpr,
     WINDOW_SHARES: tl.constexpr,
 ):
-    """Program (new token, query head). The branches are `Partial`, gates are `Gates`."""
+    """Program (new token, query head). The branches are `Partial`, gates are `Gates`; num_shares
+    are those of the compressed branch."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     position = tl.load(lengths_ptr + token // SIZES.NEW) - SIZES.NEW + token % SIZES.NEW
     pair = token * (SIZES.HKV * SIZES.G) + head
@@ -180,9 +201,9 @@ def merge_kernel(
     if position >= 0:
         gate = gates.ptr + token * gates.stride_t + head * gates.stride_h
         logit = tl.load(gate).to(tl.float32)
-        o = merged(compressed, pair, SCORE_SHARES, SIZES) * tl.sigmoid(logit)
+        o = merged(compressed, pair, num_shares, AT_ONCE, SIZES) * tl.sigmoid(logit)
         logit = tl.load(gate + gates.stride_b).to(tl.float32)
-        o += merged(selected, pair, SHARES, SIZES) * tl.sigmoid(logit)
+        o += merged(selected, pair, SHARES, SHARES, SIZES) * tl.sigmoid(logit)
         logit = tl.load(gate + 2 * gates.stride_b).to(tl.float32)
-        o += merged(sliding, pair, WINDOW_SHARES, SIZES) * tl.sigmoid(logit)
+        o += merged(sliding, pair, WINDOW_SHARES, WINDOW_SHARES, SIZES) * tl.sigmoid(logit)
     tl.store(o_ptr + pair * SIZES.DV + column, o.to(o_ptr.dtype.element_ty), mask=inside)

@@ -11,10 +11,11 @@ from tests.benchmarking.test_decoding import CASE
 from tests.cases import device_of
 
 
-def test_every_change_is_one():
+def test_every_change_is_of_the_configuration():
     default = DecodeConfig()
-    for name, change in CHANGES.items():
-        assert (dataclasses.replace(default, **change) == default) == (name == "default")
+    assert not CHANGES["default"]
+    for change in CHANGES.values():
+        dataclasses.replace(default, **change)
     for name in CASES:
         assert case_of(name).num_tokens >= 32768
 

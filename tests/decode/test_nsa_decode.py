@@ -322,3 +322,18 @@ def test_extreme_scores(backend, times):
     assert torch.equal(found.block_indices, wanted.block_indices)
     if times == 0:
         assert (found.block_indices[..., :4] == torch.arange(4, device=found.o.device)).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_stays_where_it_is(backend):
+    """Blocks that there are are chosen all the same, and the other sequence gets what it got."""
+    fine = Run(Problem(lengths=(120, 700)), backend).step()
+    run = Run(Problem(lengths=(120, 700)), backend)
+    run.sequences[1].q.fill_(NAN)
+    found = run.step()
+    assert torch.equal(found.o[0], fine.o[0])
+    assert torch.equal(found.block_indices[0], fine.block_indices[0])
+    assert found.o[1].isnan().all()
+    chosen = found.block_indices[1]
+    assert (chosen.diff() > 0).all()
+    assert ((chosen >= 0) & (chosen <= 700 // 16)).all()

@@ -1,0 +1,175 @@
+"""The choice of blocks of new tokens.
+
+Once all shares of the compressed branch are done, so is its softmax, and what every block's windows
+weigh of the whole is known. A program owns one new token, one KV head and some neighbouring blocks,
+and lists the best of them; the last program of a token and KV head chooses from all lists.
+"""
+
+import triton
+import triton.language as tl
+
+from nsa_fsa.decode.score import num_windows
+from nsa_fsa.ops.common.primitives import kernel
+
+AT_ONCE = tl.constexpr(32)  # shares; sums over fewer have the same bits whatever comes behind
+
+
+@triton.jit
+def log_of_total(partial, pair, used, num_shares):
+    """The log of the softmax's sum over all shares of some pairs, in base 2; -inf for nothing."""
+    top = tl.full(pair.shape, float("-inf"), tl.float32)
+    total = tl.zeros(pair.shape, tl.float32)
+    for first in tl.range(0, num_shares, AT_ONCE, num_stages=1):
+        share = first + tl.arange(0, AT_ONCE)
+        at = (pair * num_shares)[:, None] + share[None, :]
+        mask = used[:, None] & (share < num_shares)[None, :]
+        maximum = tl.load(partial.maximum_ptr + at, mask=mask, other=-float("inf"))
+        totals = tl.load(partial.total_ptr + at, mask=mask, other=0.0)
+        higher = tl.maximum(top, tl.max(maximum, 1))
+        shift = tl.where(higher == float("-inf"), 0.0, higher)
+        total *= tl.exp2(top - shift)
+        total += tl.sum(totals * tl.exp2(maximum - shift[:, None]), 1)
+        top = higher
+    return tl.where(top == float("-inf"), 0.0, top) + tl.log2(total)
+
+
+@triton.jit
+def scale_of(sums, log_total, pair, used, tile, num_tiles, written):
+    """What the sums of some tiles are to be multiplied by, `[pairs, tiles]`; 0 where there are
+    none."""
+    mask = used[:, None] & ((tile >= 0) & (tile < written))[None, :]
+    at = (pair * num_tiles)[:, None] + tile[None, :]
+    shift = tl.load(sums.shift_ptr + at, mask=mask, other=0.0)
+    return tl.where(mask, tl.exp2(shift - log_total[:, None]), 0.0)
+
+
+@triton.jit
+def pack(score, block):
+    """The bits of a score, and a block, in 64 bits."""
+    return (score.to(tl.int64) << 32) | block.to(tl.int64)
+
+
+@triton.jit
+def unpack(packed):
+    """The opposite; -1 and -1 of -1."""
+    return (packed >> 32).to(tl.int32), packed.to(tl.int32)
+
+
+@triton.jit
+def best_of(score, BEST: tl.constexpr):
+    """Which are the BEST of all scores, or all that there are, and what number each has among them.
+
+    score: int32, the bits of a number that is not negative, or -1 for none; `[N]`. Of equal ones
+    the first are the best. The least score that is good enough is searched for bit by bit, until
+    as many are as good: few additions, where a sort would need many comparisons.
+    """
+    least, bit = 0, 30
+    count = tl.sum((score >= 0).to(tl.int32), 0)
+    while (count > BEST) & (bit >= 0):
+        tried = least + (1 << bit)
+        as_good = tl.sum((score >= tried).to(tl.int32), 0)
+        least = tl.where(as_good >= BEST, tried, least)
+        count = tl.where(as_good >= BEST, as_good, count)
+        bit -= 1
+    best = score >= least
+    if count > BEST:  # ties
+        better, equal = score > least, score == least
+        room = BEST - tl.sum(better.to(tl.int32), 0)
+        best = better | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room))
+    return best, tl.cumsum(best.to(tl.int32), 0) - 1
+
+
+@triton.jit
+def store_forced(indices_ptr, own, PLACES: tl.constexpr, SIZES: tl.constexpr):
+    """Writes the blocks that a query reads whatever their scores: the first and the last, or all
+    that there are. own: the query's own block, -1 for a query that there is not."""
+    place = tl.arange(0, PLACES)
+    block = tl.where(place < SIZES.INIT, place, own - (SIZES.NUM_SELECTED - 1 - place))
+    forced = (place < SIZES.INIT) | (place >= SIZES.NUM_SELECTED - SIZES.LOCAL)
+    if own < SIZES.NUM_SELECTED:
+        block = tl.where(place <= own, place, -1)
+        forced = place >= 0
+    tl.store(indices_ptr + place, block, mask=forced & (place < SIZES.NUM_SELECTED))
+
+
+@kernel
+def choose_kernel(
+    sums,
+    partial,
+    lengths_ptr,
+    list_ptr,
+    finished_ptr,
+    indices_ptr,
+    num_blocks,
+    num_shares,
+    SIZES: tl.constexpr,
+    TILE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    HEADS: tl.constexpr,
+    LISTS: tl.constexpr,
+    LISTED: tl.constexpr,
+):
+    """Program (CHUNK neighbouring blocks, KV head, new token): its best blocks that are not forced,
+    ascending, and their scores, to list `[T, HKV, LISTS, LISTED]`, -1 behind them. The last one of
+    a token and KV head writes the chosen blocks to indices `[T, HKV, NUM_SELECTED]`.
+
+    finished `[T, HKV]` counts the programs that have written their list. HEADS is the group's size
+    and LISTED that of a list, to powers of two.
+    """
+    chunk, head, token = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    BEST: tl.constexpr = SIZES.NUM_SELECTED - SIZES.INIT - SIZES.LOCAL
+    total_tokens = tl.load(lengths_ptr + tl.program_id(2) // SIZES.NEW)
+    position = total_tokens - SIZES.NEW + tl.program_id(2) % SIZES.NEW
+    own = tl.where(position >= 0, position // (SIZES.BLOCK_HOPS * SIZES.STRIDE), -1)
+    of_pair = token * SIZES.HKV + head
+    indices_ptr += of_pair * SIZES.NUM_SELECTED
+    if chunk == 0:
+        store_forced(indices_ptr, own, LISTED, SIZES)
+    lists = tl.cdiv(own - SIZES.LOCAL + 1, CHUNK)
+    if (own < SIZES.NUM_SELECTED) | (BEST == 0) | (chunk >= lists):
+        return
+
+    member = tl.arange(0, HEADS)
+    used = member < SIZES.G
+    pair = token * (SIZES.HKV * SIZES.G) + head * SIZES.G + member
+    log_total = log_of_total(partial, pair, used, num_shares)
+    # [heads, tiles, blocks of a tile]
+    TILES: tl.constexpr = CHUNK // TILE.BLOCKS
+    tile, in_tile = chunk * TILES + tl.arange(0, TILES), tl.arange(0, TILE.BLOCKS)
+    num_tiles = tl.cdiv(num_blocks, TILE.BLOCKS)
+    written = tl.cdiv(num_windows(total_tokens, SIZES), TILE.BLOCKS * SIZES.BLOCK_HOPS)
+    scale = scale_of(sums, log_total, pair, used, tile, num_tiles, written)[:, :, None]
+    scale_of_last = scale_of(sums, log_total, pair, used, tile - 1, num_tiles, written)[:, :, None]
+    block = tile[:, None] * TILE.BLOCKS + in_tile[None, :]
+    eligible = (block >= SIZES.INIT) & (block <= own - SIZES.LOCAL)
+    at = (pair * num_blocks)[:, None, None] + block[None, :, :]
+    mask = used[:, None, None] & (eligible & (block < written * TILE.BLOCKS))[None, :, :]
+    weight = tl.load(sums.own_ptr + at, mask=mask, other=0.0) * scale
+    of_last = eligible & (block > 0) & (block <= written * TILE.BLOCKS)
+    mask = used[:, None, None] & of_last[None, :, :]
+    scale = tl.where((in_tile == 0)[None, None, :], scale_of_last, scale)
+    weight += tl.load(sums.last_ptr + at, mask=mask, other=0.0) * scale
+    # NaN is as good as the best or the worst, so that as many blocks are chosen as there should be.
+    score = tl.maximum(tl.sum(weight, 0).to(tl.int32, bitcast=True), 0)
+    score = tl.where(eligible, score, -1)
+    score, block = tl.reshape(score, [CHUNK]), chunk * CHUNK + tl.arange(0, CHUNK)
+    best, number = best_of(score, BEST)
+    indices_ptr += SIZES.INIT
+    if lists == 1:
+        tl.store(indices_ptr + number, block, mask=best)
+        return
+
+    place = tl.arange(0, LISTED)
+    list_ptr += of_pair * (LISTS * LISTED)
+    tl.store(list_ptr + chunk * LISTED + number, pack(score, block), mask=best)
+    behind = place >= tl.sum(best.to(tl.int32), 0)
+    tl.store(list_ptr + chunk * LISTED + place, -1, mask=behind)
+    tl.debug_barrier()  # all of the list before it counts
+    if tl.atomic_add(finished_ptr + of_pair, 1, sem="acq_rel") < lists - 1:
+        return
+    listed = tl.arange(0, LISTS * LISTED)
+    mask = listed < lists * LISTED
+    found = tl.load(list_ptr + listed, mask=mask, other=-1, cache_modifier=".cg")
+    score, block = unpack(found)
+    best, number = best_of(score, BEST)
+    tl.store(indices_ptr + number, block, mask=best)
