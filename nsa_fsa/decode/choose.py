@@ -34,13 +34,17 @@ def log_of_total(partial, pair, used, num_shares):
 
 
 @triton.jit
-def scale_of(sums, log_total, pair, used, tile, num_tiles, written):
-    """What the sums of some tiles are to be multiplied by, `[pairs, tiles]`; 0 where there are
-    none."""
-    mask = used[:, None] & ((tile >= 0) & (tile < written))[None, :]
-    at = (pair * num_tiles)[:, None] + tile[None, :]
+def weight_of(
+    sums, sums_ptr, log_total, pair, used, block, begin, here, num_blocks, TILE: tl.constexpr
+):
+    """What windows that begin in the blocks `begin` weigh, of the whole softmax, by pair and block:
+    `[pairs, blocks]`, 0 elsewhere than `here`."""
+    mask = used[:, None] & here[None, :]
+    at = (pair * num_blocks)[:, None] + block[None, :]
+    weight = tl.load(sums_ptr + at, mask=mask, other=0.0)
+    at = (pair * tl.cdiv(num_blocks, TILE.BLOCKS))[:, None] + (begin // TILE.BLOCKS)[None, :]
     shift = tl.load(sums.shift_ptr + at, mask=mask, other=0.0)
-    return tl.where(mask, tl.exp2(shift - log_total[:, None]), 0.0)
+    return tl.where(mask, weight * tl.exp2(shift - log_total[:, None]), 0.0)
 
 
 @triton.jit
@@ -133,26 +137,22 @@ def choose_kernel(
     used = member < SIZES.G
     pair = token * (SIZES.HKV * SIZES.G) + head * SIZES.G + member
     log_total = log_of_total(partial, pair, used, num_shares)
-    # [heads, tiles, blocks of a tile]
-    TILES: tl.constexpr = CHUNK // TILE.BLOCKS
-    tile, in_tile = chunk * TILES + tl.arange(0, TILES), tl.arange(0, TILE.BLOCKS)
-    num_tiles = tl.cdiv(num_blocks, TILE.BLOCKS)
-    written = tl.cdiv(num_windows(total_tokens, SIZES), TILE.BLOCKS * SIZES.BLOCK_HOPS)
-    scale = scale_of(sums, log_total, pair, used, tile, num_tiles, written)[:, :, None]
-    scale_of_last = scale_of(sums, log_total, pair, used, tile - 1, num_tiles, written)[:, :, None]
-    block = tile[:, None] * TILE.BLOCKS + in_tile[None, :]
+    tiles = tl.cdiv(num_windows(total_tokens, SIZES), TILE.BLOCKS * SIZES.BLOCK_HOPS)
+    written = tiles * TILE.BLOCKS  # blocks whose sums there are
+    block = chunk * CHUNK + tl.arange(0, CHUNK)
     eligible = (block >= SIZES.INIT) & (block <= own - SIZES.LOCAL)
-    at = (pair * num_blocks)[:, None, None] + block[None, :, :]
-    mask = used[:, None, None] & (eligible & (block < written * TILE.BLOCKS))[None, :, :]
-    weight = tl.load(sums.own_ptr + at, mask=mask, other=0.0) * scale
-    of_last = eligible & (block > 0) & (block <= written * TILE.BLOCKS)
-    mask = used[:, None, None] & of_last[None, :, :]
-    scale = tl.where((in_tile == 0)[None, None, :], scale_of_last, scale)
-    weight += tl.load(sums.last_ptr + at, mask=mask, other=0.0) * scale
+    here = eligible & (block < written)
+    weight = weight_of(
+        sums, sums.own_ptr, log_total, pair, used, block, block, here, num_blocks, TILE
+    )
+    here = eligible & (block > 0) & (block <= written)
+    last = block - 1
+    weight += weight_of(
+        sums, sums.last_ptr, log_total, pair, used, block, last, here, num_blocks, TILE
+    )
     # NaN is as good as the best or the worst, so that as many blocks are chosen as there should be.
     score = tl.maximum(tl.sum(weight, 0).to(tl.int32, bitcast=True), 0)
     score = tl.where(eligible, score, -1)
-    score, block = tl.reshape(score, [CHUNK]), chunk * CHUNK + tl.arange(0, CHUNK)
     best, number = best_of(score, BEST)
     indices_ptr += SIZES.INIT
     if lists == 1:
