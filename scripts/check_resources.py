@@ -39,6 +39,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
+from triton_ir import faults
 
 from nsa_fsa.decode.append import append_tokens
 from nsa_fsa.decode.call import AppendCall, DecodeCall
@@ -426,47 +427,6 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-def narrow_products(source: str) -> list[str]:
-    """The strides that a kernel multiplies in 32 bits, from its Triton IR as it is before any pass.
-
-    Such a product overflows in tensors of more than 2^31 elements: of 64 heads of 128, laid out
-    head by head, from 262,144 tokens on. The other factor has to be cast first, since that is what
-    makes the product one of 64 bits.
-    """
-    spreading = r"%(\S+) = (?:tt\.splat|tt\.broadcast|tt\.expand_dims|ttg\.convert_layout) %(\w+)"
-    product = r"= arith\.muli %(\w+), %(\w+) : (?:i32|tensor<[0-9x]*xi32)"
-    found: set[str] = set()
-    # Values in the present function that are a stride, or one repeated to a tensor, and its name.
-    strides: dict[str, str] = {}
-    for line in source.splitlines():
-        if "tt.func" in line:
-            strides = {name: name for name in re.findall(r"%(stride\w*): i32", line)}
-            strides |= strides_of_bundles(line)
-        elif match := re.search(spreading, line):
-            if match[2] in strides:
-                strides[match[1]] = strides[match[2]]
-        elif match := re.search(product, line):
-            found |= {strides[factor] for factor in match.groups() if factor in strides}
-    return sorted(found)
-
-
-def strides_of_bundles(function: str) -> dict[str, str]:
-    """The strides that are members of bundles among a function's arguments,
-    by their names in Triton IR.
-
-    Triton numbers the members of a bundle after its name: of `q` the pointer is `%q`, and the
-    strides are `%q_0` and `%q_1`. A bundle that begins with a pointer has no other integers.
-    """
-    bundle, begins_with = "", ""
-    found: dict[str, str] = {}
-    for name, kind in re.findall(r"%(\w+): (!tt\.ptr|\w+)", function):
-        if not (bundle and re.fullmatch(rf"{bundle}_\d+", name)):
-            bundle, begins_with = name, kind
-        elif begins_with == "!tt.ptr" and kind == "i32":
-            found[name] = f"{bundle}.stride"
-    return found
-
-
 def kind(value: Any) -> Any:
     """What a kernel is compiled anew for in an argument or a bundle; of integers, that one is 1."""
     if isinstance(value, tuple):
@@ -515,8 +475,7 @@ def check_case(case: Case, skip: set[int], connection: Connection) -> None:
             metadata = kernel.metadata
             tensor_memory = getattr(metadata, "tmem_size", None) or 0
             needs = (metadata.num_warps, registers, stack, metadata.shared, tensor_memory)
-            narrow = ", ".join(narrow_products(kernel.asm["source"]))
-            error = f"multiplies in 32 bits: {narrow}" if narrow else ""
+            error = faults(kernel.asm["source"], kernel.asm["ttgir"])
             row = Row(name, case, call, *needs, seconds, error, kernel.hash)
         except Exception as error:
             reason = str(error).strip().splitlines()[-1][:300] if str(error).strip() else ""

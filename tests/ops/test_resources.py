@@ -136,17 +136,60 @@ def bundled(x, factor):
         code="""
 import sys
 sys.path.insert(0, sys.argv[1])
-import check_resources as check, strided, triton
+import check_resources as check, strided, triton, triton_ir
 from triton.compiler import ASTSource
 signature = {"ptr": "*fp32", "stride_head": "i32", "stride_token": "i32", "stride_batch": "i32"}
 target = check.GPUTarget("cuda", 90, 32)
 kernel = triton.compile(ASTSource(strided.strided, signature), target=target)
-found = check.narrow_products(kernel.asm["source"])
+found = triton_ir.narrow_products(kernel.asm["source"])
 assert found == ["stride_head", "stride_row"], found
 signature = {"x": strided.Heads("*fp32", "i32", "i32"), "factor": "i32"}
 kernel = triton.compile(ASTSource(strided.bundled, signature), target=target)
-found = check.narrow_products(kernel.asm["source"])
+found = triton_ir.narrow_products(kernel.asm["source"])
 assert found == ["x.stride"], found
+""",
+    )
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_sums_over_copies_between_elements_are_seen(tmp_path):
+    """Kernels that add up a reshaped tensor, of which lanes hold copies; where they lie is up to
+    Triton."""
+    (tmp_path / "added.py").write_text("""
+import triton
+import triton.language as tl
+
+@triton.jit
+def added(ptr, to_ptr, stride, AXIS: tl.constexpr, RESHAPED: tl.constexpr):
+    pair, block, place = tl.arange(0, 2), tl.arange(0, 8), tl.arange(0, 16)
+    head, tile = pair[:, None, None], pair[None, :, None]
+    if AXIS == 1:
+        head, tile = tile, head
+    at = head.to(tl.int64) * stride + tile * 8 + block[None, None, :]
+    x = tl.sum(tl.load(ptr + at), AXIS)
+    if RESHAPED:
+        x = tl.reshape(x, [16])
+        tl.store(to_ptr + place, tl.cumsum(x, 0))
+        tl.store(to_ptr, tl.sum(x, 0))
+    else:
+        tl.store(to_ptr, tl.sum(tl.sum(x, 0), 0))
+""")
+    checked = run(
+        str(tmp_path),
+        code="""
+import sys
+sys.path.insert(0, sys.argv[1])
+import check_resources as check, added, triton, triton_ir
+from triton.compiler import ASTSource
+def faults(axis, reshaped):
+    signature = {"ptr": "*i32", "to_ptr": "*i32", "stride": "i32"}
+    signature |= {"AXIS": "constexpr", "RESHAPED": "constexpr"}
+    source = ASTSource(added.added, signature, {"AXIS": axis, "RESHAPED": reshaped})
+    target = check.GPUTarget("cuda", 90, 32)
+    kernel = triton.compile(source, target=target, options=dict(num_warps=1))
+    return triton_ir.faults(kernel.asm["source"], kernel.asm["ttgir"])
+assert any("adds up a tensor" in faults(axis, True) for axis in (0, 1))
+assert not any(faults(axis, False) for axis in (0, 1))
 """,
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr
