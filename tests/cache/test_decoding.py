@@ -13,6 +13,7 @@ from tests.cache.recording import Recording
 from tests.cache.test_cache_operations import assert_continues, fill
 from tests.cache.test_cached_forward import CLOSE
 from tests.cache.test_modes import Failing
+from tests.cases import device_of
 from tests.decode.problems import small_shares
 from tests.modules.layers import make_layer, make_variant, randn, rms, small_config
 
@@ -72,11 +73,15 @@ def test_decoding_equals_one_forward(name, size):
 def test_decoding_by_triton(name, size, monkeypatch):
     """Of a prompt that the reference has read."""
     small_shares(monkeypatch)
-    layer, plain = layer_of(name, torch.float32, backend="triton"), layer_of(name)
+    device, plain = device_of("triton"), layer_of(name)
+    layer, reader = (
+        layer_of(name, torch.float32, backend=x).to(device) for x in ("triton", "reference")
+    )
     x, new = randn(2, 30 + 3 * size, 24), slice(30, None)
-    cache = fill(layer_of(name, torch.float32), x[:, :30].float())
+    given = x.float().to(device)
+    cache = fill(reader, given[:, :30])
     cache.config = layer.config
-    actual, expected = decoded(layer, x[:, new].float(), cache, size), plain(x)[:, new]
+    actual, expected = decoded(layer, given[:, new], cache, size).cpu(), plain(x)[:, new]
     scale = rms(expected)
     torch.testing.assert_close(actual.double() / scale, expected / scale, **FLOAT32)
 
