@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.decode.call import AppendCall, Pooling
-from nsa_fsa.decode.paged import page_rows, paged, row_of, table_of
+from nsa_fsa.decode.paged import offsets_of, page_rows, paged, row_of, table_of, units_of
 from nsa_fsa.ops.common.bundles import constants, heads
 from nsa_fsa.ops.common.primitives import kernel
 from nsa_fsa.ops.common.sizes import next_power_of_2, rows_contiguous
@@ -62,17 +62,16 @@ class Window(NamedTuple):
     exists: Any
     is_new: Any
     new_row: Any  # int64, of those that are new
-    page: Any  # int64, of those that are not
-    row: Any
+    offset: Any  # int64, of those that are not
+    state: Any  # int64, where the compressed token begins
 
 
 @triton.jit
 def load_window(source, window, head, column, inside, SIZES: tl.constexpr):
     """Some columns of a window's tokens, float32 `[PADDED_L, columns]`."""
-    rows = source.rows
-    old = window.page * rows.stride_p + head * rows.stride_h + window.row * rows.stride_n
+    at = source.rows.ptr + window.offset[:, None] + column[None, :]
     cached = (window.exists & ~window.is_new)[:, None] & inside[None, :]
-    x = tl.load(rows.ptr + old[:, None] + column[None, :], mask=cached, other=0.0).to(tl.float32)
+    x = tl.load(at, mask=cached, other=0.0).to(tl.float32)
     new = source.new
     at = window.new_row * new.stride_t + head * new.stride_h
     fresh = (window.exists & window.is_new)[:, None] & inside[None, :]
@@ -102,25 +101,24 @@ def weights(source, window, head, L: tl.constexpr):
 
 
 @triton.jit
-def store_state(x, source, page, state, head, column, inside):
+def store_state(x, source, window, column, inside):
     """A compressed token's columns, to its state."""
-    states = source.states
-    at = page * states.stride_p + head * states.stride_h + state * states.stride_n
-    tl.store(states.ptr + at + column, x.to(states.ptr.dtype.element_ty), mask=inside)
+    at = source.states.ptr + window.state + column
+    tl.store(at, x.to(source.states.ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def pool_plain(source, window, weight, head, page, state, column, SIZES: tl.constexpr, WIDTH):
+def pool_plain(source, window, weight, head, column, SIZES: tl.constexpr, WIDTH):
     """Pools some columns of a window's tokens, as they are."""
     inside = column < WIDTH
     pooled = tl.sum(load_window(source, window, head, column, inside, SIZES) * weight, 0)
     if source.embedding_ptr is not None:
         pooled += pooled_embedding(source, window, weight, head, column, inside, WIDTH, SIZES.L)
-    store_state(pooled, source, page, state, head, column, inside)
+    store_state(pooled, source, window, column, inside)
 
 
 @triton.jit
-def pool_rotated(keys, window, weight, head, page, state, token, SIZES: tl.constexpr):
+def pool_rotated(keys, window, weight, head, token, SIZES: tl.constexpr):
     """Pools the columns of a window's keys that are rotated, turned back to its first token."""
     H: tl.constexpr = SIZES.HALF_ROTATED
     half = tl.arange(0, SIZES.HALF_D)
@@ -148,42 +146,51 @@ def pool_rotated(keys, window, weight, head, page, state, token, SIZES: tl.const
         b = pooled_embedding(keys, window, weight, head, H + half, inside, SIZES.D, SIZES.L)
         pooled_a += a * first_cos - b * first_sin
         pooled_b += b * first_cos + a * first_sin
-    store_state(pooled_a, keys, page, state, head, half, inside)
-    store_state(pooled_b, keys, page, state, head, H + half, inside)
+    store_state(pooled_a, keys, window, half, inside)
+    store_state(pooled_b, keys, window, H + half, inside)
 
 
 @triton.jit
-def pool_keys(keys, window, head, page, state, token, SIZES: tl.constexpr):
+def pool_keys(keys, window, head, token, SIZES: tl.constexpr):
     weight = weights(keys, window, head, SIZES.L)[:, None]
     if keys.turn_ptr is not None:
-        pool_rotated(keys, window, weight, head, page, state, token, SIZES)
+        pool_rotated(keys, window, weight, head, token, SIZES)
     FIRST: tl.constexpr = 0 if keys.turn_ptr is None else 2 * SIZES.HALF_ROTATED
     if FIRST < SIZES.D:
         column = FIRST + tl.arange(0, 2 * SIZES.HALF_D)
-        pool_plain(keys, window, weight, head, page, state, column, SIZES, SIZES.D)
+        pool_plain(keys, window, weight, head, column, SIZES, SIZES.D)
 
 
 @triton.jit
-def pool_values(values, window, head, page, state, SIZES: tl.constexpr):
+def pool_values(values, window, head, SIZES: tl.constexpr):
     weight = weights(values, window, head, SIZES.L)[:, None]
     column = tl.arange(0, SIZES.PADDED_DV)
-    pool_plain(values, window, weight, head, page, state, column, SIZES, SIZES.DV)
+    pool_plain(values, window, weight, head, column, SIZES, SIZES.DV)
 
 
 @triton.jit
-def copy_row(source, token, page, row, head, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+def copy_row(source, token, head, to, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """One new token's key or value, to its page."""
     column = tl.arange(0, PADDED)
     inside = column < WIDTH
-    new, rows = source.new, source.rows
+    new = source.new
     at = token * new.stride_t + head * new.stride_h
     x = tl.load(new.ptr + at + column, mask=inside)
-    to = page * rows.stride_p + head * rows.stride_h + row * rows.stride_n
-    tl.store(rows.ptr + to + column, x, mask=inside)
+    tl.store(source.rows.ptr + to + column, x, mask=inside)
 
 
 @kernel
-def append_kernel(keys, values, table, table_of_states, lengths_ptr, num_new, SIZES: tl.constexpr):
+def append_kernel(
+    keys,
+    values,
+    table,
+    table_of_states,
+    lengths_ptr,
+    num_new,
+    SIZES: tl.constexpr,
+    UNITS: tl.constexpr,
+    STATE_UNITS: tl.constexpr,
+):
     """Program (new token, KV head); keys and values are `Source`, the tables are `Table`."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(0) // num_new
@@ -195,8 +202,9 @@ def append_kernel(keys, values, table, table_of_states, lengths_ptr, num_new, SI
 
     if SIZES.WRITE:
         page, row = row_of(table, sequence, position, True, SIZES.PAGE)
-        copy_row(keys, token, page, row, head, SIZES.D, 2 * SIZES.HALF_D)
-        copy_row(values, token, page, row, head, SIZES.DV, SIZES.PADDED_DV)
+        of_key, of_value = offsets_of(keys.rows, values.rows, page, row, head, UNITS)
+        copy_row(keys, token, head, of_key, SIZES.D, 2 * SIZES.HALF_D)
+        copy_row(values, token, head, of_value, SIZES.DV, SIZES.PADDED_DV)
 
     if SIZES.COMPRESS:
         first = position + 1 - SIZES.L
@@ -209,11 +217,16 @@ def append_kernel(keys, values, table, table_of_states, lengths_ptr, num_new, SI
             is_new = of_window >= old
             if not SIZES.WRITE:
                 is_new = of_window < 0
-            window = Window(place, exists, is_new, new_row, pages, rows)
+            of_keys, of_values = offsets_of(keys.rows, values.rows, pages, rows, head, UNITS)
             state = first // SIZES.STRIDE + SIZES.L // SIZES.STRIDE - 1
-            page, state = row_of(table_of_states, sequence, state, True, SIZES.STATES)
-            pool_keys(keys, window, head, page, state, token, SIZES)
-            pool_values(values, window, head, page, state, SIZES)
+            page, row = row_of(table_of_states, sequence, state, True, SIZES.STATES)
+            of_k_cmp, of_v_cmp = offsets_of(
+                keys.states, values.states, page, row, head, STATE_UNITS
+            )
+            window = Window(place, exists, is_new, new_row, of_keys, of_k_cmp)
+            pool_keys(keys, window, head, token, SIZES)
+            window = Window(place, exists, is_new, new_row, of_values, of_v_cmp)
+            pool_values(values, window, head, SIZES)
 
 
 def append_tokens(call: AppendCall) -> None:
@@ -240,4 +253,5 @@ def append_tokens(call: AppendCall) -> None:
     append_kernel[(call.new_k.shape[0], num_heads)](
         *(keys, values, table_of(pages.table), table_of(pages.table_of_states)),
         *(call.lengths, call.num_new, constants(sizes)),
+        *(constants(units_of(x, y)) for x, y in ((pages.k, pages.v), (pages.k_cmp, pages.v_cmp))),
     )

@@ -10,25 +10,25 @@ import triton
 import triton.language as tl
 
 from nsa_fsa.decode.choose import AT_ONCE
-from nsa_fsa.decode.paged import row_of
+from nsa_fsa.decode.paged import offsets_of, row_of
 from nsa_fsa.decode.score import store_partial
 from nsa_fsa.ops.common.primitives import dot_keys, kernel, load_rows, online_softmax
 
 
 @triton.jit
 def attend_keys(
-    q, softmax, k, v, table, sequence, head, key, there, visible, scale, SIZES: tl.constexpr
-):
+    q, softmax, k, v, table, sequence, head, key, there, visible, scale,
+    SIZES: tl.constexpr, UNITS: tl.constexpr,
+):  # fmt: skip
     """One step of attention to some keys of a sequence.
 
     softmax: acc, maximum and total so far. Keys that are not `there`, `[N]`, are not read; visible,
     `[M or 1, N]`, says which query sees which.
     """
     page, row = row_of(table, sequence, key, there, SIZES.PAGE)
-    at = page * k.stride_p + head * k.stride_h + row * k.stride_n
-    keys = load_rows(k.ptr, at, there, SIZES.D, SIZES.PADDED_D, True)
-    at = page * v.stride_p + head * v.stride_h + row * v.stride_n
-    values = load_rows(v.ptr, at, there, SIZES.DV, SIZES.PADDED_DV, True)
+    of_keys, of_values = offsets_of(k, v, page, row, head, UNITS)
+    keys = load_rows(k.ptr, of_keys, there, SIZES.D, SIZES.PADDED_D, True)
+    values = load_rows(v.ptr, of_values, there, SIZES.DV, SIZES.PADDED_DV, True)
     scores = dot_keys(q, keys, SIZES.PRECISION) * scale
     scores = tl.where(visible, scores, float("-inf"))
     acc, maximum, total = softmax
@@ -54,8 +54,8 @@ def queries_of(q, token, query_head, used, SIZES: tl.constexpr):
 @triton.jit
 def attend_blocks(
     q, k, v, table, total_tokens, indices_ptr, partial, scale, share,
-    SIZES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SHARES: tl.constexpr,
-    STAGES: tl.constexpr,
+    SIZES: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    SHARES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A share of the chosen blocks of a new token."""
     head, token = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -75,7 +75,7 @@ def attend_blocks(
         there = (block >= 0) & (in_block < BLOCK) & (key <= position)
         softmax = attend_keys(
             *(queries, softmax, k, v, table, sequence, head),
-            *(key, there, there[None, :], scale, SIZES),
+            *(key, there, there[None, :], scale, SIZES, UNITS),
         )
     pair = token * (SIZES.HKV * SIZES.G) + query_head
     store_partial(partial, pair * SHARES + share, *softmax, used, SIZES)
@@ -84,8 +84,8 @@ def attend_blocks(
 @triton.jit
 def attend_windows(
     q, k, v, table, total_tokens, partial, scale, share,
-    SIZES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SHARES: tl.constexpr,
-    STAGES: tl.constexpr,
+    SIZES: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
+    SHARES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A share of the sliding windows of some new tokens of a sequence; nothing where this program's
     new token comes behind as many tiles as there are."""
@@ -109,7 +109,8 @@ def attend_windows(
         behind = position[:, None] - key[None, :]
         visible = there[None, :] & (behind >= 0) & (behind < SIZES.WINDOW)
         softmax = attend_keys(
-            *(queries, softmax, k, v, table, sequence, head, key, there, visible, scale, SIZES)
+            *(queries, softmax, k, v, table, sequence, head),
+            *(key, there, visible, scale, SIZES, UNITS),
         )
     pair = token * (SIZES.HKV * SIZES.G) + query_head
     store_partial(partial, pair * SHARES + share, *softmax, used, SIZES)
@@ -127,6 +128,7 @@ def attend_kernel(
     sliding,
     scale,
     SIZES: tl.constexpr,
+    UNITS: tl.constexpr,
     ROWS: tl.constexpr,
     WINDOW_ROWS: tl.constexpr,
     KEYS: tl.constexpr,
@@ -145,12 +147,12 @@ def attend_kernel(
     if share < SHARES:
         attend_blocks(
             *(q, k, v, table, total_tokens, indices_ptr, selected, scale, share),
-            *(SIZES, ROWS, KEYS, SHARES, STAGES),
+            *(SIZES, UNITS, ROWS, KEYS, SHARES, STAGES),
         )
     else:
         attend_windows(
             *(q, k, v, table, total_tokens, sliding, scale, share - SHARES),
-            *(SIZES, WINDOW_ROWS, KEYS, WINDOW_SHARES, STAGES),
+            *(SIZES, UNITS, WINDOW_ROWS, KEYS, WINDOW_SHARES, STAGES),
         )
 
 
@@ -163,18 +165,19 @@ def merged(partial, pair, num_shares, SHARES: tl.constexpr, SIZES: tl.constexpr)
     for first in tl.range(0, num_shares, SHARES, num_stages=1):
         share = first + tl.arange(0, SHARES)
         at = pair * num_shares + share
-        maximum = tl.load(partial.maximum_ptr + at, mask=share < num_shares, other=-float("inf"))
+        exists = share < num_shares
+        maximum = tl.load(partial.maximum_ptr + at, mask=exists, other=-float("inf"))
+        totals = tl.load(partial.total_ptr + at, mask=exists, other=0.0)
         # A share that has nothing left no output.
-        some = maximum > -float("inf")
+        some = totals != 0
         o = load_rows(partial.o_ptr, at * SIZES.DV, some, SIZES.DV, SIZES.PADDED_DV, True)
-        totals = tl.load(partial.total_ptr + at, mask=some, other=0.0)
         higher = tl.maximum(top, tl.max(maximum, 0))
         shift = tl.where(higher == -float("inf"), 0.0, higher)
         weight, decay = tl.exp2(maximum - shift), tl.exp2(top - shift)
         total = total * decay + tl.sum(totals * weight, 0)
         acc = acc * decay + tl.sum(o * weight[:, None], 0)
         top = higher
-    return acc / tl.where(total > 0, total, 1.0)
+    return acc / tl.where(total == 0, 1.0, total)
 
 
 @kernel

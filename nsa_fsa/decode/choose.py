@@ -15,16 +15,20 @@ AT_ONCE = tl.constexpr(32)  # shares; sums over fewer have the same bits whateve
 
 
 @triton.jit
-def log_of_total(partial, pair, used, num_shares):
-    """The log of the softmax's sum over all shares of some pairs, in base 2; -inf for nothing."""
-    top = tl.full(pair.shape, float("-inf"), tl.float32)
-    total = tl.zeros(pair.shape, tl.float32)
+def log_of_total(partial, first_pair, used, num_shares):
+    """The log of the softmax's sum over all shares of the group's pairs, in base 2; -inf for
+    nothing."""
+    top = tl.full(used.shape, float("-inf"), tl.float32)
+    total = tl.zeros(used.shape, tl.float32)
+    member = tl.arange(0, used.shape[0])
+    maximum_ptr = partial.maximum_ptr + first_pair * num_shares
+    total_ptr = partial.total_ptr + first_pair * num_shares
     for first in tl.range(0, num_shares, AT_ONCE, num_stages=1):
         share = first + tl.arange(0, AT_ONCE)
-        at = (pair * num_shares)[:, None] + share[None, :]
+        at = (member * num_shares)[:, None] + share[None, :]
         mask = used[:, None] & (share < num_shares)[None, :]
-        maximum = tl.load(partial.maximum_ptr + at, mask=mask, other=-float("inf"))
-        totals = tl.load(partial.total_ptr + at, mask=mask, other=0.0)
+        maximum = tl.load(maximum_ptr + at, mask=mask, other=-float("inf"))
+        totals = tl.load(total_ptr + at, mask=mask, other=0.0)
         higher = tl.maximum(top, tl.max(maximum, 1))
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         total *= tl.exp2(top - shift)
@@ -34,17 +38,28 @@ def log_of_total(partial, pair, used, num_shares):
 
 
 @triton.jit
-def weight_of(
-    sums, sums_ptr, log_total, pair, used, block, begin, here, num_blocks, TILE: tl.constexpr
+def scores_of(
+    sums, log_total, first_pair, used, block, eligible, written, num_blocks, TILE: tl.constexpr
 ):
-    """What windows that begin in the blocks `begin` weigh, of the whole softmax, by pair and block:
-    `[pairs, blocks]`, 0 elsewhere than `here`."""
-    mask = used[:, None] & here[None, :]
-    at = (pair * num_blocks)[:, None] + block[None, :]
-    weight = tl.load(sums_ptr + at, mask=mask, other=0.0)
-    at = (pair * tl.cdiv(num_blocks, TILE.BLOCKS))[:, None] + (begin // TILE.BLOCKS)[None, :]
-    shift = tl.load(sums.shift_ptr + at, mask=mask, other=0.0)
-    return tl.where(mask, weight * tl.exp2(shift - log_total[:, None]), 0.0)
+    """What windows weigh in blocks, of the whole softmax, all heads of the group together; 0 in
+    blocks that are not eligible. written: blocks whose sums there are."""
+    num_tiles, member = tl.cdiv(num_blocks, TILE.BLOCKS), tl.arange(0, used.shape[0])
+    at = (member * num_blocks)[:, None] + block[None, :]
+    tile = (member * num_tiles)[:, None] + (block // TILE.BLOCKS)[None, :]
+    shift_ptr = sums.shift_ptr + first_pair * num_tiles
+
+    here = used[:, None] & (eligible & (block < written))[None, :]
+    scale = tl.exp2(tl.load(shift_ptr + tile, mask=here, other=0.0) - log_total[:, None])
+    sums_of_own = tl.load(sums.own_ptr + first_pair * num_blocks + at, mask=here, other=0.0)
+    weight = tl.where(here, sums_of_own * scale, 0.0)
+
+    # Windows that begin in the block before this one lie in another tile if this one begins a tile.
+    here = used[:, None] & (eligible & (block > 0) & (block <= written))[None, :]
+    first = (block % TILE.BLOCKS == 0)[None, :]
+    shift = tl.load(shift_ptr + tile - 1, mask=here & first, other=0.0)
+    scale = tl.where(first, tl.exp2(shift - log_total[:, None]), scale)
+    sums_of_last = tl.load(sums.last_ptr + first_pair * num_blocks + at, mask=here, other=0.0)
+    return tl.sum(weight + tl.where(here, sums_of_last * scale, 0.0), 0)
 
 
 @triton.jit
@@ -133,26 +148,16 @@ def choose_kernel(
     if (own < SIZES.NUM_SELECTED) | (BEST == 0) | (chunk >= lists):
         return
 
-    member = tl.arange(0, HEADS)
-    used = member < SIZES.G
-    pair = token * (SIZES.HKV * SIZES.G) + head * SIZES.G + member
-    log_total = log_of_total(partial, pair, used, num_shares)
+    used, first_pair = tl.arange(0, HEADS) < SIZES.G, of_pair * SIZES.G
+    log_total = log_of_total(partial, first_pair, used, num_shares)
     tiles = tl.cdiv(num_windows(total_tokens, SIZES), TILE.BLOCKS * SIZES.BLOCK_HOPS)
-    written = tiles * TILE.BLOCKS  # blocks whose sums there are
     block = chunk * CHUNK + tl.arange(0, CHUNK)
     eligible = (block >= SIZES.INIT) & (block <= own - SIZES.LOCAL)
-    here = eligible & (block < written)
-    weight = weight_of(
-        sums, sums.own_ptr, log_total, pair, used, block, block, here, num_blocks, TILE
-    )
-    here = eligible & (block > 0) & (block <= written)
-    last = block - 1
-    weight += weight_of(
-        sums, sums.last_ptr, log_total, pair, used, block, last, here, num_blocks, TILE
+    score = scores_of(
+        *(sums, log_total, first_pair, used, block, eligible, tiles * TILE.BLOCKS, num_blocks, TILE)
     )
     # NaN is as good as the best or the worst, so that as many blocks are chosen as there should be.
-    score = tl.maximum(tl.sum(weight, 0).to(tl.int32, bitcast=True), 0)
-    score = tl.where(eligible, score, -1)
+    score = tl.where(eligible, tl.maximum(score.to(tl.int32, bitcast=True), 0), -1)
     best, number = best_of(score, BEST)
     indices_ptr += SIZES.INIT
     if lists == 1:

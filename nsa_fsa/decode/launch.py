@@ -10,7 +10,7 @@ from torch import Tensor
 from nsa_fsa.decode.attend import attend_kernel, merge_kernel
 from nsa_fsa.decode.call import DecodeCall, Decoded
 from nsa_fsa.decode.choose import AT_ONCE, choose_kernel
-from nsa_fsa.decode.paged import page_rows, paged, table_of
+from nsa_fsa.decode.paged import page_rows, paged, table_of, units_of
 from nsa_fsa.decode.score import BlockSums, Partial, ScoreTile, Sizes, score_kernel
 from nsa_fsa.ops.common.bundles import constants, heads
 from nsa_fsa.ops.common.primitives import LOG2_E
@@ -121,7 +121,8 @@ def nsa_decode(call: DecodeCall, config: DecodeConfig | None = None) -> Decoded:
     tiles_of_pairs = cdiv(sizes.NEW * sizes.G, rows)
     score_kernel[(score_shares, num_kv_heads * tiles_of_pairs, lengths.shape[0])](
         *(heads(q), paged(pages.k_cmp), paged(pages.v_cmp), of_states, lengths),
-        *(compressed, sums, finished, scale, num_blocks, size, tile),
+        *(compressed, sums, finished, scale, num_blocks),
+        *(size, constants(units_of(pages.k_cmp, pages.v_cmp)), tile),
         num_warps=max(config.score_warps, rows // 16),
     )
 
@@ -142,7 +143,8 @@ def nsa_decode(call: DecodeCall, config: DecodeConfig | None = None) -> Decoded:
     rows_of_group = max(heads_of_group, 16)
     attend_kernel[(config.shares + config.window_shares, num_kv_heads, num_tokens)](
         *(heads(q), paged(pages.k), paged(pages.v), table, lengths, indices, selected, sliding),
-        *(scale, size, rows_of_group, max(rows_of_group, rows), config.keys),
+        *(scale, size, constants(units_of(pages.k, pages.v))),
+        *(rows_of_group, max(rows_of_group, rows), config.keys),
         *(config.shares, config.window_shares, config.attend_stages),
         num_warps=config.attend_warps,
     )

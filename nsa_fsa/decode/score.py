@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from nsa_fsa.decode.paged import row_of
+from nsa_fsa.decode.paged import offsets_of, row_of
 from nsa_fsa.ops.common.primitives import dot_keys, kernel, load_rows, online_softmax
 
 
@@ -82,9 +82,9 @@ def share_of(tiles, share, TILE: tl.constexpr):
 @triton.jit
 def store_partial(partial, at, acc, maximum, total, used, SIZES: tl.constexpr):
     """acc `[M, PADDED_DV]`, maximum and total `[M]`, to the places `at`; no acc where nothing is
-    seen."""
+    seen, so that the total is 0 and not NaN either."""
     column = tl.arange(0, SIZES.PADDED_DV)
-    some = used & (maximum > -float("inf"))
+    some = used & (total != 0)
     inside = some[:, None] & (column < SIZES.DV)[None, :]
     tl.store(partial.o_ptr + (at * SIZES.DV)[:, None] + column[None, :], acc, mask=inside)
     tl.store(partial.maximum_ptr + at, maximum, mask=used)
@@ -149,6 +149,7 @@ def score_kernel(
     scale,
     num_blocks,
     SIZES: tl.constexpr,
+    UNITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Program (share, KV head and tile of its pairs, sequence); q is `Heads`, k_cmp and v_cmp are
@@ -186,10 +187,9 @@ def score_kernel(
     for tile in tl.range(first, end, num_stages=TILE.STAGES):
         window, there = windows_of(tile, windows, SIZES, TILE)
         page, row = states_of(tile, windows, table, sequence, SIZES, TILE)
-        where = page * k_cmp.stride_p + head * k_cmp.stride_h + row * k_cmp.stride_n
-        k = load_rows(k_cmp.ptr, where, there, SIZES.D, SIZES.PADDED_D, True)
-        where = page * v_cmp.stride_p + head * v_cmp.stride_h + row * v_cmp.stride_n
-        v = load_rows(v_cmp.ptr, where, there, SIZES.DV, SIZES.PADDED_DV, True)
+        of_k, of_v = offsets_of(k_cmp, v_cmp, page, row, head, UNITS)
+        k = load_rows(k_cmp.ptr, of_k, there, SIZES.D, SIZES.PADDED_D, True)
+        v = load_rows(v_cmp.ptr, of_v, there, SIZES.DV, SIZES.PADDED_DV, True)
 
         scores = dot_keys(queries, k, SIZES.PRECISION) * scale
         seen = there[None, :] & (window[None, :] < visible[:, None])

@@ -9,6 +9,7 @@ import torch
 from nsa_fsa.decode import Pages, Pooling, append_tokens, nsa_decode
 from nsa_fsa.decode.call import AppendCall, DecodeCall
 from nsa_fsa.decode.operator import DECODE
+from nsa_fsa.decode.paged import unit_of
 from nsa_fsa.ops.common.calls import Blocks, Windows
 from nsa_fsa.ops.common.registration import Signature
 from tests.decode.problems import NAN, Problem, Run, angles, small_shares
@@ -171,6 +172,39 @@ def test_tokens_may_lie_elsewhere_than_compressed_ones(backend):
     found = nsa_decode(q, gates, apart, run.lengths, **p.windows, **p.selection, backend=backend)
     assert torch.equal(found.block_indices, whole.block_indices)
     torch.testing.assert_close(found.o, whole.o)
+
+
+def padded(x):
+    """The same pages, which lie a few elements further apart than their rows ask for."""
+    rows = x[0].numel()
+    wide = x.new_full((x.shape[0], rows + 6), NAN)
+    wide[:, :rows] = x.flatten(1)
+    return wide[:, :rows].unflatten(1, x.shape[1:])
+
+
+@pytest.mark.parametrize("v_head_dim", [16, 24])
+def test_pages_may_lie_anyhow(v_head_dim):
+    """Keys and values in one buffer, or further apart than a number of rows: the same bits."""
+    runs = [Run(Problem(v_head_dim=v_head_dim), "triton") for _ in range(3)]
+    whole, combined, apart = runs
+    k, v = combined.pages.k, combined.pages.v
+    both = torch.cat((k, v), dim=-1)
+    of_k, of_v = both[..., : k.shape[3]], both[..., k.shape[3] :]
+    combined.pages = combined.pages._replace(k=of_k, v=of_v)
+    apart.pages = Pages(*(padded(x) for x in apart.pages[:4]), *apart.pages[4:])
+    expected = whole.step()
+    for run in (combined, apart):
+        found = run.step()
+        assert torch.equal(found.o, expected.o)
+        assert torch.equal(found.block_indices, expected.block_indices)
+
+
+def test_pages_that_cannot_be_counted_are_refused():
+    pages = torch.empty(1, dtype=torch.bfloat16, device="meta")
+    pages = pages.as_strided((2**20, 1, 64, 16), (2**20 + 1, 1024, 16, 1))
+    with pytest.raises(ValueError, match=r"1048577 elements apart.*Fix: make the first a multiple"):
+        unit_of(pages)
+    unit_of(pages[: 2**10])
 
 
 # What torch.library sees
