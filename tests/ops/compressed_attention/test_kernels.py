@@ -211,6 +211,10 @@ def test_bytes_of_one_pass(num_kv_heads, parts):
     inputs = backward.Inputs(q, k, k, q, Statistics(q[..., 0], q[..., 0]), call, config)
     expected = 4 * rows * group_size * width + (4 * parts * windows * 2 * width if parts > 1 else 0)
     assert backward.bytes_of_kv_head(inputs) == expected
+    few = dataclasses.replace(config, one_pass_sums=2 * 4 * rows * group_size * width)
+    for settings, heads in ((config, num_kv_heads), (few, 2)):
+        chunks = list(backward.one_pass_chunks(inputs._replace(config=settings)))
+        assert max(x.stop - x.start for _, x in chunks) == min(heads, num_kv_heads)
 
 
 @pytest.mark.parametrize("accumulate", [False, True])

@@ -14,6 +14,7 @@ instead of seven, but in no fixed order. Deterministic algorithms keep to two pa
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -352,8 +353,7 @@ def windowed_attention_bwd(
 
     The workspace is for float32 sums, where one pass computes all gradients.
     """
-    num_windows, num_kv_heads = call.v.shape[:2]
-    group_size = call.group_size
+    num_windows, group_size = call.v.shape[0], call.group_size
     config = config or config_of(call)
     q, k, v = prepared(call, config.hopper)
     do = rows_contiguous(do, config.hopper)
@@ -367,9 +367,7 @@ def windowed_attention_bwd(
     found = statistics(do, softmax, call.scale, group_size)
     inputs = Inputs(q, k, v, do, found, call, config)
     if num_windows and in_one_pass(config, group_size, call.sequences.max_seqlen):
-        one_head = bytes_of_kv_head(inputs)
-        chunks = head_chunks(num_kv_heads, group_size, one_head, call.workspace_bytes)
-        for query_heads, kv_heads in chunks:
+        for query_heads, kv_heads in one_pass_chunks(inputs):
             of_heads = (dq[:, query_heads], dk[:, kv_heads], dv[:, kv_heads])
             run_one_pass(inputs.of(query_heads, kv_heads), *of_heads, add)
     else:
@@ -385,6 +383,15 @@ def in_one_pass(config: tuning.CompressedConfig, group_size: int, max_seqlen: in
     if not config.hopper or not whole_groups or torch.are_deterministic_algorithms_enabled():
         return False
     return max_seqlen >= config.one_pass_tokens
+
+
+def one_pass_chunks(inputs: Inputs) -> Iterator[tuple[slice, slice]]:
+    """Query heads and KV heads that one pass does at a time."""
+    call = inputs.call
+    one_head = bytes_of_kv_head(inputs)
+    sums = 4 * inputs.q.shape[0] * call.group_size * inputs.q.shape[2]
+    most = min(call.workspace_bytes, inputs.config.one_pass_sums // sums * one_head)
+    return head_chunks(inputs.k.shape[1], call.group_size, one_head, most)
 
 
 def bytes_of_kv_head(inputs: Inputs) -> int:
