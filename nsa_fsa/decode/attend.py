@@ -17,7 +17,7 @@ from nsa_fsa.ops.common.primitives import dot_keys, kernel, load_rows, online_so
 
 @triton.jit
 def attend_keys(
-    q, softmax, k, v, table, sequence, head, key, there, visible, scale,
+    q, softmax, cache, sequence, head, key, there, visible, scale,
     SIZES: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """One step of attention to some keys of a sequence.
@@ -25,10 +25,10 @@ def attend_keys(
     softmax: acc, maximum and total so far. Keys that are not `there`, `[N]`, are not read; visible,
     `[M or 1, N]`, says which query sees which.
     """
-    page, row = row_of(table, sequence, key, there, SIZES.PAGE)
-    of_keys, of_values = offsets_of(k, v, page, row, head, UNITS)
-    keys = load_rows(k.ptr, of_keys, there, SIZES.D, SIZES.PADDED_D, True)
-    values = load_rows(v.ptr, of_values, there, SIZES.DV, SIZES.PADDED_DV, True)
+    page, row = row_of(cache.table, sequence, key, there, SIZES.PAGE)
+    of_keys, of_values = offsets_of(cache.k, cache.v, page, row, head, UNITS)
+    keys = load_rows(cache.k.ptr, of_keys, there, SIZES.D, SIZES.PADDED_D, True)
+    values = load_rows(cache.v.ptr, of_values, there, SIZES.DV, SIZES.PADDED_DV, True)
     scores = dot_keys(q, keys, SIZES.PRECISION) * scale
     scores = tl.where(visible, scores, float("-inf"))
     acc, maximum, total = softmax
@@ -53,7 +53,7 @@ def queries_of(q, token, query_head, used, SIZES: tl.constexpr):
 
 @triton.jit
 def attend_blocks(
-    q, k, v, table, total_tokens, indices_ptr, partial, scale, share,
+    q, cache, total_tokens, indices_ptr, partial, scale, share,
     SIZES: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     SHARES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -74,7 +74,7 @@ def attend_blocks(
         key = block * BLOCK + in_block
         there = (block >= 0) & (in_block < BLOCK) & (key <= position)
         softmax = attend_keys(
-            *(queries, softmax, k, v, table, sequence, head),
+            *(queries, softmax, cache, sequence, head),
             *(key, there, there[None, :], scale, SIZES, UNITS),
         )
     pair = token * (SIZES.HKV * SIZES.G) + query_head
@@ -83,7 +83,7 @@ def attend_blocks(
 
 @triton.jit
 def attend_windows(
-    q, k, v, table, total_tokens, partial, scale, share,
+    q, cache, total_tokens, partial, scale, share,
     SIZES: tl.constexpr, UNITS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     SHARES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -109,8 +109,7 @@ def attend_windows(
         behind = position[:, None] - key[None, :]
         visible = there[None, :] & (behind >= 0) & (behind < SIZES.WINDOW)
         softmax = attend_keys(
-            *(queries, softmax, k, v, table, sequence, head),
-            *(key, there, visible, scale, SIZES, UNITS),
+            *(queries, softmax, cache, sequence, head), *(key, there, visible, scale, SIZES, UNITS)
         )
     pair = token * (SIZES.HKV * SIZES.G) + query_head
     store_partial(partial, pair * SHARES + share, *softmax, used, SIZES)
@@ -119,9 +118,7 @@ def attend_windows(
 @kernel
 def attend_kernel(
     q,
-    k,
-    v,
-    table,
+    cache,
     lengths_ptr,
     indices_ptr,
     selected,
@@ -140,18 +137,18 @@ def attend_kernel(
     group of heads, ROWS. Of the other WINDOW_SHARES the n-th new token of a sequence has those of
     the n-th WINDOW_ROWS of all pairs of new tokens and heads of the group, if there are as many.
 
-    indices are `[T, HKV, NUM_SELECTED]`, selected and sliding are `Partial`; scale is that of base
-    2."""
+    cache is `Cache`, indices are `[T, HKV, NUM_SELECTED]`, and selected and sliding are `Partial`;
+    scale is that of base 2."""
     share = tl.program_id(0)
     total_tokens = tl.load(lengths_ptr + tl.program_id(2) // SIZES.NEW)
     if share < SHARES:
         attend_blocks(
-            *(q, k, v, table, total_tokens, indices_ptr, selected, scale, share),
+            *(q, cache, total_tokens, indices_ptr, selected, scale, share),
             *(SIZES, UNITS, ROWS, KEYS, SHARES, STAGES),
         )
     else:
         attend_windows(
-            *(q, k, v, table, total_tokens, sliding, scale, share - SHARES),
+            *(q, cache, total_tokens, sliding, scale, share - SHARES),
             *(SIZES, UNITS, WINDOW_ROWS, KEYS, WINDOW_SHARES, STAGES),
         )
 

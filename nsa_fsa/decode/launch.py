@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from nsa_fsa.decode.attend import attend_kernel, merge_kernel
 from nsa_fsa.decode.call import DecodeCall, Decoded
 from nsa_fsa.decode.choose import AT_ONCE, choose_kernel
-from nsa_fsa.decode.paged import page_rows, paged, table_of, units_of
+from nsa_fsa.decode.paged import cache_of, page_rows, units_of
 from nsa_fsa.decode.score import BlockSums, Partial, ScoreTile, Sizes, score_kernel
 from nsa_fsa.ops.common.bundles import constants, heads
 from nsa_fsa.ops.common.primitives import LOG2_E
@@ -70,6 +71,56 @@ def default_config(q: Tensor, num_kv_heads: int) -> DecodeConfig:
     return config
 
 
+class Work(NamedTuple):
+    """A call, and how its kernels cut it."""
+
+    call: DecodeCall
+    q: Tensor
+    sizes: Sizes
+    config: DecodeConfig
+
+    @property
+    def of_pairs(self) -> tuple[int, int]:
+        """New tokens and query heads."""
+        return self.q.shape[0], self.q.shape[1]
+
+    @property
+    def of_groups(self) -> tuple[int, int]:
+        """New tokens and KV heads."""
+        return self.q.shape[0], self.sizes.HKV
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that a sequence can have."""
+        return cdiv(self.call.pages.capacity, self.call.blocks.block_size)
+
+    @property
+    def scale(self) -> float:
+        return self.call.scale * LOG2_E
+
+    @property
+    def rows(self) -> int:
+        """Pairs of new tokens and heads of a group that a program does at a time."""
+        return min(max(next_power_of_2(self.sizes.NEW * self.sizes.G), 16), self.config.rows)
+
+    def new_partial(self, shares: int) -> Partial:
+        """What the shares of a branch leave, uninitialised."""
+        shape = (*self.of_pairs, shares)
+        of_shares = [self.q.new_empty(shape, dtype=torch.float32) for _ in range(2)]
+        o = self.q.new_empty(*shape, self.sizes.DV, dtype=torch.float32)
+        return Partial(o, *of_shares)
+
+
+class Scored(NamedTuple):
+    """What the compressed branch leaves."""
+
+    partial: Partial
+    num_shares: int
+    sums: BlockSums
+    tile: ScoreTile
+    finished: Tensor  # int32 [T, HKV], zeros
+
+
 def sizes_of(call: DecodeCall) -> Sizes:
     pages, (kernel_size, kernel_stride) = call.pages, call.windows
     head_dim, v_dim = pages.k.shape[3], pages.v.shape[3]
@@ -84,75 +135,86 @@ def sizes_of(call: DecodeCall) -> Sizes:
     )
 
 
-def new_partial(call: DecodeCall, shares: int) -> Partial:
-    """What the shares of a branch leave, uninitialised."""
-    shape = (*call.q.shape[:2], shares)
-    of_shares = [call.q.new_empty(shape, dtype=torch.float32) for _ in range(2)]
-    o = call.q.new_empty(*shape, call.pages.v.shape[3], dtype=torch.float32)
-    return Partial(o, *of_shares)
+def score(work: Work) -> Scored:
+    """The compressed branch. What a sequence's shares are does not depend on how many there can
+    be."""
+    q, sizes, config, pages = work.q, work.sizes, work.config, work.call.pages
+    phases = next_power_of_2(sizes.BLOCK_HOPS)
+    blocks = max(config.score_windows // phases, 1)
+    cut = (config.score_shares, config.score_least, config.score_stages)
+    tile = ScoreTile(work.rows, blocks, phases, *cut)
+    tiles = cdiv(work.num_blocks, blocks)
+    num_shares = min(config.score_shares, cdiv(tiles, config.score_least))
+    own, last, shift = (
+        q.new_empty(*work.of_pairs, n, dtype=torch.float32)
+        for n in (work.num_blocks, work.num_blocks, tiles)
+    )
+    finished = q.new_empty(work.of_groups, dtype=torch.int32)
+    scored = Scored(
+        work.new_partial(num_shares), num_shares, BlockSums(own, last, shift), tile, finished
+    )
+
+    tiles_of_pairs = cdiv(sizes.NEW * sizes.G, work.rows)
+    score_kernel[(num_shares, sizes.HKV * tiles_of_pairs, work.call.lengths.shape[0])](
+        *(heads(q), cache_of(pages.k_cmp, pages.v_cmp, pages.table_of_states), work.call.lengths),
+        *(scored.partial, scored.sums, finished, work.scale, work.num_blocks, constants(sizes)),
+        *(constants(units_of(pages.k_cmp, pages.v_cmp)), constants(tile)),
+        num_warps=max(config.score_warps, work.rows // 16),
+    )
+    return scored
+
+
+def choose(work: Work, scored: Scored) -> Tensor:
+    """The blocks of every new token, int32 `[T, HKV, T_sel]`."""
+    sizes, config = work.sizes, work.config
+    listed = max(next_power_of_2(sizes.NUM_SELECTED), 2)
+    heads_of_group = next_power_of_2(sizes.G)
+    least = next_power_of_2(cdiv(work.num_blocks * listed, MOST_LISTED))
+    chunk = max(config.ranked // heads_of_group, listed, least, scored.tile.BLOCKS)
+    chunks = cdiv(work.num_blocks, chunk)
+    lists = next_power_of_2(chunks)
+    indices = work.q.new_empty(*work.of_groups, sizes.NUM_SELECTED, dtype=torch.int32)
+    listing = work.q.new_empty(*work.of_groups, lists, listed, dtype=torch.int64)
+    choose_kernel[(chunks, sizes.HKV, work.q.shape[0])](
+        *(scored.sums, scored.partial, work.call.lengths, listing, scored.finished, indices),
+        *(work.num_blocks, scored.num_shares, constants(sizes), constants(scored.tile)),
+        *(chunk, heads_of_group, lists, listed),
+        num_warps=config.choose_warps,
+    )
+    return indices
+
+
+def attend(work: Work, indices: Tensor) -> tuple[Partial, Partial]:
+    """The selected and the sliding branch."""
+    sizes, config, pages = work.sizes, work.config, work.call.pages
+    selected, sliding = (work.new_partial(x) for x in (config.shares, config.window_shares))
+    rows = max(next_power_of_2(sizes.G), 16)
+    attend_kernel[(config.shares + config.window_shares, sizes.HKV, work.q.shape[0])](
+        *(heads(work.q), cache_of(pages.k, pages.v, pages.table), work.call.lengths, indices),
+        *(selected, sliding, work.scale),
+        *(constants(sizes), constants(units_of(pages.k, pages.v)), rows, max(rows, work.rows)),
+        *(config.keys, config.shares, config.window_shares, config.attend_stages),
+        num_warps=config.attend_warps,
+    )
+    return selected, sliding
+
+
+def merge(work: Work, scored: Scored, selected: Partial, sliding: Partial) -> Tensor:
+    """o `[T, HQ, DV]`."""
+    sizes, config = work.sizes, work.config
+    o = work.q.new_empty(*work.of_pairs, sizes.DV)
+    merge_kernel[work.of_pairs](
+        *(scored.partial, selected, sliding, gates_of(work.call.gate_logits), work.call.lengths, o),
+        *(scored.num_shares, constants(sizes), config.shares, config.window_shares),
+        num_warps=max(AT_ONCE.value * sizes.PADDED_DV // MERGED_BY_WARP, 1),
+    )
+    return o
 
 
 def nsa_decode(call: DecodeCall, config: DecodeConfig | None = None) -> Decoded:
     """o and the chosen blocks; config: other than the default."""
-    q, pages, lengths = rows_contiguous(call.q), call.pages, call.lengths
-    config = config or default_config(q, pages.k.shape[1])
-    num_tokens, num_kv_heads, sizes = q.shape[0], pages.k.shape[1], sizes_of(call)
-    num_blocks, scale = cdiv(pages.capacity, call.blocks.block_size), call.scale * LOG2_E
-    table, of_states = table_of(pages.table), table_of(pages.table_of_states)
-    size = constants(sizes)
-
-    # What a sequence's shares are does not depend on how many there can be.
-    phases = next_power_of_2(sizes.BLOCK_HOPS)
-    blocks_of_tile = max(config.score_windows // phases, 1)
-    tiles = cdiv(num_blocks, blocks_of_tile)
-    rows = min(max(next_power_of_2(sizes.NEW * sizes.G), 16), config.rows)
-    tile = constants(
-        ScoreTile(
-            *(rows, blocks_of_tile, phases),
-            *(config.score_shares, config.score_least, config.score_stages),
-        )
-    )
-    score_shares = min(config.score_shares, cdiv(tiles, config.score_least))
-    compressed = new_partial(call, score_shares)
-    pairs, of_groups = (num_tokens, q.shape[1]), (num_tokens, num_kv_heads)
-    own, last = (q.new_empty(*pairs, num_blocks, dtype=torch.float32) for _ in range(2))
-    sums = BlockSums(own, last, q.new_empty(*pairs, tiles, dtype=torch.float32))
-    finished = q.new_empty(of_groups, dtype=torch.int32)
-    tiles_of_pairs = cdiv(sizes.NEW * sizes.G, rows)
-    score_kernel[(score_shares, num_kv_heads * tiles_of_pairs, lengths.shape[0])](
-        *(heads(q), paged(pages.k_cmp), paged(pages.v_cmp), of_states, lengths),
-        *(compressed, sums, finished, scale, num_blocks),
-        *(size, constants(units_of(pages.k_cmp, pages.v_cmp)), tile),
-        num_warps=max(config.score_warps, rows // 16),
-    )
-
-    listed = max(next_power_of_2(sizes.NUM_SELECTED), 2)
-    heads_of_group = next_power_of_2(sizes.G)
-    least = next_power_of_2(cdiv(num_blocks * listed, MOST_LISTED))
-    chunk = max(config.ranked // heads_of_group, listed, least, blocks_of_tile)
-    lists = next_power_of_2(cdiv(num_blocks, chunk))
-    indices = q.new_empty(*of_groups, sizes.NUM_SELECTED, dtype=torch.int32)
-    choose_kernel[(cdiv(num_blocks, chunk), num_kv_heads, num_tokens)](
-        *(sums, compressed, lengths, q.new_empty(*of_groups, lists, listed, dtype=torch.int64)),
-        *(finished, indices, num_blocks, score_shares, size, tile),
-        *(chunk, heads_of_group, lists, listed),
-        num_warps=config.choose_warps,
-    )
-
-    selected, sliding = (new_partial(call, x) for x in (config.shares, config.window_shares))
-    rows_of_group = max(heads_of_group, 16)
-    attend_kernel[(config.shares + config.window_shares, num_kv_heads, num_tokens)](
-        *(heads(q), paged(pages.k), paged(pages.v), table, lengths, indices, selected, sliding),
-        *(scale, size, constants(units_of(pages.k, pages.v))),
-        *(rows_of_group, max(rows_of_group, rows), config.keys),
-        *(config.shares, config.window_shares, config.attend_stages),
-        num_warps=config.attend_warps,
-    )
-
-    o = q.new_empty(*pairs, sizes.DV)
-    merge_kernel[pairs](
-        *(compressed, selected, sliding, gates_of(call.gate_logits), lengths, o, score_shares),
-        *(size, config.shares, config.window_shares),
-        num_warps=max(AT_ONCE.value * sizes.PADDED_DV // MERGED_BY_WARP, 1),
-    )
-    return Decoded(o, indices)
+    q = rows_contiguous(call.q)
+    work = Work(call, q, sizes_of(call), config or default_config(q, call.pages.k.shape[1]))
+    scored = score(work)
+    indices = choose(work, scored)
+    return Decoded(merge(work, scored, *attend(work, indices)), indices)

@@ -50,6 +50,14 @@ class Table(NamedTuple):
     stride_b: Any
 
 
+class Cache(NamedTuple):
+    """Keys and values of sequences, in a kernel."""
+
+    k: Any  # `Paged`
+    v: Any  # `Paged`
+    table: Any  # `Table`
+
+
 def unit_of(x: Tensor) -> Unit:
     """That of a tensor `[pages, HKV, rows, width]`."""
     pages, _, rows, _ = x.shape
@@ -77,6 +85,11 @@ def paged(x: Tensor) -> Paged:
 def table_of(table: Tensor) -> Table:
     """What a kernel is given of a table `[B, pages of a sequence]`."""
     return Table(table, table.stride(0))
+
+
+def cache_of(k: Tensor, v: Tensor, table: Tensor) -> Cache:
+    """What a kernel is given of keys and values `[pages, HKV, rows, width]` and their table."""
+    return Cache(paged(k), paged(v), table_of(table))
 
 
 def page_rows(table: Tensor, pages: Tensor) -> int:

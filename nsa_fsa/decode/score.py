@@ -139,9 +139,7 @@ def states_of(tile, windows, table, sequence, SIZES: tl.constexpr, TILE: tl.cons
 @kernel
 def score_kernel(
     q,
-    k_cmp,
-    v_cmp,
-    table,
+    cache,
     lengths_ptr,
     partial,
     sums,
@@ -152,9 +150,9 @@ def score_kernel(
     UNITS: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Program (share, KV head and tile of its pairs, sequence); q is `Heads`, k_cmp and v_cmp are
-    `Paged`. scale is that of base 2, and num_blocks are those that a sequence can have. finished
-    `[T, HKV]` is set to 0, for the next kernel."""
+    """Program (share, KV head and tile of its pairs, sequence). q is `Heads`, and cache is `Cache`,
+    of compressed tokens. scale is that of base 2, and num_blocks are those that a sequence can
+    have. finished `[T, HKV]` is set to 0, for the next kernel."""
     share, num_shares, sequence = tl.program_id(0), tl.num_programs(0), tl.program_id(2)
     PAIRS: tl.constexpr = SIZES.NEW * SIZES.G
     TILES: tl.constexpr = (PAIRS + TILE.ROWS - 1) // TILE.ROWS
@@ -186,10 +184,10 @@ def score_kernel(
     total = tl.zeros([TILE.ROWS], tl.float32)
     for tile in tl.range(first, end, num_stages=TILE.STAGES):
         window, there = windows_of(tile, windows, SIZES, TILE)
-        page, row = states_of(tile, windows, table, sequence, SIZES, TILE)
-        of_k, of_v = offsets_of(k_cmp, v_cmp, page, row, head, UNITS)
-        k = load_rows(k_cmp.ptr, of_k, there, SIZES.D, SIZES.PADDED_D, True)
-        v = load_rows(v_cmp.ptr, of_v, there, SIZES.DV, SIZES.PADDED_DV, True)
+        page, row = states_of(tile, windows, cache.table, sequence, SIZES, TILE)
+        of_k, of_v = offsets_of(cache.k, cache.v, page, row, head, UNITS)
+        k = load_rows(cache.k.ptr, of_k, there, SIZES.D, SIZES.PADDED_D, True)
+        v = load_rows(cache.v.ptr, of_v, there, SIZES.DV, SIZES.PADDED_DV, True)
 
         scores = dot_keys(queries, k, SIZES.PRECISION) * scale
         seen = there[None, :] & (window[None, :] < visible[:, None])
