@@ -14,7 +14,7 @@ from nsa_fsa.benchmarking.runs import Bench
 from nsa_fsa.cli import need_a_gpu
 
 SUITES = suites.load()
-UNQUOTED = ("ablations", "patched", "decode", "prefill")
+UNQUOTED = ("ablations", "patched", "decode", "decode_paper", "prefill")
 QUOTED = [name for name in SUITES if name not in UNQUOTED]
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 console = Console(width=int(os.environ.get("COLUMNS", 160)))
