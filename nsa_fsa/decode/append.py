@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.decode.call import AppendCall, Pooling
-from nsa_fsa.decode.paged import offsets_of, page_rows, paged, row_of, table_of, units_of
+from nsa_fsa.decode.paged import laid_out, offsets_of, page_rows, row_of
 from nsa_fsa.ops.common.bundles import constants, heads
 from nsa_fsa.ops.common.primitives import kernel
 from nsa_fsa.ops.common.sizes import next_power_of_2, rows_contiguous
@@ -29,8 +29,6 @@ class Source(NamedTuple):
     """Keys or values: the new ones, where they go, and how windows of them are pooled."""
 
     new: Any  # `Heads`, of [T, HKV, width]
-    rows: Any  # `Paged`
-    states: Any  # `Paged`
     logits_ptr: Any  # [HKV, l], or None
     embedding_ptr: Any  # [HKV, l, width], or None
     turn_ptr: Any  # [2, l, rotary_dim / 2], or None
@@ -62,14 +60,14 @@ class Window(NamedTuple):
     exists: Any
     is_new: Any
     new_row: Any  # int64, of those that are new
-    offset: Any  # int64, of those that are not
-    state: Any  # int64, where the compressed token begins
+    old_ptr: Any  # [PADDED_L], where those that are not begin
+    state_ptr: Any  # where the compressed token begins
 
 
 @triton.jit
-def load_window(source, window, head, column, inside, SIZES: tl.constexpr):
+def load_window(source, window, head, column, inside):
     """Some columns of a window's tokens, float32 `[PADDED_L, columns]`."""
-    at = source.rows.ptr + window.offset[:, None] + column[None, :]
+    at = window.old_ptr[:, None] + column[None, :]
     cached = (window.exists & ~window.is_new)[:, None] & inside[None, :]
     x = tl.load(at, mask=cached, other=0.0).to(tl.float32)
     new = source.new
@@ -101,20 +99,20 @@ def weights(source, window, head, L: tl.constexpr):
 
 
 @triton.jit
-def store_state(x, source, window, column, inside):
+def store_state(x, window, column, inside):
     """A compressed token's columns, to its state."""
-    at = source.states.ptr + window.state + column
-    tl.store(at, x.to(source.states.ptr.dtype.element_ty), mask=inside)
+    x = x.to(window.state_ptr.dtype.element_ty)
+    tl.store(window.state_ptr + column, x, mask=inside)
 
 
 @triton.jit
 def pool_plain(source, window, weight, head, column, SIZES: tl.constexpr, WIDTH):
     """Pools some columns of a window's tokens, as they are."""
     inside = column < WIDTH
-    pooled = tl.sum(load_window(source, window, head, column, inside, SIZES) * weight, 0)
+    pooled = tl.sum(load_window(source, window, head, column, inside) * weight, 0)
     if source.embedding_ptr is not None:
         pooled += pooled_embedding(source, window, weight, head, column, inside, WIDTH, SIZES.L)
-    store_state(pooled, source, window, column, inside)
+    store_state(pooled, window, column, inside)
 
 
 @triton.jit
@@ -123,8 +121,8 @@ def pool_rotated(keys, window, weight, head, token, SIZES: tl.constexpr):
     H: tl.constexpr = SIZES.HALF_ROTATED
     half = tl.arange(0, SIZES.HALF_D)
     inside = half < H
-    a = load_window(keys, window, head, half, inside, SIZES)
-    b = load_window(keys, window, head, H + half, inside, SIZES)
+    a = load_window(keys, window, head, half, inside)
+    b = load_window(keys, window, head, H + half, inside)
     angle = keys.turn_ptr + window.place[:, None] * H + half[None, :]
     mask = window.exists[:, None] & inside[None, :]
     cos = tl.load(angle, mask=mask, other=1.0).to(tl.float32)
@@ -146,8 +144,8 @@ def pool_rotated(keys, window, weight, head, token, SIZES: tl.constexpr):
         b = pooled_embedding(keys, window, weight, head, H + half, inside, SIZES.D, SIZES.L)
         pooled_a += a * first_cos - b * first_sin
         pooled_b += b * first_cos + a * first_sin
-    store_state(pooled_a, keys, window, half, inside)
-    store_state(pooled_b, keys, window, H + half, inside)
+    store_state(pooled_a, window, half, inside)
+    store_state(pooled_b, window, H + half, inside)
 
 
 @triton.jit
@@ -169,29 +167,32 @@ def pool_values(values, window, head, SIZES: tl.constexpr):
 
 
 @triton.jit
-def copy_row(source, token, head, to, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+def copy_row(source, token, head, to_ptr, WIDTH: tl.constexpr, PADDED: tl.constexpr):
     """One new token's key or value, to its page."""
     column = tl.arange(0, PADDED)
     inside = column < WIDTH
     new = source.new
     at = token * new.stride_t + head * new.stride_h
     x = tl.load(new.ptr + at + column, mask=inside)
-    tl.store(source.rows.ptr + to + column, x, mask=inside)
+    tl.store(to_ptr + column, x, mask=inside)
 
 
 @kernel
 def append_kernel(
     keys,
     values,
-    table,
-    table_of_states,
+    cache,
+    of_pages,
+    compressed,
+    of_compressed_pages,
     lengths_ptr,
     num_new,
     SIZES: tl.constexpr,
-    UNITS: tl.constexpr,
-    STATE_UNITS: tl.constexpr,
+    PITCHES: tl.constexpr,
+    COMPRESSED_PITCHES: tl.constexpr,
 ):
-    """Program (new token, KV head); keys and values are `Source`, the tables are `Table`."""
+    """Program (new token, KV head). keys and values are `Source`, cache and compressed are `Cache`,
+    and the others `PagePitches` of these."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(0) // num_new
     total = tl.load(lengths_ptr + sequence)
@@ -201,10 +202,10 @@ def append_kernel(
         return
 
     if SIZES.WRITE:
-        page, row = row_of(table, sequence, position, True, SIZES.PAGE)
-        of_key, of_value = offsets_of(keys.rows, values.rows, page, row, head, UNITS)
-        copy_row(keys, token, head, of_key, SIZES.D, 2 * SIZES.HALF_D)
-        copy_row(values, token, head, of_value, SIZES.DV, SIZES.PADDED_DV)
+        page, row = row_of(cache.table, sequence, position, True, SIZES.PAGE)
+        of_key, of_value = offsets_of(cache.k, cache.v, of_pages, page, row, head, PITCHES)
+        copy_row(keys, token, head, cache.k.ptr + of_key, SIZES.D, 2 * SIZES.HALF_D)
+        copy_row(values, token, head, cache.v.ptr + of_value, SIZES.DV, SIZES.PADDED_DV)
 
     if SIZES.COMPRESS:
         first = position + 1 - SIZES.L
@@ -212,20 +213,17 @@ def append_kernel(
             place = tl.arange(0, SIZES.PADDED_L)
             exists = place < SIZES.L
             of_window = first + place
-            pages, rows = row_of(table, sequence, of_window, exists, SIZES.PAGE)
+            page, row = row_of(cache.table, sequence, of_window, exists, SIZES.PAGE)
+            of_k, of_v = offsets_of(cache.k, cache.v, of_pages, page, row, head, PITCHES)
             new_row = (sequence * num_new + of_window - old).to(tl.int64)
-            is_new = of_window >= old
-            if not SIZES.WRITE:
-                is_new = of_window < 0
-            of_keys, of_values = offsets_of(keys.rows, values.rows, pages, rows, head, UNITS)
+            is_new = (of_window >= old) & SIZES.WRITE
             state = first // SIZES.STRIDE + SIZES.L // SIZES.STRIDE - 1
-            page, row = row_of(table_of_states, sequence, state, True, SIZES.STATES)
-            of_k_cmp, of_v_cmp = offsets_of(
-                keys.states, values.states, page, row, head, STATE_UNITS
-            )
-            window = Window(place, exists, is_new, new_row, of_keys, of_k_cmp)
+            page, row = row_of(compressed.table, sequence, state, True, SIZES.STATES)
+            k, v = compressed.k, compressed.v
+            to_k, to_v = offsets_of(k, v, of_compressed_pages, page, row, head, COMPRESSED_PITCHES)
+            window = Window(place, exists, is_new, new_row, cache.k.ptr + of_k, k.ptr + to_k)
             pool_keys(keys, window, head, token, SIZES)
-            window = Window(place, exists, is_new, new_row, of_values, of_v_cmp)
+            window = Window(place, exists, is_new, new_row, cache.v.ptr + of_v, v.ptr + to_v)
             pool_values(values, window, head, SIZES)
 
 
@@ -237,13 +235,17 @@ def append_tokens(call: AppendCall) -> None:
     rotation = [None if x is None else x.contiguous() for x in (call.turn, call.cos, call.sin)]
     turn, *rows = rotation
 
-    def source(new: Tensor, rows: Tensor, states: Tensor, pooling: Pooling, *others: Any) -> Source:
+    def source(new: Tensor, pooling: Pooling, *others: Any) -> Source:
         parts = [None if x is None else x.contiguous() for x in pooling]
-        return Source(heads(rows_contiguous(new)), paged(rows), paged(states), *parts, *others)
+        return Source(heads(rows_contiguous(new)), *parts, *others)
 
     of_tokens = [None if x is None else Row(x, x.stride(0)) for x in rows]
-    keys = source(call.new_k, pages.k, pages.k_cmp, call.pool_k, turn, *of_tokens)
-    values = source(call.new_v, pages.v, pages.v_cmp, call.pool_v, None, None, None)
+    keys = source(call.new_k, call.pool_k, turn, *of_tokens)
+    values = source(call.new_v, call.pool_v, None, None, None)
+    cache, of_pages, pitches = laid_out(pages.k, pages.v, rows_contiguous(pages.table))
+    compressed, of_compressed_pages, compressed_pitches = laid_out(
+        pages.k_cmp, pages.v_cmp, rows_contiguous(pages.table_of_states)
+    )
     sizes = Sizes(
         *(kernel_size, next_power_of_2(kernel_size), kernel_stride),
         *(width, max(next_power_of_2(width) // 2, 1), v_width, next_power_of_2(v_width)),
@@ -251,7 +253,7 @@ def append_tokens(call: AppendCall) -> None:
         *(page_rows(pages.table, pages.k), page_rows(pages.table_of_states, pages.k_cmp)),
     )
     append_kernel[(call.new_k.shape[0], num_heads)](
-        *(keys, values, table_of(pages.table), table_of(pages.table_of_states)),
-        *(call.lengths, call.num_new, constants(sizes)),
-        *(constants(units_of(x, y)) for x, y in ((pages.k, pages.v), (pages.k_cmp, pages.v_cmp))),
+        *(keys, values, cache, of_pages, compressed, of_compressed_pages),
+        *(rows_contiguous(call.lengths), call.num_new),
+        *(constants(sizes), constants(pitches), constants(compressed_pitches)),
     )

@@ -11,7 +11,8 @@ import triton.language as tl
 from nsa_fsa.decode.score import num_windows
 from nsa_fsa.ops.common.primitives import kernel
 
-AT_ONCE = tl.constexpr(32)  # shares; sums over fewer have the same bits whatever comes behind
+# Shares that are added up at once; empty ones behind them change no bit.
+SHARES_AT_ONCE = tl.constexpr(32)
 
 
 @triton.jit
@@ -23,8 +24,8 @@ def log_of_total(partial, first_pair, used, num_shares):
     member = tl.arange(0, used.shape[0])
     maximum_ptr = partial.maximum_ptr + first_pair * num_shares
     total_ptr = partial.total_ptr + first_pair * num_shares
-    for first in tl.range(0, num_shares, AT_ONCE, num_stages=1):
-        share = first + tl.arange(0, AT_ONCE)
+    for first in tl.range(0, num_shares, SHARES_AT_ONCE, num_stages=1):
+        share = first + tl.arange(0, SHARES_AT_ONCE)
         at = (member * num_shares)[:, None] + share[None, :]
         mask = used[:, None] & (share < num_shares)[None, :]
         maximum = tl.load(maximum_ptr + at, mask=mask, other=-float("inf"))
@@ -39,13 +40,14 @@ def log_of_total(partial, first_pair, used, num_shares):
 
 @triton.jit
 def scores_of(
-    sums, log_total, first_pair, used, block, eligible, written, num_blocks, TILE: tl.constexpr
-):
+    sums, log_total, first_pair, used, block, eligible, written, num_blocks,
+    BLOCKS_OF_TILE: tl.constexpr,
+):  # fmt: skip
     """What windows weigh in blocks, of the whole softmax, all heads of the group together; 0 in
     blocks that are not eligible. written: blocks whose sums there are."""
-    num_tiles, member = tl.cdiv(num_blocks, TILE.BLOCKS), tl.arange(0, used.shape[0])
+    num_tiles, member = tl.cdiv(num_blocks, BLOCKS_OF_TILE), tl.arange(0, used.shape[0])
     at = (member * num_blocks)[:, None] + block[None, :]
-    tile = (member * num_tiles)[:, None] + (block // TILE.BLOCKS)[None, :]
+    tile = (member * num_tiles)[:, None] + (block // BLOCKS_OF_TILE)[None, :]
     shift_ptr = sums.shift_ptr + first_pair * num_tiles
 
     here = used[:, None] & (eligible & (block < written))[None, :]
@@ -55,7 +57,7 @@ def scores_of(
 
     # Windows that begin in the block before this one lie in another tile if this one begins a tile.
     here = used[:, None] & (eligible & (block > 0) & (block <= written))[None, :]
-    first = (block % TILE.BLOCKS == 0)[None, :]
+    first = (block % BLOCKS_OF_TILE == 0)[None, :]
     shift = tl.load(shift_ptr + tile - 1, mask=here & first, other=0.0)
     scale = tl.where(first, tl.exp2(shift - log_total[:, None]), scale)
     sums_of_last = tl.load(sums.last_ptr + first_pair * num_blocks + at, mask=here, other=0.0)
@@ -99,6 +101,15 @@ def best_of(score, BEST: tl.constexpr):
 
 
 @triton.jit
+def store_list(list_ptr, packed, best, number, LISTED: tl.constexpr):
+    """Writes the best of some scores with their blocks, and -1 behind them."""
+    tl.store(list_ptr + number, packed, mask=best)
+    place = tl.arange(0, LISTED)
+    behind = place >= tl.sum(best.to(tl.int32), 0)
+    tl.store(list_ptr + place, tl.full([LISTED], -1, tl.int64), mask=behind)
+
+
+@triton.jit
 def store_forced(indices_ptr, own, PLACES: tl.constexpr, SIZES: tl.constexpr):
     """Writes the blocks that a query reads whatever their scores: the first and the last, or all
     that there are. own: the query's own block, -1 for a query that there is not."""
@@ -111,6 +122,35 @@ def store_forced(indices_ptr, own, PLACES: tl.constexpr, SIZES: tl.constexpr):
     tl.store(indices_ptr + place, block, mask=forced & (place < SIZES.NUM_SELECTED))
 
 
+@triton.jit
+def best_of_lists(list_ptr, num_lists, AT_ONCE: tl.constexpr, LISTED: tl.constexpr, BEST):
+    """The blocks of the best of all listed scores, which of them are the best, and what number each
+    has among these: `[AT_ONCE * LISTED]`.
+
+    AT_ONCE lists are looked at together. Of more, the best of each AT_ONCE are listed first, in
+    place of lists that have been read.
+    """
+    listed = tl.arange(0, AT_ONCE * LISTED)
+    while num_lists > AT_ONCE:
+        shorter = tl.cdiv(num_lists, AT_ONCE)
+        for i in tl.range(0, shorter, num_stages=1):
+            tl.debug_barrier()
+            inside = i * (AT_ONCE * LISTED) + listed < num_lists * LISTED
+            at = list_ptr + i * (AT_ONCE * LISTED) + listed
+            found = tl.load(at, mask=inside, other=-1, cache_modifier=".cg")
+            best, number = best_of(unpack(found)[0], BEST)
+            tl.debug_barrier()
+            store_list(list_ptr + i * LISTED, found, best, number, LISTED)
+        num_lists = shorter
+        tl.debug_barrier()
+    found = tl.load(
+        list_ptr + listed, mask=listed < num_lists * LISTED, other=-1, cache_modifier=".cg"
+    )
+    score, block = unpack(found)
+    best, number = best_of(score, BEST)
+    return block, best, number
+
+
 @kernel
 def choose_kernel(
     sums,
@@ -121,40 +161,42 @@ def choose_kernel(
     indices_ptr,
     num_blocks,
     num_shares,
+    most_lists,
     SIZES: tl.constexpr,
-    TILE: tl.constexpr,
-    CHUNK: tl.constexpr,
+    BLOCKS_OF_TILE: tl.constexpr,
+    RANKED: tl.constexpr,
     HEADS: tl.constexpr,
-    LISTS: tl.constexpr,
+    AT_ONCE: tl.constexpr,
     LISTED: tl.constexpr,
 ):
-    """Program (CHUNK neighbouring blocks, KV head, new token): its best blocks that are not forced,
-    ascending, and their scores, to list `[T, HKV, LISTS, LISTED]`, -1 behind them. The last one of
-    a token and KV head writes the chosen blocks to indices `[T, HKV, NUM_SELECTED]`.
+    """Program (new token, KV head, RANKED neighbouring blocks): its best blocks that are not
+    forced, ascending, and their scores, to list `[T, HKV, most_lists, LISTED]`, -1 behind them. The
+    last one of a token and KV head writes the chosen blocks to indices `[T, HKV, NUM_SELECTED]`.
 
     finished `[T, HKV]` counts the programs that have written their list. HEADS is the group's size
-    and LISTED that of a list, to powers of two.
+    and LISTED that of a list, to powers of two; AT_ONCE lists are looked at together.
     """
-    chunk, head, token = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    token, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     BEST: tl.constexpr = SIZES.NUM_SELECTED - SIZES.INIT - SIZES.LOCAL
-    total_tokens = tl.load(lengths_ptr + tl.program_id(2) // SIZES.NEW)
-    position = total_tokens - SIZES.NEW + tl.program_id(2) % SIZES.NEW
+    total_tokens = tl.load(lengths_ptr + tl.program_id(0) // SIZES.NEW)
+    position = total_tokens - SIZES.NEW + tl.program_id(0) % SIZES.NEW
     own = tl.where(position >= 0, position // (SIZES.BLOCK_HOPS * SIZES.STRIDE), -1)
     of_pair = token * SIZES.HKV + head
     indices_ptr += of_pair * SIZES.NUM_SELECTED
-    if chunk == 0:
+    if part == 0:
         store_forced(indices_ptr, own, LISTED, SIZES)
-    lists = tl.cdiv(own - SIZES.LOCAL + 1, CHUNK)
-    if (own < SIZES.NUM_SELECTED) | (BEST == 0) | (chunk >= lists):
+    lists = tl.cdiv(own - SIZES.LOCAL + 1, RANKED)
+    if (own < SIZES.NUM_SELECTED) | (BEST == 0) | (part >= lists):
         return
 
     used, first_pair = tl.arange(0, HEADS) < SIZES.G, of_pair * SIZES.G
     log_total = log_of_total(partial, first_pair, used, num_shares)
-    tiles = tl.cdiv(num_windows(total_tokens, SIZES), TILE.BLOCKS * SIZES.BLOCK_HOPS)
-    block = chunk * CHUNK + tl.arange(0, CHUNK)
+    tiles = tl.cdiv(num_windows(total_tokens, SIZES), BLOCKS_OF_TILE * SIZES.BLOCK_HOPS)
+    block = part * RANKED + tl.arange(0, RANKED)
     eligible = (block >= SIZES.INIT) & (block <= own - SIZES.LOCAL)
     score = scores_of(
-        *(sums, log_total, first_pair, used, block, eligible, tiles * TILE.BLOCKS, num_blocks, TILE)
+        *(sums, log_total, first_pair, used, block, eligible, tiles * BLOCKS_OF_TILE, num_blocks),
+        BLOCKS_OF_TILE,
     )
     # NaN is as good as the best or the worst, so that as many blocks are chosen as there should be.
     score = tl.where(eligible, tl.maximum(score.to(tl.int32, bitcast=True), 0), -1)
@@ -164,17 +206,10 @@ def choose_kernel(
         tl.store(indices_ptr + number, block, mask=best)
         return
 
-    place = tl.arange(0, LISTED)
-    list_ptr += of_pair * (LISTS * LISTED)
-    tl.store(list_ptr + chunk * LISTED + number, pack(score, block), mask=best)
-    behind = place >= tl.sum(best.to(tl.int32), 0)
-    tl.store(list_ptr + chunk * LISTED + place, -1, mask=behind)
+    list_ptr += of_pair * most_lists * LISTED
+    store_list(list_ptr + part * LISTED, pack(score, block), best, number, LISTED)
     tl.debug_barrier()  # all of the list before it counts
     if tl.atomic_add(finished_ptr + of_pair, 1, sem="acq_rel") < lists - 1:
         return
-    listed = tl.arange(0, LISTS * LISTED)
-    mask = listed < lists * LISTED
-    found = tl.load(list_ptr + listed, mask=mask, other=-1, cache_modifier=".cg")
-    score, block = unpack(found)
-    best, number = best_of(score, BEST)
+    block, best, number = best_of_lists(list_ptr, lists, AT_ONCE, LISTED, BEST)
     tl.store(indices_ptr + number, block, mask=best)

@@ -10,17 +10,17 @@ from torch import Tensor
 
 from nsa_fsa.decode.attend import attend_kernel, merge_kernel
 from nsa_fsa.decode.call import DecodeCall, Decoded
-from nsa_fsa.decode.choose import AT_ONCE, choose_kernel
-from nsa_fsa.decode.paged import cache_of, page_rows, units_of
+from nsa_fsa.decode.choose import SHARES_AT_ONCE, choose_kernel
+from nsa_fsa.decode.paged import laid_out, page_rows
 from nsa_fsa.decode.score import BlockSums, Partial, ScoreTile, Sizes, score_kernel
 from nsa_fsa.ops.common.bundles import constants, heads
 from nsa_fsa.ops.common.primitives import LOG2_E
 from nsa_fsa.ops.common.sizes import cdiv, next_power_of_2, padded_dim, rows_contiguous
-from nsa_fsa.ops.common.tuning import dot_precision
+from nsa_fsa.ops.common.tuning import dot_precision, is_cramped
 from nsa_fsa.ops.gated_combine.triton import gates_of
 
 MERGED_BY_WARP = 2048  # numbers of a pair's shares that a warp holds
-MOST_LISTED = 4096  # blocks of all lists of a query and KV head, which one program chooses from
+LISTED_BY_WARP = 1024  # blocks of lists that a warp chooses from at a time
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DecodeConfig:
     choose_warps: int = 1
     keys: int = 64  # of a step
     shares: int = 8  # of the blocks that a query reads
-    window_shares: int = 4  # of the windows
+    sliding_shares: int = 4  # of the sliding windows
     attend_warps: int = 4
     attend_stages: int = 2
 
@@ -50,24 +50,24 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def default_config(q: Tensor, num_kv_heads: int) -> DecodeConfig:
-    """For queries `[T, HQ, D]`. Depends on no length and no batch, as what a sequence gets must
-    not."""
-    processors = num_processors(q.device)
+def default_config(q: Tensor, v: Tensor) -> DecodeConfig:
+    """For queries `[T, HQ, D]` and values `[pages, HKV, rows, DV]`. Depends on no length and no
+    batch, as what a sequence gets must not."""
+    processors, num_kv_heads = num_processors(q.device), v.shape[1]
     shares = min(max(next_power_of_2(cdiv(2 * processors, num_kv_heads)), 4), 64)
-    warps = 1 if q.shape[1] < 8 * num_kv_heads else 2
+    warps = min(max(next_power_of_2(q.shape[1] // num_kv_heads) // 8, 1), 4)
     config = DecodeConfig(score_shares=shares, choose_warps=warps)
     if 12 * num_kv_heads < processors:
-        config = dataclasses.replace(config, shares=16, window_shares=8)
-    if 32 * num_kv_heads <= processors:
-        # A program has a multiprocessor to itself, and asks for rows a step ahead. Pages are looked
-        # up another step ahead, and Triton takes two stages for a step.
-        config = dataclasses.replace(config, score_stages=5, score_least=4)
+        config = dataclasses.replace(config, shares=16, sliding_shares=8)
     if q.element_size() == 4:
         # Without the matrix unit a thread holds whole rows of both factors of a product.
         return dataclasses.replace(config, rows=16, score_warps=4, score_windows=16, keys=16)
-    if q.shape[2] > 128:
-        return dataclasses.replace(config, rows=32, score_warps=4, score_windows=32)
+    if max(q.shape[2], v.shape[3]) > 128:
+        return dataclasses.replace(config, rows=32, score_warps=4, score_windows=32, keys=32)
+    if 32 * num_kv_heads <= processors and not is_cramped(q):
+        # A program has a multiprocessor to itself, and asks for rows a step ahead. Pages are looked
+        # up another step ahead, and Triton takes two stages for a step.
+        return dataclasses.replace(config, score_stages=5, score_least=4)
     return config
 
 
@@ -76,6 +76,9 @@ class Work(NamedTuple):
 
     call: DecodeCall
     q: Tensor
+    lengths: Tensor  # like q and the tables with contiguous rows
+    table: Tensor
+    table_of_states: Tensor
     sizes: Sizes
     config: DecodeConfig
 
@@ -95,7 +98,8 @@ class Work(NamedTuple):
         return cdiv(self.call.pages.capacity, self.call.blocks.block_size)
 
     @property
-    def scale(self) -> float:
+    def scale2(self) -> float:
+        """Of scores in base 2."""
         return self.call.scale * LOG2_E
 
     @property
@@ -117,7 +121,7 @@ class Scored(NamedTuple):
     partial: Partial
     num_shares: int
     sums: BlockSums
-    tile: ScoreTile
+    blocks_of_tile: int
     finished: Tensor  # int32 [T, HKV], zeros
 
 
@@ -136,12 +140,13 @@ def sizes_of(call: DecodeCall) -> Sizes:
 
 
 def score(work: Work) -> Scored:
-    """The compressed branch. What a sequence's shares are does not depend on how many there can
-    be."""
+    """The compressed branch. A sequence is cut alike however many shares the grid has."""
     q, sizes, config, pages = work.q, work.sizes, work.config, work.call.pages
     phases = next_power_of_2(sizes.BLOCK_HOPS)
     blocks = max(config.score_windows // phases, 1)
-    cut = (config.score_shares, config.score_least, config.score_stages)
+    # 64 rows take the registers that more stages would need.
+    stages = config.score_stages if work.rows < 64 else min(config.score_stages, 2)
+    cut = (config.score_shares, config.score_least, stages)
     tile = ScoreTile(work.rows, blocks, phases, *cut)
     tiles = cdiv(work.num_blocks, blocks)
     num_shares = min(config.score_shares, cdiv(tiles, config.score_least))
@@ -150,35 +155,35 @@ def score(work: Work) -> Scored:
         for n in (work.num_blocks, work.num_blocks, tiles)
     )
     finished = q.new_empty(work.of_groups, dtype=torch.int32)
-    scored = Scored(
-        work.new_partial(num_shares), num_shares, BlockSums(own, last, shift), tile, finished
-    )
+    sums, partial = BlockSums(own, last, shift), work.new_partial(num_shares)
 
+    cache, of_pages, pitches = laid_out(pages.k_cmp, pages.v_cmp, work.table_of_states)
     tiles_of_pairs = cdiv(sizes.NEW * sizes.G, work.rows)
-    score_kernel[(num_shares, sizes.HKV * tiles_of_pairs, work.call.lengths.shape[0])](
-        *(heads(q), cache_of(pages.k_cmp, pages.v_cmp, pages.table_of_states), work.call.lengths),
-        *(scored.partial, scored.sums, finished, work.scale, work.num_blocks, constants(sizes)),
-        *(constants(units_of(pages.k_cmp, pages.v_cmp)), constants(tile)),
+    score_kernel[(work.lengths.shape[0], sizes.HKV * tiles_of_pairs, num_shares)](
+        *(heads(q), cache, of_pages, work.lengths, partial, sums, finished),
+        *(work.scale2, work.num_blocks),
+        *(constants(sizes), constants(pitches), constants(tile)),
         num_warps=max(config.score_warps, work.rows // 16),
     )
-    return scored
+    return Scored(partial, num_shares, sums, blocks, finished)
 
 
 def choose(work: Work, scored: Scored) -> Tensor:
-    """The blocks of every new token, int32 `[T, HKV, T_sel]`."""
+    """The blocks of every new token, int32 `[T, HKV, T_sel]`. How many blocks a list is of must not
+    depend on how many there are, since the order in which heads are added up does on that."""
     sizes, config = work.sizes, work.config
     listed = max(next_power_of_2(sizes.NUM_SELECTED), 2)
     heads_of_group = next_power_of_2(sizes.G)
-    least = next_power_of_2(cdiv(work.num_blocks * listed, MOST_LISTED))
-    chunk = max(config.ranked // heads_of_group, listed, least, scored.tile.BLOCKS)
-    chunks = cdiv(work.num_blocks, chunk)
-    lists = next_power_of_2(chunks)
+    ranked = max(config.ranked // heads_of_group, listed, scored.blocks_of_tile)
+    most_lists = cdiv(work.num_blocks, ranked)
+    at_once = max(LISTED_BY_WARP * config.choose_warps // listed, 2)
     indices = work.q.new_empty(*work.of_groups, sizes.NUM_SELECTED, dtype=torch.int32)
-    listing = work.q.new_empty(*work.of_groups, lists, listed, dtype=torch.int64)
-    choose_kernel[(chunks, sizes.HKV, work.q.shape[0])](
-        *(scored.sums, scored.partial, work.call.lengths, listing, scored.finished, indices),
-        *(work.num_blocks, scored.num_shares, constants(sizes), constants(scored.tile)),
-        *(chunk, heads_of_group, lists, listed),
+    lists = work.q.new_empty(*work.of_groups, most_lists, listed, dtype=torch.int64)
+    choose_kernel[work.of_groups + (most_lists,)](
+        *(scored.sums, scored.partial, work.lengths, lists, scored.finished, indices),
+        *(work.num_blocks, scored.num_shares, most_lists, constants(sizes)),
+        *(scored.blocks_of_tile, ranked, heads_of_group),
+        *(min(next_power_of_2(most_lists), at_once), listed),
         num_warps=config.choose_warps,
     )
     return indices
@@ -187,13 +192,13 @@ def choose(work: Work, scored: Scored) -> Tensor:
 def attend(work: Work, indices: Tensor) -> tuple[Partial, Partial]:
     """The selected and the sliding branch."""
     sizes, config, pages = work.sizes, work.config, work.call.pages
-    selected, sliding = (work.new_partial(x) for x in (config.shares, config.window_shares))
+    selected, sliding = (work.new_partial(x) for x in (config.shares, config.sliding_shares))
+    cache, of_pages, pitches = laid_out(pages.k, pages.v, work.table)
     rows = max(next_power_of_2(sizes.G), 16)
-    attend_kernel[(config.shares + config.window_shares, sizes.HKV, work.q.shape[0])](
-        *(heads(work.q), cache_of(pages.k, pages.v, pages.table), work.call.lengths, indices),
-        *(selected, sliding, work.scale),
-        *(constants(sizes), constants(units_of(pages.k, pages.v)), rows, max(rows, work.rows)),
-        *(config.keys, config.shares, config.window_shares, config.attend_stages),
+    attend_kernel[work.of_groups + (config.shares + config.sliding_shares,)](
+        *(heads(work.q), cache, of_pages, work.lengths, indices, selected, sliding),
+        *(work.scale2, constants(sizes), constants(pitches), rows, max(rows, work.rows)),
+        *(config.keys, config.shares, config.sliding_shares, config.attend_stages),
         num_warps=config.attend_warps,
     )
     return selected, sliding
@@ -204,17 +209,21 @@ def merge(work: Work, scored: Scored, selected: Partial, sliding: Partial) -> Te
     sizes, config = work.sizes, work.config
     o = work.q.new_empty(*work.of_pairs, sizes.DV)
     merge_kernel[work.of_pairs](
-        *(scored.partial, selected, sliding, gates_of(work.call.gate_logits), work.call.lengths, o),
-        *(scored.num_shares, constants(sizes), config.shares, config.window_shares),
-        num_warps=max(AT_ONCE.value * sizes.PADDED_DV // MERGED_BY_WARP, 1),
+        *(scored.partial, selected, sliding, gates_of(work.call.gate_logits), work.lengths, o),
+        *(scored.num_shares, constants(sizes), config.shares, config.sliding_shares),
+        num_warps=max(SHARES_AT_ONCE.value * sizes.PADDED_DV // MERGED_BY_WARP, 1),
     )
     return o
 
 
 def nsa_decode(call: DecodeCall, config: DecodeConfig | None = None) -> Decoded:
     """o and the chosen blocks; config: other than the default."""
-    q = rows_contiguous(call.q)
-    work = Work(call, q, sizes_of(call), config or default_config(q, call.pages.k.shape[1]))
+    q, pages = rows_contiguous(call.q), call.pages
+    work = Work(
+        *(call, q, rows_contiguous(call.lengths), rows_contiguous(pages.table)),
+        *(rows_contiguous(pages.table_of_states), sizes_of(call)),
+        config or default_config(q, pages.v),
+    )
     scored = score(work)
     indices = choose(work, scored)
     return Decoded(merge(work, scored, *attend(work, indices)), indices)

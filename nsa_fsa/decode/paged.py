@@ -1,8 +1,8 @@
 """Pages in a kernel.
 
 Where a row begins takes one product of 64 bits: its number among all rows, times a constant, the
-unit that they lie apart by. With strides, which kernels extend to 64 bits, it would take two, of
-four instructions each; they were a third of all instructions of a step.
+pitch of the tensor. With strides, which kernels extend to 64 bits, it would take two, of four
+instructions each; they were a third of all instructions of a step.
 """
 
 import math
@@ -12,35 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MOST_UNITS = 2**31  # of a tensor: what 32 bits count
+MOST_PITCHES = 2**31  # of a tensor; a signed number of 32 bits counts them
 
 
 class Paged(NamedTuple):
-    """A tensor `[pages, HKV, rows, width]` whose rows are contiguous, in a kernel.
+    """A tensor `[pages, HKV, rows, width]` whose rows are contiguous, in a kernel."""
 
-    A pointer comes first where only strides follow, which are never multiplied in 32 bits.
-    """
-
-    page_units: Any  # from a page to the next
     ptr: Any
     stride_h: Any
-
-
-class Unit(NamedTuple):
-    """What a tensor's pages and rows lie apart by."""
-
-    elements: int
-    row: int  # units from a row to the next
-
-
-class Units(NamedTuple):
-    """Those of keys and of values; a constant of the kernels."""
-
-    KEY: int
-    KEY_ROW: int
-    VALUE: int
-    VALUE_ROW: int
-    ALIKE: bool  # whether both lie in the same way
 
 
 class Table(NamedTuple):
@@ -58,38 +37,47 @@ class Cache(NamedTuple):
     table: Any  # `Table`
 
 
-def unit_of(x: Tensor) -> Unit:
-    """That of a tensor `[pages, HKV, rows, width]`."""
+class PagePitches(NamedTuple):
+    """How far pages lie apart, in a kernel. Products with these have 32 bits, which strides, the
+    integers behind a pointer in a bundle, must not have."""
+
+    key: Any
+    value: Any
+
+
+class Pitches(NamedTuple):
+    """How far rows lie apart; a constant of the kernels."""
+
+    KEY: int  # elements of a pitch
+    KEY_ROW: int  # pitches from a row to the next
+    VALUE: int
+    VALUE_ROW: int
+    ALIKE: bool  # whether keys and values lie in the same way
+
+
+def pitch_of(x: Tensor) -> int:
+    """The elements that pages and rows of `[pages, HKV, rows, width]` lie a multiple of apart."""
     pages, _, rows, _ = x.shape
     of_page, _, of_row, _ = x.stride()
-    unit = math.gcd(of_page, of_row) or 1
-    if ((pages - 1) * of_page + (rows - 1) * of_row) // unit >= MOST_UNITS:
+    pitch = math.gcd(of_page, of_row) or 1
+    if ((pages - 1) * of_page + (rows - 1) * of_row) // pitch >= MOST_PITCHES:
         raise ValueError(
-            f"pages of shape {list(x.shape)} lie {of_page} elements apart and their rows {of_row}; "
-            f"of the unit of both, {unit}, there are more than 32 bits count. Fix: make the first "
-            "a multiple of the second, as in a contiguous tensor."
+            f"pages of shape {list(x.shape)} lie {of_page} elements apart and their rows {of_row}: "
+            f"multiples of {pitch}, of which there are more than a number of 32 bits counts. Fix: "
+            "make the first a multiple of the second, as in a contiguous tensor."
         )
-    return Unit(unit, of_row // unit)
+    return pitch
 
 
-def units_of(k: Tensor, v: Tensor) -> Units:
-    """What a kernel is given of keys and values."""
-    return Units(*unit_of(k), *unit_of(v), k.stride() == v.stride())
-
-
-def paged(x: Tensor) -> Paged:
-    """What a kernel is given of `[pages, HKV, rows, width]`."""
-    return Paged(x.stride(0) // unit_of(x).elements, x, x.stride(1))
-
-
-def table_of(table: Tensor) -> Table:
-    """What a kernel is given of a table `[B, pages of a sequence]`."""
-    return Table(table, table.stride(0))
-
-
-def cache_of(k: Tensor, v: Tensor, table: Tensor) -> Cache:
-    """What a kernel is given of keys and values `[pages, HKV, rows, width]` and their table."""
-    return Cache(paged(k), paged(v), table_of(table))
+def laid_out(k: Tensor, v: Tensor, table: Tensor) -> tuple[Cache, PagePitches, Pitches]:
+    """What a kernel is given of keys and values `[pages, HKV, rows, width]` and of the table
+    `[B, pages of a sequence]`, whose rows are contiguous."""
+    of_heads = [Paged(x, x.stride(1)) for x in (k, v)]
+    cache = Cache(of_heads[0], of_heads[1], Table(table, table.stride(0)))
+    of_k, of_v = pitch_of(k), pitch_of(v)
+    of_pages = PagePitches(k.stride(0) // of_k, v.stride(0) // of_v)
+    rows = (k.stride(2) // of_k, v.stride(2) // of_v)
+    return cache, of_pages, Pitches(of_k, rows[0], of_v, rows[1], k.stride() == v.stride())
 
 
 def page_rows(table: Tensor, pages: Tensor) -> int:
@@ -99,7 +87,8 @@ def page_rows(table: Tensor, pages: Tensor) -> int:
 
 @triton.jit
 def row_of(table, sequence, row, exists, PAGE: tl.constexpr):
-    """The page, and the row in it, of rows of a sequence; what does not exist is not looked up.
+    """The page, and the row in it, of rows of a sequence. Of several pages that of a row that does
+    not exist is not looked up.
 
     PAGE: rows of a page, or 0 where the sequence has one page.
     """
@@ -110,16 +99,12 @@ def row_of(table, sequence, row, exists, PAGE: tl.constexpr):
 
 
 @triton.jit
-def offset_of(x, page, row, head, UNIT: tl.constexpr, ROW: tl.constexpr):
-    """Where rows of `Paged` begin, int64."""
-    return (page * x.page_units + row * ROW).to(tl.int64) * UNIT + head * x.stride_h
-
-
-@triton.jit
-def offsets_of(k, v, page, row, head, UNITS: tl.constexpr):
-    """Where rows of keys and of values begin, int64."""
-    of_keys = offset_of(k, page, row, head, UNITS.KEY, UNITS.KEY_ROW)
+def offsets_of(k, v, of_pages, page, row, head, PITCHES: tl.constexpr):
+    """Where rows of keys and of values begin, int64; k and v are `Paged`."""
+    number = page * of_pages.key + row * PITCHES.KEY_ROW
+    of_keys = number.to(tl.int64) * PITCHES.KEY + head * k.stride_h
     of_values = of_keys
-    if not UNITS.ALIKE:
-        of_values = offset_of(v, page, row, head, UNITS.VALUE, UNITS.VALUE_ROW)
+    if not PITCHES.ALIKE:
+        number = page * of_pages.value + row * PITCHES.VALUE_ROW
+        of_values = number.to(tl.int64) * PITCHES.VALUE + head * v.stride_h
     return of_keys, of_values

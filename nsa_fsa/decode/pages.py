@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_fsa.checks import check_device, check_tensor
+from nsa_fsa.checks import check_device, check_rows, check_tensor
 from nsa_fsa.ops.common.calls import Windows
 
 
@@ -75,10 +75,10 @@ class Pages(NamedTuple):
     def check(self, windows: Windows) -> "Pages":
         """Raises ValueError for shapes, dtypes or devices that do not fit together; returns
         itself."""
-        stride, shape = windows.kernel_stride, self.k.shape
-        check_tensor("k of the pages", self.k, "[pages, HKV, rows, width]")
         for name, x in zip(self._fields[:4], self[:4], strict=True):
-            check_tensor(f"{name} of the pages", x, "[pages, HKV, rows, width]")
+            check_rows(f"{name} of the pages", x, 4, "[pages, HKV, rows, width]")
+        stride, shape = windows.kernel_stride, self.k.shape
+        for name, x in zip(self._fields[:4], self[:4], strict=True):
             expected = [*shape[:3], shape[3] if name in ("k", "k_cmp") else self.v.shape[-1]]
             if name.endswith("cmp"):
                 expected[2] = shape[2] // stride
@@ -103,7 +103,7 @@ class Pages(NamedTuple):
                 f"pages have {self.page_size} rows, which is no multiple of "
                 f"kernel_stride={stride}. Fix: for example pages of {8 * stride} tokens."
             )
-        if self.capacity_of_states * stride < self.capacity - stride + 1:
+        if self.capacity_of_states < self.capacity // stride:
             raise ValueError(
                 f"{self.capacity_of_states} states are too few for {self.capacity} tokens: "
                 f"kernel_stride={stride} asks for {self.capacity // stride}. Fix: more of them."

@@ -1,9 +1,10 @@
 """The compressed branch of new tokens.
 
-A program owns a share of one sequence's compressed tokens, for one KV head and all new tokens. It
-attends to them, and leaves of every head and block how much softmax weight their windows have,
-relative to the largest score of its tile: what they give to the block that they begin in, and what
-to the next one. Nothing is read twice.
+A program owns a share of one sequence's compressed tokens, for one KV head and a tile of the pairs
+of its new tokens with the heads of the group. It attends to them, and leaves of every pair and
+block how much softmax weight their windows have, relative to the largest score that the share has
+met by then: what they give to the block that they begin in, and what to the next one. Up to 64
+pairs read a compressed token once.
 
 How a sequence is cut into shares depends on its own length alone.
 """
@@ -14,7 +15,8 @@ import triton
 import triton.language as tl
 
 from nsa_fsa.decode.paged import offsets_of, row_of
-from nsa_fsa.ops.common.primitives import dot_keys, kernel, load_rows, online_softmax
+from nsa_fsa.ops.common.bundles import Pairs
+from nsa_fsa.ops.common.primitives import dot_keys, kernel, load_pairs, load_rows, online_softmax
 
 
 class Sizes(NamedTuple):
@@ -33,7 +35,7 @@ class Sizes(NamedTuple):
     NUM_SELECTED: int
     INIT: int
     LOCAL: int
-    WINDOW: int  # keys of the sliding window
+    SLIDING: int  # keys of the sliding window
     PAGE: int  # tokens of a page; 0: a sequence has one
     STATES: int  # states of a page; 0: a sequence has one
     PRECISION: str  # of products
@@ -59,10 +61,10 @@ class Partial(NamedTuple):
 
 
 class BlockSums(NamedTuple):
-    """What windows weigh, in a kernel, relative to their tile's largest score."""
+    """What windows weigh, in a kernel, relative to a score that is their tile's."""
 
-    own_ptr: Any  # [T, HQ, blocks], of those that begin in the block
-    last_ptr: Any  # [T, HQ, blocks], of those that begin in the one before it, and its tile
+    own_ptr: Any  # [T, HQ, blocks], of windows that begin in the block
+    last_ptr: Any  # [T, HQ, blocks], of those that begin in the block before, and its tile
     shift_ptr: Any  # [T, HQ, tiles], that score, in base 2
 
 
@@ -80,9 +82,36 @@ def share_of(tiles, share, TILE: tl.constexpr):
 
 
 @triton.jit
+def pairs_of(sequence, head, tile, total_tokens, ROWS: tl.constexpr, SIZES: tl.constexpr):
+    """A tile of the pairs of a sequence's new tokens with the heads of a group, and the tokens'
+    positions."""
+    number = tile * ROWS + tl.arange(0, ROWS)
+    position = total_tokens - SIZES.NEW + number // SIZES.G
+    token = (sequence * SIZES.NEW + number // SIZES.G).to(tl.int64)
+    used = (number < SIZES.NEW * SIZES.G) & (position >= 0)
+    return Pairs(token, head * SIZES.G + number % SIZES.G, used), position
+
+
+@triton.jit
+def number_of(pairs, SIZES: tl.constexpr):
+    """Where pairs stand among all of them, int64."""
+    return pairs.query * (SIZES.HKV * SIZES.G) + pairs.head
+
+
+@triton.jit
+def nothing_seen(ROWS: tl.constexpr, SIZES: tl.constexpr):
+    """acc, maximum and total before the first key."""
+    return (
+        tl.zeros([ROWS, SIZES.PADDED_DV], tl.float32),
+        tl.full([ROWS], float("-inf"), tl.float32),
+        tl.zeros([ROWS], tl.float32),
+    )
+
+
+@triton.jit
 def store_partial(partial, at, acc, maximum, total, used, SIZES: tl.constexpr):
-    """acc `[M, PADDED_DV]`, maximum and total `[M]`, to the places `at`; no acc where nothing is
-    seen, so that the total is 0 and not NaN either."""
+    """acc `[M, PADDED_DV]`, maximum and total `[M]`, to the places `at`. Where nothing was seen, so
+    that the total is 0, acc is not written; a total of NaN counts as seen."""
     column = tl.arange(0, SIZES.PADDED_DV)
     some = used & (total != 0)
     inside = some[:, None] & (column < SIZES.DV)[None, :]
@@ -99,6 +128,7 @@ def store_sums(sums, p, shift, pair, tile, used, num_blocks, SIZES: tl.constexpr
     exists = phase < SIZES.BLOCK_HOPS
     hops = tl.where(exists, tl.minimum(SIZES.WINDOW_HOPS, SIZES.BLOCK_HOPS - phase), 0)
     rest = tl.where(exists, SIZES.WINDOW_HOPS - hops, 0)
+    # Triton sums a reshaped tensor wrongly if lanes hold copies of an element: see check_resources.
     p = tl.reshape(p, [M, TILE.PHASES, TILE.BLOCKS])
     block = tile * TILE.BLOCKS + tl.arange(0, TILE.BLOCKS)
     at = (pair * num_blocks)[:, None] + block[None, :]
@@ -110,18 +140,11 @@ def store_sums(sums, p, shift, pair, tile, used, num_blocks, SIZES: tl.constexpr
 
 
 @triton.jit
-def store_nothing(partial, pair, share, num_shares, used):
-    """What a share without any tile leaves; nobody reads its output."""
-    tl.store(partial.maximum_ptr + pair * num_shares + share, float("-inf"), mask=used)
-    tl.store(partial.total_ptr + pair * num_shares + share, 0.0, mask=used)
-
-
-@triton.jit
 def windows_of(tile, windows, SIZES: tl.constexpr, TILE: tl.constexpr):
     """A tile's windows, and which of them there are.
 
-    They lie phase by phase: those that begin in one block far apart, so that they are summed
-    without a shuffle.
+    They lie phase by phase, those that begin in one block far apart, so that a thread has them all
+    and adds them up alone, unless a tile has few blocks.
     """
     column = tl.arange(0, TILE.BLOCKS * TILE.PHASES)
     phase, block = column // TILE.BLOCKS, column % TILE.BLOCKS
@@ -129,17 +152,11 @@ def windows_of(tile, windows, SIZES: tl.constexpr, TILE: tl.constexpr):
     return window, (window < windows) & (phase < SIZES.BLOCK_HOPS)
 
 
-@triton.jit
-def states_of(tile, windows, table, sequence, SIZES: tl.constexpr, TILE: tl.constexpr):
-    """The page and the row in it of a tile's compressed tokens."""
-    window, exists = windows_of(tile, windows, SIZES, TILE)
-    return row_of(table, sequence, window + SIZES.WINDOW_HOPS - 1, exists, SIZES.STATES)
-
-
 @kernel
 def score_kernel(
     q,
     cache,
+    of_pages,
     lengths_ptr,
     partial,
     sums,
@@ -147,45 +164,38 @@ def score_kernel(
     scale,
     num_blocks,
     SIZES: tl.constexpr,
-    UNITS: tl.constexpr,
+    PITCHES: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Program (share, KV head and tile of its pairs, sequence). q is `Heads`, and cache is `Cache`,
-    of compressed tokens. scale is that of base 2, and num_blocks are those that a sequence can
-    have. finished `[T, HKV]` is set to 0, for the next kernel."""
-    share, num_shares, sequence = tl.program_id(0), tl.num_programs(0), tl.program_id(2)
-    PAIRS: tl.constexpr = SIZES.NEW * SIZES.G
-    TILES: tl.constexpr = (PAIRS + TILE.ROWS - 1) // TILE.ROWS
+    """Program (sequence, KV head and tile of its pairs, share). q is `Heads`; cache is `Cache` and
+    of_pages `PagePitches`, of compressed tokens. scale is that of base 2, and num_blocks are those
+    that a sequence can have. finished `[T, HKV]` is set to 0, for the next kernel."""
+    sequence, share, num_shares = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
+    TILES: tl.constexpr = (SIZES.NEW * SIZES.G + TILE.ROWS - 1) // TILE.ROWS
     head = (tl.program_id(1) // TILES).to(tl.int64)
-
-    # Pairs of a new token and a head of the group.
-    number = tl.program_id(1) % TILES * TILE.ROWS + tl.arange(0, TILE.ROWS)
-    new, member = number // SIZES.G, number % SIZES.G
-    token, query_head = (sequence * SIZES.NEW + new).to(tl.int64), head * SIZES.G + member
-    pair = token * (SIZES.HKV * SIZES.G) + query_head
-    exists = number < PAIRS
-    tl.store(finished_ptr + token * SIZES.HKV + head, 0, mask=exists & (member + share == 0))
-
     total_tokens = tl.load(lengths_ptr + sequence)
+    of_tile = tl.program_id(1) % TILES
+    pairs, position = pairs_of(sequence, head, of_tile, total_tokens, TILE.ROWS, SIZES)
+
+    number = of_tile * TILE.ROWS + tl.arange(0, TILE.ROWS)
+    first_of_token = (number < SIZES.NEW * SIZES.G) & (number % SIZES.G + share == 0)
+    tl.store(finished_ptr + pairs.query * SIZES.HKV + head, 0, mask=first_of_token)
+
     windows = num_windows(total_tokens, SIZES)
     tiles = tl.cdiv(windows, TILE.BLOCKS * SIZES.BLOCK_HOPS)
     first, end = share_of(tiles, share, TILE)
+    acc, maximum, total = nothing_seen(TILE.ROWS, SIZES)
+    pair = number_of(pairs, SIZES)
     if first >= end:
-        store_nothing(partial, pair, share, num_shares, exists)
+        store_partial(partial, pair * num_shares + share, acc, maximum, total, pairs.inside, SIZES)
         return
-    position = total_tokens - SIZES.NEW + new
-    used = exists & (position >= 0)
-    at = token * q.stride_t + query_head * q.stride_h
-    queries = load_rows(q.ptr, at, used, SIZES.D, SIZES.PADDED_D, True)
-    visible = tl.where(used, num_windows(position + 1, SIZES), 0)
-
-    acc = tl.zeros([TILE.ROWS, SIZES.PADDED_DV], tl.float32)
-    maximum = tl.full([TILE.ROWS], float("-inf"), tl.float32)
-    total = tl.zeros([TILE.ROWS], tl.float32)
+    queries = load_pairs(q, pairs, SIZES.D, SIZES.PADDED_D)
+    visible = tl.where(pairs.inside, num_windows(position + 1, SIZES), 0)
     for tile in tl.range(first, end, num_stages=TILE.STAGES):
         window, there = windows_of(tile, windows, SIZES, TILE)
-        page, row = states_of(tile, windows, cache.table, sequence, SIZES, TILE)
-        of_k, of_v = offsets_of(cache.k, cache.v, page, row, head, UNITS)
+        state = window + SIZES.WINDOW_HOPS - 1
+        page, row = row_of(cache.table, sequence, state, there, SIZES.STATES)
+        of_k, of_v = offsets_of(cache.k, cache.v, of_pages, page, row, head, PITCHES)
         k = load_rows(cache.k.ptr, of_k, there, SIZES.D, SIZES.PADDED_D, True)
         v = load_rows(cache.v.ptr, of_v, there, SIZES.DV, SIZES.PADDED_DV, True)
 
@@ -195,5 +205,5 @@ def score_kernel(
         acc, maximum, total = online_softmax(acc, maximum, total, scores, v, SIZES.PRECISION)
         shift = tl.where(maximum == float("-inf"), 0.0, maximum)
         p = tl.exp2(scores - shift[:, None])
-        store_sums(sums, p, shift, pair, tile, used, num_blocks, SIZES, TILE)
-    store_partial(partial, pair * num_shares + share, acc, maximum, total, used, SIZES)
+        store_sums(sums, p, shift, pair, tile, pairs.inside, num_blocks, SIZES, TILE)
+    store_partial(partial, pair * num_shares + share, acc, maximum, total, pairs.inside, SIZES)

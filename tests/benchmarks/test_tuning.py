@@ -22,7 +22,7 @@ def test_every_change_is_of_the_configuration():
 
 def test_a_change_changes_no_result():
     case = dataclasses.replace(CASE, device=device_of("triton"), batch_size=1)
-    change = dict(score_shares=2, score_windows=16, keys=16, shares=2, window_shares=1, ranked=64)
+    change = dict(score_shares=2, score_windows=16, keys=16, shares=2, sliding_shares=1, ranked=64)
     found, expected = changed_step(case, 0, change)(), nsa_step(case, 0, "reference")()
     assert torch.equal(found.block_indices, expected.block_indices)
     torch.testing.assert_close(found.o, expected.o)

@@ -12,7 +12,7 @@ from tests.cases import device_of
 
 NAN = float("nan")
 SHARES = dict(
-    score_shares=4, score_least=1, shares=2, window_shares=2, score_windows=16, keys=16, ranked=32,
+    score_shares=4, score_least=1, shares=2, sliding_shares=2, score_windows=16, keys=16, ranked=32,
 )  # fmt: skip
 
 
@@ -196,3 +196,4 @@ def small_shares(monkeypatch):
     monkeypatch.setattr(
         launch, "default_config", lambda *x: dataclasses.replace(original(*x), **SHARES)
     )
+    monkeypatch.setattr(launch, "LISTED_BY_WARP", 16)

@@ -5,9 +5,10 @@ import dataclasses
 import pytest
 import torch
 
-from nsa_fsa.decode import Pages, append_tokens, nsa_decode
+from nsa_fsa.decode import Pages, append_tokens, launch, nsa_decode
+from nsa_fsa.ops.common import replay
 from tests.decode.problems import Problem, Run
-from tests.on_gpu import assert_rms_close, record, syncs_forbidden
+from tests.on_gpu import assert_rms_close, needs, record, syncs_forbidden
 
 pytestmark = pytest.mark.gpu
 GPU = Problem(
@@ -72,7 +73,19 @@ def step_of(run, q, gates, k, v, lengths):
     return step
 
 
-def test_a_graph_is_replayed_at_other_lengths():
+@pytest.fixture
+def several_lists(monkeypatch):
+    """Several programs list the best of their blocks, and the last one to do so chooses."""
+    original = launch.default_config
+
+    def config(*arguments):
+        return dataclasses.replace(original(*arguments), ranked=64)
+
+    monkeypatch.setattr(launch, "default_config", config)
+    monkeypatch.setattr(replay, "ENABLED", False)
+
+
+def test_a_graph_is_replayed_at_other_lengths(several_lists):
     run = Run(GPU, "triton", num_steps=40)
     for x in run.pages[:4]:
         x.nan_to_num_(1.0)  # the tokens that are skipped
@@ -90,7 +103,7 @@ def test_a_graph_is_replayed_at_other_lengths():
         assert torch.equal(replayed[1], direct.block_indices)
 
 
-def test_runs_have_the_same_bits():
+def test_runs_have_the_same_bits(several_lists):
     run = Run(GPU, "triton")
     step = step_of(run, *inputs_of(run), run.lengths + 1)
     first, different = step(), torch.zeros((), dtype=torch.bool, device="cuda")
@@ -101,7 +114,7 @@ def test_runs_have_the_same_bits():
     assert not different
 
 
-def test_neighbours_do_not_matter():
+def test_neighbours_do_not_matter(several_lists):
     """To the last bit, whatever their lengths are."""
     run = Run(GPU, "triton")
     q, gates, k, v = inputs_of(run)
@@ -115,16 +128,60 @@ def test_neighbours_do_not_matter():
         assert torch.equal(alone, whole[rows])
 
 
+@needs(24)
+@pytest.mark.parametrize("by_head", [False, True])
+def test_offsets_beyond_two_to_the_31(by_head):
+    """Of pages at the end of buffers of more elements, by page or by head."""
+    number, heads = (1 << 31) // (2 * 64 * 128) + 64, 2
+    shape = (heads, number) if by_head else (number, heads)
+    problem = dataclasses.replace(GPU, lengths=(700,), num_kv_heads=heads)
+    small = Run(problem, "triton")
+    table = small.pages.table.flatten().long()
+    pages = []
+    for x in small.pages[:4]:
+        large = torch.empty(*shape, *x.shape[2:], dtype=x.dtype, device="cuda")
+        large = large.transpose(0, 1) if by_head else large
+        large[number - 1 - table] = x[table]
+        pages.append(large)
+    found = Run(problem, "triton")
+    found.pages = Pages(*pages, number - 1 - small.pages.table)
+    assert pages[0].untyped_storage().nbytes() // 2 > 1 << 31
+    for _ in range(2):
+        ours, expected = found.step(), small.step()
+        assert torch.equal(ours.o, expected.o)
+        assert torch.equal(ours.block_indices, expected.block_indices)
+
+
+def test_more_sequences_than_a_grid_has_rows():
+    """65,536 new tokens: CUDA's grids have no more in their last two axes."""
+    number = 4096
+    pages = Pages.empty(
+        *(1, 64, 1, 16, 16, 16), torch.zeros(number, 1, dtype=torch.int32, device="cuda")
+    )
+    for x in pages[:4]:
+        x.normal_()
+    q = torch.randn(number * 16, 2, 16, device="cuda", dtype=torch.bfloat16)
+    gates = torch.randn(number * 16, 2, 3, device="cuda")
+    lengths = torch.full((number,), 60, dtype=torch.int32, device="cuda")
+    settings = dict(
+        kernel_size=16, kernel_stride=16, block_size=16, num_selected_blocks=3, window_size=20
+    )
+    whole = nsa_decode(q, gates, pages, lengths, **settings)
+    last = pages._replace(table=pages.table[:1])
+    one = nsa_decode(q[-16:], gates[-16:], last, lengths[:1], **settings)
+    assert torch.equal(whole.o[-16:], one.o)
+
+
 def test_a_million_tokens():
-    """Of one KV head, where offsets pass 2^31 bytes, against the reference."""
+    """Of one KV head, whose choice takes lists of lists, against the reference."""
     length, page = 1 << 20, 64
     torch.manual_seed(0)
     table = torch.randperm(length // page, device="cuda").int()[None]
     pages = Pages.empty(length // page, page, 1, 128, 128, 16, table)
     for x in pages[:4]:
         x.normal_()
-    q = torch.randn(1, 4, 128, device="cuda", dtype=torch.bfloat16)
-    gates = torch.randn(1, 4, 3, device="cuda")
+    q = torch.randn(1, 64, 128, device="cuda", dtype=torch.bfloat16)
+    gates = torch.randn(1, 64, 3, device="cuda")
     lengths = torch.tensor([length - 5], dtype=torch.int32, device="cuda")
     settings = dict(
         kernel_size=32, kernel_stride=16, block_size=64, num_selected_blocks=16, window_size=512

@@ -9,7 +9,7 @@ import torch
 from nsa_fsa.decode import Pages, Pooling, append_tokens, nsa_decode
 from nsa_fsa.decode.call import AppendCall, DecodeCall
 from nsa_fsa.decode.operator import DECODE
-from nsa_fsa.decode.paged import unit_of
+from nsa_fsa.decode.paged import pitch_of
 from nsa_fsa.ops.common.calls import Blocks, Windows
 from nsa_fsa.ops.common.registration import Signature
 from tests.decode.problems import NAN, Problem, Run, angles, small_shares
@@ -32,6 +32,8 @@ PROBLEMS = {
         kernel_size=16, kernel_stride=16, block_size=16, lengths=(95, 160), num_selected_blocks=3
     ),
     "many lists": Problem(lengths=(700,), num_kv_heads=1, num_selected_blocks=5),
+    "lists of lists": Problem(lengths=(1100,), num_kv_heads=1, num_selected_blocks=6),
+    "wide window": Problem(lengths=(3, 60), window_size=2**31),
 }  # fmt: skip
 
 
@@ -58,6 +60,37 @@ def test_equals_the_whole_sequence(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sequence_of_fewer_tokens_than_are_new(backend):
+    """The last ones count, and what the others give is 0."""
+    problem = Problem(lengths=(40, 50), num_new=4)
+    whole, run = Run(problem, backend), Run(problem, backend)
+    expected, new = whole.step(), slice(40, 44)
+    one, sequence = run.pages._replace(table=run.pages.table[:1]), run.sequences[0]
+    length = torch.tensor([3], dtype=torch.int32, device=problem.device)
+    rows = [getattr(sequence, x)[new] for x in ("q", "gate_logits", "k", "v")]
+    run.write(*rows[2:], one, length)
+    found = nsa_decode(*rows[:2], one, length, **problem.windows, **problem.selection,
+                       backend=backend)  # fmt: skip
+    assert (found.o[0] == 0).all()
+    assert (found.block_indices[0] == -1).all()
+    for i in (1, 2, 3):
+        assert (found.block_indices[i, :, 0] == 0).all()
+        assert (found.block_indices[i, :, 1:] == -1).all()
+        assert not found.o[i].isnan().any()
+    assert not torch.equal(found.o, expected.o[:4])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_lengths_and_tables_may_have_any_strides(backend):
+    whole, run = (Run(Problem(), backend) for _ in range(2))
+    run.pages = run.pages._replace(table=run.pages.table.T.contiguous().T)
+    run.lengths = torch.stack((run.lengths, run.lengths * 0), 1)[:, 0]
+    found, expected = run.step(), whole.step()
+    assert torch.equal(found.o, expected.o)
+    assert torch.equal(found.block_indices, expected.block_indices)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_sequences_that_rest(backend):
     """They get 0, and nothing is read or written for them."""
     run = Run(Problem(lengths=(40, 50, 33)), backend)
@@ -76,7 +109,7 @@ def test_sequences_that_rest(backend):
 
 
 def test_neither_neighbours_nor_pages_matter():
-    """To the last bit."""
+    """To the last bit, also where the table has room for a neighbour ten times as long."""
     whole = Run(Problem(), "triton").step()
     for b in range(4):
         run = Run(Problem(), "triton")
@@ -90,9 +123,13 @@ def test_neither_neighbours_nor_pages_matter():
             **run.problem.windows, **run.problem.selection, backend="triton",
         )  # fmt: skip
         assert torch.equal(found.o, whole.o[b : b + 1])
+    wide = Run(Problem(), "triton")
+    room = wide.pages.table.new_zeros(4, 40)
+    wide.pages = wide.pages._replace(table=torch.cat((wide.pages.table, room), 1))
     for other in (
         Run(Problem(), "triton", page_order=torch.arange(16).flip(0)),
         Run(Problem(page_size=0), "triton"),
+        wide,
     ):
         assert torch.equal(other.step().o, whole.o)
 
@@ -110,19 +147,17 @@ def test_pages_of_a_prefix_can_be_shared():
 
 
 def test_tokens_are_taken_back_by_a_shorter_length():
+    """And others written in their place, with the compressed tokens that they complete."""
     run = Run(Problem(lengths=(40, 97)), "triton", num_steps=12)
     for _ in range(10):
         run.step()
     run.lengths -= 9
-    for sequence in run.sequences:
+    for sequence, length in zip(run.sequences, run.lengths.tolist(), strict=True):
         for x in vars(sequence).values():
-            x[41:] = x[41:].roll(1, 0)  # other tokens than before
-    run.sequences[1].k[:98], run.sequences[1].v[:98] = (
-        run.sequences[1].k[:98],
-        run.sequences[1].v[:98],
-    )
-    found = run.step(which=[0])
-    assert_as_the_whole(run, found, which=[0])
+            x[length:] = x[length:].roll(1, 0)
+    for _ in range(9):
+        found = run.step()
+    assert_as_the_whole(run, found)
 
 
 def test_what_others_compress_is_left_to_them():
@@ -203,8 +238,12 @@ def test_pages_that_cannot_be_counted_are_refused():
     pages = torch.empty(1, dtype=torch.bfloat16, device="meta")
     pages = pages.as_strided((2**20, 1, 64, 16), (2**20 + 1, 1024, 16, 1))
     with pytest.raises(ValueError, match=r"1048577 elements apart.*Fix: make the first a multiple"):
-        unit_of(pages)
-    unit_of(pages[: 2**10])
+        pitch_of(pages)
+    assert pitch_of(pages[: 2**10]) == 1
+    rows = pages.as_strided((2**31, 1, 1, 16), (16, 16, 16, 1))
+    assert pitch_of(rows) == 16
+    with pytest.raises(ValueError, match="16 elements apart"):
+        pitch_of(pages.as_strided((2**31 + 1, 1, 1, 16), (16, 16, 16, 1)))
 
 
 # What torch.library sees
@@ -276,7 +315,15 @@ def test_a_step_compiles_to_one_graph():
         (dict(states=torch.zeros(2, 1, dtype=torch.int32)), "4 states are too few"),
         (dict(v=torch.zeros(3, 1, 32, 16)), "v of the pages"),
         (dict(q=torch.zeros(3, 4, 16)), "q has shape"),
-        (dict(q=torch.zeros(34, 4, 16)), "gate_logits|16 at most"),
+        (dict(q=torch.zeros(34, 4, 16), gate_logits=torch.zeros(34, 4, 3)), "16 at most"),
+        (dict(q=torch.zeros(2, 0, 16), gate_logits=torch.zeros(2, 1, 3)), "q has shape"),
+        (dict(k=torch.zeros(3, 2, 16)), "k of the pages has shape"),
+        (dict(k=[1]), "k of the pages"),
+        (
+            dict(lengths=torch.zeros(0, dtype=torch.int32),
+                 table=torch.zeros(0, 2, dtype=torch.int32)),
+            "does not fit 0 sequences",
+        ),
         (dict(q=torch.zeros(2, 4, 16, dtype=torch.float64)), "q has dtype torch.float64"),
         (dict(q=torch.zeros(2, 5, 16)), "KV heads"),
         (dict(gate_logits=torch.zeros(2, 3, 3)), "gate_logits has shape"),

@@ -55,7 +55,9 @@ def test_default_configurations_fit(arch, tmp_path):
         "query_fwd_kernel",
         "append_kernel",
         "score_kernel",
+        "choose_kernel",
         "attend_kernel",
+        "merge_kernel",
     } <= kernels
     twin = "hopper_" if arch == "sm_90" else ""
     names = ("fwd", "bwd_dq", "bwd_dkdv")
