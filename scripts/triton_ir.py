@@ -8,25 +8,39 @@ def faults(source: str, gpu_code: str) -> str:
     nothing."""
     narrow, layouts = narrow_products(source), misadded(gpu_code)
     found = [f"multiplies in 32 bits: {', '.join(narrow)}"] if narrow else []
-    return "; ".join(found + [f"adds up a tensor laid out as {x}" for x in layouts])
+    return "; ".join(found + [f"adds up lanes {x}" for x in layouts])
 
 
 def misadded(gpu_code: str) -> list[str]:
-    """The layouts of tensors that are reduced although copies of an element lie between others.
+    """The layouts of tensors that are reduced along an axis which lanes apart from one another
+    share, as `tl.reshape` may leave it: lanes whose numbers differ in one bit in between hold
+    copies, or other rows.
 
-    Such is what `tl.reshape` may leave. Triton 3.6 sums across neighbouring lanes as though each of
-    them had an element of its own, so that some count twice and others not at all.
+    Triton 3.6 takes lanes along an axis for neighbours, so that some elements count twice and
+    others not at all. Lanes are known of linear layouts, and of slices of these.
     """
-    lanes = dict(re.findall(r"^(#\w+) = #ttg\.linear<\{.*?lane = (\[.*?\]), warp", gpu_code, re.M))
-    reduced = re.findall(r'"tt\.reduce"\(.*?\}\) : \(([^)]*)\)', gpu_code, re.S)
-    found = {x for operands in reduced for x in re.findall(r", (#\w+)[>,]", operands)}
-    return sorted(lanes[x] for x in found if x in lanes and _copies_between(lanes[x]))
+    named = re.findall(r"^(#\w+) = #ttg\.linear<\{.*?lane = \[(.*)\], warp", gpu_code, re.M)
+    linear = {name: re.findall(r"\[([\d, ]+)\]", lanes) for name, lanes in named}
+    reduced = r'"tt\.reduce"\([^)]*\) <\{axis = (\d+) : i32\}>.*?\}\) : \(([^)]*)\)'
+    found = set()
+    for axis, operands in re.findall(reduced, gpu_code, re.S):
+        for dropped, name in re.findall(
+            r", ((?:#ttg\.slice<\{dim = \d, parent = )*)(#\w+)", operands
+        ):
+            lanes = [[int(n) for n in base.split(",")] for base in linear.get(name, [])]
+            # The innermost slice is the first that was taken.
+            for dim in reversed(re.findall(r"dim = (\d)", dropped)):
+                for base in lanes:
+                    del base[int(dim)]
+            if _apart([bool(base[int(axis)]) for base in lanes]):
+                found.add(f"{lanes}, along axis {axis}")
+    return sorted(found)
 
 
-def _copies_between(lanes: str) -> bool:
-    """Whether a bit of a lane's number changes nothing, and a higher one does."""
-    moves = [any(int(n) for n in base.split(",")) for base in re.findall(r"\[([\d, ]+)\]", lanes)]
-    return False in moves and True in moves[moves.index(False) :]
+def _apart(moves: list[bool]) -> bool:
+    """Whether bits that move along an axis have others between them."""
+    places = [place for place, moved in enumerate(moves) if moved]
+    return bool(places) and places[-1] - places[0] >= len(places)
 
 
 def narrow_products(source: str) -> list[str]:

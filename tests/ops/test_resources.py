@@ -178,7 +178,7 @@ def added(ptr, to_ptr, stride, AXIS: tl.constexpr, RESHAPED: tl.constexpr):
 """)
     checked = run(
         str(tmp_path),
-        code="""
+        code=r'''
 import sys
 sys.path.insert(0, sys.argv[1])
 import check_resources as check, added, triton, triton_ir
@@ -190,9 +190,22 @@ def faults(axis, reshaped):
     target = check.GPUTarget("cuda", 90, 32)
     kernel = triton.compile(source, target=target, options=dict(num_warps=1))
     return triton_ir.faults(kernel.asm["source"], kernel.asm["ttgir"])
-assert any("adds up a tensor" in faults(axis, True) for axis in (0, 1))
+assert any("adds up lanes" in faults(axis, True) for axis in (0, 1))
 assert not any(faults(axis, False) for axis in (0, 1))
-""",
+def code(lanes, axis, layout="#linear"):
+    return f"""#linear = #ttg.linear<{{register = [], lane = {lanes}, warp = [], block = []}}>
+    %1 = "tt.reduce"(%0) <{{axis = {axis} : i32}}> ({{
+    ^bb0(%a: i32, %b: i32):
+      tt.reduce.return %2 : i32
+    }}) : (tensor<2x8xi32, {layout}>) -> i32"""
+misadded = triton_ir.misadded
+assert misadded(code("[[1], [2], [4], [0], [8]]", 0)) == ["[[1], [2], [4], [0], [8]], along axis 0"]
+assert not misadded(code("[[0], [0], [4], [8], [16]]", 0))
+rows = "[[0, 2], [0, 4], [0, 0], [1, 0], [0, 1]]"
+assert misadded(code(rows, 1)) and not misadded(code(rows, 0))
+sliced = "#ttg.slice<{dim = 0, parent = #linear}>"
+assert misadded(code(rows, 0, sliced))
+''',
     )
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
