@@ -125,6 +125,7 @@ def test_first_block_past_each_sequence(backend):
     """Also where the next sequence's rows begin right there, and where it is the query's own
     block plus one.
     """
+    on_a_gpu_only(backend)
     block_size = case_of(backend).block_size
     own = torch.cat([torch.arange(n) for n in CASE.lengths]) // block_size
     past = torch.cat([torch.full((n,), -(-n // block_size)) for n in CASE.lengths])
@@ -169,6 +170,7 @@ def test_block_counts_as_int(backend, count):
 @pytest.mark.parametrize("backend", backends_of("selected_attention"))
 def test_block_counts_as_tensor(backend):
     """0, 1, 3, all, more than there are, and negative, mixed over queries and KV heads."""
+    on_a_gpu_only(backend)
     generator = torch.Generator().manual_seed(12)
     values = torch.tensor([0, 1, 3, 4, 5, INT_MAX, -1, INT_MIN], dtype=torch.int32)
     counts = values[
