@@ -1,6 +1,7 @@
 """Settings that every test shares."""
 
 import gc
+import importlib.util
 import os
 import sys
 import zlib
@@ -19,6 +20,17 @@ if not torch.cuda.is_available():
 os.environ["NSA_FSA_PROFILE"] = "0"
 # Without it, PyTorch refuses matrix products under deterministic algorithms. Read when CUDA starts.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+# Tests of the server have an environment of their own: see the Makefile.
+NO_VLLM = importlib.util.find_spec("vllm") is None
+collect_ignore = ["serving"] if NO_VLLM else []
+
+
+def pytest_report_header():
+    if NO_VLLM:
+        return "tests/serving is left out: vLLM is not installed here. Fix: make test-serving"
+    return None
 
 
 def pytest_configure(config):

@@ -1,0 +1,116 @@
+"""Tiny sparse checkpoints, and what transformers makes of them. Gates and compressors are random,
+and attention is sharp, so that a wrong branch, block or window changes the tokens.
+"""
+
+import random
+
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers.decoders import Fuse
+
+from nsa_fsa.integrations.transformers import patch_model
+from tests.integrations.models import scramble
+
+VOCAB = 512
+NEW = 32  # tokens that every prompt is continued by
+FAMILIES = {
+    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
+    "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
+}
+CHANGES = {
+    "mistral": dict(sliding_window=None),
+    "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
+}
+TEMPLATE = (
+    "{% for message in messages %}{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}!{% endif %}"
+)
+
+
+def make_checkpoint(folder, family="llama", layers=None, words=VOCAB, **nsa):
+    """Saves a patched model and a tokenizer; returns the model.
+
+    words: how many it uses; with few of them it repeats itself.
+    """
+    config_class, model_class = FAMILIES[family]
+    sizes = dict(
+        vocab_size=VOCAB,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=2048,
+        initializer_range=0.05,
+        tie_word_embeddings=False,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    torch.manual_seed(0)
+    model = model_class(config_class(**sizes, **CHANGES.get(family, {}))).float().eval()
+    settings = dict(gate_init="balanced", compress_rope="after", compress_position_embedding=True)
+    patch_model(model, preset="tiny", layers=layers, verbose=False, **{**settings, **nsa})
+    scramble(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name or name.endswith("_proj.bias"):
+                parameter.add_(0.2 * torch.randn_like(parameter))
+            if name.endswith(("q_proj.weight", "k_proj.weight")):
+                parameter.mul_(2)
+        model.lm_head.weight[words:] = 0
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return model
+
+
+def make_tokenizer():
+    """Two characters for every token, "a" and a number of its own in base 26."""
+    words = {_word(i): i for i in range(VOCAB)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=_word(1)))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(".."), "isolated")
+    tokenizer.decoder = Fuse()
+    found = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=_word(1))
+    found.chat_template = TEMPLATE
+    return found
+
+
+def _word(i):
+    return "".join(chr(ord("a") + x) for x in divmod(i, 26))
+
+
+def make_prompts():
+    """From less than a window to a third of the context, among them the edges of windows, pages and
+    of what is decoded instead of prefilled."""
+    rng = random.Random(1)
+    return [[rng.randrange(3, VOCAB) for _ in range(n)] for n in (6, 15, 16, 17, 65, 300, 701)]
+
+
+def make_shared():
+    """Prompts that begin alike, some of them within a page."""
+    rng = random.Random(7)
+    common = [rng.randrange(3, VOCAB) for _ in range(512)]
+    tails = [[rng.randrange(3, VOCAB) for _ in range(n)] for n in (1, 40, 129)]
+    return [common + tail for tail in tails] + [common[:300] + tails[2]]
+
+
+def continue_greedily(model, prompts):
+    """What transformers generates."""
+    found = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        with torch.no_grad():
+            out = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=NEW,
+                min_new_tokens=NEW,
+            )
+        found.append(out[0, len(prompt) :].tolist())
+    return found

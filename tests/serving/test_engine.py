@@ -1,0 +1,173 @@
+"""Greedy tokens of vLLM against those of transformers' generate, in float32."""
+
+import copy
+import inspect
+import multiprocessing
+import textwrap
+from concurrent.futures import ProcessPoolExecutor
+
+import pytest
+
+from nsa_fsa.decode import reference
+from nsa_fsa.integrations.transformers import patch_model
+from nsa_fsa.integrations.vllm.attention import PagedNSA
+from tests.serving import checkpoints
+from tests.serving.engines import PAGE, count, engine, run, tokens_of
+
+
+@pytest.fixture(scope="module")
+def plain(llama):
+    with engine(llama.folder) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def shared(llama):
+    """Prompts that begin alike, and what transformers makes of each alone."""
+    prompts = checkpoints.make_shared()
+    return prompts, checkpoints.continue_greedily(llama.model, prompts)
+
+
+def test_the_tokens_tell(llama):
+    """A dense twin would not pass: what is read matters to nearly every token."""
+
+    other = copy.deepcopy(llama.model)
+    patch_model(other, window_size=16, num_selected_blocks=3, verbose=False)
+    found = checkpoints.continue_greedily(other, llama.prompts)
+    long = [i for i, x in enumerate(llama.prompts) if len(x) > 100]
+    assert all(found[i] != llama.expected[i] for i in long)
+
+
+def test_a_batch_of_all_lengths(llama, plain):
+    assert tokens_of(run(plain, llama.prompts)) == llama.expected
+
+
+def test_the_same_prompts_again_come_from_the_prefix_cache(llama, plain):
+    run(plain, llama.prompts)
+    outputs = run(plain, llama.prompts)
+    assert tokens_of(outputs) == llama.expected
+    cached = [x.num_cached_tokens for x in outputs]
+    assert cached == [(len(x) - 1) // PAGE * PAGE for x in llama.prompts]
+
+
+def run_shared(llm, prompts):
+    """All at once, over the pages of the first one."""
+    llm.reset_prefix_cache()
+    run(llm, prompts[:1])
+    return run(llm, prompts)
+
+
+def test_prompts_that_begin_alike_share_pages(plain, shared):
+    prompts, expected = shared
+    outputs = run_shared(plain, prompts)
+    assert tokens_of(outputs) == expected
+    assert [x.num_cached_tokens for x in outputs] == [512, 512, 512, 256]
+
+
+def without_shift(function):
+    """Has a compressed token lie where its window begins, not where it is complete."""
+    source = textwrap.dedent(inspect.getsource(function))
+    assert "hops - 1" in source
+    names = dict(function.__globals__)
+    exec(source.replace("hops - 1", "0"), names)
+    return names[function.__name__]
+
+
+def test_pages_could_not_be_shared_without_the_shift_of_states(llama, plain, shared, monkeypatch):
+    for name in ("append_tokens", "nsa_decode"):
+        monkeypatch.setattr(reference, name, without_shift(getattr(reference, name)))
+    for name in ("_compress_new", "_prefill"):
+        monkeypatch.setattr(PagedNSA, name, without_shift(getattr(PagedNSA, name)))
+    plain.reset_prefix_cache()
+    # What the mutation writes it reads, so that a sequence by itself is right.
+    assert tokens_of(run(plain, llama.prompts)) == llama.expected
+    prompts, expected = shared
+    found = tokens_of(run_shared(plain, prompts))
+    assert sum(x != y for x, y in zip(found, expected, strict=True)) >= 2
+    plain.reset_prefix_cache()
+
+
+def test_logprobs(llama, plain):
+    """Those of transformers, to the rounding of float32."""
+    import torch
+
+    prompt, expected = llama.prompts[-1], llama.expected[-1]
+    (output,) = run(plain, [prompt], logprobs=1)
+    found = [
+        x[token].logprob for x, token in zip(output.outputs[0].logprobs, expected, strict=True)
+    ]
+    with torch.no_grad():
+        logits = llama.model(torch.tensor([prompt + expected])).logits[0, len(prompt) - 1 : -1]
+    wanted = logits.log_softmax(-1).gather(1, torch.tensor(expected)[:, None])[:, 0]
+    torch.testing.assert_close(torch.tensor(found), wanted, atol=2e-5, rtol=0)
+
+
+def test_chunked_prompts(llama):
+    """Chunks end anywhere in a window and a page, and come in one step with tokens that decode."""
+    with engine(llama.folder, max_num_batched_tokens=90, max_num_seqs=8) as llm:
+        assert tokens_of(run(llm, llama.prompts)) == llama.expected
+
+
+def test_larger_pages(llama):
+    with engine(llama.folder, block_size=128) as llm:
+        outputs = run(llm, llama.prompts)
+        assert tokens_of(outputs) == llama.expected
+        assert tokens_of(run(llm, llama.prompts)) == llama.expected
+
+
+def test_preempted_sequences(llama):
+    prompts, expected = llama.prompts[-3:] * 3, llama.expected[-3:] * 3
+    options = dict(num_gpu_blocks_override=18, enable_prefix_caching=False)
+    with engine(llama.folder, **options) as llm:
+        assert tokens_of(run(llm, prompts)) == expected
+        assert count(llm, "num_preemptions") > 0
+
+
+def speculate(folder, prompts):
+    """What is generated, and how many tokens were guessed and accepted."""
+    guess = dict(method="ngram", num_speculative_tokens=5, prompt_lookup_min=1, prompt_lookup_max=3)
+    with engine(folder, speculative_config=guess) as llm:
+        found = tokens_of(run(llm, prompts))
+        names = ("spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens")
+        return found, *(count(llm, name) for name in names)
+
+
+def test_speculative_tokens(make_served):
+    """Guessed from what came before; what is rejected leaves no trace in the pages. In a process of
+    its own, because no other engine starts in one where vLLM 0.32 has imported numba."""
+    served = make_served(words=5)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found, drafted, accepted = pool.submit(speculate, served.folder, served.prompts).result()
+    assert found == served.expected
+    assert 20 < accepted < drafted - 20
+
+
+def test_compiled(llama):
+    with engine(llama.folder, enforce_eager=False) as llm:
+        assert tokens_of(run(llm, llama.prompts)) == llama.expected
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "qwen3_moe"])
+def test_families(family, make_served):
+    served = make_served(family)
+    with engine(served.folder) as llm:
+        assert tokens_of(run(llm, served.prompts)) == served.expected
+
+
+SETTINGS = {
+    "mean": dict(compress_k="mean", compress_v="mean", compress_position_embedding=False),
+    "mean_before": dict(compress_k="mean", compress_v="mean", compress_rope="before"),
+    "linear": dict(compress_k="linear", compress_v="linear"),
+    "mlp": dict(compress_k="mlp", compress_v="mlp", compress_rope="before"),
+    "gated": dict(compress_k="gated", compress_v="weighted"),
+    "one_gate": dict(gate="per_token", block_size=32, num_selected_blocks=4),
+    "one_layer": dict(layers=[1]),
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings(name, make_served):
+    served = make_served(**SETTINGS[name])
+    with engine(served.folder, max_num_batched_tokens=256) as llm:
+        assert tokens_of(run(llm, served.prompts)) == served.expected
+        assert tokens_of(run(llm, served.prompts)) == served.expected  # of cached prefixes
