@@ -1,11 +1,12 @@
 """The command line: `nsa-fsa info` (what is here, and what can run), `nsa-fsa explain` (what a
 layer would run, and why), `nsa-fsa bench` (how long it takes, beside full attention),
-`nsa-fsa bench decode` and `nsa-fsa bench prefill` (the same of a token and of a prompt), and
-`nsa-fsa crossover` (from which length on it is faster)."""
+`nsa-fsa bench decode` and `nsa-fsa bench prefill` (the same of a token and of a prompt),
+`nsa-fsa crossover` (from which length on it is faster), and `nsa-fsa serve` (an OpenAI API)."""
 
 import importlib.metadata
 import os
 import platform
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +27,7 @@ from nsa_fsa.benchmarking.runs import LENGTHS, Bench
 from nsa_fsa.config import PRESETS, NSAConfig
 from nsa_fsa.decode.operator import APPEND_BACKENDS, MOST_NEW
 from nsa_fsa.decode.operator import BACKENDS as DECODE_BACKENDS
+from nsa_fsa.integrations.vllm.serve import server_command
 from nsa_fsa.modules.explain import GPUS
 from nsa_fsa.modules.fused import quack_kernels
 from nsa_fsa.ops.common.backends import Backends
@@ -377,6 +379,28 @@ def crossover(
         Bench(meter, results, console).crossover(case, FULL_ATTENTION[full])
     console.print(crossover_table(results.document))
     console.print(f"Results: {results.path}")
+
+
+@app.command(
+    context_settings=dict(allow_extra_args=True, ignore_unknown_options=True),
+    options_metavar="[OPTIONS OF VLLM]",
+)
+def serve(
+    context: typer.Context,
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder that save_pretrained of a patched model wrote.")
+    ],
+) -> None:
+    """Serves a patched checkpoint with vLLM, by the OpenAI API.
+
+    Whatever follows the checkpoint is vLLM's own, such as --port 8000 or --max-model-len 65536.
+    """
+    try:
+        command = server_command(checkpoint, context.args)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="serve") from error
+    console.print(f"Starting {shlex.join(command)}", highlight=False, soft_wrap=True, markup=False)
+    os.execv(command[0], command)  # so that signals and the exit code are the server's
 
 
 def first_peer() -> str:

@@ -70,18 +70,15 @@ def make_checkpoint(folder, family="llama", layers=None, words=VOCAB, **nsa):
 
 
 def make_tokenizer():
-    """Two characters for every token, "a" and a number of its own in base 26."""
-    words = {_word(i): i for i in range(VOCAB)}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token=_word(1)))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(".."), "isolated")
+    """A character for every token."""
+    words = {chr(ord("\u4e00") + i): i for i in range(VOCAB)}
+    unknown = next(iter(words))
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
     tokenizer.decoder = Fuse()
-    found = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=_word(1))
+    found = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token=unknown)
     found.chat_template = TEMPLATE
     return found
-
-
-def _word(i):
-    return "".join(chr(ord("a") + x) for x in divmod(i, 26))
 
 
 def make_prompts():

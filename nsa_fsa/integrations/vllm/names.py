@@ -1,5 +1,6 @@
 """All that this package uses of vLLM, which moves from release to release: no other file of the
-integration imports it. What differs between the releases is decided here, by looking at it.
+integration imports it. What differs between the releases is decided here, by looking at it. (The
+command of its server is in serve.py.)
 """
 
 import dataclasses
