@@ -649,7 +649,7 @@ def test_continuous_batching_is_refused_in_the_callers_thread(place):
         lambda: model.init_continuous_batching(generation_config=settings),
         lambda: transformers.ContinuousBatchingManager(model, settings, batching),
     ):
-        with pytest.raises(NotImplementedError, match=r"continuous batching.*Fix: model.generate"):
+        with pytest.raises(NotImplementedError, match=r"continuous batching.*Fix: .*nsa-fsa serve"):
             start()
     assert model.config._attn_implementation == name
 

@@ -3,6 +3,7 @@
 import copy
 import inspect
 import multiprocessing
+import os
 import textwrap
 from concurrent.futures import ProcessPoolExecutor
 
@@ -145,6 +146,25 @@ def test_speculative_tokens(make_served):
 def test_compiled(llama):
     with engine(llama.folder, enforce_eager=False) as llm:
         assert tokens_of(run(llm, llama.prompts)) == llama.expected
+
+
+def run_on_two_ranks(folder, prompts):
+    with engine(folder, tensor_parallel_size=2) as llm:
+        return tokens_of(run(llm, prompts))
+
+
+@pytest.mark.slow
+def test_tensor_parallel(make_served, monkeypatch):
+    """Each rank has a KV head, its compressors and its gates. In a process of its own, whose ranks
+    are bound to a core each."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    served = make_served(compress_k="gated", compress_v="mlp")
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", f"{cores[0]}|{cores[1]}")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        found = pool.submit(run_on_two_ranks, served.folder, served.prompts).result()
+    assert found == served.expected
 
 
 @pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "qwen3_moe"])

@@ -50,6 +50,14 @@ def test_rotation_by_angles_that_change(llama, tmp_path):
         start(changed(llama.folder, tmp_path, rope_parameters=rope))
 
 
+def test_dense_layers_with_a_sliding_window(llama, tmp_path):
+    kinds = ["sliding_attention", "full_attention"]
+    fields = dict(model_type="nsa_qwen3", architectures=["NSAQwen3ForCausalLM"])
+    fields |= dict(dense_layer_types=kinds, sliding_window=64, use_sliding_window=True)
+    with pytest.raises(ValueError, match="sliding_window=64 of dense layers is not available"):
+        start(changed(llama.folder, tmp_path, nsa=dict(layers=[1]), **fields))
+
+
 def changed(folder, tmp_path, nsa=(), **fields):
     """A copy of a checkpoint with other fields in its config."""
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)

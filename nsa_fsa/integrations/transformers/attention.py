@@ -564,7 +564,8 @@ def _refuse_nsa_layers(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -
         raise NotImplementedError(
             "continuous batching (generate_batch) is not available with NSA layers: "
             "their cache has no pages. Fix: model.generate(input_ids, attention_mask=mask), "
-            "with the prompts padded on the left."
+            "with the prompts padded on the left; or for many requests, save_pretrained and "
+            "nsa-fsa serve, as docs/serving.md says."
         )
     _make_manager(self, model, *args, **kwargs)
 

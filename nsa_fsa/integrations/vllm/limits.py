@@ -69,6 +69,13 @@ def _refusals_of_model(hf_config: Any) -> Iterator[str]:
     for name in ("llama_4_scaling", "dual_chunk_attention_config"):
         if getattr(hf_config, name, None) is not None:
             yield f"{name} in the model's config is not available with NSA layers. Fix: none"
+    kinds = getattr(hf_config, "layer_types", None)
+    slides = getattr(hf_config, "sliding_window", None) is not None
+    if "sliding_attention" in kinds if kinds else slides:
+        yield (
+            f"sliding_window={hf_config.sliding_window} of dense layers is not available beside "
+            "NSA layers: nobody has tried their caches together. Fix: model.generate"
+        )
     named = settings_of(hf_config, hf_config.nsa)
     for i, values in named.items():
         for name in COMPRESSORS:
