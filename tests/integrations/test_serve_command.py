@@ -3,13 +3,14 @@
 import importlib.util
 import json
 import sys
+import types
 from importlib import metadata
 
 import pytest
 from typer.testing import CliRunner
 
 from nsa_fsa import cli
-from nsa_fsa.integrations.vllm import serve
+from nsa_fsa.integrations.vllm import register, serve
 
 WIDE = {"COLUMNS": "300", "TERM": "dumb", "NO_COLOR": "1"}
 
@@ -72,3 +73,13 @@ def test_a_dense_checkpoint(tmp_path, with_vllm):
 def test_a_folder_without_a_checkpoint(tmp_path, with_vllm):
     with pytest.raises(ValueError, match=r"has no config\.json"):
         serve.server_command(str(tmp_path), [])
+
+
+def test_other_models_are_served_where_a_name_of_vllm_has_moved(monkeypatch, caplog):
+    """A vLLM whose insides are others must not stop for us."""
+    monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
+    for name in ("names", "limits"):
+        monkeypatch.delitem(sys.modules, f"nsa_fsa.integrations.vllm.{name}", raising=False)
+    register()
+    assert "this vLLM cannot serve NSA models" in caplog.text
+    assert "ModelRegistry" in caplog.text

@@ -10,27 +10,28 @@ import logging
 
 def register() -> None:
     """Called by vLLM in each of its processes, whatever they serve: makes the architectures of
-    sparse models known, and imports nothing of the models themselves."""
+    sparse models known. Where that fails, other models are served all the same."""
     try:
-        from nsa_fsa.integrations.vllm.names import (
-            FAMILIES,
-            MODELS_CONFIG_MAP,
-            OPERATOR,
-            CompilationConfig,
-            ModelRegistry,
-        )
-    except ImportError as error:
-        from importlib.metadata import version
-
+        _register()
+    except (ImportError, AttributeError) as error:  # a name of vLLM's has moved
         logging.getLogger(__name__).warning(
-            "this version of vLLM cannot serve NSA models (nsa_fsa %s: %s). Fix: "
-            "pip install 'vllm>=0.26,<0.34'. Other models are not affected.",
-            version("nsa-fsa"),
+            "this vLLM cannot serve NSA models, and others as ever: %s. "
+            "Fix: pip install 'vllm>=0.26,<0.34'.",
             error,
         )
-        return
+
+
+def _register() -> None:
+    """Imports nothing of the models themselves."""
     import nsa_fsa.integrations.transformers  # noqa: F401, which makes their configs known
     from nsa_fsa.integrations.vllm.limits import Checks
+    from nsa_fsa.integrations.vllm.names import (
+        FAMILIES,
+        MODELS_CONFIG_MAP,
+        OPERATOR,
+        CompilationConfig,
+        ModelRegistry,
+    )
 
     # As around vLLM's own attention, the compiler cuts its graphs at ours.
     operators = CompilationConfig._attention_ops
