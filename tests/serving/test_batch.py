@@ -8,7 +8,7 @@ import torch
 from nsa_fsa import NSAConfig
 from nsa_fsa.decode.operator import MOST_NEW
 from nsa_fsa.integrations.vllm.attention import PagedNSA, load_rows, share_of
-from nsa_fsa.integrations.vllm.batch import split
+from nsa_fsa.integrations.vllm.batch import BatchBuilder, split
 from nsa_fsa.modules.branches import SparseBranches
 
 PAGE = 16
@@ -80,6 +80,31 @@ def test_a_graph_reads_tensors_that_stay(num_new):
     assert group.rows == slice(0, 3 * num_new)
     assert group.table.data_ptr() == step.block_table_tensor.data_ptr()
     assert group.lengths.data_ptr() == step.seq_lens.data_ptr()
+
+
+def make_builder(speculative=None):
+    """As vLLM makes it."""
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(max_model_len=8 * PAGE),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        speculative_config=speculative,
+        use_v2_model_runner=False,
+    )
+    return BatchBuilder(SimpleNamespace(block_size=PAGE), ["layer"], config, torch.device("cpu"))
+
+
+def test_a_step_looks_at_the_pages_in_use_and_a_graph_at_all():
+    step, builder = make_step([1, 1], [40, 5]), make_builder()
+    (group,) = builder.build(0, step).groups
+    assert group.table.shape == (2, 4)  # of 3 in use
+    (group,) = builder.build_for_cudagraph_capture(step).groups
+    assert group.table.shape == (2, 8)
+
+
+def test_guessed_tokens_are_decoded():
+    assert make_builder().reorder_batch_threshold == 1
+    speculative = SimpleNamespace(num_speculative_tokens=5, parallel_drafting=False)
+    assert make_builder(speculative).reorder_batch_threshold == 6
 
 
 class Layer(SparseBranches, torch.nn.Module):

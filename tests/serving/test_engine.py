@@ -133,6 +133,7 @@ def speculate(folder, prompts):
         return found, *(count(llm, name) for name in names)
 
 
+@pytest.mark.slow
 def test_speculative_tokens(make_served):
     """Guessed from what came before; what is rejected leaves no trace in the pages. In a process of
     its own, because no other engine starts in one where vLLM 0.32 has imported numba."""
@@ -143,6 +144,7 @@ def test_speculative_tokens(make_served):
     assert 20 < accepted < drafted - 20
 
 
+@pytest.mark.slow
 def test_compiled(llama):
     with engine(llama.folder, enforce_eager=False) as llm:
         assert tokens_of(run(llm, llama.prompts)) == llama.expected

@@ -24,7 +24,7 @@ from nsa_fsa.integrations.vllm.names import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from nsa_fsa.ops.common.sizes import cdiv
+from nsa_fsa.ops.common.sizes import cdiv, next_power_of_2
 
 
 class NewWindows(NamedTuple):
@@ -189,8 +189,9 @@ class BatchBuilder(AttentionMetadataBuilder[Any]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Batch:
-        longest = max(int(common_attn_metadata.max_seq_len), 1)
-        return self._split(common_attn_metadata, cdiv(longest, self.page_size))
+        pages = cdiv(max(int(common_attn_metadata.max_seq_len), 1), self.page_size)
+        # Of few different widths, because what a launch does is kept for each.
+        return self._split(common_attn_metadata, next_power_of_2(pages))
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Batch:
         """With tables of all pages that there can be, because lengths will be others."""
