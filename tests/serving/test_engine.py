@@ -8,10 +8,12 @@ import textwrap
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+from vllm.config import CompilationMode
 
 from nsa_fsa.decode import reference
 from nsa_fsa.integrations.transformers import patch_model
 from nsa_fsa.integrations.vllm.attention import PagedNSA
+from nsa_fsa.integrations.vllm.names import OPERATOR, CompilationConfig
 from tests.serving import checkpoints
 from tests.serving.engines import PAGE, count, engine, run, tokens_of
 
@@ -147,6 +149,8 @@ def test_speculative_tokens(make_served):
 @pytest.mark.slow
 def test_compiled(llama):
     with engine(llama.folder, enforce_eager=False) as llm:
+        assert llm.llm_engine.vllm_config.compilation_config.mode != CompilationMode.NONE
+        assert OPERATOR in CompilationConfig._attention_ops  # where graphs are cut on a GPU
         assert tokens_of(run(llm, llama.prompts)) == llama.expected
 
 
