@@ -26,7 +26,7 @@ class Row(NamedTuple):
 
 
 class Source(NamedTuple):
-    """Keys or values: the new ones, where they go, and how windows of them are pooled."""
+    """Keys or values: the new ones, and how windows of them are pooled."""
 
     new: Any  # `Heads`, of [T, HKV, width]
     logits_ptr: Any  # [HKV, l], or None

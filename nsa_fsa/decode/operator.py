@@ -145,7 +145,9 @@ def check_new(name: str, x: Tensor, like: Tensor, lengths: Tensor, table: Tensor
             f"[{number}]. Fix: one length for every sequence, lengths.int()."
         )
     heads = like.shape[1]
-    of_heads = x.shape[1] in range(heads, 1 << 30, heads) if name == "q" else x.shape[1] == heads
+    of_heads = x.shape[1] == heads
+    if name == "q":
+        of_heads = x.shape[1] > 0 and x.shape[1] % heads == 0
     of_rows = x.shape[0] % number == 0 if number else x.shape[0] == 0
     if not of_rows or not of_heads or x.shape[2] != like.shape[3]:
         raise ValueError(
