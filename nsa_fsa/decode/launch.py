@@ -33,6 +33,7 @@ class DecodeConfig:
     score_least: int = 2  # steps of a share
     score_warps: int = 2
     score_stages: int = 2
+    score_registers: int | None = None  # of a thread at most; None: as many as it takes
     ranked: int = 1024  # blocks of all heads together, of a list
     choose_warps: int = 1
     keys: int = 64  # of a step
@@ -40,6 +41,7 @@ class DecodeConfig:
     sliding_shares: int = 4  # of the sliding windows
     attend_warps: int = 4
     attend_stages: int = 2
+    attend_registers: int | None = None
 
 
 @functools.cache
@@ -164,6 +166,7 @@ def score(work: Work) -> Scored:
         *(work.scale2, work.num_blocks),
         *(constants(sizes), constants(pitches), constants(tile)),
         num_warps=max(config.score_warps, work.rows // 16),
+        maxnreg=config.score_registers,
     )
     return Scored(partial, num_shares, sums, blocks, finished)
 
@@ -200,6 +203,7 @@ def attend(work: Work, indices: Tensor) -> tuple[Partial, Partial]:
         *(work.scale2, constants(sizes), constants(pitches), rows, max(rows, work.rows)),
         *(config.keys, config.shares, config.sliding_shares, config.attend_stages),
         num_warps=config.attend_warps,
+        maxnreg=config.attend_registers,
     )
     return selected, sliding
 
