@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from nsa_fsa.decode.call import AppendCall, Pooling
+from nsa_fsa.decode.overlap import overlap, take_turn
 from nsa_fsa.decode.paged import laid_out, offsets_of, page_rows, row_of
 from nsa_fsa.ops.common.bundles import constants, heads
 from nsa_fsa.ops.common.primitives import kernel
@@ -190,9 +191,11 @@ def append_kernel(
     SIZES: tl.constexpr,
     PITCHES: tl.constexpr,
     COMPRESSED_PITCHES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (new token, KV head). keys and values are `Source`, cache and compressed are `Cache`,
     and the others `PagePitches` of these."""
+    take_turn(OVERLAP)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     sequence = tl.program_id(0) // num_new
     total = tl.load(lengths_ptr + sequence)
@@ -256,4 +259,5 @@ def append_tokens(call: AppendCall) -> None:
         *(keys, values, cache, of_pages, compressed, of_compressed_pages),
         *(rows_contiguous(call.lengths), call.num_new),
         *(constants(sizes), constants(pitches), constants(compressed_pitches)),
+        **overlap(call.new_k.device),
     )

@@ -6,10 +6,12 @@ merge   A program owns one new token and one head, and adds up the shares of the
         weighted by their gates.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from nsa_fsa.decode.choose import SHARES_AT_ONCE
+from nsa_fsa.decode.overlap import take_turn
 from nsa_fsa.decode.paged import offsets_of, row_of
 from nsa_fsa.decode.score import nothing_seen, number_of, pairs_of, store_partial
 from nsa_fsa.ops.common.bundles import Pairs
@@ -113,6 +115,7 @@ def attend_kernel(
     SHARES: tl.constexpr,
     SLIDING_SHARES: tl.constexpr,
     STAGES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (new token, KV head, share). The first SHARES are of the token's chosen blocks; the
     heads of the group take ROWS. The other SLIDING_SHARES are of sliding windows. For these the
@@ -121,6 +124,7 @@ def attend_kernel(
 
     cache is `Cache`, of_pages `PagePitches`, indices are `[T, HKV, NUM_SELECTED]`, and selected and
     sliding are `Partial`; scale is that of base 2."""
+    take_turn(OVERLAP)
     share = tl.program_id(2)
     total_tokens = tl.load(lengths_ptr + tl.program_id(0) // SIZES.NEW)
     if share < SHARES:
@@ -135,28 +139,37 @@ def attend_kernel(
         )
 
 
+class Shares(NamedTuple):
+    """The shares of a branch that one pair has, in a kernel, `[SHARES]` each."""
+
+    at: Any  # where they stand among all
+    maximum: Any
+    total: Any
+
+
 @triton.jit
-def merged(partial, pair, num_shares, SHARES: tl.constexpr, SIZES: tl.constexpr):
-    """A branch's output for one pair, float32 `[PADDED_DV]`; 0 where nothing is seen. SHARES are
-    loaded at once."""
-    acc = tl.zeros([SIZES.PADDED_DV], tl.float32)
-    top, total = -float("inf"), 0.0
-    for first in tl.range(0, num_shares, SHARES, num_stages=1):
-        share = first + tl.arange(0, SHARES)
-        at = pair * num_shares + share
-        exists = share < num_shares
-        maximum = tl.load(partial.maximum_ptr + at, mask=exists, other=-float("inf"))
-        totals = tl.load(partial.total_ptr + at, mask=exists, other=0.0)
-        # A share that has nothing left no output.
-        some = totals != 0
-        o = load_rows(partial.o_ptr, at * SIZES.DV, some, SIZES.DV, SIZES.PADDED_DV, True)
-        higher = tl.maximum(top, tl.max(maximum, 0))
-        shift = tl.where(higher == -float("inf"), 0.0, higher)
-        weight, decay = tl.exp2(maximum - shift), tl.exp2(top - shift)
-        total = total * decay + tl.sum(totals * weight, 0)
-        acc = acc * decay + tl.sum(o * weight[:, None], 0)
-        top = higher
-    return acc / tl.where(total == 0, 1.0, total)
+def load_shares(partial, pair, num_shares, SHARES: tl.constexpr):
+    share = tl.arange(0, SHARES)
+    at, exists = pair * num_shares + share, share < num_shares
+    maximum = tl.load(partial.maximum_ptr + at, mask=exists, other=-float("inf"))
+    return Shares(at, maximum, tl.load(partial.total_ptr + at, mask=exists, other=0.0))
+
+
+@triton.jit
+def load_outputs(partial, shares, SIZES: tl.constexpr):
+    """What shares leave, `[SHARES, PADDED_DV]`; 0 where they have nothing, and wrote nothing."""
+    some = shares.total != 0
+    return load_rows(partial.o_ptr, shares.at * SIZES.DV, some, SIZES.DV, SIZES.PADDED_DV, True)
+
+
+@triton.jit
+def weighted(shares, o, logit):
+    """A branch's output times its gate, `[PADDED_DV]`; 0 where nothing is seen."""
+    top = tl.max(shares.maximum, 0)
+    weight = tl.exp2(shares.maximum - tl.where(top == -float("inf"), 0.0, top))
+    total = tl.sum(shares.total * weight, 0)
+    o = tl.sum(o * weight[:, None], 0) / tl.where(total == 0, 1.0, total)
+    return o * tl.sigmoid(logit.to(tl.float32))
 
 
 @kernel
@@ -169,11 +182,14 @@ def merge_kernel(
     o_ptr,
     num_shares,
     SIZES: tl.constexpr,
+    MOST_SHARES: tl.constexpr,
     SHARES: tl.constexpr,
     SLIDING_SHARES: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (new token, query head). The branches are `Partial`, gates are `Gates`; num_shares
-    are those of the compressed branch."""
+    are those of the compressed branch, at most MOST_SHARES."""
+    take_turn(OVERLAP)
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     position = tl.load(lengths_ptr + token // SIZES.NEW) - SIZES.NEW + token % SIZES.NEW
     pair = token * (SIZES.HKV * SIZES.G) + head
@@ -181,11 +197,15 @@ def merge_kernel(
     inside = column < SIZES.DV
     o = tl.zeros([SIZES.PADDED_DV], tl.float32)
     if position >= 0:
+        # All is asked for before the first of it is used.
+        a = load_shares(compressed, pair, num_shares, MOST_SHARES)
+        b = load_shares(selected, pair, SHARES, SHARES)
+        c = load_shares(sliding, pair, SLIDING_SHARES, SLIDING_SHARES)
         gate = gates.ptr + token * gates.stride_t + head * gates.stride_h
-        logit = tl.load(gate).to(tl.float32)
-        o = merged(compressed, pair, num_shares, SHARES_AT_ONCE, SIZES) * tl.sigmoid(logit)
-        logit = tl.load(gate + gates.stride_b).to(tl.float32)
-        o += merged(selected, pair, SHARES, SHARES, SIZES) * tl.sigmoid(logit)
-        logit = tl.load(gate + 2 * gates.stride_b).to(tl.float32)
-        o += merged(sliding, pair, SLIDING_SHARES, SLIDING_SHARES, SIZES) * tl.sigmoid(logit)
+        gate_a, gate_b = tl.load(gate), tl.load(gate + gates.stride_b)
+        gate_c = tl.load(gate + 2 * gates.stride_b)
+        o_a = load_outputs(compressed, a, SIZES)
+        o_b = load_outputs(selected, b, SIZES)
+        o_c = load_outputs(sliding, c, SIZES)
+        o = weighted(a, o_a, gate_a) + weighted(b, o_b, gate_b) + weighted(c, o_c, gate_c)
     tl.store(o_ptr + pair * SIZES.DV + column, o.to(o_ptr.dtype.element_ty), mask=inside)

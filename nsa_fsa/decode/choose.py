@@ -5,9 +5,12 @@ weigh of the whole is known. A program owns one new token, one KV head and some 
 and lists the best of them; the last program of a token and KV head chooses from all lists.
 """
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
+from nsa_fsa.decode.overlap import take_turn
 from nsa_fsa.decode.score import num_windows
 from nsa_fsa.ops.common.primitives import kernel
 
@@ -17,7 +20,7 @@ SHARES_AT_ONCE = tl.constexpr(32)
 
 @triton.jit
 def log_of_total(partial, first_pair, used, num_shares):
-    """The log of the softmax's sum over all shares of the group's pairs, in base 2; -inf for
+    """The log of the softmax's sum over all shares of the group's pairs, in base 2; 0 for
     nothing."""
     top = tl.full(used.shape, float("-inf"), tl.float32)
     total = tl.zeros(used.shape, tl.float32)
@@ -35,33 +38,49 @@ def log_of_total(partial, first_pair, used, num_shares):
         total *= tl.exp2(top - shift)
         total += tl.sum(totals * tl.exp2(maximum - shift[:, None]), 1)
         top = higher
-    return tl.where(top == float("-inf"), 0.0, top) + tl.log2(total)
+    return tl.where(total == 0, 0.0, top + tl.log2(total))
+
+
+class Sums(NamedTuple):
+    """What windows weigh in blocks, `[HEADS, RANKED]`, relative to scores, in base 2. These are
+    -inf for nothing."""
+
+    own: Any  # of windows that begin in the block
+    own_shift: Any
+    last: Any  # of those that begin in the block before
+    last_shift: Any
 
 
 @triton.jit
-def scores_of(
-    sums, log_total, first_pair, used, block, eligible, written, num_blocks,
-    BLOCKS_OF_TILE: tl.constexpr,
-):  # fmt: skip
-    """What windows weigh in blocks, of the whole softmax, all heads of the group together; 0 in
-    blocks that are not eligible. written: blocks whose sums there are."""
+def load_sums(
+    sums, first_pair, used, block, eligible, written, num_blocks, BLOCKS_OF_TILE: tl.constexpr
+):
+    """`Sums` of the group's pairs; 0 in blocks that are not eligible. written: blocks whose sums
+    there are."""
     num_tiles, member = tl.cdiv(num_blocks, BLOCKS_OF_TILE), tl.arange(0, used.shape[0])
-    at = (member * num_blocks)[:, None] + block[None, :]
+    at = first_pair * num_blocks + (member * num_blocks)[:, None] + block[None, :]
     tile = (member * num_tiles)[:, None] + (block // BLOCKS_OF_TILE)[None, :]
     shift_ptr = sums.shift_ptr + first_pair * num_tiles
-
     here = used[:, None] & (eligible & (block < written))[None, :]
-    scale = tl.exp2(tl.load(shift_ptr + tile, mask=here, other=0.0) - log_total[:, None])
-    sums_of_own = tl.load(sums.own_ptr + first_pair * num_blocks + at, mask=here, other=0.0)
-    weight = tl.where(here, sums_of_own * scale, 0.0)
+    own = tl.load(sums.own_ptr + at, mask=here, other=0.0)
+    own_shift = tl.load(shift_ptr + tile, mask=here, other=-float("inf"))
 
-    # Windows that begin in the block before this one lie in another tile if this one begins a tile.
     here = used[:, None] & (eligible & (block > 0) & (block <= written))[None, :]
+    last = tl.load(sums.last_ptr + at, mask=here, other=0.0)
+    # Windows that begin in the block before this one lie in another tile if this one begins a tile.
     first = (block % BLOCKS_OF_TILE == 0)[None, :]
-    shift = tl.load(shift_ptr + tile - 1, mask=here & first, other=0.0)
-    scale = tl.where(first, tl.exp2(shift - log_total[:, None]), scale)
-    sums_of_last = tl.load(sums.last_ptr + first_pair * num_blocks + at, mask=here, other=0.0)
-    return tl.sum(weight + tl.where(here, sums_of_last * scale, 0.0), 0)
+    last_tile = tile - first.to(tl.int32)
+    last_shift = tl.load(shift_ptr + last_tile, mask=here, other=-float("inf"))
+    return Sums(own, own_shift, last, last_shift)
+
+
+@triton.jit
+def scores_of(found, log_total):
+    """What windows weigh in blocks, of the whole softmax, all heads of the group together; found is
+    `Sums`."""
+    own = tl.exp2(found.own_shift - log_total[:, None]) * found.own
+    last = tl.exp2(found.last_shift - log_total[:, None]) * found.last
+    return tl.sum(own + last, 0)
 
 
 @triton.jit
@@ -168,6 +187,7 @@ def choose_kernel(
     HEADS: tl.constexpr,
     AT_ONCE: tl.constexpr,
     LISTED: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (new token, KV head, RANKED neighbouring blocks): its best blocks that are not
     forced, ascending, and their scores, to list `[T, HKV, most_lists, LISTED]`, -1 behind them. The
@@ -176,6 +196,7 @@ def choose_kernel(
     finished `[T, HKV]` counts the programs that have written their list. HEADS is the group's size
     and LISTED that of a list, to powers of two; AT_ONCE lists are looked at together.
     """
+    take_turn(OVERLAP)
     token, head, part = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     BEST: tl.constexpr = SIZES.NUM_SELECTED - SIZES.INIT - SIZES.LOCAL
     total_tokens = tl.load(lengths_ptr + tl.program_id(0) // SIZES.NEW)
@@ -190,14 +211,15 @@ def choose_kernel(
         return
 
     used, first_pair = tl.arange(0, HEADS) < SIZES.G, of_pair * SIZES.G
-    log_total = log_of_total(partial, first_pair, used, num_shares)
     tiles = tl.cdiv(num_windows(total_tokens, SIZES), BLOCKS_OF_TILE * SIZES.BLOCK_HOPS)
     block = part * RANKED + tl.arange(0, RANKED)
     eligible = (block >= SIZES.INIT) & (block <= own - SIZES.LOCAL)
-    score = scores_of(
-        *(sums, log_total, first_pair, used, block, eligible, tiles * BLOCKS_OF_TILE, num_blocks),
+    # Asked for first, to arrive meanwhile.
+    found = load_sums(
+        *(sums, first_pair, used, block, eligible, tiles * BLOCKS_OF_TILE, num_blocks),
         BLOCKS_OF_TILE,
     )
+    score = scores_of(found, log_of_total(partial, first_pair, used, num_shares))
     # NaN is as good as the best or the worst, so that as many blocks are chosen as there should be.
     score = tl.where(eligible, tl.maximum(score.to(tl.int32, bitcast=True), 0), -1)
     best, number = best_of(score, BEST)

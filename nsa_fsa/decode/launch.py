@@ -10,7 +10,8 @@ from torch import Tensor
 
 from nsa_fsa.decode.attend import attend_kernel, merge_kernel
 from nsa_fsa.decode.call import DecodeCall, Decoded
-from nsa_fsa.decode.choose import SHARES_AT_ONCE, choose_kernel
+from nsa_fsa.decode.choose import choose_kernel
+from nsa_fsa.decode.overlap import overlap
 from nsa_fsa.decode.paged import laid_out, page_rows
 from nsa_fsa.decode.score import BlockSums, Partial, ScoreTile, Sizes, score_kernel
 from nsa_fsa.ops.common.bundles import constants, heads
@@ -57,7 +58,7 @@ def default_config(q: Tensor, v: Tensor) -> DecodeConfig:
     batch, as what a sequence gets must not."""
     processors, num_kv_heads = num_processors(q.device), v.shape[1]
     shares = min(max(next_power_of_2(cdiv(2 * processors, num_kv_heads)), 4), 64)
-    warps = min(max(next_power_of_2(q.shape[1] // num_kv_heads) // 8, 1), 4)
+    warps = 2 if q.shape[1] // num_kv_heads <= 16 else 4
     config = DecodeConfig(score_shares=shares, choose_warps=warps)
     if 12 * num_kv_heads < processors:
         config = dataclasses.replace(config, shares=16, sliding_shares=8)
@@ -167,6 +168,7 @@ def score(work: Work) -> Scored:
         *(constants(sizes), constants(pitches), constants(tile)),
         num_warps=max(config.score_warps, work.rows // 16),
         maxnreg=config.score_registers,
+        **overlap(q.device),
     )
     return Scored(partial, num_shares, sums, blocks, finished)
 
@@ -188,6 +190,7 @@ def choose(work: Work, scored: Scored) -> Tensor:
         *(scored.blocks_of_tile, ranked, heads_of_group),
         *(min(next_power_of_2(most_lists), at_once), listed),
         num_warps=config.choose_warps,
+        **overlap(work.q.device),
     )
     return indices
 
@@ -204,6 +207,7 @@ def attend(work: Work, indices: Tensor) -> tuple[Partial, Partial]:
         *(config.keys, config.shares, config.sliding_shares, config.attend_stages),
         num_warps=config.attend_warps,
         maxnreg=config.attend_registers,
+        **overlap(work.q.device),
     )
     return selected, sliding
 
@@ -214,8 +218,10 @@ def merge(work: Work, scored: Scored, selected: Partial, sliding: Partial) -> Te
     o = work.q.new_empty(*work.of_pairs, sizes.DV)
     merge_kernel[work.of_pairs](
         *(scored.partial, selected, sliding, gates_of(work.call.gate_logits), work.lengths, o),
-        *(scored.num_shares, constants(sizes), config.shares, config.sliding_shares),
-        num_warps=max(SHARES_AT_ONCE.value * sizes.PADDED_DV // MERGED_BY_WARP, 1),
+        *(scored.num_shares, constants(sizes)),
+        *(config.score_shares, config.shares, config.sliding_shares),
+        num_warps=max(config.score_shares * sizes.PADDED_DV // MERGED_BY_WARP, 1),
+        **overlap(o.device),
     )
     return o
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from nsa_fsa.decode.overlap import take_turn
 from nsa_fsa.decode.paged import offsets_of, row_of
 from nsa_fsa.ops.common.bundles import Pairs
 from nsa_fsa.ops.common.primitives import dot_keys, kernel, load_pairs, load_rows, online_softmax
@@ -65,7 +66,7 @@ class BlockSums(NamedTuple):
 
     own_ptr: Any  # [T, HQ, blocks], of windows that begin in the block
     last_ptr: Any  # [T, HQ, blocks], of those that begin in the block before, and its tile
-    shift_ptr: Any  # [T, HQ, tiles], that score, in base 2
+    shift_ptr: Any  # [T, HQ, tiles], that score, in base 2; -inf before the first
 
 
 @triton.jit
@@ -166,10 +167,12 @@ def score_kernel(
     SIZES: tl.constexpr,
     PITCHES: tl.constexpr,
     TILE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Program (sequence, KV head and tile of its pairs, share). q is `Heads`; cache is `Cache` and
     of_pages `PagePitches`, of compressed tokens. scale is that of base 2, and num_blocks are those
     that a sequence can have. finished `[T, HKV]` is set to 0, for the next kernel."""
+    take_turn(OVERLAP)
     sequence, share, num_shares = tl.program_id(0), tl.program_id(2), tl.num_programs(2)
     TILES: tl.constexpr = (SIZES.NEW * SIZES.G + TILE.ROWS - 1) // TILE.ROWS
     head = (tl.program_id(1) // TILES).to(tl.int64)
@@ -205,5 +208,5 @@ def score_kernel(
         acc, maximum, total = online_softmax(acc, maximum, total, scores, v, SIZES.PRECISION)
         shift = tl.where(maximum == float("-inf"), 0.0, maximum)
         p = tl.exp2(scores - shift[:, None])
-        store_sums(sums, p, shift, pair, tile, pairs.inside, num_blocks, SIZES, TILE)
+        store_sums(sums, p, maximum, pair, tile, pairs.inside, num_blocks, SIZES, TILE)
     store_partial(partial, pair * num_shares + share, acc, maximum, total, pairs.inside, SIZES)

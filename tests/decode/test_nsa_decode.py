@@ -76,6 +76,24 @@ def test_a_sequence_of_fewer_tokens_than_are_new(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_scores_far_below_zero(backend):
+    """The first new token sees no window of the last share, so that its weights there are 0, beside
+    a sum that is almost 0."""
+    problem = Problem(
+        lengths=(270,), num_new=2, num_selected_blocks=2, init_blocks=0, local_blocks=0,
+        rotary_dim=0, logits=False, embedding=False,
+    )  # fmt: skip
+    run = Run(problem, backend)
+    run.sequences[0].q.fill_(1.0)
+    run.sequences[0].k.mul_(0.3).sub_(30.0)[248:264] += 0.5  # a window that ends in the last block
+    run.append(run.pages, [0], 0, run.lengths, 270)
+    found = run.step()
+    o, blocks = run.whole(0)
+    assert torch.equal(found.block_indices, blocks[-2:])
+    torch.testing.assert_close(found.o.double(), o[-2:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_lengths_and_tables_may_have_any_strides(backend):
     whole, run = (Run(Problem(), backend) for _ in range(2))
     run.pages = run.pages._replace(table=run.pages.table.T.contiguous().T)
