@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
+from nsa_fsa.decode.choose import SHARES_AT_ONCE
 from nsa_fsa.decode.overlap import take_turn
 from nsa_fsa.decode.paged import offsets_of, row_of
 from nsa_fsa.decode.score import nothing_seen, number_of, pairs_of, store_partial
@@ -140,7 +141,7 @@ def attend_kernel(
 
 
 class Shares(NamedTuple):
-    """The shares of a branch that one pair has, in a kernel, `[SHARES]` each."""
+    """Some shares of a branch that one pair has, in a kernel, `[SHARES]` each."""
 
     at: Any  # where they stand among all
     maximum: Any
@@ -148,8 +149,9 @@ class Shares(NamedTuple):
 
 
 @triton.jit
-def load_shares(partial, pair, num_shares, SHARES: tl.constexpr):
-    share = tl.arange(0, SHARES)
+def load_shares(partial, pair, first, num_shares, SHARES: tl.constexpr):
+    """SHARES from the first on; of those behind num_shares, none saw anything."""
+    share = first + tl.arange(0, SHARES)
     at, exists = pair * num_shares + share, share < num_shares
     maximum = tl.load(partial.maximum_ptr + at, mask=exists, other=-float("inf"))
     return Shares(at, maximum, tl.load(partial.total_ptr + at, mask=exists, other=0.0))
@@ -157,19 +159,24 @@ def load_shares(partial, pair, num_shares, SHARES: tl.constexpr):
 
 @triton.jit
 def load_outputs(partial, shares, SIZES: tl.constexpr):
-    """What shares leave, `[SHARES, PADDED_DV]`; 0 where they have nothing, and wrote nothing."""
+    """What shares leave, `[SHARES, PADDED_DV]`; 0 where they saw nothing, and wrote nothing."""
     some = shares.total != 0
     return load_rows(partial.o_ptr, shares.at * SIZES.DV, some, SIZES.DV, SIZES.PADDED_DV, True)
 
 
 @triton.jit
-def weighted(shares, o, logit):
-    """A branch's output times its gate, `[PADDED_DV]`; 0 where nothing is seen."""
+def softmax_of(shares):
+    """The highest score of shares, and the softmax's sum relative to it; 0 and 1 for nothing."""
     top = tl.max(shares.maximum, 0)
-    weight = tl.exp2(shares.maximum - tl.where(top == -float("inf"), 0.0, top))
-    total = tl.sum(shares.total * weight, 0)
-    o = tl.sum(o * weight[:, None], 0) / tl.where(total == 0, 1.0, total)
-    return o * tl.sigmoid(logit.to(tl.float32))
+    top = tl.where(top == -float("inf"), 0.0, top)
+    total = tl.sum(shares.total * tl.exp2(shares.maximum - top), 0)
+    return top, tl.where(total == 0, 1.0, total)
+
+
+@triton.jit
+def add_up(shares, o, top):
+    """What shares leave, together, relative to the score `top`, `[PADDED_DV]`."""
+    return tl.sum(o * tl.exp2(shares.maximum - top)[:, None], 0)
 
 
 @kernel
@@ -197,15 +204,23 @@ def merge_kernel(
     inside = column < SIZES.DV
     o = tl.zeros([SIZES.PADDED_DV], tl.float32)
     if position >= 0:
-        # All is asked for before the first of it is used.
-        a = load_shares(compressed, pair, num_shares, MOST_SHARES)
-        b = load_shares(selected, pair, SHARES, SHARES)
-        c = load_shares(sliding, pair, SLIDING_SHARES, SLIDING_SHARES)
+        # What is needed is asked for before the first of it is used.
+        a = load_shares(compressed, pair, 0, num_shares, MOST_SHARES)
+        b = load_shares(selected, pair, 0, SHARES, SHARES)
+        c = load_shares(sliding, pair, 0, SLIDING_SHARES, SLIDING_SHARES)
         gate = gates.ptr + token * gates.stride_t + head * gates.stride_h
-        gate_a, gate_b = tl.load(gate), tl.load(gate + gates.stride_b)
-        gate_c = tl.load(gate + 2 * gates.stride_b)
-        o_a = load_outputs(compressed, a, SIZES)
-        o_b = load_outputs(selected, b, SIZES)
-        o_c = load_outputs(sliding, c, SIZES)
-        o = weighted(a, o_a, gate_a) + weighted(b, o_b, gate_b) + weighted(c, o_c, gate_c)
+        gate_a = tl.sigmoid(tl.load(gate).to(tl.float32))
+        gate_b = tl.sigmoid(tl.load(gate + gates.stride_b).to(tl.float32))
+        gate_c = tl.sigmoid(tl.load(gate + 2 * gates.stride_b).to(tl.float32))
+        o_b, o_c = load_outputs(selected, b, SIZES), load_outputs(sliding, c, SIZES)
+
+        top, total = softmax_of(a)
+        for first in tl.range(0, num_shares, SHARES_AT_ONCE, num_stages=1):
+            some = load_shares(compressed, pair, first, num_shares, SHARES_AT_ONCE)
+            o += add_up(some, load_outputs(compressed, some, SIZES), top)
+        o *= gate_a / total
+        top, total = softmax_of(b)
+        o += add_up(b, o_b, top) * (gate_b / total)
+        top, total = softmax_of(c)
+        o += add_up(c, o_c, top) * (gate_c / total)
     tl.store(o_ptr + pair * SIZES.DV + column, o.to(o_ptr.dtype.element_ty), mask=inside)

@@ -5,12 +5,10 @@ weigh of the whole is known. A program owns one new token, one KV head and some 
 and lists the best of them; the last program of a token and KV head chooses from all lists.
 """
 
-from typing import Any, NamedTuple
-
 import triton
 import triton.language as tl
 
-from nsa_fsa.decode.overlap import take_turn
+from nsa_fsa.decode.overlap import pass_turn, take_turn
 from nsa_fsa.decode.score import num_windows
 from nsa_fsa.ops.common.primitives import kernel
 
@@ -41,46 +39,31 @@ def log_of_total(partial, first_pair, used, num_shares):
     return tl.where(total == 0, 0.0, top + tl.log2(total))
 
 
-class Sums(NamedTuple):
-    """What windows weigh in blocks, `[HEADS, RANKED]`, relative to scores, in base 2. These are
-    -inf for nothing."""
-
-    own: Any  # of windows that begin in the block
-    own_shift: Any
-    last: Any  # of those that begin in the block before
-    last_shift: Any
-
-
 @triton.jit
-def load_sums(
-    sums, first_pair, used, block, eligible, written, num_blocks, BLOCKS_OF_TILE: tl.constexpr
-):
-    """`Sums` of the group's pairs; 0 in blocks that are not eligible. written: blocks whose sums
-    there are."""
+def scores_of(
+    sums, log_total, first_pair, used, block, eligible, written, num_blocks,
+    BLOCKS_OF_TILE: tl.constexpr,
+):  # fmt: skip
+    """What windows weigh in blocks, of the whole softmax, all heads of the group together; 0 in
+    blocks that are not eligible. written: blocks whose sums there are."""
     num_tiles, member = tl.cdiv(num_blocks, BLOCKS_OF_TILE), tl.arange(0, used.shape[0])
-    at = first_pair * num_blocks + (member * num_blocks)[:, None] + block[None, :]
+    at = (member * num_blocks)[:, None] + block[None, :]
     tile = (member * num_tiles)[:, None] + (block // BLOCKS_OF_TILE)[None, :]
     shift_ptr = sums.shift_ptr + first_pair * num_tiles
+
     here = used[:, None] & (eligible & (block < written))[None, :]
-    own = tl.load(sums.own_ptr + at, mask=here, other=0.0)
-    own_shift = tl.load(shift_ptr + tile, mask=here, other=-float("inf"))
+    shift = tl.load(shift_ptr + tile, mask=here, other=-float("inf"))
+    scale = tl.exp2(shift - log_total[:, None])
+    sums_of_own = tl.load(sums.own_ptr + first_pair * num_blocks + at, mask=here, other=0.0)
+    weight = sums_of_own * scale
 
-    here = used[:, None] & (eligible & (block > 0) & (block <= written))[None, :]
-    last = tl.load(sums.last_ptr + at, mask=here, other=0.0)
     # Windows that begin in the block before this one lie in another tile if this one begins a tile.
+    here = used[:, None] & (eligible & (block > 0) & (block <= written))[None, :]
     first = (block % BLOCKS_OF_TILE == 0)[None, :]
-    last_tile = tile - first.to(tl.int32)
-    last_shift = tl.load(shift_ptr + last_tile, mask=here, other=-float("inf"))
-    return Sums(own, own_shift, last, last_shift)
-
-
-@triton.jit
-def scores_of(found, log_total):
-    """What windows weigh in blocks, of the whole softmax, all heads of the group together; found is
-    `Sums`."""
-    own = tl.exp2(found.own_shift - log_total[:, None]) * found.own
-    last = tl.exp2(found.last_shift - log_total[:, None]) * found.last
-    return tl.sum(own + last, 0)
+    shift = tl.load(shift_ptr + tile - 1, mask=here & first, other=-float("inf"))
+    scale = tl.where(first, tl.exp2(shift - log_total[:, None]), scale)
+    sums_of_last = tl.load(sums.last_ptr + first_pair * num_blocks + at, mask=here, other=0.0)
+    return tl.sum(weight + sums_of_last * scale, 0)
 
 
 @triton.jit
@@ -211,18 +194,18 @@ def choose_kernel(
         return
 
     used, first_pair = tl.arange(0, HEADS) < SIZES.G, of_pair * SIZES.G
+    log_total = log_of_total(partial, first_pair, used, num_shares)
     tiles = tl.cdiv(num_windows(total_tokens, SIZES), BLOCKS_OF_TILE * SIZES.BLOCK_HOPS)
     block = part * RANKED + tl.arange(0, RANKED)
     eligible = (block >= SIZES.INIT) & (block <= own - SIZES.LOCAL)
-    # Asked for first, to arrive meanwhile.
-    found = load_sums(
-        *(sums, first_pair, used, block, eligible, tiles * BLOCKS_OF_TILE, num_blocks),
+    score = scores_of(
+        *(sums, log_total, first_pair, used, block, eligible, tiles * BLOCKS_OF_TILE, num_blocks),
         BLOCKS_OF_TILE,
     )
-    score = scores_of(found, log_of_total(partial, first_pair, used, num_shares))
     # NaN is as good as the best or the worst, so that as many blocks are chosen as there should be.
     score = tl.where(eligible, tl.maximum(score.to(tl.int32, bitcast=True), 0), -1)
     best, number = best_of(score, BEST)
+    pass_turn(OVERLAP)
     indices_ptr += SIZES.INIT
     if lists == 1:
         tl.store(indices_ptr + number, block, mask=best)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nsa_fsa.decode.attend import attend_kernel, merge_kernel
 from nsa_fsa.decode.call import DecodeCall, Decoded
-from nsa_fsa.decode.choose import choose_kernel
+from nsa_fsa.decode.choose import SHARES_AT_ONCE, choose_kernel
 from nsa_fsa.decode.overlap import overlap
 from nsa_fsa.decode.paged import laid_out, page_rows
 from nsa_fsa.decode.score import BlockSums, Partial, ScoreTile, Sizes, score_kernel
@@ -58,7 +58,7 @@ def default_config(q: Tensor, v: Tensor) -> DecodeConfig:
     batch, as what a sequence gets must not."""
     processors, num_kv_heads = num_processors(q.device), v.shape[1]
     shares = min(max(next_power_of_2(cdiv(2 * processors, num_kv_heads)), 4), 64)
-    warps = 2 if q.shape[1] // num_kv_heads <= 16 else 4
+    warps = min(max(next_power_of_2(q.shape[1] // num_kv_heads) // 8, 1), 4)
     config = DecodeConfig(score_shares=shares, choose_warps=warps)
     if 12 * num_kv_heads < processors:
         config = dataclasses.replace(config, shares=16, sliding_shares=8)
@@ -220,7 +220,7 @@ def merge(work: Work, scored: Scored, selected: Partial, sliding: Partial) -> Te
         *(scored.partial, selected, sliding, gates_of(work.call.gate_logits), work.lengths, o),
         *(scored.num_shares, constants(sizes)),
         *(config.score_shares, config.shares, config.sliding_shares),
-        num_warps=max(config.score_shares * sizes.PADDED_DV // MERGED_BY_WARP, 1),
+        num_warps=max(SHARES_AT_ONCE.value * sizes.PADDED_DV // MERGED_BY_WARP, 1),
         **overlap(o.device),
     )
     return o

@@ -18,11 +18,18 @@ OLDEST = (9, 0)
 
 @triton.jit
 def take_turn(OVERLAP: tl.constexpr):
-    """Lets the next kernel start, and waits until the one before is done. Every program calls it
-    before all else, so that whoever waits for a kernel waits for all before it, too."""
+    """Waits until the kernel before is done. Every program calls it before all else, so that who
+    waits for a kernel waits for all before it, too."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def pass_turn(OVERLAP: tl.constexpr):
+    """Lets the next kernel start once all programs have called this or are done. What is started
+    takes room: nothing is gained where a program has much left to do."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
 
 
 def overlap(device: torch.device) -> dict[str, Any]:

@@ -116,7 +116,9 @@ def store_partial(partial, at, acc, maximum, total, used, SIZES: tl.constexpr):
     column = tl.arange(0, SIZES.PADDED_DV)
     some = used & (total != 0)
     inside = some[:, None] & (column < SIZES.DV)[None, :]
-    tl.store(partial.o_ptr + (at * SIZES.DV)[:, None] + column[None, :], acc, mask=inside)
+    o_ptr = partial.o_ptr + (at * SIZES.DV)[:, None] + column[None, :]
+    # What is read once more stays in the L2 cache, unlike the keys and values that pass through it.
+    tl.store(o_ptr, acc, mask=inside, eviction_policy="evict_last")
     tl.store(partial.maximum_ptr + at, maximum, mask=used)
     tl.store(partial.total_ptr + at, total, mask=used)
 

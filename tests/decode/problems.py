@@ -113,7 +113,11 @@ class Run:
         for b in range(number):  # prompts of any length are appended alone
             if p.lengths[b]:
                 one = self.pages._replace(table=table[b : b + 1])
+                # The interpreter takes a hundredth of a second for a token.
+                long = p.device == "cpu" and p.lengths[b] > 50
+                self.backend = "reference" if long else backend
                 self.append(one, [b], 0, self.lengths[b : b + 1], p.lengths[b])
+        self.backend = backend
 
     def append(self, pages, which, start, lengths, num_new):
         """start: the first of the new tokens, where there is one sequence."""

@@ -173,6 +173,7 @@ def test_output_gradient_of_stride_0(operator, backend):
 )
 def test_expanded_keys_and_values(operator, backend):
     """One KV head expanded over two by stride 0; its gradient sums over them."""
+    on_a_gpu_only(backend)
     x = make_inputs(CASE, widest_dtype(backend)[0], device=device_of(backend), requires_grad=True)
     k, v = (t[:, :1].detach().requires_grad_() for t in (x.k, x.v))
     expanded = x.replace(k=k.expand(-1, 2, -1), v=v.expand(-1, 2, -1))

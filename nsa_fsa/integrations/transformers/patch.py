@@ -150,8 +150,9 @@ def patch_model(
         started_anew=anew,
     )
     if made and not dry_run:
-        _swap(model, found, patched_class, made, settings)
-        _rename(model, changed_by="patch_model")
+        around = _models_around(model)
+        _swap(model, around, found, patched_class, made, settings)
+        _rename(model, around, changed_by="patch_model")
     if verbose:
         print(report)
     return report
@@ -204,9 +205,10 @@ def _unpatch(model: PreTrainedModel) -> None:
     dense_config = copy.deepcopy(state.config) if changed else state.config
     for name in changed:
         setattr(dense_config, name, copy.deepcopy(getattr(model.config, name)))
-    _rebind_config(model, model.config, dense_config)
+    around = _models_around(model)
+    _rebind_config(around, model.config, dense_config)
     model.__class__ = dense_class_of(type(model))
-    _rename(model, changed_by="unpatch_model" if state.of_sparse_checkpoint else None)
+    _rename(model, around, changed_by="unpatch_model" if state.of_sparse_checkpoint else None)
     del model._nsa_dense
 
 
@@ -232,7 +234,8 @@ def install(model: PreTrainedModel, own: Mapping[str, Any]) -> None:
     configs = {i: resolve(layers[i], values) for i, values in settings.items()}
     _check_model(model)
     made, _ = make_parts(model, layers, configs, own_of)
-    _swap(model, layers, type(model), made, configs)
+    around = _models_around(model)
+    _swap(model, around, layers, type(model), made, configs)
     if not torch.empty(0).is_meta:  # what has no memory yet is initialised later
         for parts in made.values():
             mark_as_initialized(parts)
@@ -240,7 +243,7 @@ def install(model: PreTrainedModel, own: Mapping[str, Any]) -> None:
     of_sparse_checkpoint = any(name.startswith("NSA") for name in saved_as)
     model._nsa_dense.of_sparse_checkpoint = of_sparse_checkpoint  # type: ignore[union-attr]
     if changed or not of_sparse_checkpoint:
-        _rename(model, changed_by=type(model).__name__)
+        _rename(model, around, changed_by=type(model).__name__)
 
 
 def _layers_of(model: Any) -> dict[int, Layer]:
@@ -310,6 +313,7 @@ def _lasting_values(config: Any) -> dict[str, Any]:
 
 def _swap(
     model: PreTrainedModel,
+    around: list[PreTrainedModel],
     layers: dict[int, Layer],
     patched_class: Any,
     made: Mapping[int, Parts],
@@ -327,7 +331,7 @@ def _swap(
             sparse_config = _convert_config(dense_config, patched_class.config_class)
             _name_dense_attention(model, sparse_config)
         model._nsa_dense = _DenseState(dense_config, _lasting_values(sparse_config))  # type: ignore[assignment]
-    _rebind_config(model, model.config, sparse_config)
+    _rebind_config(around, model.config, sparse_config)
     for i, parts in made.items():
         attention = layers[i].module
         for part in PARTS:
@@ -367,15 +371,15 @@ def _update(attention: NSAAttention, c: NSAConfig) -> None:
                 module.backend = POOL_BACKENDS.or_auto(c.backend)
 
 
-def _rebind_config(model: PreTrainedModel, old: Any, new: Any) -> None:
-    """Gives every module that refers to the old config object the new one.
+def _rebind_config(around: list[PreTrainedModel], old: Any, new: Any) -> None:
+    """Gives every module of these models that refers to the old config object the new one.
 
     A larger model that contains this one, such as a Llava, does not know of it, and would write a
     file that loads dense: its config becomes a copy with the new one inside.
     """
     if old is new:
         return
-    for whole in _models_around(model):  # the largest first: its parts share its config
+    for whole in around:  # the largest first: its parts share its config
         for key in whole.config.sub_configs:
             if getattr(whole.config, key, None) is old:
                 outer = copy.copy(whole.config)
@@ -387,22 +391,22 @@ def _rebind_config(model: PreTrainedModel, old: Any, new: Any) -> None:
 def _models_around(model: PreTrainedModel) -> list[PreTrainedModel]:
     """The models that contain this one, the largest first, and itself.
 
-    Nothing in PyTorch leads from a module to what contains it, so the garbage collector is asked.
-    A model whose constructor raised has no `_modules`.
+    Nothing in PyTorch leads from a module to what contains it, so the garbage collector is asked,
+    which knows some 100,000 objects: their few types first. A model whose constructor raised has no
+    `_modules`.
     """
+    known = gc.get_objects()
+    types_of_known = {id(x): x for x in map(type, known)}
+    classes = {i for i, x in types_of_known.items() if issubclass(x, PreTrainedModel)}
+    models = [x for x in known if id(type(x)) in classes and "_modules" in x.__dict__]
+    wholes = [x for x in models if x is not model and any(part is model for part in x.modules())]
+    return [*sorted(wholes, key=lambda x: -len(list(x.modules()))), model]
 
-    def contains(x: Any) -> bool:
-        is_model = issubclass(type(x), PreTrainedModel) and "_modules" in x.__dict__
-        return is_model and x is not model and any(part is model for part in x.modules())
 
-    found = [x for x in gc.get_objects() if contains(x)]
-    return [*sorted(found, key=lambda x: -len(list(x.modules()))), model]
-
-
-def _rename(model: PreTrainedModel, changed_by: str | None) -> None:
+def _rename(model: PreTrainedModel, around: list[PreTrainedModel], changed_by: str | None) -> None:
     """Says in `name_or_path` of the model, and of those in and around it, what became of them."""
     parts = (module for module in model.modules() if isinstance(module, PreTrainedModel))
-    for module in (*parts, *_models_around(model)):
+    for module in (*parts, *around):
         name = (module.name_or_path or "").partition(CHANGED)[0]
         if name and changed_by:
             name += f"{CHANGED}{changed_by}{HOW_TO_LOAD}"

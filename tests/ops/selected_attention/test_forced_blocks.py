@@ -30,7 +30,7 @@ def test_promise_kept(backend, case, free, init_blocks, local_blocks):
     """With places left for the scores to fill and without, saying how many indices count and
     not saying so.
     """
-    if (init_blocks, local_blocks) not in ((0, 0), (1, 2)):
+    if (init_blocks, local_blocks, free) not in ((0, 0, 0), (1, 2, 0)):
         on_a_gpu_only(backend)
     if init_blocks + local_blocks == 0:
         free += 1  # one has to be chosen
@@ -65,6 +65,8 @@ def test_promise_broken(backend, case, init_blocks, local_blocks):
     """
     if case is LONG or (init_blocks, local_blocks) != (1, 2):
         on_a_gpu_only(backend)
+    if case is LONG and (init_blocks, local_blocks) not in ((0, 0), (1, 2), (3, 9)):
+        on_a_gpu_only(backend, "triton_kv_major")
     case, x, indices = selection(forced(case, init_blocks, local_blocks, 1), backend)
     broken = torch.arange(indices.shape[0]) % 3 == 1
     indices[broken] = garbage(indices[broken])
