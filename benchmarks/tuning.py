@@ -59,14 +59,11 @@ CHANGES: dict[str, dict[str, int]] = {
     "attend by 2 warps": dict(attend_warps=2),
     "attend in 8 and 4 shares": dict(shares=8, sliding_shares=4),
     "attend in 16 and 8 shares": dict(shares=16, sliding_shares=8),
-    "score with 128 registers": dict(score_registers=128),
-    "score with 168 registers": dict(score_registers=168),
-    "score with 200 registers": dict(score_registers=200),
+    "as for several new": dict(score_least=4, shares=4),
+    "as for one new": dict(score_least=2, shares=8),
     "score, 32 windows by 1 warp": dict(score_windows=32, score_warps=1),
     "score, 32 windows by 2 warps": dict(score_windows=32),
     "score, 128 windows by 4 warps": dict(score_windows=128, score_warps=4),
-    "attend with 80 registers": dict(attend_registers=80),
-    "attend with 96 registers": dict(attend_registers=96),
     "attend in one step's memory": dict(attend_stages=1),
     "attend a step ahead": dict(attend_stages=3),
     "attend, 32 keys by 2 warps": dict(attend_warps=2, keys=32),
@@ -83,7 +80,7 @@ def case_of(name: str) -> DecodeCase:
 def changed_step(case: DecodeCase, layer: int, change: dict[str, int]) -> Step:
     """A layer's step with another configuration."""
     c, pages, q = case.config, case.pages(layer), case["q"]
-    config = dataclasses.replace(default_config(q, pages.v), **change)
+    config = dataclasses.replace(default_config(q, pages.v, case.num_new), **change)
     call = DecodeCall(
         *(q, case["gate_logits"], pages, case["lengths"], default_scale(q, c.scale)),
         Windows(c.kernel_size, c.kernel_stride),

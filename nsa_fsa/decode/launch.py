@@ -34,7 +34,6 @@ class DecodeConfig:
     score_least: int = 2  # steps of a share
     score_warps: int = 2
     score_stages: int = 2
-    score_registers: int | None = None  # of a thread at most; None: as many as it takes
     ranked: int = 1024  # blocks of all heads together, of a list
     choose_warps: int = 1
     keys: int = 64  # of a step
@@ -42,7 +41,6 @@ class DecodeConfig:
     sliding_shares: int = 4  # of the sliding windows
     attend_warps: int = 4
     attend_stages: int = 2
-    attend_registers: int | None = None
 
 
 @functools.cache
@@ -53,7 +51,7 @@ def num_processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def default_config(q: Tensor, v: Tensor) -> DecodeConfig:
+def default_config(q: Tensor, v: Tensor, num_new: int) -> DecodeConfig:
     """For queries `[T, HQ, D]` and values `[pages, HKV, rows, DV]`. Depends on no length and no
     batch, as what a sequence gets must not."""
     processors, num_kv_heads = num_processors(q.device), v.shape[1]
@@ -62,6 +60,9 @@ def default_config(q: Tensor, v: Tensor) -> DecodeConfig:
     config = DecodeConfig(score_shares=shares, choose_warps=warps)
     if 12 * num_kv_heads < processors:
         config = dataclasses.replace(config, shares=16, sliding_shares=8)
+    if num_new > 1:
+        # There are more programs, and more shares to add up.
+        config = dataclasses.replace(config, score_least=4, shares=4)
     if q.element_size() == 4:
         # Without the matrix unit a thread holds whole rows of both factors of a product.
         return dataclasses.replace(config, rows=16, score_warps=4, score_windows=16, keys=16)
@@ -167,7 +168,6 @@ def score(work: Work) -> Scored:
         *(work.scale2, work.num_blocks),
         *(constants(sizes), constants(pitches), constants(tile)),
         num_warps=max(config.score_warps, work.rows // 16),
-        maxnreg=config.score_registers,
         **overlap(q.device),
     )
     return Scored(partial, num_shares, sums, blocks, finished)
@@ -206,7 +206,6 @@ def attend(work: Work, indices: Tensor) -> tuple[Partial, Partial]:
         *(work.scale2, constants(sizes), constants(pitches), rows, max(rows, work.rows)),
         *(config.keys, config.shares, config.sliding_shares, config.attend_stages),
         num_warps=config.attend_warps,
-        maxnreg=config.attend_registers,
         **overlap(work.q.device),
     )
     return selected, sliding
@@ -232,7 +231,7 @@ def nsa_decode(call: DecodeCall, config: DecodeConfig | None = None) -> Decoded:
     work = Work(
         *(call, q, rows_contiguous(call.lengths), rows_contiguous(pages.table)),
         *(rows_contiguous(pages.table_of_states), sizes_of(call)),
-        config or default_config(q, pages.v),
+        config or default_config(q, pages.v, call.num_new),
     )
     scored = score(work)
     indices = choose(work, scored)

@@ -9,7 +9,9 @@ import torch
 from nsa_fsa.decode import Pages, Pooling, append_tokens, nsa_decode
 from nsa_fsa.decode.call import AppendCall, DecodeCall
 from nsa_fsa.decode.operator import DECODE
+from nsa_fsa.decode.overlap import overlap
 from nsa_fsa.decode.paged import pitch_of
+from nsa_fsa.ops.common import triton_backends
 from nsa_fsa.ops.common.calls import Blocks, Windows
 from nsa_fsa.ops.common.registration import Signature
 from tests.decode.problems import NAN, Problem, Run, angles, small_shares
@@ -431,3 +433,11 @@ def test_nan_stays_where_it_is(backend):
     chosen = found.block_indices[1]
     assert (chosen.diff() > 0).all()
     assert ((chosen >= 0) & (chosen <= 700 // 16)).all()
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_kernels_overlap_on_gpus_that_can(capability):
+    with triton_backends.assuming(capability):
+        options = overlap(torch.device("cuda"))
+        assert overlap(torch.device("cpu")) == {"OVERLAP": False}
+    assert options["OVERLAP"] == options.get("launch_pdl", False) == (capability >= (9, 0))
