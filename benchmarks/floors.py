@@ -13,9 +13,12 @@ import torch
 # Products of size [queries, keys, head width]: q k and p v; backward q k again, dp, dv, dk, dq.
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS, SCORE_PRODUCTS = 2, 5, 1
 CORE_PARTS = (
-    "compressed_attention", "select_blocks", "selected_attention", "sliding_window_attention",
+    "compressed_attention",
+    "select_blocks",
+    "selected_attention",
+    "sliding_window_attention",
     "gated_combine",
-)  # fmt: skip
+)
 Row = Mapping[str, Any]
 
 

@@ -21,10 +21,15 @@ from nsa_fsa.benchmarking.cases import Case
 from nsa_fsa.benchmarking.results import Results
 
 LLAMA_3_8B: dict[str, Any] = dict(
-    vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-    num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=1 << 20,
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=1 << 20,
     rope_parameters=dict(rope_type="default", rope_theta=500000.0),
-)  # fmt: skip
+)
 NEW_TOKENS, RUNS = 64, 3
 METHOD: dict[str, Any] = dict(
     timing="first_token: wall time of generate with one new token and a dynamic cache, median of "

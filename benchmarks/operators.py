@@ -126,9 +126,12 @@ def one(
 
 
 SELECTED = one(
-    "selected_attention", "selected attention", selected_attention, ("q", "k", "v"),
+    "selected_attention",
+    "selected attention",
+    selected_attention,
+    ("q", "k", "v"),
     others=("block_indices",),
-)  # fmt: skip
+)
 # In the order in which the core runs them; then the compression of keys, by which a layer begins.
 PARTS = [
     one(
@@ -159,11 +162,14 @@ COMPRESSION = [
 ]
 LOOP_ORDERS = [
     dataclasses.replace(
-        SELECTED, name=backend, label=f"nsa_fsa {backend}", kind="ours",
+        SELECTED,
+        name=backend,
+        label=f"nsa_fsa {backend}",
+        kind="ours",
         function=partial(selected_attention, backend=backend),
     )
     for backend in ("auto", "triton_kv_major", "triton_query_major")
-]  # fmt: skip
+]
 RECOMPUTING = dataclasses.replace(
     NSA_CORE,
     name="nsa_fsa_recompute",

@@ -57,7 +57,12 @@ PATCHED = [
         NSA_LAYER, function=rotated_first, reference=partial(rotated_first, backend="reference")
     ),
     Layer(
-        "patched_layer", "nsa_fsa, layer of a patched model", "layer", patched,
-        partial(patched, backend="reference"), (), outputs=("y",),
+        "patched_layer",
+        "nsa_fsa, layer of a patched model",
+        "layer",
+        patched,
+        partial(patched, backend="reference"),
+        (),
+        outputs=("y",),
     ),
-]  # fmt: skip
+]

@@ -74,10 +74,15 @@ def cudnn_nsa(case: Case) -> Function:
     counts = (case["block_indices"] >= 0).sum(-1, dtype=torch.int32)
     where, tokens = case["cu_seqlens"], case.num_tokens
     options: dict[str, Any] = dict(
-        block_indices_tensor=case["block_indices"], block_counts_tensor=counts, block_size=size,
-        cum_seqlen_q_tensor=where, cum_seqlen_k_tensor=where, max_s_q=tokens, max_s_k=tokens,
+        block_indices_tensor=case["block_indices"],
+        block_counts_tensor=counts,
+        block_size=size,
+        cum_seqlen_q_tensor=where,
+        cum_seqlen_k_tensor=where,
+        max_s_q=tokens,
+        max_s_k=tokens,
         scale_softmax=case.config.scale,
-    )  # fmt: skip
+    )
     if "is_causal" in inspect.signature(function).parameters:
         options["is_causal"] = True
 
@@ -131,34 +136,42 @@ FULL = [
     FLASH_ATTN_4,
     CUDNN,
     dataclasses.replace(
-        CUDNN, name="sdpa_flash", label="full: FA2 (SDPA)",
+        CUDNN,
+        name="sdpa_flash",
+        label="full: FA2 (SDPA)",
         function=partial(sdpa, backend="FLASH_ATTENTION"),
     ),
     dataclasses.replace(
-        CUDNN, name="flash_attn_2", label="full: flash-attn 2", function=flash_attn_2,
+        CUDNN,
+        name="flash_attn_2",
+        label="full: flash-attn 2",
+        function=flash_attn_2,
         distribution="flash-attn",
     ),
-]  # fmt: skip
+]
 PEERS = [
     prepared(SELECTED, *others)
     for others in (
         ("fla_nsa", "fla parallel_nsa", fla, "flash-linear-attention"),
         (
-            "nsa_triton", "Triton NSA",
+            "nsa_triton",
+            "Triton NSA",
             partial(
                 topk_sparse, module="native_sparse_attention.ops", name="topk_sparse_attention"
             ),
             "native-sparse-attention-triton",
         ),
         (
-            "fsa", "FSA, the paper's code",
+            "fsa",
+            "FSA, the paper's code",
             partial(
-                topk_sparse, module="fsa.ops.FSA_topk_sparse_attention",
+                topk_sparse,
+                module="fsa.ops.FSA_topk_sparse_attention",
                 name="FSA_topk_sparse_attention",
             ),
             "fsa",
         ),
         ("cudnn_nsa", "cuDNN frontend NSA", cudnn_nsa, "nvidia-cudnn-frontend"),
     )
-]  # fmt: skip
+]
 FLEX = prepared(PARTS[0], "flex_attention", "flex_attention (PyTorch)", flex_attention, "torch")

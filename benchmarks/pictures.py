@@ -75,9 +75,17 @@ def core(document: dict[str, Any]) -> Iterator[Picture]:
     gain["what"] = "speed-up, " + gain["pass"].map(PASSES)
     times = rows[rows["pass"].isin(TWO)].assign(y=rows.ms, panel=rows["pass"], what=rows.label)
     grid = lines(
-        pd.concat([times, gain]), "what", x="num_tokens", y="y", row="panel", col="group_size",
-        row_order=[*TWO, "speed-up"], height=2.5, aspect=1.35, facet_kws=dict(sharey="row"),
-    )  # fmt: skip
+        pd.concat([times, gain]),
+        "what",
+        x="num_tokens",
+        y="y",
+        row="panel",
+        col="group_size",
+        row_order=[*TWO, "speed-up"],
+        height=2.5,
+        aspect=1.35,
+        facet_kws=dict(sharey="row"),
+    )
     grid.set_titles("{row_name}, G = {col_name}").set_xlabels("tokens (1K = 1,024)")
     for (panel, _), ax in grid.axes_dict.items():
         tokens_axis(ax, sorted(rows.num_tokens.unique()))
@@ -158,9 +166,17 @@ def selected(document: dict[str, Any]) -> Iterator[Picture]:
     rows = rows[shape & (rows.head_dim == 128) & rows["pass"].isin(TWO)]
     rows = rows.groupby("num_tokens").filter(lambda here: here.label.nunique() > 1)
     grid = lines(
-        rows, "label", x="group_size", y="ms", row="pass", row_order=TWO, col="num_tokens",
-        height=2.8, aspect=1.5, facet_kws=dict(sharey=False),
-    )  # fmt: skip
+        rows,
+        "label",
+        x="group_size",
+        y="ms",
+        row="pass",
+        row_order=TWO,
+        col="num_tokens",
+        height=2.8,
+        aspect=1.5,
+        facet_kws=dict(sharey=False),
+    )
     grid.set_titles("{row_name}, {col_name:,} tokens")
     grid.set_axis_labels("query heads per KV head (G)", "ms, median")
     sizes = sorted(rows.group_size.unique())

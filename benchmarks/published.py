@@ -68,7 +68,7 @@ class SuiteResults(Results):
                 old
                 for old in self.document.get(name, [])
                 if any(old.get(x, like.get(x)) != entry.get(x) for x in key)
-            ]  # fmt: skip
+            ]
         super().add(part, **entry)
 
 

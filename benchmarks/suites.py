@@ -45,9 +45,14 @@ def cases(grid: Grid, device: str, seed: int = 0, **fields: Any) -> Iterator[Cas
         block_size, number = map(int, blocks.split("x"))
         heads = grid["heads"]
         config = NSAConfig(
-            hidden_size=heads * width, num_heads=heads, num_kv_heads=heads // group, head_dim=width,
-            block_size=block_size, num_selected_blocks=number, **fields,
-        )  # fmt: skip
+            hidden_size=heads * width,
+            num_heads=heads,
+            num_kv_heads=heads // group,
+            head_dim=width,
+            block_size=block_size,
+            num_selected_blocks=number,
+            **fields,
+        )
         dtype = getattr(torch, grid["dtype"])
         if "batch" not in grid:
             yield SuiteCase(config, tokens, dtype, device, seed, selection)

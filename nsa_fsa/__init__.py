@@ -27,9 +27,13 @@ __all__ = [
 ]
 
 _LAZY = (
-    "PatchReport", "explain_model", "patch_model", "register_attention", "sparse_attention",
+    "PatchReport",
+    "explain_model",
+    "patch_model",
+    "register_attention",
+    "sparse_attention",
     "unpatch_model",
-)  # fmt: skip
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -38,8 +38,12 @@ from nsa_fsa.ops.sliding_window_attention.flash_attention import FLASH_ATTN_4
 PACKAGES = ("torch", "triton", "flash-attn-4", "quack-kernels", "transformers")
 # In the order in which a layer calls them.
 OPERATORS: tuple[Backends[Any], ...] = (
-    POOL_BACKENDS, GATHER_BACKENDS, *CORE_OPERATORS, APPEND_BACKENDS, DECODE_BACKENDS,
-)  # fmt: skip
+    POOL_BACKENDS,
+    GATHER_BACKENDS,
+    *CORE_OPERATORS,
+    APPEND_BACKENDS,
+    DECODE_BACKENDS,
+)
 DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float32", "float64")}
 
 app = typer.Typer(
@@ -429,8 +433,13 @@ def bench_table(document: dict[str, Any]) -> Table:
         f"One sequence, {document['gpu']}",
         "ms: median. memory: GiB beyond the inputs at the peak of both passes. host: ms until the "
         "call of the forward and of the backward returns.",
-        ("heads / KV", "tokens", "what"), "forward ms", "backward ms", "both ms", "memory", "host",
-    )  # fmt: skip
+        ("heads / KV", "tokens", "what"),
+        "forward ms",
+        "backward ms",
+        "both ms",
+        "memory",
+        "host",
+    )
     before = None
     for (heads, kv_heads, tokens, label), passes in lines.items():
         if before not in (None, (heads, kv_heads, tokens)):
@@ -450,8 +459,10 @@ def decode_table(document: dict[str, Any]) -> Table:
     table = table_of(
         f"The next tokens of sequences in a cache, {document['gpu']}",
         "us a layer: median. speed-up: over the fastest full attention.",
-        ("heads / KV", "batch", "new", "tokens"), *names, "speed-up",
-    )  # fmt: skip
+        ("heads / KV", "batch", "new", "tokens"),
+        *names,
+        "speed-up",
+    )
     lines: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in rows:
         place = row["num_heads"], row["group_size"], row["batch_size"], row["num_new"]
@@ -476,8 +487,11 @@ def crossover_table(document: dict[str, Any]) -> Table:
     table = table_of(
         f"From which length on NSA's core is faster than full attention, {document['gpu']}",
         "speed-up: time of full attention / time of the core.",
-        ("against", "heads / KV", "pass"), "faster from", "speed-up there", "at the longest length",
-    )  # fmt: skip
+        ("against", "heads / KV", "pass"),
+        "faster from",
+        "speed-up there",
+        "at the longest length",
+    )
     for entry in document.get("crossovers", []):
         ratios, start = entry["ratios"], entry["tokens"]
         shape = f"{entry['num_heads']} / {entry['num_heads'] // entry['group_size']}"

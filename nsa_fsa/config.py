@@ -165,9 +165,15 @@ class NSAConfig:
         )
 
         for name in (
-            "v_head_dim", "compress_hidden_size", "kernel_size", "kernel_stride", "block_size",
-            "num_selected_blocks", "window_size", "max_position_embeddings",
-        ):  # fmt: skip
+            "v_head_dim",
+            "compress_hidden_size",
+            "kernel_size",
+            "kernel_stride",
+            "block_size",
+            "num_selected_blocks",
+            "window_size",
+            "max_position_embeddings",
+        ):
             self._check_int(name, minimum=1)
         for name in ("init_blocks", "local_blocks"):
             self._check_int(name, minimum=0)

@@ -156,10 +156,14 @@ def run(
     console.print(f"{name}: {text}", markup=False, highlight=False, soft_wrap=True)
     first, others = times[1] - times[0], times[-1] - times[1]
     return dict(
-        name=name, prompt_tokens=ids.shape[1], new_tokens=len(found), text=text,
-        first_token_s=first, prompt_tokens_per_s=ids.shape[1] / first,
+        name=name,
+        prompt_tokens=ids.shape[1],
+        new_tokens=len(found),
+        text=text,
+        first_token_s=first,
+        prompt_tokens_per_s=ids.shape[1] / first,
         new_tokens_per_s=(len(times) - 2) / others if len(times) > 2 else None,
-    )  # fmt: skip
+    )
 
 
 def generate(
@@ -169,10 +173,16 @@ def generate(
     watch = Watch(steps)
     cache = "static" if model.device.type == "cuda" else "dynamic"
     found = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=number, min_new_tokens=number,
-        do_sample=False, pad_token_id=0, streamer=watch, cache_implementation=cache,
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=number,
+        min_new_tokens=number,
+        do_sample=False,
+        pad_token_id=0,
+        streamer=watch,
+        cache_implementation=cache,
         prefill_chunk_size=chunk,
-    )  # fmt: skip
+    )
     return found[0, ids.shape[1] :], watch.times
 
 

@@ -272,9 +272,18 @@ def call(operator, case, x, backend="auto", **extra):
         return ops.gather_windows(x.k, *packed, **case.windows, **layout)
     if operator == "nsa_attention":
         return ops.nsa_attention(
-            x.q, x.k, x.v, x.k_cmp, x.v_cmp, x.gate_logits, *packed,
-            window_size=case.window_size, **case.blocks, **case.windows, **layout,
-        )  # fmt: skip
+            x.q,
+            x.k,
+            x.v,
+            x.k_cmp,
+            x.v_cmp,
+            x.gate_logits,
+            *packed,
+            window_size=case.window_size,
+            **case.blocks,
+            **case.windows,
+            **layout,
+        )
     raise ValueError(operator)
 
 

@@ -362,8 +362,9 @@ def test_crossover(gpu, tmp_path):
     assert "Against cuDNN, because" in printed
     document = json.loads((tmp_path / "crossover_none.json").read_text())
     assert {(x["against"], x["pass"], x["tokens"]) for x in document["crossovers"]} == {
-        ("cudnn", "forward", 64), ("cudnn", "forward_backward", 64),
-    }  # fmt: skip
+        ("cudnn", "forward", 64),
+        ("cudnn", "forward_backward", 64),
+    }
     assert "64 or fewer" in printed
     assert "4 / 2" in printed
 

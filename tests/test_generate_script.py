@@ -39,9 +39,14 @@ def test_a_prompt_is_continued_sparse_and_dense(run, tmp_path):
     prompt, figures = tmp_path / "prompt.txt", tmp_path / "figures.json"
     prompt.write_text("Dass sie alle einen Anfang haben. " * 10)
     printed = run(
-        "--random-init=tiny", f"--prompt={prompt}", "--new-tokens=6", "--preset=tiny",
-        "--beside-dense", "--chunk=150", f"--json={figures}",
-    )  # fmt: skip
+        "--random-init=tiny",
+        f"--prompt={prompt}",
+        "--new-tokens=6",
+        "--preset=tiny",
+        "--beside-dense",
+        "--chunk=150",
+        f"--json={figures}",
+    )
     rows = {row["name"]: row for row in json.loads(figures.read_text())["rows"]}
     assert list(rows) == ["nsa_fsa", "dense"]
     for name, row in rows.items():

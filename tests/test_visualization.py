@@ -88,10 +88,16 @@ def model():
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=3,
-        num_attention_heads=4, num_key_value_heads=2, bos_token_id=None, eos_token_id=None,
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=None,
         pad_token_id=0,
-    )  # fmt: skip
+    )
     model = LlamaForCausalLM(config).eval()
     patch_model(model, preset="tiny", verbose=False)
     return model
@@ -303,8 +309,10 @@ def test_pictures_show_what_was_read(layer):
     assert list(legend) == kinds
     for kind, color in legend.items():
         assert left.images[0].cmap(kinds.index(kind)) == pytest.approx(color, abs=2 / 255)
-    bars = {bar.get_label(): container.patches[0].get_facecolor() for bar, container in
-            zip(right.containers, right.containers, strict=True)}  # fmt: skip
+    bars = {
+        bar.get_label(): container.patches[0].get_facecolor()
+        for bar, container in zip(right.containers, right.containers, strict=True)
+    }
     assert (
         bars["selected"]
         == legend["selected, by score"]

@@ -40,12 +40,16 @@ class Case:
         if name == "cu_seqlens":
             return torch.tensor([0, t], dtype=torch.int32, device=self.device)
         shapes = dict(
-            q=(t, c.num_heads, c.head_dim), k=(t, c.num_kv_heads, c.head_dim),
-            v=(t, c.num_kv_heads, c.v_head_dim), do=(t, c.num_heads, c.v_head_dim),
+            q=(t, c.num_heads, c.head_dim),
+            k=(t, c.num_kv_heads, c.head_dim),
+            v=(t, c.num_kv_heads, c.v_head_dim),
+            do=(t, c.num_heads, c.v_head_dim),
             k_cmp=(t // c.kernel_stride, c.num_kv_heads, c.head_dim),
             v_cmp=(t // c.kernel_stride, c.num_kv_heads, c.v_head_dim),
-            gate_logits=(t, c.num_heads, 3), x=(1, t, c.hidden_size), dy=(1, t, c.hidden_size),
-        )  # fmt: skip
+            gate_logits=(t, c.num_heads, 3),
+            x=(1, t, c.hidden_size),
+            dy=(1, t, c.hidden_size),
+        )
         made = self.normal(name, *shapes[name])
         if name in ("k_cmp", "v_cmp"):
             made[self.num_windows :] = torch.nan
@@ -78,11 +82,16 @@ class Case:
         """What a row of results says of the case; what reads no blocks is the same for all."""
         c, blocks = self.config, {x.replace("_selected", ""): y for x, y in self.blocks.items()}
         return dict(
-            num_tokens=self.num_tokens, group_size=c.group_size, num_heads=c.num_heads,
-            head_dim=c.head_dim, **(blocks if reads_blocks else dict.fromkeys(blocks, 0)),
-            selection=self.selection, dtype=str(self.dtype).removeprefix("torch."),
-            **self.windows, window_size=c.window_size,
-        )  # fmt: skip
+            num_tokens=self.num_tokens,
+            group_size=c.group_size,
+            num_heads=c.num_heads,
+            head_dim=c.head_dim,
+            **(blocks if reads_blocks else dict.fromkeys(blocks, 0)),
+            selection=self.selection,
+            dtype=str(self.dtype).removeprefix("torch."),
+            **self.windows,
+            window_size=c.window_size,
+        )
 
 
 def passes_of(

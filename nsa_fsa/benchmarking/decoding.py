@@ -70,17 +70,20 @@ class DecodeCase(Case):
             rotary = torch.stack(RotaryEmbedding(c)(position, self.num_tokens, torch.float32))
             return rotary[:, :, : rotary.shape[2] // 2].contiguous()
         shapes = dict(
-            q=(new, c.num_heads, c.head_dim), gate_logits=(new, c.num_heads, 3),
-            new_k=(new, heads, c.head_dim), new_v=(new, heads, c.v_head_dim),
+            q=(new, c.num_heads, c.head_dim),
+            gate_logits=(new, c.num_heads, 3),
+            new_k=(new, heads, c.head_dim),
+            new_v=(new, heads, c.v_head_dim),
             k=(rows * pages, heads, PAGE, c.head_dim),
             v=(rows * pages, heads, PAGE, c.v_head_dim),
             k_cmp=(rows * pages, heads, states, c.head_dim),
             v_cmp=(rows * pages, heads, states, c.v_head_dim),
             full_k=(rows, self.num_tokens, heads, c.head_dim),
             full_v=(rows, self.num_tokens, heads, c.v_head_dim),
-            logits_k=(heads, c.kernel_size), logits_v=(heads, c.kernel_size),
+            logits_k=(heads, c.kernel_size),
+            logits_v=(heads, c.kernel_size),
             x=(number, self.num_tokens, c.hidden_size),
-        )  # fmt: skip
+        )
         made = self.normal(name, *shapes[name])
         return made.float() if name.startswith("logits") else made
 
@@ -270,24 +273,40 @@ class LayerDecoding(Layer):
 
 
 NSA_DECODE = Decoding(
-    "nsa_decode", "nsa_fsa, decoding", "ours", nsa_step, partial(nsa_step, backend="reference"), (),
-)  # fmt: skip
+    "nsa_decode", "nsa_fsa, decoding", "ours", nsa_step, partial(nsa_step, backend="reference"), ()
+)
 LAYER_DECODE = LayerDecoding(
-    "layer_decode", "nsa_fsa, a layer's step", "layer", layer, partial(layer, backend="reference"),
-    (), outputs=("y",),
-)  # fmt: skip
+    "layer_decode",
+    "nsa_fsa, a layer's step",
+    "layer",
+    layer,
+    partial(layer, backend="reference"),
+    (),
+    outputs=("y",),
+)
 SDPA = Decoding(
-    CUDNN.name, CUDNN.label, "full", sdpa_step, full_step, (), reads_blocks=False,
+    CUDNN.name,
+    CUDNN.label,
+    "full",
+    sdpa_step,
+    full_step,
+    (),
+    reads_blocks=False,
     distribution="torch",
-)  # fmt: skip
+)
 FULL_DECODING = [
     dataclasses.replace(
-        SDPA, name=FLASH_ATTN_4.name, label=FLASH_ATTN_4.label, function=flash_attn_4_step,
+        SDPA,
+        name=FLASH_ATTN_4.name,
+        label=FLASH_ATTN_4.label,
+        function=flash_attn_4_step,
         distribution=FLASH_ATTN_4.distribution,
     ),
     SDPA,
     dataclasses.replace(
-        SDPA, name="sdpa_flash", label="full: FA2 (SDPA)",
+        SDPA,
+        name="sdpa_flash",
+        label="full: FA2 (SDPA)",
         function=partial(sdpa_step, backend="FLASH_ATTENTION"),
     ),
-]  # fmt: skip
+]

@@ -123,19 +123,37 @@ def sdpa(case: Case, q: Tensor, k: Tensor, v: Tensor, backend: str = "CUDNN_ATTE
 
 
 NSA_CORE = Implementation(
-    "nsa_fsa", "nsa_fsa, whole core", "ours", core, partial(core, backend="reference"),
+    "nsa_fsa",
+    "nsa_fsa, whole core",
+    "ours",
+    core,
+    partial(core, backend="reference"),
     ("q", "k", "v", "k_cmp", "v_cmp", "gate_logits"),
-)  # fmt: skip
+)
 NSA_LAYER = Layer(
-    "nsa_layer", "nsa_fsa, whole layer", "layer", layer, partial(layer, backend="reference"), (),
+    "nsa_layer",
+    "nsa_fsa, whole layer",
+    "layer",
+    layer,
+    partial(layer, backend="reference"),
+    (),
     outputs=("y",),
-)  # fmt: skip
+)
 CUDNN = Implementation(
-    "cudnn", "full: cuDNN (SDPA)", "full", sdpa, full_reference, ("q", "k", "v"),
-    reads_blocks=False, distribution="torch",
-)  # fmt: skip
+    "cudnn",
+    "full: cuDNN (SDPA)",
+    "full",
+    sdpa,
+    full_reference,
+    ("q", "k", "v"),
+    reads_blocks=False,
+    distribution="torch",
+)
 FLASH_ATTN_4 = dataclasses.replace(
-    CUDNN, name="flash_attn_4", label="full: flash-attn 4", function=flash_attn_4,
+    CUDNN,
+    name="flash_attn_4",
+    label="full: flash-attn 4",
+    function=flash_attn_4,
     distribution="flash-attn-4",
-)  # fmt: skip
+)
 FULL_ATTENTION = {x.name: x for x in (FLASH_ATTN_4, CUDNN)}  # the first that runs is the peer

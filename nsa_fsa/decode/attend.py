@@ -21,9 +21,19 @@ from nsa_fsa.ops.common.primitives import dot_keys, kernel, load_pairs, load_row
 
 @triton.jit
 def attend_keys(
-    q, softmax, cache, of_pages, sequence, head, key, there, visible, scale,
-    SIZES: tl.constexpr, PITCHES: tl.constexpr,
-):  # fmt: skip
+    q,
+    softmax,
+    cache,
+    of_pages,
+    sequence,
+    head,
+    key,
+    there,
+    visible,
+    scale,
+    SIZES: tl.constexpr,
+    PITCHES: tl.constexpr,
+):
     """One step of attention to some keys of a sequence.
 
     softmax: acc, maximum and total so far. Keys that are not `there`, `[N]`, are not read; visible,
@@ -70,10 +80,20 @@ def attend_blocks(
 
 @triton.jit
 def attend_sliding(
-    q, cache, of_pages, total_tokens, partial, scale, share,
-    SIZES: tl.constexpr, PITCHES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
-    SHARES: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
+    q,
+    cache,
+    of_pages,
+    total_tokens,
+    partial,
+    scale,
+    share,
+    SIZES: tl.constexpr,
+    PITCHES: tl.constexpr,
+    ROWS: tl.constexpr,
+    KEYS: tl.constexpr,
+    SHARES: tl.constexpr,
+    STAGES: tl.constexpr,
+):
     """A share of the sliding windows of a tile of a sequence's pairs; nothing for a new token
     behind as many as there are tiles."""
     head, sequence = tl.program_id(1).to(tl.int64), tl.program_id(0) // SIZES.NEW

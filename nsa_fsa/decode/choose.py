@@ -41,9 +41,16 @@ def log_of_total(partial, first_pair, used, num_shares):
 
 @triton.jit
 def scores_of(
-    sums, log_total, first_pair, used, block, eligible, written, num_blocks,
+    sums,
+    log_total,
+    first_pair,
+    used,
+    block,
+    eligible,
+    written,
+    num_blocks,
     BLOCKS_OF_TILE: tl.constexpr,
-):  # fmt: skip
+):
     """What windows weigh in blocks, of the whole softmax, all heads of the group together; 0 in
     blocks that are not eligible. written: blocks whose sums there are."""
     num_tiles, member = tl.cdiv(num_blocks, BLOCKS_OF_TILE), tl.arange(0, used.shape[0])

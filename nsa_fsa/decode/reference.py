@@ -114,9 +114,14 @@ def nsa_decode(call: DecodeCall) -> tuple[Tensor, Tensor]:
             q[rows], k_cmp, v_cmp, **attend, **windows
         )
         chosen = block_selection.select_blocks(
-            q[rows], k_cmp, lse, **attend, **windows, **call.blocks._asdict(),
+            q[rows],
+            k_cmp,
+            lse,
+            **attend,
+            **windows,
+            **call.blocks._asdict(),
             num_selected_blocks=call.num_selected_blocks,
-        )  # fmt: skip
+        )
         o_slc, _ = selected_attention.selected_attention(
             q[rows], k, v, chosen, **attend, block_size=call.blocks.block_size
         )

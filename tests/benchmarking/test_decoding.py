@@ -15,7 +15,7 @@ from nsa_fsa.benchmarking.decoding import (
     DecodeCase,
     nsa_step,
     sdpa_step,
-)  # fmt: skip
+)
 
 CONFIG = NSAConfig.from_dict(
     dict(preset="tiny", hidden_size=64, num_heads=8, num_kv_heads=2, head_dim=16)

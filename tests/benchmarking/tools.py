@@ -55,10 +55,14 @@ SIZES = [
     dict(),
     dict(num_tokens=320, num_heads=2, block_size=64, window_size=512),
     dict(
-        num_tokens=130, num_kv_heads=1, kernel_size=16, kernel_stride=8, init_blocks=2,
+        num_tokens=130,
+        num_kv_heads=1,
+        kernel_size=16,
+        kernel_stride=8,
+        init_blocks=2,
         local_blocks=1,
     ),
-]  # fmt: skip
+]
 
 
 def results_of(passes):

@@ -17,9 +17,18 @@ FILES = sorted(path.stem.removesuffix(f"_{GPU}") for path in FOLDER.glob(f"*_{GP
 def row(implementation="", kind="part", **sizes):
     """Of 65,536 tokens and the sizes that the pages quote, unless said otherwise."""
     usual = dict(
-        num_tokens=65536, num_heads=64, group_size=4, head_dim=128, block_size=64, num_blocks=16,
-        kernel_size=32, kernel_stride=16, window_size=512, dtype="bfloat16", ms=1.0,
-    )  # fmt: skip
+        num_tokens=65536,
+        num_heads=64,
+        group_size=4,
+        head_dim=128,
+        block_size=64,
+        num_blocks=16,
+        kernel_size=32,
+        kernel_stride=16,
+        window_size=512,
+        dtype="bfloat16",
+        ms=1.0,
+    )
     return usual | dict(implementation=implementation, kind=kind) | sizes
 
 

@@ -51,8 +51,12 @@ def test_pages_are_written_where_they_changed(tmp_path, monkeypatch):
 
 def test_numbers_have_three_digits():
     assert [tables.ms(x) for x in (0.194, 2.5, 12.34, 119.6, 1172.4)] == [
-        "0.194", "2.50", "12.3", "120", "1,172",
-    ]  # fmt: skip
+        "0.194",
+        "2.50",
+        "12.3",
+        "120",
+        "1,172",
+    ]
     assert tables.between([0.612, 0.64, 0.63]) == "61 to 64%"
     assert tables.between([0.751, 0.749]) == "75%"
     assert tables.between([0.92, 1.04], ".1f", "") == "0.9 to 1.0"

@@ -23,9 +23,12 @@ from tests.benchmarking.tools import RATES, FakeMeter, case, quiet
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton's kernels can run
 CORE_PARTS = (
-    "compressed_attention", "select_blocks", "selected_attention", "sliding_window_attention",
+    "compressed_attention",
+    "select_blocks",
+    "selected_attention",
+    "sliding_window_attention",
     "gated_combine",
-)  # fmt: skip
+)
 
 
 def small(name, **changes):
@@ -82,10 +85,18 @@ def test_the_sizes_are_those_of_the_pages():
         (tokens, group) for tokens in lengths for group in (1, 4, 16)
     ]
     sizes = dict(
-        num_heads=64, head_dim=128, block_size=64, num_blocks=16, init_blocks=1, local_blocks=2,
-        selection="independent", dtype="bfloat16", kernel_size=32, kernel_stride=16,
+        num_heads=64,
+        head_dim=128,
+        block_size=64,
+        num_blocks=16,
+        init_blocks=1,
+        local_blocks=2,
+        selection="independent",
+        dtype="bfloat16",
+        kernel_size=32,
+        kernel_stride=16,
         window_size=512,
-    )  # fmt: skip
+    )
     assert all(sizes.items() <= x.sizes().items() for x in cases)
     assert {(x.seed, x.device) for x in cases} == {(7, "cuda")}
 
@@ -268,8 +279,10 @@ def test_a_suite_is_narrowed():
     only = dict(tokens=[65536, 8192], groups=None, implementations=["cudnn"])
     (grid,) = command.narrowed("core", only)
     assert (grid["tokens"], grid["groups"], grid["implementations"]) == (
-        [8192, 65536], [1, 4, 16], ["cudnn"],
-    )  # fmt: skip
+        [8192, 65536],
+        [1, 4, 16],
+        ["cudnn"],
+    )
     grids = command.narrowed("core_memory", dict(tokens=[131072]))
     assert [grid["tokens"] for grid in grids] == [[131072]]
 
@@ -281,9 +294,11 @@ def test_a_command_shows_what_it_measured(monkeypatch, tmp_path):
     monkeypatch.setattr(command.floors, "ceilings", lambda meter: RATES)
     monkeypatch.setattr(command.suites, "run", partial(suites.run, device="cpu"))
     monkeypatch.setitem(command.SUITES, "core", small("core", blocks=["32x4"]))
-    monkeypatch.setitem(IMPLEMENTATIONS, "cudnn", dataclasses.replace(
-        IMPLEMENTATIONS["cudnn"], function=partial(sdpa, backend="MATH")
-    ))  # fmt: skip
+    monkeypatch.setitem(
+        IMPLEMENTATIONS,
+        "cudnn",
+        dataclasses.replace(IMPLEMENTATIONS["cudnn"], function=partial(sdpa, backend="MATH")),
+    )
     monkeypatch.setattr(command, "console", console := quiet())
     monkeypatch.setattr(command.pages, "write", lambda: pytest.fail("this is no H200"))
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)  # it names the file after the GPU

@@ -89,11 +89,15 @@ def test_random_settings_and_chunks(seed):
     kernel_size = stride * pick(1, 2, 3)
     block_size = max(kernel_size, stride * pick(1, 2, 4))
     config = small_config(
-        kernel_size=kernel_size, kernel_stride=stride, block_size=block_size,
-        window_size=pick(1, 5, 30), compress_k=pick("mean", "linear", "mlp"),
-        compress_v=pick("mean", "gated"), kv_per_branch=pick(True, False),
+        kernel_size=kernel_size,
+        kernel_stride=stride,
+        block_size=block_size,
+        window_size=pick(1, 5, 30),
+        compress_k=pick("mean", "linear", "mlp"),
+        compress_v=pick("mean", "gated"),
+        kv_per_branch=pick(True, False),
         compress_rope=pick("before", "after"),
-    )  # fmt: skip
+    )
     chunks = []
     while sum(chunks) < 60:
         chunks.append(min(60 - sum(chunks), pick(1, 1, 2, 5, 11, 17)))

@@ -20,9 +20,12 @@ from tests.modules.layers import make_layer, make_variant, randn, rms, small_con
 FLOAT32, CLOSE = CLOSE[torch.float32], CLOSE[torch.float64]
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
-}  # fmt: skip
+}
 PARTLY = {"rope_type": "linear", "factor": 3.0, "partial_rotary_factor": 0.5}
 LAYERS = {
     "weighted": dict(),

@@ -266,9 +266,18 @@ def test_arguments_and_their_order():
     """Calls written for fla pass any of these, by name or by place; only `backend` is ours."""
     parameters = inspect.signature(parallel_nsa).parameters
     assert {name: p.default for name, p in parameters.items() if p.default is not p.empty} == dict(
-        g_cmp=None, g_slc=None, g_swa=None, block_indices=None, block_counts=16, block_size=64,
-        window_size=0, scale=None, cu_seqlens=None, head_first=False, backend="auto",
-    )  # fmt: skip
+        g_cmp=None,
+        g_slc=None,
+        g_swa=None,
+        block_indices=None,
+        block_counts=16,
+        block_size=64,
+        window_size=0,
+        scale=None,
+        cu_seqlens=None,
+        head_first=False,
+        backend="auto",
+    )
     assert [*parameters][:4] == ["q", "k", "v", "g_cmp"]
     assert [name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY] == ["backend"]
     x = Problem("packed")

@@ -12,8 +12,8 @@ from tests.cases import device_of
 
 NAN = float("nan")
 SHARES = dict(
-    score_shares=4, score_least=1, shares=2, sliding_shares=2, score_windows=16, keys=16, ranked=32,
-)  # fmt: skip
+    score_shares=4, score_least=1, shares=2, sliding_shares=2, score_windows=16, keys=16, ranked=32
+)
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,17 @@ class Run:
             position = (position + torch.arange(num_new, device=p.device)).flatten()
             rotation = tuple(x[position.clamp(max=len(x) - 1)].to(p.dtype) for x in (cos, sin))
         append_tokens(
-            k, v, pages, lengths, **p.windows, pool_k=self.pool_k, pool_v=self.pool_v,
-            turn=self.turn, rotation=rotation, backend=self.backend,
-        )  # fmt: skip
+            k,
+            v,
+            pages,
+            lengths,
+            **p.windows,
+            pool_k=self.pool_k,
+            pool_v=self.pool_v,
+            turn=self.turn,
+            rotation=rotation,
+            backend=self.backend,
+        )
 
     def step(self, which=None):
         """Decodes the next tokens of the sequences `which`, by default all; the others rest."""
@@ -160,9 +168,14 @@ class Run:
         given = {name: torch.cat(parts) for name, parts in given.items()}
         self.write(given["k"], given["v"], self.pages, active)
         return nsa_decode(
-            given["q"], given["gate_logits"], self.pages, active, **p.windows, **p.selection,
+            given["q"],
+            given["gate_logits"],
+            self.pages,
+            active,
+            **p.windows,
+            **p.selection,
             backend=self.backend,
-        )  # fmt: skip
+        )
 
     def whole(self, b):
         """o and block indices of a sequence so far, in float64, by operators of training."""

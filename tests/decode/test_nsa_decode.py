@@ -27,7 +27,11 @@ PROBLEMS = {
     "no forced": Problem(init_blocks=0, local_blocks=0, lengths=(100,), num_selected_blocks=2),
     "only forced": Problem(init_blocks=2, local_blocks=2, lengths=(100,)),
     "hops": Problem(
-        kernel_size=12, kernel_stride=4, block_size=12, page_size=24, lengths=(83, 11),
+        kernel_size=12,
+        kernel_stride=4,
+        block_size=12,
+        page_size=24,
+        lengths=(83, 11),
         local_blocks=2,
     ),
     "blocks of one window": Problem(
@@ -36,7 +40,7 @@ PROBLEMS = {
     "many lists": Problem(lengths=(700,), num_kv_heads=1, num_selected_blocks=5),
     "lists of lists": Problem(lengths=(1100,), num_kv_heads=1, num_selected_blocks=6),
     "wide window": Problem(lengths=(3, 60), window_size=2**31),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -82,9 +86,15 @@ def test_scores_far_below_zero(backend):
     """The first new token sees no window of the last share, so that its weights there are 0, beside
     a sum that is almost 0."""
     problem = Problem(
-        lengths=(270,), num_new=2, num_selected_blocks=2, init_blocks=0, local_blocks=0,
-        rotary_dim=0, logits=False, embedding=False,
-    )  # fmt: skip
+        lengths=(270,),
+        num_new=2,
+        num_selected_blocks=2,
+        init_blocks=0,
+        local_blocks=0,
+        rotary_dim=0,
+        logits=False,
+        embedding=False,
+    )
     run = Run(problem, backend)
     run.sequences[0].q.fill_(1.0)
     run.sequences[0].k.mul_(0.3).sub_(30.0)[248:264] += 0.5  # a window that ends in the last block
@@ -134,9 +144,14 @@ def test_neither_neighbours_nor_pages_matter():
         rows = slice(stop - 1, stop)
         run.append(one, [b], stop - 1, length[None] + 1, 1)
         found = nsa_decode(
-            sequence.q[rows], sequence.gate_logits[rows], one, length[None] + 1,
-            **run.problem.windows, **run.problem.selection, backend="triton",
-        )  # fmt: skip
+            sequence.q[rows],
+            sequence.gate_logits[rows],
+            one,
+            length[None] + 1,
+            **run.problem.windows,
+            **run.problem.selection,
+            backend="triton",
+        )
         assert torch.equal(found.o, whole.o[b : b + 1])
     wide = Run(Problem(), "triton")
     room = wide.pages.table.new_zeros(4, 40)
@@ -199,10 +214,12 @@ def test_tokens_may_lie_elsewhere_than_compressed_ones(backend):
     for x, y in zip((k, v), moved, strict=True):
         y[at, :, column] = x[at, :, torch.arange(rows, device=k.device)]
     pages = [
-        y.as_strided((number * heads * rows - (heads - 1) * rows, heads, 1, y.shape[3]),
-                     (y.shape[3], rows * y.shape[3], y.shape[3], 1))
+        y.as_strided(
+            (number * heads * rows - (heads - 1) * rows, heads, 1, y.shape[3]),
+            (y.shape[3], rows * y.shape[3], y.shape[3], 1),
+        )
         for y in moved
-    ]  # fmt: skip
+    ]
     states, page = [x.clone() for x in (k_cmp, v_cmp)], table.long()[:, 0]
     of_last = (run.lengths // run.problem.kernel_stride - 1).long()  # what the step has made
     for x in states:
@@ -216,9 +233,18 @@ def test_tokens_may_lie_elsewhere_than_compressed_ones(backend):
     )
     cos, sin = (x[run.lengths.long() - 1].float() for x in angles(p, int(run.lengths.max())))
     append_tokens(
-        new_k, new_v, apart, run.lengths, **p.windows, pool_k=run.pool_k, pool_v=run.pool_v,
-        turn=run.turn, rotation=(cos, sin), write=False, backend=backend,
-    )  # fmt: skip
+        new_k,
+        new_v,
+        apart,
+        run.lengths,
+        **p.windows,
+        pool_k=run.pool_k,
+        pool_v=run.pool_v,
+        turn=run.turn,
+        rotation=(cos, sin),
+        write=False,
+        backend=backend,
+    )
     found = nsa_decode(q, gates, apart, run.lengths, **p.windows, **p.selection, backend=backend)
     assert torch.equal(found.block_indices, whole.block_indices)
     torch.testing.assert_close(found.o, whole.o)
@@ -281,9 +307,17 @@ def test_operators_pass_opcheck(backend):
     windows = Windows(p.kernel_size, p.kernel_stride)
     blocks = Blocks(p.block_size, p.init_blocks, p.local_blocks)
     call = DecodeCall(
-        q, gates, pages, lengths, p.scale, windows, blocks, p.num_selected_blocks, p.window_size,
+        q,
+        gates,
+        pages,
+        lengths,
+        p.scale,
+        windows,
+        blocks,
+        p.num_selected_blocks,
+        p.window_size,
         backend,
-    )  # fmt: skip
+    )
     torch.library.opcheck(torch.ops.nsa_fsa.nsa_decode.default, DECODE.call.flatten(call))
     k, v = run.sequences[0].k[:2], run.sequences[0].v[:2]
     rotation = torch.rand(2, 2, p.rotary_dim, device=p.device).unbind(0)
@@ -335,8 +369,10 @@ def test_a_step_compiles_to_one_graph():
         (dict(k=torch.zeros(3, 2, 16)), "k of the pages has shape"),
         (dict(k=[1]), "k of the pages"),
         (
-            dict(lengths=torch.zeros(0, dtype=torch.int32),
-                 table=torch.zeros(0, 2, dtype=torch.int32)),
+            dict(
+                lengths=torch.zeros(0, dtype=torch.int32),
+                table=torch.zeros(0, 2, dtype=torch.int32),
+            ),
             "does not fit 0 sequences",
         ),
         (dict(q=torch.zeros(2, 4, 16, dtype=torch.float64)), "q has dtype torch.float64"),
@@ -348,7 +384,7 @@ def test_a_step_compiles_to_one_graph():
         (dict(kernel_stride=7), "kernel_size=16"),
     ],
     ids=lambda x: str(x)[:40],
-)  # fmt: skip
+)
 def test_bad_input_is_refused(change, message):
     run = Run(Problem(lengths=(40, 70), device="cpu"), "reference")
     (q, gates, pages, lengths), settings = call_of(run)
@@ -376,7 +412,7 @@ def test_bad_input_is_refused(change, message):
         (dict(backend="gluon"), "backend='gluon'"),
     ],
     ids=lambda x: str(x)[:40],
-)  # fmt: skip
+)
 def test_bad_tokens_are_refused(change, message):
     run = Run(Problem(lengths=(40, 70), device="cpu"), "reference")
     before = [x.clone() for x in run.pages[:5]]

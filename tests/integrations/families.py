@@ -38,12 +38,18 @@ QWEN_NEXT = dict(
     layer_types=["linear_attention", "full_attention"],
 )
 LATENT = dict(
-    num_key_value_heads=8, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=8, qk_nope_head_dim=8,
-    v_head_dim=16, **ROUTED, n_group=1, topk_group=1, first_k_dense_replace=1,
-)  # fmt: skip
-VISION = dict(
-    depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=64,
-)  # fmt: skip
+    num_key_value_heads=8,
+    q_lora_rank=32,
+    kv_lora_rank=32,
+    qk_rope_head_dim=8,
+    qk_nope_head_dim=8,
+    v_head_dim=16,
+    **ROUTED,
+    n_group=1,
+    topk_group=1,
+    first_k_dense_replace=1,
+)
+VISION = dict(depth=1, hidden_size=32, num_heads=2, intermediate_size=32, out_hidden_size=64)
 
 # Of causal language models: what their configs are called, without "Config", and what they need.
 LANGUAGE_MODELS = {
@@ -64,7 +70,9 @@ LANGUAGE_MODELS = {
     "HunYuanDenseV1": dict(head_dim=8),
     "Llama": {},
     "Llama4": dict(
-        head_dim=8, intermediate_size_mlp=96, num_local_experts=2,
+        head_dim=8,
+        intermediate_size_mlp=96,
+        num_local_experts=2,
         layer_types=["chunked_attention", "full_attention"],
     ),
     "Ministral3": {},
@@ -84,7 +92,7 @@ LANGUAGE_MODELS = {
     "SmolLM3": {},
     "StableLm": {},
     "Starcoder2": {},
-}  # fmt: skip
+}
 CONFIGS = {"Gemma3": "Gemma3Text", "Llama4": "Llama4Text"}  # where they are called otherwise
 
 
@@ -111,9 +119,13 @@ def _with_vision(model, config, vision, **text):
 
 def _llava():
     vision = transformers.CLIPVisionConfig(
-        hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        image_size=28, patch_size=14,
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=28,
+        patch_size=14,
+    )
     text = transformers.LlamaConfig(**BASE)
     config = transformers.LlavaConfig(text_config=text, vision_config=vision)
     return transformers.LlavaForConditionalGeneration(config)
@@ -162,17 +174,19 @@ FAMILIES = {
 # What cannot be patched as it is.
 REFUSED = {
     "Falcon": _of(
-        transformers.FalconForCausalLM, transformers.FalconConfig, vocab_size=VOCAB,
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=8,
+        transformers.FalconForCausalLM,
+        transformers.FalconConfig,
+        vocab_size=VOCAB,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=8,
     ),
     "Gemma2, soft cap": lambda: _language_model("Gemma2")(attn_logit_softcapping=50.0),
     "GptOss": lambda: transformers.GptOssForCausalLM(
-        transformers.GptOssConfig(
-            **BASE, head_dim=16, num_local_experts=4, num_experts_per_tok=2
-        )
+        transformers.GptOssConfig(**BASE, head_dim=16, num_local_experts=4, num_experts_per_tok=2)
     ),
     "Mistral, sliding": lambda: _language_model("Mistral")(sliding_window=32),
-}  # fmt: skip
+}
 # Those with a router, where a small difference may send a token to other experts.
 ROUTED_FAMILIES = (
     "Mixtral",

@@ -173,10 +173,15 @@ def test_settings_for_several_layers_at_once(key):
 
 
 CHANGES = [
-    dict(kernel_size=8, kernel_stride=4), dict(kernel_stride=4), dict(compress_k="linear"),
-    dict(compress_v="mean"), dict(gate="per_token"), dict(num_kv_heads=4),
-    dict(compress_position_embedding=True), dict(backend="reference"),
-]  # fmt: skip
+    dict(kernel_size=8, kernel_stride=4),
+    dict(kernel_stride=4),
+    dict(compress_k="linear"),
+    dict(compress_v="mean"),
+    dict(gate="per_token"),
+    dict(num_kv_heads=4),
+    dict(compress_position_embedding=True),
+    dict(backend="reference"),
+]
 
 
 @pytest.mark.parametrize("changes", CHANGES, ids=str)

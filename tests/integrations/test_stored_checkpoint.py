@@ -17,8 +17,9 @@ def test_gives_the_same_logits_and_text():
     model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER).eval()
     settings = [layer.self_attn.nsa_config for layer in model.model.layers]
     assert [(c.compress_rope, c.compress_k, c.window_size) for c in settings] == [
-        ("after", "mlp", 32), ("after", "weighted", 24),
-    ]  # fmt: skip
+        ("after", "mlp", 32),
+        ("after", "weighted", 24),
+    ]
     ids = expected["input_ids"]
     with torch.no_grad():
         logits = model(ids, use_cache=False).logits[0, ::7]

@@ -16,9 +16,12 @@ from tests.integrations.models import dense_model, sparse_model, tokens
 pytestmark = pytest.mark.filterwarnings("ignore:.*gates of the NSA layers are frozen")
 
 SMALL = dict(
-    vocab_size=96, hidden_size=64, num_hidden_layers=2, num_attention_heads=8,
+    vocab_size=96,
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=8,
     max_position_embeddings=512,
-)  # fmt: skip
+)
 
 
 def open_model(name, layers=None, **settings):

@@ -282,9 +282,14 @@ def expected_output(layer, x):
         cu_seqlens=cu_seqlens,
     )
     o_slc, _ = oracle.oracle_selected(
-        q, branch_keys(SELECTED), branch_values(SELECTED), chosen,
-        block_size=c.block_size, scale=c.scale, cu_seqlens=cu_seqlens,
-    )  # fmt: skip
+        q,
+        branch_keys(SELECTED),
+        branch_values(SELECTED),
+        chosen,
+        block_size=c.block_size,
+        scale=c.scale,
+        cu_seqlens=cu_seqlens,
+    )
     o_swa, _ = oracle.oracle_sliding(
         q,
         branch_keys(SLIDING),

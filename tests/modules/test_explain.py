@@ -14,9 +14,15 @@ from tests.cases import BACKENDS
 
 CONFIG = NSAConfig(hidden_size=256, num_heads=4, num_kv_heads=2)
 OPERATORS = (
-    "pool_windows", "compressed_attention", "select_blocks", "selected_attention",
-    "sliding_window_attention", "gated_combine", "append_tokens", "nsa_decode",
-)  # fmt: skip
+    "pool_windows",
+    "compressed_attention",
+    "select_blocks",
+    "selected_attention",
+    "sliding_window_attention",
+    "gated_combine",
+    "append_tokens",
+    "nsa_decode",
+)
 WITH_TRITON = tuple(operator for operator in OPERATORS if operator != "sliding_window_attention")
 DECODING = ("append_tokens", "nsa_decode")
 SEES_KEYS = tuple(operator for operator in WITH_TRITON if operator != "gated_combine")
@@ -79,14 +85,16 @@ REFUSED = [
     (dict(), torch.float64, "has dtype torch.float64", WITH_TRITON),
     (dict(head_dim=272), torch.float16, "272", SEES_KEYS),  # the gates see values only
     (
-        dict(v_head_dim=272), torch.float16, "272",
+        dict(v_head_dim=272),
+        torch.float16,
+        "272",
         tuple(x for x in WITH_TRITON if x != "select_blocks"),
     ),
     (dict(block_size=48), torch.float16, "block_size=48", ("selected_attention",)),
     (dict(num_selected_blocks=65), torch.float16, "num_selected_blocks=65", ("select_blocks",)),
     (dict(num_selected_blocks=129), torch.float16, "129", ("select_blocks", "selected_attention")),
     (dict(num_heads=130), torch.float16, "65 query heads", ("compressed_attention", "nsa_decode")),
-]  # fmt: skip
+]
 
 
 @needs_triton

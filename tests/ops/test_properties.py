@@ -84,7 +84,10 @@ def problems(draw):
         v_cmp=with_nan(randn(total // stride, kv_heads, v_dim), owned),
         weight=randn(kv_heads, kernel_size).requires_grad_(),
         block_indices=torch.randint(
-            -2, 6, (sum(num_queries), kv_heads, num_selected), generator=generator,
+            -2,
+            6,
+            (sum(num_queries), kv_heads, num_selected),
+            generator=generator,
             dtype=torch.int32,
         ),
         layout=layout,
@@ -93,12 +96,14 @@ def problems(draw):
         windows=windows,
         block_size=block_size,
         blocks=dict(
-            block_size=block_size, num_selected_blocks=num_selected, init_blocks=init_blocks,
-            local_blocks=local_blocks
+            block_size=block_size,
+            num_selected_blocks=num_selected,
+            init_blocks=init_blocks,
+            local_blocks=local_blocks,
         ),
         window_size=draw(st.integers(1, 20)),
         scale=draw(st.sampled_from([0.1, 1.0, 2.5])),
-    )  # fmt: skip
+    )
 
 
 def compare(found, expected, leaves, rows=slice(None)):

@@ -23,8 +23,12 @@ def run(*command):
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "NSA_FSA_PROFILE": "0"}
     result = subprocess.run(
         [*command, sys.executable, "-m", "tests.ops.sanitizer_cases"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
     output = f"{result.stdout}\n{result.stderr}"
     assert result.returncode == 0, output[-8000:]
     assert f"{len(sanitizer_cases.RUNS)} cases ran" in output
@@ -115,9 +119,15 @@ NEEDS_SANITIZER = [
 # Calls of the driver that fail and are meant to, such as questions about what a GPU can do,
 # are no errors of ours. FlashAttention's kernels are PyTorch's.
 SANITIZER = (
-    "compute-sanitizer", "--report-api-errors", "no", "--print-limit", "10000",
-    "--kernel-name-exclude", "kns=flash", "--tool",
-)  # fmt: skip
+    "compute-sanitizer",
+    "--report-api-errors",
+    "no",
+    "--print-limit",
+    "10000",
+    "--kernel-name-exclude",
+    "kns=flash",
+    "--tool",
+)
 
 
 @pytest.mark.parametrize("tool", [pytest.param("memcheck", marks=NEEDS_SANITIZER)])

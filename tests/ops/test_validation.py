@@ -464,14 +464,24 @@ def test_a_backend_that_cannot_run_here_says_why(monkeypatch):
 # --- Every argument of every operator, with everything that it cannot be --------------------------
 
 SMALLEST = dict(
-    max_seqlen=0, kernel_size=1, kernel_stride=1, block_size=1, num_selected_blocks=1,
-    init_blocks=0, local_blocks=0, window_size=1, workspace_bytes=1,
-)  # fmt: skip
+    max_seqlen=0,
+    kernel_size=1,
+    kernel_stride=1,
+    block_size=1,
+    num_selected_blocks=1,
+    init_blocks=0,
+    local_blocks=0,
+    window_size=1,
+    workspace_bytes=1,
+)
 OPTIONAL = dict(
-    k_swa=TENSORS["k"], v_swa=TENSORS["v"], cu_seqlens_q=TENSORS["cu_seqlens"],
-    seqused_k=ints(20, 12), block_counts=torch.zeros(T, HKV, dtype=torch.int32),
+    k_swa=TENSORS["k"],
+    v_swa=TENSORS["v"],
+    cu_seqlens_q=TENSORS["cu_seqlens"],
+    seqused_k=ints(20, 12),
+    block_counts=torch.zeros(T, HKV, dtype=torch.int32),
     weight=TENSORS["weight"],
-)  # fmt: skip
+)
 SWITCHES = ("return_lse", "return_scores", "return_branches")  # anything is true or false
 
 
@@ -482,11 +492,16 @@ def starts(**changes):
 
 def wrong_arguments():
     operators = {
-        compressed: ops.compressed_attention, selected: ops.selected_attention,
-        sliding: ops.sliding_window_attention, select: ops.select_blocks, whole: ops.nsa_attention,
-        pool: ops.pool_windows, gather: ops.gather_windows, gated: ops.gated_combine,
+        compressed: ops.compressed_attention,
+        selected: ops.selected_attention,
+        sliding: ops.sliding_window_attention,
+        select: ops.select_blocks,
+        whole: ops.nsa_attention,
+        pool: ops.pool_windows,
+        gather: ops.gather_windows,
+        gated: ops.gated_combine,
         starts: ops.window_starts,
-    }  # fmt: skip
+    }
     for call, operator in operators.items():
         for name in inspect.signature(operator).parameters:
             if name in SWITCHES:

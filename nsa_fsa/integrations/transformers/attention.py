@@ -31,8 +31,13 @@ from nsa_fsa.sequences import Packing, Sequences, keep_padding, pack_batch, unif
 
 ATTENTION_NAME = "nsa_fsa"
 READ_IN_FORWARD = (
-    "block_size", "num_selected_blocks", "init_blocks", "local_blocks", "window_size", "recompute",
-)  # fmt: skip
+    "block_size",
+    "num_selected_blocks",
+    "init_blocks",
+    "local_blocks",
+    "window_size",
+    "recompute",
+)
 # What an attention function may be told beside queries, keys and values, and no branch can do.
 NOT_AVAILABLE = {
     "sliding_window": "a sliding window",

@@ -82,11 +82,15 @@ def test_blocks(lengths, block_size):
     found = locate_blocks(sum(lengths), packed(lengths), block_size)
     owned = {
         first_number(b, start, block_size) + j: [
-            first := start + j * block_size, min(block_size, stop - first), j, first, stop
+            first := start + j * block_size,
+            min(block_size, stop - first),
+            j,
+            first,
+            stop,
         ]
         for b, (start, stop) in enumerate(pairwise(starts(lengths)))
         for j in range(-(-(stop - start) // block_size))
-    }  # fmt: skip
+    }
     assert len(owned) == sum(-(-n // block_size) for n in lengths)
     numbers = found.T.tolist()
     assert {number: values for number, values in enumerate(numbers) if number in owned} == owned

@@ -66,10 +66,15 @@ class Problem:
 
     def arguments(self):
         return dict(
-            cu_seqlens=self.cu_seqlens, max_seqlen=max(self.lengths), kernel_size=self.kernel_size,
-            kernel_stride=self.kernel_stride, cu_seqlens_q=self.cu_seqlens_q,
-            seqused_k=self.seqused_k, workspace_bytes=self.workspace_bytes, return_lse=True,
-        )  # fmt: skip
+            cu_seqlens=self.cu_seqlens,
+            max_seqlen=max(self.lengths),
+            kernel_size=self.kernel_size,
+            kernel_stride=self.kernel_stride,
+            cu_seqlens_q=self.cu_seqlens_q,
+            seqused_k=self.seqused_k,
+            workspace_bytes=self.workspace_bytes,
+            return_lse=True,
+        )
 
     def leaves(self):
         return self.q, self.k_cmp, self.v_cmp
@@ -122,9 +127,18 @@ def owned_windows(p):
 
 
 def make(
-    lengths, num_kv_heads, group_size, head_dim=128, v_dim=None, *, dtype=torch.bfloat16,
-    windows=(32, 16), seed=0, num_queries=None, used=None,
-):  # fmt: skip
+    lengths,
+    num_kv_heads,
+    group_size,
+    head_dim=128,
+    v_dim=None,
+    *,
+    dtype=torch.bfloat16,
+    windows=(32, 16),
+    seed=0,
+    num_queries=None,
+    used=None,
+):
     """num_queries, used: of every sequence's `lengths` rows of keys,
     how many last queries there are and rows that count.
     """
@@ -137,11 +151,16 @@ def make(
     num_rows = sum(lengths if num_queries is None else num_queries)
     num_windows = sum(lengths) // windows[1]
     p = Problem(
-        randn(num_rows, num_heads, head_dim), randn(num_windows, num_kv_heads, head_dim),
-        randn(num_windows, num_kv_heads, v_dim), randn(num_rows, num_heads, v_dim), tuple(lengths),
-        starts(lengths), *windows, None if num_queries is None else starts(num_queries),
+        randn(num_rows, num_heads, head_dim),
+        randn(num_windows, num_kv_heads, head_dim),
+        randn(num_windows, num_kv_heads, v_dim),
+        randn(num_rows, num_heads, v_dim),
+        tuple(lengths),
+        starts(lengths),
+        *windows,
+        None if num_queries is None else starts(num_queries),
         None if used is None else torch.tensor(used, dtype=torch.int32, device="cuda"),
-    )  # fmt: skip
+    )
     for x in (p.k_cmp, p.v_cmp):
         x[~owned_windows(p)] = torch.nan
     return p.differentiable()
@@ -571,9 +590,15 @@ def test_heads_past_2_31_are_no_other_heads(num_kv_heads, group_size, determinis
         )
         grads = torch.autograd.grad(o, leaves, place(do))
         indices = ops.select_blocks(
-            leaves[0].detach(), leaves[1].detach(), lse, *layout, **windows, block_size=64,
-            num_selected_blocks=8, backend="triton",
-        )  # fmt: skip
+            leaves[0].detach(),
+            leaves[1].detach(),
+            lse,
+            *layout,
+            **windows,
+            block_size=64,
+            num_selected_blocks=8,
+            backend="triton",
+        )
         found.append([x.sum(0, dtype=torch.float64) for x in (o.detach(), lse, *grads)] + [indices])
         del o, lse, grads, leaves
     for a, b in zip(*found, strict=True):

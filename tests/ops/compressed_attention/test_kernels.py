@@ -26,9 +26,17 @@ from tests.oracle import windows as owned_rows
 WARPS = dict(fwd_warps=4, dq_warps=4, dkdv_warps=4, fwd_stages=2, dq_stages=2, dkdv_stages=2)
 # Rows cut into parts of 32 and more, two heads of keys at a time; steps and tiles of 16.
 SMALL = CompressedConfig(
-    fwd_m=16, fwd_n=16, dq_m=16, dq_n=16, dkdv_m=16, dkdv_n=16, dkdv_heads=2, dkdv_programs=1000,
-    dkdv_part_rows=32, **WARPS
-)  # fmt: skip
+    fwd_m=16,
+    fwd_n=16,
+    dq_m=16,
+    dq_n=16,
+    dkdv_m=16,
+    dkdv_n=16,
+    dkdv_heads=2,
+    dkdv_programs=1000,
+    dkdv_part_rows=32,
+    **WARPS,
+)
 # A tile of keys whose parts are summed in two pieces, every row in one part.
 WHOLE = dataclasses.replace(
     SMALL, fwd_m=32, fwd_n=32, dq_m=32, dkdv_n=32, dkdv_m=32, dkdv_part_rows=2**20
@@ -76,11 +84,13 @@ def make(layout, num_kv_heads, group_size, head_dim, v_dim, kernel_size, kernel_
     lengths, num_queries, used = layout
     cu_seqlens = [*accumulate(lengths, initial=0)]
     keywords = dict(
-        cu_seqlens=ints(cu_seqlens), max_seqlen=max(lengths) + 20, kernel_size=kernel_size,
+        cu_seqlens=ints(cu_seqlens),
+        max_seqlen=max(lengths) + 20,
+        kernel_size=kernel_size,
         kernel_stride=kernel_stride,
         cu_seqlens_q=None if num_queries is None else ints(accumulate(num_queries, initial=0)),
         seqused_k=None if used is None else ints(used),
-    )  # fmt: skip
+    )
     rows = sum(lengths if num_queries is None else num_queries)
     compressed = sum(lengths) // kernel_stride
     q, do = (torch.randn(rows, num_kv_heads * group_size, width) for width in (head_dim, v_dim))

@@ -33,9 +33,13 @@ class Problem:
 
     def arguments(self):
         return dict(
-            cu_seqlens=self.cu_seqlens, max_seqlen=max(self.lengths), block_size=self.block_size,
-            init_blocks=self.init_blocks, local_blocks=self.local_blocks, return_lse=True,
-        )  # fmt: skip
+            cu_seqlens=self.cu_seqlens,
+            max_seqlen=max(self.lengths),
+            block_size=self.block_size,
+            init_blocks=self.init_blocks,
+            local_blocks=self.local_blocks,
+            return_lse=True,
+        )
 
     def index_call(self):
         """What makes its block index."""
@@ -91,9 +95,18 @@ def random_selection(
 
 
 def make_problem(
-    lengths, num_kv_heads, group_size, *, head_dim=128, dtype=torch.bfloat16, block_size=64,
-    num_indices=16, init_blocks=1, local_blocks=2, seed=0,
-):  # fmt: skip
+    lengths,
+    num_kv_heads,
+    group_size,
+    *,
+    head_dim=128,
+    dtype=torch.bfloat16,
+    block_size=64,
+    num_indices=16,
+    init_blocks=1,
+    local_blocks=2,
+    seed=0,
+):
     generator = torch.Generator("cuda").manual_seed(seed)
     total = sum(lengths)
 
@@ -107,9 +120,17 @@ def make_problem(
     blocks = (block_size, num_indices, init_blocks, local_blocks)
     block_indices = random_selection(lengths, num_kv_heads, *blocks, generator)
     return Problem(
-        q, k, v, randn(num_kv_heads * group_size), block_indices, tuple(lengths), starts(lengths),
-        block_size, init_blocks, local_blocks,
-    )  # fmt: skip
+        q,
+        k,
+        v,
+        randn(num_kv_heads * group_size),
+        block_indices,
+        tuple(lengths),
+        starts(lengths),
+        block_size,
+        init_blocks,
+        local_blocks,
+    )
 
 
 @torch.no_grad()

@@ -54,9 +54,14 @@ class Chunk:
         }
         with guarded_allocations():
             found = ops.selected_attention(
-                *tensors, guarded(self.block_indices.to(device))[0], return_lse=True,
-                backend=backend, **layout, **self.blocks, **extra,
-            )  # fmt: skip
+                *tensors,
+                guarded(self.block_indices.to(device))[0],
+                return_lse=True,
+                backend=backend,
+                **layout,
+                **self.blocks,
+                **extra,
+            )
         return [x.cpu().double() for x in found]
 
 
@@ -96,9 +101,13 @@ def make_chunk(group_size=1, forced=(1, 1), free=2, chunks=CHUNKS, block_size=16
     )
     blocks = dict(block_size=block_size, init_blocks=init_blocks, local_blocks=local_blocks)
     return Chunk(
-        randn(total, NUM_KV_HEADS * group_size, HEAD_DIM), cache(HEAD_DIM), cache(V_HEAD_DIM),
-        indices.int(), layout, blocks,
-    )  # fmt: skip
+        randn(total, NUM_KV_HEADS * group_size, HEAD_DIM),
+        cache(HEAD_DIM),
+        cache(V_HEAD_DIM),
+        indices.int(),
+        layout,
+        blocks,
+    )
 
 
 def check(backend, chunk, **extra):
@@ -170,10 +179,13 @@ def test_what_goes_by_blocks_on_a_gpu(backend, num_queries, cached, by_blocks):
         q, k, indices, starts, used = (
             torch.empty(shape, dtype=dtype, device="cuda")
             for shape, dtype in (
-                ((num_queries, 4, 64), bf16), ((4096 if cached else num_queries, 2, 64), bf16),
-                ((num_queries, 2, 8), int32), (5, int32), (4, int32),
+                ((num_queries, 4, 64), bf16),
+                ((4096 if cached else num_queries, 2, 64), bf16),
+                ((num_queries, 2, 8), int32),
+                (5, int32),
+                (4, int32),
             )
-        )  # fmt: skip
+        )
         sequences = Sequences(starts, 1024, *((starts, used) if cached else ()))
         shared = (sequences, 0.1, WORKSPACE_BYTES, backend, Blocks(64, 1, 2))
         call = SelectedCall(q, k, k, *shared, indices, None, None)

@@ -114,10 +114,13 @@ def test_no_host_syncs(backend, group_size, head_dim, workspace_bytes):
 def test_decoding():
     p = make_problem((300, 500), 2, 4)
     arguments = dict(
-        cu_seqlens=p.cu_seqlens, max_seqlen=500, block_size=64, cu_seqlens_q=starts((1, 1)),
+        cu_seqlens=p.cu_seqlens,
+        max_seqlen=500,
+        block_size=64,
+        cu_seqlens_q=starts((1, 1)),
         seqused_k=torch.tensor([260, 500], dtype=torch.int32, device="cuda"),
         backend="triton_query_major",
-    )  # fmt: skip
+    )
     rows = torch.tensor([259, 799], device="cuda")
     q, indices = p.q.detach()[rows], p.block_indices[rows]
     with torch.no_grad():
@@ -148,10 +151,13 @@ def test_a_chunk_after_a_past(backend, group_size, head_dim, workspace_bytes):
         cache[cached] = x.detach()
         caches.append(cache)
     arguments = p.arguments() | dict(
-        cu_seqlens=starts(capacities), max_seqlen=max(lengths), cu_seqlens_q=starts(CHUNK),
-        seqused_k=torch.tensor(lengths, dtype=torch.int32, device="cuda"), backend=backend,
+        cu_seqlens=starts(capacities),
+        max_seqlen=max(lengths),
+        cu_seqlens_q=starts(CHUNK),
+        seqused_k=torch.tensor(lengths, dtype=torch.int32, device="cuda"),
+        backend=backend,
         workspace_bytes=workspace_bytes,
-    )  # fmt: skip
+    )
     q, indices = p.q.detach()[rows], p.block_indices[rows]
     with torch.no_grad():
         o, lse = (x[rows] for x in p.forward(backend))

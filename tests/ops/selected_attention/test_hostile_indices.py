@@ -59,9 +59,15 @@ def check(backend, block_indices, block_counts=None):
         block_indices=block_indices.cpu()
     )
     expected, lse_expected = oracle.oracle_selected(
-        y.q, y.k, y.v, y.block_indices, block_size=case.block_size, scale=case.scale,
-        cu_seqlens=y.cu_seqlens, block_counts=block_counts,
-    )  # fmt: skip
+        y.q,
+        y.k,
+        y.v,
+        y.block_indices,
+        block_size=case.block_size,
+        scale=case.scale,
+        cu_seqlens=y.cu_seqlens,
+        block_counts=block_counts,
+    )
     do = torch.randn_like(expected)
     with guarded_allocations():
         o, lse = call("selected_attention", case, x, backend, block_counts=counts)

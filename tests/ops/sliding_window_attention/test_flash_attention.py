@@ -24,9 +24,17 @@ from tests.cases import BACKENDS, by_name, call, make_inputs
 
 
 def window_call(
-    dtype=torch.bfloat16, head_dim=128, v_head_dim=128, device="cuda", scale=0.1, num_tokens=64,
-    num_sequences=2, cu_seqlens_q=None, seqused_k=None, backend="auto",
-):  # fmt: skip
+    dtype=torch.bfloat16,
+    head_dim=128,
+    v_head_dim=128,
+    device="cuda",
+    scale=0.1,
+    num_tokens=64,
+    num_sequences=2,
+    cu_seqlens_q=None,
+    seqused_k=None,
+    backend="auto",
+):
     """A call that takes no memory, and needs no GPU."""
     with FakeTensorMode():
         shapes = (num_tokens, 8, head_dim), (num_tokens, 2, head_dim), (num_tokens, 2, v_head_dim)
