@@ -4,11 +4,13 @@ import peft
 import pytest
 import torch
 import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from nsa_fsa.integrations.transformers import patch_model
 from tests.cases import backends_of, device_of
-from tests.integrations.models import FAMILIES, attentions, dense_model, sparse_model, tokens
+from tests.integrations.models import FAMILIES, VOCAB, attentions, dense_model, sparse_model, tokens
 
 LENGTHS = [150, 1, 130, 16, 37]
 PARTIAL = [None, [0]]
@@ -230,6 +232,44 @@ def test_trainer_resumes(tmp_path, family):
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for name, parameter in second.model.named_parameters():
         assert torch.equal(parameter, first.model.get_parameter(name)), name
+
+
+@pytest.mark.parametrize("packing", [False, True], ids=["padded", "packed"])
+def test_sft_trainer(tmp_path, packing):
+    """TRL's trainer: the first step's loss is that of documents alone."""
+    trl, datasets = pytest.importorskip("trl"), pytest.importorskip("datasets")
+    vocabulary = {str(i): i for i in range(VOCAB)}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(WordLevel(vocabulary, "0")), pad_token="0", eos_token="1"
+    )
+    documents = [tokens(n, seed=n) for n in (150, 90, 130, 40, 110, 60)]
+    model = sparse_model(layers=[1])
+    with torch.no_grad():
+        losses = [model(x[None], labels=x[None]).loss * (len(x) - 1) for x in documents]
+    expected = sum(losses) / sum(len(x) - 1 for x in documents)
+    arguments = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=len(documents),
+        learning_rate=3e-3,
+        max_length=300,
+        packing=packing,
+        logging_steps=1,
+        report_to="none",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    trainer = trl.SFTTrainer(
+        model,
+        arguments,
+        train_dataset=datasets.Dataset.from_dict({"input_ids": [x.tolist() for x in documents]}),
+        processing_class=tokenizer,
+    )
+    assert len(trainer.train_dataset) == (2 if packing else 6)
+    trainer.train()
+    (loss,) = (entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert loss == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_trainer_compiles_few_graphs(tmp_path):
