@@ -217,9 +217,11 @@ class _NSAModel:
 
     def create_masks_for_generate(self, attention_mask: Any = None, **kwargs: Any) -> Any:
         """The 2D mask, for a step that is compiled as wide as the cache: what is made of it is made
-        in the forward."""
+        in the forward. For more tokens it ends with them, as linear attention reads it."""
         room = room_of(kwargs.get("past_key_values", kwargs.get("cache")))
-        if room and isinstance(attention_mask, Tensor) and self._step_is_traced():
+        of_one_token = kwargs["inputs_embeds"].shape[1] == 1
+        given = room and of_one_token and isinstance(attention_mask, Tensor)
+        if given and self._step_is_traced():
             return nn.functional.pad(attention_mask, (0, room - attention_mask.shape[1]))
         return attention_mask
 
