@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_ATTENTION = torch._C._nn.scaled_dot_product_attention
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -27,6 +28,19 @@ def check_positive(**values: Any) -> None:
 def is_int(value: Any) -> bool:
     """Whether it is a Python int or the compiler's; `True`, an int to Python, is not."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+
+
+def check_whole_sequences() -> None:
+    """Raises ValueError while PyTorch's context parallelism is on, which gives every rank a part of
+    a sequence, and replaces PyTorch's own attention by one that knows of the others."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+    if attention is _ATTENTION:  # which a compiler can follow
+        return
+    if (getattr(attention, "__module__", None) or "").startswith("torch.distributed."):
+        raise ValueError(
+            "context_parallel is on, and an NSA layer would take a rank's part of a sequence for "
+            "the whole of it. Fix: leave context parallelism out (cp_size=1), or unpatch_model."
+        )
 
 
 def check_tensor(name: str, x: Any, what: str) -> None:

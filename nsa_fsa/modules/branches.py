@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from nsa_fsa.cache import KeyValues
+from nsa_fsa.checks import check_whole_sequences
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.decode import Pages, append_tokens, nsa_decode
 from nsa_fsa.decode.operator import BACKENDS
@@ -134,6 +135,7 @@ class SparseBranches:
         gate_logits: `[T, 3 * HQ or 3]`, head by head. scale: default the config's.
         """
         c = self.nsa_config
+        check_whole_sequences()
         gate_logits = gate_logits.unflatten(-1, (-1, 3))  # [T, HQ or 1, 3]
         o = nsa_attention(
             q.to(keys.k.dtype),  # a cache filled under another autocast holds wider keys

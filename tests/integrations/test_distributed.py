@@ -5,13 +5,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import distributed
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.parallel import DistributedDataParallel
 
-from nsa_fsa.integrations.transformers import NSAAttention, patch_model
+from nsa_fsa.integrations.transformers import NSAAttention, patch_model, unpatch_model
 from tests.integrations.families import family, tokens
 from tests.integrations.models import scramble
 
@@ -27,6 +29,39 @@ def test_on_two_processes(tmp_path):
         printed, errors = run.communicate(timeout=300)
         assert run.returncode == 0, errors[-3000:]
         assert printed.split() == list(NAMES)
+
+
+@pytest.fixture
+def one_rank():
+    """A process group of this process alone, as a mesh."""
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,), mesh_dim_names=("cp",))
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("layers", [None, [0]], ids=["whole", "partly patched"])
+def test_context_parallelism_is_refused(one_rank, layers):
+    """PyTorch's, which accelerate's is."""
+    model, ids = family("Llama"), tokens(2, 64)
+    patch_model(model, "tiny", layers=layers, verbose=False)
+    expected = model(ids).logits
+    with (
+        context_parallel(one_rank, buffers=[ids], buffer_seq_dims=[1]),
+        pytest.raises(ValueError, match=r"context_parallel is on.*Fix: leave"),
+    ):
+        model(ids)
+    assert torch.equal(model(ids).logits, expected)
+
+
+def test_what_is_sharded_is_neither_patched_nor_unpatched(one_rank):
+    model, sparse = family("Llama"), family("Llama")
+    patch_model(sparse, "tiny", verbose=False)
+    fully_shard(model.model.layers[0], mesh=one_rank)
+    fully_shard(sparse, mesh=one_rank)
+    with pytest.raises(ValueError, match=r"sharded already.*Fix: .*before fully_shard"):
+        patch_model(model, "tiny", verbose=False)
+    with pytest.raises(TypeError, match=r"FSDP.* cannot be unpatched.*Fix: .*before wrapping"):
+        unpatch_model(sparse)
 
 
 def gradients(model):
