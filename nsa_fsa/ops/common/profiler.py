@@ -4,9 +4,9 @@ on the problem itself, and remembers.
 This is the FSA paper's appendix E. The fastest candidate is kept in memory and in a file of its
 own, below a folder per GPU model and set of versions, so that it is found once per machine. Of
 several processes that time the same kind at once, the first to finish decides for all that share
-the folder: so the ranks of a job run the same kernels without waiting for each other, also if their
-nodes share $NSA_FSA_CACHE_DIR. `NSA_FSA_PROFILE=0` turns the profiler off: then the first
-candidate, a fixed default, runs.
+the folder. The ranks of a job time nothing, for they would time each other's traffic, too: they
+take what the folder knows, for example from `nsa-fsa bench`, or the default. `NSA_FSA_PROFILE=0`
+turns the profiler off: then the first candidate, a fixed default, runs.
 """
 
 import contextlib
@@ -134,6 +134,16 @@ def time_on_gpu(run: Callable[[], Any]) -> float:
     return statistics.median(times)
 
 
+def may_time(device: torch.device) -> bool:
+    """Whether the present time is one for timing: no graph is captured, and no other rank is there
+    to be disturbed, or to choose otherwise."""
+    distributed = torch.distributed
+    in_job = distributed.is_available() and distributed.is_initialized()
+    if in_job and distributed.get_world_size() > 1:
+        return False
+    return device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
 def known(key: str, device: torch.device) -> Record | None:
     """What was measured for problems of this kind, if anything."""
     if not enabled():
@@ -186,7 +196,7 @@ def choose(
         return default
     if (record := known(key, device)) is not None and record["choice"] in candidates:
         return record["choice"]
-    if not enabled() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
+    if not enabled() or not may_time(device):
         return default
 
     replay.refuse("candidates are timed")
