@@ -150,6 +150,7 @@ class Compressor(nn.Module):
     def __init__(self, config: NSAConfig, kind: str | nn.Module, head_dim: int, **factory) -> None:
         super().__init__()
         self.kernel_size, self.kernel_stride = config.kernel_size, config.kernel_stride
+        self.num_heads = config.num_kv_heads
         self.backend = POOL_BACKENDS.or_auto(config.backend)  # gather_windows has the same
         self.kind = None if isinstance(kind, nn.Module) else kind  # None: phi is the user's own
         self.phi: Any = (

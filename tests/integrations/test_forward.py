@@ -667,12 +667,12 @@ def test_a_model_whose_nsa_layers_were_taken_out_by_hand(cached):
     assert torch.equal(unpatch_model(model)(ids).logits, dense(ids).logits)
 
 
-def test_a_rank_of_tensor_parallelism_is_refused():
-    """Where a rank's projections return its heads alone."""
+def test_a_layer_that_is_split_otherwise_than_by_kv_heads_is_refused():
+    """Where a rank's projections return half of the query heads."""
     model = sparse_model()
     layer = model.model.layers[0].self_attn
     layer.q_proj = torch.nn.Linear(64, 32, bias=False)
-    found = r"\(4, 2, 8, 8\), and was made for \(8, 2, 8, 8\).*tensor parallelism.*Fix"
+    found = r"\(4, 2, 8, 8\), and was made for \(8, 2, 8, 8\).*Tensor parallelism.*Fix"
     with pytest.raises(ValueError, match=found):
         model(tokens(1, 20))
     assert sparse_layers(model) == [0, 1]

@@ -232,7 +232,7 @@ def install(model: PreTrainedModel, own: Mapping[str, Any]) -> None:
     layers = attention_layers(model)
     check_possible(layers, settings)
     configs = {i: resolve(layers[i], values) for i, values in settings.items()}
-    _check_model(model)
+    _check_dropout(model)
     made, _ = make_parts(model, layers, configs, own_of)
     around = _models_around(model)
     _swap(model, around, layers, type(model), made, configs)
@@ -242,6 +242,10 @@ def install(model: PreTrainedModel, own: Mapping[str, Any]) -> None:
     saved_as = getattr(model.config, "architectures", None) or ()
     of_sparse_checkpoint = any(name.startswith("NSA") for name in saved_as)
     model._nsa_dense.of_sparse_checkpoint = of_sparse_checkpoint  # type: ignore[union-attr]
+    if torch.distributed.is_available():
+        from nsa_fsa.integrations.transformers.tensor_parallel import extend_plan
+
+        extend_plan(model)
     if changed or not of_sparse_checkpoint:
         _rename(model, around, changed_by=type(model).__name__)
 
@@ -268,15 +272,19 @@ def _modules_to_save(layers: dict[int, Layer]) -> tuple[str, ...]:
 
 def _check_model(model: PreTrainedModel) -> None:
     """Raises ValueError for what no model with NSA layers can be."""
-    text = model.config.get_text_config()
     distributed = getattr(model.config, "distributed_config", None)
     tp_size = getattr(distributed, "tp_size", None) or getattr(model, "_tp_size", None) or 1
     if tp_size > 1 or any(hasattr(p, "device_mesh") for p in model.parameters()):
         raise ValueError(
-            "the model is tensor-parallel (tp_plan, tp_size), which NSA layers do not support, "
-            "or sharded already, and the new parameters would not be. "
-            "Fix: load it without tp_plan; patch_model before fully_shard."
+            "the model is tensor-parallel (tp_size) or sharded already, and the new parameters "
+            "would not be. Fix: patch_model before fully_shard; for tensor parallelism patch_model "
+            "and save_pretrained, and load that with DistributedConfig(tp_size=...)."
         )
+    _check_dropout(model)
+
+
+def _check_dropout(model: PreTrainedModel) -> None:
+    text = model.config.get_text_config()
     for name in DROPOUTS:
         if value := getattr(text, name, 0.0):
             raise ValueError(
