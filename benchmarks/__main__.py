@@ -1,13 +1,15 @@
-"""The command line: `python -m benchmarks run` and `python -m benchmarks pages`."""
+"""The command line: `python -m benchmarks run`, `python -m benchmarks pages` and others."""
 
 import os
+import tempfile
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from benchmarks import floors, generation, pages, pictures, suites, tuning
+from benchmarks import floors, generation, pages, pictures, serving, suites, tuning
+from benchmarks.engine import MEASURED, Plan
 from benchmarks.published import FOLDER, GPU, SuiteResults, rows_of
 from nsa_fsa.benchmarking.meter import CudaMeter
 from nsa_fsa.benchmarking.runs import Bench
@@ -16,6 +18,7 @@ from nsa_fsa.cli import need_a_gpu
 SUITES = suites.load()
 UNQUOTED = ("ablations", "patched", "decode", "decode_paper", "prefill")
 QUOTED = [name for name in SUITES if name not in UNQUOTED]
+SERVED = ["65536x8", "131072x6", "8192x32"]
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 console = Console(width=int(os.environ.get("COLUMNS", 160)))
 
@@ -107,6 +110,88 @@ def generate(
     sizes = (tokens or [32768, 65536], batch or [1, 8], attention or ["sdpa"])
     generation.measure(results, console, *sizes, model)
     console.print(f"Results: {results.path}")
+
+
+@app.command(name="serving")
+def serve(
+    case: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Prompts that decode together, as 65536x8; repeat. Default: {', '.join(SERVED)}."
+        ),
+    ] = None,
+    implementation: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Of {', '.join(serving.IMPLEMENTATIONS)}; repeat. Default: both."),
+    ] = None,
+    part: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(MEASURED)}; repeat. Default: all.")
+    ] = None,
+    first_token: Annotated[int, typer.Option(min=1, help="Length of its prompts.")] = 65536,
+    rate: Annotated[
+        list[float] | None, typer.Option(help="Requests a second of a load; repeat. Default: 1.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=1, help="In which a load's requests come.")] = 60.0,
+    longest: Annotated[int, typer.Option(min=1024, help="Prompt of a load.")] = 65536,
+    new_tokens: Annotated[int, typer.Option(min=16, help="Of every answer.")] = 256,
+    layers: Annotated[int, typer.Option(min=1, help="Of the model; Llama-3-8B has 32.")] = 32,
+    chunk: Annotated[int, typer.Option(min=64, help="Tokens of prompts in a step.")] = 16384,
+    requests: Annotated[int, typer.Option(min=1, help="At once, at most.")] = 64,
+    memory: Annotated[float, typer.Option(min=0, max=1, help="Of the GPU, for vLLM.")] = 0.94,
+    limit: Annotated[
+        float, typer.Option(min=1, help="Seconds of a part; of a load after its last request.")
+    ] = 300.0,
+    engine: Annotated[
+        str, typer.Option(help="""More of vLLM's arguments: '{"enforce_eager": true}'.""")
+    ] = "{}",
+    checkpoints: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, help="Where both models stay. Default: until the end."),
+    ] = None,
+    output: Annotated[Path, typer.Option(file_okay=False, help="Where the file goes.")] = FOLDER,
+    merge: Annotated[bool, typer.Option("--merge", help="Add to a file of the same code.")] = False,
+    commit: Annotated[str | None, typer.Option(help="Where git here does not know it.")] = None,
+) -> None:
+    """Serves a Llama-3-8B with random weights with vLLM, sparse and dense: tokens a second, the
+    first token, a load, and whether the tokens are those of transformers. 33 GB of checkpoints."""
+    names = implementation or list(serving.IMPLEMENTATIONS)
+    try:
+        kinds, cases = part or list(MEASURED), case or SERVED
+        serving.need_known(names, serving.IMPLEMENTATIONS)
+        parts = serving.parts_of(kinds, cases, first_token, rate or [1.0], longest)
+        more = serving.options_of(engine)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    need_a_gpu()
+    model = serving.Model(shape=generation.LLAMA_3_8B | dict(num_hidden_layers=layers))
+    meter = CudaMeter(60.0)
+    meter.method = serving.METHOD
+    rates = dict(ceilings=floors.ceilings(meter), seed=0)
+    serving.free_memory()
+    results = SuiteResults(output, "serving", meter, rates, merge=merge, commit=commit)
+    plan = Plan(
+        parts=parts,
+        engine=dict(
+            max_model_len=max(x.num_tokens for x in parts) + new_tokens,
+            max_num_batched_tokens=chunk,
+            max_num_seqs=requests,
+            gpu_memory_utilization=memory,
+        )
+        | more,
+        vocab_size=model.shape["vocab_size"],
+        new_tokens=new_tokens,
+        seconds=seconds,
+        limit=limit,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            where = checkpoints or Path(folder)
+            serving.measure(results, console, model, plan, names, where)
+        finally:  # an interrupted run shows what it has
+            if results.document["rows"]:
+                shown = serving.table(results.document)
+                console.print(shown.to_string(float_format="{:.4g}".format, na_rep="-"))
+            console.print(f"Results: {results.path}")
 
 
 @app.command()

@@ -1,0 +1,111 @@
+"""What the benchmark of serving does without an engine; tests/serving/ has the rest."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from benchmarks import serving
+from benchmarks.__main__ import app
+from benchmarks.engine import MEASURED, Part, Plan
+
+SHAPE = dict(
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=64,
+    num_hidden_layers=1,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=512,
+    initializer_range=0.2,
+    rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+)
+MODEL = serving.Model(SHAPE, "tiny", torch.float32, "cpu")
+PLAN = Plan((Part("agreement", 40, 2), Part("load", 64, rate=0.5)), dict(max_model_len=64), 64)
+
+
+def test_a_plan_is_read_as_it_was_written(tmp_path):
+    PLAN.write(tmp_path / "plan.json")
+    assert Plan.read(tmp_path / "plan.json") == PLAN
+
+
+def test_prompts_are_the_same_for_every_engine():
+    first, second = PLAN.prompts(PLAN.parts[0])
+    assert [first, second] == PLAN.prompts(PLAN.parts[0])
+    assert first != second
+    assert len(first) == len(second) == 40
+
+
+def test_parts():
+    parts = serving.parts_of([*MEASURED], ["65536x8"], 4096, [0.5, 2.0], 1024)
+    assert [x.kind for x in parts] == ["first_token", "agreement", "decode", "load", "load"]
+    assert parts[2] == Part("decode", 65536, 8)
+    assert [x.where()["variant"] for x in parts[-2:]] == ["0.5/s", "2/s"]
+    assert serving.parts_of(["load"], [], 1, [1.0], 64) == (Part("load", 64, rate=1.0),)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("--case", "7", "'7' is no case"),
+        ("--part", "warm", "['warm'] is not known: allowed are first_token"),
+        ("--implementation", "sparse", "['sparse'] is not known: allowed are nsa_fsa, dense"),
+        ("--engine", "[]", "'[]' is no object"),
+        ("--engine", "eager", "'eager' is no object"),
+    ],
+)
+def test_the_command_refuses(option, value, said):
+    result = CliRunner().invoke(app, ["serving", option, value], env=dict(COLUMNS="200"))
+    assert result.exit_code == 2
+    assert said in result.output
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    where = tmp_path_factory.mktemp("checkpoints")
+    MODEL.make(where)
+    return where
+
+
+def test_both_checkpoints_have_the_same_weights(folder):
+    dense, sparse = (
+        AutoModelForCausalLM.from_pretrained(folder / x, dtype=torch.float32).state_dict()
+        for x in ("dense", "nsa_fsa")
+    )
+    assert {*dense} < {*sparse}
+    assert all(torch.equal(x, sparse[name]) for name, x in dense.items())
+
+
+def test_checkpoints_are_written_once(folder):
+    before = (folder / "dense" / "model.safetensors").stat().st_mtime_ns
+    MODEL.make(folder)
+    assert (folder / "dense" / "model.safetensors").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("name", serving.IMPLEMENTATIONS)
+def test_agreement(folder, name):
+    """With what the model generates, and with what it would not."""
+    prompts = PLAN.prompts(PLAN.parts[0])
+    model = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).eval()
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, do_sample=False, max_new_tokens=8, min_new_tokens=8)
+        answers.append(out[0, len(prompt) :].tolist())
+    right = serving.compare(MODEL, folder / name, prompts, answers)
+    assert right["agreement"] == right["agreement_anywhere"] == 1
+    assert 0 < right["clear_positions"] <= right["positions"] == 16
+    others = [[(x + 1) % 64 for x in answer] for answer in answers]
+    wrong = serving.compare(MODEL, folder / name, prompts, others)
+    assert wrong["agreement_anywhere"] < 0.5
+
+
+def test_table():
+    """Of a median and its ratio."""
+    rows = [
+        PLAN.parts[1].where() | dict(implementation=name, ms=ms, tokens_per_s=1.0)
+        for name, ms in (("dense", 3.0), ("nsa_fsa", 2.0))
+    ]
+    found = serving.table(dict(rows=rows))
+    assert found["times as fast"].tolist() == [1.5]
+    assert "times as fast" not in serving.table(dict(rows=rows[:1]))
