@@ -100,7 +100,7 @@ class OwnLlama(transformers.LlamaForCausalLM):
     """A class of a user's own."""
 
 
-def _language_model(name):
+def language_model(name):
     def make(model="ForCausalLM", **changes):
         config = getattr(transformers, f"{CONFIGS.get(name, name)}Config")
         settings = {**BASE, **LANGUAGE_MODELS[name], **changes}
@@ -135,12 +135,12 @@ def _rope(*section):
     return dict(rope_type="default", rope_theta=1e4, mrope_section=list(section))
 
 
-_llama, _qwen2, _qwen3 = (_language_model(name) for name in ("Llama", "Qwen2", "Qwen3"))
+_llama, _qwen2, _qwen3 = (language_model(name) for name in ("Llama", "Qwen2", "Qwen3"))
 FAMILIES = {
-    **{name: _language_model(name) for name in LANGUAGE_MODELS},
-    "Cohere2, full": lambda: _language_model("Cohere2")(layer_types=["full_attention"] * 2),
-    "Exaone4, full": lambda: _language_model("Exaone4")(layer_types=["full_attention"] * 2),
-    "Gemma3, full": lambda: _language_model("Gemma3")(layer_types=["full_attention"] * 2),
+    **{name: language_model(name) for name in LANGUAGE_MODELS},
+    "Cohere2, full": lambda: language_model("Cohere2")(layer_types=["full_attention"] * 2),
+    "Exaone4, full": lambda: language_model("Exaone4")(layer_types=["full_attention"] * 2),
+    "Gemma3, full": lambda: language_model("Gemma3")(layer_types=["full_attention"] * 2),
     "GPT2": _of(
         transformers.GPT2LMHeadModel, transformers.GPT2Config, vocab_size=VOCAB, n_embd=64,
         n_layer=2, n_head=8, n_positions=512, initializer_range=0.2, attn_pdrop=0.0,
@@ -158,7 +158,7 @@ FAMILIES = {
     "Llama, tokens": lambda: _llama("ForTokenClassification"),
     "Llama, answers": lambda: _llama("ForQuestionAnswering"),
     "Llava": _llava,
-    "Olmo3, full": lambda: _language_model("Olmo3")(layer_types=["full_attention"] * 2),
+    "Olmo3, full": lambda: language_model("Olmo3")(layer_types=["full_attention"] * 2),
     "Qwen2, mixed": lambda: _qwen2(use_sliding_window=True, **MIXED),
     "Qwen2, sequences": lambda: _qwen2("ForSequenceClassification"),
     "Qwen3, sequences": lambda: _qwen3("ForSequenceClassification"),
@@ -181,11 +181,11 @@ REFUSED = {
         num_hidden_layers=2,
         num_attention_heads=8,
     ),
-    "Gemma2, soft cap": lambda: _language_model("Gemma2")(attn_logit_softcapping=50.0),
+    "Gemma2, soft cap": lambda: language_model("Gemma2")(attn_logit_softcapping=50.0),
     "GptOss": lambda: transformers.GptOssForCausalLM(
         transformers.GptOssConfig(**BASE, head_dim=16, num_local_experts=4, num_experts_per_tok=2)
     ),
-    "Mistral, sliding": lambda: _language_model("Mistral")(sliding_window=32),
+    "Mistral, sliding": lambda: language_model("Mistral")(sliding_window=32),
 }
 # Those with a router, where a small difference may send a token to other experts.
 ROUTED_FAMILIES = (

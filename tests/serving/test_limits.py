@@ -4,8 +4,12 @@ import json
 import shutil
 
 import pytest
+from vllm.engine.arg_utils import EngineArgs
 
+from nsa_fsa.integrations.transformers import patch_model
 from nsa_fsa.integrations.vllm import names
+from nsa_fsa.integrations.vllm.limits import refusals
+from tests.integrations import families
 from tests.serving import checkpoints
 from tests.serving.engines import engine
 
@@ -24,11 +28,50 @@ def start(folder, **options):
             dict(speculative_config=dict(method="ngram", num_speculative_tokens=16)),
             "num_speculative_tokens=16 is not available .* at most 15",
         ),
+        (
+            dict(speculative_config=dict(method="ngram_gpu", num_speculative_tokens=2)),
+            "tokens guessed by 'ngram_gpu' are not available",
+        ),
+        (dict(pipeline_parallel_size=2), "pipeline_parallel_size=2 is not available"),
+        (dict(model_impl="transformers"), "--model-impl=transformers is not available"),
     ],
 )
 def test_options(llama, options, message):
     with pytest.raises(ValueError, match=message):
         start(llama.folder, **options)
+
+
+def test_sleep(llama):
+    """What vLLM refuses on a CPU by itself."""
+    config = EngineArgs(model=llama.folder, max_model_len=1024).create_engine_config()
+    assert not [*refusals(config)]
+    config.model_config.enable_sleep_mode = True
+    (message,) = refusals(config)
+    assert message.startswith("enable_sleep_mode is not available with NSA layers")
+
+
+def test_guesses_of_a_sparse_model(llama):
+    guess = dict(method="draft_model", model=llama.folder, num_speculative_tokens=2)
+    with pytest.raises(ValueError, match=r"is not available as the model that guesses .* a dense"):
+        start(llama.folder, speculative_config=guess)
+
+
+@pytest.mark.parametrize("impl", ["auto", "transformers"])
+@pytest.mark.parametrize("family", ["Gemma", "Phi3", "Glm"])
+def test_other_families(family, impl, tmp_path):
+    """Whichever way vLLM would look for a class."""
+    model = families.FAMILIES[family]()
+    patch_model(model, preset="tiny", verbose=False)
+    model.save_pretrained(tmp_path)
+    checkpoints.make_tokenizer().save_pretrained(tmp_path)
+    message = f"NSA{family}ForCausalLM is not available: .* families Llama, .* Fix: model.generate"
+    with pytest.raises(ValueError, match=message):
+        start(tmp_path, model_impl=impl, trust_remote_code=True)
+
+
+def test_a_dense_class_for_a_sparse_checkpoint(llama):
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not available"):
+        start(llama.folder, hf_overrides=dict(architectures=["LlamaForCausalLM"]))
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,9 @@ def register() -> None:
 def _register() -> None:
     """Imports nothing of the models themselves."""
     import nsa_fsa.integrations.transformers  # noqa: F401, which makes their configs known
-    from nsa_fsa.integrations.vllm.limits import Checks
+    from nsa_fsa.integrations.vllm.limits import Checks, refuse_other_models
     from nsa_fsa.integrations.vllm.names import (
+        ARCHITECTURES,
         FAMILIES,
         MODELS_CONFIG_MAP,
         OPERATOR,
@@ -37,9 +38,10 @@ def _register() -> None:
     operators = CompilationConfig._attention_ops
     if OPERATOR not in operators:
         operators.append(OPERATOR)
+    refuse_other_models()
     known = ModelRegistry.get_supported_archs()
+    MODELS_CONFIG_MAP.update(dict.fromkeys(ARCHITECTURES, Checks))
     for family in FAMILIES:
         name = f"NSA{family}ForCausalLM"
-        MODELS_CONFIG_MAP[name] = Checks
         if name not in known:
             ModelRegistry.register_model(name, f"nsa_fsa.integrations.vllm.models:{name}")

@@ -1,5 +1,6 @@
 """What is refused when an engine is about to start, each thing by its name and with a way out."""
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -7,6 +8,9 @@ from nsa_fsa.decode.operator import MOST_NEW
 from nsa_fsa.integrations.transformers.settings import COMPRESSORS, settings_of
 from nsa_fsa.integrations.vllm.models import settings_by_layer
 from nsa_fsa.integrations.vllm.names import (
+    ARCHITECTURES,
+    FAMILIES,
+    ModelRegistry,
     VerifyAndUpdateConfig,
     VllmConfig,
     init_logger,
@@ -16,6 +20,46 @@ from nsa_fsa.integrations.vllm.names import (
 from nsa_fsa.modules.rotary import BY_POSITION
 
 logger = init_logger(__name__)
+GUESSERS = ("ngram", "draft_model", "eagle")  # of tokens; other ones nobody has tried
+
+
+def refuse_other_models() -> None:
+    """Has vLLM's registry refuse what is sparse and not served as such. It is asked for the class
+    of every model, and would name all that it knows instead, or take that of another library."""
+    if "inspect_model_cls" in vars(ModelRegistry):  # done
+        return
+    inspect = ModelRegistry.inspect_model_cls
+
+    @functools.wraps(inspect)
+    def inspect_model_cls(architectures: Any, model_config: Any) -> Any:
+        if str(model_config.hf_config.model_type).startswith("nsa_"):
+            names = [architectures] if isinstance(architectures, str) else architectures
+            if refused := [*refusals_of_class(names, model_config)]:
+                raise ValueError("; ".join(refused))
+        return inspect(architectures, model_config)
+
+    ModelRegistry.inspect_model_cls = inspect_model_cls
+
+
+def refusals_of_class(architectures: list[str], model_config: Any) -> Iterator[str]:
+    """Why a sparse model has no class here."""
+    for name in architectures:
+        if name not in ARCHITECTURES:
+            yield (
+                f"{name} is not available: the models that can be served with NSA layers are "
+                f"language models of the families {', '.join(FAMILIES)}. Fix: model.generate"
+            )
+    if model_config.model_impl not in ("auto", "vllm"):
+        yield (
+            f"--model-impl={model_config.model_impl} is not available with NSA layers, which have "
+            "caches in pages only in vLLM's own classes: it must be auto or vllm. "
+            "Fix: leave it out"
+        )
+    if model_config.runner == "draft":
+        yield (
+            f"{model_config.model}, whose layers are NSA, is not available as the model that "
+            "guesses tokens. Fix: a dense one"
+        )
 
 
 class Checks(VerifyAndUpdateConfig):
@@ -46,6 +90,16 @@ def refusals(vllm_config: Any) -> Iterator[str]:
                 f"{name}={getattr(parallel, name)} is not available with NSA layers, which read "
                 "keys from anywhere in a sequence: it must be 1. Fix: tensor_parallel_size"
             )
+    if parallel.pipeline_parallel_size > 1:
+        yield (
+            f"pipeline_parallel_size={parallel.pipeline_parallel_size} is not available with NSA "
+            "layers: nobody has tried it. Fix: tensor_parallel_size"
+        )
+    if model.enable_sleep_mode:
+        yield (
+            "enable_sleep_mode is not available with NSA layers: nobody has tried whether they "
+            "wake up with all that they had. Fix: leave it out"
+        )
     if getattr(parallel, "enable_dbo", False):
         yield "enable_dbo is not available with NSA layers. Fix: leave it out"
     if vllm_config.kv_transfer_config is not None:
@@ -54,6 +108,12 @@ def refusals(vllm_config: Any) -> Iterator[str]:
             "compressed tokens. Fix: leave it out"
         )
     speculative = vllm_config.speculative_config
+    method = getattr(speculative, "method", None)
+    if method is not None and method not in GUESSERS:
+        yield (
+            f"tokens guessed by {method!r} are not available with NSA layers: nobody has tried it, "
+            f"and the method must be one of {GUESSERS}. Fix: ngram"
+        )
     number = getattr(speculative, "num_speculative_tokens", None) or 0
     if number >= MOST_NEW:
         yield (

@@ -38,6 +38,7 @@ except ImportError:  # where graphs are cut at our operator by the compiler alon
 
 
 __all__ = [
+    "ARCHITECTURES",
     "FAMILIES",
     "MODELS_CONFIG_MAP",
     "OPERATOR",
@@ -86,6 +87,14 @@ FAMILIES = {
     "Qwen3": Family("qwen3", "vllm.model_executor.models.qwen3"),
     "Qwen3Moe": Family("qwen3_moe", "vllm.model_executor.models.qwen3_moe"),
 }
+
+# What checkpoints call their classes, which vLLM makes of the first one of a family: it generates,
+# a head classifies, and the bare model embeds.
+ARCHITECTURES = [
+    f"NSA{family}{suffix}"
+    for family in FAMILIES
+    for suffix in ("ForCausalLM", "ForSequenceClassification", "Model")
+]
 
 
 def version_of_vllm() -> str:
