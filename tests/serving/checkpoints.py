@@ -2,12 +2,18 @@
 and attention is sharp, so that a wrong branch, block or window changes the tokens.
 """
 
+import copy
+import json
 import random
+import shutil
+from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import Fuse
+from torch.nn import functional as F
 
 from nsa_fsa.integrations.transformers import patch_model
 from tests.integrations.models import scramble
@@ -25,6 +31,21 @@ CHANGES = {
     "mistral": dict(sliding_window=None),
     "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
 }
+SIZES = dict(
+    vocab_size=VOCAB,
+    hidden_size=256,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=2048,
+    initializer_range=0.05,
+    tie_word_embeddings=False,
+    pad_token_id=0,
+    bos_token_id=None,
+    eos_token_id=None,
+)
 TEMPLATE = (
     "{% for message in messages %}{{ message.content }}{% endfor %}"
     "{% if add_generation_prompt %}!{% endif %}"
@@ -37,23 +58,8 @@ def make_checkpoint(folder, family="llama", layers=None, words=VOCAB, **nsa):
     words: how many it uses; with few of them it repeats itself.
     """
     config_class, model_class = FAMILIES[family]
-    sizes = dict(
-        vocab_size=VOCAB,
-        hidden_size=256,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=2048,
-        initializer_range=0.05,
-        tie_word_embeddings=False,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
     torch.manual_seed(0)
-    model = model_class(config_class(**sizes, **CHANGES.get(family, {}))).float().eval()
+    model = model_class(config_class(**SIZES, **CHANGES.get(family, {}))).float().eval()
     settings = dict(gate_init="balanced", compress_rope="after", compress_position_embedding=True)
     patch_model(model, preset="tiny", layers=layers, verbose=False, **{**settings, **nsa})
     scramble(model)
@@ -111,3 +117,90 @@ def continue_greedily(model, prompts):
             )
         found.append(out[0, len(prompt) :].tolist())
     return found
+
+
+# --- What is added to a model ---------------------------------------------------------------------
+
+
+def make_adapter(folder, model, targets, seed):
+    """Saves a LoRA adapter of these modules; returns the model with it."""
+    generator = torch.Generator().manual_seed(seed)
+    tuned, tensors, rank = copy.deepcopy(model), {}, 8
+    for name, module in tuned.named_modules():
+        if name.rpartition(".")[2] in targets:
+            rows, columns = module.weight.shape
+            a = 0.05 * torch.randn(rank, columns, generator=generator)
+            b = 0.1 * torch.randn(rows, rank, generator=generator)
+            module.weight.data += b @ a
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = dict(peft_type="LORA", r=rank, lora_alpha=rank, target_modules=targets, bias="none")
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return tuned
+
+
+def make_guesser(folder, method, words):
+    """Saves a dense model, or a head as EAGLE's, that guesses what another one says."""
+    torch.manual_seed(1)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
+    model.lm_head.weight.data[words:] = 0
+    model.save_pretrained(folder)
+    if method == "draft_model":
+        return
+    first = "model.layers.0."
+    tensors = {
+        name.removeprefix("model."): x
+        for name, x in load_file(folder / "model.safetensors").items()
+        if name.startswith(first) and not name.startswith(f"{first}input_layernorm")
+    }
+    width = SIZES["hidden_size"]
+    tensors["fc.weight"] = 0.05 * torch.randn(width, 2 * width)
+    save_file(tensors, folder / "model.safetensors")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | dict(num_hidden_layers=1)))
+
+
+class EightBits(torch.nn.Linear):
+    """Multiplies rows of 8 bits with rows of 8 bits, each of which has a scale."""
+
+    def forward(self, x):
+        (x, scale), (weight, of_rows) = in_eight_bits(x), in_eight_bits(self.weight)
+        return F.linear(x, weight) * scale * of_rows[:, 0]
+
+
+def in_eight_bits(x):
+    scale = x.abs().amax(-1, keepdim=True) / 127
+    return (x / scale).round(), scale
+
+
+def quantize(folder, source, model):
+    """Saves a checkpoint with its projections in 8 bits; returns what transformers makes of it."""
+    shutil.copytree(source, folder, dirs_exist_ok=True)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [x for x in tensors if x.endswith("_proj.weight")]:
+        weight, tensors[f"{name}_scale"] = in_eight_bits(tensors[name])
+        tensors[name] = weight.to(torch.int8)
+    save_file(tensors, folder / "model.safetensors")
+    common = dict(num_bits=8, type="int", symmetric=True)
+    scheme = dict(
+        targets=["Linear"],
+        weights=dict(strategy="channel", dynamic=False, **common),
+        input_activations=dict(strategy="token", dynamic=True, **common),
+    )
+    quantization = dict(
+        quant_method="compressed-tensors",
+        format="int-quantized",
+        quantization_status="compressed",
+        ignore=["lm_head", r"re:.*\.gate$", r"re:.*\.compress_[kv]\..*"],
+        config_groups=dict(group_0=scheme),
+    )
+    path = Path(folder) / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "quantization_config": quantization}))
+    quantized = copy.deepcopy(model)
+    for name, module in quantized.named_modules():
+        if name.endswith("_proj"):
+            module.__class__ = EightBits
+    return quantized
