@@ -1,12 +1,6 @@
 """`nsa-fsa serve`, as the client of OpenAI meets it."""
 
-import contextlib
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import openai
@@ -15,63 +9,18 @@ import pytest
 from nsa_fsa.integrations.vllm.serve import server_command
 from tests.serving import checkpoints
 from tests.serving.checkpoints import NEW
-
-START = 600  # seconds at most
-EXACT = dict(ignore_eos=True, return_token_ids=True)
-
-
-@contextlib.contextmanager
-def serving(folder, log, **environment):
-    """The address of a server that is up."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ours = {"VLLM_ENABLE_V1_MULTIPROCESSING", "TRITON_INTERPRET"}
-    env = {name: x for name, x in os.environ.items() if name not in ours}
-    options = ["--dtype", "float32", "--max-model-len", "1024", "--enforce-eager"]
-    options += ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "sparse"]
-    with open(log, "w") as output:
-        command = [sys.executable, "-m", "nsa_fsa.cli", "serve", folder, *options]
-        server = subprocess.Popen(
-            command, env={**env, **environment}, stdout=output, stderr=subprocess.STDOUT
-        )
-    try:
-        address = f"http://127.0.0.1:{port}"
-        wait_for(server, f"{address}/health", log)
-        yield address
-    finally:
-        server.terminate()
-        server.wait(60)
-
-
-def wait_for(server, health, log):
-    end = time.monotonic() + START
-    while time.monotonic() < end:
-        assert server.poll() is None, log.read_text()[-4000:]
-        with contextlib.suppress(OSError), urllib.request.urlopen(health, timeout=5):
-            return
-        time.sleep(1)
-    raise AssertionError(f"no server after {START} seconds: {log.read_text()[-4000:]}")
+from tests.serving.servers import EXACT, complete, free_port, serving, tokens_of
 
 
 @pytest.fixture(scope="module")
 def server(llama, tmp_path_factory):
-    with serving(llama.folder, tmp_path_factory.mktemp("server") / "log") as address:
-        yield address
+    with serving(llama.folder, tmp_path_factory.mktemp("server") / "log") as server:
+        yield server
 
 
 @pytest.fixture(scope="module")
 def client(server):
-    return openai.OpenAI(base_url=f"{server}/v1", api_key="none", max_retries=0, timeout=120)
-
-
-def complete(client, prompt, **options):
-    settings = dict(model="sparse", max_tokens=NEW, temperature=0, extra_body=EXACT)
-    return client.completions.create(prompt=prompt, **{**settings, **options})
-
-
-def tokens_of(response):
-    return [x.token_ids for x in response.choices]
+    return server.client()
 
 
 def test_it_is_listed(client):
@@ -167,3 +116,13 @@ def test_an_answer_that_reaches_the_longest_length(client):
 def test_the_command_is_the_one_of_this_build():
     command = server_command("somebody/nsa-llama", [])
     assert command[2] == "vllm.entrypoints.openai.api_server"
+
+
+@pytest.mark.slow
+def test_a_server_that_was_stopped_starts_anew(llama, tmp_path):
+    """On the port that it had, also where it was killed; what it started ends with it."""
+    tokenizer, port = checkpoints.make_tokenizer(), free_port()
+    prompt, expected = tokenizer.decode(llama.prompts[-1]), tokenizer.decode(llama.expected[-1])
+    for end in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
+        with serving(llama.folder, tmp_path / "log", port=port, end=end) as server:
+            assert complete(server.client(), prompt).choices[0].text == expected
