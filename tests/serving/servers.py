@@ -21,8 +21,12 @@ EXACT = dict(ignore_eos=True, return_token_ids=True)
 
 
 class Server(NamedTuple):
-    address: str
+    port: int
     process: psutil.Process
+
+    @property
+    def address(self):
+        return f"http://127.0.0.1:{self.port}"
 
     def client(self):
         address = f"{self.address}/v1"
@@ -60,28 +64,35 @@ def serving(folder, log, *options, port=None, end=signal.SIGTERM, **environment)
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    server = Server(f"http://127.0.0.1:{port}", psutil.Process(started.pid))
+    server = Server(port, psutil.Process(started.pid))
     try:
         wait_for(started, f"{server.address}/health", log)
         yield server
     finally:
-        processes = server.processes()
-        if end == signal.SIGKILL:
-            os.killpg(started.pid, end)
-        else:
-            started.send_signal(end)
-        started.wait(END)
-        running = [x for x in processes if is_running(x)]
-        for process in running:
-            process.kill()
+        stop(server, end)
+
+
+def stop(server, end=signal.SIGTERM):
+    """Sees to it that all of its processes are gone, also if some are already."""
+    if not server.process.is_running():
+        return
+    processes = server.processes()
+    if end == signal.SIGKILL:
+        os.killpg(server.process.pid, end)
+    else:
+        server.process.send_signal(end)
+    server.process.wait(END)
+    running = [x for x in processes if is_running(x)]
+    for process in running:
+        process.kill()
     assert not running, f"they outlive {end.name}: {running}"
 
 
 def is_running(process):
     """After a while in which it can end."""
-    stop = time.monotonic() + END
+    last = time.monotonic() + END
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        if time.monotonic() > stop:
+        if time.monotonic() > last:
             return True
         time.sleep(0.1)
     return False

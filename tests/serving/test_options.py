@@ -22,7 +22,7 @@ def of_tokens(prompts):
 
 
 def test_adapters(llama, tmp_path):
-    """Two in one batch, and the model without one after them."""
+    """Two in one batch, and the model without one after them. One of gates is refused."""
     targets = [["q_proj", "k_proj", "down_proj"], ["v_proj", "o_proj", "gate_proj"]]
     expected, requests = [], []
     for i, names in enumerate(targets):
@@ -41,29 +41,28 @@ def test_adapters(llama, tmp_path):
         )
         assert tokens_of(outputs) == [expected[turn][i] for i, turn in enumerate(turns)]
         assert tokens_of(run(llm, llama.prompts)) == llama.expected
+        checkpoints.make_adapter(tmp_path / "gates", llama.model, ["gate", "q_proj"], seed=0)
+        gates = LoRARequest("gates", 3, str(tmp_path / "gates"))
+        with pytest.raises(ValueError, match=r"but received \['model\.layers\.0\.self_attn\.gate'"):
+            llm.generate(of_tokens(llama.prompts[:1]), GREEDY, use_tqdm=False, lora_request=gates)
 
 
-def test_an_adapter_of_gates_is_refused(llama, tmp_path):
-    checkpoints.make_adapter(tmp_path / "gates", llama.model, ["gate", "q_proj"], seed=0)
-    request = LoRARequest("gates", 1, str(tmp_path / "gates"))
-    with (
-        engine(llama.folder, enable_lora=True, max_lora_rank=8) as llm,
-        pytest.raises(ValueError, match=r"but received \['model\.layers\.0\.self_attn\.gate'"),
-    ):
-        llm.generate(of_tokens(llama.prompts[:1]), GREEDY, use_tqdm=False, lora_request=request)
+@pytest.fixture(scope="module")
+def chunked(llama):
+    options = dict(max_num_batched_tokens=90, max_num_seqs=8)
+    with engine(llama.folder, enable_prompt_embeds=True, **options) as llm:
+        yield llm
 
 
-def test_prompts_of_embeddings(llama):
+def test_prompts_of_embeddings(llama, chunked):
     table = llama.model.get_input_embeddings().weight.detach()
     prompts = [dict(prompt_embeds=table[torch.tensor(x)]) for x in llama.prompts]
-    with engine(llama.folder, enable_prompt_embeds=True) as llm:
-        assert tokens_of(llm.generate(prompts, GREEDY, use_tqdm=False)) == llama.expected
+    assert tokens_of(chunked.generate(prompts, GREEDY, use_tqdm=False)) == llama.expected
 
 
-def test_logprobs_of_prompts(llama):
-    """In chunks, too: those of transformers, to the rounding of float32."""
-    with engine(llama.folder, max_num_batched_tokens=90, max_num_seqs=8) as llm:
-        outputs = run(llm, llama.prompts, prompt_logprobs=0)
+def test_logprobs_of_prompts(llama, chunked):
+    """Those of transformers, to the rounding of float32."""
+    outputs = run(chunked, llama.prompts, prompt_logprobs=0)
     for prompt, output in zip(llama.prompts, outputs, strict=True):
         logprobs = zip(output.prompt_logprobs[1:], prompt[1:], strict=True)
         found = torch.tensor([x[token].logprob for x, token in logprobs])

@@ -9,7 +9,7 @@ import pytest
 from nsa_fsa.integrations.vllm.serve import server_command
 from tests.serving import checkpoints
 from tests.serving.checkpoints import NEW
-from tests.serving.servers import EXACT, complete, free_port, serving, tokens_of
+from tests.serving.servers import EXACT, complete, serving, stop, tokens_of
 
 
 @pytest.fixture(scope="module")
@@ -119,10 +119,11 @@ def test_the_command_is_the_one_of_this_build():
 
 
 @pytest.mark.slow
-def test_a_server_that_was_stopped_starts_anew(llama, tmp_path):
-    """On the port that it had, also where it was killed; what it started ends with it."""
-    tokenizer, port = checkpoints.make_tokenizer(), free_port()
+def test_a_server_that_was_stopped_starts_anew(llama, server, tmp_path):
+    """On the port that it had, also where it was killed. The last test of this server."""
+    tokenizer = checkpoints.make_tokenizer()
     prompt, expected = tokenizer.decode(llama.prompts[-1]), tokenizer.decode(llama.expected[-1])
-    for end in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM):
-        with serving(llama.folder, tmp_path / "log", port=port, end=end) as server:
-            assert complete(server.client(), prompt).choices[0].text == expected
+    stop(server)
+    for end in (signal.SIGKILL, signal.SIGTERM):
+        with serving(llama.folder, tmp_path / "log", port=server.port, end=end) as again:
+            assert complete(again.client(), prompt).choices[0].text == expected
