@@ -240,9 +240,9 @@ def _check_call(
             "Fix: model.config.attention_dropout = 0.0 before the model is built."
         )
     found = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
-    ranks = max(c.num_kv_heads // max(key.shape[1], 1), 1)  # of tensor parallelism
-    sizes = (c.num_heads // ranks, c.num_kv_heads // ranks, c.head_dim, c.v_head_dim)
-    if found != sizes:
+    sizes = (c.num_heads, c.num_kv_heads, c.head_dim, c.v_head_dim)
+    ranks = c.num_kv_heads // max(key.shape[1], 1)  # of tensor parallelism
+    if (ranks * found[0], ranks * found[1], *found[2:]) != sizes:
         raise ValueError(
             f"layer {module.layer_idx} was given heads (query heads, KV heads, widths of keys and "
             f"values) of {found}, and was made for {sizes}. Tensor parallelism splits it by whole "

@@ -284,6 +284,7 @@ def _check_model(model: PreTrainedModel) -> None:
 
 
 def _check_dropout(model: PreTrainedModel) -> None:
+    """Raises ValueError for a dropout of attention weights."""
     text = model.config.get_text_config()
     for name in DROPOUTS:
         if value := getattr(text, name, 0.0):
