@@ -57,7 +57,7 @@ CHANGES: dict[str, dict[str, int]] = {
     "choose from lists of 512": dict(ranked=512),
     "choose from lists of 2048": dict(ranked=2048),
     "attend by 2 warps": dict(attend_warps=2),
-    "attend in 8 and 4 shares": dict(shares=8, sliding_shares=4),
+    "attend in 4 and 4 shares": dict(shares=4, sliding_shares=4),
     "attend in 16 and 8 shares": dict(shares=16, sliding_shares=8),
     "as for several new": dict(score_least=4, shares=4),
     "as for one new": dict(score_least=2, shares=8),

@@ -14,6 +14,7 @@ from nsa_fsa.ops.common.primitives import kernel
 
 # Shares that are added up at once; empty ones behind them change no bit.
 SHARES_AT_ONCE = tl.constexpr(32)
+BEYOND_INF = tl.constexpr(0x7F800001)  # the bits of a NaN
 
 
 @triton.jit
@@ -90,17 +91,27 @@ def best_of(score, BEST: tl.constexpr):
     """Which are the BEST of all scores, or all that there are, and what number each has among them.
 
     score: int32, the bits of a number that is not negative, or -1 for none; `[N]`. Of equal ones
-    the first are the best. The least score that is good enough is searched for bit by bit, until
-    as many are as good: few additions, where a sort would need many comparisons.
+    the first are the best, and what lies beyond inf is equal. The least score that is good enough
+    is searched for two bits at a time, until as many are as good: few additions, where a sort would
+    need many comparisons. One sum counts what is as good as each of three scores, side by side.
     """
-    least, bit = 0, 30
+    COUNT: tl.constexpr = tl.int32 if score.shape[0] <= 512 else tl.int64
+    BITS: tl.constexpr = 10 if score.shape[0] <= 512 else 20
+    score = tl.minimum(score, BEYOND_INF)
+    least, bit = 0, 29
     count = tl.sum((score >= 0).to(tl.int32), 0)
     while (count > BEST) & (bit >= 0):
-        tried = least + (1 << bit)
-        as_good = tl.sum((score >= tried).to(tl.int32), 0)
-        least = tl.where(as_good >= BEST, tried, least)
-        count = tl.where(as_good >= BEST, as_good, count)
-        bit -= 1
+        counts = (score >= least + (1 << bit)).to(COUNT)
+        counts += (score >= least + (2 << bit)).to(COUNT) << BITS
+        counts += (score >= least + (3 << bit)).to(COUNT) << 2 * BITS
+        counts = tl.sum(counts, 0)
+        passed = 0
+        for tried in tl.static_range(3):
+            as_good = ((counts >> tried * BITS) & ((1 << BITS) - 1)).to(tl.int32)
+            count = tl.where(as_good >= BEST, as_good, count)
+            passed = tl.where(as_good >= BEST, tried + 1, passed)
+        least += passed << bit
+        bit = tl.where(bit == 1, 0, bit - 2)  # 29, 27, ... 1, and the last one alone
     best = score >= least
     if count > BEST:  # ties
         better, equal = score > least, score == least

@@ -58,8 +58,6 @@ def default_config(q: Tensor, v: Tensor, num_new: int) -> DecodeConfig:
     shares = min(max(next_power_of_2(cdiv(2 * processors, num_kv_heads)), 4), 64)
     warps = min(max(next_power_of_2(q.shape[1] // num_kv_heads) // 8, 1), 4)
     config = DecodeConfig(score_shares=shares, choose_warps=warps)
-    if 12 * num_kv_heads < processors:
-        config = dataclasses.replace(config, shares=16, sliding_shares=8)
     if num_new > 1:
         # There are more programs, and more shares to add up.
         config = dataclasses.replace(config, score_least=4, shares=4)
