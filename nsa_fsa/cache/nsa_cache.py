@@ -200,9 +200,17 @@ class NSACache:
                 f"{self.max_length}. Fix: a larger max_length, or None for a cache that grows."
             )
 
-    def next_positions(self, layout: Sequences, num_rows: int) -> Tensor:
-        """The positions that `num_rows` new packed tokens will take, int64 `[num_rows]`."""
-        return self._places(layout, num_rows)[1]
+    def next_positions(self, layout: Sequences | None, num_rows: int) -> Tensor:
+        """The positions that `num_rows` new packed tokens will take, int64 `[num_rows]`.
+
+        layout: None where as many are of every sequence of a cache that is not empty.
+        """
+        if layout is not None:
+            return self._places(layout, num_rows)[1]
+        num_new, position = num_rows // self._lengths.shape[0], self._lengths[:, None]
+        if num_new > 1:
+            position = position + torch.arange(num_new, device=position.device)
+        return position.flatten()
 
     def update(
         self,
@@ -320,10 +328,9 @@ class NSACache:
         row = torch.arange(num_sequences, dtype=torch.int32, device=k.device)[:, None]
         cos_and_sin = None
         if rotation is not None:
-            position = self._lengths[:, None] + torch.arange(num_new, device=k.device)
-            cos, sin = (
-                buffers[name][row, position].flatten(0, 1).repeat(1, 2) for name in ("cos", "sin")
-            )
+            position = self.next_positions(None, k.shape[0])
+            twice = (buffers[name][0, :, None].expand(-1, 2, -1) for name in ("cos", "sin"))
+            cos, sin = (x[position].flatten(1) for x in twice)  # rows of all sequences are alike
             cos_and_sin = cos, sin
         k, v, k_cmp, v_cmp = (buffers[x].transpose(1, 2) for x in ("k", "v", "k_cmp", "v_cmp"))
         self._pending = _Update(buffers, lengths, num_new)

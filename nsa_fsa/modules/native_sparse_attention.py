@@ -142,11 +142,13 @@ class NativeSparseAttention(SparseBranches, nn.Module):
                 mask or a cache, arguments of another kind or on another device, or shapes
                 that do not fit.
         """
-        rows, layout = self._pack(hidden_states, attention_mask, cu_seqlens, max_seqlen, cache)
+        rows, packed = self._pack(hidden_states, attention_mask, cu_seqlens, max_seqlen, cache)
         given = (position_embeddings, position_ids)
         rotation = None if cache is None else self._rotation_by_position(given)
         if cache is not None and self._decodes(hidden_states, rows, cache, given, rotation):
-            return self._decode(hidden_states, layout, cache, rotation, given)
+            return self._decode(hidden_states, cache, rotation, given)
+        batch_size, length = hidden_states.shape[:2]
+        layout = packed or uniform_layout(batch_size, length, hidden_states.device)
         x = take(hidden_states, rows)  # [T, E]
 
         q, k, v = self._project(x)  # [T, HQ, D]; k and v: a tensor [T, HKV, D] per branch
@@ -159,7 +161,7 @@ class NativeSparseAttention(SparseBranches, nn.Module):
             keys, k_cmp, v_cmp, layout = cache.update(keys, layout, self.compress, rows, rotation)
 
         o = self.mix(q, keys, k_cmp, v_cmp, self.gate(x), layout)  # [T, HQ, DV]
-        output = put_back(self.o_proj(o.flatten(1).to(q.dtype)), rows, *hidden_states.shape[:2])
+        output = put_back(self.o_proj(o.flatten(1).to(q.dtype)), rows, batch_size, length)
         if cache is not None:
             cache.commit(needed_by_backward=o.requires_grad)
         return output
@@ -203,19 +205,14 @@ class NativeSparseAttention(SparseBranches, nn.Module):
         )
 
     def _decode(
-        self,
-        hidden_states: Tensor,
-        layout: Sequences,
-        cache: NSACache,
-        rotation: Rotation | None,
-        given: _Given,
+        self, hidden_states: Tensor, cache: NSACache, rotation: Rotation | None, given: _Given
     ) -> Tensor:
         """The forward where it `_decodes`: few operations, of which none copies what the cache
         holds or depends on the host."""
         x = hidden_states.flatten(0, 1)  # [T, E]
         q, (k, *_), (v, *_) = self._project(x)
         step = cache.step(k, v, hidden_states.shape[1], rotation)
-        cos, sin = step.rotation or self._rotation(hidden_states, None, layout, given, cache)
+        cos, sin = step.rotation or self._rotation(hidden_states, None, None, given, cache)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         k, v = (x.to(step.pages.k.dtype) for x in (k, v))
         where = step.pages, step.lengths
@@ -232,9 +229,9 @@ class NativeSparseAttention(SparseBranches, nn.Module):
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
         cache: NSACache | None,
-    ) -> tuple[Tensor | None, Sequences]:
+    ) -> tuple[Tensor | None, Sequences | None]:
         """Rows of the flattened batch that hold real tokens (None: all of them),
-        and where the sequences lie among those.
+        and where the sequences lie among those (None: every row of the batch is one).
         """
         width = self.config.hidden_size
         checks.check_tensor("hidden_states", hidden_states, f"[B, S, {width}]")
@@ -270,7 +267,7 @@ class NativeSparseAttention(SparseBranches, nn.Module):
         if cache is not None:
             cache.check_room(batch_size, length)
         if attention_mask is None:
-            return None, uniform_layout(batch_size, length, hidden_states.device)
+            return None, None
         if isinstance(attention_mask, Packing):
             return _beside_cache(attention_mask, attention_mask.mask, length, cache)
         past = 0 if cache is None else cache.num_tokens
@@ -312,11 +309,12 @@ class NativeSparseAttention(SparseBranches, nn.Module):
         self,
         hidden_states: Tensor,
         rows: Tensor | None,
-        layout: Sequences,
+        layout: Sequences | None,
         given: _Given,
         cache: NSACache | None,
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
-        """cos and sin of the packed tokens, `[T, rotary_dim]`; None where nothing is rotated."""
+        """cos and sin of the packed tokens, `[T, rotary_dim]`; None where nothing is rotated.
+        layout: None for a step of decoding."""
         position_embeddings, position_ids = given
         batch = hidden_states.shape[:2]
         if position_embeddings is not None:
@@ -341,9 +339,11 @@ class NativeSparseAttention(SparseBranches, nn.Module):
         elif cache is not None:
             position = cache.next_positions(layout, num_rows)
         else:
+            assert layout is not None
             position = positions(layout.cu_seqlens, num_rows)
         past = 0 if cache is None else cache.num_tokens
-        return self.rotary(position, past + layout.max_seqlen, hidden_states.dtype)
+        longest = batch[1] if layout is None else layout.max_seqlen
+        return self.rotary(position, past + longest, hidden_states.dtype)
 
     def _check_rotation(self, position_embeddings: Any, hidden_states: Tensor) -> None:
         pair = position_embeddings
