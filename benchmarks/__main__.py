@@ -16,7 +16,7 @@ from nsa_fsa.benchmarking.runs import Bench
 from nsa_fsa.cli import need_a_gpu
 
 SUITES = suites.load()
-UNQUOTED = ("ablations", "patched", "decode", "decode_paper", "prefill")
+UNQUOTED = ("ablations", "patched")
 QUOTED = [name for name in SUITES if name not in UNQUOTED]
 SERVED = ["65536x8", "131072x6", "8192x32"]
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)

@@ -1,4 +1,4 @@
-"""Writes the tables into README.md and docs/performance.md, between two comments:
+"""Writes the tables into README.md and pages of docs/, between two comments:
 
     <!-- table: NAME, written by `python -m benchmarks pages` -->
     <!-- end of table -->
@@ -14,7 +14,7 @@ import pandas as pd
 from benchmarks import tables
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md")
+PAGES = tuple(ROOT / x for x in ("README.md", "docs/performance.md", "docs/decoding.md"))
 BEGIN = "<!-- table: {}, written by `python -m benchmarks pages` -->"
 END = "<!-- end of table -->"
 TABLE = re.compile(BEGIN.format(r"(\w+)") + "\n(.*?)" + END, re.DOTALL)

@@ -1,4 +1,4 @@
-"""The pictures that README.md and docs/performance.md show, each from a file in results/."""
+"""The pictures that pages show, each from a file in results/."""
 
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -187,9 +187,31 @@ def selected(document: dict[str, Any]) -> Iterator[Picture]:
     yield "selected", grid, "Selected attention, random blocks"
 
 
+def decode(document: dict[str, Any]) -> Iterator[Picture]:
+    """A step's time against length, ours and the fastest full attention's."""
+    rows = frame(document)
+    rows = rows[(rows.num_new == 1) & (rows.kind != "layer")]
+    keys = ["batch_size", "group_size", "num_tokens", "kind"]
+    data = rows.groupby(keys).ms.min().mul(1e3).reset_index()
+    data = data.groupby(keys[:2]).filter(
+        lambda here: here.kind.nunique() > 1 and here.num_tokens.nunique() > 1
+    )
+    data["what"] = data.kind.map(dict(ours="NSA", full="full attention, the fastest"))
+    grid = lines(
+        data, "what", x="num_tokens", y="ms", row="batch_size", col="group_size",
+        height=2.8, aspect=1.4, facet_kws=dict(sharey="row"),
+    )  # fmt: skip
+    grid.set_titles("sequences: {row_name}, G = {col_name}")
+    grid.set_axis_labels("tokens of a sequence (1K = 1,024)", "microseconds of a layer")
+    for ax in grid.axes.flat:
+        tokens_axis(ax, sorted(data.num_tokens.unique()))
+        plain_numbers(ax)
+    yield "decode", grid, "A new token in the cache: NSA beside full attention"
+
+
 def core_branches(document: dict[str, Any]) -> Iterator[Picture]:
     yield from parts(document)
     yield from floors(document)
 
 
-PICTURES = {x.__name__: x for x in (core, crossover, core_branches, selected)}
+PICTURES = {x.__name__: x for x in (core, crossover, core_branches, decode, selected)}

@@ -1,4 +1,4 @@
-"""The tables that README.md and docs/performance.md quote, each from the files in results/."""
+"""The tables that pages quote, each from the files in results/."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +17,11 @@ PARTS = {
     "sliding_window_attention": "sliding window",
     "gated_combine": "gates",
 }
-PAPER = pd.read_csv(Path(__file__).with_name("fsa_paper_table7.csv"))
+# Tables of the FSA paper, in seconds, but the tenth, in milliseconds.
+PAPER, PAPER_9, PAPER_10 = (
+    pd.read_csv(Path(__file__).with_name(f"fsa_paper_table{number}.csv")) for number in (7, 9, 10)
+)
+WRITTEN = 512  # tokens after the prompt, in table 9
 
 
 def ms(value: float) -> str:
@@ -140,6 +144,86 @@ def table_7() -> pd.DataFrame:
         gain = cell.FSA_forward_backward / cell.forward_backward
         lines.append(line | {"FSA / ours": f"{gain:.1f}"})
     return pd.DataFrame(lines)
+
+
+def decoding() -> pd.DataFrame:
+    """A step of one token a sequence, in microseconds of a layer, beside the fastest full
+    attention, and how many times as fast it is."""
+    rows = rows_of("decode")
+    rows = rows[(rows.num_new == 1) & (rows.kind != "layer")]
+    keys = ["batch_size", "group_size", "num_tokens"]
+    fastest = 1e3 * rows.pivot_table(index=keys, columns="kind", values="ms", aggfunc="min")
+    lengths = sorted(rows.num_tokens.unique())
+
+    def cell(batch: int, group: int, tokens: int) -> str:
+        if (batch, group, tokens) not in fastest.index:
+            return "-"
+        ours, full = fastest.loc[batch, group, tokens][["ours", "full"]]
+        return ms(ours) if pd.isna(full) else f"{ms(ours)} / {ms(full)} ({full / ours:.1f})"
+
+    return pd.DataFrame(
+        {"sequences": batch, "G": group}
+        | {f"{tokens // 1024}K tokens": cell(batch, group, tokens) for tokens in lengths}
+        for batch, group in sorted({x[:2] for x in fastest.dropna().index})
+    )
+
+
+def layer_seconds() -> pd.DataFrame:
+    """Of a whole layer, a prompt and a step after it: columns by the name of the implementation."""
+    keys = ["block_size", "num_blocks", "group_size", "num_tokens"]
+    return rows_of("decode_paper").pivot(index=keys, columns="implementation", values="ms") / 1e3
+
+
+def table_9() -> pd.DataFrame:
+    """Seconds of a prompt and 512 new tokens, beside those of the FSA paper."""
+    ours = layer_seconds()
+    ours["seconds"] = ours.nsa_layer + WRITTEN * ours.layer_decode
+    lines = []
+    for cell in PAPER_9.merge(ours.seconds.reset_index()).itertuples():
+        lines.append(
+            {
+                "blocks": f"{cell.block_size} x {cell.num_blocks}",
+                "G": cell.group_size,
+                "tokens": f"{cell.num_tokens // 1024}K",
+                "ours": f"{cell.seconds:.3f}",
+                **{who: f"{getattr(cell, who):.2f}" for who in ("FSA", "NSA", "full")},
+                "FSA / ours": f"{cell.FSA / cell.seconds:.1f}",
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def table_10() -> pd.DataFrame:
+    """Microseconds of a new token, beside those of the FSA paper."""
+    steps = 1e6 * layer_seconds().layer_decode.xs((64, 16), level=("block_size", "num_blocks"))
+    lines = []
+    for cell in PAPER_10.itertuples():
+        ours = steps.xs(cell.num_tokens, level="num_tokens")
+        lines.append(
+            {
+                "tokens": f"{cell.num_tokens // 1024}K",
+                **{f"ours, G = {group}": ms(x) for group, x in ours.items()},
+                **{who: f"{1e3 * getattr(cell, who):.0f}" for who in ("FSA", "NSA", "full")},
+            }
+        )
+    return pd.DataFrame(lines)
+
+
+def prompts() -> pd.DataFrame:
+    """Milliseconds of a prompt through a layer: by itself, into a cache, and so in chunks."""
+    ways = {
+        "nsa_layer": "without a cache",
+        "prefill": "into a cache",
+        "prefill_16384": "in chunks of 16,384",
+    }
+    wide = rows_of("prefill").pivot(index="num_tokens", columns="implementation", values="ms")
+    return pd.DataFrame(
+        {
+            "tokens": f"{tokens:,}",
+            **{label: ms(wide.loc[tokens, way]) for way, label in ways.items()},
+        }
+        for tokens in wide.index
+    )
 
 
 def memory() -> pd.DataFrame:

@@ -42,6 +42,10 @@ GPUS = {
     "rtx5090": (12, 0),
 }
 
+# What an H200 copies in the time by which a step's launches take longer than full attention's, and
+# which part of the rate of such a copy a step reaches: a fit to benchmarks/results/decode.
+BYTES_OF_LAUNCHES, SHARE_OF_RATE = 80e6, 0.8
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -266,8 +270,26 @@ def _explain(operator: Backends[Any], call: Any) -> Choice:
             why.append(_measured(flash_attention.window_key, call, libraries))
     if operator in (APPEND_BACKENDS, DECODE_BACKENDS):
         why.append("a few new tokens of a cache, in inference")
+    if operator is DECODE_BACKENDS and chosen == "triton":
+        one, many = (float(f"{_breaks_even(call, number):.1e}") for number in (1, 32))
+        why.append(
+            f"as fast as full attention from about {one:,.0f} tokens of one sequence on, or "
+            f"{many:,.0f} of each of 32, on an H200"
+        )
     reason = "; ".join(why) or "the first that can run this"
     return Choice(operator.operator, chosen, reason, passed_over)
+
+
+def _breaks_even(call: DecodeCall, num_sequences: int) -> float:
+    """From which length of so many sequences on a new token takes no longer than with full
+    attention, on an H200. By a model: both take as long as the bytes that they read, full attention
+    by the rate of a copy, and NSA's launches add a constant."""
+    _, num_kv_heads, _, head_dim = call.pages.k.shape
+    width, size = head_dim + call.pages.v.shape[3], call.pages.k.element_size()
+    token = num_sequences * num_kv_heads * width * size
+    kept = call.num_selected_blocks * call.blocks.block_size + call.window_size
+    of_every_token = 1 - 1 / call.windows.kernel_stride / SHARE_OF_RATE
+    return (BYTES_OF_LAUNCHES / token + kept / SHARE_OF_RATE) / of_every_token
 
 
 def _measured(key_of: Callable[..., str], call: Any, among: Sequence[str] = ()) -> str:

@@ -1,12 +1,14 @@
-"""README.md and docs/performance.md have the tables and pictures of what is in results/."""
+"""Pages have the tables and pictures of what is in results/."""
 
 import json
+import math
 import re
 
 import pytest
 from matplotlib import image
 from matplotlib import pyplot as plt
 
+import nsa_fsa
 from benchmarks import pages, pictures, tables
 from benchmarks.pages import PAGES, TABLE
 from benchmarks.published import FOLDER, GPU, read, rows_of
@@ -22,13 +24,14 @@ PICTURES = {path.name for path in FOLDER.glob("*.png")}
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_every_table_is_that_of_the_results(page):
-    assert len(NAMES[page]) > 1
+    assert NAMES[page]
     assert pages.fill(TEXTS[page]) == TEXTS[page], "Fix: python -m benchmarks pages"
 
 
 def test_every_table_has_its_place():
     public = {"against_full", "crossover", "shares", "rates", "of_floor", "table_7", "memory"}
-    assert sorted(QUOTED) == sorted(public | {"how_fast", "speed_up_ranges"})
+    public |= {"how_fast", "speed_up_ranges", "decoding", "table_9", "table_10", "prompts"}
+    assert set(QUOTED) == public
 
 
 def test_a_table_that_is_out_of_date_is_written_again():
@@ -221,3 +224,26 @@ def test_what_a_patched_layer_costs():
         line = f"| {tokens:,} | {group} | {alone:.2f} | {patched:.2f} | {patched / alone:.2f} |"
         assert line in page.splitlines()
         assert patched < 1.02 * alone
+
+
+@pytest.mark.parametrize("group_size", [4, 16])
+def test_where_decoding_breaks_even_is_what_was_measured(group_size):
+    """`explain` says it by a fit; the measured length lies between two lengths of the suite."""
+    rows = rows_of("decode")
+    here = (rows.batch_size == 1) & (rows.group_size == group_size)
+    fastest = (
+        rows[here]
+        .pivot_table(index="num_tokens", columns="kind", values="ms", aggfunc="min")
+        .dropna()
+    )
+    ours_wins = fastest.ours < fastest.full
+    longer = fastest[ours_wins].index.min()
+    shorter = fastest[~ours_wins].index.max()
+    low, high = (math.log(fastest.full[x] / fastest.ours[x]) for x in (shorter, longer))
+    measured = shorter * (longer / shorter) ** (low / (low - high))
+    heads, width = map(int, rows[here][["num_heads", "head_dim"]].iloc[0])
+    config = nsa_fsa.NSAConfig(
+        hidden_size=heads * width, num_heads=heads, num_kv_heads=heads // group_size, head_dim=width
+    )
+    said = re.search(r"about ([\d,]+) tokens of one", str(nsa_fsa.explain(config, 1, gpu="h200")))
+    assert float(said[1].replace(",", "")) == pytest.approx(measured, rel=0.25)
