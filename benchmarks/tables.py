@@ -203,7 +203,7 @@ def table_10() -> pd.DataFrame:
             {
                 "tokens": f"{cell.num_tokens // 1024}K",
                 **{f"ours, G = {group}": ms(x) for group, x in ours.items()},
-                **{who: f"{1e3 * getattr(cell, who):.0f}" for who in ("FSA", "NSA", "full")},
+                **{who: f"{1e3 * getattr(cell, who):,.0f}" for who in ("FSA", "NSA", "full")},
             }
         )
     return pd.DataFrame(lines)
