@@ -2,7 +2,8 @@
 and for each further one.
 
 The model has the shape of Llama-3-8B, and random weights. Prompts of a batch are one random prompt,
-computed once. A step is what `generate` compiles for a static cache by itself.
+computed once. Over a static cache `generate` compiles a step by itself; over a dynamic one it
+launches kernels one by one, among them those of FlashAttention, which no mask stands against.
 """
 
 import statistics
@@ -34,7 +35,8 @@ NEW_TOKENS, RUNS = 64, 3
 METHOD: dict[str, Any] = dict(
     timing="first_token: wall time of generate with one new token and a dynamic cache, median of "
     f"{RUNS} after one. further_tokens: wall time of {NEW_TOKENS} new tokens less that of 4, each "
-    f"the median of {RUNS}, over a static cache with the prompt, divided by their number"
+    f"the median of {RUNS}, over a static cache with the prompt, divided by their number. "
+    "uncompiled_tokens: the same over a dynamic cache"
 )
 
 
@@ -85,10 +87,9 @@ def first_token(model: Any, prompt: torch.Tensor, batch_size: int) -> dict[str, 
 
 
 @torch.no_grad()
-def filled_cache(model: Any, prompt: torch.Tensor, batch_size: int, room: int) -> Any:
-    """A static cache all of whose rows hold the prompt."""
-    one: Any = DynamicCache()
-    cache: Any = StaticCache(config=model.config, max_cache_len=room)
+def filled_cache(model: Any, prompt: torch.Tensor, batch_size: int, cache: Any) -> Any:
+    """The cache, all of whose rows hold the prompt now."""
+    one: Any = DynamicCache(config=model.config)
     model(prompt[:, :-1], past_key_values=one, logits_to_keep=1)
     for source, target in zip(one.layers, cache.layers, strict=True):
         k, v = (x.expand(batch_size, -1, -1, -1) for x in (source.keys, source.values))
@@ -100,16 +101,20 @@ def filled_cache(model: Any, prompt: torch.Tensor, batch_size: int, room: int) -
 
 
 def rewind(cache: Any, held: int) -> None:
+    if not cache.is_compileable:
+        if more := cache.get_seq_length() - held:
+            cache.crop(-more)
+        return
     for layer in cache.layers:
         layer.cumulative_length.fill_(held)
         if getattr(layer, "compressed", None) is not None:
             layer.compressed.num_columns.fill_(held)
 
 
-def further_tokens(model: Any, prompt: torch.Tensor, batch_size: int) -> dict[str, Any]:
+def each_token(model: Any, prompt: torch.Tensor, batch_size: int, cache: Any) -> dict[str, Any]:
     """Milliseconds of a step after the prompt, from what many steps take more than a few."""
     tokens, few = prompt.shape[1], 4
-    cache = filled_cache(model, prompt, batch_size, tokens + NEW_TOKENS + 2)
+    cache = filled_cache(model, prompt, batch_size, cache)
     more = torch.cat((prompt, prompt[:, :1]), dim=1).expand(batch_size, -1)
 
     def run(new: int) -> None:
@@ -127,7 +132,17 @@ def further_tokens(model: Any, prompt: torch.Tensor, batch_size: int) -> dict[st
     return found | dict(tokens_per_s=1e3 * batch_size / found["ms"], first_runs_s=compiling)
 
 
-MEASURED = dict(first_token=first_token, further_tokens=further_tokens)
+def further_tokens(model: Any, prompt: torch.Tensor, batch_size: int) -> dict[str, Any]:
+    room = prompt.shape[1] + NEW_TOKENS + 2
+    static = StaticCache(config=model.config, max_cache_len=room)
+    return each_token(model, prompt, batch_size, static)
+
+
+def uncompiled_tokens(model: Any, prompt: torch.Tensor, batch_size: int) -> dict[str, Any]:
+    return each_token(model, prompt, batch_size, DynamicCache(config=model.config))
+
+
+MEASURED = {x.__name__: x for x in (first_token, further_tokens, uncompiled_tokens)}
 
 
 @contextmanager
@@ -166,7 +181,8 @@ def measure(
         with way as name:
             for tokens in lengths:
                 prompt = prompt_of(model, tokens)
-                calls = [("first_token", 1), *(("further_tokens", n) for n in batches)]
+                steps = ("further_tokens", "uncompiled_tokens")
+                calls = [("first_token", 1), *((x, n) for n in batches for x in steps)]
                 for what, batch_size in calls:
                     where = sizes[tokens] | dict(implementation=name, batch_size=batch_size)
                     where["pass"] = what
