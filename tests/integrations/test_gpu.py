@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import nsa_fsa
-from tests.on_gpu import syncs_forbidden
+from tests.on_gpu import GIB, needs, syncs_forbidden
 
 pytestmark = pytest.mark.gpu
 transformers = pytest.importorskip("transformers")
@@ -155,3 +155,35 @@ def test_steps_of_every_compression_wait_for_nothing(nsa):
     assert counters["stats"].get("unique_graphs", 0) == 1
     assert not counters["inductor"]["cudagraph_skips"]
     assert not counters["graph_break"]
+
+
+@needs(40)
+@torch.no_grad()
+def test_a_million_tokens_in_chunks():
+    """A layer of Llama-3-8B: beside weights and cache 3 GiB at most, and the first tokens are as if
+    there were no others."""
+    length, chunk = 1 << 20, 16384
+    config = transformers.LlamaConfig(
+        vocab_size=128,
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=1,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=length,
+    )
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
+    nsa_fsa.patch_model(model, preset="fsa-64x16", verbose=False)
+    ids = torch.randint(128, (1, length), device="cuda")
+    expected = model(ids[:, :chunk], use_cache=False).logits
+    weights = torch.cuda.memory_allocated() - ids.nbytes - expected.nbytes
+    cache = transformers.StaticCache(config=model.config, max_cache_len=length)
+    torch.cuda.reset_peak_memory_stats()
+    for n in range(0, length, chunk):
+        found = model(ids[:, n : n + chunk], past_key_values=cache, logits_to_keep=chunk).logits
+        if n == 0:
+            assert (found - expected).norm() < 2**-8 * expected.norm()
+    assert torch.isfinite(found).all()
+    kept = length * 8 * 128 * 2 * 2 * (1 + 1 / 16)  # keys and values, and compressed ones
+    assert torch.cuda.max_memory_allocated() < weights + kept + 3 * GIB
