@@ -107,7 +107,7 @@ def test_the_command_measures_every_row_that_is_published(name):
         blocks = f"{row['block_size']}x{row['num_blocks']}"
         halved = grid.get("search") and row["num_tokens"] % 1024 == 0
         implementation = dict(sdpa_cudnn="cudnn").get(row["implementation"], row["implementation"])
-        if "computes again" in row["variant"]:
+        if "computes again" in row.get("variant", ""):
             implementation = "nsa_fsa_recompute"
         ours = ["nsa_fsa"] if grid.get("search") else []
         return (
