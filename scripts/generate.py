@@ -18,8 +18,9 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from shapes import ALLOWED, random_model, shape_config
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.streamers import BaseStreamer
 
 import nsa_fsa.integrations.transformers
@@ -28,19 +29,6 @@ from nsa_fsa.config import PRESETS
 from nsa_fsa.integrations.transformers import NSAAttention
 
 console = Console()
-LLAMA: dict[str, Any] = dict(
-    bos_token_id=None, eos_token_id=None, rope_parameters=dict(rope_type="default", rope_theta=5e5)
-)
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-3-8b": dict(
-        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
-        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=1 << 20, **LLAMA,
-    ),
-    "tiny": dict(
-        vocab_size=256, hidden_size=64, intermediate_size=176, num_hidden_layers=2,
-        num_attention_heads=8, num_key_value_heads=2, max_position_embeddings=1 << 16, **LLAMA,
-    ),
-}  # fmt: skip
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 
 
@@ -68,8 +56,7 @@ def main(
         str | None, typer.Option(help="A checkpoint, sparse or dense: a folder, or a name.")
     ] = None,
     random_init: Annotated[
-        str | None,
-        typer.Option(help=f"Instead: random weights. Of {', '.join(SHAPES)}, or a folder."),
+        str | None, typer.Option(help=f"Instead: random weights. Of {ALLOWED}.")
     ] = None,
     prompt: Annotated[
         Path | None, typer.Option(exists=True, dir_okay=False, help="A file of text.")
@@ -117,12 +104,11 @@ def load(name: str | None, shape: str | None, device: str) -> tuple[Any, Any]:
     if name is not None:
         made = AutoModelForCausalLM.from_pretrained(name, **options)
         return made.to(device).eval(), AutoTokenizer.from_pretrained(name)
-    known = SHAPES.get(str(shape))
-    config = LlamaConfig(**known) if known else AutoConfig.from_pretrained(shape)
-    torch.manual_seed(0)
-    with torch.device(device):
-        made = AutoModelForCausalLM.from_config(config, **options)
-    return made.eval(), None
+    try:
+        config = shape_config(str(shape))
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--random-init") from error
+    return random_model(config, device=device, **options).eval(), None
 
 
 def prompt_ids(model: Any, tokenizer: Any, path: Path | None, number: int | None) -> Tensor:

@@ -22,7 +22,8 @@ def run(monkeypatch):
     specification = importlib.util.spec_from_file_location("generate", SCRIPT)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
-    monkeypatch.delitem(sys.modules, "progress", raising=False)
+    for beside in ("progress", "shapes"):
+        monkeypatch.delitem(sys.modules, beside, raising=False)
 
     def invoke(*arguments, code=0):
         app = typer.Typer()
@@ -39,7 +40,7 @@ def test_a_prompt_is_continued_sparse_and_dense(run, tmp_path):
     prompt, figures = tmp_path / "prompt.txt", tmp_path / "figures.json"
     prompt.write_text("Dass sie alle einen Anfang haben. " * 10)
     printed = run(
-        "--random-init=tiny",
+        "--random-init=tiny-demo",
         f"--prompt={prompt}",
         "--new-tokens=6",
         "--preset=tiny",
@@ -62,9 +63,10 @@ def test_a_prompt_is_continued_sparse_and_dense(run, tmp_path):
     ("arguments", "said"),
     [
         ((), "give one of --model and --random-init"),
-        (("--random-init=tiny",), "there is nothing to continue"),
-        (("--random-init=tiny", "--tokens=4", "--preset=magic"), "'magic' is not known"),
-        (("--random-init=tiny", "--prompt=nowhere.txt"), "does not exist"),
+        (("--random-init=tiny-demo",), "there is nothing to continue"),
+        (("--random-init=tiny-demo", "--tokens=4", "--preset=magic"), "'magic' is not known"),
+        (("--random-init=tiny-demo", "--prompt=nowhere.txt"), "does not exist"),
+        (("--random-init=vast", "--tokens=4"), "'vast' is not known: allowed are llama3-8b"),
     ],
 )
 def test_what_is_wrong_is_said(run, arguments, said):
