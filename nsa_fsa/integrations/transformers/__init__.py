@@ -22,6 +22,8 @@ from nsa_fsa.integrations.transformers.layers import (
     explain_model,
     register_attention,
 )
+from nsa_fsa.integrations.transformers.loss import chunk_loss
+from nsa_fsa.integrations.transformers.memory import checkpoint_layers, chunk_mlp
 from nsa_fsa.integrations.transformers.models import class_named
 from nsa_fsa.integrations.transformers.patch import patch_model, unpatch_model
 from nsa_fsa.integrations.transformers.report import PatchReport
@@ -30,6 +32,9 @@ __all__ = [
     "ModelExplanation",
     "NSAAttention",
     "PatchReport",
+    "checkpoint_layers",
+    "chunk_loss",
+    "chunk_mlp",
     "explain_model",
     "patch_model",
     "register_attention",
