@@ -34,6 +34,11 @@ class Steps:
 
     Says once if a step is far slower than the first.
 
+    Args:
+        total: steps, with those that were done before.
+        what: is done, until the first report.
+        done: steps of an earlier run, which this one goes on from.
+
     Example:
         >>> with Steps(100, console) as progress:
         ...     for step in range(100):
@@ -41,12 +46,15 @@ class Steps:
         ...         progress.advance()
     """
 
-    def __init__(self, total: int, console: Console, what: str = "training") -> None:
+    def __init__(self, total: int, console: Console, what: str = "training", done: int = 0) -> None:
         times = (TimeElapsedColumn(), TimeRemainingColumn())
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times)
         self._bar = Progress(*columns, console=console) if console.is_terminal else None
-        self._task = None if self._bar is None else self._bar.add_task(what, total=total)
-        self._console, self._total, self._done, self._said = console, total, 0, what
+        self._task = (
+            None if self._bar is None else self._bar.add_task(what, total=total, completed=done)
+        )
+        self._console, self._total, self._said = console, total, what
+        self._done = self._before = done
         self._first: float | None = None  # seconds that the first step took
         self._warned = False
 
@@ -98,7 +106,7 @@ class Steps:
         self._last_line = time.perf_counter()
         seconds = self._last_line - self._start
         left = ""
-        if self._done:
-            left = f", about {seconds / self._done * (self._total - self._done):.0f} s left"
+        if here := self._done - self._before:
+            left = f", about {seconds / here * (self._total - self._done):.0f} s left"
         line = f"step {self._done} of {self._total}: {self._said} ({seconds:.0f} s{left})"
         self._console.print(line, highlight=False, soft_wrap=True)
