@@ -24,6 +24,11 @@ from nsa_fsa.sequences import Sequences
 POOLED = ("mean", "weighted")  # kinds that need no gathered windows
 
 
+def _of_heads(parameter: Tensor, heads: slice | None) -> Tensor:
+    """A parameter `[HKV, ...]` of some heads; None: of all that there are."""
+    return parameter if heads is None else parameter[heads]
+
+
 def _pool_gathered(windows: Tensor, weight: Tensor | None) -> Tensor:
     """Windows `[N, H, l, D]` and weights `[H, l]`, None for equal ones -> `[N, H, D]`."""
     if weight is None:
@@ -53,17 +58,19 @@ class PoolPhi(nn.Module):
         x: Tensor,
         embedding: Tensor | None = None,
         pool: Callable[[Tensor, Tensor | None], Tensor] = _pool_gathered,
+        heads: slice | None = None,
     ) -> Tensor:
         """x `[T, H, D]`, embedding `[H, l, D]` -> `[N, H, D]`. pool: the operator,
-        of x and the weights `[H, l]`.
+        of x and the weights `[H, l]`. heads: as of `Compressor`.
 
         Without an operator x is windows `[N, H, l, D]`, as other phis take them:
         so a phi around this one calls it.
         """
         weight = None
         if self.logits is not None:
-            wide = torch.promote_types(self.logits.dtype, torch.float32)
-            weight = self.logits.to(wide).softmax(-1)
+            logits = _of_heads(self.logits, heads)
+            wide = torch.promote_types(logits.dtype, torch.float32)
+            weight = logits.to(wide).softmax(-1)
         pooled = pool(x, weight)
         if embedding is None:
             return pooled
@@ -93,8 +100,9 @@ class LinearPhi(nn.Module):
         mean = eye.repeat(self.kernel_size, 1) * (self.gain / self.kernel_size)  # [l * D, D]
         assign(self.weight, mean.expand(self.weight.shape))
 
-    def forward(self, windows: Tensor) -> Tensor:
-        return torch.einsum("nhi,hio->nho", windows.flatten(2), self.weight)
+    def forward(self, windows: Tensor, heads: slice | None = None) -> Tensor:
+        weight = _of_heads(self.weight, heads)
+        return torch.einsum("nhi,hio->nho", windows.flatten(2), weight)
 
 
 class MLPPhi(nn.Module):
@@ -113,9 +121,10 @@ class MLPPhi(nn.Module):
         for weight in (self.up, self.down):
             nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
-    def forward(self, windows: Tensor) -> Tensor:
-        hidden = torch.einsum("nhi,him->nhm", windows.flatten(2), self.up)
-        return torch.einsum("nhm,hmo->nho", nn.functional.gelu(hidden), self.down)
+    def forward(self, windows: Tensor, heads: slice | None = None) -> Tensor:
+        up, down = _of_heads(self.up, heads), _of_heads(self.down, heads)
+        hidden = torch.einsum("nhi,him->nhm", windows.flatten(2), up)
+        return torch.einsum("nhm,hmo->nho", nn.functional.gelu(hidden), down)
 
 
 class GatedPhi(nn.Module):
@@ -127,8 +136,8 @@ class GatedPhi(nn.Module):
         self.value_map = LinearPhi(num_heads, kernel_size, head_dim, gain=2.0, **factory)
         self.gate_map = LinearPhi(num_heads, kernel_size, head_dim, gain=0.0, **factory)
 
-    def forward(self, windows: Tensor) -> Tensor:
-        return self.value_map(windows) * self.gate_map(windows).sigmoid()
+    def forward(self, windows: Tensor, heads: slice | None = None) -> Tensor:
+        return self.value_map(windows, heads) * self.gate_map(windows, heads).sigmoid()
 
 
 class Compressor(nn.Module):
@@ -199,7 +208,18 @@ class Compressor(nn.Module):
         find = getattr(self.phi, "get_base_layer", None)
         return getattr(self.phi if find is None else find(), "made_as", None)
 
-    def forward(self, x: Tensor, layout: Sequences) -> Tensor:
+    def forward(self, x: Tensor, layout: Sequences, heads: slice | None = None) -> Tensor:
+        """x `[T, H, D]` -> `[N, H, D]`. heads: which of the KV heads x has; None: all.
+
+        Raises:
+            ValueError: for some heads where phi is a module of the user's own.
+        """
+        if heads is not None and self.is_own:
+            raise ValueError(
+                f"a compressor of your own, {type(self.phi).__name__}, cannot be split by KV "
+                "heads, as context_parallel does. Fix: one of the package's kinds, or leave "
+                "context_parallel out."
+            )
         sizes: dict[str, Any] = dict(
             kernel_size=self.kernel_size,
             kernel_stride=self.kernel_stride,
@@ -211,12 +231,14 @@ class Compressor(nn.Module):
             backend=self.backend,
             **sizes,
         )
-        embedding = self.position_embedding
+        embedding: Tensor | None = self.position_embedding
+        if embedding is not None:
+            embedding = _of_heads(embedding, heads)
         if self._kind_now in POOLED:
-            return self.phi(x, embedding, functools.partial(ops.pool_windows, **how))
+            pool = functools.partial(ops.pool_windows, **how)
+            return self.phi(x, embedding, pool, heads=heads)
         windows = ops.gather_windows(x, **how)  # [N, H, l, D]
-        is_own = self.is_own
-        if is_own:
+        if is_own := self.is_own:
             # Where no sequence owns a window, windows are 0. A phi that divides by their norm would
             # make NaN of it, and 0 * NaN of its parameters' gradient: the first tokens of the batch
             # stand there instead.
@@ -225,7 +247,7 @@ class Compressor(nn.Module):
             windows = torch.where(owned[:, None, None, None], windows, first)
         if embedding is not None:
             windows = windows + embedding
-        compressed = self.phi(windows)  # [N, H, D]
+        compressed = self.phi(windows) if is_own else self.phi(windows, heads=heads)  # [N, H, D]
         if is_own:
             _check_compressed(self.phi, windows, compressed)
         return compressed
