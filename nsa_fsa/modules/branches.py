@@ -11,6 +11,7 @@ from nsa_fsa.checks import check_whole_sequences
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.decode import Pages, append_tokens, nsa_decode
 from nsa_fsa.decode.operator import BACKENDS
+from nsa_fsa.distributed import ContextParallel
 from nsa_fsa.modules.compression import Compressor
 from nsa_fsa.modules.gating import BranchGate
 from nsa_fsa.modules.rotary import apply_rotary
@@ -107,18 +108,44 @@ class SparseBranches:
         cos: Tensor | None,
         sin: Tensor | None,
         layout: Sequences,
+        heads: slice | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compressed keys and values of a packed batch; with cos and sin `[T, rotary_dim]`, keys
-        are rotated as their window's first position.
+        are rotated as their window's first position. heads: which of the KV heads they are of;
+        None: all.
         """
-        k_cmp = self.compress_k(k_src, layout).to(k_src.dtype)
-        v_cmp = self.compress_v(v_src, layout).to(v_src.dtype)
+        k_cmp = self.compress_k(k_src, layout, heads=heads).to(k_src.dtype)
+        v_cmp = self.compress_v(v_src, layout, heads=heads).to(v_src.dtype)
         if cos is not None and sin is not None:
             c = self.nsa_config
             sizes: dict[str, Any] = dict(kernel_size=c.kernel_size, kernel_stride=c.kernel_stride)
             first = window_starts(k_src, layout.cu_seqlens, seqused_k=layout.seqused_k, **sizes)
             k_cmp = rotate(k_cmp, cos[first], sin[first])
         return k_cmp, v_cmp
+
+    def exchange(
+        self, cp: ContextParallel, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, slice]:
+        """Of this rank's tokens, q `[B, S / n, HQ, D]`, k and v `[B, S / n, HKV, ...]` and
+        gate_logits `[B, S / n, 3 * HQ or 3]`, to whole sequences of this rank's heads:
+        `[B, S, HQ / n, D]`, and so on; and which of the KV heads these are.
+
+        Raises:
+            ValueError: where the ranks cannot have equal parts of the KV heads.
+        """
+        num_heads = k.shape[2]
+        if num_heads % cp.size:
+            raise ValueError(
+                f"context_parallel has {cp.size} ranks, which do not divide the {num_heads} KV "
+                f"heads of layer {self.layer_idx}, and the choice of blocks belongs to a whole KV "
+                f"head. Fix: a number of ranks that divides {num_heads}, and data parallelism over "
+                "the others."
+            )
+        gate_logits = gate_logits.unflatten(-1, (-1, 3))  # [B, S / n, HQ or 1, 3]
+        is_shared = gate_logits.shape[2] == 1  # by all heads
+        gate_logits = cp.gather(gate_logits) if is_shared else cp.to_heads(gate_logits)
+        q, k, v = cp.to_heads(q), cp.to_heads(k), cp.to_heads(v)
+        return q, k, v, gate_logits.flatten(-2), cp.heads(num_heads)
 
     def mix(
         self,

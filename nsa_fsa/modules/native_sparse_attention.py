@@ -15,6 +15,8 @@ from nsa_fsa.cache import KeyValues, NSACache
 from nsa_fsa.cache.nsa_cache import Rotation
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.decode.operator import MOST_NEW
+from nsa_fsa.distributed import ContextParallel
+from nsa_fsa.distributed.context_parallel import check_context_parallel
 from nsa_fsa.modules.branches import SparseBranches, put_back, rotate, take
 from nsa_fsa.modules.norm import normalize
 from nsa_fsa.modules.rotary import RotaryEmbedding
@@ -112,6 +114,7 @@ class NativeSparseAttention(SparseBranches, nn.Module):
         max_seqlen: int | None = None,
         position_ids: Tensor | None = None,
         cache: NSACache | None = None,
+        context_parallel: ContextParallel | None = None,
     ) -> Tensor:
         """`[B, S, E]` -> `[B, S, E]`, in the projections' dtype (autocast's under autocast).
 
@@ -136,31 +139,48 @@ class NativeSparseAttention(SparseBranches, nn.Module):
                 among them, take a few launches where compressors pool ("mean", "weighted"), keys
                 are shared by the branches, and positions are those that the cache counts, or
                 `compress_rope="before"`.
+            context_parallel: the ranks that share the sequences. `hidden_states`, and positions
+                if given, are of this rank's tokens, S / n of each row, and `cu_seqlens` and
+                `max_seqlen` of all ranks' tokens. n must divide the KV heads.
 
         Raises:
             ValueError: for a mask that is not 2D or has negative values, packed input with a
                 mask or a cache, arguments of another kind or on another device, or shapes
-                that do not fit.
+                that do not fit; with `context_parallel`, for a mask, a cache, or a compressor of
+                your own.
         """
-        rows, packed = self._pack(hidden_states, attention_mask, cu_seqlens, max_seqlen, cache)
+        if context_parallel is not None:
+            check_context_parallel(context_parallel, attention_mask, cache)
+        arguments = (attention_mask, cu_seqlens, max_seqlen, cache, context_parallel)
+        rows, packed = self._pack(hidden_states, *arguments)
         given = (position_embeddings, position_ids)
         rotation = None if cache is None else self._rotation_by_position(given)
         if cache is not None and self._decodes(hidden_states, rows, cache, given, rotation):
             return self._decode(hidden_states, cache, rotation, given)
         batch_size, length = hidden_states.shape[:2]
-        layout = packed or uniform_layout(batch_size, length, hidden_states.device)
+        num_ranks = 1 if context_parallel is None else context_parallel.size
+        whole = (batch_size, num_ranks * length)
+        layout = packed or uniform_layout(*whole, device=hidden_states.device)
         x = take(hidden_states, rows)  # [T, E]
 
-        q, k, v = self._project(x)  # [T, HQ, D]; k and v: a tensor [T, HKV, D] per branch
-        cos, sin = self._rotation(hidden_states, rows, layout, given, cache)
+        q, k, v = self._project(x)  # [T, HQ, D]; k and v: [T, HKV, 1 or 3, D]
+        gate_logits, heads = self.gate(x), None
+        if context_parallel is not None:  # T is of all ranks' tokens from here on
+            local = (x.unflatten(0, (batch_size, length)) for x in (q, k, v, gate_logits))
+            *of_all, heads = self.exchange(context_parallel, *local)
+            q, k, v, gate_logits = (x.flatten(0, 1) for x in of_all)
+        cos, sin = self._rotation(hidden_states, rows, layout, given, cache, context_parallel)
         q = rotate(q, cos, sin)
         keys = self._branch_keys(k, v, cos, sin)
         if cache is None:
-            k_cmp, v_cmp = self.compress(keys.k_src, keys.v_src, keys.cos, keys.sin, layout)
+            sources = (keys.k_src, keys.v_src, keys.cos, keys.sin)
+            k_cmp, v_cmp = self.compress(*sources, layout, heads)
         else:
             keys, k_cmp, v_cmp, layout = cache.update(keys, layout, self.compress, rows, rotation)
 
-        o = self.mix(q, keys, k_cmp, v_cmp, self.gate(x), layout)  # [T, HQ, DV]
+        o = self.mix(q, keys, k_cmp, v_cmp, gate_logits, layout)  # [T, HQ, DV]
+        if context_parallel is not None:
+            o = context_parallel.to_tokens(o.unflatten(0, (batch_size, -1))).flatten(0, 1)
         output = put_back(self.o_proj(o.flatten(1).to(q.dtype)), rows, batch_size, length)
         if cache is not None:
             cache.commit(needed_by_backward=o.requires_grad)
@@ -210,7 +230,8 @@ class NativeSparseAttention(SparseBranches, nn.Module):
         """The forward where it `_decodes`: few operations, of which none copies what the cache
         holds or depends on the host."""
         x = hidden_states.flatten(0, 1)  # [T, E]
-        q, (k, *_), (v, *_) = self._project(x)
+        q, k, v = self._project(x)
+        k, v = k.squeeze(2), v.squeeze(2)
         step = cache.step(k, v, hidden_states.shape[1], rotation)
         cos, sin = step.rotation or self._rotation(hidden_states, None, None, given, cache)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
@@ -229,6 +250,7 @@ class NativeSparseAttention(SparseBranches, nn.Module):
         cu_seqlens: Tensor | None,
         max_seqlen: int | None,
         cache: NSACache | None,
+        context_parallel: ContextParallel | None,
     ) -> tuple[Tensor | None, Sequences | None]:
         """Rows of the flattened batch that hold real tokens (None: all of them),
         and where the sequences lie among those (None: every row of the batch is one).
@@ -253,6 +275,8 @@ class NativeSparseAttention(SparseBranches, nn.Module):
                 "Fix: start with a new cache, NSACache(attn.config), and feed all tokens again."
             )
         batch_size, length = hidden_states.shape[:2]
+        if context_parallel is not None:
+            length *= context_parallel.size
         if cu_seqlens is not None:
             if batch_size != 1 or attention_mask is not None or cache is not None:
                 raise ValueError(
@@ -283,9 +307,9 @@ class NativeSparseAttention(SparseBranches, nn.Module):
         packing = pack_batch(batch_size, length, hidden_states.device, attention_mask)
         return _beside_cache(packing, attention_mask, length, cache)
 
-    def _project(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """x `[T, E]` -> q `[T, HQ, D]`, and for each branch k `[T, HKV, D]` and v `[T, HKV, DV]`:
-        one tensor three times, or three tensors with `kv_per_branch`."""
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x `[T, E]` -> q `[T, HQ, D]`, k `[T, HKV, 1, D]` and v `[T, HKV, 1, DV]`, or three of
+        each, for every branch one, with `kv_per_branch`."""
         c = self.config
         q = self.q_proj(x)
         if q.shape[-1] != c.num_heads * c.head_dim:
@@ -300,10 +324,7 @@ class NativeSparseAttention(SparseBranches, nn.Module):
         k = normalize(self.k_norm, k)  # [T, HKV, 1 or 3, D]
         v = self.v_proj(x).unflatten(-1, (c.num_kv_heads, -1, c.v_head_dim))
         # Under autocast a norm returns float32 where the projections return 16 bits.
-        q, k = q.to(v.dtype), k.to(v.dtype)
-        if c.kv_per_branch:
-            return q, k.unbind(2), v.unbind(2)
-        return q, (k.squeeze(2),) * 3, (v.squeeze(2),) * 3
+        return q.to(v.dtype), k.to(v.dtype), v
 
     def _rotation(
         self,
@@ -312,19 +333,28 @@ class NativeSparseAttention(SparseBranches, nn.Module):
         layout: Sequences | None,
         given: _Given,
         cache: NSACache | None,
+        context_parallel: ContextParallel | None = None,
     ) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """cos and sin of the packed tokens, `[T, rotary_dim]`; None where nothing is rotated.
         layout: None for a step of decoding."""
         position_embeddings, position_ids = given
         batch = hidden_states.shape[:2]
+
+        def packed(x: Tensor) -> Tensor:
+            """`[B or 1, S, ...]`, of this rank's tokens, -> `[T, ...]`, of all."""
+            x = x.expand(*batch, -1)
+            return take(x if context_parallel is None else context_parallel.gather(x), rows)
+
         if position_embeddings is not None:
             self._check_rotation(position_embeddings, hidden_states)
-            cos, sin = (take(x.expand(*batch, -1), rows) for x in position_embeddings)
+            cos, sin = map(packed, position_embeddings)
             return cos, sin
         if self.rotary is None:
             return None, None
         # numel() would be one number for torch.export.
         num_rows = batch[0] * batch[1] if rows is None else rows.shape[0]
+        if context_parallel is not None:
+            num_rows *= context_parallel.size
         if position_ids is not None:
             checks.check_tensor("position_ids", position_ids, "integers [B or 1, S]")
             checks.check_device("position_ids", position_ids, hidden_states.device)
@@ -335,7 +365,7 @@ class NativeSparseAttention(SparseBranches, nn.Module):
                     f"{tuple(position_ids.shape)}; it must be int64 or int32 [B or 1, S], here "
                     f"{tuple(batch)}. Fix: leave it out to count from each sequence's first token."
                 )
-            position = take(position_ids.expand(batch)[..., None], rows).squeeze(-1)
+            position = packed(position_ids[..., None]).squeeze(-1)
         elif cache is not None:
             position = cache.next_positions(layout, num_rows)
         else:
@@ -374,16 +404,20 @@ class NativeSparseAttention(SparseBranches, nn.Module):
                 )
 
     def _branch_keys(
-        self, k: tuple[Tensor, ...], v: tuple[Tensor, ...], cos: Tensor | None, sin: Tensor | None
+        self, k: Tensor, v: Tensor, cos: Tensor | None, sin: Tensor | None
     ) -> KeyValues:
-        """Rotates the keys of every branch, and puts beside them what compression reads."""
+        """Rotates the keys of every branch, and puts beside them what compression reads. k and v:
+        `[T, HKV, 1 or 3, D or DV]`."""
+        k_src, v_src = k[:, :, 0], v[:, :, 0]
         if self.config.kv_per_branch:
-            k_cmp, k_slc, k_swa = (rotate(x, cos, sin) for x in k)
+            k_cmp, k_slc, k_swa = (rotate(x, cos, sin) for x in k.unbind(2))
+            _, v_slc, v_swa = v.unbind(2)
         else:
-            k_cmp = k_slc = k_swa = rotate(k[0], cos, sin)
+            k_cmp = k_slc = k_swa = rotate(k_src, cos, sin)
+            v_slc = v_swa = v_src
         if self.config.compress_rope == "before":
-            return KeyValues(k_slc, v[1], k_swa, v[2], k_cmp, v[0])
-        return KeyValues(k_slc, v[1], k_swa, v[2], k[0], v[0], cos, sin)
+            return KeyValues(k_slc, v_slc, k_swa, v_swa, k_cmp, v_src)
+        return KeyValues(k_slc, v_slc, k_swa, v_swa, k_src, v_src, cos, sin)
 
 
 def _has_any(given: _Given) -> bool:

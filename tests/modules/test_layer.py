@@ -12,6 +12,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from nsa_fsa.cache import NSACache
 from nsa_fsa.config import COMPRESSION_KINDS, NSAConfig
+from nsa_fsa.distributed import ContextParallel
 from nsa_fsa.modules import Compressor, NativeSparseAttention
 from nsa_fsa.modules.compression import MLPPhi
 from nsa_fsa.modules.native_sparse_attention import PROJECTIONS
@@ -774,6 +775,7 @@ def wrong_arguments():
             [*misshapen(ids), ids.float(), ids.bool(), ids[:, :8], ids.expand(3, 9)],
         ),
         "cache": (dict(), [3, "text", True, {}, NSACache, transformers.DynamicCache(), x]),
+        "context_parallel": (dict(), [3, "text", True, {}, ContextParallel, x]),
     }
 
 

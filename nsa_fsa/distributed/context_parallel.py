@@ -1,0 +1,277 @@
+"""Context parallelism: n ranks share sequences that are too long for one of them.
+
+Each of them has `S / n` of a sequence's S tokens, the first rank the first ones. What a layer does
+token by token, it does with those. For attention the ranks exchange tokens for heads, so that each
+has all tokens of `HKV / n` KV heads and of the query heads that read them: what is computed then is
+what one rank computes for these heads.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from nsa_fsa.checks import check_device, check_tensor
+from nsa_fsa.distributed.collectives import gather_tokens, heads_to_tokens, tokens_to_heads
+from nsa_fsa.sequences import Sequences, pack_batch, positions
+
+if TYPE_CHECKING:  # a PyTorch without torch.distributed imports this file, too
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+IGNORED = -100  # the label of a token that has no part in the loss
+
+
+class ContextParallel:
+    """The ranks that share sequences. Layers and patched models take it as the keyword
+    `context_parallel`, beside what `shard` or `part` has cut:
+
+        >>> cp = ContextParallel(mesh["cp"])
+        >>> loss = model(**cp.shard(input_ids=input_ids, labels=labels)).loss
+
+    All ranks of the group are given the same batch. A rank's gradients are of its own tokens and
+    heads: their sum over the ranks is that of one rank with the whole batch. DDP and FSDP take the
+    mean, so the loss to call backward on is the size of the group times the rank's part of the sum
+    over the batch's tokens, divided by the number of these, which is what `shard` asks a model for.
+
+    Args:
+        group: a process group, or a DeviceMesh of one dimension.
+
+    Raises:
+        ValueError: for anything else.
+    """
+
+    def __init__(self, group: "ProcessGroup | DeviceMesh") -> None:
+        from torch.distributed import ProcessGroup, get_rank
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if isinstance(group, DeviceMesh) and group.ndim == 1:
+            group = group.get_group()
+        if not isinstance(group, ProcessGroup):
+            raise ValueError(
+                f"group={group!r:.100} must be a process group that this process is in, or a "
+                'DeviceMesh of one dimension. Fix: mesh["cp"], or torch.distributed.group.WORLD.'
+            )
+        self.group = group
+        self.rank = get_rank(group)
+        self.size = group.size()
+
+    def __repr__(self) -> str:
+        return f"ContextParallel(rank {self.rank} of {self.size})"
+
+    # -- tokens ------------------------------------------------------------------------------------
+
+    def part(self, x: Tensor, dim: int = 1) -> Tensor:
+        """This rank's part of what all tokens have along `dim`.
+
+        Raises:
+            ValueError: where the ranks cannot have equal parts.
+        """
+        if x.shape[dim] % self.size:
+            raise ValueError(
+                f"{x.shape[dim]} tokens cannot be shared equally by {self.size} ranks. "
+                "Fix: add some at the end, which no other token sees."
+            )
+        length = x.shape[dim] // self.size
+        return x.narrow(dim, self.rank * length, length)
+
+    def gather(self, x: Tensor) -> Tensor:
+        """`[B, S / n, ...]` of every rank -> `[B, S, ...]`, the inverse of `part`.
+
+        A gradient is given back to the rank whose part it is of, summed over the ranks.
+        """
+        return gather_tokens(x, self.size, self.group.group_name)
+
+    def shard(
+        self,
+        *,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        max_length_q: int | Tensor | None = None,
+        **inputs: Any,
+    ) -> dict[str, Any]:
+        """What to call a model of transformers with on this rank, for a batch that all ranks have.
+
+        If n does not divide the sequences' length S, they are lengthened at the end by tokens of
+        their own, which have no label. May read back from the device, as `pack_batch` does.
+
+        Args:
+            labels, shift_labels: `[B, S]`, of the tokens themselves, or of those after them.
+            attention_mask: `[B, S]`, with padding on the right only. It is left out of the result:
+                causal attention does not see what comes later.
+            position_ids: `[B or 1, S]`; where they do not go on, another sequence begins.
+                Default: counted from each sequence's first token.
+            cu_seq_lens_q, max_length_q: the boundaries of sequences that are packed into one row,
+                if known, and an upper bound on their lengths.
+            inputs: `input_ids` `[B, S]` or `inputs_embeds` `[B, S, E]`, and whatever the model
+                takes besides. Tensors `[B, S, ...]` are cut, all others handed on as they are;
+                `cu_seq_lens_k` and `max_length_k` are left out, as they are those of the queries.
+
+        Returns:
+            This rank's tokens with their positions and labels, `cu_seq_lens_q` and `max_length_q`
+            of the whole batch if it is packed, and `context_parallel`. With labels also
+            `num_items_in_batch`, by which a rank's loss is such that the mean over the ranks is the
+            loss of the batch.
+
+        Raises:
+            ValueError: for padding on the left or between tokens, or arguments that do not fit.
+        """
+        tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+        check_tensor("input_ids", tokens, "[B, S], or inputs_embeds [B, S, E]")
+        assert tokens is not None
+        batch_size, length = tokens.shape[:2]
+        num_more = -length % self.size
+        if position_ids is not None:
+            position_ids = _along_rows("position_ids", position_ids, tokens)
+        if attention_mask is not None:
+            real = _right_padded(attention_mask, tokens)
+            if position_ids is not None:
+                position_ids = _counted_on(position_ids, real)
+
+        packed = _find_sequences(tokens, position_ids, cu_seq_lens_q, max_length_q)
+        if packed is not None and num_more:
+            packed = _with_more(packed, batch_size, length, num_more)
+        if position_ids is not None:
+            more = torch.arange(num_more, device=tokens.device).expand(batch_size, -1)
+            position_ids = torch.cat((position_ids, more), dim=1)
+        elif packed is not None:
+            position_ids = positions(packed.cu_seqlens, length + num_more)[None]
+        else:
+            whole = torch.arange(length + num_more, device=tokens.device)
+            position_ids = whole.expand(batch_size, -1)
+
+        result = {k: v for k, v in inputs.items() if k not in ("cu_seq_lens_k", "max_length_k")}
+        for name, x in result.items():
+            if isinstance(x, Tensor) and x.shape[:2] == tokens.shape[:2]:
+                result[name] = self._part_of_longer(x, num_more, 0)
+        if labels is not None and shift_labels is None:
+            shift_labels = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+        if shift_labels is not None:
+            shift_labels = _along_rows("labels", shift_labels, tokens)
+            number = shift_labels.ne(IGNORED).sum()
+            result.setdefault("num_items_in_batch", number / self.size)
+            # A model looks whether there are labels, and makes its loss of the shifted ones.
+            mine = self._part_of_longer(shift_labels, num_more, IGNORED)
+            result.update(labels=mine, shift_labels=mine)
+        if packed is not None:
+            result["cu_seq_lens_q"], result["max_length_q"] = packed[:2]
+        result["position_ids"] = self.part(position_ids)
+        return {**result, "context_parallel": self}
+
+    def _part_of_longer(self, x: Tensor, num_more: int, value: int) -> Tensor:
+        """This rank's part of x `[B, S, ...]` with so many tokens more."""
+        if num_more:
+            x = torch.cat((x, x.new_full((x.shape[0], num_more, *x.shape[2:]), value)), dim=1)
+        return self.part(x).contiguous()
+
+    # -- heads -------------------------------------------------------------------------------------
+
+    def heads(self, number: int) -> slice:
+        """Which of so many heads this rank has after `to_heads`."""
+        share = number // self.size
+        return slice(self.rank * share, (self.rank + 1) * share)
+
+    def to_heads(self, x: Tensor) -> Tensor:
+        """`[B, S / n, H, ...]`, all heads of this rank's tokens, -> `[B, S, H / n, ...]`, all
+        tokens of this rank's heads. n must divide H."""
+        return tokens_to_heads(x, self.size, self.group.group_name)
+
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """The inverse of `to_heads`."""
+        return heads_to_tokens(x, self.size, self.group.group_name)
+
+
+def check_context_parallel(context_parallel: Any, attention_mask: Any, cache: Any) -> None:
+    """Raises ValueError for anything but a ContextParallel, and for what does not go with it."""
+    if not isinstance(context_parallel, ContextParallel):
+        raise ValueError(
+            f"context_parallel={context_parallel!r:.100} must be a ContextParallel or None. "
+            "Fix: nsa_fsa.distributed.ContextParallel(group)."
+        )
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask is not available with context_parallel: it must be None. "
+            "Fix: ContextParallel.shard, which leaves out a mask of padding on the right, where "
+            "causal attention does not look; or sequences packed without padding."
+        )
+    if cache is not None:
+        raise ValueError(
+            "a cache is not available with context_parallel, which is for whole sequences. "
+            "Fix: use_cache=False to train; leave context_parallel out to generate."
+        )
+
+
+# --- What a batch is like -------------------------------------------------------------------------
+
+
+def _along_rows(name: str, x: Tensor, tokens: Tensor) -> Tensor:
+    """x as `[B, S]`; raises ValueError for another shape."""
+    check_tensor(name, x, "[B, S]")
+    check_device(name, x, tokens.device)
+    batch_size, length = tokens.shape[:2]
+    if x.shape not in ((batch_size, length), (1, length)):
+        raise ValueError(
+            f"{name} has shape {tuple(x.shape)}; it must be [B, S] = {(batch_size, length)}. "
+            "Fix: one number for every token."
+        )
+    return x.expand(batch_size, -1)
+
+
+def _right_padded(mask: Tensor, tokens: Tensor) -> Tensor:
+    """Which tokens are real, bool `[B, S]`; raises ValueError for any before which some are not."""
+    real = _along_rows("attention_mask", mask, tokens) != 0
+    wrong = (real[:, 1:] & ~real[:, :-1]).any(1).nonzero().flatten().tolist()
+    if wrong:
+        raise ValueError(
+            f"attention_mask hides tokens before real ones in the rows {wrong}: with "
+            "context_parallel padding must be on the right, where causal attention does not look. "
+            'Fix: tokenizer.padding_side = "right", or pack the sequences without padding.'
+        )
+    return real
+
+
+def _counted_on(position_ids: Tensor, real: Tensor) -> Tensor:
+    """Positions that go on in the padding, where they begin no sequences."""
+    column = torch.arange(real.shape[1], device=real.device)
+    last = (real.sum(1, keepdim=True) - 1).clamp(min=0)
+    return torch.where(real, position_ids, position_ids.gather(1, last) + column - last)
+
+
+def _find_sequences(
+    tokens: Tensor,
+    position_ids: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    max_length_q: int | Tensor | None,
+) -> Sequences | None:
+    """Where sequences lie in a packed batch; None: each row is one."""
+    batch_size, length = tokens.shape[:2]
+    if cu_seq_lens_q is not None:
+        if batch_size != 1:
+            raise ValueError(
+                "cu_seq_lens_q describes sequences packed into one row [1, T], but the batch has "
+                f"{batch_size} rows. Fix: pack them into one row, or pass position_ids."
+            )
+        longest = length if max_length_q is None else int(max_length_q)
+        found = Sequences(cu_seq_lens_q, longest).check(tokens.device)
+        found.check_values(length, length)
+        return found
+    if position_ids is None:
+        return None
+    packing = pack_batch(batch_size, length, tokens.device, position_ids=position_ids)
+    return packing.layout if packing.packed else None
+
+
+def _with_more(packed: Sequences, batch_size: int, length: int, num_more: int) -> Sequences:
+    """Sequences of a batch `[B, S]` whose rows are followed by so many tokens: one sequence each.
+
+    Without a look at the device: a boundary moves by those of the rows before it.
+    """
+    ends = packed.cu_seqlens
+    moved = ends + num_more * ((ends - 1).clamp(min=0) // length)
+    row = torch.arange(1, batch_size + 1, dtype=torch.int32, device=ends.device)
+    cu_seqlens = torch.cat((moved, row * (length + num_more))).sort().values
+    return Sequences(cu_seqlens, max(packed.max_seqlen, num_more))
