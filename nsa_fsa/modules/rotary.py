@@ -10,6 +10,8 @@ from nsa_fsa.modules.fused import kernels_for
 
 # A token's angles are its position times frequencies that depend on nothing else.
 BY_POSITION = ("default", "linear", "llama3", "yarn")
+# Those that depend on the longest position of a batch, too.
+BY_LENGTH = ("dynamic", "longrope")
 
 # A launch of quack's kernel has at most 65,535 programs along the sequence,
 # each of eight tokens or more.

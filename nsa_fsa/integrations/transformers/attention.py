@@ -22,11 +22,14 @@ from nsa_fsa.cache import KeyValues
 from nsa_fsa.cache.nsa_cache import turn_back
 from nsa_fsa.checks import check_tensor
 from nsa_fsa.config import NSAConfig
+from nsa_fsa.distributed import ContextParallel
+from nsa_fsa.distributed.context_parallel import check_context_parallel
 from nsa_fsa.integrations.transformers import cache
 from nsa_fsa.integrations.transformers.rotation import with_fused_rotation
 from nsa_fsa.integrations.transformers.steps import find_step
 from nsa_fsa.integrations.transformers.turning import like_rotated, positions_of_keys, turns_back
 from nsa_fsa.modules.branches import SparseBranches, put_back, take
+from nsa_fsa.modules.rotary import BY_LENGTH, BY_POSITION
 from nsa_fsa.sequences import Packing, Sequences, keep_padding, pack_batch, uniform_layout
 
 ATTENTION_NAME = "nsa_fsa"
@@ -66,11 +69,14 @@ class Batch(NamedTuple):
     columns: Tensor | None = None  # None: all are real
     real: Tensor | None = None  # bool [B, S], where torch traces and cannot leave padding out
     packed: bool = False  # whether the sequences are others than the batch's rows
-    # After a past, cos and sin [B or 1, past + S, rotary_dim] of `columns`, to turn keys back.
+    # Cos and sin to turn keys back: after a past [B or 1, past + S, rotary_dim], of `columns`; and
+    # where ranks share sequences, of all their tokens.
     rotation: tuple[Tensor, Tensor] | None = None
     # The cache of transformers, where compressed tokens may lie beside it.
     kept: Any = None
     step: cache.Step | None = None  # set where compressed tokens are all there, and new ones few
+    # The ranks that share the sequences: B, `layout` and `rotation` are of all ranks' tokens then.
+    context_parallel: ContextParallel | None = None
 
 
 class NSAAttention(SparseBranches):
@@ -171,13 +177,18 @@ def sparse_attention(
             f'"{ATTENTION_NAME}". Fix: patch_model(model), which makes its layers sparse.'
         )
     _check_call(module, query, key, value, dropout, kwargs)
-    batch_size, _, length, _ = query.shape
     if nsa_batch is None:  # the layers of a few models drop what they do not know
         nsa_batch = getattr(attention_mask, "nsa_batch", None)
     if nsa_batch is None:  # the layer was called by itself, or past the hook
-        past = key.shape[2] - length
+        past = key.shape[2] - query.shape[2]
         nsa_batch = find_batch(query.transpose(1, 2), past or None, attention_mask, **kwargs)
-    past, rows, layout, columns, real, _, rotation, kept, step = nsa_batch
+    past, rows, layout, columns, real, _, rotation, kept, step, shared_by = nsa_batch
+    heads = None
+    if shared_by is not None:
+        local = (x.transpose(1, 2) for x in (query, key, value))
+        *whole, nsa_gate_logits, heads = module.exchange(shared_by, *local, nsa_gate_logits)
+        query, key, value = (x.transpose(1, 2) for x in whole)
+    batch_size, _, length, _ = query.shape
     beside = cache.layer_of(kept, module.layer_idx)
     if step is not None:
         new_q, new_gates = query.transpose(1, 2).flatten(0, 1), nsa_gate_logits.flatten(0, 1)
@@ -194,28 +205,33 @@ def sparse_attention(
     # A static cache has an unused end.
     k, v = (x.transpose(1, 2)[:, : past + length] for x in (key, value))
     if past == 0:
-        k, v, turning = take(k, rows), take(v, rows), nsa_rotation
+        k, v = take(k, rows), take(v, rows)
     else:
-        k, v, turning = _real_first(k, columns), _real_first(v, columns), rotation
+        k, v = _real_first(k, columns), _real_first(v, columns)
+    turning = nsa_rotation if past == 0 and shared_by is None else rotation
     cos = sin = None
     if nsa_rotation is not None:
         if turning is None:
             raise ValueError(
-                'a layer with compress_rope="after" turns cached keys back, for which it needs '
-                "what its decoder knows of them. Fix: call the model, not the layer."
+                'a layer with compress_rope="after" turns keys back, those of a cache and of other '
+                "ranks, too, for which it needs what its decoder knows of them. "
+                "Fix: call the model, not the layer."
             )
         of_keys = rows if past == 0 else None  # after a past, they are in the order of the keys
-        cos, sin = (take(x.expand(batch_size, -1, -1), of_keys) for x in turning)
+        like = nsa_rotation[0]
+        cos, sin = (take(x.expand(batch_size, -1, -1), of_keys).to(like) for x in turning)
     # Under autocast a rotation may return float32 where the projections return 16 bits.
     q, k = q.to(v.dtype), k.to(v.dtype)
     k_src = k if cos is None or sin is None else turn_back(k, cos, sin)
     packed = KeyValues(k, v, k, v, k_src, v, cos, sin)
-    k_cmp, v_cmp = module.compress(k_src, v, cos, sin, layout)
+    k_cmp, v_cmp = module.compress(k_src, v, cos, sin, layout, heads)
     if beside is not None:
         cache.keep(beside, module, k_cmp, v_cmp, layout, past + length)
     gate_logits = take(nsa_gate_logits, rows)
     o = module.mix(q, packed, k_cmp, v_cmp, gate_logits, layout, scaling)  # [T, HQ, DV]
     o = put_back(o, rows, batch_size, length)
+    if shared_by is not None:
+        return shared_by.to_tokens(o), None
     return o if real is None else o * real[..., None, None], None
 
 
@@ -269,6 +285,7 @@ def find_batch(
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | Tensor | None = None,
     asked: bool = False,
+    context_parallel: ContextParallel | None = None,
     **_: Any,
 ) -> Batch:
     """Where the real tokens and the sequences of a batch lie, from what models are called with.
@@ -281,17 +298,25 @@ def find_batch(
         cu_seq_lens_q, max_length_q: boundaries of the sequences in the flattened batch, if known.
         asked: whether the cache was asked for, which a packed batch cannot fill; one that is there
             by default is left out.
+        context_parallel: the ranks that share the sequences, of whose tokens this rank has S; they
+            are the batch's rows, or those of `cu_seq_lens_q`.
 
     Raises:
         ValueError: for a mask that is no padding mask of this batch, or comes beside boundaries.
     """
     (batch_size, length), cached, past = like.shape[:2], past is not None, past or 0
+    if context_parallel is not None:
+        check_context_parallel(context_parallel, attention_mask, past or None)
+        length *= context_parallel.size
     if cu_seq_lens_q is not None:
         if attention_mask is not None:
             raise ValueError("attention_mask and cu_seq_lens_q are both given. Fix: pass one.")
         longest = batch_size * length if max_length_q is None else int(max_length_q)
         layout = Sequences(cu_seq_lens_q, longest).check(like.device)
-        return Batch(past, None, layout, packed=True)
+        return Batch(past, None, layout, packed=True, context_parallel=context_parallel)
+    if context_parallel is not None:
+        layout = uniform_layout(batch_size, length, like.device)
+        return Batch(0, None, layout, context_parallel=context_parallel)
     if attention_mask is not None and attention_mask.ndim == 4:
         attention_mask = _padding_of(attention_mask, batch_size, past, length)
     if attention_mask is not None and attention_mask.shape != (batch_size, past + length):
@@ -435,6 +460,7 @@ def _before_layers(
         warn_of_frozen_gates(decoder)
     given = {name: x for name, x in kwargs.items() if x is not None}
     inputs = given.get("inputs_embeds", given.get("input_ids"))
+    kwargs.pop("context_parallel", None)  # what layers need of it is in their `Batch`
     if inputs is None:
         return (), kwargs  # the model's own error names the arguments
     if given.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
@@ -458,9 +484,11 @@ def _before_layers(
     if step is not None:
         layout = uniform_layout(inputs.shape[0], inputs.shape[1], inputs.device)
         batch = Batch(0, None, layout, kept=own, step=step)
+    elif "context_parallel" in given:
+        batch = _look_at_part(decoder, layers, inputs, given)
     else:
         batch = _look_at(decoder, layers, indices, kept, mask, inputs, given)
-    if batch.packed:
+    if batch.packed or batch.context_parallel is not None:
         kwargs["use_cache"] = False  # on by default, and nobody could read it
     if len(layers) == decoder.config.num_hidden_layers and not reads_mask:
         # Nobody reads this mask: at one of four dimensions transformers stops before it looks at
@@ -521,6 +549,43 @@ def _look_at(
         positions = positions_of_keys(columns, mask, position_ids, past, inputs)
         rotation = decoder.rotary_emb(like_rotated(layers, inputs.device), position_ids=positions)
     return Batch(past, rows, layout, columns, real, packed, rotation, beside, step)
+
+
+def _look_at_part(
+    decoder: Any, layers: list[NSAAttention], inputs: Tensor, given: dict[str, Any]
+) -> Batch:
+    """The batch of one forward whose sequences several ranks share. given: its arguments, of this
+    rank's tokens, and of all ranks' `cu_seq_lens_q`."""
+    cp = given["context_parallel"]
+    kept = given.get("past_key_values", given.get("cache", given.get("use_cache") or None))
+    check_context_parallel(cp, given.get("attention_mask"), kept)
+    dense = {*range(decoder.config.num_hidden_layers)} - {x.layer_idx for x in layers}
+    if dense:
+        raise ValueError(
+            f"the layers {sorted(dense)} of {type(decoder).__name__} have no NSA, and with "
+            "context_parallel each of them would take a rank's part of a sequence for the whole of "
+            "it. Fix: patch_model without layers=..., or leave context_parallel out."
+        )
+    kinds = getattr(getattr(decoder, "rotary_emb", None), "rope_type", None)
+    kinds = {*kinds.values()} if isinstance(kinds, dict) else {kinds}
+    if wrong := kinds & {*BY_LENGTH}:
+        raise ValueError(
+            f"rope_type={wrong.pop()!r} is not available with context_parallel: it rotates by the "
+            "longest position of a batch, of which a rank sees its own. "
+            "Fix: one of the types " + ", ".join(BY_POSITION) + "."
+        )
+    position_ids = given.get("position_ids")
+    if position_ids is None or position_ids.ndim != 2:
+        raise ValueError(
+            "context_parallel needs position_ids [B or 1, S] of this rank's tokens, which the model"
+            " would count from 0 on every rank. Fix: ContextParallel.shard, which cuts them, too."
+        )
+    batch = find_batch(inputs, None, **given)
+    rotation = None
+    if turns_back(layers):
+        positions = cp.gather(position_ids)
+        rotation = decoder.rotary_emb(like_rotated(layers, inputs.device), position_ids=positions)
+    return batch._replace(rotation=rotation)
 
 
 def _check_in_step(kept: Any, indices: Collection[int]) -> None:
