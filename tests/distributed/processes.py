@@ -34,7 +34,8 @@ def on_ranks(function, size, folder, *arguments):
 
 
 def _rank(rank, size, store, function, arguments):
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size))
+    numbers = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
+    os.environ.update({name: str(x) for name, x in numbers.items()}, MASTER_ADDR="localhost")
     torch.set_num_threads(1)
     init = f"file://{store}"
     distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=size)

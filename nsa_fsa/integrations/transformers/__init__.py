@@ -17,6 +17,7 @@ except ImportError as error:
     ) from error
 
 from nsa_fsa.integrations.transformers.attention import NSAAttention, sparse_attention
+from nsa_fsa.integrations.transformers.context_parallel import NSAContextParallel
 from nsa_fsa.integrations.transformers.layers import (
     ModelExplanation,
     explain_model,
@@ -31,6 +32,7 @@ from nsa_fsa.integrations.transformers.report import PatchReport
 __all__ = [
     "ModelExplanation",
     "NSAAttention",
+    "NSAContextParallel",
     "PatchReport",
     "checkpoint_layers",
     "chunk_loss",
