@@ -39,7 +39,9 @@ def check_whole_sequences() -> None:
     if (getattr(attention, "__module__", None) or "").startswith("torch.distributed."):
         raise ValueError(
             "context_parallel is on, and an NSA layer would take a rank's part of a sequence for "
-            "the whole of it. Fix: leave context parallelism out (cp_size=1), or unpatch_model."
+            "the whole of it. Fix: leave PyTorch's context parallelism out (cp_size=1), and share "
+            "sequences by nsa_fsa.distributed.ContextParallel, or the Trainer's by "
+            "NSAContextParallel; or unpatch_model."
         )
 
 
