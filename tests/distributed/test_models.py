@@ -23,13 +23,13 @@ CASES = {
     "shared gate": dict(compress_k="mlp", compress_v="linear", gate="per_token"),
     "qwen3": dict(compress_k="gated", compress_v="weighted"),
 }
+ON_FOUR = ("turned",)
 
 
 def test_gradients_equal_one_process(tmp_path):
     printed = printed_by("tests.distributed.test_models", "compare", tmp_path)
-    assert printed == [
-        f"{size} {name} {kind}" for size in (2, 4) for name in CASES for kind in KINDS
-    ]
+    sizes = [(2, name) for name in CASES] + [(4, name) for name in ON_FOUR]
+    assert printed == [f"{size} {name} {kind}" for size, name in sizes for kind in KINDS]
 
 
 def test_fsdp_trains_as_one_process(tmp_path):
@@ -141,7 +141,7 @@ def exact_loss(model, batch):
 
 def compare():
     cp = ContextParallel(distributed.group.WORLD)
-    for name in CASES:
+    for name in CASES if cp.size == 2 else ON_FOUR:
         model = exact_model(name)
         for kind in KINDS:
             batch = labelled(kind)

@@ -14,6 +14,7 @@ from torch import distributed
 from torch.utils.data import Dataset
 from transformers import DataCollatorWithFlattening, PrinterCallback, Trainer, TrainingArguments
 from transformers.data.data_collator import default_data_collator
+from transformers.trainer_pt_utils import LabelSmoother
 
 from nsa_fsa.integrations.transformers import NSAContextParallel
 from tests.distributed.processes import on_ranks, printed_by, say
@@ -86,8 +87,9 @@ def believe_in_gpus():
     PartialState.__init__ = made
 
 
-def trainer(kind, folder, rows=4, parallelism=None, compute_loss_func=None, **changes):
-    arguments = dict(
+def trainer(kind, folder, rows=4, parallelism=None):
+    arguments = TrainingArguments(
+        folder,
         per_device_train_batch_size=rows,
         per_device_eval_batch_size=rows,
         max_steps=3,
@@ -102,13 +104,12 @@ def trainer(kind, folder, rows=4, parallelism=None, compute_loss_func=None, **ch
     )
     made = SharingTrainer(
         sparse_model(num_key_value_heads=4),
-        TrainingArguments(folder, **{**arguments, **changes}),
+        arguments,
         train_dataset=Texts(kind, 16, 0),
         eval_dataset=Texts(kind, 8, 100),
         data_collator=DataCollatorWithFlattening(return_flash_attn_kwargs=True)
         if kind == "packed"
         else default_data_collator,
-        compute_loss_func=compute_loss_func,
     )
     made.remove_callback(PrinterCallback)
     return made
@@ -133,21 +134,42 @@ def train(folder):
         found = [x[key] for x in history for key in ("loss", "grad_norm") if key in x]
         assert len(found) == 6
         if size < 4 or kind == "rows":  # pairs pack other batches, and batches' means are averaged
-            found.append(made.evaluate()["eval_loss"])
+            for metrics in (None, accuracy):
+                values, widths = evaluated(made, metrics)
+                found += values
+                shared = metrics is None and size > 1
+                assert kind == "packed" or widths == {32 if shared else 64}
         say(json.dumps(found))
 
 
-def refuse(folder):
-    changes = (
-        dict(label_smoothing_factor=0.1),
-        dict(compute_loss_func=lambda outputs, labels, num_items_in_batch: outputs.loss),
-        dict(average_tokens_across_devices=False),
+def evaluated(made, compute_metrics):
+    """The loss and the accuracy if asked for, and how many tokens of a row a model was given."""
+    made.compute_metrics, seen = compute_metrics, set()
+    hook = made.model.get_input_embeddings().register_forward_pre_hook(
+        lambda module, args: seen.add(args[0].shape[1])
     )
-    parallelism = parallelism_of(2)
-    for change in changes:
-        made = trainer("rows", folder, parallelism=parallelism, **change)
+    metrics = made.evaluate()
+    hook.remove()
+    return [metrics[key] for key in ("eval_loss", "eval_accuracy") if key in metrics], seen
+
+
+def accuracy(prediction):
+    found, labels = prediction.predictions.argmax(-1)[:, :-1], prediction.label_ids[:, 1:]
+    return dict(accuracy=float((found == labels)[labels != -100].mean()))
+
+
+def refuse(folder):
+    made = trainer("rows", folder, parallelism=parallelism_of(2))
+    for owner, name, value in (
+        (made, "label_smoother", LabelSmoother(0.1)),
+        (made, "compute_loss_func", lambda outputs, labels, num_items_in_batch: outputs.loss),
+        (made.args, "average_tokens_across_devices", False),
+    ):
+        kept = getattr(owner, name)
+        setattr(owner, name, value)
         with pytest.raises(ValueError, match=r"Fix: ") as error:
             made.train()
+        setattr(owner, name, kept)
         say(error.value)
 
 

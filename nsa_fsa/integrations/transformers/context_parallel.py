@@ -22,8 +22,8 @@ class NSAContextParallel(_Trainer):
 
         >>> class MyTrainer(NSAContextParallel, Trainer): ...
 
-    A batch is cut by `ContextParallel.shard`. It is evaluated without, by every rank as a whole:
-    metrics see whole sequences then, and the longest has to fit.
+    A batch is cut by `ContextParallel.shard`, and so is one of evaluation whose loss alone is asked
+    for. Where there are metrics, every rank evaluates whole sequences, and the longest has to fit.
 
     Raises:
         RuntimeError: where transformers has no place for it.
@@ -50,6 +50,18 @@ class NSAContextParallel(_Trainer):
             return contextlib.nullcontext, inputs
         return contextlib.nullcontext, cp.shard(**inputs)
 
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of the inputs' part of this rank, if their loss is all that is asked for."""
+        if prediction_loss_only and (cp := self._shared_by()) is not None:
+            inputs = cp.shard(**inputs)
+        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+
     def compute_loss(
         self,
         model: nn.Module,
@@ -57,7 +69,8 @@ class NSAContextParallel(_Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Tensor | int | None = None,
     ) -> Any:
-        """Without gradients, the mean over a batch that every rank has as a whole."""
+        """Without gradients, the mean over the batch: of inputs that are cut, the number of labels
+        is among them, and of others, which every rank has, the model finds it."""
         if not is_grad_enabled() and self._shared_by() is not None:
             num_items_in_batch = None
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
