@@ -25,7 +25,8 @@ ROWS = (2, 48)
 
 def test_equals_one_process(tmp_path):
     printed = printed_by("tests.distributed.test_layer", "compare", tmp_path)
-    assert printed == [*(f"2 {name}" for name in CASES), *(f"4 {name}" for name in ON_FOUR)]
+    of_two = [*(f"2 {name}" for name in CASES), "2 compiled"]
+    assert printed == [*of_two, *(f"4 {name}" for name in ON_FOUR)]
 
 
 def test_what_cannot_be_shared_is_refused(tmp_path):
@@ -68,6 +69,8 @@ def compare():
             rotation = RotaryEmbedding(layer.config)(position_ids[0], 100, torch.float64)
             check(layer, ROWS, position_embeddings=[x[None] for x in rotation])
         say(size, name)
+    if size == 2:
+        check_compiled(make_variant("default", **HEADS))
 
 
 def check(layer, shape, **arguments):
@@ -86,6 +89,18 @@ def check(layer, shape, **arguments):
     names = [name for name, _ in layer.named_parameters()]
     for name, y, z in zip(names, of_parameters, expected_gradients[1:], strict=True):
         assert_close(summed(y), z, largest, name)
+
+
+def check_compiled(layer):
+    """In one graph, exchanges included."""
+    cp = ContextParallel(distributed.group.WORLD)
+    x, do = (cp.part(randn(*ROWS, 24, seed=seed)) for seed in (1, 2))
+    expected, expected_gradients = outcome(layer, x, do, context_parallel=cp)
+    layer.compile(backend="aot_eager", fullgraph=True)
+    o, gradients = outcome(layer, x, do, context_parallel=cp)
+    for y, z in zip((o, *gradients), (expected, *expected_gradients), strict=True):
+        torch.testing.assert_close(y, z, rtol=1e-12, atol=1e-12)
+    say("2 compiled")
 
 
 def outcome(layer, x, do, **arguments):

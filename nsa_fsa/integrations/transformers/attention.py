@@ -580,12 +580,11 @@ def _look_at_part(
             "context_parallel needs position_ids [B or 1, S] of this rank's tokens, which the model"
             " would count from 0 on every rank. Fix: ContextParallel.shard, which cuts them, too."
         )
-    batch = find_batch(inputs, None, **given)
-    rotation = None
+    batch, rotation = find_batch(inputs, None, **given), None
     if turns_back(layers):
         positions = cp.gather(position_ids)
         rotation = decoder.rotary_emb(like_rotated(layers, inputs.device), position_ids=positions)
-    return batch._replace(rotation=rotation)
+    return Batch(0, None, batch.layout, packed=batch.packed, rotation=rotation, context_parallel=cp)
 
 
 def _check_in_step(kept: Any, indices: Collection[int]) -> None:
