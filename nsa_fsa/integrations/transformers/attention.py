@@ -218,7 +218,7 @@ def sparse_attention(
                 "Fix: call the model, not the layer."
             )
         of_keys = rows if past == 0 else None  # after a past, they are in the order of the keys
-        like = nsa_rotation[0]
+        like = nsa_rotation[0]  # FSDP may compute in another dtype than it keeps parameters in
         cos, sin = (take(x.expand(batch_size, -1, -1), of_keys).to(like) for x in turning)
     # Under autocast a rotation may return float32 where the projections return 16 bits.
     q, k = q.to(v.dtype), k.to(v.dtype)

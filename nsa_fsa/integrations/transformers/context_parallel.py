@@ -18,7 +18,7 @@ else:
 
 class NSAContextParallel(_Trainer):
     """Mixed in before a Trainer: with `ParallelismConfig(cp_size=n)`, which takes FSDP2, n ranks
-    share the sequences of every training batch.
+    share the sequences of a batch.
 
         >>> class MyTrainer(NSAContextParallel, Trainer): ...
 
