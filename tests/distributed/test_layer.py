@@ -23,6 +23,7 @@ PACKED = {"one": [96], "cut by ranks": [37, 3, 0, 50, 6], "short": [5] * 9 + [51
 ROWS = (2, 48)
 
 
+@pytest.mark.slow
 def test_equals_one_process(tmp_path):
     printed = printed_by("tests.distributed.test_layer", "compare", tmp_path)
     of_two = [*(f"2 {name}" for name in CASES), "2 compiled"]

@@ -26,12 +26,14 @@ CASES = {
 ON_FOUR = ("turned",)
 
 
+@pytest.mark.slow
 def test_gradients_equal_one_process(tmp_path):
     printed = printed_by("tests.distributed.test_models", "compare", tmp_path)
     sizes = [(2, name) for name in CASES] + [(4, name) for name in ON_FOUR]
     assert printed == [f"{size} {name} {kind}" for size, name in sizes for kind in KINDS]
 
 
+@pytest.mark.slow
 def test_fsdp_trains_as_one_process(tmp_path):
     printed = printed_by("tests.distributed.test_models", "train", tmp_path)
     assert printed == ["False", "True"]

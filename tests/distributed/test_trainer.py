@@ -30,6 +30,7 @@ FSDP = dict(
 KINDS = ("rows", "packed")
 
 
+@pytest.mark.slow
 def test_trains_as_one_process(tmp_path):
     lines = printed_by("tests.distributed.test_trainer", "train", tmp_path)
     one, two, four = ([json.loads(line) for line in lines[i : i + 2]] for i in (0, 2, 4))
