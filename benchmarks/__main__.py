@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks import floors, generation, pages, pictures, serving, suites, tuning
+from benchmarks import distributed, floors, generation, pages, pictures, serving, suites, tuning
 from benchmarks.engine import MEASURED, Plan
 from benchmarks.published import FOLDER, GPU, SuiteResults, rows_of
 from nsa_fsa.benchmarking.meter import CudaMeter
@@ -110,6 +110,37 @@ def generate(
     sizes = (tokens or [32768, 65536], batch or [1, 8], attention or ["sdpa"])
     generation.measure(results, console, *sizes, model)
     console.print(f"Results: {results.path}")
+
+
+@app.command(name="distributed")
+def share(
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Of {', '.join(distributed.PARTS)}; repeat. Default: all."),
+    ] = None,
+    output: Annotated[Path, typer.Option(file_okay=False, help="Where the file goes.")] = FOLDER,
+    merge: Annotated[bool, typer.Option("--merge", help="Add to a file of the same code.")] = False,
+    commit: Annotated[str | None, typer.Option(help="Where git here does not know it.")] = None,
+) -> None:
+    """Times what the GPUs of one host share, in the processes that torchrun starts: `torchrun
+    --nproc-per-node 4 -m benchmarks distributed`. Prefill takes 50 GB of disk."""
+    wrong = [x for x in part or () if x not in distributed.PARTS]
+    if wrong or "LOCAL_RANK" not in os.environ:
+        known = ", ".join(distributed.PARTS)
+        raise typer.BadParameter(
+            f"--part {wrong[0]!r} is not known: allowed are {known}."
+            if wrong
+            else "torchrun starts it: torchrun --nproc-per-node 4 -m benchmarks distributed."
+        )
+    need_a_gpu()
+    os.environ.setdefault("NSA_FSA_PROFILE", "0")
+    results = None
+    if os.environ["RANK"] == "0":
+        meter = CudaMeter(60.0)
+        meter.method = distributed.METHOD
+        rates = dict(ceilings=floors.ceilings(meter), seed=0)
+        results = SuiteResults(output, "distributed", meter, rates, merge=merge, commit=commit)
+    distributed.measure(results, console, part or list(distributed.PARTS), "cuda")
 
 
 @app.command(name="serving")

@@ -1,0 +1,56 @@
+"""What several ranks measure, on two CPU processes with small sizes."""
+
+import io
+import json
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from benchmarks import distributed, generation
+from nsa_fsa.benchmarking.results import Results
+from tests.distributed.processes import on_ranks
+
+TINY = dict(
+    vocab_size=128,
+    hidden_size=256,
+    intermediate_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    num_hidden_layers=1,
+)
+
+
+def test_every_part_is_measured_by_two_ranks(tmp_path):
+    on_ranks(measure, 2, tmp_path, tmp_path)
+    rows = json.loads(next(tmp_path.glob("distributed_*.json")).read_text())["rows"]
+    found = [(x["variant"], x["pass"], x["num_tokens"]) for x in rows]
+    assert found == [
+        ("context", "deterministic", 70),
+        ("context", "alone", 100),
+        ("context", "shared", 100),
+        ("module", "forward", 40),
+        ("module", "forward", 40),
+        ("prefill", "first_token", 40),
+        ("prefill", "first_token", 40),
+    ]
+    assert [x["block_size"] for x in rows[-2:]] == [64, 128]
+    assert set(rows[0]["errors"]) == {"o", "dq", "dk", "dv", "dgate_logits"}
+    assert rows[0]["errors"]["o"] == 0
+    assert max(rows[0]["errors"].values()) < 1e-2  # sums of bfloat16 in another order
+    assert all(x["ms"] > 0 and x["num_gpus"] == 2 for x in rows)
+
+
+# --- In each of the processes ---------------------------------------------------------------------
+
+
+def measure(folder: Path) -> None:
+    distributed.RUNS, distributed.WARM_UP = 1, 0
+    distributed.SHARED, distributed.CHECKED = ((4, 2, 100, 1), (4, 2, 100, 4)), (4, 2, 70)
+    distributed.LENGTHS = (40,)
+    generation.LLAMA_3_8B |= TINY
+    results = None
+    if torch.distributed.get_rank() == 0:
+        results = Results(folder, "distributed", distributed.METHOD)
+    distributed.measure(results, Console(file=io.StringIO()), list(distributed.PARTS), "cpu")
