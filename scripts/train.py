@@ -2,7 +2,8 @@
 
 The model is one that was saved sparse, any dense one of transformers, which is patched first, or
 one of a known shape with random weights. Under `accelerate launch` its config file says how GPUs
-share the work; under `torchrun` it is DDP, or FSDP2 with --fsdp.
+share the work; under `torchrun` it is DDP, or FSDP2 with --fsdp. With FSDP2, GPUs can share the
+tokens of each sequence, too.
 """
 
 import os
@@ -20,6 +21,7 @@ import accelerate
 import torch
 import typer
 import yaml
+from accelerate import ParallelismConfig
 from accelerate.utils import DistributedType
 from packaging import version
 from rich.console import Console
@@ -42,7 +44,13 @@ from transformers.utils import logging
 
 from nsa_fsa import NSAConfig, patch_model
 from nsa_fsa.config import PRESETS
-from nsa_fsa.integrations.transformers import NSAAttention, checkpoint_layers, chunk_loss, chunk_mlp
+from nsa_fsa.integrations.transformers import (
+    NSAAttention,
+    NSAContextParallel,
+    checkpoint_layers,
+    chunk_loss,
+    chunk_mlp,
+)
 from nsa_fsa.integrations.transformers.data import (
     DTYPES,
     TEXT_DTYPE,
@@ -171,6 +179,12 @@ def main(
             "--fsdp", help=f"Under torchrun: FSDP2, as {FSDP2.name} says.", rich_help_panel=MEMORY
         ),
     ] = False,
+    context_parallel: Annotated[
+        int,
+        typer.Option(
+            min=1, help="GPUs that share each sequence, with FSDP2.", rich_help_panel=MEMORY
+        ),
+    ] = 1,
     resume: Annotated[
         bool,
         typer.Option(
@@ -212,6 +226,7 @@ def main(
 
     settings = settings_of(preset, config, random_init)
     source = Source.of(model, random_init)
+    check_context_parallel(context_parallel, source, fsdp)
     arguments = TrainingArguments(
         str(output),
         max_steps=steps,
@@ -233,7 +248,7 @@ def main(
         remove_unused_columns=False,
         disable_tqdm=True,
         report_to=["tensorboard"] if is_tensorboard_available() else [],
-        **sharing(fsdp),
+        **sharing(fsdp, context_parallel),
     )
     windows = windows_of(data, dtype, length, document_end, source, arguments)
     made = source.load(f"cuda:{LOCAL_RANK}" if on_gpu else "cpu", seed)
@@ -273,6 +288,23 @@ def check_checkpoint(folder: Path, fsdp: bool) -> None:
         how = "with" if was_sharded else "without"
         message = f"{folder} was saved {how} FSDP2. Fix: resume {how} it, as docs/training.md says."
         raise typer.BadParameter(message, param_hint="--resume")
+
+
+def check_context_parallel(number: int, source: "Source", fsdp: bool) -> None:
+    """Raises BadParameter where so many processes cannot share a sequence."""
+    if number == 1:
+        return
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    kv_heads = source.config.get_text_config().num_key_value_heads
+    message = None
+    if not (fsdp or asks_for_fsdp()):
+        message = "it takes FSDP2. Fix: --fsdp under torchrun, or configs/accelerate/fsdp2.yaml."
+    elif processes % number:
+        message = f"{number} does not divide the {processes} processes. Fix: a number that does."
+    elif kv_heads % number:
+        message = f"{number} does not divide the {kv_heads} KV heads. Fix: a number that does."
+    if message is not None:
+        raise typer.BadParameter(message, param_hint="--context-parallel")
 
 
 def asks_for_fsdp() -> bool:
@@ -395,17 +427,24 @@ def in_chunks(model: Any, change: Callable[..., Any], size: int, option: str) ->
         raise typer.BadParameter(message, param_hint=option) from error
 
 
-def sharing(fsdp: bool) -> dict[str, Any]:
+def sharing(fsdp: bool, context_parallel: int = 1) -> dict[str, Any]:
     """How processes share the work, as TrainingArguments take it; nothing where the launcher has
     said it, or to replicate the model.
     """
-    if not fsdp:
-        return {}
-    return dict(fsdp=True, fsdp_config=yaml.safe_load(FSDP2.read_text())["fsdp_config"])
+    found: dict[str, Any] = {}
+    if fsdp:
+        found = dict(fsdp=True, fsdp_config=yaml.safe_load(FSDP2.read_text())["fsdp_config"])
+    if context_parallel > 1:
+        others = int(os.environ["WORLD_SIZE"]) // context_parallel
+        both = ParallelismConfig(cp_size=context_parallel, dp_shard_size=others)
+        found["parallelism_config"] = both
+    return found
 
 
-class SparseTrainer(Trainer):
-    """transformers' Trainer, which also logs tokens a second and the peak of memory."""
+class SparseTrainer(NSAContextParallel, Trainer):
+    """transformers' Trainer, which also logs tokens a second and the peak of memory, and whose
+    processes can share sequences.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -514,6 +553,8 @@ def about_place(trainer: Trainer) -> str:
     kind = "FSDP2" if sharded else "DDP"
     number = trainer.args.world_size
     processes = f"{number} processes with {kind}" if number > 1 else "one process"
+    if (shared_by := trainer.get_cp_size()) > 1:
+        processes += f", {shared_by} to a sequence"
     return f"{processes}, on {trainer.args.device.type}"
 
 

@@ -238,6 +238,7 @@ def test_gates_start_open_where_weights_are_random(module):
         (("--random-init=tiny-demo", "--checkpoint=disk"), "'disk' is not known: allowed are none"),
         (("--random-init=tiny-demo", "--precision=fp8"), "'fp8' is not known: allowed are bf16"),
         (("--random-init=tiny-demo", "--fsdp"), "FSDP2 needs GPUs. Fix: leave --fsdp out"),
+        (("--random-init=tiny-demo", "--context-parallel=2"), "it takes FSDP2. Fix: --fsdp"),
         (("--random-init=tiny-demo", "--resume"), "has no checkpoint. Fix: leave --resume out"),
         (("--random-init=tiny-demo", "--length=100000"), "fewer than one window of 100,000"),
         (("--random-init=tiny-demo", "--data=nowhere.txt"), "does not exist"),
@@ -253,6 +254,17 @@ def test_what_is_wrong_is_said_before_anything_is_loaded(run, folder, arguments,
     options = (*texts(folder), *SHORT, "--output", folder / "nothing")
     given = [x.format(folder) for x in arguments]
     assert said in " ".join(run(*options, *given, code=2).replace("│", "").split())
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [(3, "3 does not divide the 8 processes"), (4, "4 does not divide the 2 KV heads")],
+)
+def test_who_cannot_share_sequences_is_refused(run, folder, monkeypatch, number, said):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    options = (*texts(folder), "--context-parallel", number, "--output", folder / "refused")
+    assert said in run("--random-init", TINY, *options, code=2)
 
 
 def test_mixture_of_experts_has_no_mlp_in_chunks(run, folder):
@@ -295,7 +307,9 @@ def test_a_checkpoint_is_resumed_as_it_was_saved(whole, run, folder, monkeypatch
 
 @pytest.mark.slow
 def test_two_processes_equal_one(whole, run, folder):
-    """DDP; FSDP2 as accelerate sets it up, its resuming, its loss in chunks, and 16 bits."""
+    """DDP; FSDP2 as accelerate sets it up, its resuming, its loss in chunks, and 16 bits; and
+    sequences that both share.
+    """
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -318,10 +332,10 @@ def test_two_processes_equal_one(whole, run, folder):
     for process in runs:
         printed, _ = process.communicate(timeout=300)
         assert process.returncode == 0, printed[-3000:]
-    for name in ("ddp", "fsdp2", "fsdp2_resumed"):
+    for name in ("ddp", "fsdp2", "fsdp2_resumed", "shared"):
         assert_same_run(folder / name, folder / "whole")
         is_sharded = (folder / name / f"checkpoint-{STEPS}" / "pytorch_model_fsdp_0").is_dir()
-        assert is_sharded == name.startswith("fsdp2")
+        assert is_sharded == (name != "ddp")
     assert_resumed(folder / "fsdp2_resumed", folder / "fsdp2")
     exact = ("--random-init", TINY, *texts(folder), "--batch-size", SEQUENCES)
     run(*exact, "--steps=1", "--length", ODD, "--save-every=1", "--output", folder / "fp32")
@@ -352,6 +366,9 @@ def main(folder):
     train(output=folder / "ddp", **options)
     with accelerate_shards():
         train(output=folder / "fsdp2", **options)
+    whole = {**options, "batch_size": SEQUENCES, "loss_chunk": 23}
+    with accelerate_shards():
+        train(output=folder / "shared", context_parallel=2, **whole)
     resumed = folder / "fsdp2_resumed"
     if distributed.get_rank() == 0:
         shutil.copytree(folder / "fsdp2", resumed)
