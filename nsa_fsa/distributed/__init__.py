@@ -1,4 +1,5 @@
-"""Training on several GPUs: context parallelism, where every rank has a part of each sequence."""
+"""Several GPUs: context parallelism, where every rank has a part of each sequence, and, in
+`tensor_parallel`, layers whose heads are split."""
 
 from nsa_fsa.distributed.context_parallel import ContextParallel
 

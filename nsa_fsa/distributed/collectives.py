@@ -62,3 +62,26 @@ def heads_to_tokens(x: Tensor, size: int, group: str) -> Tensor:
 def gather_tokens(x: Tensor, size: int, group: str) -> Tensor:
     """`[B, S / n, ...]` -> `[B, S, ...]`, the tokens of all ranks."""
     return _Gather.apply(x, size, group).movedim(0, 1).flatten(1, 2)
+
+
+class _SumGradients(torch.autograd.Function):
+    """x itself; its gradient is the sum of those of all ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return summed(gradient, ctx.group), None
+
+
+def summed(x: Tensor, group: str) -> Tensor:
+    """The sum over the ranks, without a gradient."""
+    return _ops.wait_tensor(_ops.all_reduce(x.contiguous(), "sum", group))
+
+
+def sum_gradients(x: Tensor, group: str) -> Tensor:
+    """x, whose gradient will be summed over the ranks."""
+    return _SumGradients.apply(x, group)

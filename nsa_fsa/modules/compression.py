@@ -160,6 +160,8 @@ class Compressor(nn.Module):
         super().__init__()
         self.kernel_size, self.kernel_stride = config.kernel_size, config.kernel_stride
         self.num_heads = config.num_kv_heads
+        # Those of the KV heads that this rank has under tensor parallelism; None: all.
+        self.heads: slice | None = None
         self.backend = POOL_BACKENDS.or_auto(config.backend)  # gather_windows has the same
         self.kind = None if isinstance(kind, nn.Module) else kind  # None: phi is the user's own
         self.phi: Any = (
@@ -191,7 +193,7 @@ class Compressor(nn.Module):
         hooked = any(hasattr(x, "_hf_hook") for x in (self, phi))
         if type(phi) is not PoolPhi or hooked or not (all(at_hand) and sizes_fit):
             return None
-        return Pooling(*parameters)
+        return Pooling(*(None if x is None else _of_heads(x, self.heads) for x in parameters))
 
     @property
     def is_own(self) -> bool:
@@ -209,11 +211,13 @@ class Compressor(nn.Module):
         return getattr(self.phi if find is None else find(), "made_as", None)
 
     def forward(self, x: Tensor, layout: Sequences, heads: slice | None = None) -> Tensor:
-        """x `[T, H, D]` -> `[N, H, D]`. heads: which of the KV heads x has; None: all.
+        """x `[T, H, D]` -> `[N, H, D]`. heads: which of the KV heads x has; None: all, or those of
+        this rank.
 
         Raises:
             ValueError: for some heads where phi is a module of the user's own.
         """
+        heads = self.heads if heads is None else heads
         if heads is not None and self.is_own:
             raise ValueError(
                 f"a compressor of your own, {type(self.phi).__name__}, cannot be split by KV "

@@ -311,20 +311,30 @@ class NativeSparseAttention(SparseBranches, nn.Module):
         """x `[T, E]` -> q `[T, HQ, D]`, k `[T, HKV, 1, D]` and v `[T, HKV, 1, DV]`, or three of
         each, for every branch one, with `kv_per_branch`."""
         c = self.config
-        q = self.q_proj(x)
-        if q.shape[-1] != c.num_heads * c.head_dim:
-            raise ValueError(
-                f"q_proj returns {q.shape[-1]} features; "
-                f"{c.num_heads} heads of {c.head_dim} need {c.num_heads * c.head_dim}. "
-                "An NSA layer cannot be split over ranks by tensor parallelism. "
-                "Fix: replicate it, or shard it with FSDP."
-            )
-        q = normalize(self.q_norm, q.unflatten(-1, (c.num_heads, c.head_dim)))
-        k = self.k_proj(x).unflatten(-1, (c.num_kv_heads, -1, c.head_dim))
-        k = normalize(self.k_norm, k)  # [T, HKV, 1 or 3, D]
-        v = self.v_proj(x).unflatten(-1, (c.num_kv_heads, -1, c.v_head_dim))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        num_heads, num_kv_heads = self._check_projected(q, k, v)
+        q = normalize(self.q_norm, q.unflatten(-1, (num_heads, c.head_dim)))
+        k = normalize(self.k_norm, k.unflatten(-1, (num_kv_heads, -1, c.head_dim)))
+        v = v.unflatten(-1, (num_kv_heads, -1, c.v_head_dim))
         # Under autocast a norm returns float32 where the projections return 16 bits.
         return q.to(v.dtype), k.to(v.dtype), v
+
+    def _check_projected(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int]:
+        """How many query and KV heads there are: all, or under tensor parallelism a rank's."""
+        c = self.config
+        sources = 3 if c.kv_per_branch else 1
+        width = c.num_kv_heads * sources
+        whole = (c.num_heads * c.head_dim, width * c.head_dim, width * c.v_head_dim)
+        found = (q.shape[-1], k.shape[-1], v.shape[-1])
+        ranks = max(whole[0] // max(found[0], 1), 1)
+        if found != tuple(x / ranks for x in whole) or c.num_kv_heads % ranks:
+            raise ValueError(
+                f"the projections return {', '.join(map(str, found))} features; {c.num_heads} "
+                f"query and {c.num_kv_heads} KV heads need {', '.join(map(str, whole))}, or all "
+                "three an equal part of these, of whole KV heads. Fix: projections of these widths,"
+                " or a number of ranks that divides the KV heads."
+            )
+        return c.num_heads // ranks, c.num_kv_heads // ranks
 
     def _rotation(
         self,

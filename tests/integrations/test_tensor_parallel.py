@@ -66,8 +66,8 @@ def test_experts_equal_one_process(tmp_path):
 def test_what_cannot_be_split_is_refused(tmp_path):
     for printed in in_two_processes("refuse", str(tmp_path)):
         of_heads, of_own, of_patch = printed.splitlines()
-        assert "tp_size=2 does not divide the 1 KV heads" in of_heads
-        assert "Own, cannot be split by KV heads. Fix: tp_size=1" in of_own
+        assert "2 ranks of tensor parallelism do not divide the 1 KV heads" in of_heads
+        assert "Own, cannot be split by KV heads. Fix: no tensor parallelism" in of_own
         assert "the model is tensor-parallel" in of_patch
 
 

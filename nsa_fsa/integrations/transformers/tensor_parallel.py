@@ -15,6 +15,7 @@ from transformers.distributed.tensor_parallel import (
     TensorParallelLayer,
 )
 
+from nsa_fsa.distributed.tensor_parallel import check_splits
 from nsa_fsa.integrations.transformers.attention import NSAAttention
 from nsa_fsa.integrations.transformers.layers import attention_layers
 from nsa_fsa.modules.compression import Compressor
@@ -71,21 +72,6 @@ class Gate(TensorParallelLayer):
 SHARED = SharedGate()
 ALL_PARALLEL_STYLES.register("nsa_gate", Gate())  # type: ignore[arg-type]
 ALL_PARALLEL_STYLES.register("nsa_per_head", PerHead())  # type: ignore[arg-type]
-
-
-def check_splits(compressor: Compressor, tp_size: int) -> None:
-    """Raises ValueError unless a layer can be split over so many ranks."""
-    if compressor.num_heads % tp_size:
-        raise ValueError(
-            f"tp_size={tp_size} does not divide the {compressor.num_heads} KV heads of an NSA layer"
-            ", and the choice of blocks belongs to a whole KV head. Fix: a tp_size that divides "
-            f"{compressor.num_heads}."
-        )
-    if compressor.is_own:
-        raise ValueError(
-            f"a compressor of your own, {type(compressor.phi).__name__}, cannot be split by KV "
-            "heads. Fix: tp_size=1, or one of the package's kinds."
-        )
 
 
 def extend_plan(model: Any) -> None:
