@@ -1,4 +1,5 @@
-"""What the README says runs as it stands; tests/benchmarks/test_pages.py is about its figures."""
+"""What the README and the pages with its examples say runs as it stands;
+tests/benchmarks/test_pages.py is about figures."""
 
 import re
 import shlex
@@ -12,10 +13,11 @@ from nsa_fsa.ops.sliding_window_attention.flash_attention import INSTALL
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = README + "".join((ROOT / "docs" / f"{x}.md").read_text() for x in ("models", "operators"))
 
 
 def blocks_of(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize(
