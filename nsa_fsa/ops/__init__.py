@@ -1,5 +1,6 @@
 """The operators of NSA, called with tensors, then `cu_seqlens, max_seqlen`, then keywords."""
 
+from nsa_fsa.ops.block_divergence.operator import Divergence, block_divergence
 from nsa_fsa.ops.block_selection.operator import select_blocks
 from nsa_fsa.ops.compressed_attention.operator import compressed_attention
 from nsa_fsa.ops.compression.operator import gather_windows, pool_windows, window_starts
@@ -10,6 +11,8 @@ from nsa_fsa.ops.sliding_window_attention.operator import sliding_window_attenti
 
 __all__ = [
     "Branches",
+    "Divergence",
+    "block_divergence",
     "compressed_attention",
     "gated_combine",
     "gather_windows",

@@ -1,0 +1,1 @@
+"""How far compressed attention's weights of blocks are from where dense attention's mass lies."""
