@@ -4,7 +4,7 @@ and how the gates behave.
 The plotting functions need matplotlib: `pip install "nsa-fsa[plot]"`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from nsa_fsa import checks
 from nsa_fsa.config import BRANCHES
-from nsa_fsa.modules.branches import Details, Record, SparseBranches
+from nsa_fsa.modules.branches import Details, Record
+from nsa_fsa.modules.recording import is_run_again, recorded_by, sparse_layers
 from nsa_fsa.reference import block_scores
 
 # Colour-blind safe (Okabe and Ito): orange, blue, green.
@@ -59,46 +60,32 @@ def record(
         ...     model(input_ids)
         >>> records[0].block_indices  # int32 [T, HKV, T_sel]
     """
-    layers = [module for module in model.modules() if isinstance(module, SparseBranches)]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no NSA layer. Fix: patch_model(model) first.")
+    layers = sparse_layers(model)
     checks.check_positive(max_queries=max_queries)
     records: list[Record] = []
 
-    def keeper(number: int, layer: SparseBranches) -> Callable[[Record], None]:
-        def keep(entry: Record) -> None:
-            # Inside a backward, gradient checkpointing runs the forward again;
-            # a compiled one is not run by Python.
-            if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
-                return
-            found = _details(entry, max_queries) if details else None
-            layer_idx = number if entry.layer_idx is None else entry.layer_idx
-            kept = (entry.block_indices, entry.gates, entry.layout, entry.config)
-            records.append(Record(layer_idx, *kept, details=found))
+    def keep(layer_idx: int, entry: Record) -> None:
+        if is_run_again():
+            return
+        found = _details(entry, max_queries) if details else None
+        kept = (entry.block_indices, entry.gates, entry.layout, entry.config)
+        records.append(Record(layer_idx, *kept, details=found))
 
-        return keep
-
-    before = [layer.recorder for layer in layers]
-    for number, layer in enumerate(layers):
-        layer.recorder = keeper(number, layer)
-    try:
+    with recorded_by(layers, keep):
         yield records
-    finally:
-        for layer, recorder in zip(layers, before, strict=True):
-            layer.recorder = recorder
 
 
 @torch.no_grad()
 def _details(entry: Record, max_queries: int) -> Details:
     """The `Details` of at most `max_queries` evenly spaced rows of one forward."""
     assert entry.inside is not None
-    q, k_cmp, branches = entry.inside
+    inside, branches = entry.inside, entry.inside.branches
     layout, config = entry.layout, entry.config
     starts_q = layout.of_queries
-    rows = torch.arange(int(starts_q[-1]), device=q.device)
+    rows = torch.arange(int(starts_q[-1]), device=inside.q.device)
     if len(rows) > max_queries:
         last = len(rows) - 1
-        rows = torch.linspace(0, last, max_queries, dtype=torch.float64, device=q.device)
+        rows = torch.linspace(0, last, max_queries, dtype=torch.float64, device=rows.device)
         rows = rows.round().long()
     sequence = torch.searchsorted(starts_q[1:].contiguous(), rows, right=True)
     position = rows - starts_q[sequence]
@@ -107,16 +94,16 @@ def _details(entry: Record, max_queries: int) -> Details:
         position = position + layout.seqused_k[sequence] - starts_q.diff()[sequence]
     # Every query is given as a sequence of its own, which begins where its own does.
     scores = block_scores(
-        q[rows],
-        k_cmp,
+        inside.q[rows],
+        inside.k_cmp,
         branches.lse_cmp[rows],
         torch.cat((layout.cu_seqlens[sequence], layout.cu_seqlens[-1:])),
         layout.max_seqlen,
         kernel_size=config.kernel_size,
         kernel_stride=config.kernel_stride,
         block_size=config.block_size,
-        scale=config.scale,
-        cu_seqlens_q=torch.arange(len(rows) + 1, device=q.device),
+        scale=inside.scale,
+        cu_seqlens_q=torch.arange(len(rows) + 1, device=rows.device),
         seqused_k=position + 1,
     )  # [N, HKV, blocks]
     outputs = (branches.o_cmp, branches.o_slc, branches.o_swa)

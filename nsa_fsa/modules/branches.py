@@ -20,13 +20,21 @@ from nsa_fsa.ops.common.backends import check_known
 from nsa_fsa.ops.nsa_attention import OPERATORS
 from nsa_fsa.sequences import Sequences
 
+# What a layer has that the dense one has not, by name.
+PARTS = ("gate", "compress_k", "compress_v")
+
 
 class Inside(NamedTuple):
-    """The tensors that one forward of a layer decided by, without gradients."""
+    """The tensors of one forward of a layer, gradients included where they have any."""
 
     q: Tensor  # [T, HQ, D], rotated
-    k_cmp: Tensor  # compressed keys, rotated, where `layout` says
-    branches: Branches
+    k: Tensor  # of the selected branch, rotated, where `layout` says
+    v: Tensor
+    k_cmp: Tensor  # compressed keys, rotated
+    o: Tensor  # [T, HQ, DV], the branches' outputs, mixed
+    branches: Branches  # without gradients
+    scale: float
+    real: Tensor | None  # bool [T], which of the tokens are no padding; None: all
 
 
 class Details(NamedTuple):
@@ -54,15 +62,15 @@ class Record(NamedTuple):
 class SparseBranches:
     """Mixed in before an attention module that has queries, keys and values to hand over.
 
-    Of its modules `add_branches` makes "gate", "compress_k" and "compress_v".
+    Of its modules `add_branches` makes `PARTS`.
     """
 
     layer_idx: int | None
     gate: nn.Module
     compress_k: Compressor
     compress_v: Compressor
-    # Called with a Record after every forward while set; `nsa_fsa.visualization.record` sets
-    # and clears it.
+    # Called with a Record after every forward while set; `nsa_fsa.visualization.record` and
+    # `nsa_fsa.training.teach` set and clear it.
     recorder: Callable[[Record], None] | None = None
 
     @property
@@ -156,16 +164,20 @@ class SparseBranches:
         gate_logits: Tensor,
         layout: Sequences,
         scale: float | None = None,
+        real: Tensor | None = None,
     ) -> Tensor:
         """The branches' outputs, mixed: q `[T, HQ, D]` -> `[T, HQ, DV]`.
 
-        gate_logits: `[T, 3 * HQ or 3]`, head by head. scale: default the config's.
+        gate_logits: `[T, 3 * HQ or 3]`, head by head. scale: default the config's. real: bool
+        `[T]`, for who records: which tokens are no padding; default: all.
         """
         c = self.nsa_config
         check_whole_sequences()
         gate_logits = gate_logits.unflatten(-1, (-1, 3))  # [T, HQ or 1, 3]
+        q = q.to(keys.k.dtype)  # a cache filled under another autocast holds wider keys
+        scale = c.scale if scale is None else scale
         o = nsa_attention(
-            q.to(keys.k.dtype),  # a cache filled under another autocast holds wider keys
+            q,
             keys.k,
             keys.v,
             k_cmp,
@@ -182,7 +194,7 @@ class SparseBranches:
             window_size=c.window_size,
             k_swa=keys.k_swa,
             v_swa=keys.v_swa,
-            scale=c.scale if scale is None else scale,
+            scale=scale,
             cu_seqlens_q=layout.cu_seqlens_q,
             seqused_k=layout.seqused_k,
             return_branches=self.recorder is not None,
@@ -192,7 +204,7 @@ class SparseBranches:
         if self.recorder is not None:
             o, branches = o
             gates = gate_logits.detach().sigmoid()
-            inside = Inside(q.detach(), k_cmp.detach(), branches)
+            inside = Inside(q, keys.k, keys.v, k_cmp, o, branches, scale, real)
             self.recorder(Record(self.layer_idx, branches.block_indices, gates, layout, c, inside))
         return o
 

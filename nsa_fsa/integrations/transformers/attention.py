@@ -228,7 +228,8 @@ def sparse_attention(
     if beside is not None:
         cache.keep(beside, module, k_cmp, v_cmp, layout, past + length)
     gate_logits = take(nsa_gate_logits, rows)
-    o = module.mix(q, packed, k_cmp, v_cmp, gate_logits, layout, scaling)  # [T, HQ, DV]
+    real_rows = None if real is None else take(real, rows)
+    o = module.mix(q, packed, k_cmp, v_cmp, gate_logits, layout, scaling, real_rows)  # [T, HQ, DV]
     o = put_back(o, rows, batch_size, length)
     if shared_by is not None:
         return shared_by.to_tokens(o), None

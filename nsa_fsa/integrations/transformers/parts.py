@@ -14,11 +14,9 @@ from nsa_fsa.config import NSAConfig
 from nsa_fsa.integrations.transformers.attention import NSAAttention
 from nsa_fsa.integrations.transformers.layers import Layer
 from nsa_fsa.integrations.transformers.settings import COMPRESSORS, own_phi
-from nsa_fsa.modules.branches import SparseBranches
+from nsa_fsa.modules.branches import PARTS, SparseBranches
 from nsa_fsa.modules.compression import Compressor, LinearPhi, MLPPhi, PoolPhi
 from nsa_fsa.modules.gating import BranchGate
-
-PARTS = ("gate", "compress_k", "compress_v")
 
 
 class Parts(SparseBranches, nn.Module):

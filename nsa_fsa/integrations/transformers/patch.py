@@ -27,7 +27,7 @@ from nsa_fsa.integrations.transformers.layers import (
     with_function,
 )
 from nsa_fsa.integrations.transformers.models import dense_class_of, sparse_class
-from nsa_fsa.integrations.transformers.parts import PARTS, Parts, make_parts, mark_as_initialized
+from nsa_fsa.integrations.transformers.parts import Parts, make_parts, mark_as_initialized
 from nsa_fsa.integrations.transformers.report import PatchReport, count, count_parts
 from nsa_fsa.integrations.transformers.settings import (
     COMPRESSORS,
@@ -38,6 +38,7 @@ from nsa_fsa.integrations.transformers.settings import (
     settings_of,
     sparse_layers,
 )
+from nsa_fsa.modules.branches import PARTS
 from nsa_fsa.modules.compression import Compressor
 from nsa_fsa.modules.gating import BranchGate
 from nsa_fsa.ops.compression.operator import POOL_BACKENDS

@@ -9,7 +9,7 @@ from torch import nn
 
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.integrations.transformers.layers import ModelExplanation
-from nsa_fsa.integrations.transformers.parts import PARTS
+from nsa_fsa.modules.branches import PARTS
 
 
 @dataclass(frozen=True)
