@@ -2,6 +2,7 @@
 the same weights."""
 
 from nsa_fsa.training.teacher import Lesson, Teacher, teach
+from nsa_fsa.training.trainer import Teaching, TeachingMixin
 from nsa_fsa.training.warm_up import freeze_all_but_new
 
-__all__ = ["Lesson", "Teacher", "freeze_all_but_new", "teach"]
+__all__ = ["Lesson", "Teacher", "Teaching", "TeachingMixin", "freeze_all_but_new", "teach"]
