@@ -92,7 +92,7 @@ def teach(
     model: nn.Module,
     *,
     local: bool = False,
-    free_only: bool = False,
+    free_only: bool = True,
     workspace_bytes: int = WORKSPACE_BYTES,
 ) -> Iterator[Teacher]:
     """Compares every forward of every NSA layer in the model with dense attention over the same
@@ -114,7 +114,8 @@ def teach(
             for the backward. The model's own loss then teaches no NSA layer, and its gradients go
             around them.
         free_only: whether block scores are compared among the free blocks alone: those that are a
-            matter of choice.
+            matter of choice. Where all are compared, most of what is learned is how much lies in
+            blocks that are read anyway.
         workspace_bytes: how much memory the comparison of blocks may take, at any length: see
             `ops.block_divergence`.
 

@@ -26,7 +26,7 @@ class Teaching:
     error: float = 0.1
     divergence: float = 0.1
     local: bool = False
-    free_only: bool = False
+    free_only: bool = True
     workspace_bytes: int = WORKSPACE_BYTES
 
 
