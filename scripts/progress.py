@@ -1,5 +1,5 @@
-"""What the scripts that take long share: threads that wait without spinning,
-and progress that a log can show as well.
+"""What the scripts that take long share: one thread on the CPU, and progress that a log
+can show as well.
 
 Import it before torch, whose OpenMP library reads the environment once, while it is loaded.
 """
@@ -18,11 +18,12 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-# By default an OpenMP thread spins for some milliseconds before it sleeps, which is the whole
-# time slice that the thread it waits for needs: beside 4 busy processes on 2 cores, fewer than
-# 4 steps of the quickstart's NSA twin were done in 120 s. Threads that sleep at once took 1.6 s
-# a step there.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The tensors of a run on a CPU are small, so that threads wait for each other more than they
+# compute: 40 steps of the quickstart take 32 s with one thread on 2 cores and 25 s with two.
+# Beside 4 busy processes, two did not finish one step in 40 s, as a thread that waits spins
+# first, and so takes the time slice of the one it waits for; threads that sleep at once
+# (OMP_WAIT_POLICY=PASSIVE) took 58 s for the 40 steps on idle cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 FAR_SLOWER = 4  # times the first step, which had to warm up
 SECONDS_BETWEEN_LINES = 30
