@@ -94,21 +94,30 @@ def generate(
         list[str] | None,
         typer.Option(help="Of the dense model, as transformers names it; repeat. Default: sdpa."),
     ] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Of {', '.join(generation.MEASURED)}; repeat. Default: all."),
+    ] = None,
     layers: Annotated[int, typer.Option(min=1, help="Of the model; Llama-3-8B has 32.")] = 32,
     output: Annotated[Path, typer.Option(file_okay=False, help="Where the file goes.")] = FOLDER,
+    merge: Annotated[bool, typer.Option("--merge", help="Add to a file of the same code.")] = False,
     commit: Annotated[str | None, typer.Option(help="Where git here does not know it.")] = None,
 ) -> None:
     """Times `generate` of a Llama-3-8B with random weights, dense and sparse: the first token, and
     further ones over a static cache, for which transformers compiles a step."""
+    parts = part or list(generation.MEASURED)
+    if unknown := [x for x in parts if x not in generation.MEASURED]:
+        known = ", ".join(generation.MEASURED)
+        raise typer.BadParameter(f"--part {unknown[0]!r} is not known: allowed are {known}.")
     need_a_gpu()
     os.environ.setdefault("NSA_FSA_PROFILE", "0")
     meter = CudaMeter(60.0)
     meter.method = generation.METHOD
     rates = dict(ceilings=floors.ceilings(meter), seed=0)
-    results = SuiteResults(output, "generate", meter, rates, commit=commit)
+    results = SuiteResults(output, "generate", meter, rates, merge=merge, commit=commit)
     model = generation.make_model(num_hidden_layers=layers)
     sizes = (tokens or [32768, 65536], batch or [1, 8], attention or ["sdpa"])
-    generation.measure(results, console, *sizes, model)
+    generation.measure(results, console, *sizes, parts, model)
     console.print(f"Results: {results.path}")
 
 

@@ -173,9 +173,13 @@ def measure(
     lengths: list[int],
     batches: list[int],
     attentions: list[str],
+    parts: list[str],
     model: Any,
 ) -> None:
-    """Adds rows of every length, batch and way; one that does not run is left out and says why."""
+    """Adds rows of every length, batch and way; one that does not run is left out and says why.
+
+    parts: of MEASURED.
+    """
     sizes = {tokens: sizes_of(model, tokens) for tokens in lengths}
     for way in (*(as_dense(model, x) for x in attentions), as_sparse(model)):
         with way as name:
@@ -183,7 +187,7 @@ def measure(
                 prompt = prompt_of(model, tokens)
                 steps = ("further_tokens", "uncompiled_tokens")
                 calls = [("first_token", 1), *((x, n) for n in batches for x in steps)]
-                for what, batch_size in calls:
+                for what, batch_size in (x for x in calls if x[0] in parts):
                     where = sizes[tokens] | dict(implementation=name, batch_size=batch_size)
                     where["pass"] = what
                     try:
