@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from rich.console import Console
 
 from benchmarks import distributed, generation
 from nsa_fsa.benchmarking.results import Results
-from tests.distributed.processes import on_ranks
+from tests.distributed.processes import on_ranks, printed_by
 
 TINY = dict(
     vocab_size=128,
@@ -23,7 +24,7 @@ TINY = dict(
 
 
 def test_every_part_is_measured_by_two_ranks(tmp_path):
-    on_ranks(measure, 2, tmp_path, tmp_path)
+    printed_by("tests.benchmarks.test_distributed", tmp_path)
     rows = json.loads(next(tmp_path.glob("distributed_*.json")).read_text())["rows"]
     found = [(x["variant"], x["pass"], x["num_tokens"]) for x in rows]
     assert found == [
@@ -54,3 +55,7 @@ def measure(folder: Path) -> None:
     if torch.distributed.get_rank() == 0:
         results = Results(folder, "distributed", distributed.METHOD)
     distributed.measure(results, Console(file=io.StringIO()), list(distributed.PARTS), "cpu")
+
+
+if __name__ == "__main__":
+    on_ranks(measure, 2, Path(sys.argv[1]), Path(sys.argv[1]))
