@@ -505,19 +505,6 @@ def test_chunks_of_a_prompt_are_not_compiled(counted):
     assert num_graphs() == 1
 
 
-def test_tokens_do_not_walk_through_the_model(monkeypatch):
-    model, walks = sparse_model(nsa=POOLED).eval(), []
-    decide = type(model)._step_is_traced
-    monkeypatch.setattr(type(model), "_step_is_traced", lambda x: walks.append(x) or decide(x))
-    for new in (2, FEW):
-        walks.clear()
-        prompt = tokens(2, PROMPT)
-        mask = torch.ones_like(prompt)
-        mask[0, :5] = 0  # transformers 5.24 leaves out a mask that hides nothing
-        generate(model, prompt, new, cache_implementation="static", attention_mask=mask)
-        assert len(walks) <= 2  # whether to compile, and whether a mask is as wide as the cache
-
-
 def model_of(layers=None, compressor_k=None, **nsa):
     model = sparse_model(layers=layers, nsa=nsa).eval()
     if compressor_k is not None:

@@ -218,11 +218,10 @@ class _NSAModel:
     def create_masks_for_generate(self, attention_mask: Any = None, **kwargs: Any) -> Any:
         """The 2D mask, for a step that is compiled as wide as the cache: what is made of it is made
         in the forward. For more tokens it ends with them, as linear attention reads it."""
-        kept = kwargs.get("past_key_values", kwargs.get("cache"))
-        room = room_of(kept)
+        room = room_of(kwargs.get("past_key_values", kwargs.get("cache")))
         of_one_token = kwargs["inputs_embeds"].shape[1] == 1
         given = room and of_one_token and isinstance(attention_mask, Tensor)
-        if given and self._step_is_traced_over(kept):
+        if given and self._step_is_traced():
             return nn.functional.pad(attention_mask, (0, room - attention_mask.shape[1]))
         return attention_mask
 
@@ -231,13 +230,6 @@ class _NSAModel:
         layers = attention_layers(self).values()  # type: ignore[arg-type]
         decoders = {x.decoder for x in layers if isinstance(x.module, NSAAttention)}
         return all(map(can_be_traced, decoders))
-
-    def _step_is_traced_over(self, kept: Any) -> bool:
-        """The same, looked for once for a cache: every token asks, and to walk through the modules
-        of 32 layers takes 2.3 ms of the host, where an H200's step takes 6."""
-        if kept not in _traced_over:
-            _traced_over[kept] = self._step_is_traced()
-        return _traced_over[kept]
 
     @classmethod
     def register_for_auto_class(cls, *args: Any, **kwargs: Any) -> None:
@@ -316,10 +308,6 @@ class _NSAModel:
         """Starts the parts of layers before transformers would, as it does any Linear."""
         start_parts(self)  # type: ignore[arg-type]
         super().initialize_weights()  # type: ignore[misc]
-
-
-# Whether a step over a cache is compiled.
-_traced_over: weakref.WeakKeyDictionary[Any, bool] = weakref.WeakKeyDictionary()
 
 
 # --- The classes ----------------------------------------------------------------------------------
