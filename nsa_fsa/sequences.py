@@ -47,6 +47,18 @@ class Sequences(NamedTuple):
         """Where the sequences' queries begin, int32 `[B + 1]`."""
         return self.cu_seqlens if self.cu_seqlens_q is None else self.cu_seqlens_q
 
+    @property
+    def lengths(self) -> Tensor:
+        """How many keys the sequences have, int32 `[B]`."""
+        return self.cu_seqlens.diff() if self.seqused_k is None else self.seqused_k
+
+    def positions(self, num_queries: int) -> Tensor:
+        """Every query's position inside its own sequence, int64 `[num_queries]`."""
+        starts = self.of_queries
+        row = torch.arange(num_queries, device=starts.device)
+        shift = self.lengths - starts[1:]  # queries are the last positions of their sequence
+        return row + shift[sequence_ids(starts, num_queries)]
+
     def check(self, device: torch.device) -> "Sequences":
         """Raises ValueError for wrong types, shapes or devices, not values; returns itself."""
         cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k = self

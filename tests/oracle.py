@@ -102,6 +102,15 @@ def oracle_sliding(q, k, v, *, window_size, scale, **layout):
     return attention(q, k, v, scale, visible_rows, **layout)
 
 
+def oracle_dense(q, k, v, *, scale, **layout):
+    """Section 12, as if all queries were dense."""
+
+    def visible_rows(row, kv, first_key_row, t):
+        return [first_key_row + p for p in range(t + 1)]
+
+    return attention(q, k, v, scale, visible_rows, **layout)
+
+
 def overlap(i, j, kernel_size, kernel_stride, block_size):
     """Section 3: stride units shared by window i and block j, by counting positions."""
     window = set(range(i * kernel_stride, i * kernel_stride + kernel_size))

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from nsa_fsa.checks import check_positive, check_rows
+from nsa_fsa.checks import check_ints, check_positive, check_rows
 from nsa_fsa.config import BRANCHES
 from nsa_fsa.ops.block_selection import operator as block_selection
 from nsa_fsa.ops.block_selection.call import SelectionCall
@@ -32,6 +32,7 @@ from nsa_fsa.ops.common.calls import (
 from nsa_fsa.ops.common.registration import Gradient, define_operator
 from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
 from nsa_fsa.ops.compressed_attention import operator as compressed_attention
+from nsa_fsa.ops.dense_queries import EVERYTHING, attend_densely, is_known
 from nsa_fsa.ops.gated_combine import operator as gated_combine
 from nsa_fsa.ops.gated_combine.operator import BranchesCall, GatedCall, check_gates
 from nsa_fsa.ops.selected_attention import operator as selected_attention
@@ -55,7 +56,7 @@ class Branches(NamedTuple):
     o_cmp: Tensor  # [T, HQ, DV]
     o_slc: Tensor  # [T, HQ, DV]
     o_swa: Tensor  # [T, HQ, DV]
-    block_indices: Tensor  # int32 [T, HKV, T_sel]
+    block_indices: Tensor  # int32 [T, HKV, T_sel]; of dense queries, what they would have chosen
     lse_cmp: Tensor  # [T, HQ], natural log; -inf where a query sees nothing
     lse_slc: Tensor  # [T, HQ]
     lse_swa: Tensor  # [T, HQ]
@@ -78,6 +79,7 @@ def nsa_attention(
     init_blocks: int = 1,
     local_blocks: int = 2,
     window_size: int,
+    dense_below: int = 0,
     k_swa: Tensor | None = None,
     v_swa: Tensor | None = None,
     scale: float | None = None,
@@ -97,6 +99,9 @@ def nsa_attention(
             `[T // kernel_stride, HKV, DV]`.
         gate_logits: `[T, HQ or 1, 3]`, before the sigmoid; branch order compressed,
             selected, sliding.
+        dense_below: queries at a smaller position of their sequence than this attend to all keys of
+            the selected branch up to their own instead, and have no part in the branches and gates;
+            where max_seqlen is not greater, nothing else runs. 0: none do.
         k_swa, v_swa: keys and values of the sliding branch; default k and v.
         return_branches: also return the branches' outputs and log-sum-exps, and the block indices.
         recompute: of "compressed", "selected" and "sliding", the branches whose output is not kept
@@ -116,12 +121,14 @@ def nsa_attention(
 
     Raises:
         ValueError: for inconsistent shapes, dtypes, devices, sequence descriptors or sizes,
-            a branch that does not exist, or a backend that no operator has.
+            a branch that does not exist, or a backend that no operator has; with dense_below, where
+            seqused_k is given without cu_seqlens_q.
     """
     windows = Windows(kernel_size, kernel_stride).check()
     blocks = Blocks(block_size, init_blocks, local_blocks).check()
     blocks.check_selection(windows, num_selected_blocks)
     check_positive(window_size=window_size, workspace_bytes=workspace_bytes)
+    check_ints(0, dense_below=dense_below)
     check_known(backend, "nsa_attention", *OPERATORS)
     check_rows("q", q, 3, "[T, HQ, D]")
 
@@ -137,9 +144,13 @@ def nsa_attention(
         backend,
     )
     call.check()
+    if dense_below and not return_branches and is_known(max_seqlen <= dense_below):
+        return call.with_unread(sliding_window_attention.OPERATOR(call.dense(dense_below)).o)
 
     result: Any = OPERATOR(call)
     o, inside = result
+    if dense_below:
+        o = attend_densely(call.dense(dense_below), o)
     outputs = (inside.o_cmp, inside.o_slc, inside.o_swa)
     branches = Branches(*outputs, inside.block_indices, *inside.lses)
     return (o, branches) if return_branches else o
@@ -241,6 +252,29 @@ class CoreCall:
         v = self.v if self.v_swa is None else self.v_swa
         shared = self._of(sliding_window_attention.BACKENDS)
         return WindowedCall(self.q, k, v, *shared, Windows(1, 1), self.window_size)
+
+    def dense(self, dense_below: int) -> WindowedCall:
+        """Of all queries; those at a position below `dense_below` see all keys up to their own.
+
+        Raises ValueError for sequences whose queries it does not know.
+        """
+        sequences = self.sequences
+        if sequences.seqused_k is not None and sequences.cu_seqlens_q is None:
+            raise ValueError(
+                f"dense_below={dense_below} is not available where seqused_k is given without "
+                "cu_seqlens_q. Fix: pass cu_seqlens_q, and the queries of these sequences alone."
+            )
+        shared = self._of(sliding_window_attention.BACKENDS)
+        window_size = min(dense_below, EVERYTHING)
+        return WindowedCall(self.q, self.k, self.v, *shared, Windows(1, 1), window_size)
+
+    def with_unread(self, o: Tensor) -> Tensor:
+        """o, with gradients of 0 for the tensors that only the branches and gates read. A parameter
+        without any gradient is an error for DDP, where other ranks have longer sequences."""
+        for x in (self.gate_logits, self.k_cmp, self.v_cmp, self.k_swa, self.v_swa):
+            if x is not None and x.requires_grad:
+                o = o + x[:0].sum()
+        return o
 
     def combination(self, o_cmp: Tensor, o_slc: Tensor, o_swa: Tensor) -> GatedCall:
         backend = gated_combine.BACKENDS.or_auto(self.backend)

@@ -1,0 +1,80 @@
+"""Dense queries, which attend to all keys up to their own (docs/spec.md, section 12): those at a
+position below `dense_below` of their sequence.
+
+A sliding window as long as that is full attention for them. How many of a batch's queries are dense
+only the device knows, so there is room for as many as there can be. What of it they leave is filled
+with the queries behind them, whose results are dropped.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
+from nsa_fsa.ops.sliding_window_attention.operator import OPERATOR
+from nsa_fsa.sequences import Sequences
+
+EVERYTHING = 1 << 30  # a sliding window of so many keys is full attention
+
+
+class FirstQueries(NamedTuple):
+    """The first queries of every sequence of a batch, the dense ones among them."""
+
+    rows: Tensor  # int64 [R], ascending: which of the batch's queries these are
+    is_dense: Tensor  # bool [R]
+    call: WindowedCall  # of these queries, over the keys that they see
+
+
+def is_known(condition: bool) -> bool:
+    """Whether a condition on lengths holds. While torch traces, whether it holds for all lengths
+    that the trace is made for."""
+    if not torch.compiler.is_compiling():
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def attend_densely(call: WindowedCall, o: Tensor) -> Tensor:
+    """o `[T, HQ, DV]` with full attention in the rows of dense queries.
+
+    call: of all queries, with a sliding window of `dense_below` keys.
+    """
+    rows, is_dense, first = first_queries(call)
+    found = torch.where(is_dense[:, None, None], OPERATOR(first).o, o.index_select(0, rows))
+    return o.index_copy(0, rows, found)
+
+
+def first_queries(call: WindowedCall) -> FirstQueries:
+    """As many of the first queries of every sequence as their dense ones can be together."""
+    sequences, dense_below = call.sequences, call.window_size
+    assert dense_below is not None
+    starts, lengths = sequences.of_queries, sequences.lengths
+    number = starts.diff()  # of queries, as everything below `[B]`
+    first = lengths - number  # the position of the first of them
+    dense = (dense_below - first).clamp(min=0).minimum(number)
+
+    most = torch.sym_min(dense_below, sequences.max_seqlen) * number.shape[0]
+    room = torch.sym_min(call.q.shape[0], most)
+    others = number - dense
+    others_before = others.cumsum(0) - others
+    taken = dense + (room - dense.sum() - others_before).clamp(min=0).minimum(others)
+
+    ends = taken.cumsum(0)
+    place = torch.arange(room, device=starts.device)
+    sequence = torch.searchsorted(ends, place, right=True)
+    nth = place - (ends - taken)[sequence]
+    rows, is_dense = starts[sequence] + nth, nth < dense[sequence]
+
+    ends = pad(ends, (1, 0)).int()
+    if sequences.shares_rows:
+        k, v = (x.index_select(0, rows) for x in (call.k, call.v))
+        layout = Sequences(ends, torch.sym_min(sequences.max_seqlen, room))
+    else:
+        k, v, used = call.k, call.v, (first + taken).int()
+        layout = Sequences(sequences.cu_seqlens, sequences.max_seqlen, ends, used)
+    q = call.q.index_select(0, rows)
+    return FirstQueries(rows, is_dense, replace(call, q=q, k=k, v=v, sequences=layout))

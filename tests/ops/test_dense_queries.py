@@ -1,0 +1,189 @@
+"""dense_below: queries at smaller positions attend to all keys up to their own, and the others as
+if there were no such number."""
+
+import re
+
+import pytest
+import torch
+
+from nsa_fsa.ops import nsa_attention
+from nsa_fsa.sequences import Sequences, cu_seqlens_from_lengths
+from tests.modules.layers import randn
+from tests.oracle import oracle_dense, queries
+from tests.wrong_values import assert_refused, instead_of_int
+
+SIZES = dict(
+    kernel_size=8,
+    kernel_stride=4,
+    block_size=8,
+    num_selected_blocks=3,
+    init_blocks=1,
+    local_blocks=1,
+    window_size=6,
+    scale=0.4,
+)
+HKV, G, D, DV = 2, 2, 8, 12
+LENGTHS = {
+    "some of each kind": (0, 5, 26, 3, 12),
+    "one": (33,),
+    "a long one among short ones": (3, 1, 30, 2),
+}
+NAMES = ("q", "k", "v", "k_cmp", "v_cmp", "gate_logits", "k_swa", "v_swa")
+CLOSE = dict(rtol=1e-10, atol=1e-10)
+
+
+def leaves_of(num_queries, num_keys, dtype=torch.float64):
+    """The tensors of NAMES."""
+    shapes = (
+        (num_queries, HKV * G, D),
+        (num_keys, HKV, D),
+        (num_keys, HKV, DV),
+        (num_keys // 4, HKV, D),
+        (num_keys // 4, HKV, DV),
+        (num_queries, HKV * G, 3),
+        (num_keys, HKV, D),
+        (num_keys, HKV, DV),
+    )
+    return [
+        randn(*shape, dtype=dtype, seed=seed).requires_grad_() for seed, shape in enumerate(shapes)
+    ]
+
+
+def attend(leaves, sequences, dense_below, backend="reference", **options):
+    *first, k_swa, v_swa = leaves
+    layout = sequences._asdict()
+    return nsa_attention(
+        *first,
+        **layout,
+        **SIZES,
+        k_swa=k_swa,
+        v_swa=v_swa,
+        dense_below=dense_below,
+        backend=backend,
+        **options,
+    )
+
+
+def expected_of(leaves, sequences, dense_below):
+    """Full attention in the rows of dense queries, and elsewhere what there is without them."""
+    layout = sequences._replace(max_seqlen=0)._asdict()
+    del layout["max_seqlen"]
+    dense, _ = oracle_dense(*leaves[:3], scale=SIZES["scale"], **layout)
+    is_dense = torch.zeros(leaves[0].shape[0], dtype=torch.bool)
+    for row, _, t in queries(**layout):
+        is_dense[row] = t < dense_below
+    return torch.where(is_dense[:, None, None], dense, attend(leaves, sequences, 0))
+
+
+def with_gradients(o, leaves):
+    do = randn(*o.shape, dtype=o.dtype, seed=11)
+    return [o, *torch.autograd.grad(o, leaves, do, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("dense_below", [1, 12, 25, 2**40])
+@pytest.mark.parametrize("name", LENGTHS)
+def test_whole_sequences(name, dense_below):
+    lengths = torch.tensor(LENGTHS[name])
+    sequences = Sequences(cu_seqlens_from_lengths(lengths), int(lengths.max()))
+    leaves = leaves_of(int(lengths.sum()), int(lengths.sum()))
+    found = with_gradients(attend(leaves, sequences, dense_below), leaves)
+    expected = with_gradients(expected_of(leaves, sequences, dense_below), leaves)
+    for what, x, y in zip(("o", *NAMES), found, expected, strict=True):
+        torch.testing.assert_close(x, y, **CLOSE, msg=lambda m, what=what: f"{what}: {m}")
+
+
+@pytest.mark.parametrize("dense_below", [1, 12, 31, 100])
+def test_queries_at_the_end_of_what_a_cache_holds(dense_below):
+    """Rows in use, of 40 that each sequence has, and how many of them are new."""
+    lengths, new = torch.tensor([2, 9, 0, 30, 33, 40]), torch.tensor([2, 4, 0, 20, 1, 7])
+    starts = torch.arange(7, dtype=torch.int32) * 40
+    sequences = Sequences(starts, 40, cu_seqlens_from_lengths(new), lengths.int())
+    leaves = leaves_of(int(new.sum()), 240)
+    with torch.no_grad():
+        found = attend(leaves, sequences, dense_below)
+        expected = expected_of(leaves, sequences, dense_below)
+    torch.testing.assert_close(found, expected, **CLOSE)
+
+
+def test_queries_at_the_end_of_whole_sequences():
+    """Without room for more, as where queries are left out."""
+    lengths, new = torch.tensor([20, 9, 30]), torch.tensor([15, 9, 3])
+    of_keys, of_queries = map(cu_seqlens_from_lengths, (lengths, new))
+    sequences, leaves = Sequences(of_keys, 30, of_queries), leaves_of(27, 59)
+    found = with_gradients(attend(leaves, sequences, 12), leaves)
+    expected = with_gradients(expected_of(leaves, sequences, 12), leaves)
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y, **CLOSE)
+
+
+def test_the_kernels_of_the_sliding_window():
+    lengths = torch.tensor([5, 33])
+    sequences = Sequences(cu_seqlens_from_lengths(lengths), 33)
+    leaves = leaves_of(38, 38, torch.float32)
+    found = with_gradients(attend(leaves, sequences, 20, "triton_window"), leaves)
+    exact = [x.detach().double().requires_grad_() for x in leaves]
+    expected = with_gradients(expected_of(exact, sequences, 20), exact)
+    for x, y in zip(found, expected, strict=True):
+        # Some ulps of float32, of numbers up to ten.
+        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_else_runs_where_all_are_dense():
+    """What would be read is NaN. Its gradient is 0, and not missing."""
+    sequences = Sequences(torch.tensor([0, 20, 38], dtype=torch.int32), 20)
+    leaves = leaves_of(38, 38)
+    with torch.no_grad():
+        for x in leaves[3:]:
+            x.fill_(torch.nan)
+    found = attend(leaves, sequences, 20)
+    dense, _ = oracle_dense(*leaves[:3], scale=0.4, cu_seqlens=sequences.cu_seqlens)
+    torch.testing.assert_close(found, dense, **CLOSE)
+    *read, k_cmp, v_cmp, gates, k_swa, v_swa = torch.autograd.grad(found.sum(), leaves)
+    for x in (k_cmp, v_cmp, gates, k_swa, v_swa):
+        assert torch.equal(x, torch.zeros_like(x))
+    for x, y in zip(read, torch.autograd.grad(dense.sum(), leaves[:3]), strict=True):
+        torch.testing.assert_close(x, y, **CLOSE)
+
+
+def test_what_is_returned_beside_is_that_of_the_branches():
+    sequences, leaves = Sequences(torch.tensor([0, 40], dtype=torch.int32), 40), leaves_of(40, 40)
+    _, plain = attend(leaves, sequences, 0, return_branches=True)
+    for dense_below in (12, 40):
+        o, branches = attend(leaves, sequences, dense_below, return_branches=True)
+        assert torch.equal(o, attend(leaves, sequences, dense_below))
+        for x, y in zip(branches, plain, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_one_trace_serves_all_lengths():
+    """Below the number and above it."""
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="eager", dynamic=True)
+
+    def step(length):
+        sequences = Sequences(torch.tensor([0, length], dtype=torch.int32), length)
+        leaves = leaves_of(length, length)
+        o = compiled(leaves, sequences, 20)
+        for x, y in zip(
+            with_gradients(o, leaves),
+            with_gradients(attend(leaves, sequences, 20), leaves),
+            strict=True,
+        ):
+            torch.testing.assert_close(x, y, **CLOSE)
+
+    step(36)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for length in (12, 20, 21):
+            step(length)
+
+
+@pytest.mark.parametrize("wrong", instead_of_int(0))
+def test_what_is_no_number_of_tokens_is_refused(wrong):
+    sequences, leaves = Sequences(torch.tensor([0, 9], dtype=torch.int32), 9), leaves_of(9, 9)
+    assert_refused(lambda: attend(leaves, sequences, wrong), "dense_below", wrong)
+
+
+def test_rows_of_queries_that_are_in_no_sequence_are_refused():
+    starts, used = (torch.tensor(x, dtype=torch.int32) for x in ([0, 9], [5]))
+    with pytest.raises(ValueError, match=re.escape("Fix: pass cu_seqlens_q")):
+        attend(leaves_of(9, 9), Sequences(starts, 9, seqused_k=used), 3)
