@@ -85,7 +85,7 @@ def changed_step(case: DecodeCase, layer: int, change: dict[str, int]) -> Step:
         *(q, case["gate_logits"], pages, case["lengths"], default_scale(q, c.scale)),
         Windows(c.kernel_size, c.kernel_stride),
         Blocks(c.block_size, c.init_blocks, c.local_blocks),
-        *(c.num_selected_blocks, c.window_size, "triton"),
+        *(c.num_selected_blocks, c.window_size, c.dense_below, "triton"),
     )
 
     def step() -> Any:

@@ -57,6 +57,8 @@ class NSAConfig:
         init_blocks: blocks at the start of the sequence that every query reads.
         local_blocks: most recent blocks, the query's own included, that every query reads.
         window_size: keys of the sliding branch (w), the query's own position included.
+        dense_below: queries at a smaller position of their sequence than this attend to all keys up
+            to their own, as in a dense layer, in training and decoding alike; 0: none do.
         compress_k, compress_v: how a window becomes one token: "mean", "weighted", "linear",
             "mlp" or "gated".
         compress_hidden_size: hidden width of the "mlp" kind; default the head width.
@@ -110,6 +112,7 @@ class NSAConfig:
     init_blocks: int = 1
     local_blocks: int = 2
     window_size: int = 512
+    dense_below: int = 0
 
     compress_k: str = "weighted"
     compress_v: str = "weighted"
@@ -175,7 +178,7 @@ class NSAConfig:
             "max_position_embeddings",
         ):
             self._check_int(name, minimum=1)
-        for name in ("init_blocks", "local_blocks"):
+        for name in ("init_blocks", "local_blocks", "dense_below"):
             self._check_int(name, minimum=0)
         self._require(
             self.kernel_size % self.kernel_stride == 0,

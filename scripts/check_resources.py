@@ -369,14 +369,16 @@ def call_decoding(
                     *(windows, 1, 1, "triton"),
                 )
             )
-        enter(f"nsa_decode, {num_new} in pages of {page_size}")
         gates, scale = q.new_empty(number, NUM_HEADS, 3), case.head_dim**-0.5
-        nsa_decode(
-            DecodeCall(
-                *(q[:number], gates, pages, lengths, scale, windows, blocks, num_indices),
-                *(512, "triton"),
+        for dense_below in (0, 1024):
+            dense = f", dense below {dense_below}" if dense_below else ""
+            enter(f"nsa_decode, {num_new} in pages of {page_size}{dense}")
+            nsa_decode(
+                DecodeCall(
+                    *(q[:number], gates, pages, lengths, scale, windows, blocks, num_indices),
+                    *(512, dense_below, "triton"),
+                )
             )
-        )
 
 
 class OfflineDriver:

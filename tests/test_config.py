@@ -63,7 +63,7 @@ SMALLEST = {
     "hidden_size": 1, "num_heads": 1, "num_kv_heads": 1, "head_dim": 1, "v_head_dim": 1,
     "compress_hidden_size": 1, "kernel_size": 1, "kernel_stride": 1, "block_size": 1,
     "num_selected_blocks": 1, "window_size": 1, "max_position_embeddings": 1, "init_blocks": 0,
-    "local_blocks": 0,
+    "local_blocks": 0, "dense_below": 0,
 }  # fmt: skip
 
 # Not a positive finite number.
@@ -315,6 +315,7 @@ ACCEPTED = [
     {"num_selected_blocks": 3},
     {"init_blocks": 0, "local_blocks": 0, "num_selected_blocks": 1},
     {"window_size": 1},
+    {"dense_below": 4096},
     {"scale": 1},
     {"compress_hidden_size": 1},
     {"head_dim": 65, "rope_parameters": None},

@@ -55,7 +55,7 @@ def attend_blocks(
     SIZES: tl.constexpr, PITCHES: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     SHARES: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A share of the chosen blocks of a new token."""
+    """A share of the chosen blocks of a new token, or where it is dense, of all blocks."""
     token, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     sequence, new = tl.program_id(0) // SIZES.NEW, tl.program_id(0) % SIZES.NEW
     BLOCK: tl.constexpr = SIZES.BLOCK_HOPS * SIZES.STRIDE
@@ -66,8 +66,17 @@ def attend_blocks(
     queries = load_pairs(q, pairs, SIZES.D, SIZES.PADDED_D)
     indices_ptr += (token * SIZES.HKV + head) * SIZES.NUM_SELECTED
     softmax = nothing_seen(ROWS, SIZES)
-    for step in tl.range(share, SIZES.NUM_SELECTED * STEPS, SHARES, num_stages=STAGES):
-        block = tl.load(indices_ptr + step // STEPS)
+    num_blocks = SIZES.NUM_SELECTED
+    if SIZES.DENSE > 0:
+        is_dense = position < SIZES.DENSE
+        num_blocks = tl.where(is_dense, position // BLOCK + 1, num_blocks)
+    for step in tl.range(share, num_blocks * STEPS, SHARES, num_stages=STAGES):
+        block = step // STEPS
+        if SIZES.DENSE > 0:
+            chosen = tl.load(indices_ptr + block, mask=block < SIZES.NUM_SELECTED, other=-1)
+            block = tl.where(is_dense, block, chosen)
+        else:
+            block = tl.load(indices_ptr + block)
         in_block = step % STEPS * KEYS + tl.arange(0, KEYS)
         key = block * BLOCK + in_block
         there = (block >= 0) & (in_block < BLOCK) & (key <= position)
@@ -232,6 +241,10 @@ def merge_kernel(
         gate_a = tl.sigmoid(tl.load(gate).to(tl.float32))
         gate_b = tl.sigmoid(tl.load(gate + gates.stride_b).to(tl.float32))
         gate_c = tl.sigmoid(tl.load(gate + 2 * gates.stride_b).to(tl.float32))
+        if SIZES.DENSE > 0:  # then the selected branch has read everything
+            is_dense = position < SIZES.DENSE
+            gate_a, gate_c = tl.where(is_dense, 0.0, gate_a), tl.where(is_dense, 0.0, gate_c)
+            gate_b = tl.where(is_dense, 1.0, gate_b)
         o_b, o_c = load_outputs(selected, b, SIZES), load_outputs(sliding, c, SIZES)
 
         top, total = softmax_of(a)

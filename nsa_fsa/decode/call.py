@@ -69,6 +69,7 @@ class DecodeCall:
     blocks: Blocks
     num_selected_blocks: int
     window_size: int
+    dense_below: int
     backend: str
 
     @property

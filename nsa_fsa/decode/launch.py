@@ -136,6 +136,7 @@ def sizes_of(call: DecodeCall) -> Sizes:
         *(head_dim, padded_dim(head_dim), v_dim, padded_dim(v_dim)),
         *(kernel_size // kernel_stride, blocks.block_size // kernel_stride, kernel_stride),
         *(call.num_selected_blocks, blocks.init_blocks, blocks.local_blocks, call.window_size),
+        call.dense_below,
         *(page_rows(pages.table, pages.k), page_rows(pages.table_of_states, pages.k_cmp)),
         dot_precision(call.q.dtype),
     )

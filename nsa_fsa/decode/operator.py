@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from nsa_fsa.checks import check_device, check_positive, check_rows, check_tensor
+from nsa_fsa.checks import check_device, check_ints, check_positive, check_rows, check_tensor
 from nsa_fsa.decode import reference
 from nsa_fsa.decode.call import AppendCall, DecodeCall, Decoded, Pooling
 from nsa_fsa.decode.pages import Pages
@@ -89,6 +89,7 @@ def nsa_decode(
     init_blocks: int = 1,
     local_blocks: int = 2,
     window_size: int,
+    dense_below: int = 0,
     scale: float | None = None,
     backend: str = "auto",
 ) -> Decoded:
@@ -106,7 +107,8 @@ def nsa_decode(
         The other arguments are those of `nsa_attention`.
 
     Returns:
-        o `[T, HQ, DV]` in q's dtype, and the blocks that every query read.
+        o `[T, HQ, DV]` in q's dtype, and the blocks that every query read; of a dense one, those
+        that it would have chosen.
 
     Raises:
         ValueError: for inconsistent shapes, dtypes, devices or sizes, or too many tokens.
@@ -115,6 +117,7 @@ def nsa_decode(
     blocks = Blocks(block_size, init_blocks, local_blocks).check()
     blocks.check_selection(windows, num_selected_blocks)
     check_positive(window_size=window_size)
+    check_ints(0, dense_below=dense_below)
     pages.check(windows)
     check_new("q", q, pages.k, lengths, pages.table)
     check_gates(gate_logits, q, "q")
@@ -127,7 +130,7 @@ def nsa_decode(
     scale = default_scale(q, scale)
     call = DecodeCall(
         *(q, gate_logits, pages, lengths, scale, windows, blocks, num_selected_blocks),
-        *(window_size, backend),
+        *(window_size, dense_below, backend),
     )
     if q.shape[0] == 0:
         return _fake(call)

@@ -130,5 +130,11 @@ def nsa_decode(call: DecodeCall) -> tuple[Tensor, Tensor]:
         )
         gates = call.gate_logits[rows]
         o[rows] = gated_combine.gated_combine(gates, o_cmp, o_slc, o_swa)
+        if total - new < call.dense_below:
+            is_dense = torch.arange(total - new, total, device=q.device) < call.dense_below
+            o_dense, _ = sliding_window_attention.sliding_window_attention(
+                q[rows], k, v, **attend, window_size=total
+            )
+            o[rows] = torch.where(is_dense[:, None, None], o_dense, o[rows])
         indices[rows] = chosen
     return o, indices

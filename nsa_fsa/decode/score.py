@@ -37,6 +37,7 @@ class Sizes(NamedTuple):
     INIT: int
     LOCAL: int
     SLIDING: int  # keys of the sliding window
+    DENSE: int  # queries at a smaller position read all keys, as one branch; 0: none do
     PAGE: int  # tokens of a page; 0: a sequence has one
     STATES: int  # states of a page; 0: a sequence has one
     PRECISION: str  # of products

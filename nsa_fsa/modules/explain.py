@@ -1,9 +1,10 @@
 """What backend="auto" would run, and why."""
 
+import dataclasses
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ from nsa_fsa.ops.compression.operator import GATHER_BACKENDS, POOL_BACKENDS, Gat
 from nsa_fsa.ops.nsa_attention import OPERATORS, CoreCall
 from nsa_fsa.ops.selected_attention.operator import selected_key
 from nsa_fsa.ops.sliding_window_attention import flash_attention
+from nsa_fsa.ops.sliding_window_attention.operator import BACKENDS as SLIDING_BACKENDS
 from nsa_fsa.sequences import Sequences
 
 # Compute capabilities (NVIDIA, "CUDA GPU Compute Capability").
@@ -116,8 +118,8 @@ def explain(
     with triton_backends.assuming(None if gpu is None else capability_of(gpu)):
         where = torch.device("cuda") if gpu is not None else _present(device)
         _check_layer(config, num_tokens, dtype)
-        calls = _calls(config, num_tokens, dtype, where)
-        return Explanation(tuple(_explain(operator, call) for operator, call in calls))
+        runs = _runs(config, num_tokens, dtype, where)
+        return Explanation(tuple(_explain(run) for run in runs))
 
 
 def capability_of(gpu: str) -> tuple[int, int]:
@@ -171,9 +173,17 @@ def _check_layer(config: NSAConfig, num_tokens: int, dtype: torch.dtype) -> None
         ) from error
 
 
-def _calls(
+class _Run(NamedTuple):
+    """A call of an operator, and of which queries, where it is not of all."""
+
+    operator: Backends[Any]
+    call: Any
+    queries: str | None = None
+
+
+def _runs(
     config: NSAConfig, num_tokens: int, dtype: torch.dtype, device: torch.device
-) -> list[tuple[Backends[Any], Any]]:
+) -> list[_Run]:
     """What the layer calls its operators with, in the order in which these run,
     on tensors that take no memory.
     """
@@ -204,24 +214,43 @@ def _calls(
         (),
         c.backend,
     )
-    found: dict[str, tuple[Backends[Any], Any]] = {}
+    found: dict[str, _Run] = {}
     # Where both are compressed alike, the wider one counts.
     pairs = ((c.compress_k, k), (c.compress_v, v))
     for kind, x in sorted(pairs, key=lambda pair: pair[1].shape[2]):
         if kind in POOLED:
             pool = PoolCall(x, layout, windows, POOL_BACKENDS.or_auto(c.backend), None)
-            found["pool"] = POOL_BACKENDS, pool
+            found["pool"] = _Run(POOL_BACKENDS, pool)
         else:
             gather = GatherCall(x, layout, windows, GATHER_BACKENDS.or_auto(c.backend))
-            found["gather"] = GATHER_BACKENDS, gather
-    calls = (
+            found["gather"] = _Run(GATHER_BACKENDS, gather)
+    of_core = (
         core.compressed(),
         core.selection(lse),
         core.selected(block_indices, None),
         core.sliding(),
         core.combination(o, o, o),
     )
-    return [*found.values(), *zip(OPERATORS, calls, strict=True), *_steps(config, core)]
+    runs = [*found.values()]
+    if num_tokens > c.dense_below:
+        runs += map(_Run, OPERATORS, of_core)
+    if c.dense_below:
+        runs.append(_of_dense_queries(config, core))
+    return runs + [_Run(*step) for step in _steps(config, core)]
+
+
+def _of_dense_queries(config: NSAConfig, core: CoreCall) -> _Run:
+    """Full attention of those of one sequence."""
+    number = min(core.q.shape[0], config.dense_below)
+    with FakeTensorMode():
+        q, k, v = (
+            torch.empty(number, *x.shape[1:], dtype=x.dtype, device=x.device)
+            for x in (core.q, core.k, core.v)
+        )
+    sequences = core.sequences._replace(max_seqlen=number)
+    call = dataclasses.replace(core, q=q, k=k, v=v, sequences=sequences).dense(config.dense_below)
+    which = f"of the queries at positions below dense_below={config.dense_below:,}, over all keys"
+    return _Run(SLIDING_BACKENDS, call, which)
 
 
 def _steps(config: NSAConfig, core: CoreCall) -> list[tuple[Backends[Any], Any]]:
@@ -247,15 +276,17 @@ def _steps(config: NSAConfig, core: CoreCall) -> list[tuple[Backends[Any], Any]]
     )
     decode = DecodeCall(
         *(q, gates, pages, number, core.scale, core.windows, core.blocks),
-        *(c.num_selected_blocks, c.window_size, DECODE_BACKENDS.or_auto(c.backend)),
+        *(c.num_selected_blocks, c.window_size, c.dense_below),
+        DECODE_BACKENDS.or_auto(c.backend),
     )
     return [(APPEND_BACKENDS, append), (DECODE_BACKENDS, decode)]
 
 
-def _explain(operator: Backends[Any], call: Any) -> Choice:
+def _explain(run: _Run) -> Choice:
+    operator, call, queries = run
     chosen = operator.choose(call, warn=False).name
     passed_over = operator.passed_over(call) if call.backend == "auto" else {}
-    why = []
+    why = [] if queries is None else [queries]
     if call.backend != "auto":
         why.append(f"backend={call.backend!r} was asked for")
     if operator.operator == "selected_attention" and chosen == "triton":
@@ -276,7 +307,9 @@ def _explain(operator: Backends[Any], call: Any) -> Choice:
             f"as fast as full attention from about {one:,.0f} tokens of one sequence on, or "
             f"{many:,.0f} of each of 32, on an H200"
         )
-    reason = "; ".join(why) or "the first that can run this"
+    if not why[queries is not None :]:
+        why.append("the first that can run this")
+    reason = "; ".join(why)
     return Choice(operator.operator, chosen, reason, passed_over)
 
 

@@ -33,6 +33,7 @@ class Problem:
     init_blocks: int = 1
     local_blocks: int = 1
     window_size: int = 24
+    dense_below: int = 0
     page_size: int = 32  # 0: one page for a sequence
     rotary_dim: int = 8  # 0: keys are compressed as they are
     logits: bool = True
@@ -50,7 +51,7 @@ class Problem:
     @property
     def selection(self):
         names = ("block_size", "num_selected_blocks", "init_blocks", "local_blocks")
-        return {x: getattr(self, x) for x in (*names, "window_size", "scale")}
+        return {x: getattr(self, x) for x in (*names, "window_size", "dense_below", "scale")}
 
     def normal(self, *shape):
         return torch.randn(shape, dtype=torch.float64).to(self.dtype).to(self.device)

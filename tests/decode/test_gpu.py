@@ -25,6 +25,8 @@ PROBLEMS = {
     "large group": dataclasses.replace(GPU, group_size=64, num_kv_heads=1, num_new=2),
     "narrow": dataclasses.replace(GPU, head_dim=64, v_head_dim=96, rotary_dim=32, scale=0.125),
     "wide": dataclasses.replace(GPU, head_dim=192, v_head_dim=256, page_size=0),
+    "dense below": dataclasses.replace(GPU, dense_below=2000, num_new=2),
+    "all dense": dataclasses.replace(GPU, dense_below=2**40, dtype=torch.float32),
     "blocks of 128": dataclasses.replace(GPU, block_size=128, num_selected_blocks=8),
     "small blocks": dataclasses.replace(
         GPU, block_size=16, kernel_size=16, page_size=128, num_selected_blocks=32
@@ -85,8 +87,9 @@ def several_lists(monkeypatch):
     monkeypatch.setattr(replay, "ENABLED", False)
 
 
-def test_a_graph_is_replayed_at_other_lengths(several_lists):
-    run = Run(GPU, "triton", num_steps=40)
+@pytest.mark.parametrize("dense_below", [0, 715])
+def test_a_graph_is_replayed_at_other_lengths(several_lists, dense_below):
+    run = Run(dataclasses.replace(GPU, dense_below=dense_below), "triton", num_steps=40)
     for x in run.pages[:4]:
         x.nan_to_num_(1.0)  # the tokens that are skipped
     q, gates, k, v = inputs_of(run)

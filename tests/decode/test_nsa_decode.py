@@ -39,6 +39,9 @@ PROBLEMS = {
     ),
     "many lists": Problem(lengths=(700,), num_kv_heads=1, num_selected_blocks=5),
     "lists of lists": Problem(lengths=(1100,), num_kv_heads=1, num_selected_blocks=6),
+    "dense below": Problem(dense_below=70, lengths=(0, 20, 69, 97)),
+    "dense below, several new": Problem(dense_below=50, num_new=4, lengths=(48, 60), page_size=0),
+    "all dense": Problem(dense_below=2**40, lengths=(5, 97), num_new=2),
     "wide window": Problem(lengths=(3, 60), window_size=2**31),
 }
 
@@ -316,6 +319,7 @@ def test_operators_pass_opcheck(backend):
         blocks,
         p.num_selected_blocks,
         p.window_size,
+        p.dense_below,
         backend,
     )
     torch.library.opcheck(torch.ops.nsa_fsa.nsa_decode.default, DECODE.call.flatten(call))

@@ -58,6 +58,19 @@ def test_every_operator_is_explained():
         assert operator in str(found)
 
 
+@pytest.mark.parametrize("num_tokens", [1024, 100], ids=["longer", "no longer"])
+def test_full_attention_of_dense_queries(num_tokens):
+    """Beside the core, or in its place where it does not run."""
+    config = dataclasses.replace(CONFIG, dense_below=100)
+    *others, dense, _, _ = nsa_fsa.explain(config, num_tokens, device="cpu").choices
+    core = OPERATORS[1:-2] if num_tokens > 100 else ()
+    assert tuple(c.operator for c in others) == ("pool_windows", *core)
+    assert (dense.operator, dense.backend) == ("sliding_window_attention", "reference")
+    which = "of the queries at positions below dense_below=100, over all keys"
+    assert dense.why == f"{which}; the first that can run this"
+    assert which in nsa_fsa.explain(config, num_tokens, gpu="h100").choices[-3].why
+
+
 @pytest.mark.parametrize("change", [dict(compress_v="mlp"), dict(kv_per_branch=True)], ids=str)
 def test_steps_that_go_the_way_of_training_have_no_operators(change):
     found = nsa_fsa.explain(dataclasses.replace(CONFIG, **change), 1024, device="cpu")

@@ -10,6 +10,7 @@ import torch
 from nsa_fsa import ops
 from nsa_fsa.config import BRANCHES
 from nsa_fsa.ops.sliding_window_attention.flash_attention import FLASH_ATTN_4
+from tests.naive import sequence_and_position
 from tests.on_gpu import (
     MIB,
     assert_no_growth,
@@ -95,9 +96,9 @@ def assert_same_bits(found, expected, what):
         assert torch.equal(a, b), f"{name}, {what}: {(a != b).sum()} of {a.numel()} differ"
 
 
-def separately(core, block_indices):
-    """RESULTS from the branches one by one, in float64 by the reference,
-    with blocks that are given.
+def separately(core, block_indices, dense_below=0):
+    """RESULTS from the branches one by one, and from full attention where queries are dense, in
+    float64 by the reference, with blocks that are given.
     """
     leaves = [x.detach().double().requires_grad_() for x in core.leaves]
     q, k, v, k_cmp, v_cmp, gates, *own = leaves
@@ -111,6 +112,10 @@ def separately(core, block_indices):
         q, k_swa, v_swa, *packed, window_size=SIZES["window_size"], **reference
     )
     o = ops.gated_combine(gates, o_cmp, o_slc, o_swa, **reference)
+    if dense_below:
+        full = ops.sliding_window_attention(q, k, v, *packed, window_size=dense_below, **reference)
+        _, position = sequence_and_position(core.cu_seqlens)
+        o = torch.where((position < dense_below)[:, None, None], full, o)
     return [o.detach(), *torch.autograd.grad(o, leaves, core.do.double())]
 
 
@@ -125,6 +130,24 @@ def test_against_float64(dtype, group_size, head_dim, own, recompute):
     expected = separately(core, branches.block_indices)
     for name, a, b in zip(RESULTS, core.run(recompute=recompute), expected, strict=False):
         assert_rms_close(name, a, b, dtype)
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared_kv", "own_kv"])
+@pytest.mark.parametrize("dense_below", [64, 1500, 2000])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dense_queries(dtype, dense_below, own):
+    """Which are looked for without a look at the device."""
+    core = make_core(LENGTHS, 2, 4, dtype=dtype, own=own)
+    with torch.no_grad():
+        _, branches = core.call(return_branches=True)
+    expected = separately(core, branches.block_indices, dense_below)
+    for name, a, b in zip(RESULTS, core.run(dense_below=dense_below), expected, strict=False):
+        if b.any():
+            assert_rms_close(name, a, b, dtype)
+        else:
+            assert not a.any(), name
+    with syncs_forbidden():
+        core.run(dense_below=dense_below)
 
 
 @pytest.mark.parametrize(("group_size", "head_dim"), SHAPES)
