@@ -4,6 +4,7 @@ three branches that they lead to."""
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from nsa_fsa.cache import KeyValues
@@ -50,8 +51,8 @@ class Record(NamedTuple):
     """What one forward of a layer decided; see `SparseBranches.recorder`."""
 
     layer_idx: int | None
-    block_indices: Tensor  # int32 [T, HKV, T_sel]
-    gates: Tensor  # [T, HQ or 1, 3], after the sigmoid
+    block_indices: Tensor  # int32 [T, HKV, T_sel]; of dense queries, what they would have chosen
+    gates: Tensor  # [T, HQ or 1, 3], after the sigmoid; 0, 1, 0 of dense queries
     layout: Sequences
     config: NSAConfig  # of the layer, in that forward
     # For the recorder to look at; `nsa_fsa.visualization.record` does not keep it.
@@ -192,6 +193,7 @@ class SparseBranches:
             init_blocks=c.init_blocks,
             local_blocks=c.local_blocks,
             window_size=c.window_size,
+            dense_below=c.dense_below,
             k_swa=keys.k_swa,
             v_swa=keys.v_swa,
             scale=scale,
@@ -204,6 +206,10 @@ class SparseBranches:
         if self.recorder is not None:
             o, branches = o
             gates = gate_logits.detach().sigmoid()
+            if c.dense_below:  # they read all keys of the selected branch, and nothing else
+                is_dense = layout.positions(q.shape[0]) < c.dense_below
+                selected_alone = torch.arange(3, device=q.device) == 1
+                gates = torch.where(is_dense[:, None, None], selected_alone.to(gates), gates)
             inside = Inside(q, keys.k, keys.v, k_cmp, o, branches, scale, real)
             self.recorder(Record(self.layer_idx, branches.block_indices, gates, layout, c, inside))
         return o
@@ -252,6 +258,7 @@ class SparseBranches:
             init_blocks=c.init_blocks,
             local_blocks=c.local_blocks,
             window_size=c.window_size,
+            dense_below=c.dense_below,
             scale=c.scale if scale is None else scale,
             backend=BACKENDS.or_auto(c.backend),
         ).o

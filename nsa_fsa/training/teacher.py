@@ -15,15 +15,15 @@ from nsa_fsa.ops import block_divergence, sliding_window_attention
 from nsa_fsa.ops.block_divergence.operator import BACKENDS as DIVERGENCE_BACKENDS
 from nsa_fsa.ops.common.calls import WORKSPACE_BYTES
 from nsa_fsa.ops.common.reference_attention import compute_dtype
+from nsa_fsa.ops.dense_queries import EVERYTHING
 from nsa_fsa.ops.sliding_window_attention.operator import BACKENDS as SLIDING_BACKENDS
-
-EVERYTHING = 1 << 30  # a sliding window of so many positions is full attention
 
 
 class Lesson(NamedTuple):
     """One forward of an NSA layer beside dense attention over the same queries, keys and values.
 
-    Numbers are means over the tokens that are no padding; the first two carry gradients.
+    Numbers are means over the tokens that are no padding and whose queries are not dense, 0 where
+    there are none; the first two carry gradients.
     """
 
     layer_idx: int
@@ -185,17 +185,27 @@ def _lesson(layer_idx: int, entry: Record, free_only: bool, workspace_bytes: int
         workspace_bytes=workspace_bytes,
         backend=DIVERGENCE_BACKENDS.or_auto(c.backend),
     )
-    recall = compared.recall
-    if inside.real is not None:
-        recall = torch.where(inside.real[:, None], recall, torch.nan)
+    counted, recall = _counted(entry), compared.recall
+    if counted is not None:
+        recall = torch.where(counted[:, None], recall, torch.nan)
     return Lesson(
         layer_idx,
-        _mean(_relative_error(inside.o, dense), inside.real),
-        _mean(compared.divergence.mean(1), inside.real),
-        _mean(compared.mass.mean(1), inside.real),
+        _mean(_relative_error(inside.o, dense), counted),
+        _mean(compared.divergence.mean(1), counted),
+        _mean(compared.mass.mean(1), counted),
         recall.nanmean(),
-        _mean(entry.gates.to(compute_dtype(entry.gates)).mean(1), inside.real),
+        _mean(entry.gates.to(compute_dtype(entry.gates)).mean(1), counted),
     )
+
+
+def _counted(entry: Record) -> Tensor | None:
+    """Which tokens have something to learn from dense attention, bool `[T]`; None: all."""
+    assert entry.inside is not None
+    real, dense_below = entry.inside.real, entry.config.dense_below
+    if not dense_below:
+        return real
+    is_sparse = entry.layout.positions(entry.gates.shape[0]) >= dense_below
+    return is_sparse if real is None else real & is_sparse
 
 
 def _relative_error(o: Tensor, dense: Tensor) -> Tensor:
@@ -206,12 +216,12 @@ def _relative_error(o: Tensor, dense: Tensor) -> Tensor:
     return torch.linalg.vector_norm(o - dense, dim=1) / norm
 
 
-def _mean(x: Tensor, real: Tensor | None) -> Tensor:
-    """The mean of x `[T, ...]` over the real tokens; 0 where there are none."""
-    if real is None:
+def _mean(x: Tensor, counted: Tensor | None) -> Tensor:
+    """The mean of x `[T, ...]` over the tokens that count, None: all; 0 where there are none."""
+    if counted is None:
         return x.sum(0) / max(1, x.shape[0])
-    real = real.reshape(-1, *[1] * (x.ndim - 1))
-    return torch.where(real, x, 0.0).sum(0) / real.sum().clamp(min=1)
+    counted = counted.reshape(-1, *[1] * (x.ndim - 1))
+    return torch.where(counted, x, 0.0).sum(0) / counted.sum().clamp(min=1)
 
 
 def _detached(x: Any) -> Any:

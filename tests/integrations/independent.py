@@ -50,7 +50,9 @@ def nsa(q, k, v, gate_logits, weights_k, weights_v, c, scale):
 
     o_swa, _ = attend(k, v, (causal & (t > t[:, None] - c.window_size))[None])
     gates = gate_logits.sigmoid().permute(2, 1, 0)[..., None]  # [3, HQ, S, 1]
-    return (gates * torch.stack((o_cmp, o_slc, o_swa))).sum(0)
+    mixed = (gates * torch.stack((o_cmp, o_slc, o_swa))).sum(0)
+    o_dense, _ = attend(k, v, causal[None])
+    return torch.where(t[:, None] < c.dense_below, o_dense, mixed)
 
 
 def attention(module, query, key, value, attention_mask, scaling=None, nsa_gate_logits=None, **_):

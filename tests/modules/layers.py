@@ -78,6 +78,8 @@ VARIANTS = {
         compress_hidden_size=5,
     ),
     "own-modules": dict(compress_k="mean", compress_v="mean", kv_per_branch=True),
+    # 30 keys are more than a query chooses, and 45 tokens go on behind them.
+    "dense-below": dict(dense_below=30, compress_rope="before", v_head_dim=4),
 }
 
 
@@ -299,6 +301,10 @@ def expected_output(layer, x):
         cu_seqlens=cu_seqlens,
     )
 
+    o_dense, _ = oracle.oracle_dense(
+        q, branch_keys(SELECTED), branch_values(SELECTED), scale=c.scale, cu_seqlens=cu_seqlens
+    )
+
     rows = []
     for t in range(len(x)):
         logits = layer.gate.weight @ x[t] + layer.gate.bias
@@ -309,9 +315,10 @@ def expected_output(layer, x):
                 1 / (1 + torch.exp(-logits[first + branch]))
                 for branch in (COMPRESSED, SELECTED, SLIDING)
             ]
-            heads.append(
+            mixed = (
                 g[COMPRESSED] * o_cmp[t, h] + g[SELECTED] * o_slc[t, h] + g[SLIDING] * o_swa[t, h]
             )
+            heads.append(o_dense[t, h] if t < c.dense_below else mixed)
         out = layer.o_proj.weight @ torch.cat(heads)
         rows.append(out if layer.o_proj.bias is None else out + layer.o_proj.bias)
     return torch.stack(rows), chosen

@@ -188,6 +188,7 @@ SETTINGS = {
     "gated": dict(compress_k="gated", compress_v="weighted"),
     "one_gate": dict(gate="per_token", block_size=32, num_selected_blocks=4),
     "one_layer": dict(layers=[1]),
+    "dense_below": dict(dense_below=150),
 }
 
 

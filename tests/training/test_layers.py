@@ -14,7 +14,7 @@ LEARNED = NUMBERS[:2]
 
 
 def seen_by_hand(layer, x, free_only=True):
-    """The numbers of a lesson of one sequence x `[1, S, E]`, each of every token."""
+    """The numbers of a lesson of one sequence x `[1, S, E]`, each of every token that counts."""
     records = []
     layer.recorder = records.append
     layer(x)
@@ -33,7 +33,8 @@ def seen_by_hand(layer, x, free_only=True):
     error = (inside.o.flatten(1) - dense).norm(dim=1) / dense.norm(dim=1)
     divergence, mass, recall = compared
     gates = layer.gate(x[0]).unflatten(-1, (-1, 3)).sigmoid()
-    return dict(error=error, divergence=divergence, mass=mass, recall=recall, gates=gates)
+    found = dict(error=error, divergence=divergence, mass=mass, recall=recall, gates=gates)
+    return {name: x[c.dense_below :] for name, x in found.items()}
 
 
 def mean_by_hand(*tokens):
@@ -68,6 +69,18 @@ def assert_same_gradients(found, expected):
         zero = torch.zeros(())
         ours, theirs = (zero if x is None else x for x in (found[name], grad))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10, msg=name, check_dtype=False)
+
+
+def test_where_all_queries_are_dense_there_is_nothing_to_learn():
+    layer = make_variant("dense-below")
+    with teach(layer) as teacher:
+        layer(randn(2, 30, 24))
+        teacher.loss().backward()
+    (lesson,) = teacher.lessons
+    assert lesson.error == lesson.divergence == lesson.mass == 0
+    assert lesson.recall.isnan()
+    assert torch.equal(lesson.gates, torch.zeros(3, dtype=torch.float64))
+    assert all(p.grad is None or not p.grad.any() for p in layer.parameters())
 
 
 @pytest.mark.parametrize("compress_rope", ["before", "after"])

@@ -39,6 +39,7 @@ READ_IN_FORWARD = (
     "init_blocks",
     "local_blocks",
     "window_size",
+    "dense_below",
     "recompute",
 )
 # What an attention function may be told beside queries, keys and values, and no branch can do.

@@ -50,7 +50,8 @@ class PatchReport:
             f"  heads: {c.num_heads} query, {c.num_kv_heads} KV (group size {c.group_size}), "
             f"head dim {c.head_dim}",
             f"  each query reads: {c.num_selected_blocks} blocks of {c.block_size} keys = {reach}, "
-            f"the last {c.window_size}, and one compressed token per {c.kernel_stride}",
+            f"the last {c.window_size}, and one compressed token per {c.kernel_stride}"
+            + (f"; below position {c.dense_below}: all keys" if c.dense_below else ""),
             f"  new parameters: {self.new_parameters:,} of {self.total_parameters:,} "
             f"({self.new_parameters / max(1, self.total_parameters):.2%}); "
             "all others are kept. With LoRA: "
