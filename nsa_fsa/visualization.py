@@ -204,7 +204,8 @@ def keys_attended(entries: Record | Sequence[Record], sequence: int = 0) -> tupl
 
     Returns:
         The number of distinct keys in its selected blocks and its window, averaged over KV heads,
-        float `[N]`; and the number of compressed tokens it saw, int64 `[N]`.
+        float `[N]`; and the number of compressed tokens it saw, int64 `[N]`. A dense query read all
+        keys up to its own, and no compressed token.
     """
     positions, block_indices = queries_of(entries, sequence)
     config = _last(entries).config
@@ -217,9 +218,11 @@ def keys_attended(entries: Record | Sequence[Record], sequence: int = 0) -> tupl
         blocks = selected_blocks(block_indices[chunk], config.block_size, length)
         keys = blocks.repeat_interleave(config.block_size, dim=2)[..., :length]
         window = (key > t - config.window_size)[:, None]
+        window |= (t < config.dense_below)[:, None]
         counts.append(((keys | window) & (key <= t)[:, None]).sum(-1).float().mean(-1))
     last = positions + 1 - config.kernel_size  # where the last complete window begins, at most
     complete = last.div(config.kernel_stride, rounding_mode="floor") + 1
+    complete = complete.masked_fill(positions < config.dense_below, 0)
     return torch.cat(counts), complete.clamp(min=0)
 
 
@@ -241,7 +244,7 @@ def plot_block_selection(
     `entries` and `sequence` are as in `queries_of`: the steps after a prefill are rows below it.
     Beyond 2,048 queries or keys, evenly spaced ones are drawn. Every query also reads all
     compressed tokens whose window lies in its past, which is all there is of a key in neither a
-    selected block nor the sliding window.
+    selected block nor the sliding window. All blocks of a dense query are drawn as selected always.
 
     Raises:
         ImportError: without matplotlib.
@@ -271,7 +274,9 @@ def plot_block_selection(
     chosen = block_indices[rows, kv_head : kv_head + 1]
     selected = selected_blocks(chosen, config.block_size, length)[:, 0, block]
     forced = (block < config.init_blocks) | (block > own - config.local_blocks)
-    window = key > t - config.window_size
+    is_dense = t < config.dense_below
+    selected, forced = selected | is_dense, forced | is_dense
+    window = (key > t - config.window_size) & ~is_dense
     kind = 1 + torch.where(selected, 1 + forced.int(), 0)  # 1 compressed only, 2 by score, 3 always
     kind = torch.where(window, torch.where(selected, 5, 4), kind).masked_fill(key > t, 0)
     ax.imshow(

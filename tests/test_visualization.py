@@ -74,6 +74,32 @@ def test_keys_attended_counts_each_key_once(layer):
         )
 
 
+def test_dense_queries_read_all_keys_by_the_selected_branch(layer):
+    """In numbers, gates and pictures, also in a second sequence and behind a past."""
+    layer.config = dataclasses.replace(layer.config, dense_below=120)
+    x, cache = torch.randn(2, 150, 32), NSACache(layer.config)
+    with torch.no_grad(), record(layer) as records:
+        layer(x[:, :70], cache=cache)
+        layer(x[:, 70:], cache=cache)
+        layer(x)
+    for entries in (records[:2], records[2:]):
+        keys, compressed = keys_attended(entries, sequence=1)
+        assert torch.equal(keys[:120], torch.arange(1.0, 121))
+        assert (keys[120:] < 121).all()
+        assert (compressed[:120] == 0).all()
+        assert (compressed[120:] > 0).all()
+        gates = torch.cat([entry.gates.unflatten(0, (2, -1)) for entry in entries], 1)
+        assert torch.equal(gates[:, :120], torch.tensor([0.0, 1.0, 0.0]).expand(2, 120, 4, 3))
+        assert (gates[:, 120:] < 1).all()
+        _, axes = plt.subplots()
+        plot_block_selection(axes, entries, sequence=1)
+        image = torch.as_tensor(axes.images[0].get_array())
+        always = list(KEY_KINDS).index("selected, always")
+        assert torch.equal(image[:120] > 0, image[:120] == always)
+        assert torch.equal(image[:120] > 0, torch.ones(120, 150).tril() > 0)
+        assert (image[120:] == list(KEY_KINDS).index("sliding window")).any()
+
+
 def test_padding_among_the_indices_selects_nothing():
     indices = torch.tensor([[[0, -1]], [[0, 1]], [[-1, -1]]], dtype=torch.int32)
     assert selected_blocks(indices, block_size=2).tolist() == [
