@@ -39,13 +39,13 @@ def is_known(condition: bool) -> bool:
 
 
 def attend_densely(call: WindowedCall, o: Tensor) -> Tensor:
-    """o `[T, HQ, DV]` with full attention in the rows of dense queries.
+    """o `[T, HQ, DV]`, which gets full attention in the rows of dense queries.
 
     call: of all queries, with a sliding window of `dense_below` keys.
     """
     rows, is_dense, first = first_queries(call)
     found = torch.where(is_dense[:, None, None], OPERATOR(first).o, o.index_select(0, rows))
-    return o.index_copy(0, rows, found)
+    return o.index_copy_(0, rows, found)  # of all of o, a copy would take as much memory again
 
 
 def first_queries(call: WindowedCall) -> FirstQueries:

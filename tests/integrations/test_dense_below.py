@@ -65,7 +65,7 @@ def test_is_the_dense_model_up_to_that_length(name):
     assert_near(found[1], logits(dense, ids[1:])[0])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES[2:])
 def test_equals_an_independent_nsa(name, monkeypatch):
     model, _ = exact(name, 110)
     errors = []
@@ -81,7 +81,7 @@ def test_equals_an_independent_nsa(name, monkeypatch):
     assert max(errors) < 1e-9
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES[2:])
 def test_gradients_are_those_of_the_dense_model(name):
     model, dense = exact(name, LENGTH)
     ids, found = tokens_of(1, LENGTH), {}

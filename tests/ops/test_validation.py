@@ -472,6 +472,7 @@ SMALLEST = dict(
     init_blocks=0,
     local_blocks=0,
     window_size=1,
+    dense_below=0,
     workspace_bytes=1,
 )
 OPTIONAL = dict(
