@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 
 from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
 from nsa_fsa.ops.sliding_window_attention.operator import OPERATOR
-from nsa_fsa.sequences import Sequences
+from nsa_fsa.sequences import Sequences, uniform_layout
 
 EVERYTHING = 1 << 30  # a sliding window of so many keys is full attention
 
@@ -24,7 +24,7 @@ class FirstQueries(NamedTuple):
     """The first queries of every sequence of a batch, the dense ones among them."""
 
     rows: Tensor  # int64 [R], ascending: which of the batch's queries these are
-    is_dense: Tensor  # bool [R]
+    is_dense: Tensor | None  # bool [R]; None: all are
     call: WindowedCall  # of these queries, over the keys that they see
 
 
@@ -44,14 +44,30 @@ def attend_densely(call: WindowedCall, o: Tensor) -> Tensor:
     call: of all queries, with a sliding window of `dense_below` keys.
     """
     rows, is_dense, first = first_queries(call)
-    found = torch.where(is_dense[:, None, None], OPERATOR(first).o, o.index_select(0, rows))
+    found = OPERATOR(first).o
+    if is_dense is not None:
+        found = torch.where(is_dense[:, None, None], found, o.index_select(0, rows))
     return o.index_copy_(0, rows, found)  # of all of o, a copy would take as much memory again
 
 
 def first_queries(call: WindowedCall) -> FirstQueries:
     """As many of the first queries of every sequence as their dense ones can be together."""
-    sequences, dense_below = call.sequences, call.window_size
-    assert dense_below is not None
+    sequences, num_queries = call.sequences, call.q.shape[0]
+    assert call.window_size is not None
+    length = None if torch.compiler.is_compiling() else sequences.common_length(num_queries)
+    if length is None:
+        return _first_queries(call, call.window_size)
+    # Where all sequences are alike, the host knows, which saves two dozen launches.
+    number, size = sequences.cu_seqlens.shape[0] - 1, min(call.window_size, length)
+    row = torch.arange(num_queries, device=call.q.device)
+    rows = row.view(number, length)[:, :size].flatten()
+    layout = uniform_layout(number, size, call.q.device)
+    return FirstQueries(rows, None, _of_rows(call, rows, layout))
+
+
+def _first_queries(call: WindowedCall, dense_below: int) -> FirstQueries:
+    """Where only the device knows how long the sequences are."""
+    sequences = call.sequences
     starts, lengths = sequences.of_queries, sequences.lengths
     number = starts.diff()  # of queries, as everything below `[B]`
     first = lengths - number  # the position of the first of them
@@ -71,10 +87,16 @@ def first_queries(call: WindowedCall) -> FirstQueries:
 
     ends = pad(ends, (1, 0)).int()
     if sequences.shares_rows:
-        k, v = (x.index_select(0, rows) for x in (call.k, call.v))
         layout = Sequences(ends, torch.sym_min(sequences.max_seqlen, room))
     else:
-        k, v, used = call.k, call.v, (first + taken).int()
+        used = (first + taken).int()
         layout = Sequences(sequences.cu_seqlens, sequences.max_seqlen, ends, used)
-    q = call.q.index_select(0, rows)
-    return FirstQueries(rows, is_dense, replace(call, q=q, k=k, v=v, sequences=layout))
+    return FirstQueries(rows, is_dense, _of_rows(call, rows, layout))
+
+
+def _of_rows(call: WindowedCall, rows: Tensor, layout: Sequences) -> WindowedCall:
+    """The call of some queries, and of as many keys where these lie in the same rows."""
+    q, k, v = call.q.index_select(0, rows), call.k, call.v
+    if layout.shares_rows:
+        k, v = (x.index_select(0, rows) for x in (k, v))
+    return replace(call, q=q, k=k, v=v, sequences=layout)

@@ -26,6 +26,7 @@ HKV, G, D, DV = 2, 2, 8, 12
 LENGTHS = {
     "some of each kind": (0, 5, 26, 3, 12),
     "one": (33,),
+    "alike": (14, 14, 14),
     "a long one among short ones": (3, 1, 30, 2),
 }
 NAMES = ("q", "k", "v", "k_cmp", "v_cmp", "gate_logits", "k_swa", "v_swa")
