@@ -45,6 +45,8 @@ from nsa_fsa.decode.append import append_tokens
 from nsa_fsa.decode.call import AppendCall, DecodeCall
 from nsa_fsa.decode.launch import nsa_decode
 from nsa_fsa.decode.pages import Pages
+from nsa_fsa.ops.block_divergence.call import DivergenceCall
+from nsa_fsa.ops.block_divergence.launch import block_divergence, block_divergence_backward
 from nsa_fsa.ops.block_selection.call import SelectionCall
 from nsa_fsa.ops.block_selection.triton import select_blocks
 from nsa_fsa.ops.common import tuning
@@ -175,6 +177,7 @@ def call_operators(case: Case, enter: Callable[[str], None]) -> None:
     call_sliding_window(case, q, do, enter)
     call_gated_combine(do, lse, enter)
     call_selection(case, q, k, cu_seqlens, num_indices, enter)
+    call_divergence(case, q, k, indices, enter)
 
 
 def call_selected_attention(
@@ -329,6 +332,28 @@ def call_selection(
         enter("select_blocks")
         call = SelectionCall(*tensors, sequences, scale, windows, blocks, num_indices, "triton")
         select_blocks(call)
+
+
+def call_divergence(
+    case: Case,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    indices: torch.Tensor,
+    enter: Callable[[str], None],
+) -> None:
+    """Of all compared blocks and of free ones, of one sequence and of several."""
+    lse = q.new_empty(NUM_TOKENS, NUM_HEADS, dtype=torch.float32)
+    do = q.new_empty(NUM_TOKENS, k.shape[1], dtype=torch.float32)
+    windows, blocks = Windows(min(32, case.block_size), 16), Blocks(case.block_size, 1, 2)
+    tensors = (q, k, k[: NUM_TOKENS // 16], lse, lse, indices)
+    for free_only, num_sequences in ((0, 1), (1, 3)):
+        sequences = Sequences(q.new_empty(num_sequences + 1, dtype=torch.int32), NUM_TOKENS)
+        rest = (sequences, case.head_dim**-0.5, windows, blocks, free_only, 1 << 30, "triton")
+        call = DivergenceCall(*tensors, *rest)
+        enter("block_divergence")
+        block_divergence(call)
+        enter("block_divergence_backward")
+        block_divergence_backward(call, do)
 
 
 def call_decoding(

@@ -9,6 +9,7 @@ import sys
 
 import torch
 
+from nsa_fsa.ops import block_divergence
 from nsa_fsa.ops.common import tuning
 from tests.cases import BF16, F16, Case, by_name, call, gradients, make_inputs, output, select
 from tests.decode.problems import Problem, Run
@@ -57,7 +58,8 @@ DECODING = [
     (Problem(lengths=(0, 5, 97), device="cuda"),),
     (Problem(lengths=(33, 200), num_new=3, page_size=0, dtype=BF16, device="cuda"),),
 ]
-RUNS = [*SELECTED, *OTHERS, *IN_ONE_PASS, *DECODING]
+DIVERGENCE = [(WIDE, MUCH), (NARROW, LITTLE), (PLAIN, MUCH)]
+RUNS = [*SELECTED, *OTHERS, *IN_ONE_PASS, *DECODING, *DIVERGENCE]
 
 
 def run_selected(backend, case, workspace_bytes):
@@ -90,6 +92,23 @@ def run_in_one_pass(case):
         tuning.compressed_config = choose
 
 
+def run_divergence(case, workspace_bytes):
+    """The lse of dense attention may be any."""
+    x = make_inputs(case, device="cuda")
+    k_cmp = x.k_cmp.nan_to_num(0).requires_grad_()
+    lse = call("compressed_attention", case, x, "triton")[1]
+    found = block_divergence(
+        *(x.q.requires_grad_(), x.k, k_cmp, lse, lse, select(case, x, lse, "triton")),
+        *(x.cu_seqlens, max(case.lengths)),
+        **case.windows,
+        block_size=case.block_size,
+        workspace_bytes=workspace_bytes,
+        backend="triton",
+    )
+    grads = torch.autograd.grad(found.divergence.sum(), (x.q, k_cmp))
+    return found.divergence, found.mass.nan_to_num(posinf=0), *grads
+
+
 def run_decoding(problem):
     run = Run(problem, "triton")
     return [run.step().o for _ in range(2)]
@@ -104,6 +123,7 @@ def main():
         (run_other, OTHERS),
         (run_in_one_pass, IN_ONE_PASS),
         (run_decoding, DECODING),
+        (run_divergence, DIVERGENCE),
     ):
         for case in cases:
             for result in run(*case):

@@ -58,6 +58,13 @@ def test_default_configurations_fit(arch, tmp_path):
         "choose_kernel",
         "attend_kernel",
         "merge_kernel",
+        "weigh_blocks_kernel",
+        "join_heads_kernel",
+        "compare_kernel",
+        "grade_kernel",
+        "subtract_kernel",
+        "divergence_dq_kernel",
+        "divergence_dk_kernel",
     } <= kernels
     twin = "hopper_" if arch == "sm_90" else ""
     names = ("fwd", "bwd_dq", "bwd_dkdv")

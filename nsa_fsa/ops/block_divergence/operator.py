@@ -1,33 +1,27 @@
 """Block divergence as an operator: what compressed attention can learn of dense attention."""
 
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nsa_fsa.checks import check_positive, check_tensor
 from nsa_fsa.ops.block_divergence import reference
+from nsa_fsa.ops.block_divergence.call import Divergence, DivergenceCall, DivergenceGradients
 from nsa_fsa.ops.common.backends import Backend, Backends
 from nsa_fsa.ops.common.calls import (
     WORKSPACE_BYTES,
     Blocks,
     Windows,
     check_attention,
-    check_compressed_values,
     default_scale,
 )
 from nsa_fsa.ops.common.reference_attention import compute_dtype
 from nsa_fsa.ops.common.registration import define_operator, gradient_of_call
+from nsa_fsa.ops.common.triton_backends import TritonBackend, unsupported_tensors
 from nsa_fsa.sequences import Sequences
 
-
-class Divergence(NamedTuple):
-    """What `block_divergence` returns; all but the first without gradients."""
-
-    divergence: Tensor  # [T, HKV]
-    mass: Tensor  # [T, HKV], of dense attention, in the chosen blocks
-    recall: Tensor  # [T, HKV], of the free blocks; NaN where there was nothing to choose
+MAX_GROUP_SIZE = 64  # of the Triton kernels, whose tiles have whole groups
 
 
 def block_divergence(
@@ -74,9 +68,10 @@ def block_divergence(
         init_blocks, local_blocks: which blocks are forced.
         free_only: whether to compare free blocks alone, which a choice is made from.
         workspace_bytes: how much memory it may take beside inputs, outputs and gradients, and the
-            keys of one KV head in float32; what does not fit is done in turn, down to one query and
-            its group of heads.
-        backend: which implementation runs: "reference", or "auto".
+            keys of one KV head in float32; what does not fit is done in turn, down to 16 queries
+            (in the reference to one query and its group of heads).
+        backend: which implementation runs: "triton", "reference", or "auto": the first of them that
+            can, on a GPU.
         The other arguments are those of `select_blocks`.
 
     Returns:
@@ -123,37 +118,23 @@ def block_divergence(
     )
 
 
-@dataclass(frozen=True)
-class DivergenceCall:
-    """One call of `block_divergence`."""
+class Triton(TritonBackend[DivergenceCall]):
+    def refuses(self, call: DivergenceCall, *, backward: bool = False) -> str | None:
+        if call.group_size > MAX_GROUP_SIZE:
+            return (
+                f"{call.group_size} query heads a KV head; supported are at most {MAX_GROUP_SIZE}"
+            )
+        return unsupported_tensors(call.q)
 
-    q: Tensor  # [T, HQ, D]
-    k: Tensor  # [T, HKV, D]
-    k_cmp: Tensor  # [T // kernel_stride, HKV, D]
-    lse: Tensor  # [T, HQ], of dense attention
-    lse_cmp: Tensor  # [T, HQ], of compressed attention
-    block_indices: Tensor  # int32 [T, HKV, T_sel]
-    sequences: Sequences
-    scale: float
-    windows: Windows
-    blocks: Blocks
-    free_only: int  # 0 or 1
-    workspace_bytes: int
-    backend: str
+    def forward(self, call: DivergenceCall) -> Divergence:
+        from nsa_fsa.ops.block_divergence.launch import block_divergence
 
-    @property
-    def device(self) -> torch.device:
-        return self.q.device
+        return block_divergence(call)
 
-    def check_values(self) -> None:
-        """Raises ValueError for sequences whose numbers do not fit the tensors."""
-        self.sequences.check_values(self.q.shape[0], self.k.shape[0])
-        check_compressed_values(self.q, self.k_cmp, self.sequences, self.windows.kernel_stride)
+    def backward(self, call: DivergenceCall, do: Tensor) -> DivergenceGradients:
+        from nsa_fsa.ops.block_divergence.launch import block_divergence_backward
 
-
-class DivergenceGradients(NamedTuple):
-    q: Tensor
-    k_cmp: Tensor
+        return block_divergence_backward(call, do)
 
 
 class Reference(Backend[DivergenceCall]):
@@ -200,7 +181,7 @@ def _fake(call: DivergenceCall) -> Divergence:
     return Divergence(*(call.q.new_empty(shape, dtype=dtype) for _ in range(3)))
 
 
-BACKENDS: Backends[DivergenceCall] = Backends("block_divergence", Reference())
+BACKENDS: Backends[DivergenceCall] = Backends("block_divergence", Triton(), Reference())
 _GRADIENT = gradient_of_call(DivergenceGradients, BACKENDS.differentiate)
 OPERATOR = define_operator(
     "block_divergence", DivergenceCall, Divergence, _forward, _fake, _GRADIENT
