@@ -1,7 +1,8 @@
 """What several GPUs bring: one process a GPU, as torchrun starts them, and each beside one GPU.
 
-context: both passes of NSA's core, its compression included, where ranks exchange tokens for heads.
-Before and after them every rank does all of it alone.
+context: both passes of NSA's core, its compression included: "shared" by ranks that exchange tokens
+for heads, in one group of KV heads and in as many as is the default, and "alone", where every rank
+does all of it. "exchange" is shared with nothing to compute.
 module: the forward of a layer of Llama-3-8B whose heads are split, with the sum of its outputs.
 prefill: the first token of a Llama-3-8B that transformers has split as it was loaded.
 """
@@ -37,7 +38,7 @@ METHOD: dict[str, Any] = dict(
 )
 # Query heads, KV heads and tokens; and how many ranks there must be.
 SHARED = ((32, 8, 131072, 1), (32, 8, 262144, 1), (64, 4, 131072, 1), (64, 4, 1 << 20, 4))
-CHECKED = (32, 8, 32768)
+CHECKED = (32, 8, 32768)  # in one group, and in as many as there can be
 BLOCKS = ((64, 16), (128, 8))
 LENGTHS = (32768, 65536)
 
@@ -104,8 +105,10 @@ class Shared:
 
     NAMES = ("q", "k", "v", "gate_logits")
 
-    def __init__(self, case: Case, cp: ContextParallel | None) -> None:
+    def __init__(self, case: Case, cp: ContextParallel | None, computed: bool = True) -> None:
+        """computed: whether there is attention between the exchanges."""
         self.case, self.cp = case, cp
+        self.attention = self._attend if computed else self._nothing
         self.leaves = [self._make(name).requires_grad_() for name in self.NAMES]
         self.do = self._make("do")
 
@@ -114,15 +117,21 @@ class Shared:
         return whole if self.cp is None else self.cp.part(whole).clone()
 
     def forward(self) -> Tensor:
-        case, cp, leaves = self.case, self.cp, self.leaves
-        if cp is not None:
-            leaves = [cp.to_heads(x) for x in leaves]
-        q, k, v, gate_logits = (x[0] for x in leaves)
+        if self.cp is not None:
+            return self.cp.attend(self.attention, *self.leaves)
+        return self.attention(slice(None), *(x.flatten(0, 1) for x in self.leaves))[None]
+
+    def _attend(self, _: slice, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor) -> Tensor:
+        case = self.case
         layout, windows = case.layout, case.windows
         k_cmp, v_cmp = (ops.pool_windows(x, None, **layout, **windows) for x in (k, v))
         sizes = layout | windows | case.blocks | dict(window_size=case.config.window_size)
-        o = ops.nsa_attention(q, k, v, k_cmp, v_cmp, gate_logits, **sizes)[None]
-        return o if cp is None else cp.to_tokens(o)
+        return ops.nsa_attention(q, k, v, k_cmp, v_cmp, gate_logits, **sizes)
+
+    @staticmethod
+    def _nothing(_: slice, q: Tensor, *others: Tensor) -> Tensor:
+        """Of the others the gradient is 0, which takes part in the exchange, too."""
+        return q
 
     def both_passes(self) -> tuple[Tensor, ...]:
         o = self.forward()
@@ -140,22 +149,30 @@ def errors(case: Case, cp: ContextParallel) -> dict[str, float]:
 
 
 def context(ranks: Ranks, add: Add) -> None:
-    cp = ContextParallel(init_device_mesh(ranks.device.type, (ranks.size,)))
+    mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     heads, kv_heads, tokens = CHECKED
     case = Case(config_of(heads, kv_heads), tokens, device=str(ranks.device))
-    with deterministic():
-        found = {name: ranks.largest(x) for name, x in errors(case, cp).items()}
-        measured = ranks.time(Shared(case, cp).both_passes)
-    add("context", "deterministic", case.sizes(), measured | dict(errors=found))
+    for groups in sorted({1, kv_heads // ranks.size}):
+        cp = ContextParallel(mesh, groups=groups)
+        with deterministic():
+            found = {name: ranks.largest(x) for name, x in errors(case, cp).items()}
+            measured = ranks.time(Shared(case, cp).both_passes)
+        sizes = case.sizes() | dict(groups=groups)
+        add("context", "deterministic", sizes, measured | dict(errors=found))
     for heads, kv_heads, tokens, least in SHARED:
         case = Case(config_of(heads, kv_heads), tokens, device=str(ranks.device))
         if ranks.size < least:
             continue
-        ways = dict(alone=None, shared=cp) if least == 1 else dict(shared=cp)
-        for what, shared_by in ways.items():
-            measured = ranks.time(Shared(case, shared_by).both_passes)
-            add("context", what, case.sizes(), measured)
+        if least == 1:
+            add("context", "alone", case.sizes(), ranks.time(Shared(case, None).both_passes))
             free(ranks)
+        default = ContextParallel(mesh).num_groups(tokens, heads, kv_heads)
+        for groups in sorted({1, default}):
+            cp, sizes = ContextParallel(mesh, groups=groups), case.sizes() | dict(groups=groups)
+            for what, computed in dict(exchange=False, shared=True).items():
+                measured = ranks.time(Shared(case, cp, computed).both_passes)
+                add("context", what, sizes, measured)
+                free(ranks)
 
 
 @contextmanager
@@ -249,6 +266,8 @@ def measure(results: Results | None, console: Console, parts: list[str], device:
         results.add("rows", **sizes | by, **{"pass": what, "errors": {}} | measured)
         where = f"{sizes['num_tokens']:,} tokens, {sizes['num_heads']} heads"
         found = "".join(f", {name} {x:.1e}" for name, x in measured.get("errors", {}).items())
+        if "groups" in sizes:
+            where += f", {sizes['groups']} groups"
         text = f"{ranks.size} GPUs, {part}, {what}, {where}: {measured['ms']:.4g} ms{found}"
         console.print(text, highlight=False)
 

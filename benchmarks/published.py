@@ -15,12 +15,12 @@ GPU = "nvidia_h200"  # whose results the pages quote
 KEY = (
     "implementation", "variant", "pass", "num_tokens", "group_size", "num_heads", "head_dim",
     "block_size", "num_blocks", "init_blocks", "local_blocks", "selection", "dtype", "kernel_size",
-    "kernel_stride", "window_size", "batch_size", "num_new", "num_gpus",
+    "kernel_stride", "window_size", "batch_size", "num_new", "num_gpus", "groups",
 )  # fmt: skip
 REQUIRED = {
     "code": {"commit", "dirty", "source_digest"},
     "runs": {"date", "command", "machine", "ceilings", "method", "seed"},
-    "rows": {*KEY[2:-6], "implementation", "kind", "ms", "ms_20", "ms_80", "errors", "run"},
+    "rows": {*KEY[2:-7], "implementation", "kind", "ms", "ms_20", "ms_80", "errors", "run"},
     "not_timed": {"implementation", "reason"},
 }
 

@@ -4,16 +4,21 @@ Each of them has `S / n` of a sequence's S tokens, the first rank the first ones
 token by token, it does with those. For attention the ranks exchange tokens for heads, so that each
 has all tokens of `HKV / n` KV heads and of the query heads that read them: what is computed then is
 what one rank computes for these heads.
+
+It is done in groups of KV heads, if a group has enough to compute: while a rank computes one, the
+next is exchanged, and the outputs of the one before go back.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from nsa_fsa.checks import check_device, check_tensor
-from nsa_fsa.distributed.collectives import gather_tokens, heads_to_tokens, tokens_to_heads
+from nsa_fsa.checks import check_device, check_positive, check_tensor
+from nsa_fsa.distributed import collectives
+from nsa_fsa.distributed.collectives import Split
 from nsa_fsa.sequences import Sequences, pack_batch, positions
 
 if TYPE_CHECKING:  # a PyTorch without torch.distributed imports this file, too
@@ -21,6 +26,12 @@ if TYPE_CHECKING:  # a PyTorch without torch.distributed imports this file, too
     from torch.distributed.device_mesh import DeviceMesh
 
 IGNORED = -100  # the label of a token that has no part in the loss
+
+# Pairs of a query and a query head that a group of KV heads has at least, where there are several.
+# Heads of 128 and four query heads a KV head are 335 MB of these to exchange, 1 ms at 330 GB/s; one
+# H200 computes them in 2.3 ms forward and 4.2 backward at 8,192 tokens, and in more at others
+# (docs/performance.md), in kernels that fill it.
+LEAST_PAIRS = 1 << 19
 
 
 class ContextParallel:
@@ -37,12 +48,15 @@ class ContextParallel:
 
     Args:
         group: a process group, or a DeviceMesh of one dimension.
+        groups: in how many groups a rank computes its KV heads, which these must divide; one
+            exchanges everything before it computes, and more exchange one group while they compute
+            another. Results are the same. Default: as many as have enough to compute.
 
     Raises:
         ValueError: for anything else.
     """
 
-    def __init__(self, group: "ProcessGroup | DeviceMesh") -> None:
+    def __init__(self, group: "ProcessGroup | DeviceMesh", *, groups: int | None = None) -> None:
         from torch.distributed import ProcessGroup, get_rank
         from torch.distributed.device_mesh import DeviceMesh
 
@@ -53,7 +67,10 @@ class ContextParallel:
                 f"group={group!r:.100} must be a process group that this process is in, or a "
                 'DeviceMesh of one dimension. Fix: mesh["cp"], or torch.distributed.group.WORLD.'
             )
+        if groups is not None:
+            check_positive(groups=groups)
         self.group = group
+        self.groups = groups
         self.rank = get_rank(group)
         self.size = group.size()
 
@@ -81,7 +98,7 @@ class ContextParallel:
 
         A gradient is given back to the rank whose part it is of, summed over the ranks.
         """
-        return gather_tokens(x, self.size, self.group.group_name)
+        return collectives.gather_tokens(x, self.size, self.group.group_name)
 
     def shard(
         self,
@@ -170,19 +187,63 @@ class ContextParallel:
 
     # -- heads -------------------------------------------------------------------------------------
 
-    def heads(self, number: int) -> slice:
-        """Which of so many heads this rank has after `to_heads`."""
-        share = number // self.size
-        return slice(self.rank * share, (self.rank + 1) * share)
+    def attend(
+        self,
+        attention: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *others: Tensor,
+        groups: int | None = None,
+    ) -> Tensor:
+        """Attention to whole sequences, of this rank's tokens: `[B, S / n, HQ, DV]`.
 
-    def to_heads(self, x: Tensor) -> Tensor:
-        """`[B, S / n, H, ...]`, all heads of this rank's tokens, -> `[B, S, H / n, ...]`, all
-        tokens of this rank's heads. n must divide H."""
-        return tokens_to_heads(x, self.size, self.group.group_name)
+        Args:
+            attention: called for every group of KV heads with the slice of the KV heads that it has
+                and with all tokens of these heads, packed: q `[T, HQ', D]` and so on, where T is
+                B * S. Returns `[T, HQ', DV]`.
+            q, k, v: of this rank's tokens, `[B, S / n, HQ, D]` and `[B, S / n, HKV, ...]`. n must
+                divide HKV.
+            others: what else a head has, of query heads or KV heads, `[B, S / n, H, ...]`.
+            groups: as of ContextParallel, for this call; default: that of ContextParallel.
 
-    def to_tokens(self, x: Tensor) -> Tensor:
-        """The inverse of `to_heads`."""
-        return heads_to_tokens(x, self.size, self.group.group_name)
+        Raises:
+            ValueError: for groups that do not divide the rank's KV heads.
+        """
+        (batch_size, length, num_heads), num_kv_heads = q.shape[:3], k.shape[2]
+        tensors = (q, k, v, *others)
+        if self.size == 1:  # there is nobody to exchange anything with
+            o = attention(slice(0, num_kv_heads), *(x.flatten(0, 1) for x in tensors))
+            return o.unflatten(0, (batch_size, length))
+        num_tokens = batch_size * length * self.size
+        groups = self.num_groups(num_tokens, num_heads, num_kv_heads, groups)
+        share = num_kv_heads // (self.size * groups)
+        first = self.rank * share * groups
+        split = Split(self.size, groups, self.group.group_name)
+        coming, going = collectives.depart(split, *tensors), []
+        for start in range(first, first + share * groups, share):
+            heads = slice(start, start + share)
+            o = attention(heads, *collectives.arrive(split, *coming.pop(0)))
+            going.append(collectives.leave(split, o, batch_size))
+        return collectives.collect(split, going)
+
+    def num_groups(
+        self, num_tokens: int, num_heads: int, num_kv_heads: int, groups: int | None = None
+    ) -> int:
+        """In how many groups `attend` computes this rank's KV heads, of num_tokens of all ranks and
+        num_heads query heads. groups: as of `attend`."""
+        share = num_kv_heads // self.size
+        groups = self.groups if groups is None else groups
+        if groups is None:
+            pairs = num_tokens * (num_heads // self.size)
+            possible = [x for x in range(1, share + 1) if share % x == 0]
+            return max(x for x in possible if x == 1 or pairs >= x * LEAST_PAIRS)
+        if share % groups:
+            raise ValueError(
+                f"groups={groups} of ContextParallel does not divide the {share} KV heads that each"
+                f" of {self.size} ranks has. Fix: a number that divides {share}, or None."
+            )
+        return groups
 
 
 def check_context_parallel(context_parallel: Any, attention_mask: Any, cache: Any) -> None:

@@ -2,6 +2,7 @@
 three branches that they lead to."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -132,12 +133,19 @@ class SparseBranches:
             k_cmp = rotate(k_cmp, cos[first], sin[first])
         return k_cmp, v_cmp
 
-    def exchange(
-        self, cp: ContextParallel, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, slice]:
-        """Of this rank's tokens, q `[B, S / n, HQ, D]`, k and v `[B, S / n, HKV, ...]` and
-        gate_logits `[B, S / n, 3 * HQ or 3]`, to whole sequences of this rank's heads:
-        `[B, S, HQ / n, D]`, and so on; and which of the KV heads these are.
+    def share(
+        self,
+        cp: ContextParallel,
+        attention: Callable[..., Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gate_logits: Tensor,
+    ) -> Tensor:
+        """Attention to whole sequences, of this rank's tokens: q `[B, S / n, HQ, D]`, k and v
+        `[B, S / n, HKV, ...]` and gate_logits `[B, S / n, 3 * HQ or 3]` -> `[B, S / n, HQ, DV]`.
+
+        attention: as of `ContextParallel.attend`, with gate_logits `[T, 3 * HQ' or 3]` after v.
 
         Raises:
             ValueError: where the ranks cannot have equal parts of the KV heads.
@@ -150,11 +158,12 @@ class SparseBranches:
                 f"head. Fix: a number of ranks that divides {num_heads}, and data parallelism over "
                 "the others."
             )
-        gate_logits = gate_logits.unflatten(-1, (-1, 3))  # [B, S / n, HQ or 1, 3]
-        is_shared = gate_logits.shape[2] == 1  # by all heads
-        gate_logits = cp.gather(gate_logits) if is_shared else cp.to_heads(gate_logits)
-        q, k, v = cp.to_heads(q), cp.to_heads(k), cp.to_heads(v)
-        return q, k, v, gate_logits.flatten(-2), cp.heads(num_heads)
+        # Who records is told of a forward once.
+        groups = None if self.recorder is None else 1
+        if gate_logits.shape[2] > 3:
+            return cp.attend(attention, q, k, v, gate_logits, groups=groups)
+        shared = cp.gather(gate_logits).flatten(0, 1)  # by all heads: [T, 3]
+        return cp.attend(partial(attention, gate_logits=shared), q, k, v, groups=groups)
 
     def mix(
         self,

@@ -4,7 +4,8 @@ Shapes: B sequences of up to S tokens, T tokens packed end to end, E hidden widt
 D and DV head widths.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,8 @@ from nsa_fsa.sequences import Packing, Sequences, pack_batch, positions, uniform
 
 # What the caller says of positions: position_embeddings and position_ids.
 _Given = tuple[tuple[Tensor, Tensor] | None, Tensor | None]
+# Cos and sin of packed tokens, `[T, rotary_dim]`; None where nothing is rotated.
+_Turn = tuple[Tensor, Tensor] | tuple[None, None]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")
 
 
@@ -164,27 +167,46 @@ class NativeSparseAttention(SparseBranches, nn.Module):
         x = take(hidden_states, rows)  # [T, E]
 
         q, k, v = self._project(x)  # [T, HQ, D]; k and v: [T, HKV, 1 or 3, D]
-        gate_logits, heads = self.gate(x), None
-        if context_parallel is not None:  # T is of all ranks' tokens from here on
+        gate_logits = self.gate(x)
+        turn = self._rotation(hidden_states, rows, layout, given, cache, context_parallel)
+        update = None if cache is None else partial(cache.update, rows=rows, rotation=rotation)
+        attention = partial(self._attend, turn=turn, layout=layout, update=update)
+        if context_parallel is None:
+            q = rotate(q, *turn)
+            o = attention(None, q, k, v, gate_logits)  # [T, HQ, DV]
+        else:  # inside `attention` T is of all ranks' tokens, and the heads are this rank's
+            q = rotate(q, *_part_of(turn, batch_size, context_parallel))
             local = (x.unflatten(0, (batch_size, length)) for x in (q, k, v, gate_logits))
-            *of_all, heads = self.exchange(context_parallel, *local)
-            q, k, v, gate_logits = (x.flatten(0, 1) for x in of_all)
-        cos, sin = self._rotation(hidden_states, rows, layout, given, cache, context_parallel)
-        q = rotate(q, cos, sin)
-        keys = self._branch_keys(k, v, cos, sin)
-        if cache is None:
-            sources = (keys.k_src, keys.v_src, keys.cos, keys.sin)
-            k_cmp, v_cmp = self.compress(*sources, layout, heads)
-        else:
-            keys, k_cmp, v_cmp, layout = cache.update(keys, layout, self.compress, rows, rotation)
-
-        o = self.mix(q, keys, k_cmp, v_cmp, gate_logits, layout)  # [T, HQ, DV]
-        if context_parallel is not None:
-            o = context_parallel.to_tokens(o.unflatten(0, (batch_size, -1))).flatten(0, 1)
+            o = self.share(context_parallel, attention, *local).flatten(0, 1)
         output = put_back(self.o_proj(o.flatten(1).to(q.dtype)), rows, batch_size, length)
         if cache is not None:
             cache.commit(needed_by_backward=o.requires_grad)
         return output
+
+    def _attend(
+        self,
+        heads: slice | None,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gate_logits: Tensor,
+        *,
+        turn: _Turn,
+        layout: Sequences,
+        update: Callable[..., tuple[KeyValues, Tensor, Tensor, Sequences]] | None = None,
+    ) -> Tensor:
+        """q `[T, HQ, D]`, rotated, k and v `[T, HKV, 1 or 3, D or DV]` -> `[T, HQ, DV]`.
+
+        heads: which of the KV heads these are; None: all. turn: cos and sin of the tokens.
+        update: appends to a cache, if there is one.
+        """
+        keys = self._branch_keys(k, v, *turn)
+        if update is None:
+            sources = (keys.k_src, keys.v_src, keys.cos, keys.sin)
+            k_cmp, v_cmp = self.compress(*sources, layout, heads)
+        else:
+            keys, k_cmp, v_cmp, layout = update(keys, layout, self.compress)
+        return self.mix(q, keys, k_cmp, v_cmp, gate_logits, layout)
 
     def _rotation_by_position(self, given: _Given) -> Rotation | None:
         """How any position is rotated, where a cache needs it to decode the fast way: where keys
@@ -344,7 +366,7 @@ class NativeSparseAttention(SparseBranches, nn.Module):
         given: _Given,
         cache: NSACache | None,
         context_parallel: ContextParallel | None = None,
-    ) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    ) -> _Turn:
         """cos and sin of the packed tokens, `[T, rotary_dim]`; None where nothing is rotated.
         layout: None for a step of decoding."""
         position_embeddings, position_ids = given
@@ -432,6 +454,16 @@ class NativeSparseAttention(SparseBranches, nn.Module):
 
 def _has_any(given: _Given) -> bool:
     return any(x is not None for x in given)
+
+
+def _part_of(turn: _Turn, batch_size: int, cp: ContextParallel) -> _Turn:
+    """Of cos and sin of all ranks' tokens, those of this rank's."""
+    cos, sin = turn
+    if cos is None or sin is None:
+        return None, None
+    rows = (x.unflatten(0, (batch_size, -1)) for x in (cos, sin))
+    cos, sin = (cp.part(x).flatten(0, 1) for x in rows)
+    return cos, sin
 
 
 def _check_arguments(config: Any, projections: Any) -> None:

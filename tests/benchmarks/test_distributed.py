@@ -10,6 +10,7 @@ from rich.console import Console
 
 from benchmarks import distributed, generation
 from nsa_fsa.benchmarking.results import Results
+from nsa_fsa.distributed import context_parallel
 from tests.distributed.processes import on_ranks, printed_by
 
 TINY = dict(
@@ -26,20 +27,25 @@ TINY = dict(
 def test_every_part_is_measured_by_two_ranks(tmp_path):
     printed_by("tests.benchmarks.test_distributed", tmp_path)
     rows = json.loads(next(tmp_path.glob("distributed_*.json")).read_text())["rows"]
-    found = [(x["variant"], x["pass"], x["num_tokens"]) for x in rows]
+    found = [(x["variant"], x["pass"], x["num_tokens"], x.get("groups")) for x in rows]
     assert found == [
-        ("context", "deterministic", 70),
-        ("context", "alone", 100),
-        ("context", "shared", 100),
-        ("module", "forward", 40),
-        ("module", "forward", 40),
-        ("prefill", "first_token", 40),
-        ("prefill", "first_token", 40),
+        ("context", "deterministic", 70, 1),
+        ("context", "deterministic", 70, 2),
+        ("context", "alone", 100, None),
+        ("context", "exchange", 100, 1),
+        ("context", "shared", 100, 1),
+        ("context", "exchange", 100, 2),
+        ("context", "shared", 100, 2),
+        ("module", "forward", 40, None),
+        ("module", "forward", 40, None),
+        ("prefill", "first_token", 40, None),
+        ("prefill", "first_token", 40, None),
     ]
     assert [x["block_size"] for x in rows[-2:]] == [64, 128]
-    assert set(rows[0]["errors"]) == {"o", "dq", "dk", "dv", "dgate_logits"}
-    assert rows[0]["errors"]["o"] == 0
-    assert max(rows[0]["errors"].values()) < 1e-2  # sums of bfloat16 in another order
+    for row in rows[:2]:
+        assert set(row["errors"]) == {"o", "dq", "dk", "dv", "dgate_logits"}
+        assert row["errors"]["o"] == 0
+        assert max(row["errors"].values()) < 1e-2  # sums of bfloat16 in another order
     assert all(x["ms"] > 0 and x["num_gpus"] == 2 for x in rows)
 
 
@@ -48,7 +54,8 @@ def test_every_part_is_measured_by_two_ranks(tmp_path):
 
 def measure(folder: Path) -> None:
     distributed.RUNS, distributed.WARM_UP = 1, 0
-    distributed.SHARED, distributed.CHECKED = ((4, 2, 100, 1), (4, 2, 100, 4)), (4, 2, 70)
+    distributed.SHARED, distributed.CHECKED = ((4, 4, 100, 1), (4, 4, 100, 4)), (4, 4, 70)
+    context_parallel.LEAST_PAIRS = 100  # so that these have two groups
     distributed.LENGTHS = (40,)
     generation.LLAMA_3_8B |= TINY
     results = None

@@ -62,7 +62,8 @@ def compare():
         layer = make_variant(variant, **HEADS, **CASES[name])
         for lengths in PACKED.values():
             cu_seqlens = cu_seqlens_from_lengths(torch.tensor(lengths))
-            check(layer, (1, 96), cu_seqlens=cu_seqlens, max_seqlen=max(lengths))
+            packed = dict(cu_seqlens=cu_seqlens, max_seqlen=max(lengths))
+            check(layer, (1, 96), groups=4 // size, **packed)
         check(layer, ROWS)
         if layer.rotary is not None:
             position_ids = torch.arange(48) + torch.tensor([[3], [11]])
@@ -74,8 +75,8 @@ def compare():
         check_compiled(make_variant("default", **HEADS))
 
 
-def check(layer, shape, **arguments):
-    cp = ContextParallel(distributed.group.WORLD)
+def check(layer, shape, groups=None, **arguments):
+    cp = ContextParallel(distributed.group.WORLD, groups=groups)
     x, do = randn(*shape, 24, seed=1), randn(*shape, 24, seed=2)
     expected, expected_gradients = outcome(layer, x, do, **arguments)
     if "position_ids" in arguments:
@@ -94,7 +95,7 @@ def check(layer, shape, **arguments):
 
 def check_compiled(layer):
     """In one graph, exchanges included."""
-    cp = ContextParallel(distributed.group.WORLD)
+    cp = ContextParallel(distributed.group.WORLD, groups=2)
     x, do = (cp.part(randn(*ROWS, 24, seed=seed)) for seed in (1, 2))
     expected, expected_gradients = outcome(layer, x, do, context_parallel=cp)
     layer.compile(backend="aot_eager", fullgraph=True)

@@ -12,6 +12,7 @@ import inspect
 import warnings
 import weakref
 from collections.abc import Callable, Collection
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -184,11 +185,6 @@ def sparse_attention(
         past = key.shape[2] - query.shape[2]
         nsa_batch = find_batch(query.transpose(1, 2), past or None, attention_mask, **kwargs)
     past, rows, layout, columns, real, _, rotation, kept, step, shared_by = nsa_batch
-    heads = None
-    if shared_by is not None:
-        local = (x.transpose(1, 2) for x in (query, key, value))
-        *whole, nsa_gate_logits, heads = module.exchange(shared_by, *local, nsa_gate_logits)
-        query, key, value = (x.transpose(1, 2) for x in whole)
     batch_size, _, length, _ = query.shape
     beside = cache.layer_of(kept, module.layer_idx)
     if step is not None:
@@ -202,17 +198,12 @@ def sparse_attention(
             f"before these {length}: its cache forgets. "
             "Fix: a DynamicCache or StaticCache whose layers are not sliding."
         )
-    q = take(query.transpose(1, 2), rows)
-    # A static cache has an unused end.
-    k, v = (x.transpose(1, 2)[:, : past + length] for x in (key, value))
-    if past == 0:
-        k, v = take(k, rows), take(v, rows)
-    else:
-        k, v = _real_first(k, columns), _real_first(v, columns)
-    turning = nsa_rotation if past == 0 and shared_by is None else rotation
-    cos = sin = None
+    # Under autocast a rotation may return float32 where the projections return 16 bits.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    turn = None
     if nsa_rotation is not None:
-        if turning is None:
+        turn = nsa_rotation if past == 0 and shared_by is None else rotation
+        if turn is None:
             raise ValueError(
                 'a layer with compress_rope="after" turns keys back, those of a cache and of other '
                 "ranks, too, for which it needs what its decoder knows of them. "
@@ -220,21 +211,54 @@ def sparse_attention(
             )
         of_keys = rows if past == 0 else None  # after a past, they are in the order of the keys
         like = nsa_rotation[0]  # FSDP may compute in another dtype than it keeps parameters in
-        cos, sin = (take(x.expand(batch_size, -1, -1), of_keys).to(like) for x in turning)
-    # Under autocast a rotation may return float32 where the projections return 16 bits.
-    q, k = q.to(v.dtype), k.to(v.dtype)
-    k_src = k if cos is None or sin is None else turn_back(k, cos, sin)
-    packed = KeyValues(k, v, k, v, k_src, v, cos, sin)
-    k_cmp, v_cmp = module.compress(k_src, v, cos, sin, layout, heads)
+        cos, sin = (take(x.expand(batch_size, -1, -1), of_keys).to(like) for x in turn)
+        turn = (cos, sin)
+    keep = None
     if beside is not None:
-        cache.keep(beside, module, k_cmp, v_cmp, layout, past + length)
-    gate_logits = take(nsa_gate_logits, rows)
+        keep = partial(cache.keep, beside, module, layout=layout, held=past + length)
     real_rows = None if real is None else take(real, rows)
-    o = module.mix(q, packed, k_cmp, v_cmp, gate_logits, layout, scaling, real_rows)  # [T, HQ, DV]
-    o = put_back(o, rows, batch_size, length)
+    attention = partial(_attend, module, layout, turn, scaling, real_rows, keep)
     if shared_by is not None:
-        return shared_by.to_tokens(o), None
+        local = (x.transpose(1, 2) for x in (query, key, value))
+        return module.share(shared_by, attention, *local, nsa_gate_logits), None
+
+    q = take(query.transpose(1, 2), rows)
+    # A static cache has an unused end.
+    k, v = (x.transpose(1, 2)[:, : past + length] for x in (key, value))
+    if past == 0:
+        k, v = take(k, rows), take(v, rows)
+    else:
+        k, v = _real_first(k, columns), _real_first(v, columns)
+    o = attention(None, q, k, v, take(nsa_gate_logits, rows))  # [T, HQ, DV]
+    o = put_back(o, rows, batch_size, length)
     return o if real is None else o * real[..., None, None], None
+
+
+def _attend(
+    module: NSAAttention,
+    layout: Sequences,
+    turn: tuple[Tensor, Tensor] | None,
+    scaling: float | None,
+    real: Tensor | None,
+    keep: Callable[[Tensor, Tensor], None] | None,
+    heads: slice | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate_logits: Tensor,
+) -> Tensor:
+    """Packed queries, rotated keys and values of some KV heads (None: all) -> `[T, HQ, DV]`.
+
+    turn: cos and sin of the keys, which are turned back before they are compressed; None: they are
+    compressed as they are. keep: what the compressed tokens are handed to.
+    """
+    cos, sin = turn or (None, None)
+    k_src = k if cos is None or sin is None else turn_back(k, cos, sin)
+    keys = KeyValues(k, v, k, v, k_src, v, cos, sin)
+    k_cmp, v_cmp = module.compress(k_src, v, cos, sin, layout, heads)
+    if keep is not None:
+        keep(k_cmp, v_cmp)
+    return module.mix(q, keys, k_cmp, v_cmp, gate_logits, layout, scaling, real)
 
 
 def _check_call(
