@@ -440,11 +440,12 @@ class NativeSparseAttention(SparseBranches, nn.Module):
     ) -> KeyValues:
         """Rotates the keys of every branch, and puts beside them what compression reads. k and v:
         `[T, HKV, 1 or 3, D or DV]`."""
-        k_src, v_src = k[:, :, 0], v[:, :, 0]
         if self.config.kv_per_branch:
-            k_cmp, k_slc, k_swa = (rotate(x, cos, sin) for x in k.unbind(2))
-            _, v_slc, v_swa = v.unbind(2)
-        else:
+            of_branches = k.unbind(2)
+            k_cmp, k_slc, k_swa = (rotate(x, cos, sin) for x in of_branches)
+            k_src, (v_src, v_slc, v_swa) = of_branches[0], v.unbind(2)
+        else:  # the gradient of a choice, `k[:, :, 0]`, would be copied into zeros
+            k_src, v_src = k.squeeze(2), v.squeeze(2)
             k_cmp = k_slc = k_swa = rotate(k_src, cos, sin)
             v_slc = v_swa = v_src
         if self.config.compress_rope == "before":

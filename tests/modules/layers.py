@@ -147,6 +147,17 @@ def rms_ratio(actual, expected):
     return rms(actual.double() - expected.double()) / rms(expected)
 
 
+def operations(y):
+    """The names of what y was computed by, as its gradient goes back through it."""
+    found, nodes = set(), [y.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            nodes += [x for x, _ in node.next_functions]
+    return {x.name() for x in found}
+
+
 # --- The layer's forward from spec.md, one sequence at a time -------------------------------------
 
 

@@ -14,6 +14,7 @@ from tests.modules.layers import (
     FirstPlusTanhOfLast,
     make_layer,
     make_variant,
+    operations,
     randn,
     small_config,
 )
@@ -287,3 +288,11 @@ def test_training_tracks_the_reference(backend, reference_losses):
         pytest.skip("100 steps take Triton's interpreter hours: on a GPU only")
     # Row 16 of the bars.
     torch.testing.assert_close(training_losses(backend), reference_losses, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize("name", ["default", "branches-gated"])
+def test_no_gradient_is_copied_into_zeros(name):
+    """As that of a part of a tensor would be."""
+    names = operations(make_variant(name)(randn(1, 40, 24)))
+    assert "SqueezeBackward1" in names or "UnbindBackward0" in names
+    assert not names & {"SelectBackward0", "SliceBackward0"}
