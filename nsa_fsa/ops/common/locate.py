@@ -41,6 +41,9 @@ class BlockTable(NamedTuple):
     number: Tensor  # inside its sequence
     first_query: Tensor  # row of its sequence's first query at or behind its first key
     end_query: Tensor  # the row after its sequence's last query that has a position
+    # Row of the query at the position of its first key, or where that would be in front of the
+    # sequence's first query.
+    query_row: Tensor
 
 
 class RunTable(NamedTuple):
@@ -163,13 +166,15 @@ def locate_blocks_kernel(
     index = block - (extent.first_key // block_size + sequence)
     first_position = index * block_size
     num_rows = tl.minimum(tl.maximum(extent.num_keys - first_position, 0), block_size)
-    first_query = extent.first_query + tl.maximum(first_position - extent.offset, 0)
+    query_row = extent.first_query + first_position - extent.offset
+    first_query = tl.maximum(query_row, extent.first_query)
 
     tl.store(table.first_row + block, extent.first_key + first_position, mask=inside)
     tl.store(table.num_rows + block, num_rows, mask=inside)
     tl.store(table.number + block, index, mask=inside)
     tl.store(table.first_query + block, first_query, mask=inside)
     tl.store(table.end_query + block, extent.end_query, mask=inside)
+    tl.store(table.query_row + block, query_row, mask=inside)
 
 
 @kernel
@@ -293,7 +298,7 @@ def locate_rows(num_rows: int, sequences: Sequences, block_size: int) -> Tensor:
 
 
 def locate_blocks(num_rows: int, sequences: Sequences, block_size: int) -> Tensor:
-    """`[5, num_blocks]`, read as `BlockTable(*found)`, of a batch of `num_rows` keys."""
+    """`[6, num_blocks]`, read as `BlockTable(*found)`, of a batch of `num_rows` keys."""
     number = max_num_blocks(num_rows, sequences.cu_seqlens.shape[0] - 1, block_size)
     return _located(locate_blocks_kernel, BlockTable, number, sequences, block_size)
 

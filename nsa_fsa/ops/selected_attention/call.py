@@ -19,7 +19,7 @@ class BlockIndex(NamedTuple):
     # [HKV, T]: sparse blocks of a query, which fill its slots from 0 on; bit 31: its own is chosen.
     num_sparse: Tensor
     rows: Tensor  # [4, T]: where the queries lie, as `RowTable`
-    blocks: Tensor  # [5, num_blocks]: where the blocks lie, as `BlockTable`
+    blocks: Tensor  # [6, num_blocks]: where the blocks lie, as `BlockTable`
 
 
 @dataclass(frozen=True)

@@ -105,11 +105,11 @@ def gather_bwd_kernel(
     do_ptr = do.ptr + head.to(tl.int64) * G * do.stride_h
     of_group = Statistics(statistics.shift + head * G, statistics.delta + head * G)
 
-    first_row = tl.load(blocks.first_row + block)
+    query_row = tl.load(blocks.query_row + block)
     block_number = tl.load(blocks.number + block)
     column = piece * KEYS + tl.arange(0, KEYS)
     exists = column < tl.load(blocks.num_rows + block)
-    key = (first_row + column).to(tl.int64)
+    key = (tl.load(blocks.first_row + block) + column).to(tl.int64)
     k, v = of_head(k, head), of_head(v, head)
     k_tile, v_tile = load_keys(k, v, key, exists, SHAPE)
     dk_tile = tl.zeros([KEYS, SHAPE.PADDED_D], tl.float32)
@@ -124,7 +124,7 @@ def gather_bwd_kernel(
         dense = nth < num_dense
         entry = tl.load(entries_ptr + (nth - num_dense), mask=inside & ~dense, other=0)
         query = tl.where(dense, first_dense + nth, entry // SHAPE.NUM_SLOTS)
-        query = tl.where(inside, query, first_row)
+        query = tl.where(inside, query, query_row)
 
         q_offset = query.to(tl.int64) * q.stride_t + member * q.stride_h
         do_offset = query.to(tl.int64) * do.stride_t + member * do.stride_h
@@ -133,7 +133,7 @@ def gather_bwd_kernel(
         at = query.to(tl.int64) * num_heads + member
         shift, delta = load_statistics(of_group, at, inside)
 
-        ahead = query - first_row  # how far the query lies beyond the block's first key
+        ahead = query - query_row  # how far the query lies beyond the block's first key
         if SHAPE.OWN_IS_OPTIONAL:
             flags_ptr = index.num_sparse + head.to(tl.int64) * num_tokens
             flags = tl.load(flags_ptr + query, mask=inside, other=0)
@@ -252,7 +252,8 @@ def sum_dq_kernel(
     inside = query < high_row
     at = head.to(tl.int64) * num_tokens + query
     num_sparse = tl.load(index.num_sparse + at, mask=inside, other=0) & 0x7FFFFFFF
-    own = tl.load(rows.position + query, mask=inside, other=-1) // SHAPE.BLOCK_SIZE
+    position = tl.load(rows.position + query, mask=inside, other=-1)
+    own, sees = position // SHAPE.BLOCK_SIZE, position >= 0  # division rounds to zero
     PARTIALS: tl.constexpr = SLOTS * TILE.PIECES * G
     first = (row // G).to(tl.int64) * PARTIALS
     partial = partials_of_unit(num_tokens, PARTIALS) + first + row % G
@@ -267,7 +268,7 @@ def sum_dq_kernel(
         )
         exists = tl.where(slot < SHAPE.NUM_SLOTS, slot < num_sparse, is_seen)
         offset = (partial + i * G) * SHAPE.D
-        share = load_rows(scratch.dq, offset, exists & inside, SHAPE.D, SHAPE.PADDED_D, True)
+        share = load_rows(scratch.dq, offset, exists & sees, SHAPE.D, SHAPE.PADDED_D, True)
         dq += share.to(tl.float32)
 
     target = query.to(tl.int64) * num_heads + head * G + row % G
@@ -310,9 +311,9 @@ class KeyGradients:
             for total in self.sums:
                 total.zero_()
 
-    def finish(self, launch: Launch) -> None:
-        """Hands the sums over after the last range of a head."""
-        if self.sums is not None and launch.high_row == self.sums[0].shape[0]:
+    def finish(self, launch: Launch, num_rows: int) -> None:
+        """Hands the sums over after the last range of a head, which has so many rows."""
+        if self.sums is not None and launch.high_row == num_rows:
             for grad, total in zip(self.grads, self.sums, strict=True):
                 of_head = grad[:, launch.first_head]
                 of_head.copy_(total + of_head if self.add else total)
@@ -325,8 +326,8 @@ def cut_backward(
     block_size, init_blocks, local_blocks = call.blocks
     num_slots = call.num_slots + init_blocks + max(local_blocks, 1)
     group_size, element_size = call.group_size, call.q.element_size()
-    num_tokens, num_kv_heads, v_dim = call.v.shape
-    head_dim = call.k.shape[2]
+    num_tokens, _, head_dim = call.q.shape
+    num_keys, num_kv_heads, v_dim = call.v.shape
     whole = config.bwd_hopper and store_dq
     pieces = 1 if whole else block_size // min(config.bwd_keys, block_size)
     item_queries = max(config.bwd_item_rows // group_size, 1)
@@ -340,7 +341,7 @@ def cut_backward(
     if units.num_ranges > 1:
         # The sums of a head's dk and dv come out of the workspace, but not more than half of it:
         # with less for partial results a million tokens would take 16,384 launches.
-        sums = num_tokens * (head_dim + v_dim) * 4
+        sums = num_keys * (head_dim + v_dim) * 4
         left = max(workspace_bytes - sums, workspace_bytes // 2)
         units = cut_units(num_kv_heads, num_tokens, row_bytes, left, block_size)
     return Work(units, num_tokens, index.blocks.shape[1], num_slots, item_queries, pieces)
@@ -367,6 +368,7 @@ def selected_attention_bwd(
     store_dq: bool = True,
 ) -> AttentionGradients:
     """Gradients of q `[T, HQ, D]`, k `[T, HKV, D]` and v `[T, HKV, DV]` of a call with an index.
+    Queries may be only the last positions of their sequences.
 
     add_to: gradients of q, and of both k and v or of neither.
     store_dq: False leaves dq alone, because another kernel computes it.
@@ -376,6 +378,8 @@ def selected_attention_bwd(
     num_tokens, num_heads, _ = q.shape
     dq, dk, dv = add_to.targets(q, k, v)
     add_dq, add_dkdv = add_to.q is not None, add_to.k is not None
+    if not (add_dkdv or call.sequences.shares_rows):  # nobody may have seen a block of the past
+        dk.zero_(), dv.zero_()
     if num_tokens == 0 or num_heads == 0:
         return AttentionGradients(*((dq, dk, dv) if add_dkdv else (dq, dk.zero_(), dv.zero_())))
 
@@ -414,5 +418,5 @@ def selected_attention_bwd(
         if store_dq:
             queries = (first_head, low_row, high_row, num_tokens, num_heads)
             sum_dq_kernel[(dq_programs, count)](*partials, *queries, **summing)
-        key_grads.finish(launch)
+        key_grads.finish(launch, num_tokens)
     return AttentionGradients(dq, dk, dv)

@@ -200,7 +200,7 @@ class Walk(NamedTuple):
     entries_ptr: Any  # where the entry of pair 0 would be if all pairs had one
     num_dense: Any  # queries that see the block densely, which come first
     first_dense: Any  # row of the first of them
-    first_row: Any  # of the block
+    query_row: Any  # of the block, as in `BlockTable`
     block_number: Any
     first_target: Any  # of query 0; it wraps around with the products that are added to it
     statistics: Any  # `ScaledStatistics`
@@ -243,7 +243,7 @@ def locate_pairs(walk, entry, row, SHAPE: gl.constexpr):
     dense = nth < walk.num_dense
     query = gl.where(dense, walk.first_dense + nth, entry // DIVISOR)
 
-    local_slot = SHAPE.INIT_BLOCKS + (query - walk.first_row) // SHAPE.BLOCK_SIZE
+    local_slot = SHAPE.INIT_BLOCKS + (query - walk.query_row) // SHAPE.BLOCK_SIZE
     is_initial = walk.block_number < SHAPE.INIT_BLOCKS
     dense_slot = gl.where(is_initial, walk.block_number, local_slot)
     slot = gl.where(dense, SHAPE.NUM_SLOTS + dense_slot, entry % DIVISOR)
@@ -296,9 +296,9 @@ def seen_tile(
     G: gl.constexpr = SHAPE.G
     row = start + gl.arange(0, BLOCK_M, gl.SliceLayout(0, layout))
     key = gl.arange(0, SHAPE.BLOCK_SIZE, gl.SliceLayout(1, layout))
-    # The dense run begins `first_dense - first_row` keys into the block, and what follows it lies
+    # The dense run begins `first_dense - query_row` keys into the block, and what follows it lies
     # beyond the block.
-    offset = key - (walk.first_dense - walk.first_row)
+    offset = key - (walk.first_dense - walk.query_row)
     seen = (row[None, :] >= (offset * G)[:, None]) & (row < num_rows)[None, :]
     if SHAPE.OWN_IS_OPTIONAL:
         here = (row < masked_rows) & (row < num_rows)
@@ -430,7 +430,7 @@ def gather_bwd_hopper_kernel(
     num_dense = gl.load(plan.num_dense + item.at) - item.first_query
     first_dense = gl.load(plan.first_dense + item.at) + item.first_query
     first_entry = gl.load(plan.first_entry + item.at) - num_dense
-    first_row = gl.load(blocks.first_row + block)
+    query_row = gl.load(blocks.query_row + block)
     vector_strides = VectorStrides(
         gl.cast(q.stride_t // VECTOR, gl.int32),
         gl.cast(q.stride_h // VECTOR, gl.int32),
@@ -442,7 +442,7 @@ def gather_bwd_hopper_kernel(
         index.entries + head.to(gl.int64) * num_tokens * SHAPE.NUM_SLOTS + first_entry,
         num_dense,
         first_dense,
-        first_row,
+        query_row,
         gl.load(blocks.number + block),
         (gl.program_id(1) * num_tokens - low_row) * (SLOTS * G),
         statistics,
@@ -450,12 +450,13 @@ def gather_bwd_hopper_kernel(
         num_heads,
     )
 
-    masked_rows = (first_row + BLOCK_SIZE - first_dense) * G  # of queries inside this very block
+    masked_rows = (query_row + BLOCK_SIZE - first_dense) * G  # of queries inside this very block
     q_ptr = q.ptr + head.to(gl.int64) * G * q.stride_h
     do_ptr = do.ptr + head.to(gl.int64) * G * do.stride_h
 
     # Keys past the end of a sequence are never seen: any row that exists will do.
     last_key = gl.load(blocks.num_rows + block) - 1
+    first_row = gl.load(blocks.first_row + block)
     key = (first_row + gl.minimum(gl.arange(0, BLOCK_SIZE, row_of), last_key)).to(gl.int64)
     copy_rows(k_s, k.ptr + head.to(gl.int64) * k.stride_h, key * k.stride_t, D, rows)
     copy_rows(v_s, v.ptr + head.to(gl.int64) * v.stride_h, key * v.stride_t, D, rows)

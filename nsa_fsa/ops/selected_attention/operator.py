@@ -204,7 +204,7 @@ def fake_index(call: IndexCall) -> BlockIndex:
     cu_seqlens, num_rows = call.sequences.cu_seqlens, call.block_indices.shape[0]
     num_blocks = call.num_keys // call.blocks.block_size + cu_seqlens.shape[0] - 1
     rows = aligned_rows(4, num_rows, dtype=torch.int32, device=cu_seqlens.device)
-    blocks = aligned_rows(5, num_blocks, dtype=torch.int32, device=cu_seqlens.device)
+    blocks = aligned_rows(6, num_blocks, dtype=torch.int32, device=cu_seqlens.device)
     return empty_index(call, rows, blocks)
 
 
@@ -224,19 +224,12 @@ def refuses_triton(call: SelectedCall) -> str | None:
     return None
 
 
-def refuses_gradient(call: SelectedCall) -> str | None:
-    """Why neither loop order can run the backward of what it can run forward, or None."""
-    if call.sequences.shares_rows:
-        return None
-    return "no gradient where cu_seqlens_q or seqused_k is given, as in decoding"
-
-
 class SelectedTriton(TritonBackend[SelectedCall], AttentionBackend[SelectedCall]):
     """Whichever order and tiles the profiler finds fastest; without it the KV-major default, or
     query-major for few queries that follow a past."""
 
     def refuses(self, call: SelectedCall, *, backward: bool = False) -> str | None:
-        return refuses_triton(call) or (refuses_gradient(call) if backward else None)
+        return refuses_triton(call)
 
     def forward(self, call: SelectedCall) -> AttentionResult:
         ways = self.ways(call, "forward")

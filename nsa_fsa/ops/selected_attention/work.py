@@ -254,14 +254,16 @@ class DenseRun(NamedTuple):
 
 @triton.jit
 def dense_run(blocks, block, inside, low_row, high_row, init_blocks, local_rows):
-    """All rows from an initial block on, and local_rows rows from any other."""
+    """All rows from an initial block on, and local_rows rows from any other; of queries that follow
+    a past, as many of these as there are."""
     first_row = tl.load(blocks.first_query + block, mask=inside, other=0)
+    query_row = tl.load(blocks.query_row + block, mask=inside, other=0)
     end_row = tl.load(blocks.end_query + block, mask=inside, other=0)
     used = tl.load(blocks.num_rows + block, mask=inside, other=0) > 0
     initial = tl.load(blocks.number + block, mask=inside, other=0) < init_blocks
 
     first = tl.maximum(first_row, low_row)
-    end = tl.where(initial, end_row, tl.minimum(first_row + local_rows, end_row))
+    end = tl.where(initial, end_row, tl.minimum(query_row + local_rows, end_row))
     count = tl.maximum(tl.minimum(end, high_row) - first, 0)
     return DenseRun(first, tl.where(used, count, 0))
 

@@ -45,15 +45,17 @@ class Chunk:
     blocks: dict
 
     def run(self, backend, **extra):
-        """o and lse in the backend's widest dtype, as float64 on the CPU."""
+        """o, lse, dq, dk and dv in the backend's widest dtype, as float64 on the CPU."""
         device, dtype = device_of(backend), widest_dtype(backend)[0]
-        tensors = [guarded(x.to(device, dtype))[0] for x in (self.q, self.k, self.v)]
+        tensors = [
+            guarded(x.to(device, dtype))[0].requires_grad_() for x in (self.q, self.k, self.v)
+        ]
         layout = {
             name: x.to(device) if isinstance(x, torch.Tensor) else x
             for name, x in self.layout.items()
         }
         with guarded_allocations():
-            found = ops.selected_attention(
+            o, lse = ops.selected_attention(
                 *tensors,
                 guarded(self.block_indices.to(device))[0],
                 return_lse=True,
@@ -62,7 +64,9 @@ class Chunk:
                 **self.blocks,
                 **extra,
             )
-        return [x.cpu().double() for x in found]
+            do = torch.linspace(-1, 1, o.numel(), dtype=dtype, device=device).view_as(o)
+            gradients = torch.autograd.grad(o, tensors, do)
+        return [x.detach().cpu().double() for x in (o, lse, *gradients)]
 
 
 def make_chunk(group_size=1, forced=(1, 1), free=2, chunks=CHUNKS, block_size=16):
@@ -111,11 +115,14 @@ def make_chunk(group_size=1, forced=(1, 1), free=2, chunks=CHUNKS, block_size=16
 
 
 def check(backend, chunk, **extra):
-    """The chunk's output against the reference's, to ten times the backend's rounding, as sums over
-    a query's keys are elsewhere."""
+    """The chunk's output and gradients against the reference's, to ten times the backend's
+    rounding, as sums over a query's keys are elsewhere; gradients, whose numbers are of different
+    sizes, in units of the largest."""
     rounding = 10 * widest_dtype(backend)[1]
-    for found, expected in zip(chunk.run(backend, **extra), chunk.run("reference"), strict=True):
-        torch.testing.assert_close(found, expected, rtol=rounding, atol=rounding)
+    results = zip(chunk.run(backend, **extra), chunk.run("reference"), strict=True)
+    for i, (found, expected) in enumerate(results):
+        unit = 1 if i < 2 else expected.abs().max().clamp(min=1)
+        torch.testing.assert_close(found / unit, expected / unit, rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("forced", FORCED, ids=str)

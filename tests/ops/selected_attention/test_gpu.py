@@ -168,6 +168,18 @@ def test_a_chunk_after_a_past(backend, group_size, head_dim, workspace_bytes):
     # float32, and sums of 128 products of numbers around 1.
     torch.testing.assert_close(lse_chunk, lse, rtol=1e-4, atol=1e-4)
 
+    whole = p.forward(backend)[0]
+    do = torch.zeros_like(whole).index_copy(0, torch.tensor(rows, device="cuda"), o)
+    expected = torch.autograd.grad(whole, (p.q, p.k, p.v), do)
+    leaves = [x.requires_grad_() for x in (q, *caches)]
+    o_chunk = ops.selected_attention(*leaves, indices, **arguments)[0]
+    dq, dk, dv = torch.autograd.grad(o_chunk, leaves, do[rows])
+    assert_rms_close("dq", dq, expected[0][rows])
+    unused = torch.ones(sum(capacities), dtype=torch.bool).index_fill(0, torch.tensor(cached), 0)
+    for name, x, y in zip(("dk", "dv"), (dk, dv), expected[1:], strict=True):
+        assert_rms_close(name, x[cached], y)
+        assert (x[unused] == 0).all()
+
 
 @pytest.mark.parametrize("workspace_bytes", RANGES)
 @pytest.mark.parametrize("group_size", [1, 4])

@@ -61,8 +61,6 @@ def test_decoding_is_query_major_and_has_no_gradient():
         strict=True,
     ):
         assert torch.equal(a, b)
-    with pytest.raises(ValueError, match="no gradient where cu_seqlens_q or seqused_k is given"):
-        o.sum().backward()
 
 
 def test_on_a_cpu_nothing_chooses_triton():
