@@ -7,6 +7,7 @@ module: the forward of a layer of Llama-3-8B whose heads are split, with the sum
 prefill: the first token of a Llama-3-8B that transformers has split as it was loaded.
 """
 
+import math
 import os
 import statistics
 import tempfile
@@ -27,7 +28,11 @@ from benchmarks import generation
 from nsa_fsa import NativeSparseAttention, NSAConfig, ops, patch_model
 from nsa_fsa.benchmarking.cases import Case
 from nsa_fsa.benchmarking.results import Results
+from nsa_fsa.cache import KeyValues
 from nsa_fsa.distributed import ContextParallel
+from nsa_fsa.distributed.context_parallel import Runs
+from nsa_fsa.modules.branches import SparseBranches
+from nsa_fsa.sequences import Sequences
 
 # Of a part, a row's pass, the sizes of its case, and what was measured.
 Add = Callable[[str, str, dict[str, Any], dict[str, Any]], None]
@@ -100,7 +105,7 @@ class Ranks:
 # --- Context parallelism --------------------------------------------------------------------------
 
 
-class Shared:
+class Shared(SparseBranches):
     """The inputs of the core, `[1, S, H, ...]`; with `cp` this rank's part of them, with S / n."""
 
     NAMES = ("q", "k", "v", "gate_logits")
@@ -119,17 +124,23 @@ class Shared:
     def forward(self) -> Tensor:
         if self.cp is not None:
             return self.cp.attend(self.attention, *self.leaves)
-        return self.attention(slice(None), *(x.flatten(0, 1) for x in self.leaves))[None]
+        return self.attention(slice(None), None, *(x.flatten(0, 1) for x in self.leaves))[None]
 
-    def _attend(self, _: slice, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor) -> Tensor:
-        case = self.case
-        layout, windows = case.layout, case.windows
+    @property
+    def nsa_config(self) -> NSAConfig:
+        return self.case.config
+
+    def _attend(
+        self, _: slice, runs: Runs | None, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor
+    ) -> Tensor:
+        layout, windows = self.case.layout, self.case.windows
         k_cmp, v_cmp = (ops.pool_windows(x, None, **layout, **windows) for x in (k, v))
-        sizes = layout | windows | case.blocks | dict(window_size=case.config.window_size)
-        return ops.nsa_attention(q, k, v, k_cmp, v_cmp, gate_logits, **sizes)
+        keys = KeyValues(k, v, k, v, k, v)
+        gates = gate_logits.flatten(1)
+        return self.mix(q, keys, k_cmp, v_cmp, gates, Sequences(**layout), runs=runs)
 
     @staticmethod
-    def _nothing(_: slice, q: Tensor, *others: Tensor) -> Tensor:
+    def _nothing(_: slice, runs: Runs | None, q: Tensor, *others: Tensor) -> Tensor:
         """Of the others the gradient is 0, which takes part in the exchange, too."""
         return q
 
@@ -152,7 +163,7 @@ def context(ranks: Ranks, add: Add) -> None:
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     heads, kv_heads, tokens = CHECKED
     case = Case(config_of(heads, kv_heads), tokens, device=str(ranks.device))
-    for groups in sorted({1, kv_heads // ranks.size}):
+    for groups in sorted({1, kv_heads // math.gcd(kv_heads, ranks.size)}):
         cp = ContextParallel(mesh, groups=groups)
         with deterministic():
             found = {name: ranks.largest(x) for name, x in errors(case, cp).items()}

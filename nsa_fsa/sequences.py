@@ -42,6 +42,12 @@ class Sequences(NamedTuple):
         alike = number == 1 or (number > 1 and number * self.max_seqlen == num_rows)
         return num_rows // number if alike and self.shares_rows else None
 
+    def up_to(self, start: int, end: int) -> "Sequences":
+        """Of queries and keys that share their rows, the queries of the rows from `start` to before
+        `end`, and the keys of all rows before `end`."""
+        ends = self.cu_seqlens
+        return Sequences(ends.clamp(max=end), self.max_seqlen, ends.clamp(start, end) - start)
+
     @property
     def of_queries(self) -> Tensor:
         """Where the sequences' queries begin, int32 `[B + 1]`."""

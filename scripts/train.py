@@ -226,7 +226,7 @@ def main(
 
     settings = settings_of(preset, config, random_init)
     source = Source.of(model, random_init)
-    check_context_parallel(context_parallel, source, fsdp)
+    check_context_parallel(context_parallel, fsdp)
     arguments = TrainingArguments(
         str(output),
         max_steps=steps,
@@ -290,19 +290,16 @@ def check_checkpoint(folder: Path, fsdp: bool) -> None:
         raise typer.BadParameter(message, param_hint="--resume")
 
 
-def check_context_parallel(number: int, source: "Source", fsdp: bool) -> None:
+def check_context_parallel(number: int, fsdp: bool) -> None:
     """Raises BadParameter where so many processes cannot share a sequence."""
     if number == 1:
         return
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    kv_heads = source.config.get_text_config().num_key_value_heads
     message = None
     if not (fsdp or asks_for_fsdp()):
         message = "it takes FSDP2. Fix: --fsdp under torchrun, or configs/accelerate/fsdp2.yaml."
     elif processes % number:
         message = f"{number} does not divide the {processes} processes. Fix: a number that does."
-    elif kv_heads % number:
-        message = f"{number} does not divide the {kv_heads} KV heads. Fix: a number that does."
     if message is not None:
         raise typer.BadParameter(message, param_hint="--context-parallel")
 

@@ -1,12 +1,12 @@
 """Collectives with gradients, which `torch.compile` can trace.
 
-Shapes: n ranks have `S / n` of the S tokens of each of B sequences, rank after rank; H heads.
+Shapes: n ranks have `L = S / n` of the S tokens of each of B sequences, rank after rank; H heads.
 
 What is exchanged may be *on its way*: a tensor that is written while the GPU computes other things,
 and that nobody may read before `wait_tensor` has returned it. Tokens are exchanged for heads, and
 back, in four steps:
 
-    depart:  all heads of a rank's tokens -> all tokens of its heads, group by group, on their way
+    depart:  all heads of a rank's tokens -> tokens of its heads, group by group, on their way
     arrive:  those of a group, once they are there
     leave:   what was computed for a group -> on its way back
     collect: all groups' -> all heads of a rank's tokens, once they are there
@@ -26,43 +26,57 @@ _ops: Any = torch.ops._c10d_functional
 
 
 class Split(NamedTuple):
-    """How heads are divided: each rank has a run of them, and each group a run of every rank's."""
+    """Who computes what: rank `share * spans + span` has one share of the heads, which is all keys
+    and values of these, and the queries of one span of the tokens."""
 
-    size: int  # n
-    groups: int
+    shares: int
+    spans: int
+    groups: int  # of the heads of a share, which are exchanged one after another
+    span_of: tuple[int, ...]  # of each rank's tokens
+    rank: int
     process_group: str
 
     def of(self, x: Tensor, number: int) -> Tensor:
-        """Of x `[B, S / n, H, ...]` the heads of one group: `[n, B, S / n, h, ...]`, where h is
-        H / (n * groups). A view."""
-        heads = x.unflatten(2, (self.size, self.groups, -1))
+        """Of x `[B, L, H, ...]` the heads of one group: `[shares, B, L, h, ...]`, where h is
+        H / (shares * groups). A view."""
+        heads = x.unflatten(2, (self.shares, self.groups, -1))
         return heads[:, :, :, number].movedim(2, 0)
 
-    def swap(self, x: Tensor) -> Tensor:
-        """x `[n, ...]`: part i goes to rank i, and part i of the result, which is on its way, comes
-        from there."""
-        one_each = [1] * self.size
-        coming = _ops.all_to_all_single(x.contiguous(), one_each, one_each, self.process_group)
+    def send(self, x: Tensor, number: int, is_key: bool) -> Tensor:
+        """One group of x `[B, L, H, ...]` to the ranks that compute it; from them
+        `[shares or n, B, L, h, ...]`, on its way. is_key: whether every span needs it."""
+        part = self.of(x, number)
+        if is_key:  # a copy for every span
+            part = part[:, None].expand(-1, self.spans, *part.shape[1:])
+        packed = part.new_empty(part.shape)
+        _copy(packed, part)
+        return self.swap(packed.flatten(0, 1) if is_key else packed, is_key)
+
+    def receive(self, parts: Sequence[Tensor], order: Iterable[int], is_key: bool) -> Tensor:
+        """All groups' `[shares or n, B, L, h, ...]`, on their way, -> `[B, L, H, ...]`. order: in
+        which the groups were sent."""
+        _, batch_size, length, h, *rest = parts[0].shape
+        x = parts[0].new_empty(batch_size, length, self.shares * self.groups * h, *rest)
+        for number in order:
+            part = _ops.wait_tensor(parts[number])
+            if is_key and self.spans > 1:  # the sum of what every span gives
+                part = part.unflatten(0, (self.shares, self.spans)).sum(1)
+            _copy(self.of(x, number), part)
+        return x
+
+    def swap(self, x: Tensor, is_key: bool, back: bool = False) -> Tensor:
+        """x `[shares or n, ...]`, part after part to the ranks that want one; as many parts from
+        those that have one for this rank, on their way."""
+        there, here = [1] * len(self.span_of), [1] * len(self.span_of)
+        if not is_key:  # between the ranks of a span's tokens and those that compute it
+            mine, computed = self.span_of[self.rank], self.rank % self.spans
+            there = [int(rank % self.spans == mine) for rank in range(len(self.span_of))]
+            here = [int(span == computed) for span in self.span_of]
+        sizes = (there, here) if back else (here, there)
+        coming = _ops.all_to_all_single(x.contiguous(), *sizes, self.process_group)
         # `detect_anomaly` looks at every gradient for NaN.
         looked_at = not torch.compiler.is_compiling() and torch.is_anomaly_enabled()
         return _ops.wait_tensor(coming) if looked_at else coming
-
-    def send(self, x: Tensor, number: int) -> Tensor:
-        """One group of x `[B, S / n, H, ...]`, rank r's heads to rank r: `[n, B, S / n, h, ...]`
-        from all ranks, on its way."""
-        part = self.of(x, number)
-        packed = part.new_empty(part.shape)
-        _copy(packed, part)
-        return self.swap(packed)
-
-    def receive(self, parts: Sequence[Tensor], order: Iterable[int]) -> Tensor:
-        """All groups' `[n, B, S / n, h, ...]`, on their way, -> `[B, S / n, H, ...]`. order: in
-        which the groups were sent."""
-        _, batch_size, length, h, *rest = parts[0].shape
-        x = parts[0].new_empty(batch_size, length, self.size * self.groups * h, *rest)
-        for number in order:
-            _copy(self.of(x, number), _ops.wait_tensor(parts[number]))
-        return x
 
 
 def _copy(target: Tensor, source: Tensor) -> None:
@@ -84,32 +98,40 @@ def _has_words(x: Tensor, size: int) -> bool:
 
 class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, split: Split, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.split, ctx.number = split, len(tensors)
-        return tuple(split.send(x, number) for number in range(split.groups) for x in tensors)
+    def forward(
+        ctx: Any, split: Split, are_keys: tuple[bool, ...], *tensors: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.split, ctx.are_keys = split, are_keys
+        pairs = [*zip(tensors, are_keys, strict=True)]
+        return tuple(split.send(x, i, is_key) for i in range(split.groups) for x, is_key in pairs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         split, order = ctx.split, [*reversed(range(ctx.split.groups))]
-        of_each = (gradients[i :: ctx.number] for i in range(ctx.number))
-        return None, *(split.receive(parts, order) for parts in of_each)
+        found = []
+        for i, is_key in enumerate(ctx.are_keys):
+            found.append(split.receive(gradients[i :: len(ctx.are_keys)], order, is_key))
+        return None, None, *found
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, split: Split, *parts: Tensor) -> tuple[Tensor, ...]:
-        ctx.split = split
+    def forward(
+        ctx: Any, split: Split, are_keys: tuple[bool, ...], *parts: Tensor
+    ) -> tuple[Tensor, ...]:
+        ctx.split, ctx.are_keys = split, are_keys
         return tuple(_ops.wait_tensor(x) for x in parts)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(ctx.split.swap(x) for x in gradients)
+        pairs = zip(gradients, ctx.are_keys, strict=True)
+        return None, None, *(ctx.split.swap(x, is_key, back=True) for x, is_key in pairs)
 
 
 class _Leave(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, split: Split, x: Tensor) -> Tensor:
-        return split.swap(x)
+        return split.swap(x, False, back=True)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor]:
@@ -120,34 +142,38 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, split: Split, *parts: Tensor) -> Tensor:
         ctx.split = split
-        return split.receive(parts, range(split.groups))
+        return split.receive(parts, range(split.groups), False)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        last_first = [ctx.split.send(gradient, i) for i in reversed(range(ctx.split.groups))]
+        order = reversed(range(ctx.split.groups))
+        last_first = [ctx.split.send(gradient, number, False) for number in order]
         return None, *reversed(last_first)
 
 
-def depart(split: Split, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    """Of `[B, S / n, H, ...]` each, for every group, `[n, B, S / n, h, ...]`, on their way."""
-    parts = _Depart.apply(split, *tensors)
+def depart(split: Split, are_keys: tuple[bool, ...], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Of `[B, L, H, ...]` each, for every group, `[n or shares, B, L, h, ...]`, on their way.
+    are_keys: which of them every span needs all of."""
+    parts = _Depart.apply(split, are_keys, *tensors)
     number = len(tensors)
     return [parts[i : i + number] for i in range(0, len(parts), number)]
 
 
-def arrive(split: Split, *parts: Tensor) -> list[Tensor]:
-    """Of `[n, B, S / n, h, ...]`, on their way, the packed tokens of all ranks, `[T, h, ...]`."""
-    return [x.movedim(0, 1).flatten(0, 2) for x in _Arrive.apply(split, *parts)]
+def arrive(split: Split, are_keys: tuple[bool, ...], *parts: Tensor) -> list[Tensor]:
+    """Of `[n or shares, B, L, h, ...]`, on their way, packed tokens, `[T, h, ...]`: of keys all,
+    and of queries those of this rank's span."""
+    whole = _Arrive.apply(split, are_keys, *parts)
+    return [x.movedim(0, 1).flatten(0, 2) for x in whole]
 
 
 def leave(split: Split, x: Tensor, batch_size: int) -> Tensor:
-    """Packed tokens `[T, h, ...]` -> `[n, B, S / n, h, ...]`, on their way to their ranks."""
-    parts = x.unflatten(0, (batch_size, split.size, -1)).movedim(1, 0)
+    """Packed queries' `[T, h, ...]` -> `[shares, B, L, h, ...]`, on their way to their ranks."""
+    parts = x.unflatten(0, (batch_size, split.shares, -1)).movedim(1, 0)
     return _Leave.apply(split, parts)
 
 
 def collect(split: Split, parts: Sequence[Tensor]) -> Tensor:
-    """All groups' `[n, B, S / n, h, ...]`, on their way, -> `[B, S / n, H, ...]`."""
+    """All groups' `[shares, B, L, h, ...]`, on their way, -> `[B, L, H, ...]`."""
     return _Collect.apply(split, *parts)
 
 

@@ -3,14 +3,16 @@
 Each of them has `S / n` of a sequence's S tokens, the first rank the first ones. What a layer does
 token by token, it does with those. For attention the ranks exchange tokens for heads, so that each
 has all tokens of `HKV / n` KV heads and of the query heads that read them: what is computed then is
-what one rank computes for these heads.
+what one rank computes for these heads. Where n does not divide HKV, several ranks have the same
+heads, with all keys and values, and the queries of a span of the tokens each.
 
 It is done in groups of KV heads, if a group has enough to compute: while a rank computes one, the
 next is exchanged, and the outputs of the one before go back.
 """
 
+import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ if TYPE_CHECKING:  # a PyTorch without torch.distributed imports this file, too
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+Runs: TypeAlias = tuple[tuple[int, int], ...]  # of packed rows: the first, and the one behind
 IGNORED = -100  # the label of a token that has no part in the loss
 
 # Pairs of a query and a query head that a group of KV heads has at least, where there are several.
@@ -199,12 +202,12 @@ class ContextParallel:
         """Attention to whole sequences, of this rank's tokens: `[B, S / n, HQ, DV]`.
 
         Args:
-            attention: called for every group of KV heads with the slice of the KV heads that it has
-                and with all tokens of these heads, packed: q `[T, HQ', D]` and so on, where T is
-                B * S. Returns `[T, HQ', DV]`.
-            q, k, v: of this rank's tokens, `[B, S / n, HQ, D]` and `[B, S / n, HKV, ...]`. n must
-                divide HKV.
-            others: what else a head has, of query heads or KV heads, `[B, S / n, H, ...]`.
+            attention: called for every group of KV heads with the slice of the KV heads that it
+                has, with the runs of packed tokens whose queries it has (None: all), and with
+                tokens of these heads: q `[Tq, HQ', D]`, k and v `[T, HKV', ...]`, where T is B * S,
+                and others like q. Returns `[Tq, HQ', DV]`.
+            q, k, v: of this rank's tokens, `[B, S / n, HQ, D]` and `[B, S / n, HKV, ...]`.
+            others: what else queries have, `[B, S / n, H, ...]`, where H is a multiple of HKV.
             groups: as of ContextParallel, for this call; default: that of ContextParallel.
 
         Raises:
@@ -213,17 +216,20 @@ class ContextParallel:
         (batch_size, length, num_heads), num_kv_heads = q.shape[:3], k.shape[2]
         tensors = (q, k, v, *others)
         if self.size == 1:  # there is nobody to exchange anything with
-            o = attention(slice(0, num_kv_heads), *(x.flatten(0, 1) for x in tensors))
+            packed = (x.flatten(0, 1) for x in tensors)
+            o = attention(slice(0, num_kv_heads), None, *packed)
             return o.unflatten(0, (batch_size, length))
         num_tokens = batch_size * length * self.size
         groups = self.num_groups(num_tokens, num_heads, num_kv_heads, groups)
-        share = num_kv_heads // (self.size * groups)
-        first = self.rank * share * groups
-        split = Split(self.size, groups, self.group.group_name)
-        coming, going = collectives.depart(split, *tensors), []
-        for start in range(first, first + share * groups, share):
-            heads = slice(start, start + share)
-            o = attention(heads, *collectives.arrive(split, *coming.pop(0)))
+        split = self._split(num_kv_heads, groups)
+        runs = self._runs(split, batch_size, length)
+        number = num_kv_heads // (split.shares * groups)  # of a group
+        first = self.rank // split.spans * number * groups
+        are_keys = (False, True, True, *(False for _ in others))
+        coming, going = collectives.depart(split, are_keys, *tensors), []
+        for start in range(first, first + number * groups, number):
+            heads = slice(start, start + number)
+            o = attention(heads, runs, *collectives.arrive(split, are_keys, *coming.pop(0)))
             going.append(collectives.leave(split, o, batch_size))
         return collectives.collect(split, going)
 
@@ -232,18 +238,54 @@ class ContextParallel:
     ) -> int:
         """In how many groups `attend` computes this rank's KV heads, of num_tokens of all ranks and
         num_heads query heads. groups: as of `attend`."""
-        share = num_kv_heads // self.size
+        number = num_kv_heads // math.gcd(num_kv_heads, self.size)  # of a rank
         groups = self.groups if groups is None else groups
         if groups is None:
-            pairs = num_tokens * (num_heads // self.size)
-            possible = [x for x in range(1, share + 1) if share % x == 0]
+            pairs = num_tokens * num_heads // self.size
+            possible = [x for x in range(1, number + 1) if number % x == 0]
             return max(x for x in possible if x == 1 or pairs >= x * LEAST_PAIRS)
-        if share % groups:
+        if number % groups:
             raise ValueError(
-                f"groups={groups} of ContextParallel does not divide the {share} KV heads that each"
-                f" of {self.size} ranks has. Fix: a number that divides {share}, or None."
+                f"groups={groups} of ContextParallel does not divide the {number} KV heads that "
+                f"each of {self.size} ranks has. Fix: a number that divides {number}, or None."
             )
         return groups
+
+    def _split(self, num_kv_heads: int, groups: int) -> Split:
+        """As many shares of the heads as there can be, and as many spans as that leaves."""
+        shares = math.gcd(num_kv_heads, self.size)
+        who = (spans_of(shares, self.size), self.rank, self.group.group_name)
+        return Split(shares, self.size // shares, groups, *who)
+
+    def _runs(self, split: Split, batch_size: int, length: int) -> Runs | None:
+        """Of which packed tokens this rank computes the queries, in the order in which these
+        arrive; None: of all."""
+        if split.spans == 1:
+            return None
+        runs: list[tuple[int, int]] = []
+        for row in range(batch_size):
+            for rank, span in enumerate(split.span_of):
+                start = (row * self.size + rank) * length
+                if span != self.rank % split.spans:
+                    continue
+                if runs and runs[-1][1] == start:
+                    start = runs.pop()[0]
+                runs.append((start, (row * self.size + rank + 1) * length))
+        return tuple(runs)
+
+
+def spans_of(shares: int, size: int) -> tuple[int, ...]:
+    """The span of the queries that the tokens of each of so many ranks belong to, where as many
+    ranks as there are shares of the heads are one.
+
+    A span is those of a run of the first ranks and of their mirror images among the last, as later
+    queries have more to do. An odd number of shares cannot be mirrored, and later spans have more
+    to do.
+    """
+    if shares % 2:
+        return tuple(rank // shares for rank in range(size))
+    pairs = (min(rank, size - 1 - rank) for rank in range(size))
+    return tuple(pair // (shares // 2) for pair in pairs)
 
 
 def check_context_parallel(context_parallel: Any, attention_mask: Any, cache: Any) -> None:

@@ -1,8 +1,7 @@
 """What every NSA layer has beside its projections, whoever makes those: gates, compressors, and the
 three branches that they lead to."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from nsa_fsa.config import NSAConfig
 from nsa_fsa.decode import Pages, append_tokens, nsa_decode
 from nsa_fsa.decode.operator import BACKENDS
 from nsa_fsa.distributed import ContextParallel
+from nsa_fsa.distributed.context_parallel import Runs
 from nsa_fsa.modules.compression import Compressor
 from nsa_fsa.modules.gating import BranchGate
 from nsa_fsa.modules.rotary import apply_rotary
@@ -145,25 +145,23 @@ class SparseBranches:
         """Attention to whole sequences, of this rank's tokens: q `[B, S / n, HQ, D]`, k and v
         `[B, S / n, HKV, ...]` and gate_logits `[B, S / n, 3 * HQ or 3]` -> `[B, S / n, HQ, DV]`.
 
-        attention: as of `ContextParallel.attend`, with gate_logits `[T, 3 * HQ' or 3]` after v.
+        attention: as of `ContextParallel.attend`, with gate_logits `[Tq, 3 * HQ' or more]` after v.
 
         Raises:
-            ValueError: where the ranks cannot have equal parts of the KV heads.
+            ValueError: for a layer that is recorded where ranks share a KV head.
         """
-        num_heads = k.shape[2]
-        if num_heads % cp.size:
+        num_kv_heads = k.shape[2]
+        if self.recorder is not None and num_kv_heads % cp.size:
             raise ValueError(
-                f"context_parallel has {cp.size} ranks, which do not divide the {num_heads} KV "
-                f"heads of layer {self.layer_idx}, and the choice of blocks belongs to a whole KV "
-                f"head. Fix: a number of ranks that divides {num_heads}, and data parallelism over "
-                "the others."
+                f"layer {self.layer_idx} cannot be recorded while {cp.size} ranks of "
+                f"context_parallel share {num_kv_heads} KV heads: none has all queries of a head. "
+                f"Fix: a number of ranks that divides {num_kv_heads}, or record without "
+                "context_parallel."
             )
-        # Who records is told of a forward once.
-        groups = None if self.recorder is None else 1
-        if gate_logits.shape[2] > 3:
-            return cp.attend(attention, q, k, v, gate_logits, groups=groups)
-        shared = cp.gather(gate_logits).flatten(0, 1)  # by all heads: [T, 3]
-        return cp.attend(partial(attention, gate_logits=shared), q, k, v, groups=groups)
+        if gate_logits.shape[2] == 3:  # those of all heads go with each of them
+            gate_logits = gate_logits[:, :, None].expand(-1, -1, num_kv_heads, -1).flatten(2)
+        groups = None if self.recorder is None else 1  # who records is told of a forward once
+        return cp.attend(attention, q, k, v, gate_logits, groups=groups)
 
     def mix(
         self,
@@ -175,15 +173,23 @@ class SparseBranches:
         layout: Sequences,
         scale: float | None = None,
         real: Tensor | None = None,
+        runs: Runs | None = None,
     ) -> Tensor:
         """The branches' outputs, mixed: q `[T, HQ, D]` -> `[T, HQ, DV]`.
 
-        gate_logits: `[T, 3 * HQ or 3]`, head by head. scale: default the config's. real: bool
-        `[T]`, for who records: which tokens are no padding; default: all.
+        gate_logits: `[T, 3 * HQ]`, head by head; of gates that all heads share `[T, 3]`, or copies
+        of these. scale: default the config's. real: bool `[T]`, for who records: which tokens are
+        no padding; default: all. runs: which of the keys' rows q and gate_logits are of; default:
+        all, or those that `layout` says.
         """
         c = self.nsa_config
         check_whole_sequences()
+        if runs is not None:
+            some = _runs_of(runs, q, keys, k_cmp, v_cmp, gate_logits, layout, c.kernel_stride)
+            return torch.cat([self.mix(*run, scale) for run in some])
         gate_logits = gate_logits.unflatten(-1, (-1, 3))  # [T, HQ or 1, 3]
+        if c.gate == "per_token":
+            gate_logits = gate_logits[:, :1]
         q = q.to(keys.k.dtype)  # a cache filled under another autocast holds wider keys
         scale = c.scale if scale is None else scale
         o = nsa_attention(
@@ -271,6 +277,32 @@ class SparseBranches:
             scale=c.scale if scale is None else scale,
             backend=BACKENDS.or_auto(c.backend),
         ).o
+
+
+# What `SparseBranches.mix` takes first.
+_Mixed = tuple[Tensor, KeyValues, Tensor, Tensor, Tensor, Sequences]
+
+
+def _runs_of(
+    runs: Runs,
+    q: Tensor,
+    keys: KeyValues,
+    k_cmp: Tensor,
+    v_cmp: Tensor,
+    gate_logits: Tensor,
+    layout: Sequences,
+    kernel_stride: int,
+) -> Iterator[_Mixed]:
+    """Of each run its queries, and the keys up to its end."""
+    sizes = [end - start for start, end in runs]
+    of_queries = zip(runs, q.split(sizes), gate_logits.split(sizes), strict=True)
+    for (start, end), q_run, gates_run in of_queries:
+        k, v = keys.k[:end], keys.v[:end]
+        shared = keys.k_swa is keys.k
+        own = (k, v) if shared else (keys.k_swa[:end], keys.v_swa[:end])
+        seen = KeyValues(k, v, *own, keys.k_src, keys.v_src)
+        windows = (x[: end // kernel_stride] for x in (k_cmp, v_cmp))
+        yield q_run, seen, *windows, gates_run, layout.up_to(start, end)
 
 
 def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:

@@ -17,7 +17,7 @@ from nsa_fsa.cache.nsa_cache import Rotation
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.decode.operator import MOST_NEW
 from nsa_fsa.distributed import ContextParallel
-from nsa_fsa.distributed.context_parallel import check_context_parallel
+from nsa_fsa.distributed.context_parallel import Runs, check_context_parallel
 from nsa_fsa.modules.branches import SparseBranches, put_back, rotate, take
 from nsa_fsa.modules.norm import normalize
 from nsa_fsa.modules.rotary import RotaryEmbedding
@@ -144,7 +144,7 @@ class NativeSparseAttention(SparseBranches, nn.Module):
                 `compress_rope="before"`.
             context_parallel: the ranks that share the sequences. `hidden_states`, and positions
                 if given, are of this rank's tokens, S / n of each row, and `cu_seqlens` and
-                `max_seqlen` of all ranks' tokens. n must divide the KV heads.
+                `max_seqlen` of all ranks' tokens.
 
         Raises:
             ValueError: for a mask that is not 2D or has negative values, packed input with a
@@ -173,8 +173,8 @@ class NativeSparseAttention(SparseBranches, nn.Module):
         attention = partial(self._attend, turn=turn, layout=layout, update=update)
         if context_parallel is None:
             q = rotate(q, *turn)
-            o = attention(None, q, k, v, gate_logits)  # [T, HQ, DV]
-        else:  # inside `attention` T is of all ranks' tokens, and the heads are this rank's
+            o = attention(None, None, q, k, v, gate_logits)  # [T, HQ, DV]
+        else:  # inside `attention` keys are of all ranks' tokens, and heads are this rank's
             q = rotate(q, *_part_of(turn, batch_size, context_parallel))
             local = (x.unflatten(0, (batch_size, length)) for x in (q, k, v, gate_logits))
             o = self.share(context_parallel, attention, *local).flatten(0, 1)
@@ -186,6 +186,7 @@ class NativeSparseAttention(SparseBranches, nn.Module):
     def _attend(
         self,
         heads: slice | None,
+        runs: Runs | None,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -197,8 +198,8 @@ class NativeSparseAttention(SparseBranches, nn.Module):
     ) -> Tensor:
         """q `[T, HQ, D]`, rotated, k and v `[T, HKV, 1 or 3, D or DV]` -> `[T, HQ, DV]`.
 
-        heads: which of the KV heads these are; None: all. turn: cos and sin of the tokens.
-        update: appends to a cache, if there is one.
+        heads: which of the KV heads these are; None: all. runs: as of `mix`. turn: cos and sin of
+        the keys. update: appends to a cache, if there is one.
         """
         keys = self._branch_keys(k, v, *turn)
         if update is None:
@@ -206,7 +207,7 @@ class NativeSparseAttention(SparseBranches, nn.Module):
             k_cmp, v_cmp = self.compress(*sources, layout, heads)
         else:
             keys, k_cmp, v_cmp, layout = update(keys, layout, self.compress)
-        return self.mix(q, keys, k_cmp, v_cmp, gate_logits, layout)
+        return self.mix(q, keys, k_cmp, v_cmp, gate_logits, layout, runs=runs)
 
     def _rotation_by_position(self, given: _Given) -> Rotation | None:
         """How any position is rotated, where a cache needs it to decode the fast way: where keys

@@ -2,6 +2,7 @@
 computed, others are on their way."""
 
 import sys
+from collections import defaultdict
 from itertools import groupby
 
 import pytest
@@ -10,6 +11,8 @@ from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa_fsa.distributed import ContextParallel
+from nsa_fsa.distributed.collectives import _copy
+from nsa_fsa.distributed.context_parallel import spans_of
 from nsa_fsa.sequences import cu_seqlens_from_lengths
 from nsa_fsa.visualization import record
 from tests.distributed.processes import on_ranks, printed_by, say
@@ -33,6 +36,27 @@ def test_a_number_of_groups_is_asked_for(one_rank, wrong):
         ContextParallel(one_rank, groups=wrong)
 
 
+@pytest.mark.parametrize(("dtype", "width"), KINDS)
+def test_copies_are_of_words_where_heads_are(dtype, width):
+    x = torch.arange(2 * 3 * 4 * width).view(2, 3, 4, width).to(dtype)
+    with Log() as log:
+        _copy(y := x.new_empty(4, 2, 3, width), x.movedim(2, 0))
+    assert torch.equal(y, x.movedim(2, 0))
+    words = width * dtype.itemsize % 8 == 0
+    assert log.dtypes["copy_"] == {torch.int64 if words else dtype}
+
+
+@pytest.mark.parametrize(
+    ("shares", "spans"),
+    [(4, [0] * 4), (2, [0, 1, 1, 0]), (4, [0, 0, 1, 1, 1, 1, 0, 0]), (1, [0, 1, 2])],
+)
+def test_spans_have_the_same_work(shares, spans):
+    """A query has as much to do as there are keys before it. One share cannot be mirrored."""
+    assert spans_of(shares, len(spans)) == tuple(spans)
+    work = [sum(i for i, x in enumerate(spans) if x == span) for span in {*spans}]
+    assert len({*work}) == 1 or shares == 1
+
+
 # --- In each of the processes ---------------------------------------------------------------------
 
 
@@ -51,7 +75,7 @@ def parts(dtype=torch.float64, width=8):
     return [cp.part(x).clone().requires_grad_() for x in whole]
 
 
-def attention(heads, q, k, v, gate_logits):
+def attention(heads, runs, q, k, v, gate_logits):
     """Of each head by itself, where every output depends on all tokens before it."""
     seen = (k.cumsum(0) * v).repeat_interleave(2, dim=1)
     return q * seen * gate_logits.unflatten(1, (-1, 3)).sum(-1, keepdim=True)
@@ -62,7 +86,7 @@ def values():
     for kind in KINDS:
         *tensors, do = parts(*kind)
         whole = [shared().gather(x).detach().requires_grad_() for x in tensors]
-        expected = attention(None, *(x.flatten(0, 1) for x in whole)).unflatten(0, (2, -1))
+        expected = attention(None, None, *(x.flatten(0, 1) for x in whole)).unflatten(0, (2, -1))
         wanted = torch.autograd.grad(expected, whole, shared().gather(do))
         for groups in (1, 2, 4):
             o = shared(groups).attend(attention, *tensors)
@@ -75,14 +99,17 @@ NAMES = {"all_to_all_single": "send", "wait_tensor": "wait", "cumsum": "compute"
 
 
 class Log(TorchDispatchMode):
-    """Writes down what is sent, waited for, and computed."""
+    """Writes down what is sent, waited for, and computed; and the dtypes of operations."""
 
     def __init__(self):
         super().__init__()
-        self.lines = []
+        self.lines, self.dtypes = [], defaultdict(set)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.lines += [NAMES.get(function.overloadpacket.__name__)]
+        name = function.overloadpacket.__name__
+        self.lines += [NAMES.get(name)]
+        if args and isinstance(args[0], torch.Tensor):
+            self.dtypes[name].add(args[0].dtype)
         return function(*args, **(kwargs or {}))
 
     def __str__(self):

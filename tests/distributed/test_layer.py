@@ -1,6 +1,7 @@
 """A layer whose sequences two and four processes share: its outputs and gradients are those of one
 process."""
 
+import math
 import sys
 
 import pytest
@@ -11,10 +12,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from nsa_fsa.distributed import ContextParallel
 from nsa_fsa.modules.rotary import RotaryEmbedding
 from nsa_fsa.sequences import cu_seqlens_from_lengths
+from nsa_fsa.visualization import record
 from tests.distributed.processes import on_ranks, printed_by, say, summed
 from tests.modules.layers import VARIANTS, make_variant, randn
 
 HEADS = dict(num_heads=8, num_kv_heads=4)
+# KV heads that several ranks share, by the number of ranks.
+FEWER = {2: (1, 3), 4: (1, 2)}
 CASES = {name: {} for name in VARIANTS if name != "own-modules"}
 CASES["recomputed"] = dict(recompute=("compressed", "selected", "sliding"))
 ON_FOUR = ("mean-linear", "branches-gated")
@@ -26,14 +30,15 @@ ROWS = (2, 48)
 @pytest.mark.slow
 def test_equals_one_process(tmp_path):
     printed = printed_by("tests.distributed.test_layer", "compare", tmp_path)
-    of_two = [*(f"2 {name}" for name in CASES), "2 compiled"]
-    assert printed == [*of_two, *(f"4 {name}" for name in ON_FOUR)]
+    of_two = [*CASES, "1 heads", "3 heads", "compiled"]
+    of_four = [*ON_FOUR, "1 heads", "2 heads"]
+    assert printed == [*(f"2 {name}" for name in of_two), *(f"4 {name}" for name in of_four)]
 
 
 def test_what_cannot_be_shared_is_refused(tmp_path):
     printed = printed_by("tests.distributed.test_layer", "refuse", tmp_path)
-    of_heads, of_own, of_mask, of_cache = printed
-    assert "2 ranks, which do not divide the 3 KV heads of layer 7" in of_heads
+    of_record, of_own, of_mask, of_cache = printed
+    assert "layer 7 cannot be recorded while 2 ranks of context_parallel share 3 KV" in of_record
     assert "FirstPlusTanhOfLast, cannot be split" in of_own
     assert "attention_mask is not available with context_parallel" in of_mask
     assert "a cache is not available with context_parallel" in of_cache
@@ -71,6 +76,13 @@ def compare():
             rotation = RotaryEmbedding(layer.config)(position_ids[0], 100, torch.float64)
             check(layer, ROWS, position_embeddings=[x[None] for x in rotation])
         say(size, name)
+    for number, name in zip(FEWER[size], ON_FOUR, strict=True):
+        layer = make_variant(name, num_heads=2 * number, num_kv_heads=number)
+        for lengths in PACKED.values():
+            cu_seqlens = cu_seqlens_from_lengths(torch.tensor(lengths))
+            check(layer, (1, 96), cu_seqlens=cu_seqlens, max_seqlen=max(lengths))
+        check(layer, ROWS, groups=number // math.gcd(number, size))
+        say(size, f"{number} heads")
     if size == 2:
         check_compiled(make_variant("default", **HEADS))
 
@@ -117,6 +129,11 @@ def assert_close(actual, expected, largest, what):
     assert error < 1e-12, f"{what}: {error}"
 
 
+def recorded(layer, x, cp):
+    with record(layer):
+        layer(x, context_parallel=cp)
+
+
 def refuse():
     cp = ContextParallel(distributed.group.WORLD)
     x = randn(1, 20, 24)
@@ -124,7 +141,7 @@ def refuse():
     three.layer_idx = 7
     layer = make_variant("default")
     attempts = (
-        lambda: three(x, context_parallel=cp),
+        lambda: recorded(three, x, cp),
         lambda: make_variant("own-modules")(x, context_parallel=cp),
         lambda: layer(x, context_parallel=cp, attention_mask=torch.ones(1, 20)),
         lambda: layer(x, context_parallel=cp, cache=object()),

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch.func import functional_call
 
+from nsa_fsa.cache import KeyValues
 from nsa_fsa.config import BRANCHES
+from nsa_fsa.sequences import Sequences
 from tests.cases import backends_of, device_of
 from tests.modules.layers import (
     VARIANTS,
@@ -296,3 +298,39 @@ def test_no_gradient_is_copied_into_zeros(name):
     names = operations(make_variant(name)(randn(1, 40, 24)))
     assert "SqueezeBackward1" in names or "UnbindBackward0" in names
     assert not names & {"SelectBackward0", "SliceBackward0"}
+
+
+@pytest.mark.parametrize("own", [False, True], ids=["shared", "own"])
+@pytest.mark.parametrize("backend", backends_of("nsa_attention"))
+def test_queries_may_be_some_runs_of_the_keys(backend, own):
+    """As where ranks share a KV head: outputs and gradients of runs, a rank's each, are together
+    those of all queries."""
+    if backend != "reference" and device_of(backend) == "cpu":
+        pytest.skip("the whole core takes Triton's interpreter too long: on a GPU only")
+    sizes = dict(num_heads=2, num_kv_heads=1, head_dim=16, block_size=16, window_size=20)
+    layer = make_variant("default", **sizes, backend=backend).to(device_of(backend))
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    shapes = [(50, 2, 16), *[(50, 1, 16)] * (4 if own else 2), *[(12, 1, 16)] * 2, (50, 6)]
+    device = device_of(backend)
+    tensors = [
+        randn(*shape, seed=i).to(device, dtype).requires_grad_() for i, shape in enumerate(shapes)
+    ]
+    q, k, v, *k_and_v_swa, k_cmp, v_cmp, gate_logits = tensors
+    keys = KeyValues(k, v, *(k_and_v_swa or (k, v)), k, v)
+    cu_seqlens = torch.tensor([0, 17, 17, 50], dtype=torch.int32, device=device)
+    do = randn(50, 2, 16, seed=9).to(device, dtype)
+
+    def gradients(runs, rows):
+        mixed = (q[rows], keys, k_cmp, v_cmp, gate_logits[rows], Sequences(cu_seqlens, 33))
+        o = layer.mix(*mixed, runs=runs)
+        return o.detach(), torch.autograd.grad(o, tensors, do[rows])
+
+    o, expected = gradients(None, slice(None))
+    first, last = [*range(10), *range(40, 50)], slice(10, 40)
+    o_first, of_first = gradients(((0, 10), (40, 50)), first)
+    o_last, of_last = gradients(((10, 40),), last)
+    close = dict(rtol=0, atol=1e-12 if backend == "reference" else 1e-4)
+    torch.testing.assert_close(o_first, o[first], **close)
+    torch.testing.assert_close(o_last, o[last], **close)
+    for x, y, z in zip(of_first, of_last, expected, strict=True):
+        torch.testing.assert_close(x + y, z, **close)

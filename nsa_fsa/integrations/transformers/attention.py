@@ -24,7 +24,7 @@ from nsa_fsa.cache.nsa_cache import turn_back
 from nsa_fsa.checks import check_tensor
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.distributed import ContextParallel
-from nsa_fsa.distributed.context_parallel import check_context_parallel
+from nsa_fsa.distributed.context_parallel import Runs, check_context_parallel
 from nsa_fsa.integrations.transformers import cache
 from nsa_fsa.integrations.transformers.rotation import with_fused_rotation
 from nsa_fsa.integrations.transformers.steps import find_step
@@ -229,7 +229,7 @@ def sparse_attention(
         k, v = take(k, rows), take(v, rows)
     else:
         k, v = _real_first(k, columns), _real_first(v, columns)
-    o = attention(None, q, k, v, take(nsa_gate_logits, rows))  # [T, HQ, DV]
+    o = attention(None, None, q, k, v, take(nsa_gate_logits, rows))  # [T, HQ, DV]
     o = put_back(o, rows, batch_size, length)
     return o if real is None else o * real[..., None, None], None
 
@@ -242,6 +242,7 @@ def _attend(
     real: Tensor | None,
     keep: Callable[[Tensor, Tensor], None] | None,
     heads: slice | None,
+    runs: Runs | None,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -250,7 +251,7 @@ def _attend(
     """Packed queries, rotated keys and values of some KV heads (None: all) -> `[T, HQ, DV]`.
 
     turn: cos and sin of the keys, which are turned back before they are compressed; None: they are
-    compressed as they are. keep: what the compressed tokens are handed to.
+    compressed as they are. keep: what the compressed tokens are handed to. runs: as of `mix`.
     """
     cos, sin = turn or (None, None)
     k_src = k if cos is None or sin is None else turn_back(k, cos, sin)
@@ -258,7 +259,7 @@ def _attend(
     k_cmp, v_cmp = module.compress(k_src, v, cos, sin, layout, heads)
     if keep is not None:
         keep(k_cmp, v_cmp)
-    return module.mix(q, keys, k_cmp, v_cmp, gate_logits, layout, scaling, real)
+    return module.mix(q, keys, k_cmp, v_cmp, gate_logits, layout, scaling, real, runs)
 
 
 def _check_call(
