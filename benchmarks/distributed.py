@@ -1,13 +1,13 @@
 """What several GPUs bring: one process a GPU, as torchrun starts them, and each beside one GPU.
 
 context: both passes of NSA's core, its compression included: "shared" by ranks that exchange tokens
-for heads, in one group of KV heads and in as many as is the default, and "alone", where every rank
-does all of it. "exchange" is shared with nothing to compute.
+for heads, in every possible number of groups of KV heads, and "alone", where every rank does all of
+it. "exchange" is shared with nothing to compute. Of a shared row `default` says whether its number
+of groups is the one that is taken by default.
 module: the forward of a layer of Llama-3-8B whose heads are split, with the sum of its outputs.
 prefill: the first token of a Llama-3-8B that transformers has split as it was loaded.
 """
 
-import math
 import os
 import statistics
 import tempfile
@@ -43,7 +43,7 @@ METHOD: dict[str, Any] = dict(
 )
 # Query heads, KV heads and tokens; and how many ranks there must be.
 SHARED = ((32, 8, 131072, 1), (32, 8, 262144, 1), (64, 4, 131072, 1), (64, 4, 1 << 20, 4))
-CHECKED = (32, 8, 32768)  # in one group, and in as many as there can be
+CHECKED = (32, 8, 32768)
 BLOCKS = ((64, 16), (128, 8))
 LENGTHS = (32768, 65536)
 
@@ -163,7 +163,7 @@ def context(ranks: Ranks, add: Add) -> None:
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     heads, kv_heads, tokens = CHECKED
     case = Case(config_of(heads, kv_heads), tokens, device=str(ranks.device))
-    for groups in sorted({1, kv_heads // math.gcd(kv_heads, ranks.size)}):
+    for groups in ContextParallel(mesh).possible_groups(kv_heads):
         cp = ContextParallel(mesh, groups=groups)
         with deterministic():
             found = {name: ranks.largest(x) for name, x in errors(case, cp).items()}
@@ -177,12 +177,12 @@ def context(ranks: Ranks, add: Add) -> None:
         if least == 1:
             add("context", "alone", case.sizes(), ranks.time(Shared(case, None).both_passes))
             free(ranks)
-        default = ContextParallel(mesh).num_groups(tokens, heads, kv_heads)
-        for groups in sorted({1, default}):
+        for groups in ContextParallel(mesh).possible_groups(kv_heads):
             cp, sizes = ContextParallel(mesh, groups=groups), case.sizes() | dict(groups=groups)
             for what, computed in dict(exchange=False, shared=True).items():
                 measured = ranks.time(Shared(case, cp, computed).both_passes)
-                add("context", what, sizes, measured)
+                default = groups == ContextParallel(mesh).num_groups(tokens, heads, kv_heads)
+                add("context", what, sizes, measured | dict(default=default))
                 free(ranks)
 
 
@@ -278,7 +278,7 @@ def measure(results: Results | None, console: Console, parts: list[str], device:
         where = f"{sizes['num_tokens']:,} tokens, {sizes['num_heads']} heads"
         found = "".join(f", {name} {x:.1e}" for name, x in measured.get("errors", {}).items())
         if "groups" in sizes:
-            where += f", {sizes['groups']} groups"
+            where += f", {sizes['groups']} groups{' (default)' * measured.get('default', False)}"
         text = f"{ranks.size} GPUs, {part}, {what}, {where}: {measured['ms']:.4g} ms{found}"
         console.print(text, highlight=False)
 

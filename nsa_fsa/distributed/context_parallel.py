@@ -238,18 +238,22 @@ class ContextParallel:
     ) -> int:
         """In how many groups `attend` computes this rank's KV heads, of num_tokens of all ranks and
         num_heads query heads. groups: as of `attend`."""
-        number = num_kv_heads // math.gcd(num_kv_heads, self.size)  # of a rank
+        possible = self.possible_groups(num_kv_heads)
         groups = self.groups if groups is None else groups
         if groups is None:
             pairs = num_tokens * num_heads // self.size
-            possible = [x for x in range(1, number + 1) if number % x == 0]
             return max(x for x in possible if x == 1 or pairs >= x * LEAST_PAIRS)
-        if number % groups:
+        if groups not in possible:
             raise ValueError(
-                f"groups={groups} of ContextParallel does not divide the {number} KV heads that "
-                f"each of {self.size} ranks has. Fix: a number that divides {number}, or None."
+                f"groups={groups} of ContextParallel does not divide the {possible[-1]} KV heads "
+                f"that each of {self.size} ranks has. Fix: one of {possible}, or None."
             )
         return groups
+
+    def possible_groups(self, num_kv_heads: int) -> list[int]:
+        """What divides the KV heads of a rank, which are the last of these."""
+        number = num_kv_heads // math.gcd(num_kv_heads, self.size)
+        return [x for x in range(1, number + 1) if number % x == 0]
 
     def _split(self, num_kv_heads: int, groups: int) -> Split:
         """As many shares of the heads as there can be, and as many spans as that leaves."""

@@ -28,6 +28,7 @@ def test_every_part_is_measured_by_two_ranks(tmp_path):
     printed_by("tests.benchmarks.test_distributed", tmp_path)
     rows = json.loads(next(tmp_path.glob("distributed_*.json")).read_text())["rows"]
     found = [(x["variant"], x["pass"], x["num_tokens"], x.get("groups")) for x in rows]
+    assert [x["groups"] for x in rows if x.get("default")] == [2, 2]
     assert found == [
         ("context", "deterministic", 70, 1),
         ("context", "deterministic", 70, 2),

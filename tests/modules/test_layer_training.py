@@ -10,7 +10,7 @@ from torch.func import functional_call
 from nsa_fsa.cache import KeyValues
 from nsa_fsa.config import BRANCHES
 from nsa_fsa.sequences import Sequences
-from tests.cases import backends_of, device_of
+from tests.cases import backends_of, device_of, on_a_gpu_only
 from tests.modules.layers import (
     VARIANTS,
     FirstPlusTanhOfLast,
@@ -305,8 +305,7 @@ def test_no_gradient_is_copied_into_zeros(name):
 def test_queries_may_be_some_runs_of_the_keys(backend, own):
     """As where ranks share a KV head: outputs and gradients of runs, a rank's each, are together
     those of all queries."""
-    if backend != "reference" and device_of(backend) == "cpu":
-        pytest.skip("the whole core takes Triton's interpreter too long: on a GPU only")
+    on_a_gpu_only(backend, "triton")
     sizes = dict(num_heads=2, num_kv_heads=1, head_dim=16, block_size=16, window_size=20)
     layer = make_variant("default", **sizes, backend=backend).to(device_of(backend))
     dtype = torch.float64 if backend == "reference" else torch.float32
