@@ -6,6 +6,16 @@ from nsa_fsa.modules.branches import PARTS
 from nsa_fsa.modules.recording import sparse_layers
 
 
+def new_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Those of the gates and the compressors of a model's NSA layers, each once.
+
+    Raises:
+        ValueError: for a model without an NSA layer.
+    """
+    parts: list[nn.Module] = [getattr(x, part) for x in sparse_layers(model) for part in PARTS]
+    return list({id(p): p for part in parts for p in part.parameters()}.values())
+
+
 def freeze_all_but_new(model: nn.Module) -> list[nn.Parameter]:
     """Leaves the gates and the compressors of a model's NSA layers to train, and nothing else.
 
@@ -26,9 +36,8 @@ def freeze_all_but_new(model: nn.Module) -> list[nn.Parameter]:
         ...     optimizer.step()
         ...     optimizer.zero_grad()
     """
-    layers = sparse_layers(model)
+    new = new_parameters(model)
     model.requires_grad_(False)
-    parts: list[nn.Module] = [getattr(layer, part) for layer in layers for part in PARTS]
-    for part in parts:
-        part.requires_grad_(True)
-    return list({id(p): p for part in parts for p in part.parameters()}.values())
+    for parameter in new:
+        parameter.requires_grad_(True)
+    return new

@@ -33,16 +33,18 @@ def train(model, tmp_path, texts, *, teaching, **arguments):
 
 
 def gradients_by_hand(model, texts, teaching):
-    """Of one step, in which texts are batches of their own, with the lessons."""
+    """Of one step, in which texts are batches of their own, with the lessons and the mean loss."""
     model.train().zero_grad()
-    learned = []
+    learned, losses = [], []
     for x in texts:
         with teach(model, local=teaching.local) as teacher:
             own = model(x[None], labels=x[None], use_cache=False).loss
+            losses.append(own.item())
             lessons = teacher.loss(error=teaching.error, divergence=teaching.divergence)
             ((teaching.own * own + lessons) / len(texts)).backward()
         learned += teacher.lessons
-    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}, learned
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return grads, learned, sum(losses) / len(losses)
 
 
 @pytest.mark.parametrize(
@@ -56,7 +58,7 @@ def test_a_step_of_several_batches_is_the_sum_of_its_losses(tmp_path, teaching, 
     model = sparse_model()
     if teaching.local:
         freeze_all_but_new(model)
-    expected, lessons = gradients_by_hand(model, texts, teaching)
+    expected, lessons, own = gradients_by_hand(model, texts, teaching)
     model.zero_grad()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trainer = train(
@@ -79,6 +81,7 @@ def test_a_step_of_several_batches_is_the_sum_of_its_losses(tmp_path, teaching, 
     for name in ("error", "divergence", "mass", "recall"):
         mean = sum(getattr(x, name).item() for x in lessons) / 4
         assert logs[f"nsa_{name}"] == pytest.approx(mean, rel=1e-5)
+    assert logs["nsa_own"] == pytest.approx(own, rel=1e-5)
     assert attentions(model)[0].recorder is None
 
 
