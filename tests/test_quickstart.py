@@ -1,6 +1,6 @@
 """The quickstart, from beginning to end, on a run too short to learn anything."""
 
-import importlib.util
+import importlib
 import io
 import os
 import re
@@ -12,6 +12,8 @@ import pytest
 import typer
 from rich.console import Console
 from typer.testing import CliRunner
+
+from nsa_fsa import progress
 
 SCRIPT = Path(__file__).parents[1] / "scripts" / "quickstart.py"
 
@@ -82,28 +84,21 @@ class Clock:
 
 @pytest.fixture
 def training(monkeypatch):
-    # as the module would, and undone after the test.
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    specification = importlib.util.spec_from_file_location(
-        "progress", SCRIPT.parent / "progress.py"
-    )
-    module = importlib.util.module_from_spec(specification)
-    specification.loader.exec_module(module)
-    monkeypatch.setattr(module, "time", Clock())
-    return module
+    monkeypatch.setattr(progress, "time", Clock())
+    return progress
 
 
 def run_steps(training, seconds, terminal=False):
     """What is printed of steps that take so long, with a report after the first."""
     printed = io.StringIO()
     console = Console(file=printed, force_terminal=terminal, width=100)
-    with training.Steps(len(seconds), console) as progress:
+    with training.Steps(len(seconds), console) as steps:
         for number, took in enumerate(seconds):
             training.time.now += took
-            progress.advance()
+            steps.advance()
             if number == 0:
                 training.time.now += 20  # an evaluation, which is no part of a step
-                progress.report("loss 1.000")
+                steps.report("loss 1.000")
     return printed.getvalue()
 
 
