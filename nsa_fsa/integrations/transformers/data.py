@@ -14,6 +14,8 @@ from torch.utils.data import Dataset
 
 DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")
 TEXT_DTYPE = "uint32"  # of tokens that were text
+TOKENS = (".bin", ".npy")  # what files of tokens end in
+TEXTS = (".md", ".py", ".rst", ".txt")  # what files of text in a folder end in
 _PIECE = 1 << 20  # characters or bytes that are tokenized at once
 
 
@@ -105,6 +107,58 @@ def open_tokens(path: str | Path, dtype: str = "uint16") -> np.ndarray:
             "Fix: the dtype in which the file was written."
         )
     return np.memmap(path, dtype=dtype, mode="r")
+
+
+def files_of(paths: Iterable[str | Path]) -> list[Path]:
+    """The files that are named, and those of text anywhere in the folders that are, in order.
+
+    Raises:
+        ValueError: for what is not there, or a folder without text.
+    """
+    found: list[Path] = []
+    for path in map(Path, paths):
+        if path.is_dir():
+            inside = sorted(x for x in path.rglob("*") if x.suffix in TEXTS and x.is_file())
+            if not inside:
+                raise ValueError(
+                    f"{path} has no file of text, which in a folder is what ends in "
+                    f"{', '.join(TEXTS)}. Fix: name the files, as in {path}/*."
+                )
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise ValueError(f"{path} is not there. Fix: a file of text or tokens, or a folder.")
+    return found
+
+
+def rows_of(
+    files: Iterable[Path],
+    store: Path,
+    tokenizer: Any = None,
+    end: int | None = None,
+    dtype: str = "uint16",
+) -> dict[str, np.ndarray]:
+    """The tokens of files, by a name for errors: each of `TOKENS` is a row of its own, and what is
+    text becomes one, which is written only where it is not there yet.
+
+    Args:
+        files: as of `files_of`.
+        store: where tokens of text go.
+        tokenizer, end: as of `write_tokens`.
+        dtype: of bare numbers.
+
+    Raises:
+        ValueError: as of `open_tokens` and `write_tokens`.
+    """
+    files = list(files)
+    rows = {str(x): open_tokens(x, dtype) for x in files if x.suffix in TOKENS}
+    if texts := [x for x in files if x.suffix not in TOKENS]:
+        known = store.is_file()
+        rows["the text"] = (
+            open_tokens(store, TEXT_DTYPE) if known else write_tokens(texts, store, tokenizer, end)
+        )
+    return rows
 
 
 def write_tokens(
