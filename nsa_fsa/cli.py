@@ -1,7 +1,9 @@
 """The command line: `nsa-fsa info` (what is here, and what can run), `nsa-fsa explain` (what a
 layer would run, and why), `nsa-fsa bench` (how long it takes, beside full attention),
 `nsa-fsa bench decode` and `nsa-fsa bench prefill` (the same of a token and of a prompt),
-`nsa-fsa crossover` (from which length on it is faster), and `nsa-fsa serve` (an OpenAI API)."""
+`nsa-fsa crossover` (from which length on it is faster), `nsa-fsa serve` (an OpenAI API),
+`nsa-fsa convert` (makes a dense checkpoint sparse), and `nsa-fsa convert-report` (what that did to
+it)."""
 
 import importlib.metadata
 import os
@@ -34,6 +36,7 @@ from nsa_fsa.ops.common.backends import Backends
 from nsa_fsa.ops.compression.operator import GATHER_BACKENDS, POOL_BACKENDS
 from nsa_fsa.ops.nsa_attention import OPERATORS as CORE_OPERATORS
 from nsa_fsa.ops.sliding_window_attention.flash_attention import FLASH_ATTN_4
+from nsa_fsa.training import commands
 
 PACKAGES = ("torch", "triton", "flash-attn-4", "quack-kernels", "transformers")
 # In the order in which a layer calls them.
@@ -49,6 +52,7 @@ DTYPES = {name: getattr(torch, name) for name in ("bfloat16", "float16", "float3
 app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
 )
+app.command()(commands.convert)
 console = Console()
 
 # Options that several commands have.

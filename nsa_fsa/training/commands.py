@@ -1,0 +1,311 @@
+"""The commands of a conversion, `nsa-fsa convert` and `nsa-fsa convert-report`: options, and what
+is printed. What they do imports transformers, and so is imported where it is done."""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from nsa_fsa.config import PRESETS
+from nsa_fsa.training.schedule import Schedule
+
+console = Console()
+PRECISIONS = ("bf16", "fp32")
+LAYER_INPUTS = ("none", "device", "host")
+MODEL, DATA, LEARNING, RUN = "Model", "Text", "What is learned", "Run"
+# How fast the second stage learns by default: adapters start at nothing, and have to go far.
+RATE, RATE_OF_ADAPTERS = 2e-5, 2e-4
+
+Text = Annotated[
+    list[str],
+    typer.Option(
+        help="Files of text (any name) or tokens (.bin, .npy), or folders of text. Repeat.",
+        rich_help_panel=DATA,
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="Of .bin files: uint8, uint16, uint32, int32 or int64.", rich_help_panel=DATA
+    ),
+]
+Precision = Annotated[
+    str | None,
+    typer.Option(help=f"Of {', '.join(PRECISIONS)}. Default: bf16 on GPUs.", rich_help_panel=RUN),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Do away with what is in --output.", rich_help_panel=RUN)
+]
+
+
+def convert(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A dense one: a folder, a name on the hub, or a .gguf file.")
+    ],
+    text: Text,
+    output: Annotated[
+        Path,
+        typer.Option(file_okay=False, help="Where all goes that is written.", rich_help_panel=RUN),
+    ],
+    preset: Annotated[
+        str | None,
+        typer.Option(help=f"Of {', '.join(PRESETS)}. Default: fsa-64x16.", rich_help_panel=MODEL),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead: YAML of an NSAConfig, as in configs/.",
+            exists=True,
+            dir_okay=False,
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A field of NSAConfig, as in num_selected_blocks=32. Repeat.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    dense_layer: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Index of a layer that stays dense; -1 is the last. Repeat.", rich_help_panel=MODEL
+        ),
+    ] = None,
+    dtype: Dtype = "uint16",
+    length: Annotated[
+        int, typer.Option(min=2, help="Tokens of a sequence.", rich_help_panel=DATA)
+    ] = 8192,
+    separate: Annotated[
+        bool,
+        typer.Option(
+            "--separate",
+            help="Documents do not see each other. Else the text goes on from one to the next.",
+            rich_help_panel=DATA,
+        ),
+    ] = False,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Sequences at once.", rich_help_panel=DATA)
+    ] = 1,
+    accumulate: Annotated[
+        int, typer.Option(min=1, help="Batches of a step.", rich_help_panel=DATA)
+    ] = 4,
+    steps: Annotated[int, typer.Option(min=1, help="In all.", rich_help_panel=LEARNING)] = 500,
+    warm_up: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Of these steps, the first, in which gates and compressors alone learn, from "
+            "dense attention.",
+            rich_help_panel=LEARNING,
+        ),
+    ] = 100,
+    fade: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the other steps after which dense attention is not looked at any more.",
+            rich_help_panel=LEARNING,
+        ),
+    ] = 0.5,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help=f"At its highest, of what was there before. Default: {RATE:g}, or with --lora "
+            f"{RATE_OF_ADAPTERS:g}.",
+            rich_help_panel=LEARNING,
+        ),
+    ] = None,
+    new_learning_rate: Annotated[
+        float,
+        typer.Option(min=0, help="The same of gates and compressors.", rich_help_panel=LEARNING),
+    ] = 1e-3,
+    ramp: Annotated[
+        int, typer.Option(min=0, help="Steps until that.", rich_help_panel=LEARNING)
+    ] = 10,
+    weight_decay: Annotated[float, typer.Option(min=0, rich_help_panel=LEARNING)] = 0.1,
+    lora: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Rank of adapters that learn instead of what was there before, and are merged "
+            "into it in the end.",
+            rich_help_panel=LEARNING,
+        ),
+    ] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of the order.", rich_help_panel=LEARNING)
+    ] = 0,
+    precision: Precision = None,
+    layer_inputs: Annotated[
+        str,
+        typer.Option(
+            help="Where layers keep their inputs, to compute the rest again. Of "
+            f"{', '.join(LAYER_INPUTS)}.",
+            rich_help_panel=RUN,
+        ),
+    ] = "device",
+    loss_chunk: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Tokens whose logits are held at once; 0: all.", rich_help_panel=RUN
+        ),
+    ] = 2048,
+    save_every: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Steps between what a next call goes on from; 0: none.", rich_help_panel=RUN
+        ),
+    ] = 100,
+    log_every: Annotated[int, typer.Option(min=1, help="Steps.", rich_help_panel=RUN)] = 1,
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run",
+            help="Say what would be trained, and how long it takes. Writes nothing.",
+            rich_help_panel=RUN,
+        ),
+    ] = False,
+    overwrite: Overwrite = False,
+) -> None:
+    """Converts a dense checkpoint into a sparse one, which from_pretrained opens.
+
+    Gates and compressors learn first, from the dense model itself, and then everything does. What
+    was interrupted goes on when it is called again in the same way.
+    """
+    need("transformers", "accelerate")
+    _allowed(layer_inputs, LAYER_INPUTS, "--layer-inputs")
+    if preset is not None and config is not None:
+        raise typer.BadParameter("give one of --preset and --config, or none.")
+    from nsa_fsa.training import conversion
+
+    quiet()
+    with refused():
+        schedule = Schedule(
+            steps=steps,
+            warm_up=warm_up,
+            learning_rate=(
+                learning_rate if learning_rate is not None else (RATE_OF_ADAPTERS if lora else RATE)
+            ),
+            new_learning_rate=new_learning_rate,
+            ramp=ramp,
+            fade=fade,
+        )
+        plan = conversion.Plan(
+            checkpoint=checkpoint,
+            text=tuple(text),
+            schedule=schedule,
+            config=preset if config is None else str(config),
+            overrides=_settings(setting or []),
+            dense_layers=tuple(dense_layer or ()),
+            length=length,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            separate=separate,
+            dtype=dtype,
+            weight_decay=weight_decay,
+            lora=lora,
+            seed=seed,
+            precision=precision_of(precision),
+        )
+        way = conversion.Way(layer_inputs, loss_chunk, save_every, log_every)
+        there = conversion.Progress(None, 0, False)
+        if not (overwrite or dry_run):
+            there = conversion.progress_of(plan, output)
+        if there.is_finished:
+            raise ValueError(
+                f"{output / conversion.MODEL} is there already, made with these options. Fix: "
+                "another --output, or --overwrite."
+            )
+        possible = conversion.check(plan)
+        console.print(str(possible.report), highlight=False, soft_wrap=True, markup=False)
+        if dry_run:
+            _print_phases(conversion.rehearse(plan, possible, way))
+            return
+        if overwrite:
+            conversion.clear(plan, output)
+        if there.done:
+            console.print(f"Going on after step {there.done}.", highlight=False)
+        run = conversion.begin(plan, output, way=way, console=console, possible=possible)
+    folder = run.finish()
+    console.print(f"Saved to {folder}.", soft_wrap=True, highlight=False)
+
+
+def _print_phases(phases: list[Any]) -> None:
+    from nsa_fsa.training.conversion import about_seconds
+
+    table = Table(title="What would be trained here, from one timed step of each kind")
+    for heading in ("what learns", "steps", "parameters", "tokens", "a step", "in all"):
+        table.add_column(heading, justify="left" if heading == "what learns" else "right")
+    for x in phases:
+        times = f"{x.seconds:.2f} s", about_seconds(x.steps * x.seconds)
+        table.add_row(x.name, f"{x.steps:,}", f"{x.parameters:,}", f"{x.tokens:,}", *times)
+    table.add_section()
+    whole = about_seconds(sum(x.steps * x.seconds for x in phases))
+    tokens, steps = sum(x.tokens for x in phases), sum(x.steps for x in phases)
+    table.add_row("in all", f"{steps:,}", "", f"{tokens:,}", "", whole)
+    console.print(table)
+
+
+def need(*packages: str) -> None:
+    """Ends the program with the reason where a package is missing."""
+    missing = [x for x in packages if importlib.util.find_spec(x) is None]
+    if missing:
+        raise typer.BadParameter(
+            f"it needs {' and '.join(missing)}, which is not installed. "
+            'Fix: pip install "nsa-fsa[train,plot,bench]".'
+        )
+
+
+def quiet() -> None:
+    """Leaves transformers' own bars and remarks out."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+@contextmanager
+def refused() -> Iterator[None]:
+    """Ends the program with the reason where something cannot be done."""
+    try:
+        yield
+    except (ImportError, OSError, TypeError, ValueError) as error:
+        raise typer.BadParameter(str(error)) from error
+
+
+def precision_of(given: str | None) -> str:
+    default = "bf16" if torch.cuda.is_available() else "fp32"
+    return _allowed(given or default, PRECISIONS, "--precision")
+
+
+def _allowed(value: str, allowed: tuple[str, ...], option: str) -> str:
+    if value not in allowed:
+        message = f"{value!r} is not known: allowed are {', '.join(allowed)}."
+        raise typer.BadParameter(message, param_hint=option)
+    return value
+
+
+def _settings(given: list[str]) -> dict[str, Any]:
+    """["window_size=64"] -> {"window_size": 64}"""
+    found: dict[str, Any] = {}
+    for text in given:
+        name, sign, value = text.partition("=")
+        if not sign:
+            raise typer.BadParameter(
+                f"{text!r} is no setting. Fix: --set window_size=64, for example.",
+                param_hint="--set",
+            )
+        found[name.strip()] = yaml.safe_load(value)
+    return found

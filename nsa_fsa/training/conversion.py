@@ -1,0 +1,606 @@
+"""A conversion from a dense checkpoint to a sparse one: what it is, whether it is possible, how
+long it would take, and the run, which may be interrupted anywhere."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+from torch import nn
+from torch.utils.data import ConcatDataset
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import is_tensorboard_available
+
+from nsa_fsa.integrations.transformers import (
+    NSAAttention,
+    PatchReport,
+    checkpoint_layers,
+    chunk_loss,
+    patch_model,
+)
+from nsa_fsa.integrations.transformers.checkpoint import Checkpoint
+from nsa_fsa.integrations.transformers.data import PackedTokens, files_of, rows_of
+from nsa_fsa.integrations.transformers.layers import attention_layers
+from nsa_fsa.modules.branches import PARTS
+from nsa_fsa.progress import Steps
+from nsa_fsa.training.schedule import Schedule
+from nsa_fsa.training.trainer import ConversionMixin
+
+PLAN, MODEL, STORE, HISTORY = "conversion.json", "model", "tokens.bin", "history.json"
+LAYER_INPUTS = ("none", "device", "host")
+PRECISIONS = ("bf16", "fp32")
+# Beside the plan and the checkpoints of Trainer.
+_OWN = (MODEL, f"{MODEL}.unfinished", STORE, f"{STORE}.unfinished", HISTORY, "runs")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that decides what a conversion makes.
+
+    Args:
+        checkpoint: a folder, a name on the hub, or a file that ends in .gguf.
+        text: files of text or tokens, or folders of text.
+        schedule: the stages.
+        config: the NSA settings, as `patch_model` takes them; None: the preset "fsa-64x16".
+        overrides: fields of NSAConfig, which win over these.
+        dense_layers: indices of layers that stay dense; negative ones count from the end.
+        length: tokens of a sequence.
+        batch_size: sequences at once.
+        accumulate: batches of a step.
+        separate: whether documents do not see each other; else the text goes on from one to the
+            next, and fills sequences that are longer than documents are.
+        dtype: of files of bare numbers.
+        weight_decay: of matrices that were there before.
+        lora: the rank of adapters that learn in the second stage instead of what they adapt, and
+            are merged into that in the end; 0: everything learns.
+        seed: of the order of sequences, and of adapters.
+        precision: "bf16" or "fp32", in which layers compute. Weights are float32 while they learn.
+    """
+
+    checkpoint: str
+    text: tuple[str, ...]
+    schedule: Schedule
+    config: str | None = None
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    dense_layers: tuple[int, ...] = ()
+    length: int = 8192
+    batch_size: int = 1
+    accumulate: int = 4
+    separate: bool = False
+    dtype: str = "uint16"
+    weight_decay: float = 0.1
+    lora: int = 0
+    seed: int = 0
+    precision: str = "fp32"
+
+    @property
+    def tokens_of_a_step(self) -> int:
+        return self.length * self.batch_size * self.accumulate
+
+    @property
+    def learning(self) -> str:
+        """What learns in the second stage, beside the new parts."""
+        return "adapters" if self.lora else "everything"
+
+    def written(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a conversion is run, which changes nothing of what it makes.
+
+    Args:
+        layer_inputs: where layers keep their inputs, to compute all else again in backward:
+            "device" or "host"; "none": they keep everything.
+        loss_chunk: tokens whose logits are held at once; 0: all.
+        save_every: steps between two checkpoints to go on from; 0: none.
+        log_every: steps between two reports.
+    """
+
+    layer_inputs: str = "device"
+    loss_chunk: int = 2048
+    save_every: int = 100
+    log_every: int = 1
+
+
+USUAL = Way()
+
+
+# --- Before anything is loaded --------------------------------------------------------------------
+
+
+class Possible(NamedTuple):
+    """A conversion that nothing speaks against."""
+
+    source: Checkpoint
+    files: list[Path]
+    report: PatchReport  # of what would be patched
+
+
+def check(plan: Plan) -> Possible:
+    """Whether a conversion is possible, before a weight is loaded or anything is written.
+
+    Raises:
+        ValueError, TypeError, OSError: name what cannot be converted, and why.
+        ImportError: names the package that is missing.
+    """
+    files = files_of(plan.text)
+    source = Checkpoint.of(plan.checkpoint)
+    _check_config(source, plan)
+    if plan.lora:
+        _need_peft()
+    skeleton = source.skeleton()
+    _name_layers(skeleton, plan)
+    report = patch_model(skeleton, **_changes(skeleton, plan), dry_run=True, verbose=False)
+    return Possible(source, files, report)
+
+
+def _check_config(source: Checkpoint, plan: Plan) -> None:
+    config = source.config
+    if hasattr(config, "nsa"):
+        raise ValueError(
+            f"{source.name} is sparse already ({config.model_type}). Fix: a dense checkpoint; to "
+            "train a sparse one on, scripts/train.py."
+        )
+    kept = getattr(config, "quantization_config", None)
+    if kept is not None:
+        found = kept if isinstance(kept, Mapping) else vars(kept)
+        raise ValueError(
+            f"{source.name} is quantized ({found.get('quant_method', 'unknown')}), and what is "
+            "quantized neither learns nor takes merged adapters. Fix: the checkpoint that it was "
+            "made of, in 16 or 32 bits."
+        )
+    if source.longest is not None and plan.length > source.longest:
+        raise ValueError(
+            f"length={plan.length} is more than the {source.longest} positions that {source.name} "
+            f"was made for. Fix: length={source.longest} or less, or another rope_parameters and "
+            "max_position_embeddings in its config.json."
+        )
+
+
+def _need_peft() -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            "adapters need PEFT, which is not installed. Fix: pip install peft; or leave lora out."
+        ) from error
+
+
+def _name_layers(model: nn.Module, plan: Plan) -> None:
+    """Raises ValueError for layers that are to stay dense and are not there."""
+    count = len(attention_layers(model))
+    wrong = [i for i in plan.dense_layers if not -count <= i < count]
+    if wrong:
+        raise ValueError(
+            f"dense_layers={list(plan.dense_layers)} names {wrong}, and the layers of "
+            f"{type(model).__name__} are 0 to {count - 1}. Fix: indices among them, or negative "
+            "ones, which count from the end."
+        )
+
+
+def _changes(model: nn.Module, plan: Plan) -> dict[str, Any]:
+    """What `patch_model` is called with."""
+    layers = None
+    if plan.dense_layers:
+        found = attention_layers(model)
+        dense = {i % len(found) for i in plan.dense_layers}
+        layers = [i for i, x in found.items() if x.is_full and i not in dense]
+    return dict(config=plan.config, layers=layers, **plan.overrides)
+
+
+# --- What lies in the folder ----------------------------------------------------------------------
+
+
+class Progress(NamedTuple):
+    """What there is of a conversion already."""
+
+    last: Path | None  # the checkpoint to go on from
+    done: int  # steps
+    is_finished: bool
+
+
+def progress_of(plan: Plan, output: Path) -> Progress:
+    """How far the conversion in a folder is; nothing is changed there.
+
+    Raises:
+        ValueError: where the folder has anything else.
+    """
+    if not output.is_dir() or not any(output.iterdir()):
+        return Progress(None, 0, False)
+    path = output / PLAN
+    if not path.is_file():
+        raise ValueError(
+            f"{output} has files that no conversion has written. Fix: another, empty folder."
+        )
+    before, now = json.loads(path.read_text(encoding="utf-8")), plan.written()
+    differ = [name for name in now if before.get(name) != now[name]]
+    if differ:
+        name = differ[0]
+        raise ValueError(
+            f"{output} has another conversion, whose {name} is {before.get(name)!r} and not "
+            f"{now[name]!r}. Fix: the same options, to go on with that one; another folder; or "
+            "overwrite it."
+        )
+    last = _last_checkpoint(output)
+    done = 0 if last is None else _number(last)
+    return Progress(last, done, (output / MODEL).is_dir())
+
+
+def _number(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def _checkpoints(output: Path) -> list[Path]:
+    found = (x for x in output.iterdir() if re.fullmatch(r"checkpoint-\d+", x.name))
+    return sorted(found, key=_number)
+
+
+def _last_checkpoint(output: Path) -> Path | None:
+    """The last that is whole: the state is what Trainer writes last."""
+    for folder in reversed(_checkpoints(output)):
+        try:
+            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return folder
+    return None
+
+
+def clear(plan: Plan, output: Path) -> None:
+    """Removes from a folder what another conversion has written there, and nothing else, so that
+    this one may begin.
+
+    Raises:
+        ValueError: for a folder with files and no conversion.
+    """
+    if not output.is_dir() or not any(output.iterdir()):
+        return
+    if not (output / PLAN).is_file():
+        raise ValueError(
+            f"{output} has files that no conversion has written. Fix: another, empty folder."
+        )
+    for path in (*_checkpoints(output), *(output / name for name in _OWN)):
+        _remove(path)
+    _write(output / PLAN, plan.written())
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+# --- The run --------------------------------------------------------------------------------------
+
+
+class Prepared(NamedTuple):
+    """A patched model and its text."""
+
+    model: Any
+    windows: ConcatDataset[dict[str, torch.Tensor]]
+    merge: Callable[[], Any]  # the model as it is to be saved
+
+
+def prepare(plan: Plan, possible: Possible, way: Way, store: Path) -> Prepared:
+    """Tokenizes the text, unless that is done, and loads and patches the model.
+
+    Raises:
+        ValueError: for text of which no model can learn, or a model whose memory cannot be saved as
+            `way` says.
+    """
+    source, ends = possible.source, possible.source.ends
+    rows = rows_of(possible.files, store, source.tokenizer, ends[0], plan.dtype)
+    bounds = ends if plan.separate else ()
+    known = [
+        PackedTokens(x, plan.length, bounds, source.vocab_size, name) for name, x in rows.items()
+    ]
+    for windows in known:
+        windows[0]  # says at once if these are no tokens of this model
+    torch.manual_seed(plan.seed)
+    model = source.load()
+    patch_model(model, **_changes(model, plan), verbose=False)
+    merge = _with_adapters(model, plan.lora) if plan.lora else _itself(model)
+    if way.layer_inputs != "none":
+        checkpoint_layers(model, in_host_memory=way.layer_inputs == "host")
+    if way.loss_chunk:
+        chunk_loss(model, way.loss_chunk)
+    return Prepared(model, ConcatDataset(known), merge)
+
+
+def _itself(model: Any) -> Callable[[], Any]:
+    def merge() -> Any:
+        return model
+
+    return merge
+
+
+def _with_adapters(model: Any, rank: int) -> Callable[[], Any]:
+    """Puts adapters on every linear map of the decoder but the new parts; the rest is frozen.
+
+    The model stays what it is, a model of transformers, with other modules inside.
+    """
+    from peft import LoraConfig
+    from peft.tuners.lora import LoraModel
+
+    layers = [(name, x) for name, x in model.named_modules() if isinstance(x, NSAAttention)]
+    new = tuple(f"{name}.{part}" for name, _ in layers for part in PARTS)
+    head = model.get_output_embeddings()
+    targets = [
+        name
+        for name, x in model.named_modules()
+        if isinstance(x, nn.Linear) and x is not head and not name.startswith(new)
+    ]
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
+    tuner = LoraModel(model, config, "default")
+
+    def merge() -> Any:
+        return tuner.merge_and_unload()
+
+    return merge
+
+
+class ConversionTrainer(ConversionMixin, Trainer):
+    """transformers' Trainer, by a schedule."""
+
+
+def trainer_of(
+    prepared: Prepared, plan: Plan, way: Way, output: Path, schedule: Schedule
+) -> ConversionTrainer:
+    """A Trainer of the model by a schedule, which writes into a folder."""
+    arguments = TrainingArguments(
+        str(output),
+        max_steps=schedule.steps,
+        per_device_train_batch_size=plan.batch_size,
+        gradient_accumulation_steps=plan.accumulate,
+        weight_decay=plan.weight_decay,
+        adam_beta2=0.95,
+        seed=plan.seed,
+        data_seed=plan.seed,
+        bf16=plan.precision == "bf16",
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=way.log_every,
+        save_strategy="steps" if way.save_every else "no",
+        save_steps=way.save_every or schedule.steps,
+        save_total_limit=1,
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        report_to=["tensorboard"] if is_tensorboard_available() else [],
+    )
+    if arguments.n_gpu > 1:  # it would spread every batch over all that it sees
+        arguments._n_gpu = 1
+    trainer = ConversionTrainer(
+        prepared.model, arguments, train_dataset=prepared.windows, schedule=schedule
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def convert(plan: Plan, output: Path, *, way: Way = USUAL, console: Console | None = None) -> Path:
+    """Converts a checkpoint, or goes on with a conversion that was interrupted: with the same
+    losses as without the interruption.
+
+    Args:
+        plan: what to convert, and how.
+        output: a folder, with nothing in it or what an earlier call with the same plan has left.
+        way: how to run it.
+        console: where progress is shown; None: nowhere.
+
+    Returns:
+        The folder in `output` that `from_pretrained` opens, with the tokenizer.
+
+    Raises:
+        ValueError, TypeError, OSError, ImportError: as of `check`, `progress_of` and `prepare`.
+    """
+    if progress_of(plan, output).is_finished:
+        return output / MODEL
+    return begin(plan, output, way=way, console=console).finish()
+
+
+def begin(
+    plan: Plan,
+    output: Path,
+    *,
+    way: Way = USUAL,
+    console: Console | None = None,
+    possible: Possible | None = None,
+) -> "Run":
+    """All of `convert` that can be refused; `finish` of what it returns is the rest.
+
+    possible: what `check` said of the plan, where it was asked.
+    """
+    console = Console(quiet=True) if console is None else console
+    last = progress_of(plan, output).last
+    possible = check(plan) if possible is None else possible
+    output.mkdir(parents=True, exist_ok=True)
+    _write(output / PLAN, plan.written())
+    with console.status("Reading the text and the model"):
+        prepared = prepare(plan, possible, way, output / STORE)
+    _say_text(console, plan, prepared)
+    trainer = trainer_of(prepared, plan, way, output, plan.schedule)
+    return Run(plan, output, possible.source, prepared, trainer, last, console)
+
+
+class Run(NamedTuple):
+    """A conversion that is about to be made."""
+
+    plan: Plan
+    output: Path
+    source: Checkpoint
+    prepared: Prepared
+    trainer: ConversionTrainer
+    last: Path | None  # the checkpoint to go on from
+    console: Console
+
+    def finish(self) -> Path:
+        """Trains and saves the model: in the folder that is returned."""
+        done = 0 if self.last is None else _number(self.last)
+        with Steps(self.plan.schedule.steps, self.console, done=done) as steps:
+            self.trainer.add_callback(_Report(steps, self.plan))
+            self.trainer.train(resume_from_checkpoint=str(self.last) if self.last else None)
+        history = [x for x in self.trainer.state.log_history if "loss" in x]
+        _write(self.output / HISTORY, history)
+        _save(self.prepared, self.source, self.output)
+        for folder in _checkpoints(self.output):
+            _remove(folder)
+        return self.output / MODEL
+
+
+def _write(path: Path, content: Any) -> None:
+    """Through a second file, so that no interruption leaves half of one."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    os.replace(part, path)
+
+
+def _save(prepared: Prepared, source: Checkpoint, output: Path) -> None:
+    """The model, in the dtype that it came in, whole or not at all."""
+    unfinished = output / f"{MODEL}.unfinished"
+    _remove(unfinished)
+    dtype = str(source.config.dtype or torch.float32).removeprefix("torch.")
+    model = prepared.merge().to(getattr(torch, dtype))
+    model.save_pretrained(unfinished)
+    if source.tokenizer is not None:
+        source.tokenizer.save_pretrained(unfinished)
+    unfinished.rename(output / MODEL)
+
+
+def _say_text(console: Console, plan: Plan, prepared: Prepared) -> None:
+    sequences = plan.schedule.steps * plan.batch_size * plan.accumulate
+    there = len(prepared.windows)
+    console.print(
+        f"The text is {there:,} sequences of {plan.length:,} tokens; the conversion reads "
+        f"{sequences:,}, each {sequences / there:.2g} times.",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+class _Report(TrainerCallback):
+    """Moves the progress, and says what is logged."""
+
+    def __init__(self, steps: Steps, plan: Plan) -> None:
+        self._steps, self._plan = steps, plan
+        self._start: tuple[int, float] | None = None  # a step, and when it began
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._start is None:
+            self._start = state.global_step, time.perf_counter()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = None  # saving is no part of a step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._steps.advance()
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        logs: dict[str, float] = kwargs["logs"]
+        if "loss" not in logs:
+            return
+        said = [f"loss {logs.get('nsa_own', logs['loss']):.4f}"]
+        if "nsa_mass" in logs:
+            said += [
+                f"error {logs['nsa_error']:.4f}",
+                f"divergence {logs['nsa_divergence']:.4f}",
+                f"mass in chosen blocks {logs['nsa_mass']:.4f}",
+            ]
+        if self._start is not None:
+            (first, start), now = self._start, time.perf_counter()
+            tokens = (state.global_step - first) * self._plan.tokens_of_a_step
+            said.append(f"{tokens / (now - start):,.0f} tokens/s")
+            self._start = state.global_step, now
+        is_warm_up = state.global_step <= self._plan.schedule.warm_up
+        stage = "warm-up" if is_warm_up else self._plan.learning
+        self._steps.report(f"{stage}: {', '.join(said)}")
+
+
+# --- The dry run ----------------------------------------------------------------------------------
+
+
+class Phase(NamedTuple):
+    """Steps of a conversion that take the same time each."""
+
+    name: str
+    steps: int
+    parameters: int  # that learn
+    tokens: int
+    seconds: float  # of one step
+
+
+def rehearse(plan: Plan, possible: Possible, way: Way = USUAL) -> list[Phase]:
+    """A step of every kind that a conversion has, really made and timed, in memory and a temporary
+    folder. On a GPU it is the second of each kind, as the first compiles kernels.
+
+    Raises:
+        ValueError: as of `prepare`.
+    """
+    schedule, repeat = plan.schedule, 2 if torch.cuda.is_available() else 1
+    after = schedule.steps - schedule.warm_up
+    taught = sum(
+        schedule.teaching(step) is not None for step in range(schedule.warm_up, schedule.steps)
+    )
+    numbers = (schedule.warm_up, taught, after - taught)
+    warm_up, *rest = (repeat * (number > 0) for number in numbers)
+    short = dataclasses.replace(
+        schedule, steps=warm_up + sum(rest), warm_up=warm_up, fade=rest[0] / max(1, sum(rest))
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        prepared = prepare(plan, possible, way, Path(folder) / STORE)
+        in_place = dataclasses.replace(way, save_every=0)
+        trainer = trainer_of(prepared, plan, in_place, Path(folder), short)
+        watch = _Stopwatch()
+        trainer.add_callback(watch)
+        trainer.train()
+    groups = trainer.create_optimizer().param_groups
+    new, learning = (
+        sum(p.numel() for x in groups if x["is_new"] or everything for p in x["params"])
+        for everything in (False, True)
+    )
+    then = plan.learning
+    names = ("warm-up", f"{then}, with dense attention as teacher", f"{then}, by itself")
+    kinds = zip(names, numbers, (new, learning, learning), strict=True)
+    last = iter(watch.seconds[repeat - 1 :: repeat])
+    return [
+        Phase(name, number, parameters, number * plan.tokens_of_a_step, next(last))
+        for name, number, parameters in kinds
+        if number
+    ]
+
+
+class _Stopwatch(TrainerCallback):
+    """How long every step takes."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = _now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seconds.append(_now() - self._start)
+
+
+def _now() -> float:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def about_seconds(seconds: float) -> str:
+    """As a person says it: "40 s", "12 min", "3.5 h"."""
+    if seconds < 100:
+        return f"{math.ceil(seconds)} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
