@@ -53,6 +53,7 @@ app = typer.Typer(
     add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__
 )
 app.command()(commands.convert)
+app.command()(commands.convert_report)
 console = Console()
 
 # Options that several commands have.

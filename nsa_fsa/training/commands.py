@@ -1,7 +1,9 @@
 """The commands of a conversion, `nsa-fsa convert` and `nsa-fsa convert-report`: options, and what
 is printed. What they do imports transformers, and so is imported where it is done."""
 
+import dataclasses
 import importlib.util
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -229,17 +231,95 @@ def convert(
                 "another --output, or --overwrite."
             )
         possible = conversion.check(plan)
-        console.print(str(possible.report), highlight=False, soft_wrap=True, markup=False)
         if dry_run:
+            say(str(possible.report))
             _print_phases(conversion.rehearse(plan, possible, way))
             return
         if overwrite:
             conversion.clear(plan, output)
-        if there.done:
-            console.print(f"Going on after step {there.done}.", highlight=False)
         run = conversion.begin(plan, output, way=way, console=console, possible=possible)
-    folder = run.finish()
-    console.print(f"Saved to {folder}.", soft_wrap=True, highlight=False)
+    say(str(dataclasses.replace(possible.report, dry_run=False)))
+    sequences, there_are = steps * batch_size * accumulate, len(run.prepared.windows)
+    say(
+        f"The text is {there_are:,} sequences of {length:,} tokens; the conversion reads "
+        f"{sequences:,}, each {sequences / there_are:.2g} times."
+    )
+    if there.done:
+        say(f"Going on after step {there.done}.")
+    say(f"Saved to {run.finish()}.")
+
+
+def convert_report(
+    checkpoint: Annotated[
+        str, typer.Argument(help="A sparse one, as DIR/model of `nsa-fsa convert`.")
+    ],
+    text: Text,
+    output: Annotated[
+        Path, typer.Option(file_okay=False, help="Where it goes.", rich_help_panel=RUN)
+    ],
+    dense: Annotated[
+        str | None,
+        typer.Option(
+            help="What it is compared with. Default: the same weights with dense attention.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    dtype: Dtype = "uint16",
+    length: Annotated[
+        int | None,
+        typer.Option(
+            min=64,
+            help="Tokens of a window. Default: as many as the model was made for, at most 8192.",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
+    windows: Annotated[
+        int, typer.Option(min=1, help="How many, evenly spaced.", rich_help_panel=DATA)
+    ] = 16,
+    needles: Annotated[
+        int,
+        typer.Option(
+            min=0, help="Needles of every length and depth; 0: none.", rich_help_panel=DATA
+        ),
+    ] = 4,
+    seed: Annotated[
+        int, typer.Option(min=0, max=2**32 - 1, help="Of needles.", rich_help_panel=DATA)
+    ] = 0,
+    precision: Precision = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Measures a converted checkpoint beside the dense one, and writes a page with pictures.
+
+    Loss by position, what layers choose of what dense attention would, gates, and needles in real
+    text. Give it text that the model has not learned from.
+    """
+    need("transformers", "matplotlib", "seaborn")
+    from nsa_fsa.training import report
+
+    quiet()
+    with refused():
+        question = report.Question(
+            checkpoint=checkpoint,
+            text=tuple(text),
+            dense=dense,
+            length=length,
+            windows=windows,
+            needles=needles,
+            dtype=dtype,
+            seed=seed,
+            precision=precision_of(precision),
+        )
+        if (output / report.DOCUMENT).exists() and not overwrite:
+            raise ValueError(
+                f"{output / report.DOCUMENT} is there already. Fix: another --output, or "
+                "--overwrite."
+            )
+        possible = report.check(question)
+        with tempfile.TemporaryDirectory() as folder:
+            found = report.answer(question, possible, Path(folder) / "tokens.bin", console)
+    for line in report.summary(found):
+        say(line.removeprefix("- "))
+    say(f"The report is in {report.write(found, output)[1]}.")
 
 
 def _print_phases(phases: list[Any]) -> None:
@@ -256,6 +336,10 @@ def _print_phases(phases: list[Any]) -> None:
     tokens, steps = sum(x.tokens for x in phases), sum(x.steps for x in phases)
     table.add_row("in all", f"{steps:,}", "", f"{tokens:,}", "", whole)
     console.print(table)
+
+
+def say(text: str) -> None:
+    console.print(text, highlight=False, soft_wrap=True, markup=False)
 
 
 def need(*packages: str) -> None:

@@ -429,7 +429,6 @@ def begin(
     _write(output / PLAN, plan.written())
     with console.status("Reading the text and the model"):
         prepared = prepare(plan, possible, way, output / STORE)
-    _say_text(console, plan, prepared)
     trainer = trainer_of(prepared, plan, way, output, plan.schedule)
     return Run(plan, output, possible.source, prepared, trainer, last, console)
 
@@ -476,17 +475,6 @@ def _save(prepared: Prepared, source: Checkpoint, output: Path) -> None:
     if source.tokenizer is not None:
         source.tokenizer.save_pretrained(unfinished)
     unfinished.rename(output / MODEL)
-
-
-def _say_text(console: Console, plan: Plan, prepared: Prepared) -> None:
-    sequences = plan.schedule.steps * plan.batch_size * plan.accumulate
-    there = len(prepared.windows)
-    console.print(
-        f"The text is {there:,} sequences of {plan.length:,} tokens; the conversion reads "
-        f"{sequences:,}, each {sequences / there:.2g} times.",
-        highlight=False,
-        soft_wrap=True,
-    )
 
 
 class _Report(TrainerCallback):

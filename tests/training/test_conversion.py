@@ -79,7 +79,8 @@ def changed(before, after):
 
 
 def test_a_dense_checkpoint_goes_in_and_a_sparse_one_comes_out(whole, folder):
-    assert "LlamaForCausalLM would become NSALlamaForCausalLM" in whole
+    assert "LlamaForCausalLM is now NSALlamaForCausalLM" in whole
+    assert "tokens; the conversion reads 12, each 0.0" in whole
     assert "step 1 of 6: warm-up: loss " in whole
     assert "step 6 of 6: everything: loss " in whole
     assert f"Saved to {folder / 'whole' / 'model'}." in whole
