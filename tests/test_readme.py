@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from nsa_fsa import cli
@@ -15,13 +16,17 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = README + "".join((ROOT / "docs" / f"{x}.md").read_text() for x in ("models", "operators"))
 
+CONVERSION = (ROOT / "docs" / "conversion.md").read_text()
 
-def blocks_of(language):
-    return re.findall(rf"^```{language}\n(.*?)^```", PAGES, re.MULTILINE | re.DOTALL)
+
+def blocks_of(language, pages=PAGES):
+    return re.findall(rf"^```{language}\n(.*?)^```", pages, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize(
-    "code", blocks_of("python"), ids=lambda code: re.findall(r"import (\w+)", code)[-1]
+    "code",
+    blocks_of("python", PAGES + CONVERSION),
+    ids=lambda code: re.findall(r"import (\w+)", code)[-1],
 )
 def test_python_blocks_run_as_they_stand(code, tmp_path, monkeypatch):
     """In a folder in which the checkpoint that they name is a small one."""
@@ -43,6 +48,17 @@ def test_commands_run_as_they_stand(line, monkeypatch):
     monkeypatch.chdir(ROOT)
     result = CliRunner().invoke(cli.app, shlex.split(line, comments=True)[1:])
     assert result.exit_code == 0, result.output
+
+
+@pytest.mark.parametrize(
+    "line",
+    [x for code in blocks_of("bash", CONVERSION) for x in code.splitlines() if x.startswith("nsa")],
+)
+def test_commands_that_take_long_are_understood(line):
+    """tests/training runs them on tiny models."""
+    _, name, *arguments = shlex.split(line)
+    command = typer.main.get_command(cli.app).commands[name]
+    assert command.make_context(name, arguments).params["text"]
 
 
 def test_every_block_is_run():

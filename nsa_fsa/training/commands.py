@@ -132,7 +132,7 @@ def convert(
     new_learning_rate: Annotated[
         float,
         typer.Option(min=0, help="The same of gates and compressors.", rich_help_panel=LEARNING),
-    ] = 1e-3,
+    ] = 3e-4,
     ramp: Annotated[
         int, typer.Option(min=0, help="Steps until that.", rich_help_panel=LEARNING)
     ] = 10,

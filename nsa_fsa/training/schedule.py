@@ -86,7 +86,7 @@ class Schedule:
     steps: int
     warm_up: int
     learning_rate: float = 2e-5
-    new_learning_rate: float = 1e-3
+    new_learning_rate: float = 3e-4
     ramp: int = 10
     fade: float = 0.5
     first: Teaching = Teaching(own=0.0, error=1.0, divergence=1.0, local=True)
