@@ -16,11 +16,10 @@ from rich.console import Console
 from rich.table import Table
 
 from nsa_fsa.config import PRESETS
+from nsa_fsa.training import folder
 from nsa_fsa.training.schedule import Schedule
 
 console = Console()
-PRECISIONS = ("bf16", "fp32")
-LAYER_INPUTS = ("none", "device", "host")
 MODEL, DATA, LEARNING, RUN = "Model", "Text", "What is learned", "Run"
 # How fast the second stage learns by default: adapters start at nothing, and have to go far.
 RATE, RATE_OF_ADAPTERS = 2e-5, 2e-4
@@ -39,8 +38,7 @@ Dtype = Annotated[
     ),
 ]
 Precision = Annotated[
-    str | None,
-    typer.Option(help=f"Of {', '.join(PRECISIONS)}. Default: bf16 on GPUs.", rich_help_panel=RUN),
+    str | None, typer.Option(help="Of bf16, fp32. Default: bf16 on GPUs.", rich_help_panel=RUN)
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Do away with what is in --output.", rich_help_panel=RUN)
@@ -103,14 +101,14 @@ def convert(
     ] = 4,
     steps: Annotated[int, typer.Option(min=1, help="In all.", rich_help_panel=LEARNING)] = 500,
     warm_up: Annotated[
-        int,
+        int | None,
         typer.Option(
             min=0,
             help="Of these steps, the first, in which gates and compressors alone learn, from "
-            "dense attention.",
+            "dense attention. Default: a fifth.",
             rich_help_panel=LEARNING,
         ),
-    ] = 100,
+    ] = None,
     fade: Annotated[
         float,
         typer.Option(
@@ -153,8 +151,7 @@ def convert(
     layer_inputs: Annotated[
         str,
         typer.Option(
-            help="Where layers keep their inputs, to compute the rest again. Of "
-            f"{', '.join(LAYER_INPUTS)}.",
+            help="Where layers keep their inputs, to compute all else again: none, device, host.",
             rich_help_panel=RUN,
         ),
     ] = "device",
@@ -187,7 +184,6 @@ def convert(
     was interrupted goes on when it is called again in the same way.
     """
     need("transformers", "accelerate")
-    _allowed(layer_inputs, LAYER_INPUTS, "--layer-inputs")
     if preset is not None and config is not None:
         raise typer.BadParameter("give one of --preset and --config, or none.")
     from nsa_fsa.training import conversion
@@ -196,7 +192,7 @@ def convert(
     with refused():
         schedule = Schedule(
             steps=steps,
-            warm_up=warm_up,
+            warm_up=steps // 5 if warm_up is None else warm_up,
             learning_rate=(
                 learning_rate if learning_rate is not None else (RATE_OF_ADAPTERS if lora else RATE)
             ),
@@ -222,12 +218,12 @@ def convert(
             precision=precision_of(precision),
         )
         way = conversion.Way(layer_inputs, loss_chunk, save_every, log_every)
-        there = conversion.Progress(None, 0, False)
+        there = folder.Progress()
         if not (overwrite or dry_run):
-            there = conversion.progress_of(plan, output)
+            there = folder.progress_of(plan.written(), output)
         if there.is_finished:
             raise ValueError(
-                f"{output / conversion.MODEL} is there already, made with these options. Fix: "
+                f"{output / folder.MODEL} is there already, made with these options. Fix: "
                 "another --output, or --overwrite."
             )
         possible = conversion.check(plan)
@@ -236,7 +232,7 @@ def convert(
             _print_phases(conversion.rehearse(plan, possible, way))
             return
         if overwrite:
-            conversion.clear(plan, output)
+            folder.begin_in(plan.written(), output, anew=True)
         run = conversion.begin(plan, output, way=way, console=console, possible=possible)
     say(str(dataclasses.replace(possible.report, dry_run=False)))
     sequences, there_are = steps * batch_size * accumulate, len(run.prepared.windows)
@@ -315,8 +311,8 @@ def convert_report(
                 "--overwrite."
             )
         possible = report.check(question)
-        with tempfile.TemporaryDirectory() as folder:
-            found = report.answer(question, possible, Path(folder) / "tokens.bin", console)
+        with tempfile.TemporaryDirectory() as scratch:
+            found = report.answer(question, possible, Path(scratch) / "tokens.bin", console)
     for line in report.summary(found):
         say(line.removeprefix("- "))
     say(f"The report is in {report.write(found, output)[1]}.")
@@ -370,15 +366,7 @@ def refused() -> Iterator[None]:
 
 
 def precision_of(given: str | None) -> str:
-    default = "bf16" if torch.cuda.is_available() else "fp32"
-    return _allowed(given or default, PRECISIONS, "--precision")
-
-
-def _allowed(value: str, allowed: tuple[str, ...], option: str) -> str:
-    if value not in allowed:
-        message = f"{value!r} is not known: allowed are {', '.join(allowed)}."
-        raise typer.BadParameter(message, param_hint=option)
-    return value
+    return given or ("bf16" if torch.cuda.is_available() else "fp32")
 
 
 def _settings(given: list[str]) -> dict[str, Any]:

@@ -5,8 +5,6 @@ import dataclasses
 import json
 import math
 import os
-import re
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -21,6 +19,7 @@ from torch.utils.data import ConcatDataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 
+from nsa_fsa import checks
 from nsa_fsa.integrations.transformers import (
     NSAAttention,
     PatchReport,
@@ -33,14 +32,31 @@ from nsa_fsa.integrations.transformers.data import PackedTokens, files_of, rows_
 from nsa_fsa.integrations.transformers.layers import attention_layers
 from nsa_fsa.modules.branches import PARTS
 from nsa_fsa.progress import Steps
+from nsa_fsa.training.folder import (
+    HISTORY,
+    MODEL,
+    STORE,
+    UNFINISHED,
+    begin_in,
+    checkpoints,
+    number,
+    progress_of,
+    remove,
+    write_json,
+)
 from nsa_fsa.training.schedule import Schedule
 from nsa_fsa.training.trainer import ConversionMixin
 
-PLAN, MODEL, STORE, HISTORY = "conversion.json", "model", "tokens.bin", "history.json"
 LAYER_INPUTS = ("none", "device", "host")
 PRECISIONS = ("bf16", "fp32")
-# Beside the plan and the checkpoints of Trainer.
-_OWN = (MODEL, f"{MODEL}.unfinished", STORE, f"{STORE}.unfinished", HISTORY, "runs")
+
+
+def check_known(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    """Raises ValueError for another value than those allowed."""
+    if value not in allowed:
+        raise ValueError(
+            f"{name}={value!r} is not known: allowed are {', '.join(allowed)}. Fix: {allowed[0]!r}."
+        )
 
 
 @dataclass(frozen=True)
@@ -83,6 +99,12 @@ class Plan:
     seed: int = 0
     precision: str = "fp32"
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what cannot be."""
+        checks.check_ints(0, lora=self.lora, seed=self.seed)
+        checks.check_positive(batch_size=self.batch_size, accumulate=self.accumulate)
+        check_known("precision", self.precision, PRECISIONS)
+
     @property
     def tokens_of_a_step(self) -> int:
         return self.length * self.batch_size * self.accumulate
@@ -114,6 +136,12 @@ class Way:
     save_every: int = 100
     log_every: int = 1
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for what cannot be."""
+        checks.check_ints(0, loss_chunk=self.loss_chunk, save_every=self.save_every)
+        checks.check_positive(log_every=self.log_every)
+        check_known("layer_inputs", self.layer_inputs, LAYER_INPUTS)
+
 
 USUAL = Way()
 
@@ -136,6 +164,11 @@ def check(plan: Plan) -> Possible:
         ValueError, TypeError, OSError: name what cannot be converted, and why.
         ImportError: names the package that is missing.
     """
+    if (processes := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        raise ValueError(
+            f"a conversion runs in one process, and this is one of {processes}. "
+            "Fix: start it without torchrun or accelerate."
+        )
     files = files_of(plan.text)
     source = Checkpoint.of(plan.checkpoint)
     _check_config(source, plan)
@@ -201,89 +234,6 @@ def _changes(model: nn.Module, plan: Plan) -> dict[str, Any]:
     return dict(config=plan.config, layers=layers, **plan.overrides)
 
 
-# --- What lies in the folder ----------------------------------------------------------------------
-
-
-class Progress(NamedTuple):
-    """What there is of a conversion already."""
-
-    last: Path | None  # the checkpoint to go on from
-    done: int  # steps
-    is_finished: bool
-
-
-def progress_of(plan: Plan, output: Path) -> Progress:
-    """How far the conversion in a folder is; nothing is changed there.
-
-    Raises:
-        ValueError: where the folder has anything else.
-    """
-    if not output.is_dir() or not any(output.iterdir()):
-        return Progress(None, 0, False)
-    path = output / PLAN
-    if not path.is_file():
-        raise ValueError(
-            f"{output} has files that no conversion has written. Fix: another, empty folder."
-        )
-    before, now = json.loads(path.read_text(encoding="utf-8")), plan.written()
-    differ = [name for name in now if before.get(name) != now[name]]
-    if differ:
-        name = differ[0]
-        raise ValueError(
-            f"{output} has another conversion, whose {name} is {before.get(name)!r} and not "
-            f"{now[name]!r}. Fix: the same options, to go on with that one; another folder; or "
-            "overwrite it."
-        )
-    last = _last_checkpoint(output)
-    done = 0 if last is None else _number(last)
-    return Progress(last, done, (output / MODEL).is_dir())
-
-
-def _number(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])
-
-
-def _checkpoints(output: Path) -> list[Path]:
-    found = (x for x in output.iterdir() if re.fullmatch(r"checkpoint-\d+", x.name))
-    return sorted(found, key=_number)
-
-
-def _last_checkpoint(output: Path) -> Path | None:
-    """The last that is whole: the state is what Trainer writes last."""
-    for folder in reversed(_checkpoints(output)):
-        try:
-            json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return folder
-    return None
-
-
-def clear(plan: Plan, output: Path) -> None:
-    """Removes from a folder what another conversion has written there, and nothing else, so that
-    this one may begin.
-
-    Raises:
-        ValueError: for a folder with files and no conversion.
-    """
-    if not output.is_dir() or not any(output.iterdir()):
-        return
-    if not (output / PLAN).is_file():
-        raise ValueError(
-            f"{output} has files that no conversion has written. Fix: another, empty folder."
-        )
-    for path in (*_checkpoints(output), *(output / name for name in _OWN)):
-        _remove(path)
-    _write(output / PLAN, plan.written())
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 # --- The run --------------------------------------------------------------------------------------
 
 
@@ -337,12 +287,12 @@ def _with_adapters(model: Any, rank: int) -> Callable[[], Any]:
     from peft.tuners.lora import LoraModel
 
     layers = [(name, x) for name, x in model.named_modules() if isinstance(x, NSAAttention)]
-    new = tuple(f"{name}.{part}" for name, _ in layers for part in PARTS)
+    new = tuple(f"{name}.{part}." for name, _ in layers for part in PARTS)
     head = model.get_output_embeddings()
     targets = [
         name
         for name, x in model.named_modules()
-        if isinstance(x, nn.Linear) and x is not head and not name.startswith(new)
+        if isinstance(x, nn.Linear) and x is not head and not f"{name}.".startswith(new)
     ]
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=targets)
     tuner = LoraModel(model, config, "default")
@@ -405,7 +355,7 @@ def convert(plan: Plan, output: Path, *, way: Way = USUAL, console: Console | No
     Raises:
         ValueError, TypeError, OSError, ImportError: as of `check`, `progress_of` and `prepare`.
     """
-    if progress_of(plan, output).is_finished:
+    if progress_of(plan.written(), output).is_finished:
         return output / MODEL
     return begin(plan, output, way=way, console=console).finish()
 
@@ -423,10 +373,9 @@ def begin(
     possible: what `check` said of the plan, where it was asked.
     """
     console = Console(quiet=True) if console is None else console
-    last = progress_of(plan, output).last
+    last = progress_of(plan.written(), output).last
     possible = check(plan) if possible is None else possible
-    output.mkdir(parents=True, exist_ok=True)
-    _write(output / PLAN, plan.written())
+    begin_in(plan.written(), output)
     with console.status("Reading the text and the model"):
         prepared = prepare(plan, possible, way, output / STORE)
     trainer = trainer_of(prepared, plan, way, output, plan.schedule)
@@ -446,29 +395,22 @@ class Run(NamedTuple):
 
     def finish(self) -> Path:
         """Trains and saves the model: in the folder that is returned."""
-        done = 0 if self.last is None else _number(self.last)
+        done = 0 if self.last is None else number(self.last)
         with Steps(self.plan.schedule.steps, self.console, done=done) as steps:
             self.trainer.add_callback(_Report(steps, self.plan))
             self.trainer.train(resume_from_checkpoint=str(self.last) if self.last else None)
         history = [x for x in self.trainer.state.log_history if "loss" in x]
-        _write(self.output / HISTORY, history)
+        write_json(self.output / HISTORY, history)
         _save(self.prepared, self.source, self.output)
-        for folder in _checkpoints(self.output):
-            _remove(folder)
+        for folder in checkpoints(self.output):
+            remove(folder)
         return self.output / MODEL
-
-
-def _write(path: Path, content: Any) -> None:
-    """Through a second file, so that no interruption leaves half of one."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, path)
 
 
 def _save(prepared: Prepared, source: Checkpoint, output: Path) -> None:
     """The model, in the dtype that it came in, whole or not at all."""
-    unfinished = output / f"{MODEL}.unfinished"
-    _remove(unfinished)
+    unfinished = output / UNFINISHED
+    remove(unfinished)
     dtype = str(source.config.dtype or torch.float32).removeprefix("torch.")
     model = prepared.merge().to(getattr(torch, dtype))
     model.save_pretrained(unfinished)

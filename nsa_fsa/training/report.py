@@ -15,6 +15,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from nsa_fsa import checks
 from nsa_fsa.benchmarking.results import code_version, command_line, machine, versions
 from nsa_fsa.config import BRANCHES
 from nsa_fsa.integrations.transformers import unpatch_model
@@ -24,11 +25,11 @@ from nsa_fsa.modules.branches import Record
 from nsa_fsa.modules.recording import sparse_layers
 from nsa_fsa.progress import Steps
 from nsa_fsa.training import measures
+from nsa_fsa.training.folder import history_of
 from nsa_fsa.training.measures import Gap, Haystacks, LayerReport, Needles
 from nsa_fsa.visualization import record
 
-DOCUMENT, PAGE, STORE = "report.json", "report.md", "tokens.bin"
-HISTORY, PLAN = "history.json", "conversion.json"
+DOCUMENT, PAGE = "report.json", "report.md"
 WINDOWS_OF_LAYERS = 4  # of those whose loss is measured: the first ones
 DRAWN_LAYERS = 3
 
@@ -58,6 +59,15 @@ class Question:
     dtype: str = "uint16"
     seed: int = 0
     precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for what cannot be."""
+        checks.check_ints(0, needles=self.needles, seed=self.seed)
+        checks.check_positive(windows=self.windows)
+        if self.precision not in ("bf16", "fp32"):
+            raise ValueError(
+                f"precision={self.precision!r} is not known: allowed are bf16, fp32. Fix: 'bf16'."
+            )
 
 
 class Answer(NamedTuple):
@@ -207,7 +217,7 @@ def answer(
             del model
             model = found.dense.load().to(device).eval()
         theirs = measure(model, "dense")
-    history, warm_up = _training_of(Path(question.checkpoint))
+    history, warm_up = history_of(Path(question.checkpoint))
     curve = dict(dense=theirs[0].mean(0).tolist(), sparse=ours[0].mean(0).tolist())
     return Answer(
         question,
@@ -254,15 +264,6 @@ def _selections(model: Any, window: Tensor) -> list[Record]:
         model.base_model(input_ids=window[None].to(model.device), use_cache=False)
     drawn = min(DRAWN_LAYERS, len(records))
     return [records[i * (len(records) - 1) // max(1, drawn - 1)] for i in range(drawn)]
-
-
-def _training_of(checkpoint: Path) -> tuple[list[dict[str, Any]], int]:
-    """The logs of the conversion that a checkpoint is of, and how long its warm-up was."""
-    history, plan = checkpoint.parent / HISTORY, checkpoint.parent / PLAN
-    if not (checkpoint.is_dir() and history.is_file() and plan.is_file()):
-        return [], 0
-    warm_up = json.loads(plan.read_text(encoding="utf-8"))["schedule"]["warm_up"]
-    return json.loads(history.read_text(encoding="utf-8")), warm_up
 
 
 # --- What is written ------------------------------------------------------------------------------

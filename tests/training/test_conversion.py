@@ -245,8 +245,12 @@ def others(folder):
         ("dense", ("--set", "window_size"), "'window_size' is no setting. Fix"),
         ("dense", ("--dense-layer", 2), "names [2], and the layers of LlamaForCausalLM are 0 to 1"),
         ("dense", ("--steps", 1), "warm_up=2 must be at most steps=1"),
-        ("dense", ("--precision", "fp8"), "'fp8' is not known: allowed are bf16, fp32."),
-        ("dense", ("--layer-inputs", "disk"), "'disk' is not known"),
+        (
+            "dense",
+            ("--precision", "fp8"),
+            "precision='fp8' is not known: allowed are bf16, fp32. Fix",
+        ),
+        ("dense", ("--layer-inputs", "disk"), "layer_inputs='disk' is not known"),
         ("dense", ("--config", TEXT[1], "--preset", "tiny"), "give one of --preset and --config"),
     ],
 )
@@ -263,6 +267,12 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(
     assert not output.exists()
 
 
+def test_several_processes_are_refused(folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    said = run(folder / "dense", *USUAL, "--output", folder / "refused", code=2)
+    assert "runs in one process, and this is one of 2. Fix" in said
+
+
 def test_text_of_which_the_model_cannot_learn(folder, tmp_path):
     np.save(tmp_path / "wide.npy", np.full(500, 300, dtype=np.int32))
     (tmp_path / "short.txt").write_text("too short")
@@ -271,4 +281,7 @@ def test_text_of_which_the_model_cannot_learn(folder, tmp_path):
         "short.txt": "the text has 10 tokens, fewer than one window of 128. Fix",
     }.items():
         arguments = ("--text", tmp_path / name, *SHAPE, "--output", tmp_path / "out")
-        assert said in run(folder / "dense", *arguments, "--overwrite", code=2)
+        assert said in run(folder / "dense", *arguments, code=2)
+    # Nothing has been learned, and so nothing is to be kept.
+    run(folder / "dense", *USUAL, "--steps", 1, "--warm-up", 0, "--output", tmp_path / "out")
+    assert (tmp_path / "out" / "model").is_dir()
