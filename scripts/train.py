@@ -54,6 +54,7 @@ from nsa_fsa.integrations.transformers import (
 from nsa_fsa.integrations.transformers.data import (
     DTYPES,
     TEXT_DTYPE,
+    TOKENS,
     PackedTokens,
     open_tokens,
     write_tokens,
@@ -64,7 +65,6 @@ console = Console(quiet=RANK > 0)
 CHECKPOINTS = ("none", "device", "host")
 PRECISIONS = ("bf16", "fp32")
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
-TOKENS = (".bin", ".npy")
 BYTES_END = 0  # what ends a document where tokens are bytes
 FSDP2 = Path(__file__).parents[1] / "configs" / "accelerate" / "fsdp2.yaml"
 MODEL, DATA, OPTIMISER, MEMORY, RUN = "Model", "Data", "Optimiser", "Memory and GPUs", "Run"

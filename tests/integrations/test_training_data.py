@@ -6,7 +6,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from nsa_fsa.integrations.transformers.data import PackedTokens, open_tokens, write_tokens
+from nsa_fsa.integrations.transformers.data import (
+    PackedTokens,
+    files_of,
+    open_tokens,
+    rows_of,
+    write_tokens,
+)
 from tests.integrations.models import dense_model, sparse_model, tokens
 
 END = 9
@@ -118,3 +124,33 @@ def test_text_that_is_none_leaves_no_tokens(tmp_path, tokenizer):
     with pytest.raises(ValueError, match=r"one.txt is no UTF-8 text.*Fix: convert it"):
         write_tokens([tmp_path / "one.txt"], tmp_path / "x.bin", tokenizer)
     assert not (tmp_path / "x.bin").exists()
+
+
+def test_a_folder_is_its_files_of_text_in_order(tmp_path):
+    for name in ("b.txt", "a/c.py", "a/picture.png", "a/b/d.md", "tokens.bin"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    inside = [tmp_path / x for x in ("a/b/d.md", "a/c.py", "b.txt")]
+    named = tmp_path / "a" / "picture.png"
+    assert files_of([named, tmp_path]) == [named, *inside]
+    with pytest.raises(ValueError, match=r"nowhere is not there\. Fix"):
+        files_of([tmp_path / "nowhere"])
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty has no file of text, .* Fix: name the files"):
+        files_of([tmp_path / "empty"])
+
+
+def test_rows_of_text_are_written_once(tmp_path, tokenizer):
+    np.save(tmp_path / "x.npy", np.arange(5, dtype=np.int32))
+    np.arange(3, dtype=np.uint8).tofile(tmp_path / "y.bin")
+    (tmp_path / "one.txt").write_text("a b")
+    files, store = [tmp_path / x for x in ("x.npy", "one.txt", "y.bin")], tmp_path / "made.bin"
+    for text in ("a b", "c"):  # the second is not looked at: a run goes on with what it began with
+        (tmp_path / "one.txt").write_text(text)
+        rows = rows_of(files, store, tokenizer, 1, "uint8")
+        found = {name: x.tolist() for name, x in rows.items()}
+        assert found == {
+            str(tmp_path / "x.npy"): [0, 1, 2, 3, 4],
+            str(tmp_path / "y.bin"): [0, 1, 2],
+            "the text": [0, 3, 4, 1],
+        }
