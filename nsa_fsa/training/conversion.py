@@ -267,7 +267,10 @@ def prepare(plan: Plan, possible: Possible, way: Way, store: Path) -> Prepared:
     if way.layer_inputs != "none":
         checkpoint_layers(model, in_host_memory=way.layer_inputs == "host")
     if way.loss_chunk:
-        chunk_loss(model, way.loss_chunk)
+        try:
+            chunk_loss(model, way.loss_chunk)
+        except ValueError as error:
+            raise ValueError(f"{error} Here that is loss_chunk=0.") from error
     return Prepared(model, ConcatDataset(known), merge)
 
 

@@ -64,7 +64,7 @@ def loss(found: Answer) -> Any:
         middle = [np.sqrt(a * b) for a, b in runs]
         left.plot(middle, means, color=COLORS[name], label=name, linewidth=2)
     left.set_xscale("log", base=2)
-    ticks = [first, *(x.first for x in found.loss[2:]), found.length]
+    ticks = [first, 2 * first, *(x.first for x in found.loss[2:]), found.length]
     left.set_xticks(ticks, [short_number(int(x)) for x in ticks])
     left.set(xlabel="position", ylabel="nats per token", title="Loss by position")
     left.legend(frameon=False)
@@ -101,9 +101,10 @@ def layers(found: Answer) -> Any:
         errors.plot(place, values, "o-", color=color, label=name, markersize=4)
     errors.set(title="Distance from dense attention")
     errors.set_ylim(bottom=0)
-    for number, (name, color) in enumerate(zip(BRANCHES, BRANCH_COLORS, strict=True)):
+    looks = zip(BRANCHES, BRANCH_COLORS, ("o-", "o-", "s--"), strict=True)
+    for number, (name, color, look) in enumerate(looks):  # two gates may lie upon each other
         near = np.clip([x.gates[number] for x in found.layers], 0.0007, 0.9993)
-        gates.plot(place, near, "o-", color=color, label=name, markersize=4)
+        gates.plot(place, near, look, color=color, label=name, markersize=4)
     gates.set_yscale("logit")
     gates.yaxis.set_major_locator(FixedLocator(GATES_SHOWN))
     gates.yaxis.set_major_formatter(FuncFormatter(_plain))
@@ -124,7 +125,7 @@ def _plain(value: float, _: Any) -> str:
 
 def _legend_below(ax: Any) -> None:
     ax.legend(
-        frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3
+        frameon=False, fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3
     )
 
 

@@ -190,7 +190,7 @@ def answer(
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     total = 2 * (len(windows) + len(made)) + len(few) + 1
-    with Steps(total, console, "measuring") as steps, torch.inference_mode():
+    with Steps(total, console, "measuring") as steps:
 
         def each(what: str, items: Sequence[Any]) -> Any:
             steps.report(what)
@@ -258,6 +258,7 @@ def _casting(device: str, precision: str) -> Any:
     return torch.autocast(device, torch.bfloat16)
 
 
+@torch.no_grad()
 def _selections(model: Any, window: Tensor) -> list[Record]:
     """What some layers choose, evenly spaced from the first to the last."""
     with record(model) as records:
