@@ -25,6 +25,16 @@ def check_positive(**values: Any) -> None:
     check_ints(1, **values)
 
 
+def check_one_of(allowed: tuple[str, ...], **values: str) -> None:
+    """Raises ValueError unless each of the values, by name, is one of those allowed."""
+    for name, value in values.items():
+        if value not in allowed:
+            raise ValueError(
+                f"{name}={value!r} is not known: allowed are {', '.join(allowed)}. "
+                f"Fix: {allowed[0]!r}, for example."
+            )
+
+
 def is_int(value: Any) -> bool:
     """Whether it is a Python int or the compiler's; `True`, an int to Python, is not."""
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)

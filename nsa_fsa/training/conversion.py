@@ -44,19 +44,10 @@ from nsa_fsa.training.folder import (
     remove,
     write_json,
 )
-from nsa_fsa.training.schedule import Schedule
+from nsa_fsa.training.schedule import PRECISIONS, Schedule
 from nsa_fsa.training.trainer import ConversionMixin
 
 LAYER_INPUTS = ("none", "device", "host")
-PRECISIONS = ("bf16", "fp32")
-
-
-def check_known(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    """Raises ValueError for another value than those allowed."""
-    if value not in allowed:
-        raise ValueError(
-            f"{name}={value!r} is not known: allowed are {', '.join(allowed)}. Fix: {allowed[0]!r}."
-        )
 
 
 @dataclass(frozen=True)
@@ -103,7 +94,7 @@ class Plan:
         """Raises ValueError for what cannot be."""
         checks.check_ints(0, lora=self.lora, seed=self.seed)
         checks.check_positive(batch_size=self.batch_size, accumulate=self.accumulate)
-        check_known("precision", self.precision, PRECISIONS)
+        checks.check_one_of(PRECISIONS, precision=self.precision)
 
     @property
     def tokens_of_a_step(self) -> int:
@@ -140,7 +131,7 @@ class Way:
         """Raises ValueError for what cannot be."""
         checks.check_ints(0, loss_chunk=self.loss_chunk, save_every=self.save_every)
         checks.check_positive(log_every=self.log_every)
-        check_known("layer_inputs", self.layer_inputs, LAYER_INPUTS)
+        checks.check_one_of(LAYER_INPUTS, layer_inputs=self.layer_inputs)
 
 
 USUAL = Way()
@@ -249,7 +240,7 @@ def prepare(plan: Plan, possible: Possible, way: Way, store: Path) -> Prepared:
     """Tokenizes the text, unless that is done, and loads and patches the model.
 
     Raises:
-        ValueError: for text of which no model can learn, or a model whose memory cannot be saved as
+        ValueError: for text of which no model can learn, or a model whose loss cannot be had as
             `way` says.
     """
     source, ends = possible.source, possible.source.ends

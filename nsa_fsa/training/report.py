@@ -27,6 +27,7 @@ from nsa_fsa.progress import Steps
 from nsa_fsa.training import measures
 from nsa_fsa.training.folder import history_of
 from nsa_fsa.training.measures import Gap, Haystacks, LayerReport, Needles
+from nsa_fsa.training.schedule import PRECISIONS
 from nsa_fsa.visualization import record
 
 DOCUMENT, PAGE = "report.json", "report.md"
@@ -64,10 +65,7 @@ class Question:
         """Raises ValueError for what cannot be."""
         checks.check_ints(0, needles=self.needles, seed=self.seed)
         checks.check_positive(windows=self.windows)
-        if self.precision not in ("bf16", "fp32"):
-            raise ValueError(
-                f"precision={self.precision!r} is not known: allowed are bf16, fp32. Fix: 'bf16'."
-            )
+        checks.check_one_of(PRECISIONS, precision=self.precision)
 
 
 class Answer(NamedTuple):

@@ -15,6 +15,8 @@ from nsa_fsa.ops.common.calls import WORKSPACE_BYTES
 from nsa_fsa.training.teacher import Lesson, Teacher, teach
 from nsa_fsa.training.warm_up import new_parameters
 
+PRECISIONS = ("bf16", "fp32")  # in which layers compute; weights that learn are float32
+
 
 @dataclass(frozen=True)
 class Teaching:

@@ -197,6 +197,21 @@ def test_layers_and_settings(folder):
     assert not changed(weights(folder / "dense"), model.state_dict())  # a warm-up alone
 
 
+def test_documents_may_not_see_each_other(folder):
+    """The loss of windows with several documents is another then."""
+    output = folder / "separate"
+    text = tuple(x for i in range(40) for x in ("--text", folder / f"{i}.txt"))
+    for i in range(40):
+        (folder / f"{i}.txt").write_text("a page that is short " * (i % 3 + 1))
+    arguments = (folder / "dense", *text, *SHAPE, "--steps", 1, "--warm-up", 1)
+    run(*arguments, "--output", folder / "together")
+    run(*arguments, "--output", output, "--separate")
+    apart, together = (history(x)[0]["nsa_own"] for x in (output, folder / "together"))
+    assert abs(apart - together) > 1e-4
+    plan = json.loads((output / "conversion.json").read_text())
+    assert plan["separate"] is True
+
+
 @pytest.fixture(scope="module")
 def others(folder):
     """Checkpoints that cannot be converted."""
