@@ -17,7 +17,7 @@ from rich.table import Table
 
 from nsa_fsa.config import PRESETS
 from nsa_fsa.training import folder
-from nsa_fsa.training.schedule import Schedule
+from nsa_fsa.training.schedule import Schedule, Teaching
 
 console = Console()
 MODEL, DATA, LEARNING, RUN = "Model", "Text", "What is learned", "Run"
@@ -114,10 +114,26 @@ def convert(
         typer.Option(
             min=0,
             max=1,
-            help="Share of the other steps after which dense attention is not looked at any more.",
+            help="Share of the other steps after which outputs of layers need not match any more.",
             rich_help_panel=LEARNING,
         ),
     ] = 0.5,
+    error: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Weight of that, beside the model's own loss, where these steps begin.",
+            rich_help_panel=LEARNING,
+        ),
+    ] = 0.1,
+    divergence: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="Weight, to the end, of choosing the blocks that dense attention looks at.",
+            rich_help_panel=LEARNING,
+        ),
+    ] = 0.1,
     learning_rate: Annotated[
         float | None,
         typer.Option(
@@ -199,6 +215,7 @@ def convert(
             new_learning_rate=new_learning_rate,
             ramp=ramp,
             fade=fade,
+            then=Teaching(error=error, divergence=divergence),
         )
         plan = conversion.Plan(
             checkpoint=checkpoint,

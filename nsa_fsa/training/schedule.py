@@ -1,5 +1,5 @@
 """When a conversion learns what: first only the new parts, from dense attention, and then
-everything, from the language model's own loss, while dense attention is heard less and less."""
+everything, from the language model's own loss, while outputs have to match less and less."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -54,8 +54,10 @@ class Teaching:
 @dataclass(frozen=True)
 class Schedule:
     """Two stages. In the warm-up only gates and compressors learn, each layer from dense attention
-    alone. Then everything learns from the language model's own loss, and from dense attention by a
-    weight that falls to 0 in a straight line.
+    alone. Then everything learns from the language model's own loss, and still from dense
+    attention: how outputs should be by a weight that falls to 0 in a straight line, and where the
+    mass lies by one that stays. Hardly anything else holds compressors to their choice: gates that
+    start at 0.0025 let little of the model's own loss through, which Adam makes as large as any.
 
     Both have a learning rate of their own, which rises in a straight line over the first `ramp`
     steps in which it applies. That of the new parts stays there until the warm-up is over; from
@@ -68,7 +70,7 @@ class Schedule:
         learning_rate, new_learning_rate: at their highest, of what was there before, and of gates
             and compressors.
         ramp: steps until that.
-        fade: the share of the second stage after which dense attention is not looked at any more.
+        fade: the share of the second stage after which outputs are not compared any more.
         first: what the warm-up learns from.
         then: what the second stage learns from at its beginning.
 
@@ -116,10 +118,10 @@ class Schedule:
             return self.first
         fading = self.fade * (self.steps - self.warm_up)
         left = 1 - (step - self.warm_up) / fading if fading else 0.0
-        error, divergence = max(0.0, left) * self.then.error, max(0.0, left) * self.then.divergence
-        if self.then.own == 1 and error == divergence == 0:
+        error = max(0.0, left) * self.then.error
+        if self.then.own == 1 and error == self.then.divergence == 0:
             return None
-        return replace(self.then, error=error, divergence=divergence)
+        return replace(self.then, error=error)
 
     def share_of_rate(self, step: int, is_new: bool) -> float:
         """By what a learning rate is multiplied in a step."""

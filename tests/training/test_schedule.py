@@ -1,6 +1,7 @@
 """The stages of a conversion: what learns when, at which rate, and that a loop of one's own and the
 Trainer do the same."""
 
+import dataclasses
 import math
 import shutil
 
@@ -20,7 +21,13 @@ from tests.integrations.models import sparse_model, tokens
 
 STEPS, WARM_UP, RATE, NEW_RATE = 8, 3, 2e-3, 5e-2
 SCHEDULE = Schedule(
-    steps=STEPS, warm_up=WARM_UP, learning_rate=RATE, new_learning_rate=NEW_RATE, ramp=2, fade=0.6
+    steps=STEPS,
+    warm_up=WARM_UP,
+    learning_rate=RATE,
+    new_learning_rate=NEW_RATE,
+    ramp=2,
+    fade=0.6,
+    then=Teaching(divergence=0.0),  # so that the last steps are without a teacher
 )
 PARTS = (".gate.", ".compress_k.", ".compress_v.")
 
@@ -51,9 +58,16 @@ def test_rates_and_weights_of_every_step():
     found = [SCHEDULE.teaching(step) for step in range(STEPS)]
     assert found[:WARM_UP] == [Teaching(own=0.0, error=1.0, divergence=1.0, local=True)] * WARM_UP
     assert [x.error for x in found[3:6]] == pytest.approx([0.1, 0.1 * 2 / 3, 0.1 / 3])
-    assert [x.divergence for x in found[3:6]] == pytest.approx([0.1, 0.1 * 2 / 3, 0.1 / 3])
+    assert [x.divergence for x in found[3:6]] == [0, 0, 0]
     assert all(x.own == 1 and not x.local for x in found[3:6])
     assert found[6:] == [None, None]
+
+
+def test_the_choice_of_blocks_is_taught_to_the_end():
+    schedule = dataclasses.replace(SCHEDULE, then=Teaching(divergence=0.2))
+    found = [schedule.teaching(step) for step in range(WARM_UP, STEPS)]
+    assert [x.divergence for x in found] == [0.2] * 5
+    assert [x.error for x in found] == pytest.approx([0.1, 0.1 * 2 / 3, 0.1 / 3, 0, 0])
 
 
 def test_the_ends_of_a_schedule():
@@ -62,8 +76,8 @@ def test_the_ends_of_a_schedule():
     assert only_new.share_of_rate(2, False) == 0
     at_once = Schedule(steps=3, warm_up=0, ramp=0, fade=0.0)
     assert at_once.share_of_rate(0, False) == 1
-    assert at_once.teaching(0) is None
-    half = Schedule(steps=3, warm_up=0, fade=0.0, then=Teaching(own=0.5))
+    assert at_once.teaching(0) == Teaching(error=0.0)
+    half = Schedule(steps=3, warm_up=0, fade=0.0, then=Teaching(own=0.5, divergence=0.0))
     assert half.teaching(0) == Teaching(own=0.5, error=0.0, divergence=0.0)
 
 
