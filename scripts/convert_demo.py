@@ -21,16 +21,15 @@ from rich.console import Console
 from nsa_fsa import cli
 
 FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-# So few steps would spoil linear compressors, which get worse before they get better.
 ON_CPU = (
     *("--length", "1024", "--accumulate", "1", "--ramp", "3", "--save-every", "5"),
-    *("--set", "num_selected_blocks=4", "--set", "window_size=128", "--new-learning-rate", "3e-3"),
+    *("--set", "num_selected_blocks=4", "--set", "window_size=128"),
 )
-ON_GPU = (
-    *("--length", "8192", "--batch-size", "2", "--accumulate", "2"),
+ON_GPU = ("--length", "8192", "--batch-size", "2", "--accumulate", "2")
+SHARED = (
     *("--set", "compress_k=linear", "--set", "compress_v=linear"),
+    *("--layer-inputs", "none", "--learning-rate", "1e-4"),
 )
-SHARED = ("--layer-inputs", "none", "--learning-rate", "1e-4")
 # Real text of long documents that is wherever this package is: the source of other packages.
 LEARNED, LEARNED_ON_CPU = ("torch", "transformers", "sympy"), ("torch.nn",)
 HELD_OUT, HELD_OUT_ON_CPU = ("pandas", "matplotlib"), ("typer",)
