@@ -87,6 +87,7 @@ def test_blocks(lengths, block_size):
             j,
             first,
             stop,
+            first,
         ]
         for b, (start, stop) in enumerate(pairwise(starts(lengths)))
         for j in range(-(-(stop - start) // block_size))
@@ -131,7 +132,8 @@ LAST = [*CACHED, ((40, 3, 9), (33, 0, 9), None), ((70, 20), (20, 1), (50, 3))]
 @pytest.mark.parametrize("block_size", [16, 64])
 @pytest.mark.parametrize(("capacities", "used", "num_queries"), LAST, ids=str)
 def test_blocks_of_a_cache(capacities, used, num_queries, block_size):
-    """Only keys in use are in a block, and it knows the queries that lie behind its first key."""
+    """Only keys in use are in a block, and it knows the queries that lie behind its first key, and
+    in which row that position's query is or would be."""
     sequences = cached(capacities, num_queries, used)
     found = locate_blocks(sum(capacities), sequences, block_size).T.tolist()
     of_queries = starts(capacities if num_queries is None else num_queries)
@@ -145,7 +147,8 @@ def test_blocks_of_a_cache(capacities, used, num_queries, block_size):
             behind = [row for row, at in position.items() if at >= first] or [end_query]
             owned.add(number := first_number(b, start, block_size) + j)
             size = min(block_size, n - first)
-            assert found[number] == [start + first, size, j, behind[0], end_query]
+            query_row = end_query - (n - first)
+            assert found[number] == [start + first, size, j, behind[0], end_query, query_row]
     assert all(row[1] == 0 for number, row in enumerate(found) if number not in owned)
 
 
