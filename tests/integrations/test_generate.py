@@ -2,6 +2,7 @@
 forwards without cache.
 """
 
+import contextlib
 import copy
 import itertools
 import warnings
@@ -14,6 +15,7 @@ from transformers.cache_utils import Cache, DynamicSlidingWindowLayer, Quantized
 
 from nsa_fsa.integrations.transformers import patch_model, unpatch_model
 from nsa_fsa.integrations.transformers.cache import Hidden
+from nsa_fsa.visualization import record
 from tests.integrations.models import (
     TINY_REACH,
     attentions,
@@ -502,6 +504,33 @@ def test_chunks_of_a_prompt_are_not_compiled(counted):
     prompt = tokens(2, PROMPT)
     found = compiled(model, prompt, prefill_chunk_size=40)
     assert_greedy(model, found, torch.ones_like(prompt))
+    assert num_graphs() == 1
+
+
+def test_tokens_do_not_walk_through_the_model(monkeypatch):
+    model, walks = sparse_model(nsa=POOLED).eval(), []
+    decide = type(model)._step_is_traced
+    monkeypatch.setattr(type(model), "_step_is_traced", lambda x: walks.append(x) or decide(x))
+    for new in (2, FEW):
+        walks.clear()
+        prompt = tokens(2, PROMPT)
+        mask = torch.ones_like(prompt)
+        mask[0, :5] = 0  # transformers 5.24 leaves out a mask that hides nothing
+        generate(model, prompt, new, cache_implementation="static", attention_mask=mask)
+        assert len(walks) <= 2  # whether to compile, and whether a mask is as wide as the cache
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_run_after_a_recorded_one_is_one_graph(recorded, counted):
+    """What a recorder kept from being compiled is compiled once nobody records."""
+    model, prompt = sparse_model(nsa=POOLED).eval(), tokens(2, PROMPT)
+    mask = torch.ones_like(prompt)
+    mask[0, :5] = 0
+    cache = StaticCache(config=model.config, max_cache_len=PROMPT + 60)
+    with record(model) if recorded else contextlib.nullcontext():
+        begun = generate(model, prompt, 4, past_key_values=cache, attention_mask=mask)
+    found = compiled(model, begun, past_key_values=cache, attention_mask=pad_ones(mask, 4))
+    assert_greedy(model, found, pad_ones(mask, 4))
     assert num_graphs() == 1
 
 
