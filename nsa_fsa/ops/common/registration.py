@@ -307,8 +307,11 @@ def define_mutation(
     ]
 
     def run(*row):
+        def write():
+            forward(signature.build(row))
+
         with _in_its_precision(), on_device(row[0]):
-            return replayed(name, row, lambda: forward(signature.build(row)))
+            return replayed(name, row, write)
 
     def run_fake(*row):
         return None
