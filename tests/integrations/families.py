@@ -88,7 +88,7 @@ LANGUAGE_MODELS = {
     "Qwen3": dict(head_dim=16),
     "Qwen3Moe": dict(head_dim=16, **EXPERTS),
     "Qwen3Next": QWEN_NEXT,
-    "SeedOss": dict(head_dim=8, attention_dropout=0.0),
+    "SeedOss": dict(head_dim=8, attention_dropout=0.0, residual_dropout=0.0),
     "SmolLM3": {},
     "StableLm": {},
     "Starcoder2": {},

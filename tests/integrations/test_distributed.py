@@ -14,11 +14,10 @@ from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.parallel import DistributedDataParallel
 
 from nsa_fsa.integrations.transformers import NSAAttention, patch_model, unpatch_model
-from tests.integrations.families import family, tokens
+from tests.integrations.families import FAMILIES, family, tokens
 from tests.integrations.models import scramble
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("Mistral", "Gemma3", "Mixtral", "DeepseekV3", "Qwen3Next", "Phi3", "Llava", "Qwen3-VL")
 
 
 def test_on_two_processes(tmp_path):
@@ -28,7 +27,7 @@ def test_on_two_processes(tmp_path):
     for run in runs:
         printed, errors = run.communicate(timeout=300)
         assert run.returncode == 0, errors[-3000:]
-        assert printed.split() == list(NAMES)
+        assert printed.splitlines() == list(FAMILIES)
 
 
 @pytest.fixture
@@ -66,8 +65,8 @@ def test_what_is_sharded_is_neither_patched_nor_unpatched(one_rank):
 
 def gradients(model):
     """Of the gates, whole, after a step on the same tokens."""
-    ids = tokens(2, 130)
-    model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    torch.manual_seed(0)  # of the dropout that some have elsewhere
+    model(input_ids=tokens(2, 130), use_cache=False)[0].float().square().mean().backward()
     layers = [module for module in model.modules() if isinstance(module, NSAAttention)]
     found = [layer.gate.weight.grad for layer in layers]
     return [x.full_tensor() if hasattr(x, "full_tensor") else x for x in found]
@@ -77,7 +76,7 @@ def main(store, rank):
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.set_num_threads(1)
     mesh = init_device_mesh("cpu", (2,))  # the default is a GPU where there is one
-    for name in NAMES:
+    for name in FAMILIES:
         model = family(name)
         patch_model(model, "tiny", verbose=False)
         scramble(model).train()
@@ -85,13 +84,14 @@ def main(store, rank):
         assert expected
 
         replicated = DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=True)
-        for layer in getattr(model.base_model, "language_model", model.base_model).layers:
-            fully_shard(layer, mesh=mesh)
+        for module in list(model.modules()):
+            if any(isinstance(child, NSAAttention) for child in module.children()):
+                fully_shard(module, mesh=mesh)  # a decoder layer
         fully_shard(model, mesh=mesh)
         for wrapped in (replicated, model):
             for found, gradient in zip(gradients(wrapped), expected, strict=True):
                 torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
-        print(name)
+        print(name, flush=True)
     distributed.destroy_process_group()
 
 

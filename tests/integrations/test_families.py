@@ -170,6 +170,46 @@ def test_every_part_learns(name):
         assert_near(checkpointed, plain, 1e-4)
 
 
+@pytest.mark.parametrize("name", [name for name in FAMILIES if "base" not in name])
+def test_the_trainer_takes_the_step_of_a_plain_loop(name, tmp_path):
+    model, ids = sparse(name).train(), tokens(2, 130)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    if "answers" in name:
+        labels = dict(start_positions=torch.tensor([3, 70]), end_positions=torch.tensor([9, 128]))
+    else:
+        classes = ids % 2
+        classes[:, 0] = -100  # nothing predicts it, but of some models the Trainer counts it
+        labels = dict(labels=classes[:, 1] if "sequences" in name else classes)
+    batch = dict(input_ids=ids, **labels)
+    plain = copy.deepcopy(model)
+    plain(**batch, use_cache=False).loss.backward()
+    torch.optim.SGD(plain.parameters(), lr=0.1).step()
+
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    transformers.Trainer(
+        model,
+        arguments,
+        train_dataset=[{key: x[i] for key, x in batch.items()} for i in range(2)],
+        optimizers=(torch.optim.SGD(model.parameters(), lr=0.1), None),
+    ).train()
+    for layer, expected, before in zip(*map(layers, (model, plain, sparse(name))), strict=True):
+        assert not torch.equal(layer.gate.weight, before.gate.weight)
+        for key, x in layer.named_parameters():
+            torch.testing.assert_close(x, expected.get_parameter(key), rtol=1e-4, atol=1e-6)
+
+
 # PEFT takes Llama 4's router for a linear layer, which returns two tensors.
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "Llama4"])
 def test_adapters_on_every_linear_layer(name):
