@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 def printed_by(module, *arguments):
     """The lines that `python -m module ...` prints, on the CPU."""
-    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    on_the_cpu = dict(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    environment = {**os.environ, **on_the_cpu}
     run = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
         env=environment,

@@ -10,7 +10,10 @@ from nsa_fsa.ops import nsa_attention
 from nsa_fsa.sequences import Sequences, cu_seqlens_from_lengths
 from tests.modules.layers import randn
 from tests.naive import naive_attention
+from tests.on_gpu import assert_rms_close
 from tests.oracle import oracle_dense, queries
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 SIZES = dict(
     kernel_size=8,
@@ -80,7 +83,7 @@ def expected_of(leaves, sequences, dense_below):
 
 
 def with_gradients(o, leaves):
-    do = randn(*o.shape, dtype=o.dtype, seed=11)
+    do = randn(*o.shape, dtype=o.dtype, seed=11).to(o)
     return [o, *torch.autograd.grad(o, leaves, do, materialize_grads=True)]
 
 
@@ -123,13 +126,13 @@ def test_queries_at_the_end_of_whole_sequences():
 def test_the_kernels_of_the_sliding_window():
     lengths = torch.tensor([3, 17])
     sequences = Sequences(cu_seqlens_from_lengths(lengths), 17)
-    leaves = leaves_of(20, 20, torch.float32)
-    found = with_gradients(attend(leaves, sequences, 9, "triton_window"), leaves)
-    exact = [x.detach().double().requires_grad_() for x in leaves]
+    on_device = Sequences(cu_seqlens_from_lengths(lengths.to(DEVICE)), 17)
+    exact = leaves_of(20, 20)
+    leaves = [x.detach().float().to(DEVICE).requires_grad_() for x in exact]
+    found = with_gradients(attend(leaves, on_device, 9, "triton_window"), leaves)
     expected = with_gradients(expected_of(exact, sequences, 9), exact)
-    for x, y in zip(found, expected, strict=True):
-        # Some ulps of float32, of numbers up to ten.
-        torch.testing.assert_close(x.double(), y, rtol=1e-5, atol=1e-5)
+    for what, x, y in zip(("o", *NAMES), found, expected, strict=True):
+        assert_rms_close(what, x.cpu(), y, torch.float32)
 
 
 def test_nothing_else_runs_where_all_are_dense():
