@@ -73,8 +73,8 @@ def _first_queries(call: WindowedCall, dense_below: int) -> FirstQueries:
     first = lengths - number  # the position of the first of them
     dense = (dense_below - first).clamp(min=0).minimum(number)
 
-    most = torch.sym_min(dense_below, sequences.max_seqlen) * number.shape[0]
-    room = torch.sym_min(call.q.shape[0], most)
+    most = _least(dense_below, sequences.max_seqlen) * number.shape[0]
+    room = _least(call.q.shape[0], most)
     others = number - dense
     others_before = others.cumsum(0) - others
     taken = dense + (room - dense.sum() - others_before).clamp(min=0).minimum(others)
@@ -87,11 +87,19 @@ def _first_queries(call: WindowedCall, dense_below: int) -> FirstQueries:
 
     ends = pad(ends, (1, 0)).int()
     if sequences.shares_rows:
-        layout = Sequences(ends, torch.sym_min(sequences.max_seqlen, room))
+        layout = Sequences(ends, _least(sequences.max_seqlen, room))
     else:
         used = (first + taken).int()
         layout = Sequences(sequences.cu_seqlens, sequences.max_seqlen, ends, used)
     return FirstQueries(rows, is_dense, _of_rows(call, rows, layout))
+
+
+def _least(a: int, b: int) -> int:
+    """The smaller number, for all lengths of a trace where one of them is symbolic.
+
+    Compiled code makes `sym_min` of `min` by itself, and PyTorch 2.11 none of two plain numbers.
+    """
+    return min(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_min(a, b)
 
 
 def _of_rows(call: WindowedCall, rows: Tensor, layout: Sequences) -> WindowedCall:
