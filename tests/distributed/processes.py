@@ -1,4 +1,5 @@
-"""Processes that share a group of gloo, of one program that has imported everything once."""
+"""Processes that share a group, of one program that has imported everything once: of gloo, or of
+NCCL where GPUs are visible."""
 
 import os
 import subprocess
@@ -12,10 +13,11 @@ from torch.multiprocessing import start_processes
 ROOT = Path(__file__).parents[2]
 
 
-def printed_by(module, *arguments):
-    """The lines that `python -m module ...` prints, on the CPU."""
-    on_the_cpu = dict(CUDA_VISIBLE_DEVICES="", TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
-    environment = {**os.environ, **on_the_cpu}
+def printed_by(module, *arguments, gpus=False):
+    """The lines that `python -m module ...` prints, on the CPU unless GPUs are asked for."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if not gpus:
+        environment["CUDA_VISIBLE_DEVICES"] = ""
     run = subprocess.run(
         [sys.executable, "-m", module, *map(str, arguments)],
         env=environment,
@@ -38,8 +40,12 @@ def _rank(rank, size, store, function, arguments):
     numbers = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
     os.environ.update({name: str(x) for name, x in numbers.items()}, MASTER_ADDR="localhost")
     torch.set_num_threads(1)
+    backend = "gloo"
+    if torch.cuda.is_available():
+        backend = "nccl"
+        torch.cuda.set_device(rank)
     init = f"file://{store}"
-    distributed.init_process_group("gloo", init_method=init, rank=rank, world_size=size)
+    distributed.init_process_group(backend, init_method=init, rank=rank, world_size=size)
     function(*arguments)
     distributed.barrier()
     distributed.destroy_process_group()

@@ -30,6 +30,14 @@ def test_groups_change_nothing(tmp_path):
     assert printed == [*(f"2 {x.__name__}" for x in CHECKS), "4 values"]
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.device_count() == 1, reason="kernels need a GPU for either rank")
+def test_groups_change_nothing_of_the_kernels(tmp_path):
+    gpus = torch.cuda.is_available()
+    printed = printed_by("tests.distributed.test_groups", tmp_path, "kernels", gpus=gpus)
+    assert printed == ["2 kernels"]
+
+
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "2"])
 def test_a_number_of_groups_is_asked_for(one_rank, wrong):
     with pytest.raises(ValueError, match=r"groups="):
@@ -162,25 +170,30 @@ def recorded():
 
 def kernels():
     """Bit by bit, as no sum is over heads."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     sizes = dict(HEADS, block_size=16, head_dim=16, window_size=20)
-    layer = make_variant("default", **sizes, backend="triton").float()
-    x, do = (shared().part(randn(1, 96, 24, seed=seed)).float() for seed in (1, 2))
-    o, found = outcome(layer, x, do, context_parallel=shared(2), **PACKED)
-    expected, wanted = outcome(layer, x, do, context_parallel=shared(1), **PACKED)
+    layer = make_variant("default", **sizes, backend="triton").float().to(device)
+    x, do = (shared().part(randn(1, 96, 24, seed=seed)).float().to(device) for seed in (1, 2))
+    layout = {**PACKED, "cu_seqlens": PACKED["cu_seqlens"].to(device)}
+    o, found = outcome(layer, x, do, context_parallel=shared(2), **layout)
+    expected, wanted = outcome(layer, x, do, context_parallel=shared(1), **layout)
     for y, z in zip((o, *found), (expected, *wanted), strict=True):
         assert torch.equal(y, z)
 
 
-CHECKS = (values, order, anomalies, number, recorded, kernels)
+CHECKS = (values, order, anomalies, number, recorded)
 
 
-def compare():
-    size = distributed.get_world_size()
-    for check in CHECKS if size == 2 else (values,):
+def compare(*checks):
+    for check in checks:
         check()
-        say(size, check.__name__)
+        say(distributed.get_world_size(), check.__name__)
 
 
 if __name__ == "__main__":
-    for size in (2, 4):
-        on_ranks(compare, size, sys.argv[-1])
+    folder, *names = sys.argv[1:]
+    if names == ["kernels"]:
+        on_ranks(compare, 2, folder, kernels)
+    else:
+        on_ranks(compare, 2, folder, *CHECKS)
+        on_ranks(compare, 4, folder, values)
