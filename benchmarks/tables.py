@@ -226,6 +226,30 @@ def prompts() -> pd.DataFrame:
     )
 
 
+def generation() -> pd.DataFrame:
+    """Milliseconds of `generate`, sparse beside the fastest dense attention that was measured."""
+    rows = pd.DataFrame(read("generate")["rows"])
+    rows["sparse"] = rows.implementation == "nsa_fsa"
+    keys = ["pass", "num_tokens", "batch_size"]
+    wide = rows.pivot_table(index=keys, columns="sparse", values="ms", aggfunc="min").dropna()
+    what = {
+        "first_token": "the first token",
+        "further_tokens": "each further token, static cache",
+        "uncompiled_tokens": "each further token, dynamic cache",
+    }
+    return pd.DataFrame(
+        {
+            "ms": what[step],
+            "tokens": f"{tokens:,}",
+            "sequences": batch,
+            "dense": ms(dense),
+            "NSA": ms(ours),
+            "dense / NSA": f"{dense / ours:.1f}",
+        }
+        for (step, tokens, batch), (dense, ours) in wide.iterrows()
+    )
+
+
 def memory() -> pd.DataFrame:
     """The peak of both passes beside the tensors of full attention."""
     rows = rows_of("core_memory")
