@@ -340,7 +340,9 @@ def _swap(
         else:
             sparse_config = _convert_config(dense_config, patched_class.config_class)
             _name_dense_attention(model, sparse_config)
-        model._nsa_dense = _DenseState(dense_config, _lasting_values(sparse_config))  # type: ignore[assignment]
+        model._nsa_dense = _DenseState(  # type: ignore[assignment]
+            dense_config, _lasting_values(sparse_config)
+        )
     _rebind_config(around, model.config, sparse_config)
     for i, parts in made.items():
         attention = layers[i].module
