@@ -267,11 +267,13 @@ class _NSAModel:
                 f"{type(self).__name__} needs an {needed}, but got a {type(config).__name__}. "
                 f"Fix: {needed}(..., nsa=...), or patch_model(model) with the dense model."
             )
+
         if config.nsa_model() is not None:  # and goes on saying what that one's layers are
             config = copy.deepcopy(config)
         text = config.get_text_config()
         if text is not config and text._attn_implementation_internal == ATTENTION_NAME:
             text._attn_implementation_internal = None
+
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
         config._attn_implementation_internal = (
             # transformers says what None stands for, and refuses what the class does not support.
