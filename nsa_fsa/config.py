@@ -143,6 +143,7 @@ class NSAConfig:
     def __post_init__(self) -> None:
         for name in ("hidden_size", "num_heads"):
             self._check_int(name, minimum=1)
+
         self._fill_if_none("num_kv_heads", self.num_heads)
         self._check_int("num_kv_heads", minimum=1)
         self._require(
@@ -151,12 +152,14 @@ class NSAConfig:
             f"a divisor of num_heads={self.num_heads}",
             "choose num_kv_heads so that each KV head serves a whole group of query heads",
         )
+
         if self.head_dim is None:
             why = f"hidden_size={self.hidden_size} is not a multiple of num_heads={self.num_heads}"
             divides = self.hidden_size % self.num_heads == 0
             self._require(divides, "head_dim", f"an int, because {why}", "pass head_dim explicitly")
             self._fill("head_dim", self.hidden_size // self.num_heads)
         self._check_int("head_dim", minimum=1)
+
         self._fill_if_none("v_head_dim", self.head_dim)
         self._fill_if_none("compress_hidden_size", self.head_dim)
         self._fill_if_none("scale", self.head_dim**-0.5)
@@ -180,6 +183,7 @@ class NSAConfig:
             self._check_int(name, minimum=1)
         for name in ("init_blocks", "local_blocks", "dense_below"):
             self._check_int(name, minimum=0)
+
         self._require(
             self.kernel_size % self.kernel_stride == 0,
             "kernel_size",
@@ -214,10 +218,12 @@ class NSAConfig:
         ):
             known = _is_one_of(getattr(self, name), allowed)
             self._require(known, name, f"one of {allowed}", "check the spelling")
+
         switches = ("kv_per_branch", "qk_norm", "qkv_bias", "o_bias")
         for name in ("compress_position_embedding", *switches):
             is_switch = isinstance(getattr(self, name), bool)
             self._require(is_switch, name, "True or False", "pass a bool")
+
         self._require(
             _is_positive_number(self.qk_norm_eps),
             "qk_norm_eps",
@@ -232,6 +238,7 @@ class NSAConfig:
             'for example ("compressed", "sliding")',
         )
         self._fill("recompute", tuple(self.recompute))  # YAML and JSON have lists
+
         is_name = isinstance(self.backend, str) and self.backend != ""
         self._require(is_name, "backend", "a backend's name", 'use "auto"')
         self._check_rope()
@@ -241,6 +248,7 @@ class NSAConfig:
             return
         is_dict = isinstance(self.rope_parameters, Mapping)
         self._require(is_dict, "rope_parameters", "a dict or None", "see the docstring")
+
         rope = dict(self.rope_parameters)
         # That was the key's name before transformers 5.
         rope.setdefault("rope_type", rope.pop("type", "default"))
@@ -251,6 +259,7 @@ class NSAConfig:
             f"a rope_type among {ROPE_TYPES}",
             "or pass position_embeddings=(cos, sin) to the layer and set rope_parameters=None",
         )
+
         bands = ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
         needed = {
             "linear": ("factor",),
@@ -262,9 +271,11 @@ class NSAConfig:
         missing = [key for key in needed if key not in rope]
         wanted = f"the keys {needed} for {rope['rope_type']!r}"
         self._require(not missing, "rope_parameters", wanted, f"add {missing}")
+
         unknown = [key for key in rope if key not in _ROPE_KEYS]
         wanted, fix = f"made of the keys {_ROPE_KEYS}", f"check the spelling of {unknown}"
         self._require(not unknown, "rope_parameters", wanted, fix)
+
         given = self.rope_parameters
         scaling = [key for key in given if key not in ("rope_theta", "partial_rotary_factor")]
         self._require(  # the default type would ignore them
@@ -273,6 +284,7 @@ class NSAConfig:
             f"a dict with a rope_type where it has {scaling}",
             'for example {"rope_type": "linear", "factor": 2.0}',
         )
+
         lists = ("short_factor", "long_factor")
         numbers = [key for key in rope if key not in ("rope_type", "truncate", *lists)]
         always = ("rope_theta", "factor", "partial_rotary_factor", *needed)
@@ -285,9 +297,11 @@ class NSAConfig:
             "positive finite numbers, with partial_rotary_factor at most 1",
             f"check {wrong or 'partial_rotary_factor'} (YAML reads 1e6, without a point, as text)",
         )
+
         has_switch = rope.get("truncate") is None or isinstance(rope["truncate"], bool)
         wanted = "a dict whose truncate is True or False"
         self._require(has_switch, "rope_parameters", wanted, "pass a bool")
+
         rotary_dim = int(self.head_dim * rope.get("partial_rotary_factor", 1.0))
         self._require(
             rotary_dim % 2 == 0 and rotary_dim > 0,
@@ -295,6 +309,7 @@ class NSAConfig:
             "even (in its rotated part), because RoPE rotates pairs",
             "use an even head_dim or rope_parameters=None",
         )
+
         for key in [key for key in lists if key in rope]:
             factors = rope[key]
             self._require(
@@ -305,6 +320,7 @@ class NSAConfig:
                 f"a dict whose {key} holds rotary_dim // 2 = {rotary_dim // 2} positive numbers",
                 "take it as the model's config has it, for one head",
             )
+
         self._fill("rope_parameters", rope)  # last, so that errors show what was passed
 
     def _fill(self, name: str, value: Any) -> None:
@@ -445,6 +461,7 @@ def attention_fields(hf_config: Any) -> dict[str, Any]:
             f"model_type={model_type!r} is not supported: "
             f"allowed are 'llama', 'qwen2' and 'qwen3'. Fix: {fix}."
         )
+
     attention_bias = bool(getattr(hf_config, "attention_bias", False))
     num_heads = hf_config.num_attention_heads
     return dict(

@@ -98,6 +98,7 @@ class Sequences(NamedTuple):
         cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k = self
         if cu_seqlens.device.type != "cpu":
             return
+
         if not _rises(cu_seqlens, num_keys):
             raise ValueError(
                 f"cu_seqlens={cu_seqlens.tolist()} must rise from 0 to the number of key rows, "
@@ -109,6 +110,7 @@ class Sequences(NamedTuple):
                 f"rise from 0 to the number of query rows, {num_queries}. "
                 "Fix: 0, and after it the cumulative sum of each sequence's number of queries."
             )
+
         lengths = cu_seqlens.long().diff()
         if seqused_k is not None:
             if bool(((seqused_k < 0) | (seqused_k > lengths)).any()):
@@ -118,6 +120,7 @@ class Sequences(NamedTuple):
                     "or give the sequences more rows."
                 )
             lengths = seqused_k
+
         longest = int(lengths.max()) if len(lengths) else 0
         if longest > max_seqlen:
             raise ValueError(

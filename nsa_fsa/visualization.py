@@ -82,16 +82,19 @@ def _details(entry: Record, max_queries: int) -> Details:
     inside, branches = entry.inside, entry.inside.branches
     layout, config = entry.layout, entry.config
     starts_q = layout.of_queries
+
     rows = torch.arange(int(starts_q[-1]), device=inside.q.device)
     if len(rows) > max_queries:
         last = len(rows) - 1
         rows = torch.linspace(0, last, max_queries, dtype=torch.float64, device=rows.device)
         rows = rows.round().long()
+
     sequence = torch.searchsorted(starts_q[1:].contiguous(), rows, right=True)
     position = rows - starts_q[sequence]
     # The last positions of what a cache holds.
     if layout.cu_seqlens_q is not None and layout.seqused_k is not None:
         position = position + layout.seqused_k[sequence] - starts_q.diff()[sequence]
+
     # Every query is given as a sequence of its own, which begins where its own does.
     scores = block_scores(
         inside.q[rows],
@@ -106,6 +109,7 @@ def _details(entry: Record, max_queries: int) -> Details:
         cu_seqlens_q=torch.arange(len(rows) + 1, device=rows.device),
         seqused_k=position + 1,
     )  # [N, HKV, blocks]
+
     outputs = (branches.o_cmp, branches.o_slc, branches.o_swa)
     lses = (branches.lse_cmp, branches.lse_slc, branches.lse_swa)
     o, lse = (torch.stack([x[rows] for x in xs], dim=1) for xs in (outputs, lses))
@@ -154,6 +158,7 @@ def queries_of(entries: Record | Sequence[Record], sequence: int = 0) -> Queries
             f"these are records of the layers {layers}; they must be of one. "
             f"Fix: by_layer(records)[{layers[0]}]."
         )
+
     position: list[Tensor] = []
     block_indices: list[Tensor] = []
     for entry in entries:
@@ -162,16 +167,19 @@ def queries_of(entries: Record | Sequence[Record], sequence: int = 0) -> Queries
             position, block_indices = [], []
         position.append(torch.arange(first, first + stop - begin))
         block_indices.append(entry.block_indices[begin:stop])
+
     found, order = torch.cat(position).sort(stable=True)
     last = torch.ones_like(found, dtype=torch.bool)
     last[:-1] = found.diff() != 0  # of those at one position
     found, order = found[last], order[last]
+
     if not len(found) or (found.diff() != 1).any():
         raise ValueError(
             f"{len(found)} positions of sequence {sequence} were recorded, and they must be "
             f"at least one and without gaps: found {found[:1].tolist()} to {found[-1:].tolist()}. "
             "Fix: pass the records of every forward."
         )
+
     chosen = torch.cat(block_indices)
     return Queries(found.to(chosen.device), chosen[order.to(chosen.device)])
 
@@ -267,10 +275,12 @@ def plot_block_selection(
             f"kv_head={kv_head} must be among the layer's {num_heads}, counted from 0. "
             "Fix: kv_head=0."
         )
+
     first, length = int(positions[0]), int(positions[-1]) + 1
     rows = _evenly(len(positions))
     t, key = positions[rows, None], _evenly(length)
     own, block = t // config.block_size, key // config.block_size
+
     chosen = block_indices[rows, kv_head : kv_head + 1]
     selected = selected_blocks(chosen, config.block_size, length)[:, 0, block]
     forced = (block < config.init_blocks) | (block > own - config.local_blocks)
@@ -279,6 +289,7 @@ def plot_block_selection(
     window = (key > t - config.window_size) & ~is_dense
     kind = 1 + torch.where(selected, 1 + forced.int(), 0)  # 1 compressed only, 2 by score, 3 always
     kind = torch.where(window, torch.where(selected, 5, 4), kind).masked_fill(key > t, 0)
+
     ax.imshow(
         kind.numpy(),
         aspect="auto",
@@ -288,12 +299,14 @@ def plot_block_selection(
         vmax=5,
         extent=(0, length, length, first),
     )
+
     drawn = "" if last.layer_idx is None else f"layer {last.layer_idx}, "
     ax.set(
         xlabel=f"key position (blocks of {config.block_size})",
         ylabel="query position",
         title=f"Keys read: {drawn}KV head {kv_head} of {num_heads}, sequence {sequence}",
     )
+
     patches = [
         Patch(facecolor=color, edgecolor="#B0B0B0", label=name) for name, color in KEY_KINDS.items()
     ]

@@ -58,6 +58,7 @@ class DecodeCase(Case):
         c, number, new = self.config, self.batch_size, self.batch_size * self.num_new
         rows, pages = self.layers * number, -(-self.num_tokens // PAGE)
         heads, states = c.num_kv_heads, PAGE // c.kernel_stride
+
         if name == "lengths":
             return torch.full((number,), self.num_tokens, dtype=torch.int32, device=self.device)
         if name == "table":  # of every layer's own pages, in any order
@@ -69,6 +70,7 @@ class DecodeCase(Case):
             position = torch.arange(c.kernel_size, device=self.device)
             rotary = torch.stack(RotaryEmbedding(c)(position, self.num_tokens, torch.float32))
             return rotary[:, :, : rotary.shape[2] // 2].contiguous()
+
         shapes = dict(
             q=(new, c.num_heads, c.head_dim),
             gate_logits=(new, c.num_heads, 3),
@@ -84,6 +86,7 @@ class DecodeCase(Case):
             logits_v=(heads, c.kernel_size),
             x=(number, self.num_tokens, c.hidden_size),
         )
+
         made = self.normal(name, *shapes[name])
         return made.float() if name.startswith("logits") else made
 
@@ -275,6 +278,7 @@ class LayerDecoding(Layer):
 NSA_DECODE = Decoding(
     "nsa_decode", "nsa_fsa, decoding", "ours", nsa_step, partial(nsa_step, backend="reference"), ()
 )
+
 LAYER_DECODE = LayerDecoding(
     "layer_decode",
     "nsa_fsa, a layer's step",
@@ -284,6 +288,7 @@ LAYER_DECODE = LayerDecoding(
     (),
     outputs=("y",),
 )
+
 SDPA = Decoding(
     CUDNN.name,
     CUDNN.label,
@@ -294,6 +299,7 @@ SDPA = Decoding(
     reads_blocks=False,
     distribution="torch",
 )
+
 FULL_DECODING = [
     dataclasses.replace(
         SDPA,

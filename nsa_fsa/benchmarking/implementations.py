@@ -130,6 +130,7 @@ NSA_CORE = Implementation(
     partial(core, backend="reference"),
     ("q", "k", "v", "k_cmp", "v_cmp", "gate_logits"),
 )
+
 NSA_LAYER = Layer(
     "nsa_layer",
     "nsa_fsa, whole layer",
@@ -139,6 +140,7 @@ NSA_LAYER = Layer(
     (),
     outputs=("y",),
 )
+
 CUDNN = Implementation(
     "cudnn",
     "full: cuDNN (SDPA)",
@@ -149,6 +151,7 @@ CUDNN = Implementation(
     reads_blocks=False,
     distribution="torch",
 )
+
 FLASH_ATTN_4 = dataclasses.replace(
     CUDNN,
     name="flash_attn_4",
@@ -156,4 +159,5 @@ FLASH_ATTN_4 = dataclasses.replace(
     function=flash_attn_4,
     distribution="flash-attn-4",
 )
+
 FULL_ATTENTION = {x.name: x for x in (FLASH_ATTN_4, CUDNN)}  # the first that runs is the peer

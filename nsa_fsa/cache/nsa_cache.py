@@ -431,6 +431,7 @@ class NSACache:
         goes_on = kept.sum(1, keepdim=True) > kept.cumsum(1)
         wrong = (fed & ~shown & goes_on) | (shown & ~fed)
         changed, refused = torch.stack(((fed != shown).any(), wrong.any())).tolist()
+
         if not changed:
             return
         if refused:
@@ -447,12 +448,14 @@ class NSACache:
                 "the column was fed as padding, or was hidden since. "
                 "Fix: keep the mask of earlier columns as it was."
             )
+
         self.has_padding = True
         shorter = kept.sum(1) != self._lengths
         self._lengths = _written(self._lengths, kept.sum(1))
         unused = padding.shape[1] - self.num_tokens
         hidden = torch.nn.functional.pad(~kept, (0, unused))
         self._buffers["padding"] = _written(padding, hidden)
+
         if "recent" in self._buffers:
             recent = torch.where(
                 shorter[:, None, None, None], self._turned_back(), self._buffers["recent"]

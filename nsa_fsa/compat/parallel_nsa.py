@@ -157,6 +157,7 @@ def _check(
             f"head_first={head_first} is not supported. "
             "Fix: q.transpose(1, 2), and likewise k, v, gates and block indices."
         )
+
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_rows(name, x, 4, "[B, T, heads, head width]")
     if not (q.shape[0] == k.shape[0] and k.shape[:3] == v.shape[:3]):
@@ -165,6 +166,7 @@ def _check(
             "they must be [B, TQ, HQ, D], [B, TK, HKV, D] and [B, TK, HKV, DV]. "
             "Fix: give all three one B, and make k and v from the same tokens and heads."
         )
+
     check_positive(block_size=block_size)
     check_ints(0, window_size=window_size)
     for name, gate in gates.items():
@@ -173,6 +175,7 @@ def _check(
             _check_shape(name, gate, "[B, TQ, HQ]", q.shape[:3])
             check_rows(name, gate, 3, "[B, TQ, HQ]")
             check_device(name, gate, q.device)
+
     if not (window_size == 0 or gates["g_swa"] is not None):
         raise ValueError(
             f"window_size={window_size} needs g_swa, which is None. "
@@ -184,11 +187,13 @@ def _check(
             "Fix: pass block_indices, or g_cmp "
             "to choose them by compressed attention (zeros for its choice without its output)."
         )
+
     if block_indices is not None:
         check_tensor("block_indices", block_indices, "int32 or int64 [B, TQ, HKV, S]")
         shape = (*q.shape[:2], k.shape[2], *block_indices.shape[-1:])
         _check_shape("block_indices", block_indices, "[B, TQ, HKV, S]", shape)
         check_device("block_indices", block_indices, q.device)
+
     if isinstance(block_counts, Tensor):
         shape = (*q.shape[:2], k.shape[2])
         _check_shape("block_counts", block_counts, "an int or [B, TQ, HKV]", shape)
@@ -218,11 +223,14 @@ def _layout(q: Tensor, k: Tensor, cu_seqlens: Tensor | tuple[Tensor, Tensor] | N
             return Sequences(of_keys, num_keys)
         of_queries = uniform_layout(batch_size, num_queries, q.device).cu_seqlens
         return Sequences(of_keys, num_keys, of_queries)
+
+    # Sequences that cu_seqlens bounds are packed into one row.
     if batch_size != 1:
         raise ValueError(
             f"cu_seqlens needs B = 1, but q has B = {batch_size}. "
             "Fix: x.flatten(0, 1)[None] for each input."
         )
+
     if isinstance(cu_seqlens, Tensor):
         if num_queries != num_keys:
             raise ValueError(
@@ -230,6 +238,7 @@ def _layout(q: Tensor, k: Tensor, cu_seqlens: Tensor | tuple[Tensor, Tensor] | N
                 "one cu_seqlens cannot both describe. Fix: cu_seqlens=(cu_seqlens_q, cu_seqlens_k)."
             )
         return Sequences(to_int32("cu_seqlens", cu_seqlens), num_keys)
+
     if not (isinstance(cu_seqlens, (tuple, list)) and len(cu_seqlens) == 2):
         raise ValueError(
             f"cu_seqlens={cu_seqlens!r:.100} must be an int32 or int64 tensor [N + 1], "

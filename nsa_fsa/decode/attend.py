@@ -60,16 +60,19 @@ def attend_blocks(
     sequence, new = tl.program_id(0) // SIZES.NEW, tl.program_id(0) % SIZES.NEW
     BLOCK: tl.constexpr = SIZES.BLOCK_HOPS * SIZES.STRIDE
     STEPS: tl.constexpr = (BLOCK + KEYS - 1) // KEYS  # of a block
+
     position, member = total_tokens - SIZES.NEW + new, tl.arange(0, ROWS)
     used = (member < SIZES.G) & (position >= 0)
     pairs = Pairs(token + member * 0, head * SIZES.G + member, used)
     queries = load_pairs(q, pairs, SIZES.D, SIZES.PADDED_D)
     indices_ptr += (token * SIZES.HKV + head) * SIZES.NUM_SELECTED
     softmax = nothing_seen(ROWS, SIZES)
+
     num_blocks = SIZES.NUM_SELECTED
     if SIZES.DENSE > 0:
         is_dense = position < SIZES.DENSE
         num_blocks = tl.where(is_dense, position // BLOCK + 1, num_blocks)
+
     for step in tl.range(share, num_blocks * STEPS, SHARES, num_stages=STAGES):
         block = step // STEPS
         if SIZES.DENSE > 0:
@@ -84,6 +87,7 @@ def attend_blocks(
             *(queries, softmax, cache, of_pages, sequence, head, key, there, there[None, :]),
             *(scale, SIZES, PITCHES),
         )
+
     store_partial(partial, number_of(pairs, SIZES) * SHARES + share, *softmax, used, SIZES)
 
 

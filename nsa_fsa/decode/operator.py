@@ -192,6 +192,7 @@ def _check_turn(
 ) -> None:
     if turn is None:
         return
+
     check_tensor("turn", turn, "[2, l, rotary_dim / 2]")
     fits = turn.ndim == 3 and turn.shape[:2] == (2, kernel_size)
     if not fits or 2 * turn.shape[2] > k.shape[2]:
@@ -200,11 +201,13 @@ def _check_turn(
             f"{k.shape[2] // 2}]. Fix: cos and sin of the positions 0 to {kernel_size - 1}."
         )
     check_device("turn", turn, k.device)
+
     if pool_k.embedding is not None and rotation is None:
         raise ValueError(
             "keys are turned back and have an embedding, but rotation is None. "
             "Fix: rotation=(cos, sin) of the new tokens."
         )
+
     for name, x in zip(("cos", "sin"), rotation or (), strict=False):
         check_tensor(f"{name} of rotation", x, "[T, rotary_dim]")
         expected = (k.shape[0], 2 * turn.shape[2])

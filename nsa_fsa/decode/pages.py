@@ -77,6 +77,7 @@ class Pages(NamedTuple):
         itself."""
         for name, x in zip(self._fields[:4], self[:4], strict=True):
             check_rows(f"{name} of the pages", x, 4, "[pages, HKV, rows, width]")
+
         stride, shape = windows.kernel_stride, self.k.shape
         for name, x in zip(self._fields[:4], self[:4], strict=True):
             expected = [*shape[:3], shape[3] if name in ("k", "k_cmp") else self.v.shape[-1]]
@@ -95,9 +96,11 @@ class Pages(NamedTuple):
                     "Fix: keep the width of a head contiguous."
                 )
             check_device(f"{name} of the pages", x, self.k.device)
+
         for name, table in (("table", self.table), ("states", self.states)):
             if table is not None:
                 self._check_table(name, table)
+
         if self.states is None and self.page_size % stride != 0:
             raise ValueError(
                 f"pages have {self.page_size} rows, which is no multiple of "
@@ -108,6 +111,7 @@ class Pages(NamedTuple):
                 f"{self.capacity_of_states} states are too few for {self.capacity} tokens: "
                 f"kernel_stride={stride} asks for {self.capacity // stride}. Fix: more of them."
             )
+
         return self
 
     def _check_table(self, name: str, table: Tensor) -> None:

@@ -110,6 +110,7 @@ def nsa_decode(call: DecodeCall) -> tuple[Tensor, Tensor]:
         where: dict = dict(cu_seqlens=ends, max_seqlen=total, cu_seqlens_q=of_queries)
         attend: dict = dict(**where, scale=call.scale)
         windows = call.windows._asdict()
+
         o_cmp, lse = compressed_attention.compressed_attention(
             q[rows], k_cmp, v_cmp, **attend, **windows
         )
@@ -128,13 +129,17 @@ def nsa_decode(call: DecodeCall) -> tuple[Tensor, Tensor]:
         o_swa, _ = sliding_window_attention.sliding_window_attention(
             q[rows], k, v, **attend, window_size=call.window_size
         )
+
         gates = call.gate_logits[rows]
         o[rows] = gated_combine.gated_combine(gates, o_cmp, o_slc, o_swa)
+
         if total - new < call.dense_below:
             is_dense = torch.arange(total - new, total, device=q.device) < call.dense_below
             o_dense, _ = sliding_window_attention.sliding_window_attention(
                 q[rows], k, v, **attend, window_size=total
             )
             o[rows] = torch.where(is_dense[:, None, None], o_dense, o[rows])
+
         indices[rows] = chosen
+
     return o, indices

@@ -184,14 +184,17 @@ class SparseBranches:
         """
         c = self.nsa_config
         check_whole_sequences()
+
         if runs is not None:
             some = _runs_of(runs, q, keys, k_cmp, v_cmp, gate_logits, layout, c.kernel_stride)
             return torch.cat([self.mix(*run, scale) for run in some])
+
         gate_logits = gate_logits.unflatten(-1, (-1, 3))  # [T, HQ or 1, 3]
         if c.gate == "per_token":
             gate_logits = gate_logits[:, :1]
         q = q.to(keys.k.dtype)  # a cache filled under another autocast holds wider keys
         scale = c.scale if scale is None else scale
+
         o = nsa_attention(
             q,
             keys.k,
@@ -218,6 +221,7 @@ class SparseBranches:
             recompute=c.recompute,
             backend=c.backend,
         )
+
         if self.recorder is not None:
             o, branches = o
             gates = gate_logits.detach().sigmoid()
@@ -225,8 +229,10 @@ class SparseBranches:
                 is_dense = layout.positions(q.shape[0]) < c.dense_below
                 selected_alone = torch.arange(3, device=q.device) == 1
                 gates = torch.where(is_dense[:, None, None], selected_alone.to(gates), gates)
+
             inside = Inside(q, keys.k, keys.v, k_cmp, o, branches, scale, real)
             self.recorder(Record(self.layer_idx, branches.block_indices, gates, layout, c, inside))
+
         return o
 
     def append_step(

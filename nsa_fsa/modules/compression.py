@@ -224,6 +224,7 @@ class Compressor(nn.Module):
                 "heads, as context_parallel does. Fix: one of the package's kinds, or leave "
                 "context_parallel out."
             )
+
         sizes: dict[str, Any] = dict(
             kernel_size=self.kernel_size,
             kernel_stride=self.kernel_stride,
@@ -235,12 +236,15 @@ class Compressor(nn.Module):
             backend=self.backend,
             **sizes,
         )
+
         embedding: Tensor | None = self.position_embedding
         if embedding is not None:
             embedding = _of_heads(embedding, heads)
+
         if self._kind_now in POOLED:
             pool = functools.partial(ops.pool_windows, **how)
             return self.phi(x, embedding, pool, heads=heads)
+
         windows = ops.gather_windows(x, **how)  # [N, H, l, D]
         if is_own := self.is_own:
             # Where no sequence owns a window, windows are 0. A phi that divides by their norm would
@@ -249,6 +253,7 @@ class Compressor(nn.Module):
             rows, owned = reference.window_rows(x, layout.cu_seqlens, **sizes)
             first = x.detach()[rows[:1]].transpose(1, 2)  # [1, H, l, D]
             windows = torch.where(owned[:, None, None, None], windows, first)
+
         if embedding is not None:
             windows = windows + embedding
         compressed = self.phi(windows) if is_own else self.phi(windows, heads=heads)  # [N, H, D]

@@ -203,6 +203,7 @@ def _runs(
         o = new(num_tokens, c.num_heads, c.v_head_dim)
         gates = new(num_tokens, c.num_heads, 3)
         cu_seqlens = new(2, dtype=torch.int32)
+
     layout = Sequences(cu_seqlens, num_tokens)
     windows = Windows(c.kernel_size, stride)
     blocks = Blocks(c.block_size, c.init_blocks, c.local_blocks)
@@ -214,6 +215,7 @@ def _runs(
         (),
         c.backend,
     )
+
     found: dict[str, _Run] = {}
     # Where both are compressed alike, the wider one counts.
     pairs = ((c.compress_k, k), (c.compress_v, v))
@@ -224,6 +226,7 @@ def _runs(
         else:
             gather = GatherCall(x, layout, windows, GATHER_BACKENDS.or_auto(c.backend))
             found["gather"] = _Run(GATHER_BACKENDS, gather)
+
     of_core = (
         core.compressed(),
         core.selection(lse),
@@ -231,11 +234,13 @@ def _runs(
         core.sliding(),
         core.combination(o, o, o),
     )
+
     runs = [*found.values()]
     if num_tokens > c.dense_below:
         runs += map(_Run, OPERATORS, of_core)
     if c.dense_below:
         runs.append(_of_dense_queries(config, core))
+
     return runs + [_Run(*step) for step in _steps(config, core)]
 
 
@@ -286,9 +291,11 @@ def _explain(run: _Run) -> Choice:
     operator, call, queries = run
     chosen = operator.choose(call, warn=False).name
     passed_over = operator.passed_over(call) if call.backend == "auto" else {}
+
     why = [] if queries is None else [queries]
     if call.backend != "auto":
         why.append(f"backend={call.backend!r} was asked for")
+
     if operator.operator == "selected_attention" and chosen == "triton":
         why.append(_measured(selected_key, call))
     elif chosen == "flash_attention":
@@ -299,6 +306,7 @@ def _explain(run: _Run) -> Choice:
             why.append(f"{libraries[0]}, the only one that can run this")
         else:
             why.append(_measured(flash_attention.window_key, call, libraries))
+
     if operator in (APPEND_BACKENDS, DECODE_BACKENDS):
         why.append("a few new tokens of a cache, in inference")
     if operator is DECODE_BACKENDS and chosen == "triton":
@@ -307,8 +315,10 @@ def _explain(run: _Run) -> Choice:
             f"as fast as full attention from about {one:,.0f} tokens of one sequence on, or "
             f"{many:,.0f} of each of 32, on an H200"
         )
+
     if not why[queries is not None :]:
         why.append("the first that can run this")
+
     reason = "; ".join(why)
     return Choice(operator.operator, chosen, reason, passed_over)
 

@@ -286,6 +286,7 @@ class NativeSparseAttention(SparseBranches, nn.Module):
                 f"be [B, S, {width}]. Fix: add the batch axis, or check hidden_size in the config."
             )
         checks.check_rows("hidden_states", hidden_states, 3, f"[B, S, {width}]")
+
         if cache is not None and not isinstance(cache, NSACache):
             raise ValueError(
                 f"cache is {type(cache).__name__}; it must be an NSACache. "
@@ -297,6 +298,7 @@ class NativeSparseAttention(SparseBranches, nn.Module):
                 f"{cache.differences(self.config)}. "
                 "Fix: start with a new cache, NSACache(attn.config), and feed all tokens again."
             )
+
         batch_size, length = hidden_states.shape[:2]
         if context_parallel is not None:
             length *= context_parallel.size
@@ -311,12 +313,14 @@ class NativeSparseAttention(SparseBranches, nn.Module):
                 )
             max_seqlen = length if max_seqlen is None else max_seqlen
             return None, Sequences(cu_seqlens, max_seqlen).check(hidden_states.device)
+
         if cache is not None:
             cache.check_room(batch_size, length)
         if attention_mask is None:
             return None, None
         if isinstance(attention_mask, Packing):
             return _beside_cache(attention_mask, attention_mask.mask, length, cache)
+
         past = 0 if cache is None else cache.num_tokens
         checks.check_tensor("attention_mask", attention_mask, "[B, S]")
         checks.check_device("attention_mask", attention_mask, hidden_states.device)
@@ -327,6 +331,7 @@ class NativeSparseAttention(SparseBranches, nn.Module):
                 f"it must be [B, S] = {(batch_size, length)}{or_past}. Fix: pass the 2D padding "
                 "mask; this layer is causal by itself and takes no other mask."
             )
+
         packing = pack_batch(batch_size, length, hidden_states.device, attention_mask)
         return _beside_cache(packing, attention_mask, length, cache)
 
@@ -382,12 +387,15 @@ class NativeSparseAttention(SparseBranches, nn.Module):
             self._check_rotation(position_embeddings, hidden_states)
             cos, sin = map(packed, position_embeddings)
             return cos, sin
+
         if self.rotary is None:
             return None, None
+
         # numel() would be one number for torch.export.
         num_rows = batch[0] * batch[1] if rows is None else rows.shape[0]
         if context_parallel is not None:
             num_rows *= context_parallel.size
+
         if position_ids is not None:
             checks.check_tensor("position_ids", position_ids, "integers [B or 1, S]")
             checks.check_device("position_ids", position_ids, hidden_states.device)
@@ -404,6 +412,7 @@ class NativeSparseAttention(SparseBranches, nn.Module):
         else:
             assert layout is not None
             position = positions(layout.cu_seqlens, num_rows)
+
         past = 0 if cache is None else cache.num_tokens
         longest = batch[1] if layout is None else layout.max_seqlen
         return self.rotary(position, past + longest, hidden_states.dtype)
@@ -416,6 +425,7 @@ class NativeSparseAttention(SparseBranches, nn.Module):
                 "it must be a pair (cos, sin) of tensors [B or 1, S, rotary_dim]. "
                 "Fix: pass (cos, sin), or leave it out to compute them here."
             )
+
         for name, x in zip(("cos", "sin"), pair, strict=True):
             name = f"{name} of position_embeddings"
             checks.check_rows(name, x, 3, "[B or 1, S, rotary_dim]")

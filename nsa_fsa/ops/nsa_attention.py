@@ -31,6 +31,8 @@ from nsa_fsa.ops.common.calls import (
 )
 from nsa_fsa.ops.common.registration import Gradient, define_operator
 from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
+
+# The branches, and what mixes them.
 from nsa_fsa.ops.compressed_attention import operator as compressed_attention
 from nsa_fsa.ops.dense_queries import EVERYTHING, attend_densely, is_known
 from nsa_fsa.ops.gated_combine import operator as gated_combine

@@ -46,6 +46,7 @@ Overwrite = Annotated[
 
 
 def convert(
+    # What is converted, of which text it learns, and where all goes.
     checkpoint: Annotated[
         str, typer.Argument(help="A dense one: a folder, a name on the hub, or a .gguf file.")
     ],
@@ -54,6 +55,7 @@ def convert(
         Path,
         typer.Option(file_okay=False, help="Where all goes that is written.", rich_help_panel=RUN),
     ],
+    # The sparse model that is made of it.
     preset: Annotated[
         str | None,
         typer.Option(help=f"Of {', '.join(PRESETS)}. Default: fsa-64x16.", rich_help_panel=MODEL),
@@ -81,6 +83,7 @@ def convert(
             help="Index of a layer that stays dense; -1 is the last. Repeat.", rich_help_panel=MODEL
         ),
     ] = None,
+    # How the text becomes batches.
     dtype: Dtype = "uint16",
     length: Annotated[
         int, typer.Option(min=2, help="Tokens of a sequence.", rich_help_panel=DATA)
@@ -99,6 +102,7 @@ def convert(
     accumulate: Annotated[
         int, typer.Option(min=1, help="Batches of a step.", rich_help_panel=DATA)
     ] = 4,
+    # What learns, how fast, and for how long.
     steps: Annotated[int, typer.Option(min=1, help="In all.", rich_help_panel=LEARNING)] = 500,
     warm_up: Annotated[
         int | None,
@@ -164,6 +168,7 @@ def convert(
         int, typer.Option(min=0, max=2**32 - 1, help="Of the order.", rich_help_panel=LEARNING)
     ] = 0,
     precision: Precision = None,
+    # How the run goes, and what it leaves on the disk.
     layer_inputs: Annotated[
         str,
         typer.Option(
@@ -217,6 +222,7 @@ def convert(
             fade=fade,
             then=Teaching(error=error, divergence=divergence),
         )
+
         plan = conversion.Plan(
             checkpoint=checkpoint,
             text=tuple(text),
@@ -234,6 +240,7 @@ def convert(
             seed=seed,
             precision=precision_of(precision),
         )
+
         way = conversion.Way(layer_inputs, loss_chunk, save_every, log_every)
         there = folder.Progress()
         if not (overwrite or dry_run):
@@ -243,14 +250,17 @@ def convert(
                 f"{output / folder.MODEL} is there already, made with these options. Fix: "
                 "another --output, or --overwrite."
             )
+
         possible = conversion.check(plan)
         if dry_run:
             say(str(possible.report))
             _print_phases(conversion.rehearse(plan, possible, way))
             return
+
         if overwrite:
             folder.begin_in(plan.written(), output, anew=True)
         run = conversion.begin(plan, output, way=way, console=console, possible=possible)
+
     say(str(dataclasses.replace(possible.report, dry_run=False)))
     sequences, there_are = steps * batch_size * accumulate, len(run.prepared.windows)
     say(
@@ -263,6 +273,7 @@ def convert(
 
 
 def convert_report(
+    # What is measured, on which text, and where the report goes.
     checkpoint: Annotated[
         str, typer.Argument(help="A sparse one, as DIR/model of `nsa-fsa convert`.")
     ],
@@ -270,6 +281,7 @@ def convert_report(
     output: Annotated[
         Path, typer.Option(file_okay=False, help="Where it goes.", rich_help_panel=RUN)
     ],
+    # What it is compared with.
     dense: Annotated[
         str | None,
         typer.Option(
@@ -277,6 +289,7 @@ def convert_report(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    # What is read of the text, and how much.
     dtype: Dtype = "uint16",
     length: Annotated[
         int | None,
@@ -298,6 +311,7 @@ def convert_report(
     seed: Annotated[
         int, typer.Option(min=0, max=2**32 - 1, help="Of needles.", rich_help_panel=DATA)
     ] = 0,
+    # How the run goes.
     precision: Precision = None,
     overwrite: Overwrite = False,
 ) -> None:

@@ -32,6 +32,8 @@ from nsa_fsa.integrations.transformers.data import PackedTokens, files_of, rows_
 from nsa_fsa.integrations.transformers.layers import attention_layers
 from nsa_fsa.modules.branches import PARTS
 from nsa_fsa.progress import Steps
+
+# The other parts of a conversion.
 from nsa_fsa.training.folder import (
     HISTORY,
     MODEL,
@@ -324,8 +326,10 @@ def trainer_of(
         disable_tqdm=True,
         report_to=["tensorboard"] if is_tensorboard_available() else [],
     )
+
     if arguments.n_gpu > 1:  # it would spread every batch over all that it sees
         arguments._n_gpu = 1
+
     trainer = ConversionTrainer(
         prepared.model, arguments, train_dataset=prepared.windows, schedule=schedule
     )
@@ -478,9 +482,11 @@ def rehearse(plan: Plan, possible: Possible, way: Way = USUAL) -> list[Phase]:
     )
     numbers = (schedule.warm_up, taught, after - taught)
     warm_up, *rest = (repeat * (number > 0) for number in numbers)
+
     short = dataclasses.replace(
         schedule, steps=warm_up + sum(rest), warm_up=warm_up, fade=rest[0] / max(1, sum(rest))
     )
+
     with tempfile.TemporaryDirectory() as folder:
         prepared = prepare(plan, possible, way, Path(folder) / STORE)
         in_place = dataclasses.replace(way, save_every=0)
@@ -488,15 +494,18 @@ def rehearse(plan: Plan, possible: Possible, way: Way = USUAL) -> list[Phase]:
         watch = _Stopwatch()
         trainer.add_callback(watch)
         trainer.train()
+
     groups = trainer.create_optimizer().param_groups
     new, learning = (
         sum(p.numel() for x in groups if x["is_new"] or everything for p in x["params"])
         for everything in (False, True)
     )
+
     then = plan.learning
     names = ("warm-up", f"{then}, with dense attention as teacher", f"{then}, by itself")
     kinds = zip(names, numbers, (new, learning, learning), strict=True)
     last = iter(watch.seconds[repeat - 1 :: repeat])
+
     return [
         Phase(name, number, parameters, number * plan.tokens_of_a_step, next(last))
         for name, number, parameters in kinds

@@ -90,17 +90,20 @@ def layers(found: Answer) -> Any:
     figure, axes = plt.subplots(1, 3, figsize=(13, 3.6))
     place = [x.layer for x in found.layers]
     shares, errors, gates = axes
+
     for name, color in (("mass", SPARSE), ("recall", "#D55E00")):
         values = [getattr(x, name) for x in found.layers]
         label = "mass in chosen blocks" if name == "mass" else "recall of the best free blocks"
         shares.plot(place, values, "o-", color=color, label=label, markersize=4)
     shares.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     shares.set(ylim=(0, 1.02), title="Chosen blocks, beside dense attention")
+
     for name, color in (("error", "#CC79A7"), ("divergence", "#009E73")):
         values = [getattr(x, name) for x in found.layers]
         errors.plot(place, values, "o-", color=color, label=name, markersize=4)
     errors.set(title="Distance from dense attention")
     errors.set_ylim(bottom=0)
+
     looks = zip(BRANCHES, BRANCH_COLORS, ("o-", "o-", "s--"), strict=True)
     for number, (name, color, look) in enumerate(looks):  # two gates may lie upon each other
         near = np.clip([x.gates[number] for x in found.layers], 0.0007, 0.9993)
@@ -110,10 +113,12 @@ def layers(found: Answer) -> Any:
     gates.yaxis.set_major_formatter(FuncFormatter(_plain))
     gates.yaxis.set_minor_locator(NullLocator())
     gates.set(ylim=(GATES_SHOWN[0] / 1.5, 1 - GATES_SHOWN[0] / 1.5), title="Mean gates")
+
     for ax in axes:
         ax.set_xlabel("layer")
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         _legend_below(ax)
+
     sns.despine(figure)
     figure.tight_layout()
     return figure

@@ -139,6 +139,7 @@ def check(question: Question) -> Measurable:
             f"{question.checkpoint} is dense ({source.config.model_type}). Fix: what `nsa-fsa "
             "convert` or save_pretrained of a patched model has written."
         )
+
     dense = None
     if question.dense is not None:
         dense = Checkpoint.of(question.dense)
@@ -152,6 +153,7 @@ def check(question: Question) -> Measurable:
                 f"{question.dense} has {dense.vocab_size} tokens, and {question.checkpoint} "
                 f"{source.vocab_size}. Fix: a checkpoint with the same tokenizer."
             )
+
     longest = source.longest
     length = min(8192, longest or 8192) if question.length is None else question.length
     if longest is not None and length > longest:
@@ -159,6 +161,7 @@ def check(question: Question) -> Measurable:
             f"length={length} is more than the {longest} positions that {question.checkpoint} was "
             f"made for. Fix: length={longest} or less."
         )
+
     return Measurable(source, dense, files, length)
 
 
@@ -207,16 +210,20 @@ def answer(
             layers = measures.layers(model, each("choices", few))
             records = _selections(model, next(each("selections", few[:1])))
         steps.advance()
+
         own = sparse_layers(model)
         settings = own[0].nsa_config.to_dict()
+
         if found.dense is None:
             unpatch_model(model)
         else:
             del model
             model = found.dense.load().to(device).eval()
         theirs = measure(model, "dense")
+
     history, warm_up = history_of(Path(question.checkpoint))
     curve = dict(dense=theirs[0].mean(0).tolist(), sparse=ours[0].mean(0).tolist())
+
     return Answer(
         question,
         length,
@@ -289,6 +296,7 @@ def page(found: Answer, document: dict[str, Any], drawn: dict[str, str]) -> str:
     asked, c = found.question, found.settings
     dense = "the same weights with dense attention" if asked.dense is None else asked.dense
     reach = c["num_selected_blocks"] * c["block_size"]
+
     lines = [
         f"# {asked.checkpoint}",
         "",
@@ -314,6 +322,7 @@ def page(found: Answer, document: dict[str, Any], drawn: dict[str, str]) -> str:
         "",
     ]  # fmt: skip
     lines += _picture("loss", drawn)
+
     lines += [
         "## Layers",
         "",
@@ -329,14 +338,18 @@ def page(found: Answer, document: dict[str, Any], drawn: dict[str, str]) -> str:
         "",
     ]
     lines += _picture("layers", drawn)
+
     if found.needles is not None:
         lines += ["## Needles", "", _about_needles(found.needles), ""]
         lines += _picture("needles", drawn)
+
     lines += ["## Selections", ""]
     lines += _picture("selections", drawn)
+
     if "learning" in drawn:
         lines += ["## How it was trained", ""]
         lines += _picture("learning", drawn)
+
     code, here = document["code"], document["machine"]
     versions = ", ".join(f"{x} {here[x]}" for x in ("torch", "triton", "transformers") if here[x])
     lines += [
@@ -346,6 +359,7 @@ def page(found: Answer, document: dict[str, Any], drawn: dict[str, str]) -> str:
         f"{' with changes' if code['dirty'] else ''}, GPU: {here['gpu']}, {versions}, "
         f"{asked.precision}.",
     ]
+
     return "\n".join(lines) + "\n"
 
 

@@ -165,6 +165,7 @@ def _lesson(layer_idx: int, entry: Record, free_only: bool, workspace_bytes: int
     inside, layout, c = entry.inside, entry.layout, entry.config
     assert inside is not None
     where: dict[str, Any] = dict(layout._asdict(), scale=inside.scale)
+
     with torch.no_grad():
         dense, lse = sliding_window_attention(
             *(inside.q, inside.k, inside.v),
@@ -173,6 +174,7 @@ def _lesson(layer_idx: int, entry: Record, free_only: bool, workspace_bytes: int
             return_lse=True,
             backend=SLIDING_BACKENDS.or_auto(c.backend),
         )
+
     compared = block_divergence(
         *(inside.q, inside.k, inside.k_cmp, lse, inside.branches.lse_cmp, entry.block_indices),
         **where,
@@ -185,9 +187,11 @@ def _lesson(layer_idx: int, entry: Record, free_only: bool, workspace_bytes: int
         workspace_bytes=workspace_bytes,
         backend=DIVERGENCE_BACKENDS.or_auto(c.backend),
     )
+
     counted, recall = _counted(entry), compared.recall
     if counted is not None:
         recall = torch.where(counted[:, None], recall, torch.nan)
+
     return Lesson(
         layer_idx,
         _mean(_relative_error(inside.o, dense), counted),

@@ -178,28 +178,34 @@ def sparse_attention(
             f"{type(module).__name__} is dense, but its config names the attention implementation "
             f'"{ATTENTION_NAME}". Fix: patch_model(model), which makes its layers sparse.'
         )
+
     _check_call(module, query, key, value, dropout, kwargs)
     if nsa_batch is None:  # the layers of a few models drop what they do not know
         nsa_batch = getattr(attention_mask, "nsa_batch", None)
     if nsa_batch is None:  # the layer was called by itself, or past the hook
         past = key.shape[2] - query.shape[2]
         nsa_batch = find_batch(query.transpose(1, 2), past or None, attention_mask, **kwargs)
+
     past, rows, layout, columns, real, _, rotation, kept, step, shared_by = nsa_batch
     batch_size, _, length, _ = query.shape
     beside = cache.layer_of(kept, module.layer_idx)
+
     if step is not None:
         new_q, new_gates = query.transpose(1, 2).flatten(0, 1), nsa_gate_logits.flatten(0, 1)
         arguments = (new_q, (key, value), new_gates, step, nsa_rotation, scaling)
         o = cache.decode(module, beside, *arguments)
         return o.unflatten(0, (batch_size, length)), None
+
     if key.shape[2] < past + length:
         raise ValueError(
             f"layer {module.layer_idx} was given {key.shape[2]} keys where {past} tokens came "
             f"before these {length}: its cache forgets. "
             "Fix: a DynamicCache or StaticCache whose layers are not sliding."
         )
+
     # Under autocast a rotation may return float32 where the projections return 16 bits.
     query, key = query.to(value.dtype), key.to(value.dtype)
+
     turn = None
     if nsa_rotation is not None:
         turn = nsa_rotation if past == 0 and shared_by is None else rotation
@@ -213,11 +219,13 @@ def sparse_attention(
         like = nsa_rotation[0]  # FSDP may compute in another dtype than it keeps parameters in
         cos, sin = (take(x.expand(batch_size, -1, -1), of_keys).to(like) for x in turn)
         turn = (cos, sin)
+
     keep = None
     if beside is not None:
         keep = partial(cache.keep, beside, module, layout=layout, held=past + length)
     real_rows = None if real is None else take(real, rows)
     attention = partial(_attend, module, layout, turn, scaling, real_rows, keep)
+
     if shared_by is not None:
         local = (x.transpose(1, 2) for x in (query, key, value))
         return module.share(shared_by, attention, *local, nsa_gate_logits), None
@@ -282,6 +290,7 @@ def _check_call(
             f"attention dropout of {dropout} is not available in NSA: it must be 0. "
             "Fix: model.config.attention_dropout = 0.0 before the model is built."
         )
+
     found = (query.shape[1], key.shape[1], query.shape[3], value.shape[3])
     sizes = (c.num_heads, c.num_kv_heads, c.head_dim, c.v_head_dim)
     ranks = c.num_kv_heads // max(key.shape[1], 1)  # of tensor parallelism
@@ -335,15 +344,18 @@ def find_batch(
     if context_parallel is not None:
         check_context_parallel(context_parallel, attention_mask, past or None)
         length *= context_parallel.size
+
     if cu_seq_lens_q is not None:
         if attention_mask is not None:
             raise ValueError("attention_mask and cu_seq_lens_q are both given. Fix: pass one.")
         longest = batch_size * length if max_length_q is None else int(max_length_q)
         layout = Sequences(cu_seq_lens_q, longest).check(like.device)
         return Batch(past, None, layout, packed=True, context_parallel=context_parallel)
+
     if context_parallel is not None:
         layout = uniform_layout(batch_size, length, like.device)
         return Batch(0, None, layout, context_parallel=context_parallel)
+
     if attention_mask is not None and attention_mask.ndim == 4:
         attention_mask = _padding_of(attention_mask, batch_size, past, length)
     if attention_mask is not None and attention_mask.shape != (batch_size, past + length):
@@ -352,6 +364,7 @@ def find_batch(
             f"it must be [B, past + S] = {(batch_size, past + length)}. "
             "Fix: a column for every token so far, those in the cache included."
         )
+
     compiling = torch.compiler.is_compiling()
     # Whether positions pack a batch is in their values, which a trace cannot see, and `generate`
     # passes them with every prompt: beside a cache they bound no sequences then.
@@ -359,6 +372,7 @@ def find_batch(
         position_ids = None
     if position_ids is not None and position_ids.ndim == 3:  # of text, height and width
         position_ids = position_ids[0] if position_ids.shape[0] == 4 else None
+
     if compiling and attention_mask is not None and position_ids is None and not cached:
         packing = keep_padding(attention_mask)
     else:
@@ -483,15 +497,19 @@ def _before_layers(
             f"{type(decoder).__name__} has no NSA layer: its attention "
             "was replaced after patching. Fix: unpatch_model(model), which makes it dense."
         )
+
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         warn_of_frozen_gates(decoder)
+
     given = {name: x for name, x in kwargs.items() if x is not None}
     inputs = given.get("inputs_embeds", given.get("input_ids"))
     kwargs.pop("context_parallel", None)  # what layers need of it is in their `Batch`
     if inputs is None:
         return (), kwargs  # the model's own error names the arguments
+
     if given.get("output_attentions", getattr(decoder.config, "output_attentions", False)):
         raise ValueError(NO_WEIGHTS)
+
     if isinstance(mask := given.get("attention_mask"), dict):  # as for a static cache
         mask = mask.get("full_attention")
         if mask is None:
@@ -501,6 +519,7 @@ def _before_layers(
             )
     if mask is not None:
         check_tensor("attention_mask", mask, "[B, past + S]")
+
     kept = given.get("past_key_values", given.get("cache"))
     own = getattr(kept, "self_attention_cache", kept)
     step = None
@@ -508,6 +527,7 @@ def _before_layers(
         position_ids, rotary = given.get("position_ids"), getattr(decoder, "rotary_emb", None)
         arguments = (mask, inputs.shape[1], position_ids, rotary)
         step = cache.traced_step(layers, own, *arguments)
+
     if step is not None:
         layout = uniform_layout(inputs.shape[0], inputs.shape[1], inputs.device)
         batch = Batch(0, None, layout, kept=own, step=step)
@@ -515,17 +535,21 @@ def _before_layers(
         batch = _look_at_part(decoder, layers, inputs, given)
     else:
         batch = _look_at(decoder, layers, indices, kept, mask, inputs, given)
+
     if batch.packed or batch.context_parallel is not None:
         kwargs["use_cache"] = False  # on by default, and nobody could read it
+
     if len(layers) == decoder.config.num_hidden_layers and not reads_mask:
         # Nobody reads this mask: at one of four dimensions transformers stops before it looks at
         # positions and waits for the GPU.
         done = torch.empty(1, 1, 1, 1, dtype=torch.bool, device=inputs.device)
         done.nsa_batch = batch  # type: ignore[attr-defined]
         kwargs["attention_mask"] = done
+
     if not torch.compiler.is_compiling():  # for layers that are not handed what they do not know
         for layer in layers:
             layer.__dict__["_batch"] = batch
+
     return (), {**kwargs, "nsa_batch": batch} if takes_more else kwargs
 
 
@@ -552,11 +576,13 @@ def _look_at(
         _check_in_step(own, indices)
     elif given.get("use_cache", getattr(decoder.config, "use_cache", False)):
         past = 0
+
     num_new = inputs.shape[1]
     if mask is not None and mask.ndim == 4:
         mask = _padding_of(mask, inputs.shape[0], past or 0, num_new)
     if mask is not None and mask.ndim == 2 and mask.shape[1] == cache.room_of(own):
         mask = mask[:, : (past or 0) + num_new]
+
     asked = kept is not None or bool(given.get("use_cache"))
     batch = find_batch(inputs, past, asked=asked, **{**given, "attention_mask": mask})
     if batch.packed and asked:
@@ -564,10 +590,12 @@ def _look_at(
             "a packed batch cannot fill a cache. "
             "Fix: pass neither a cache nor use_cache=True with packed sequences."
         )
+
     past, rows, layout, columns, real, packed, *_ = batch
     position_ids = given.get("position_ids")
     # PyTorch 2.11's compiler loses what `_replace` returns between two graphs.
     beside = None if torch.compiler.is_compiling() else own
+
     step = rotation = None
     if beside is not None:
         at_hand = (batch.layout.seqused_k, rows, columns)
@@ -575,6 +603,7 @@ def _look_at(
     if step is None and past and turns_back(layers):
         positions = positions_of_keys(columns, mask, position_ids, past, inputs)
         rotation = decoder.rotary_emb(like_rotated(layers, inputs.device), position_ids=positions)
+
     return Batch(past, rows, layout, columns, real, packed, rotation, beside, step)
 
 
@@ -586,6 +615,7 @@ def _look_at_part(
     cp = given["context_parallel"]
     kept = given.get("past_key_values", given.get("cache", given.get("use_cache") or None))
     check_context_parallel(cp, given.get("attention_mask"), kept)
+
     dense = {*range(decoder.config.num_hidden_layers)} - {x.layer_idx for x in layers}
     if dense:
         raise ValueError(
@@ -593,6 +623,7 @@ def _look_at_part(
             "context_parallel each of them would take a rank's part of a sequence for the whole of "
             "it. Fix: patch_model without layers=..., or leave context_parallel out."
         )
+
     kinds = getattr(getattr(decoder, "rotary_emb", None), "rope_type", None)
     kinds = {*kinds.values()} if isinstance(kinds, dict) else {kinds}
     if wrong := kinds & {*BY_LENGTH}:
@@ -601,12 +632,14 @@ def _look_at_part(
             "longest position of a batch, of which a rank sees its own. "
             "Fix: one of the types " + ", ".join(BY_POSITION) + "."
         )
+
     position_ids = given.get("position_ids")
     if position_ids is None or position_ids.ndim != 2:
         raise ValueError(
             "context_parallel needs position_ids [B or 1, S] of this rank's tokens, which the model"
             " would count from 0 on every rank. Fix: ContextParallel.shard, which cuts them, too."
         )
+
     batch, rotation = find_batch(inputs, None, **given), None
     if turns_back(layers):
         positions = cp.gather(position_ids)

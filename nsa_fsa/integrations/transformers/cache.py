@@ -154,13 +154,16 @@ def compare_masks(cache: Any, mask: Tensor | None, past: int, follow: Tensor | N
         same = before.mask[:, :past].eq(now).all()
         truth = same.new_ones(()) if follow is None else follow
         alike, followed = torch.stack((same, truth)).tolist()
+
     if not alike:
         for layer in cache.layers:
             if isinstance(layer, _WithCompressedTokens):
                 layer.compressed = None
+
     if mask is None:
         cache.nsa_hidden = None
         return followed
+
     mask = mask.ne(0)
     room = room_of(cache)
     if room == 0:
@@ -168,6 +171,7 @@ def compare_masks(cache: Any, mask: Tensor | None, past: int, follow: Tensor | N
         return followed
     mask = torch.nn.functional.pad(mask, (0, room - mask.shape[1]), value=True)
     found = (mask, real_first(mask), (~mask).sum(1, dtype=torch.int32))
+
     if before is not None and before.mask.shape == mask.shape:  # they may be those of a graph
         for old, new in zip(before, found, strict=True):
             assert old is not None
@@ -320,6 +324,7 @@ def traced_step(
     found = _compressed(modules, cache, num_new)
     if found is None or room_of(cache) == 0:
         return None
+
     first, hidden = cache.layers[modules[0].layer_idx], getattr(cache, "nsa_hidden", None)
     total = first.cumulative_length + num_new
     torch._assert_async(
@@ -327,6 +332,7 @@ def traced_step(
         "the static cache holds tokens whose windows have not been compressed, as after a dense "
         "model has gone on with it. Fix: a step that is not compiled.",
     )
+
     if mask is not None:
         shown, column = mask.ne(0), torch.arange(mask.shape[1], device=mask.device)
         real = True if hidden is None else hidden.mask[:, : mask.shape[1]]
@@ -335,6 +341,7 @@ def traced_step(
             "attention_mask hides other tokens than when the static cache was filled, which a "
             "compiled step cannot do. Fix: a step that is not compiled.",
         )
+
     turning = None
     if turns_back(modules):
         assert rotary is not None
@@ -347,6 +354,7 @@ def traced_step(
                 "keys cannot be turned back in a compiled step. Fix: position_ids that count the "
                 "real tokens of a row, as generate passes them.",
             )
+
     lengths = total.to(torch.int32).expand(first.keys.shape[0])
     if hidden is None:
         return step_of(lengths.contiguous(), None, turning)
@@ -373,12 +381,14 @@ def decode(
     num_new = q.shape[0] // number
     if not isinstance(layer, StaticLayer):
         compressed.reserve(cdiv(room, c.kernel_stride))
+
     table = one_page
     if columns is not None:
         # Every row of the cache is a page, whose number is that of the row among all heads'.
         k, v = (_as_rows(x) for x in (k, v))
         table = (one_page * (num_heads * room) + columns[:, :room]).int()
     pages = Pages(k, v, compressed.k, compressed.v, table, one_page)
+
     turning = None if rotation is None else step.turning
     pool_k, pool_v = module.compress_k.pooling(), module.compress_v.pooling()
     if pool_k is None or pool_v is None:
@@ -393,6 +403,7 @@ def decode(
         turn = None if turning is None else turning.turn[:, : c.kernel_size]
         options = dict(turn=turn, rotation=of_embedding, write=False)
         module.append_step(new_k, new_v, pages, lengths, **options)
+
     o = module.mix_step(q, gate_logits, pages, lengths, scale)
     compressed.advance(num_new)
     return o
@@ -419,6 +430,7 @@ def _compress_completed(
     column = position if step.columns is None else step.columns.gather(1, position)
     row = torch.arange(total.shape[0], device=total.device)[:, None]
     k, v = (x.transpose(1, 2)[row, column].flatten(0, 1) for x in keys)
+
     cos = sin = None
     if turning is not None:
         assert turning.latest is not None
@@ -428,12 +440,14 @@ def _compress_completed(
             x.expand(total.shape[0], -1, -1)[row, latest].flatten(0, 1) for x in turning.latest
         )
         k = turn_back(k, cos, sin)
+
     layout = uniform_layout(window.numel(), size, total.device)  # a sequence of every window
     hops = size // stride  # rows that compression has for each, of which the first one counts
     state = (window + hops - 1).clamp(max=compressed.k.shape[2] - 1)
     head = torch.arange(compressed.k.shape[1], device=total.device)
     place = row[..., None], head, state[..., None]  # [B, windows, HKV]
     is_complete = (window < complete)[..., None, None]
+
     found = module.compress(k, v, cos, sin, layout)
     for kept, x in zip((compressed.k, compressed.v), found, strict=True):
         x = x[::hops].unflatten(0, window.shape)

@@ -45,10 +45,12 @@ def chunk_loss(model: PreTrainedModel, chunk_size: int = 2048) -> PreTrainedMode
     """
     if not isinstance(chunk_size, int) or chunk_size < 1:
         raise ValueError(f"chunk_size={chunk_size!r} must be a positive number. Fix: 2048.")
+
     head: Any = model.get_output_embeddings()
     if isinstance(head, LossHead):
         head.chunk_size = chunk_size
         return model
+
     name = type(model).__name__
     if type(head) is not nn.Linear or hasattr(head.weight, "device_mesh"):
         raise ValueError(
@@ -62,6 +64,7 @@ def chunk_loss(model: PreTrainedModel, chunk_size: int = 2048) -> PreTrainedMode
             f"{name} computes its loss by {loss}, and only ForCausalLMLoss is available in chunks. "
             "Fix: leave chunk_loss out."
         )
+
     answering: Any = head
     answering.__class__ = LossHead
     answering.chunk_size = chunk_size
@@ -91,6 +94,7 @@ class LossHead(nn.Linear):
         """`[B, S, E]` -> logits `[B, S, V]`; or the loss, a scalar."""
         if self._asked is None:
             return super().forward(hidden_states)
+
         labels, number, ignore_index = self._asked
         rows = hidden_states.flatten(0, -2)  # [T, E]
         labels = labels.flatten().to(rows.device)
@@ -99,6 +103,7 @@ class LossHead(nn.Linear):
                 f"there are {len(labels)} labels for {len(rows)} tokens that reach the head. "
                 "Fix: a label for every token, and no logits_to_keep beside labels."
             )
+
         if number is None:
             number = (labels != ignore_index).sum()
         elif isinstance(number, Tensor):
@@ -110,6 +115,7 @@ class LossHead(nn.Linear):
                     stacklevel=2,
                 )
             number = number.to(rows.device)
+
         kind = rows.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else rows.dtype
         options = (labels, self.chunk_size, ignore_index, dtype)

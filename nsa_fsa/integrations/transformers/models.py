@@ -174,7 +174,11 @@ class _SparseConfig:
                 made |= dict.fromkeys(autos_of(type(self), cls), cls)
             values["auto_map"] = {auto: f"{_REMOTE_FILE}.{name}" for auto, name in made.items()}
         text = self.get_text_config()  # type: ignore[attr-defined]
-        parts = [key for key in self.sub_configs if getattr(self, key, None) is text]  # type: ignore[attr-defined]
+        parts = [
+            key
+            for key in self.sub_configs  # type: ignore[attr-defined]
+            if getattr(self, key, None) is text
+        ]
         marked = values[parts[0]] if parts else values
         if marked.get("layer_types"):
             marked[_KINDS] = marked["layer_types"]
@@ -263,14 +267,19 @@ class _NSAModel:
                 f"{type(self).__name__} needs an {needed}, but got a {type(config).__name__}. "
                 f"Fix: {needed}(..., nsa=...), or patch_model(model) with the dense model."
             )
+
         if config.nsa_model() is not None:  # and goes on saying what that one's layers are
             config = copy.deepcopy(config)
         text = config.get_text_config()
         if text is not config and text._attn_implementation_internal == ATTENTION_NAME:
             text._attn_implementation_internal = None
+
         super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
-        config._attn_implementation_internal = self._check_and_adjust_attn_implementation(  # type: ignore[attr-defined]
-            config.dense_attention, is_init_check=True
+        config._attn_implementation_internal = (
+            # transformers says what None stands for, and refuses what the class does not support.
+            self._check_and_adjust_attn_implementation(  # type: ignore[attr-defined]
+                config.dense_attention, is_init_check=True
+            )
         )
         from nsa_fsa.integrations.transformers.patch import install
 

@@ -85,6 +85,7 @@ def _carry_over(
     """
     anew = []
     plain = Parts(before.nsa_config, device="meta", **phis)  # without what is around them
+
     for part in PARTS:
         old, new = getattr(before, part), getattr(after, part)
         name = part.replace("compress", "compressor")
@@ -93,6 +94,7 @@ def _carry_over(
         wanted = new.state_dict()
         shapes, needed = ({key: x.shape for key, x in y.items()} for y in (learned, wanted))
         fits = shapes == needed
+
         if type(old) is not type(new) and (is_given or not fits):
             raise ValueError(
                 f"{part} of layer {i} has to be made anew with these settings, "
@@ -101,6 +103,7 @@ def _carry_over(
             )
         if is_given:
             _check_here(f"{part} of layer {i}", name, learned, wanted)
+
         if not fits:
             anew.append(f"{i}.{part}")
         elif is_given:
@@ -110,6 +113,7 @@ def _carry_over(
             new.load_state_dict(learned, assign=True)
         else:
             setattr(after, part, old)
+
     return anew
 
 

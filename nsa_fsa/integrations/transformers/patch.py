@@ -29,6 +29,8 @@ from nsa_fsa.integrations.transformers.layers import (
 from nsa_fsa.integrations.transformers.models import dense_class_of, sparse_class
 from nsa_fsa.integrations.transformers.parts import Parts, make_parts, mark_as_initialized
 from nsa_fsa.integrations.transformers.report import PatchReport, count, count_parts
+
+# The settings of layers, and the modules that they decide on.
 from nsa_fsa.integrations.transformers.settings import (
     COMPRESSORS,
     check_possible,
@@ -135,6 +137,7 @@ def patch_model(
     configs = dict(sorted({**configs, **settings}.items()))
     num_layers = model.config.get_text_config().num_hidden_layers
     new_parameters = count_parts({**now, **made}.values())
+
     report = PatchReport(
         model_class=type(model).__name__,
         patched_class=patched_class.__name__,
@@ -150,10 +153,12 @@ def patch_model(
         configs=configs,
         started_anew=anew,
     )
+
     if made and not dry_run:
         around = _models_around(model)
         _swap(model, around, found, patched_class, made, settings)
         _rename(model, around, changed_by="patch_model")
+
     if verbose:
         print(report)
     return report
@@ -218,6 +223,7 @@ def install(model: PreTrainedModel, own: Mapping[str, Any]) -> None:
     settings = settings_of(model.config, model.config.nsa)
     own_of: dict[int, dict[str, Any]] = {i: {} for i in settings}
     changed = getattr(model.config, "is_changed", False)
+
     for name in COMPRESSORS:
         phis = {i: values.pop(name, None) for i, values in settings.items()}
         saved = [i for i, phi in phis.items() if phi is not None]
@@ -230,19 +236,23 @@ def install(model: PreTrainedModel, own: Mapping[str, Any]) -> None:
         changed |= own[name] is not None and not saved
         for i in saved or settings:
             own_of[i][name] = own[name]
+
     layers = attention_layers(model)
     check_possible(layers, settings)
     configs = {i: resolve(layers[i], values) for i, values in settings.items()}
     _check_dropout(model)
+
     made, _ = make_parts(model, layers, configs, own_of)
     around = _models_around(model)
     _swap(model, around, layers, type(model), made, configs)
     if not torch.empty(0).is_meta:  # what has no memory yet is initialised later
         for parts in made.values():
             mark_as_initialized(parts)
+
     saved_as = getattr(model.config, "architectures", None) or ()
     of_sparse_checkpoint = any(name.startswith("NSA") for name in saved_as)
     model._nsa_dense.of_sparse_checkpoint = of_sparse_checkpoint  # type: ignore[union-attr]
+
     if torch.distributed.is_available():
         from nsa_fsa.integrations.transformers.tensor_parallel import extend_plan
 
@@ -332,6 +342,7 @@ def _swap(
     """The only place that changes a model, and nothing in it can fail half-way."""
     dense_config: Any = model.config
     sparse_config: Any = model.config
+
     if "_nsa_dense" not in model.__dict__:
         if patched_class is type(model):  # built sparse
             dense_class = dense_class_of(patched_class)
@@ -340,7 +351,10 @@ def _swap(
         else:
             sparse_config = _convert_config(dense_config, patched_class.config_class)
             _name_dense_attention(model, sparse_config)
-        model._nsa_dense = _DenseState(dense_config, _lasting_values(sparse_config))  # type: ignore[assignment]
+        model._nsa_dense = _DenseState(  # type: ignore[assignment]
+            dense_config, _lasting_values(sparse_config)
+        )
+
     _rebind_config(around, model.config, sparse_config)
     for i, parts in made.items():
         attention = layers[i].module
@@ -355,8 +369,10 @@ def _swap(
             attention._dense_config = attention.config
             attention.config = with_function(attention.config, ATTENTION_NAME)
         _update(attention, settings[i])
+
     for decoder in {x.decoder for x in layers.values() if isinstance(x.module, NSAAttention)}:
         attach(decoder, tuple(i for i, x in layers.items() if x.decoder is decoder))
+
     model.__class__ = patched_class
     sparse_config.belong_to(model)
     sparse_config.nsa = describe(model)

@@ -38,11 +38,13 @@ class PatchReport:
         verb = "would become" if self.dry_run else changed
         reach = c.num_selected_blocks * c.block_size
         dense = f"; dense: {_ranges(self.dense_layers)}" if self.dense_layers else ""
+
         gates = c.gate_init
         if self.model_class == self.patched_class:
             gates = f"those that fit are kept as they are; new ones start {gates}"
         elif gates == "dense":
             gates += f", so outputs stay close up to {reach} tokens"
+
         lines = [
             f"{self.model_class} {verb} {self.patched_class} "
             f"(transformers {transformers.__version__})",
@@ -58,6 +60,7 @@ class PatchReport:
             f"modules_to_save={list(self.modules_to_save)}, or they stay as they are",
             f"  gates: {gates}",
         ]
+
         if self.dry_run:
             lines += [f"  {line}" for line in str(self.explanation).split("\n")[1:]]
         if others := tuple(i for i in self.layers if self.configs[i] != c):
@@ -70,6 +73,7 @@ class PatchReport:
                 "  learned before, and started anew because the shape changed: "
                 f"{', '.join(self.started_anew)}"
             )
+
         return "\n".join(lines)
 
 

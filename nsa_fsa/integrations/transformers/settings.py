@@ -239,6 +239,7 @@ def resolve(
     whole = whole or (isinstance(given, Mapping) and "preset" in given)
     if whole and preset is not None:
         raise ValueError(f"preset={preset!r} and config are both given. Fix: pass one of them.")
+
     if isinstance(given, str) and given in PRESETS:
         given = {"preset": given}
     elif isinstance(given, (str, os.PathLike)):
@@ -248,6 +249,7 @@ def resolve(
                 "the path of a YAML file, a dict or an NSAConfig. Fix: check the spelling."
             )
         given = NSAConfig.from_yaml(os.fspath(given))
+
     if isinstance(given, NSAConfig):
         given = given.to_dict()
     if not isinstance(given, (Mapping, type(None))):
@@ -255,18 +257,22 @@ def resolve(
             f"config={given!r} is not allowed: it must be an NSAConfig, a preset's name, the path "
             'of a YAML file, a dict, or a dict of these by layer. Fix: config="tiny", for example.'
         )
+
     if unknown := [key for key in given or {} if names_layers(key)]:
         raise ValueError(
             f"config={given!r} has the keys {unknown} where names of settings must be. "
             "Fix: config={0: ..., 1: ...} for settings by layer, with nothing else beside them."
         )
+
     values = {"preset": preset, **(given or {}), **(overrides or {})}
     if now is not None and values["preset"] is None:
         values = {**now.to_dict(), **values}
     values["preset"] = values["preset"] or "fsa-64x16"
+
     fixed = sizes_of(layer.module)
     start = dict(gate_init="dense", compress_rope="before")
     config = NSAConfig.from_dict({**start, **fixed, **values})
+
     for name in (*SIZES, "scale"):
         fitting = fixed.get(name)
         if fitting is not None and getattr(config, name) != fitting:
@@ -276,11 +282,13 @@ def resolve(
                 f"Fix: leave {name} out of a dict, a file or the keywords; "
                 "for an NSAConfig, NSAConfig.from_pretrained_config(model.config, ...)."
             )
+
     if config.kv_per_branch:
         raise ValueError(
             "NSAConfig.kv_per_branch=True needs projections of its own, and patching keeps the "
             "model's: it must be False. Fix: kv_per_branch=False, or a model of your own around "
             "NativeSparseAttention."
         )
+
     check_rotation(layer, config)
     return dataclasses.replace(config, **LEFT_TO_DENSE)

@@ -20,6 +20,8 @@ from nsa_fsa.cache.nsa_cache import turn_back
 from nsa_fsa.config import NSAConfig
 from nsa_fsa.decode import Pages, append_tokens
 from nsa_fsa.decode.operator import BACKENDS
+
+# How a step is split, and all that is used of vLLM.
 from nsa_fsa.integrations.vllm.batch import (
     Batch,
     BatchBuilder,
@@ -42,6 +44,8 @@ from nsa_fsa.integrations.vllm.names import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
+
+# What is computed, and over which sequences.
 from nsa_fsa.modules.branches import SparseBranches
 from nsa_fsa.ops.compression.reference import num_windows_of
 from nsa_fsa.sequences import Sequences, uniform_layout

@@ -83,6 +83,7 @@ def refusals(vllm_config: Any) -> Iterator[str]:
             f"--kv-cache-dtype={cache.cache_dtype} is not available with NSA layers, whose caches "
             f"have the model's dtype: it must be one of {dtypes}. Fix: leave it out"
         )
+
     parallel = vllm_config.parallel_config
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
@@ -95,6 +96,7 @@ def refusals(vllm_config: Any) -> Iterator[str]:
             f"pipeline_parallel_size={parallel.pipeline_parallel_size} is not available with NSA "
             "layers: nobody has tried it. Fix: tensor_parallel_size"
         )
+
     if model.enable_sleep_mode:
         yield (
             "enable_sleep_mode is not available with NSA layers: nobody has tried whether they "
@@ -107,6 +109,7 @@ def refusals(vllm_config: Any) -> Iterator[str]:
             "kv_transfer_config is not available with NSA layers: nobody has tried to move their "
             "compressed tokens. Fix: leave it out"
         )
+
     speculative = vllm_config.speculative_config
     method = getattr(speculative, "method", None)
     if method is not None and method not in GUESSERS:
@@ -114,6 +117,7 @@ def refusals(vllm_config: Any) -> Iterator[str]:
             f"tokens guessed by {method!r} are not available with NSA layers: nobody has tried it, "
             f"and the method must be one of {GUESSERS}. Fix: ngram"
         )
+
     number = getattr(speculative, "num_speculative_tokens", None) or 0
     if number >= MOST_NEW:
         yield (
@@ -121,6 +125,7 @@ def refusals(vllm_config: Any) -> Iterator[str]:
             f"{MOST_NEW} tokens of a sequence at a time: it must be at most {MOST_NEW - 1}. "
             f"Fix: {MOST_NEW - 1} or less"
         )
+
     yield from _refusals_of_model(model.hf_config)
 
 
@@ -129,6 +134,7 @@ def _refusals_of_model(hf_config: Any) -> Iterator[str]:
     for name in ("llama_4_scaling", "dual_chunk_attention_config"):
         if getattr(hf_config, name, None) is not None:
             yield f"{name} in the model's config is not available with NSA layers. Fix: none"
+
     kinds = getattr(hf_config, "layer_types", None)
     slides = getattr(hf_config, "sliding_window", None) is not None
     if "sliding_attention" in kinds if kinds else slides:
@@ -136,6 +142,7 @@ def _refusals_of_model(hf_config: Any) -> Iterator[str]:
             f"sliding_window={hf_config.sliding_window} of dense layers is not available beside "
             "NSA layers: nobody has tried their caches together. Fix: model.generate"
         )
+
     named = settings_of(hf_config, hf_config.nsa)
     for i, values in named.items():
         for name in COMPRESSORS:
@@ -144,6 +151,7 @@ def _refusals_of_model(hf_config: Any) -> Iterator[str]:
                     f"layer {i} was saved with a {name} of its own, {values[name]}, which vLLM "
                     "cannot make. Fix: one of the kinds that NSAConfig names, or model.generate"
                 )
+
     rope = (getattr(hf_config, "rope_parameters", None) or {}).get("rope_type", "default")
     for i, config in settings_by_layer(hf_config).items():
         if config.kv_per_branch:

@@ -84,10 +84,12 @@ def block_divergence(
     windows = Windows(kernel_size, kernel_stride).check()
     blocks = Blocks(block_size, init_blocks, local_blocks).check()
     check_positive(workspace_bytes=workspace_bytes)
+
     sequences = Sequences(cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
     check_attention(q, k, k, sequences)
     check_attention(q, k_cmp, k_cmp, sequences, kernel_stride)
     sequences.check(q.device)
+
     for name, x in (("lse", lse), ("lse_cmp", lse_cmp)):
         check_tensor(name, x, "float32 or float64 [T, HQ]")
         is_wide = x.dtype in (torch.float32, torch.float64)
@@ -97,6 +99,7 @@ def block_divergence(
                 f"it must be float32 or float64 [T, HQ] = {tuple(q.shape[:2])} on {q.device}. "
                 "Fix: pass what the attention of this q returns with return_lse=True."
             )
+
     check_tensor("block_indices", block_indices, "int32 [T, HKV, T_sel]")
     whose = (q.shape[0], k.shape[1])
     is_choice = block_indices.ndim == 3 and block_indices.shape[:2] == whose
@@ -107,6 +110,7 @@ def block_divergence(
             f"[{q.shape[0]}, {k.shape[1]}, T_sel], on {q.device}. "
             "Fix: pass what select_blocks returns for this q."
         )
+
     blocks.check_selection(windows, block_indices.shape[2])
     BACKENDS.check(backend)
     tensors = (q, k.detach(), k_cmp, lse.detach(), lse_cmp.detach(), block_indices)

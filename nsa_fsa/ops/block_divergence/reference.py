@@ -203,6 +203,7 @@ def _examine(
     blocks = Blocks(block_size, init_blocks, local_blocks)
     walk = _parts(q, k.shape[1], layout, windows, block_size, workspace_bytes)
     q, lse, lse_cmp = (grouped(x, k.shape[1]) for x in (q, lse, lse_cmp))
+
     for part in walk:
         mass = _dense_mass(part, q, k, lse, block_size, scale)
         num_blocks = mass.shape[1]

@@ -34,6 +34,8 @@ from nsa_fsa.ops.common.windowed_attention.heads import (
     scaled,
     store_or_add,
 )
+
+# What the forward and the backward share.
 from nsa_fsa.ops.selected_attention.call import BlockIndex, SelectedCall
 from nsa_fsa.ops.selected_attention.kv_major_forward import hopper
 from nsa_fsa.ops.selected_attention.work import (

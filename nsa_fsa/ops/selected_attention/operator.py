@@ -35,6 +35,8 @@ from nsa_fsa.ops.common.reference_attention import Chunk
 from nsa_fsa.ops.common.registration import define_operator
 from nsa_fsa.ops.common.sizes import aligned_rows
 from nsa_fsa.ops.common.triton_backends import TritonBackend, unsupported_tensors
+
+# The operator's own calls, and its specification.
 from nsa_fsa.ops.selected_attention.call import BlockIndex, IndexCall, SelectedCall, empty_index
 from nsa_fsa.ops.selected_attention.reference import chunks
 from nsa_fsa.sequences import Sequences

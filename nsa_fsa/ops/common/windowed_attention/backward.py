@@ -37,6 +37,8 @@ from nsa_fsa.ops.common.primitives import (
 from nsa_fsa.ops.common.sizes import cdiv, head_chunks, padded_dim, rows_contiguous
 from nsa_fsa.ops.common.softmax_statistics import Statistics, statistics
 from nsa_fsa.ops.common.windowed_attention.call import WindowedCall
+
+# What the forward and the backward share.
 from nsa_fsa.ops.common.windowed_attention.forward import (
     config_of,
     hopper,

@@ -21,6 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from nsa_fsa.ops.common.bundles import Heads
 from nsa_fsa.ops.common.hopper import bulk_add, gluon_kernel, thread_barrier
 from nsa_fsa.ops.common.locate import count_windows, load_tile
+
+# The form of these kernels, which `hopper_forward` describes.
 from nsa_fsa.ops.common.windowed_attention.hopper_forward import (
     FEW_ROWS,
     LN_2,
