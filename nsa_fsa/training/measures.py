@@ -1,5 +1,5 @@
 """What a conversion is judged by: the loss at every position, what layers choose beside what dense
-attention would, and whether a needle is found.
+attention would, whether a needle is found, and whether what stands far above is copied.
 
 A model is one of transformers, a window is int64 `[S]`, and nothing here leaves gradients.
 """
@@ -215,3 +215,45 @@ def needles(
     both = sum(x and y for x, y in zip(dense, sparse, strict=True))
     kept = both / sum(dense) if any(dense) else math.nan
     return Needles(haystacks, shares(dense), shares(sparse), kept)
+
+
+# --- Copies ---------------------------------------------------------------------------------------
+
+COPIED = 64  # tokens of a passage, of which the first quarter is no more than a cue
+DEPTHS = (0.0, 0.25, 0.5, 0.75)
+
+
+def with_copy(window: Tensor, depth: float) -> Tensor:
+    """A window `[S]` whose last tokens are a copy of those that stand at a depth, from 0, its
+    beginning, to 1, right before the copy. Of a window of less than 512 tokens it is an eighth."""
+    copied = min(COPIED, len(window) // 8)
+    start = round(depth * (len(window) - 2 * copied))
+    return torch.cat((window[:-copied], window[start : start + copied]))
+
+
+def copy_loss(model: Any, window: Tensor) -> float:
+    """Nats of a token of the copy at the end of a window, behind its cue."""
+    copied = min(COPIED, len(window) // 8)
+    counted = copied - copied // 4
+    ids = window[None].to(model.device)
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False, logits_to_keep=counted + 1).logits
+    return cross_entropy(logits[0, :-1].float(), ids[0, -counted:]).item()
+
+
+class Copy(NamedTuple):
+    """The mean loss of copies from a depth, of two models on the same windows."""
+
+    depth: float
+    dense: float  # nats a token
+    sparse: float
+
+    @property
+    def gap(self) -> float:
+        return self.sparse - self.dense
+
+
+def copies(dense: Sequence[float], sparse: Sequence[float]) -> list[Copy]:
+    """Of what `copy_loss` returns for every window, with a copy from each of DEPTHS."""
+    columns = (torch.tensor(x).view(-1, len(DEPTHS)).mean(0).tolist() for x in (dense, sparse))
+    return [Copy(*row) for row in zip(DEPTHS, *columns, strict=True)]

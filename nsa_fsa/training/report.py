@@ -26,12 +26,12 @@ from nsa_fsa.modules.recording import sparse_layers
 from nsa_fsa.progress import Steps
 from nsa_fsa.training import measures
 from nsa_fsa.training.folder import history_of
-from nsa_fsa.training.measures import Gap, Haystacks, LayerReport, Needles
+from nsa_fsa.training.measures import DEPTHS, Copy, Gap, Haystacks, LayerReport, Needles
 from nsa_fsa.training.schedule import PRECISIONS
 from nsa_fsa.visualization import record
 
 DOCUMENT, PAGE = "report.json", "report.md"
-WINDOWS_OF_LAYERS = 4  # of those whose loss is measured: the first ones
+FEW_WINDOWS = 4  # of those whose loss is measured, the first ones, for layers and copies
 DRAWN_LAYERS = 3
 
 
@@ -79,6 +79,7 @@ class Answer(NamedTuple):
     curve: dict[str, list[float]]  # the mean loss at every position, dense and sparse
     layers: list[LayerReport]
     needles: Needles | None
+    copies: list[Copy]
     records: list[Record]  # of some layers, of the first window
     history: list[dict[str, Any]]  # of the training, where it lies beside the checkpoint
     warm_up: int  # its first steps
@@ -105,6 +106,7 @@ class Answer(NamedTuple):
             layers=[_plain(x._asdict()) for x in self.layers],
             mass=self.mass,
             needles=None if found is None else _plain(dict(found._asdict(), **asdict(found[0]))),
+            copies=[dict(x._asdict(), gap=x.gap) for x in self.copies],
             curve=self.curve,
         )
 
@@ -182,15 +184,16 @@ def answer(
     source, length = found.source, found.length
     rows = rows_of(found.files, store, source.tokenizer, source.ends[0], question.dtype)
     windows = _windows(rows, length, source.vocab_size, question.windows)
-    few = windows[:WINDOWS_OF_LAYERS]
+    few = windows[:FEW_WINDOWS]
     made = []
     haystacks = Haystacks(measures.lengths_up_to(length), samples=max(1, question.needles))
     if question.needles:
         text, encode = torch.cat(windows), _encoder(source)
         made = measures.hide(haystacks, text, encode, question.seed)
+    copies = [measures.with_copy(window, depth) for window in few for depth in DEPTHS]
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    total = 2 * (len(windows) + len(made)) + len(few) + 1
+    total = 2 * (len(windows) + len(made) + len(copies)) + len(few) + 1
     with Steps(total, console, "measuring") as steps:
 
         def each(what: str, items: Sequence[Any]) -> Any:
@@ -199,10 +202,12 @@ def answer(
                 yield item
                 steps.advance()
 
-        def measure(model: Any, name: str) -> tuple[Tensor, list[bool]]:
+        def measure(model: Any, name: str) -> tuple[Tensor, list[bool], list[float]]:
             with _casting(device, question.precision):
                 loss = measures.losses(model, each(f"loss, {name}", windows))
-                return loss, [measures.finds(model, x) for x in each(f"needles, {name}", made)]
+                found = [measures.finds(model, x) for x in each(f"needles, {name}", made)]
+                copied = [measures.copy_loss(model, x) for x in each(f"copies, {name}", copies)]
+                return loss, found, copied
 
         model = source.load().to(device).eval()
         ours = measure(model, "sparse")
@@ -233,6 +238,7 @@ def answer(
         curve,
         layers,
         measures.needles(haystacks, made, theirs[1], ours[1]) if made else None,
+        measures.copies(theirs[2], ours[2]),
         records,
         history,
         warm_up,
@@ -343,6 +349,22 @@ def page(found: Answer, document: dict[str, Any], drawn: dict[str, str]) -> str:
         lines += ["## Needles", "", _about_needles(found.needles), ""]
         lines += _picture("needles", drawn)
 
+    lines += [
+        "## Copies",
+        "",
+        *_table(
+            ("depth", "dense", "sparse", "gap"),
+            (
+                (f"{x.depth:.0%}", f"{x.dense:.4f}", f"{x.sparse:.4f}", f"{x.gap:+.4f}")
+                for x in found.copies
+            ),
+        ),
+        "",
+        "The loss of a passage of the text that comes again at its end, in nats per token: what a "
+        "model cannot look up in its window, it has to find at that depth, from 0%, the beginning.",
+        "",
+    ]
+
     lines += ["## Selections", ""]
     lines += _picture("selections", drawn)
 
@@ -375,6 +397,11 @@ def summary(found: Answer) -> list[str]:
     ]
     if found.needles is not None:
         lines.append(f"- {_about_needles(found.needles)}")
+    dense, sparse = (
+        math.fsum(getattr(x, name) for x in found.copies) / len(found.copies)
+        for name in ("dense", "sparse")
+    )
+    lines.append(f"- Copies: {sparse:.4f} nats per token, dense {dense:.4f}.")
     return lines
 
 

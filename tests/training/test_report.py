@@ -134,6 +134,29 @@ def test_what_is_kept_is_a_share_of_what_dense_finds():
     assert math.isnan(nothing.kept)
 
 
+def test_a_copy_is_what_stands_at_its_depth():
+    window = torch.arange(1024)
+    for depth, start in ((0.0, 0), (0.25, 224), (0.75, 672), (1.0, 896)):
+        found = measures.with_copy(window, depth)
+        assert torch.equal(found[:-64], window[:-64])
+        assert torch.equal(found[-64:], window[start : start + 64])
+    assert torch.equal(measures.with_copy(window[:64], 0.0)[-8:], window[:8])
+
+
+def test_the_loss_of_a_copy_is_that_of_what_follows_its_cue():
+    model, window = dense_model(), measures.with_copy(tokens(80), 0.5)
+    (loss,) = measures.losses(model, [window])
+    assert measures.copy_loss(model, window) == pytest.approx(loss[-8:].mean().item(), rel=1e-5)
+
+
+def test_copies_are_means_over_windows():
+    dense = [0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 9.0]
+    found = measures.copies(dense, [x + 0.5 for x in dense])
+    assert [x.depth for x in found] == [0.0, 0.25, 0.5, 0.75]
+    assert [x.dense for x in found] == [2.0, 3.0, 4.0, 6.0]
+    assert [x.gap for x in found] == [0.5] * 4
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A dense and a sparse checkpoint whose tokens are bytes, with the log of a conversion."""
@@ -181,7 +204,12 @@ def test_the_document_has_what_was_measured_and_how(printed, folder):
     windows = windows_of(WINDOWS)
     sparse = measures.losses(model, windows)
     layers = measures.layers(model, windows)
+    copies = [measures.with_copy(x, depth) for x in windows for depth in measures.DEPTHS]
+    sparse_copies = [measures.copy_loss(model, x) for x in copies]
     dense = measures.losses(unpatch_model(model), windows)
+    expected = measures.copies([measures.copy_loss(model, x) for x in copies], sparse_copies)
+    for found, copy in zip(document["copies"], expected, strict=True):
+        assert found == pytest.approx(dict(copy._asdict(), gap=copy.gap), abs=1e-5)
     for found, expected in zip(document["loss"], measures.gaps(dense, sparse), strict=True):
         expected = expected._asdict() | dict(gap=expected.gap)
         assert found == pytest.approx(expected, abs=1e-5)
@@ -206,6 +234,8 @@ def test_the_page_has_tables_and_pictures(printed, folder):
     last = document["loss"][-1]
     assert f"| 128 to 256 | {last['dense']:.4f} | {last['sparse']:.4f} | {last['gap']:+.4f}" in page
     assert "the same weights with dense attention" in page
+    copy = document["copies"][1]
+    assert f"| 25% | {copy['dense']:.4f} | {copy['sparse']:.4f} | {copy['gap']:+.4f} |" in page
     assert f"The report is in {output / 'report.md'}." in printed
     pictures = {"loss", "layers", "needles", "selections", "learning"}
     assert {x.stem for x in output.glob("*.png")} == pictures
