@@ -83,6 +83,13 @@ def convert(
             help="Index of a layer that stays dense; -1 is the last. Repeat.", rich_help_panel=MODEL
         ),
     ] = None,
+    layer_set: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A field of some layers, as in 3-10:num_selected_blocks=48. Repeat.",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
     # How the text becomes batches.
     dtype: Dtype = "uint16",
     length: Annotated[
@@ -230,6 +237,7 @@ def convert(
             config=preset if config is None else str(config),
             overrides=_settings(setting or []),
             dense_layers=tuple(dense_layer or ()),
+            by_layer=_settings_of_layers(layer_set or []),
             length=length,
             batch_size=batch_size,
             accumulate=accumulate,
@@ -398,6 +406,20 @@ def refused() -> Iterator[None]:
 
 def precision_of(given: str | None) -> str:
     return given or ("bf16" if torch.cuda.is_available() else "fp32")
+
+
+def _settings_of_layers(given: list[str]) -> dict[str, dict[str, Any]]:
+    """["3-10:window_size=64"] -> {"3-10": {"window_size": 64}}"""
+    found: dict[str, dict[str, Any]] = {}
+    for text in given:
+        layers, sign, setting = text.partition(":")
+        if not sign:
+            raise typer.BadParameter(
+                f"{text!r} names no layers. Fix: --layer-set 3-10:window_size=64, for example.",
+                param_hint="--layer-set",
+            )
+        found.setdefault(layers.strip(), {}).update(_settings([setting]))
+    return found
 
 
 def _settings(given: list[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -20,6 +21,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from transformers.integrations import is_tensorboard_available
 
 from nsa_fsa import checks
+from nsa_fsa.config import PRESETS, NSAConfig
 from nsa_fsa.integrations.transformers import (
     NSAAttention,
     PatchReport,
@@ -63,6 +65,8 @@ class Plan:
         config: the NSA settings, as `patch_model` takes them; None: the preset "fsa-64x16".
         overrides: fields of NSAConfig, which win over these.
         dense_layers: indices of layers that stay dense; negative ones count from the end.
+        by_layer: fields of NSAConfig that win in some layers, as "3-10" (both included), "0" or
+            "-1" names them: `{"3-10": {"num_selected_blocks": 48}}`.
         length: tokens of a sequence.
         batch_size: sequences at once.
         accumulate: batches of a step.
@@ -82,6 +86,7 @@ class Plan:
     config: str | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
     dense_layers: tuple[int, ...] = ()
+    by_layer: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     length: int = 8192
     batch_size: int = 1
     accumulate: int = 4
@@ -168,7 +173,6 @@ def check(plan: Plan) -> Possible:
     if plan.lora:
         _need_peft()
     skeleton = source.skeleton()
-    _name_layers(skeleton, plan)
     report = patch_model(skeleton, **_changes(skeleton, plan), dry_run=True, verbose=False)
     return Possible(source, files, report)
 
@@ -205,26 +209,47 @@ def _need_peft() -> None:
         ) from error
 
 
-def _name_layers(model: nn.Module, plan: Plan) -> None:
-    """Raises ValueError for layers that are to stay dense and are not there."""
-    count = len(attention_layers(model))
-    wrong = [i for i in plan.dense_layers if not -count <= i < count]
-    if wrong:
-        raise ValueError(
-            f"dense_layers={list(plan.dense_layers)} names {wrong}, and the layers of "
-            f"{type(model).__name__} are 0 to {count - 1}. Fix: indices among them, or negative "
-            "ones, which count from the end."
-        )
-
-
 def _changes(model: nn.Module, plan: Plan) -> dict[str, Any]:
-    """What `patch_model` is called with."""
-    layers = None
-    if plan.dense_layers:
-        found = attention_layers(model)
-        dense = {i % len(found) for i in plan.dense_layers}
-        layers = [i for i, x in found.items() if x.is_full and i not in dense]
-    return dict(config=plan.config, layers=layers, **plan.overrides)
+    """What `patch_model` is called with.
+
+    Raises:
+        ValueError: for layers that are not there, or that stay dense and have settings.
+    """
+    if not plan.dense_layers and not plan.by_layer:
+        return dict(config=plan.config, **plan.overrides)
+
+    found = attention_layers(model)
+    dense = {i for x in plan.dense_layers for i in layers_named(str(x), len(found))}
+    layers = [i for i, x in found.items() if x.is_full and i not in dense]
+    if not plan.by_layer:
+        return dict(config=plan.config, layers=layers, **plan.overrides)
+
+    own: dict[int, dict[str, Any]] = {i: {} for i in layers}
+    for text, values in plan.by_layer.items():
+        for i in layers_named(text, len(found)):
+            if i not in own:
+                raise ValueError(
+                    f"by_layer={dict(plan.by_layer)} has settings for layer {i}, which stays "
+                    f"dense. Fix: layers among {layers}."
+                )
+            own[i] |= values
+    common: dict[str, Any] = {"preset": plan.config or "fsa-64x16"}
+    if plan.config is not None and plan.config not in PRESETS:
+        common = NSAConfig.from_yaml(plan.config).to_dict()
+    return dict(config={i: {**common, **plan.overrides, **x} for i, x in own.items()})
+
+
+def layers_named(text: str, count: int) -> list[int]:
+    """Of a model with so many layers: "3-10" is 3 to 10, "-1" the last one."""
+    span = re.fullmatch(r"\s*(-?\d+)(?:-(\d+))?\s*", text)
+    if span is not None:
+        first, last = int(span[1]), int(span[2] or span[1])
+        if -count <= first <= last < count and (first >= 0 or span[2] is None):
+            return [i % count for i in range(first, last + 1)]
+    raise ValueError(
+        f"{text!r} names no layers among 0 to {count - 1}. Fix: an index, a negative one, which "
+        f"counts from the end, or a span such as 0-{count - 1}."
+    )
 
 
 # --- The run --------------------------------------------------------------------------------------

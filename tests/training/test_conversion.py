@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
+import yaml
+from transformers import AutoConfig, AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from nsa_fsa import cli
+from nsa_fsa import NSAConfig, cli
 from nsa_fsa.integrations.transformers import NSAAttention
 from nsa_fsa.training import commands
 from tests.integrations.models import dense_model, sparse_model
@@ -198,6 +199,23 @@ def test_layers_and_settings(folder):
     assert not changed(weights(folder / "dense"), model.state_dict())  # a warm-up alone
 
 
+@pytest.mark.parametrize("config", [("--preset", "tiny"), ("--config", "one.yaml")], ids=str)
+def test_settings_of_some_layers(folder, config, monkeypatch):
+    monkeypatch.chdir(folder)
+    tiny = NSAConfig.from_pretrained_config(AutoConfig.from_pretrained("dense"), preset="tiny")
+    Path("one.yaml").write_text(yaml.safe_dump(tiny.to_dict()))
+    output = folder / f"by_layer_{config[0]}"
+    own = ("--layer-set", "1:num_selected_blocks=3", "--layer-set", "0-1:window_size=20")
+    run(
+        *(folder / "dense", *TEXT, *SHAPE[2:], *config, "--set", "window_size=24", *own),
+        *("--steps", 1, "--output", output),
+    )
+    model = AutoModelForCausalLM.from_pretrained(output / "model")
+    configs = [x.nsa_config for x in model.modules() if isinstance(x, NSAAttention)]
+    assert [x.num_selected_blocks for x in configs] == [tiny.num_selected_blocks, 3]
+    assert [x.window_size for x in configs] == [20, 20]
+
+
 def test_documents_may_not_see_each_other(folder):
     """The loss of windows with several documents is another then."""
     output = folder / "separate"
@@ -259,7 +277,14 @@ def others(folder):
         ("dense", ("--set", "window_size=0"), "NSAConfig.window_size=0 is not allowed"),
         ("dense", ("--set", "window_sizes=64"), "did you mean 'window_size'?"),
         ("dense", ("--set", "window_size"), "'window_size' is no setting. Fix"),
-        ("dense", ("--dense-layer", 2), "names [2], and the layers of LlamaForCausalLM are 0 to 1"),
+        ("dense", ("--dense-layer", 2), "'2' names no layers among 0 to 1. Fix: an index"),
+        ("dense", ("--layer-set", "1-2:window_size=9"), "'1-2' names no layers among 0 to 1"),
+        ("dense", ("--layer-set", "window_size=9"), "names no layers. Fix: --layer-set 3-10:"),
+        (
+            "dense",
+            ("--dense-layer", 0, "--layer-set", "0:window_size=9"),
+            "settings for layer 0, which stays dense. Fix: layers among [1]",
+        ),
         ("dense", ("--steps", 1), "warm_up=2 must be at most steps=1"),
         (
             "dense",
