@@ -90,6 +90,14 @@ def convert(
             rich_help_panel=MODEL,
         ),
     ] = None,
+    twin: Annotated[
+        bool,
+        typer.Option(
+            "--twin",
+            help="Train the dense model alike instead, and leave it dense, for comparison.",
+            rich_help_panel=MODEL,
+        ),
+    ] = False,
     # How the text becomes batches.
     dtype: Dtype = "uint16",
     length: Annotated[
@@ -248,6 +256,8 @@ def convert(
             seed=seed,
             precision=precision_of(precision),
         )
+        if twin:
+            plan = plan.twin()
 
         way = conversion.Way(layer_inputs, loss_chunk, save_every, log_every)
         there = folder.Progress()
@@ -261,7 +271,8 @@ def convert(
 
         possible = conversion.check(plan)
         if dry_run:
-            say(str(possible.report))
+            if not twin:
+                say(str(possible.report))
             _print_phases(conversion.rehearse(plan, possible, way))
             return
 
@@ -269,8 +280,10 @@ def convert(
             folder.begin_in(plan.written(), output, anew=True)
         run = conversion.begin(plan, output, way=way, console=console, possible=possible)
 
-    say(str(dataclasses.replace(possible.report, dry_run=False)))
-    sequences, there_are = steps * batch_size * accumulate, len(run.prepared.windows)
+    if not twin:
+        say(str(dataclasses.replace(possible.report, dry_run=False)))
+    sequences = plan.schedule.steps * batch_size * accumulate
+    there_are = len(run.prepared.windows)
     say(
         f"The text is {there_are:,} sequences of {length:,} tokens; the conversion reads "
         f"{sequences:,}, each {sequences / there_are:.2g} times."

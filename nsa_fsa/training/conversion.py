@@ -28,6 +28,7 @@ from nsa_fsa.integrations.transformers import (
     checkpoint_layers,
     chunk_loss,
     patch_model,
+    unpatch_model,
 )
 from nsa_fsa.integrations.transformers.checkpoint import Checkpoint
 from nsa_fsa.integrations.transformers.data import PackedTokens, files_of, rows_of
@@ -48,7 +49,7 @@ from nsa_fsa.training.folder import (
     remove,
     write_json,
 )
-from nsa_fsa.training.schedule import PRECISIONS, Schedule
+from nsa_fsa.training.schedule import PRECISIONS, Schedule, Teaching
 from nsa_fsa.training.trainer import ConversionMixin
 
 LAYER_INPUTS = ("none", "device", "host")
@@ -78,6 +79,7 @@ class Plan:
             are merged into that in the end; 0: everything learns.
         seed: of the order of sequences, and of adapters.
         precision: "bf16" or "fp32", in which layers compute. Weights are float32 while they learn.
+        is_twin: whether the model is saved as the dense one that it was: see `twin`.
     """
 
     checkpoint: str
@@ -96,6 +98,7 @@ class Plan:
     lora: int = 0
     seed: int = 0
     precision: str = "fp32"
+    is_twin: bool = False
 
     def __post_init__(self) -> None:
         """Raises ValueError for what cannot be."""
@@ -111,6 +114,28 @@ class Plan:
     def learning(self) -> str:
         """What learns in the second stage, beside the new parts."""
         return "adapters" if self.lora else "everything"
+
+    def twin(self) -> "Plan":
+        """A dense model that learns as this one does in the second stage, from as much of the same
+        text: what a sparse one is fairly compared with. All its queries read all keys.
+
+        Raises:
+            ValueError: where there is no second stage.
+        """
+        schedule = self.schedule
+        if schedule.warm_up == schedule.steps:
+            raise ValueError(
+                f"warm_up={schedule.warm_up} are all the steps, in which nothing learns that a "
+                "dense model has. Fix: a shorter warm-up; or no twin, but the checkpoint itself."
+            )
+        alone = dataclasses.replace(
+            schedule,
+            steps=schedule.steps - schedule.warm_up,
+            warm_up=0,
+            then=Teaching(error=0.0, divergence=0.0),
+        )
+        overrides = {**self.overrides, "dense_below": self.length}
+        return dataclasses.replace(self, schedule=alone, overrides=overrides, is_twin=True)
 
     def written(self) -> dict[str, Any]:
         """As JSON has it."""
@@ -282,6 +307,8 @@ def prepare(plan: Plan, possible: Possible, way: Way, store: Path) -> Prepared:
     model = source.load()
     patch_model(model, **_changes(model, plan), verbose=False)
     merge = _with_adapters(model, plan.lora) if plan.lora else _itself(model)
+    if plan.is_twin:
+        merge = _unpatched(merge)
     if way.layer_inputs != "none":
         checkpoint_layers(model, in_host_memory=way.layer_inputs == "host")
     if way.loss_chunk:
@@ -297,6 +324,13 @@ def _itself(model: Any) -> Callable[[], Any]:
         return model
 
     return merge
+
+
+def _unpatched(merge: Callable[[], Any]) -> Callable[[], Any]:
+    def unpatch() -> Any:
+        return unpatch_model(merge())
+
+    return unpatch
 
 
 def _with_adapters(model: Any, rank: int) -> Callable[[], Any]:

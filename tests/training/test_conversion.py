@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from typer.testing import CliRunner
 
 from nsa_fsa import NSAConfig, cli
 from nsa_fsa.integrations.transformers import NSAAttention
-from nsa_fsa.training import commands
+from nsa_fsa.training import Schedule, commands, conversion
 from tests.integrations.models import dense_model, sparse_model
 
 ROOT = Path(__file__).parents[2]
@@ -216,6 +217,36 @@ def test_settings_of_some_layers(folder, config, monkeypatch):
     assert [x.window_size for x in configs] == [20, 20]
 
 
+@pytest.mark.parametrize("rate", [0, 1e-3])
+def test_a_twin_is_trained_and_stays_dense(folder, rate):
+    output = folder / f"twin_{rate}"
+    said = run(
+        *(folder / "dense", *TEXT, *SHAPE, *SCHEDULE[:-1], rate, "--twin", "--output", output)
+    )
+    assert "NSA" not in said
+    model = AutoModelForCausalLM.from_pretrained(output / "model")
+    assert type(model).__name__ == "LlamaForCausalLM"
+    before, after = weights(folder / "dense"), model.state_dict()
+    assert before.keys() == after.keys()
+    assert bool(changed(before, after)) == bool(rate)
+    assert [x["step"] for x in history(output)] == list(range(1, STEPS - WARM_UP + 1))
+    assert not any("nsa_mass" in x for x in history(output))
+
+
+def test_a_twin_reads_all_keys(folder):
+    """Its loss is the dense model's, on a window that sparse queries do not read whole."""
+    where = str(folder / "dense"), (str(TEXT[1]),)
+    plan = conversion.Plan(*where, Schedule(4, 1), "tiny", length=300).twin()
+    with tempfile.TemporaryDirectory() as store:
+        prepared = conversion.prepare(
+            plan, conversion.check(plan), conversion.USUAL, Path(store, "tokens")
+        )
+        ids = prepared.windows[0]["input_ids"][None]
+    dense = AutoModelForCausalLM.from_pretrained(folder / "dense", dtype=torch.float32)
+    found = prepared.model.eval()(input_ids=ids, labels=ids).loss
+    assert found.item() == pytest.approx(dense(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
+
+
 def test_documents_may_not_see_each_other(folder):
     """The loss of windows with several documents is another then."""
     output = folder / "separate"
@@ -278,6 +309,7 @@ def others(folder):
         ("dense", ("--set", "window_sizes=64"), "did you mean 'window_size'?"),
         ("dense", ("--set", "window_size"), "'window_size' is no setting. Fix"),
         ("dense", ("--dense-layer", 2), "'2' names no layers among 0 to 1. Fix: an index"),
+        ("dense", ("--steps", 2, "--warm-up", 2, "--twin"), "are all the steps, in which nothing"),
         ("dense", ("--layer-set", "1-2:window_size=9"), "'1-2' names no layers among 0 to 1"),
         ("dense", ("--layer-set", "window_size=9"), "names no layers. Fix: --layer-set 3-10:"),
         (
