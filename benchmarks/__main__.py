@@ -1,5 +1,6 @@
 """The command line: `python -m benchmarks run`, `python -m benchmarks pages` and others."""
 
+import dataclasses
 import os
 import tempfile
 from pathlib import Path
@@ -8,7 +9,17 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks import distributed, floors, generation, pages, pictures, serving, suites, tuning
+from benchmarks import (
+    conversion,
+    distributed,
+    floors,
+    generation,
+    pages,
+    pictures,
+    serving,
+    suites,
+    tuning,
+)
 from benchmarks.engine import MEASURED, Plan
 from benchmarks.published import FOLDER, GPU, SuiteResults, rows_of
 from nsa_fsa.benchmarking.meter import CudaMeter
@@ -150,6 +161,40 @@ def share(
         rates = dict(ceilings=floors.ceilings(meter), seed=0)
         results = SuiteResults(output, "distributed", meter, rates, merge=merge, commit=commit)
     distributed.measure(results, console, part or list(distributed.PARTS), "cuda")
+
+
+@app.command(name="conversion")
+def convert(
+    checkpoint: Annotated[Path, typer.Option(help="A dense one: SmolLM2-135M.", exists=True)],
+    text: Annotated[list[str], typer.Option(help="To learn from, as of nsa-fsa convert; repeat.")],
+    held_out: Annotated[list[str], typer.Option(help="Other text, to measure on; repeat.")],
+    setting: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Of {', '.join(conversion.SETTINGS)}; repeat. Default: all."),
+    ] = None,
+    steps: Annotated[int, typer.Option(min=8, help="Of 32,768 tokens, for each.")] = 100,
+    length: Annotated[int, typer.Option(min=64, help="Tokens of a sequence.")] = 8192,
+    precision: Annotated[str, typer.Option(help="Of bf16, fp32.")] = "bf16",
+    models: Annotated[
+        Path | None, typer.Option(file_okay=False, help="Where models stay. Default: nowhere.")
+    ] = None,
+    output: Annotated[
+        Path, typer.Option(file_okay=False, help="Where the reports go.")
+    ] = conversion.RESULTS,
+    commit: Annotated[str | None, typer.Option(help="Where git here does not know it.")] = None,
+) -> None:
+    """Converts a real checkpoint with several settings, and says what each costs in quality."""
+    names = setting or list(conversion.SETTINGS)
+    if unknown := [x for x in names if x not in conversion.SETTINGS]:
+        known = ", ".join(conversion.SETTINGS)
+        raise typer.BadParameter(f"--setting {unknown[0]!r} is not known: allowed are {known}.")
+    plan = dataclasses.replace(
+        conversion.plan_of(checkpoint, text, steps), length=length, precision=precision
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        where = models or Path(folder)
+        conversion.measure(plan, held_out, names, where, output, console, commit)
+    console.print(conversion.table(output).to_string(index=False))
 
 
 @app.command(name="serving")
