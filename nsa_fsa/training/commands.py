@@ -166,6 +166,12 @@ def convert(
         float,
         typer.Option(min=0, help="The same of gates and compressors.", rich_help_panel=LEARNING),
     ] = 3e-4,
+    gate_learning_rate: Annotated[
+        float | None,
+        typer.Option(
+            min=0, help="Of gates alone. Default: as compressors'.", rich_help_panel=LEARNING
+        ),
+    ] = None,
     ramp: Annotated[
         int, typer.Option(min=0, help="Steps until that.", rich_help_panel=LEARNING)
     ] = 10,
@@ -233,6 +239,7 @@ def convert(
                 learning_rate if learning_rate is not None else (RATE_OF_ADAPTERS if lora else RATE)
             ),
             new_learning_rate=new_learning_rate,
+            gate_learning_rate=gate_learning_rate,
             ramp=ramp,
             fade=fade,
             then=Teaching(error=error, divergence=divergence),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa_fsa import checks
+from nsa_fsa.modules.recording import sparse_layers
 from nsa_fsa.ops.common.calls import WORKSPACE_BYTES
 from nsa_fsa.training.teacher import Lesson, Teacher, teach
 from nsa_fsa.training.warm_up import new_parameters
@@ -69,6 +70,7 @@ class Schedule:
             else.
         learning_rate, new_learning_rate: at their highest, of what was there before, and of gates
             and compressors.
+        gate_learning_rate: that of gates alone; None: as the compressors'.
         ramp: steps until that.
         fade: the share of the second stage after which outputs are not compared any more.
         first: what the warm-up learns from.
@@ -91,6 +93,7 @@ class Schedule:
     warm_up: int
     learning_rate: float = 2e-5
     new_learning_rate: float = 3e-4
+    gate_learning_rate: float | None = None
     ramp: int = 10
     fade: float = 0.5
     first: Teaching = Teaching(own=0.0, error=1.0, divergence=1.0, local=True)
@@ -104,8 +107,8 @@ class Schedule:
                 f"warm_up={self.warm_up} must be at most steps={self.steps}, among which it "
                 "counts. Fix: more steps, or a shorter warm-up."
             )
-        for name in ("learning_rate", "new_learning_rate"):
-            if not (value := getattr(self, name)) >= 0:
+        for name in ("learning_rate", "new_learning_rate", "gate_learning_rate"):
+            if (value := getattr(self, name)) is not None and not value >= 0:
                 raise ValueError(f"{name}={value!r} must be 0 or more. Fix: 2e-5, for example.")
         if not 0 <= self.fade <= 1:
             raise ValueError(
@@ -145,8 +148,7 @@ class Schedule:
         """
         for group in optimizer.param_groups:
             is_new = group["is_new"]
-            peak = self.new_learning_rate if is_new else self.learning_rate
-            group["lr"] = peak * self.share_of_rate(step, is_new)
+            group["lr"] = group["peak"] * self.share_of_rate(step, is_new)
             for parameter in group["params"]:
                 parameter.requires_grad_(is_new or step >= self.warm_up)
         return self.teaching(step)
@@ -156,7 +158,7 @@ def parameter_groups(
     model: nn.Module, schedule: Schedule, weight_decay: float = 0.0
 ) -> list[dict[str, Any]]:
     """What an optimizer is to be made of, so that a schedule can drive it: what was there before,
-    and the new parts.
+    compressors, and gates.
 
     Parameters that are frozen now stay so, unless they are new: the base of LoRA, for example.
     Only matrices that were there before have the weight decay.
@@ -164,17 +166,30 @@ def parameter_groups(
     Raises:
         ValueError: for a model without an NSA layer.
     """
-    new = new_parameters(model)
-    known = {id(p) for p in new}
-    others = [p for p in model.parameters() if p.requires_grad and id(p) not in known]
+    new = {id(p): p for p in new_parameters(model)}
+    of_gates = {id(p) for x in sparse_layers(model) for p in x.gate.parameters()}
+    gates = [p for key, p in new.items() if key in of_gates]
+    compressors = [p for key, p in new.items() if key not in of_gates]
+    others = [p for p in model.parameters() if p.requires_grad and id(p) not in new]
     matrices, vectors = ([p for p in others if (p.ndim > 1) == wide] for wide in (True, False))
-    old: dict[str, Any] = dict(lr=schedule.learning_rate, is_new=False)
-    groups: list[dict[str, Any]] = [
-        dict(params=matrices, weight_decay=weight_decay, **old),
-        dict(params=vectors, weight_decay=0.0, **old),
-        dict(params=new, weight_decay=0.0, lr=schedule.new_learning_rate, is_new=True),
+
+    rate, of_compressors = schedule.learning_rate, schedule.new_learning_rate
+    of_gates_rate = schedule.gate_learning_rate
+    if of_gates_rate is None:
+        of_gates_rate = of_compressors
+    groups = [
+        _group(matrices, rate, weight_decay=weight_decay),
+        _group(vectors, rate),
+        _group(compressors, of_compressors, is_new=True),
+        _group(gates, of_gates_rate, is_new=True),
     ]
     return [group for group in groups if group["params"]]
+
+
+def _group(
+    params: list[nn.Parameter], peak: float, *, is_new: bool = False, weight_decay: float = 0.0
+) -> dict[str, Any]:
+    return dict(params=params, lr=peak, peak=peak, is_new=is_new, weight_decay=weight_decay)
 
 
 class Learned(NamedTuple):

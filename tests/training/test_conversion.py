@@ -191,6 +191,11 @@ def test_layers_and_settings(folder):
     run(
         *(folder / "dense", *TEXT, *SHAPE, "--output", output, "--steps", 1, "--warm-up", 1),
         *("--set", "num_selected_blocks=3", "--set", "compress_k=linear", "--dense-layer", -1),
+        *("--gate-learning-rate", 0.01),
+    )
+    assert (
+        json.loads((output / "conversion.json").read_text())["schedule"]["gate_learning_rate"]
+        == 0.01
     )
     model = AutoModelForCausalLM.from_pretrained(output / "model")
     sparse = [isinstance(x.self_attn, NSAAttention) for x in model.model.layers]

@@ -88,6 +88,8 @@ def test_what_a_schedule_cannot_be():
         Schedule(steps=3, warm_up=4)
     with pytest.raises(ValueError, match=r"new_learning_rate=-1 must be 0 or more\. Fix"):
         Schedule(steps=3, warm_up=0, new_learning_rate=-1)
+    with pytest.raises(ValueError, match=r"gate_learning_rate=-1 must be 0 or more\. Fix"):
+        Schedule(steps=3, warm_up=0, gate_learning_rate=-1)
     with pytest.raises(ValueError, match=r"fade=2 must be a share .* Fix: 0\.5"):
         Schedule(steps=3, warm_up=0, fade=2)
 
@@ -97,15 +99,30 @@ def test_groups_leave_frozen_what_was_frozen():
     model.model.embed_tokens.requires_grad_(False)
     groups = parameter_groups(model, SCHEDULE, weight_decay=0.1)
     names = {id(p): name for name, p in model.named_parameters()}
-    matrices, vectors, new = ({names[id(p)] for p in group["params"]} for group in groups)
+    matrices, vectors, compressors, gates = (
+        {names[id(p)] for p in group["params"]} for group in groups
+    )
+    new = compressors | gates
     assert all(is_new(name) for name in new)
+    assert all(".gate." in name for name in gates)
+    assert not any(".gate." in name for name in compressors)
     assert not any(is_new(name) for name in matrices | vectors)
     assert {*names.values()} - matrices - vectors - new == {"model.embed_tokens.weight"}
     assert all(name.endswith("norm.weight") for name in vectors)
-    assert [x["weight_decay"] for x in groups] == [0.1, 0.0, 0.0]
-    assert [x["lr"] for x in groups] == [RATE, RATE, NEW_RATE]
+    assert [x["weight_decay"] for x in groups] == [0.1, 0.0, 0.0, 0.0]
+    assert [x["lr"] for x in groups] == [RATE, RATE, NEW_RATE, NEW_RATE]
     freeze_all_but_new(model)
-    assert len(parameter_groups(model, SCHEDULE)) == 1
+    assert len(parameter_groups(model, SCHEDULE)) == 2
+
+
+def test_gates_may_have_a_rate_of_their_own():
+    model = sparse_model()
+    schedule = dataclasses.replace(SCHEDULE, gate_learning_rate=0.5)
+    optimizer = torch.optim.AdamW(parameter_groups(model, schedule))
+    assert [x["lr"] for x in optimizer.param_groups] == [RATE, RATE, NEW_RATE, 0.5]
+    schedule.begin(0, optimizer)  # half of the ramp
+    rates = [x["lr"] for x in optimizer.param_groups]
+    assert rates == pytest.approx([0.0, 0.0, NEW_RATE / 2, 0.25])
 
 
 def batches():
