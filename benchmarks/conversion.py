@@ -6,6 +6,7 @@ A setting's result is the report of `nsa-fsa convert-report`, in results/convers
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def table(folder: Path = RESULTS) -> pd.DataFrame:
                 "gap, all": f"{x['loss'][0]['gap']:+.4f}",
                 "mass": f"{x['mass']:.1%}",
                 "needles kept": "-" if kept is None else f"{kept:.0%}",
-                "copies, gap": f"{sum(y['gap'] for y in x['copies']) / len(x['copies']):+.4f}",
+                "copies, gap": f"{statistics.mean(y['gap'] for y in x['copies']):+.4f}",
             }
         )
     return pd.DataFrame(lines)

@@ -333,7 +333,9 @@ def convert_report(
     needles: Annotated[
         int,
         typer.Option(
-            min=0, help="Needles of every length and depth; 0: none.", rich_help_panel=DATA
+            min=0,
+            help="Needles of every length and depth, and copies of every depth; 0: none.",
+            rich_help_panel=DATA,
         ),
     ] = 4,
     seed: Annotated[

@@ -254,6 +254,9 @@ class Copy(NamedTuple):
 
 
 def copies(dense: Sequence[float], sparse: Sequence[float]) -> list[Copy]:
-    """Of what `copy_loss` returns for every window, with a copy from each of DEPTHS."""
+    """Of what `copy_loss` returns for every window, with a copy from each of DEPTHS; of no windows
+    nothing."""
+    if not dense:
+        return []
     columns = (torch.tensor(x).view(-1, len(DEPTHS)).mean(0).tolist() for x in (dense, sparse))
     return [Copy(*row) for row in zip(DEPTHS, *columns, strict=True)]

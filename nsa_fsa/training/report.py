@@ -31,7 +31,7 @@ from nsa_fsa.training.schedule import PRECISIONS
 from nsa_fsa.visualization import record
 
 DOCUMENT, PAGE = "report.json", "report.md"
-FEW_WINDOWS = 4  # of those whose loss is measured, the first ones, for layers and copies
+WINDOWS_OF_LAYERS = 4  # of those whose loss is measured: the first ones
 DRAWN_LAYERS = 3
 
 
@@ -45,7 +45,7 @@ class Question:
         dense: what it is compared with; None: the same weights with dense attention.
         length: tokens of a window; None: as many as the model was made for, and at most 8,192.
         windows: how many, evenly spaced in the text.
-        needles: how many for each length and depth; 0: none.
+        needles: how many for each length and depth, and as many copies for each depth; 0: none.
         dtype: of files of bare numbers.
         seed: of needles.
         precision: "bf16" or "fp32", in which layers compute.
@@ -184,13 +184,14 @@ def answer(
     source, length = found.source, found.length
     rows = rows_of(found.files, store, source.tokenizer, source.ends[0], question.dtype)
     windows = _windows(rows, length, source.vocab_size, question.windows)
-    few = windows[:FEW_WINDOWS]
+    few = windows[:WINDOWS_OF_LAYERS]
     made = []
     haystacks = Haystacks(measures.lengths_up_to(length), samples=max(1, question.needles))
     if question.needles:
         text, encode = torch.cat(windows), _encoder(source)
         made = measures.hide(haystacks, text, encode, question.seed)
-    copies = [measures.with_copy(window, depth) for window in few for depth in DEPTHS]
+    copied = windows[: question.needles]
+    copies = [measures.with_copy(window, depth) for window in copied for depth in DEPTHS]
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     total = 2 * (len(windows) + len(made) + len(copies)) + len(few) + 1
@@ -349,21 +350,22 @@ def page(found: Answer, document: dict[str, Any], drawn: dict[str, str]) -> str:
         lines += ["## Needles", "", _about_needles(found.needles), ""]
         lines += _picture("needles", drawn)
 
-    lines += [
-        "## Copies",
-        "",
-        *_table(
-            ("depth", "dense", "sparse", "gap"),
-            (
-                (f"{x.depth:.0%}", f"{x.dense:.4f}", f"{x.sparse:.4f}", f"{x.gap:+.4f}")
-                for x in found.copies
+    if found.copies:
+        lines += [
+            "## Copies",
+            "",
+            *_table(
+                ("depth", "dense", "sparse", "gap"),
+                (
+                    (f"{x.depth:.0%}", f"{x.dense:.4f}", f"{x.sparse:.4f}", f"{x.gap:+.4f}")
+                    for x in found.copies
+                ),
             ),
-        ),
-        "",
-        "The loss of a passage of the text that comes again at its end, in nats per token: what a "
-        "model cannot look up in its window, it has to find at that depth, from 0%, the beginning.",
-        "",
-    ]
+            "",
+            "The loss of a passage of the text that comes again at its end, in nats per token. A "
+            "model has to look it up at that depth, of which 0% is the beginning.",
+            "",
+        ]
 
     lines += ["## Selections", ""]
     lines += _picture("selections", drawn)
@@ -397,11 +399,12 @@ def summary(found: Answer) -> list[str]:
     ]
     if found.needles is not None:
         lines.append(f"- {_about_needles(found.needles)}")
-    dense, sparse = (
-        math.fsum(getattr(x, name) for x in found.copies) / len(found.copies)
-        for name in ("dense", "sparse")
-    )
-    lines.append(f"- Copies: {sparse:.4f} nats per token, dense {dense:.4f}.")
+    if found.copies:
+        dense, sparse = (
+            math.fsum(getattr(x, name) for x in found.copies) / len(found.copies)
+            for name in ("dense", "sparse")
+        )
+        lines.append(f"- Copies: {sparse:.4f} nats per token, dense {dense:.4f}.")
     return lines
 
 
