@@ -6,6 +6,7 @@ independent   all tensors are independent random numbers
 window_means  compressed keys are means of windows of random keys, of which neighbours share some
 random        every query reads random blocks
 realistic     queries and keys change slowly along the sequence, and choose their blocks
+recorded      every query reads the blocks that one of a real model reads, of a real text
 """
 
 from dataclasses import dataclass
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.operators import compressed_attention, pool_windows, select_blocks
+from nsa_fsa.benchmarking import recorded
 from nsa_fsa.benchmarking.cases import Case
 
-SELECTIONS = ("independent", "window_means", "random", "realistic")
+SELECTIONS = ("independent", "window_means", "random", "realistic", "recorded")
 CORRELATION = {"q": 0.99, "k": 0.98}  # of neighbours in a realistic sequence
 # Means of 32 normal keys have a standard deviation of 0.18; times 6, their scores spread as those
 # of single normal keys do.
@@ -48,6 +50,8 @@ class SuiteCase(Case):
                 return compressed_attention(self, self["q"], self["k_cmp"], self["v_cmp"])[1]
         if name == "block_indices" and self.selection == "random":
             return random_blocks(self)
+        if name == "block_indices" and self.selection == "recorded":
+            return recorded_blocks(self)
         if name == "block_indices":
             return select_blocks(self, self["q"], self["k_cmp"])
         if self.selection == "realistic" and name in CORRELATION:
@@ -88,6 +92,20 @@ def random_blocks(case: Case) -> Tensor:
         chosen = chosen.masked_fill(best < 0, total).sort().values
         chunks.append(chosen.masked_fill(chosen == total, -1).int())
     return torch.cat(chunks)
+
+
+def recorded_blocks(case: Case) -> Tensor:
+    """Of as many heads as the case has; raises ValueError for other sizes than were recorded."""
+    known = dict(
+        block_size=recorded.BLOCK_SIZE,
+        num_selected_blocks=recorded.NUM_BLOCKS,
+        init_blocks=recorded.INIT_BLOCKS,
+        local_blocks=recorded.LOCAL_BLOCKS,
+    )
+    if case.blocks != known:
+        raise ValueError(f"choices of {case.blocks} were not recorded, but of {known} alone")
+    heads = recorded.heads_of(recorded.read(), case.config.num_kv_heads)
+    return recorded.lengthened(heads, case.num_tokens, case.seed).to(case.device)
 
 
 def correlated(noise: Tensor, correlation: float) -> Tensor:

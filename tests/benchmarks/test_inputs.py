@@ -6,6 +6,7 @@ import torch
 from benchmarks import inputs
 from benchmarks.inputs import SuiteCase, correlated, random_blocks
 from benchmarks.operators import select_blocks
+from nsa_fsa.benchmarking import recorded
 from tests.benchmarking.tools import SIZES, case
 
 
@@ -30,7 +31,10 @@ def assert_like_select_blocks(indices, x):
             assert forced <= set(valid)
 
 
-@pytest.mark.parametrize("selection", inputs.SELECTIONS)
+RECORDED = dict(block_size=64, num_selected_blocks=16)
+
+
+@pytest.mark.parametrize("selection", [x for x in inputs.SELECTIONS if x != "recorded"])
 @pytest.mark.parametrize("sizes", [*SIZES, dict(num_tokens=40, block_size=64)], ids=str)
 def test_blocks_keep_the_rules(selection, sizes, seed):
     x = suite_case(selection, seed=seed, **sizes)
@@ -104,6 +108,15 @@ def test_rows_without_a_window_are_poisoned(selection, name, seed):
     x = suite_case(selection, seed=seed)[name]
     assert x[17:].isnan().all()
     assert x[:17].isfinite().all()
+
+
+def test_recorded_choices_are_those_of_a_real_model():
+    sizes = dict(num_tokens=9000, num_heads=8, num_kv_heads=4)
+    x = suite_case("recorded", **sizes, **RECORDED)
+    expected = recorded.lengthened(recorded.heads_of(recorded.read(), 4), 9000)
+    assert torch.equal(x["block_indices"], expected)
+    with pytest.raises(ValueError, match=r"'block_size': 128.* were not recorded, but of"):
+        suite_case("recorded", **sizes, block_size=128, num_selected_blocks=8)["block_indices"]
 
 
 def test_unknown_inputs_are_named():

@@ -190,7 +190,10 @@ def test_a_patched_layer_and_the_layer_by_itself(run):
 
 def test_selected_attention(run):
     names = ["auto", "cudnn", "fsa"]
-    document = run("selected", small("selected", implementations=names), backend="reference")
+    grids = small("selected", implementations=names)
+    for grid in grids:  # choices were recorded of other sizes
+        grid["selection"] = [x for x in grid["selection"] if x != "recorded"]
+    document = run("selected", grids, backend="reference")
     assert found(document, "implementation", "selection", "pass") == {
         *(("auto", x, p) for x in ("random", "realistic") for p in PASSES),
         *(("cudnn", "full", p) for p in PASSES),
