@@ -10,7 +10,6 @@ import os
 import resource
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,15 +28,7 @@ from shapes import ALLOWED, layer_file, random_model, shape_config
 from torch import distributed
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import ConcatDataset
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 from transformers.integrations import is_tensorboard_available
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
@@ -51,6 +42,7 @@ from nsa_fsa.integrations.transformers import (
     chunk_loss,
     chunk_mlp,
 )
+from nsa_fsa.integrations.transformers.checkpoint import Checkpoint
 from nsa_fsa.integrations.transformers.data import (
     DTYPES,
     TEXT_DTYPE,
@@ -65,7 +57,6 @@ console = Console(quiet=RANK > 0)
 CHECKPOINTS = ("none", "device", "host")
 PRECISIONS = ("bf16", "fp32")
 SCHEDULES = ("cosine", "linear", "constant_with_warmup")
-BYTES_END = 0  # what ends a document where tokens are bytes
 FSDP2 = Path(__file__).parents[1] / "configs" / "accelerate" / "fsdp2.yaml"
 MODEL, DATA, OPTIMISER, MEMORY, RUN = "Model", "Data", "Optimiser", "Memory and GPUs", "Run"
 
@@ -225,7 +216,7 @@ def main(
         check_checkpoint(Path(last), fsdp)
 
     settings = settings_of(preset, config, random_init)
-    source = Source.of(model, random_init)
+    source = source_of(model, random_init)
     check_context_parallel(context_parallel, fsdp)
     arguments = TrainingArguments(
         str(output),
@@ -251,7 +242,11 @@ def main(
         **sharing(fsdp, context_parallel),
     )
     windows = windows_of(data, dtype, length, document_end, source, arguments)
-    made = source.load(f"cuda:{LOCAL_RANK}" if on_gpu else "cpu", seed)
+    if random_init is None:
+        made = source.load()  # on the CPU, until it is shared out
+    else:
+        device = f"cuda:{LOCAL_RANK}" if on_gpu else "cpu"
+        made = random_model(source.config, torch.float32, device, seed)
     make_sparse(made, settings, start_anew=random_init is not None)
     if checkpoint != "none":
         checkpoint_layers(made, in_host_memory=checkpoint == "host")
@@ -325,51 +320,15 @@ def settings_of(preset: str | None, config: Path | None, random_init: str | None
     return str(config)
 
 
-@dataclass(frozen=True)
-class Source:
-    """Where a model comes from, and what is known of it before it is loaded."""
-
-    name: str | None  # of a checkpoint; None: random weights
-    config: Any  # of transformers
-    tokenizer: Any  # None: tokens are bytes
-
-    @classmethod
-    def of(cls, name: str | None, shape: str | None) -> "Source":
-        try:
-            if name is None:
-                return cls(None, shape_config(str(shape)), None)
-            return cls(name, AutoConfig.from_pretrained(name), tokenizer_of(name))
-        except (OSError, ValueError) as error:
-            hint = "--random-init" if name is None else "--model"
-            raise typer.BadParameter(str(error), param_hint=hint) from error
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.get_text_config().vocab_size
-
-    @property
-    def ends(self) -> list[int]:
-        """Tokens that end a document."""
-        if self.tokenizer is not None and self.tokenizer.eos_token_id is not None:
-            return [self.tokenizer.eos_token_id]
-        found = self.config.get_text_config().eos_token_id
-        if found is None:
-            return [BYTES_END]
-        return found if isinstance(found, list) else [found]
-
-    def load(self, device: str, seed: int) -> Any:
-        """The model, in float32. A checkpoint stays on the CPU until it is shared out."""
-        if self.name is None:
-            return random_model(self.config, torch.float32, device, seed)
-        return AutoModelForCausalLM.from_pretrained(self.name, dtype=torch.float32)
-
-
-def tokenizer_of(name: str) -> Any:
-    """None where a folder has none: its tokens are bytes then."""
-    folder = Path(name)
-    if folder.is_dir() and not any(folder.glob("*token*")):
-        return None
-    return AutoTokenizer.from_pretrained(name)
+def source_of(name: str | None, shape: str | None) -> Checkpoint:
+    """Where the model comes from; without a name it has random weights, and bytes for tokens."""
+    try:
+        if name is None:
+            return Checkpoint("random weights", shape_config(str(shape)), None)
+        return Checkpoint.of(name)
+    except (OSError, ValueError, ImportError) as error:
+        hint = "--random-init" if name is None else "--model"
+        raise typer.BadParameter(str(error), param_hint=hint) from error
 
 
 def windows_of(
@@ -377,7 +336,7 @@ def windows_of(
     dtype: str,
     length: int,
     document_end: list[int] | None,
-    source: Source,
+    source: Checkpoint,
     arguments: TrainingArguments,
 ) -> ConcatDataset[dict[str, torch.Tensor]]:
     """What is trained on; text is tokenized first, by one process."""

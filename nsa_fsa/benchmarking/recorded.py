@@ -30,7 +30,7 @@ class Recorded(NamedTuple):
 
 
 def write(records: list[Recorded], path: Path = FILE) -> None:
-    """Small: ascending blocks below 128 as differences in bytes, those of no block as 255."""
+    """Keeps records in a small file: blocks as differences in bytes, and 255 for no block."""
     rows: dict[str, Any] = {}
     for x in records:
         blocks = x.block_indices.numpy()
@@ -40,6 +40,7 @@ def write(records: list[Recorded], path: Path = FILE) -> None:
 
 
 def read(path: Path = FILE) -> list[Recorded]:
+    """What `write` wrote. Raises OSError where it is not."""
     found = []
     with np.load(path) as rows:
         for name in rows:
@@ -58,8 +59,8 @@ def heads_of(records: list[Recorded], number: int) -> Tensor:
 
 
 def lengthened(recorded: Tensor, num_tokens: int, seed: int = 0) -> Tensor:
-    """Choices of a sequence of any length, as above: int32 `[8192, HKV, 16]` -> `[num_tokens, HKV,
-    16]`, ascending, with -1 behind."""
+    """Choices of a sequence of any length, at least 1, as above: int32 `[8192, HKV, 16]` ->
+    `[num_tokens, HKV, 16]`, ascending, with -1 behind. seed: of where free blocks are moved."""
     rows = torch.arange(num_tokens)
     repetition = (rows - KEPT).clamp(min=0) // (TOKENS - KEPT)
     rows = rows - repetition * (TOKENS - KEPT)
