@@ -9,8 +9,9 @@ This uses private interfaces of Triton, tried with 3.6 and 3.7;
 where they are missing, everything goes Triton's own way.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -42,6 +43,19 @@ def hooks() -> tuple[Any, Any] | None:
 
 
 replay.AVOIDED_FOR.append(hooks)
+
+
+@contextlib.contextmanager
+def without_compile_hooks() -> Iterator[None]:
+    """Triton writes a kernel's constants as JSON for whoever asks to be told of compilations, as
+    vLLM does while it serves, and fails at a bundle of constants. So nobody is told of ours."""
+    runtime = triton.knobs.runtime
+    asked = runtime.jit_cache_hook, runtime.jit_post_compile_hook
+    runtime.jit_cache_hook = runtime.jit_post_compile_hook = None
+    try:
+        yield
+    finally:
+        runtime.jit_cache_hook, runtime.jit_post_compile_hook = asked
 
 
 def run(kernel: Any, grid: tuple[int, ...], device: int, arguments: Sequence[Any]) -> None:
@@ -125,7 +139,8 @@ class Launcher:
         if kernel is not None:
             run(kernel, grid, device, bound)
         else:
-            kernel = self.function[grid](*arguments, **constants)
+            with without_compile_hooks():
+                kernel = self.function[grid](*arguments, **constants)
             if kernel is None:
                 return replay.refuse("Triton does not say what it has launched")
             self.compiled[key] = kernel

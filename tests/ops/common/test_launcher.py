@@ -134,6 +134,24 @@ def test_a_profilers_hook_sees_every_launch(kernel, monkeypatch):
     assert leave is launcher.triton.knobs.runtime.launch_exit_hook
 
 
+def test_nobody_is_told_of_a_compilation(kernel, monkeypatch):
+    """Triton could not tell of a bundle of constants, and would fail."""
+    runtime, names = launcher.triton.knobs.runtime, ("jit_cache_hook", "jit_post_compile_hook")
+    for name in names:
+        monkeypatch.setattr(runtime, name, print)
+    told = []
+
+    def compile(*arguments, **constants):
+        told.extend(getattr(runtime, name) for name in names)
+        raise RuntimeError("not compiled")
+
+    monkeypatch.setattr(kernel.function, "compile", compile)
+    with pytest.raises(RuntimeError, match="not compiled"):
+        kernel[(1,)](X, 3, 32, TILE=16, WIDTH=9)
+    assert told == [None, None]
+    assert [getattr(runtime, name) for name in names] == [print, print]
+
+
 class Descriptor:
     """What describes a tensor for bulk copies."""
 

@@ -250,3 +250,15 @@ def test_peak(operator, expanded):
     allowed = num_bytes(*grads) + 4 * MIB
     assert peak <= allowed, f"backward: {peak / MIB:.1f} MiB, allowed are {allowed / MIB:.1f}"
     assert all(torch.isfinite(grad).all() for grad in grads)
+
+
+def test_somebody_wants_to_know_what_is_compiled(monkeypatch):
+    """As vLLM does while it serves: what it would be told has no words for bundles of constants."""
+    import triton
+
+    def told(**compilation):
+        pytest.fail("nobody is told")
+
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", told)
+    p = make("pool_windows", (500,), 1, 48, 28, 7)  # a shape that no other test compiles
+    assert p.forward().isfinite()[owned_windows(p)].all()
