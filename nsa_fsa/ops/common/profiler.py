@@ -5,11 +5,13 @@ This is the FSA paper's appendix E. The fastest candidate is kept in memory and 
 own, below a folder per GPU model and set of versions, so that it is found once per machine. Of
 several processes that time the same kind at once, the first to finish decides for all that share
 the folder. The ranks of a job time nothing, for they would time each other's traffic, too: they
-take what the folder knows, for example from `nsa-fsa bench`, or the default. `NSA_FSA_PROFILE=0`
-turns the profiler off: then the first candidate, a fixed default, runs.
+take what the folder knows, for example from `nsa-fsa bench`, or the default. So does whoever
+serves (`untimed`), for a request would wait for it. `NSA_FSA_PROFILE=0` turns the profiler off:
+then the first candidate, a fixed default, runs.
 """
 
 import contextlib
+import contextvars
 import functools
 import hashlib
 import importlib.metadata
@@ -20,7 +22,7 @@ import re
 import statistics
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -51,6 +53,7 @@ class Record(TypedDict):
 
 _KNOWN: dict[tuple[torch.device, str], Record] = {}
 _TOO_LARGE: set[tuple[torch.device, str]] = set()  # to be timed, in this process
+_UNTIMED = contextvars.ContextVar("_UNTIMED", default=False)
 
 
 def enabled() -> bool:
@@ -59,6 +62,16 @@ def enabled() -> bool:
         os.environ.get("NSA_FSA_PROFILE", "1") != "0"
         and not torch.are_deterministic_algorithms_enabled()
     )
+
+
+@contextlib.contextmanager
+def untimed() -> Iterator[None]:
+    """Inside, nothing is timed: what is known already is taken, or the default."""
+    token = _UNTIMED.set(True)
+    try:
+        yield
+    finally:
+        _UNTIMED.reset(token)
 
 
 def cache_file(key: str, device: torch.device) -> Path:
@@ -135,8 +148,10 @@ def time_on_gpu(run: Callable[[], Any]) -> float:
 
 
 def may_time(device: torch.device) -> bool:
-    """Whether the present time is one for timing: no graph is captured, and no other rank is there
-    to be disturbed, or to choose otherwise."""
+    """Whether the present time is one for timing: nobody waits, no graph is captured, and no other
+    rank is there to be disturbed, or to choose otherwise."""
+    if _UNTIMED.get():
+        return False
     distributed = torch.distributed
     in_job = distributed.is_available() and distributed.is_initialized()
     if in_job and distributed.get_world_size() > 1:

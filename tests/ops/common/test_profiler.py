@@ -231,6 +231,17 @@ def test_while_a_graph_is_captured_what_is_known_runs(monkeypatch):
     assert ways.runs == dict(default=1, fast=1)
 
 
+def test_where_somebody_waits_what_is_known_runs(monkeypatch):
+    ways = Ways(default=20, fast=1)
+    with profiler.untimed():
+        assert ways.choose() == "default"
+    assert ways.runs == dict(default=0, fast=0)
+    assert ways.choose() == "fast"
+    forget(monkeypatch)
+    with profiler.untimed():
+        assert ways.choose() == "fast"
+
+
 def test_what_is_known_is_found_at_once(monkeypatch):
     """Once an operator and step: neither the environment's folders nor the device are
     looked at again.
