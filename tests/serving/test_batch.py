@@ -38,45 +38,70 @@ def rows_of(found, num_tokens):
     return torch.arange(num_tokens)[found.rows].tolist()
 
 
+def new_of(batch):
+    """The new tokens of every sequence, by chunks."""
+    return [[x.num_new for x in chunk.sequences] for chunk in batch.chunks]
+
+
 def test_every_token_is_in_one_part():
     new = [1, 3, 1, MOST_NEW, 0, MOST_NEW + 1, 40, 1, 20]
     step = make_step(new, [5, 6, 7, 0, 0, 30, 0, 9, 11])
-    batch = split(step, PAGE, most_pages=8, num_columns=5)
+    batch = split(step, PAGE, most_pages=8)
     parts = [*batch.groups, *batch.chunks]
     found = sorted(row for part in parts for row in rows_of(part, sum(new)))
     assert found == list(range(sum(new)))
     assert [x.num_new for x in batch.groups] == [1, 3, MOST_NEW]
     assert batch.groups[0].lengths.tolist() == [6, 8, 10]
-    assert batch.groups[0].table.tolist() == step.block_table_tensor[[0, 2, 7], :5].tolist()
-    assert [x.new for x in batch.chunks] == [[MOST_NEW + 1, 40], [20]]
+    assert batch.groups[0].table.tolist() == step.block_table_tensor[[0, 2, 7]].tolist()
+    assert new_of(batch) == [[MOST_NEW + 1, 40], [20]]
 
 
 def test_pages_of_chunks_in_order():
     step = make_step([17, 30], [3, 10])
-    (chunk,) = split(step, PAGE, most_pages=8, num_columns=5).chunks
+    (chunk,) = split(step, PAGE, most_pages=8).chunks
     assert chunk.pages.tolist() == [1, 2, 9, 10, 11, 0]
     assert chunk.page_starts.tolist() == [0, 2, 6]
     assert chunk.starts.tolist() == [0, 17, 47]
     assert chunk.longest == 40
-    sequence, nth = chunk.windows(8)
-    assert sequence.tolist() == [0] * 3 + [1] * 4
-    assert nth.tolist() == [0, 1, 2, 0, 1, 2, 3]
-    assert chunk.windows(8).nth is nth  # found once for all layers
+    sequence, nth = chunk.sequences[1].windows(8)
+    assert sequence.tolist() == [0] * 4
+    assert nth.tolist() == [0, 1, 2, 3]
+    assert chunk.sequences[1].windows(8).nth is nth  # found once for all layers
+    assert [rows_of(x, 47) for x in chunk.sequences] == [[*range(17)], [*range(17, 47)]]
+    assert [x.lengths.tolist() for x in chunk.sequences] == [[20], [40]]
+    assert [x.table[0, 0].item() for x in chunk.sequences] == [1, 9]
+
+
+LAYOUTS = {
+    "rows of a head side by side": (2 * PAGE * 6, PAGE * 6, 6),
+    "heads of a row side by side": (2 * PAGE * 6, 6, 2 * 6),
+    "pages apart": (2 * PAGE * 6 + 24, PAGE * 6, 6),
+    "pages apart by no row": (2 * PAGE * 6 + 4, PAGE * 6, 6),
+}
+
+
+@pytest.mark.parametrize("strides", LAYOUTS.values(), ids=LAYOUTS)
+def test_what_is_gathered_of_a_cache(strides):
+    (chunk,) = split(make_step([17, 30], [3, 10]), PAGE, most_pages=8).chunks
+    cache = torch.arange(20.0 * strides[0]).as_strided((20, 2, PAGE, 6), (*strides, 1))
+    found = chunk.gather(cache)
+    assert found.is_contiguous()
+    assert found.equal(cache[chunk.pages].transpose(1, 2).flatten(0, 1))
 
 
 def test_no_more_pages_are_gathered_at_once_than_a_sequence_can_have():
     step = make_step([17] * 5, [63, 63, 100, 1, 1])
-    batch = split(step, PAGE, most_pages=8, num_columns=5)
-    assert [x.new for x in batch.chunks] == [[17], [17], [17], [17, 17]]
-    batch = split(step, PAGE, most_pages=16, num_columns=5)
-    assert [x.new for x in batch.chunks] == [[17, 17], [17, 17, 17]]
+    batch = split(step, PAGE, most_pages=8)
+    assert new_of(batch) == [[17], [17], [17], [17, 17]]
+    batch = split(step, PAGE, most_pages=16)
+    assert new_of(batch) == [[17, 17], [17, 17, 17]]
 
 
 @pytest.mark.parametrize("num_new", [1, 4])
 def test_a_graph_reads_tensors_that_stay(num_new):
     """Those of vLLM, in which places that nobody has follow."""
     step = make_step([num_new] * 3, [0, 5, 9])
-    (group,) = split(step, PAGE, most_pages=8, num_columns=8).groups
+    (group,) = split(step, PAGE, most_pages=8).groups
     assert group.rows == slice(0, 3 * num_new)
     assert group.table.data_ptr() == step.block_table_tensor.data_ptr()
     assert group.lengths.data_ptr() == step.seq_lens.data_ptr()
@@ -93,10 +118,11 @@ def make_builder(speculative=None):
     return BatchBuilder(SimpleNamespace(block_size=PAGE), ["layer"], config, torch.device("cpu"))
 
 
-def test_a_step_looks_at_the_pages_in_use_and_a_graph_at_all():
+def test_a_step_has_the_tables_that_a_graph_has():
+    """Kernels are compiled for the width of a table: no other ones than those of graphs."""
     step, builder = make_step([1, 1], [40, 5]), make_builder()
     (group,) = builder.build(0, step).groups
-    assert group.table.shape == (2, 4)  # of 3 in use
+    assert group.table.shape == (2, 8)
     (group,) = builder.build_for_cudagraph_capture(step).groups
     assert group.table.shape == (2, 8)
 

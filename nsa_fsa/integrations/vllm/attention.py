@@ -27,7 +27,6 @@ from nsa_fsa.integrations.vllm.batch import (
     BatchBuilder,
     Chunk,
     Group,
-    NewWindows,
     NSABackend,
     StatesBuilder,
     backend_of,
@@ -190,9 +189,9 @@ class PagedNSA(SparseBranches, AttentionLayerBase):
             *(kv[..., :width], kv[..., width:], states[..., :width], states[..., width:], table)
         )
 
-    def _decode(self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor, group: Group) -> Tensor:
-        """A few new tokens of every sequence: `[T, HQ, D]` -> `[T, HQ, DV]`."""
-        c, pages, lengths = self._nsa_config, self._pages(group.table), group.lengths
+    def _append(self, k: Tensor, v: Tensor, pages: Pages, group: Group) -> None:
+        """Writes new tokens into their pages, and compresses the windows that they complete."""
+        c, lengths = self._nsa_config, group.lengths
         pools = (self.compress_k.pooling(), self.compress_v.pooling())
         if None not in pools:
             rotation = None
@@ -208,42 +207,44 @@ class PagedNSA(SparseBranches, AttentionLayerBase):
                 compress=False,
                 backend=BACKENDS.or_auto(c.backend),
             )
-            self._compress_new(pages, lengths, group.num_new, group.windows(c.kernel_stride))
-        return self.mix_step(q, gate_logits, pages, lengths)
+            self._compress_new(pages, group)
+
+    def _decode(self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor, group: Group) -> Tensor:
+        """A few new tokens of every sequence: `[T, HQ, D]` -> `[T, HQ, DV]`."""
+        pages = self._pages(group.table)
+        self._append(k, v, pages, group)
+        return self.mix_step(q, gate_logits, pages, group.lengths)
 
     def _prefill(
         self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor, chunk: Chunk
     ) -> Tensor:
         """Chunks of prompts, over all of their sequences' keys: `[T, HQ, D]` -> `[T, HQ, DV]`."""
-        c, pages = self._nsa_config, self._pages(chunk.table)
-        page, row = chunk.slots // pages.page_size, chunk.slots % pages.page_size
-        self.kv_cache[page, :, row] = torch.cat((k, v), dim=-1)
-        windows = chunk.windows(c.kernel_stride)
-        self._compress_new(pages, chunk.lengths, chunk.starts.diff().long(), windows)
+        c = self._nsa_config
+        sizes = [x.num_new for x in chunk.sequences]
+        for group, new_k, new_v in zip(
+            chunk.sequences, k.split(sizes), v.split(sizes), strict=True
+        ):
+            self._append(new_k, new_v, self._pages(group.table), group)
 
-        kv, states = (_gathered(x, chunk.pages) for x in (self.kv_cache, self.states.kv_cache))
+        kv, states = (chunk.gather(x) for x in (self.kv_cache, self.states.kv_cache))
         hops = c.kernel_size // c.kernel_stride
         # The first compressed token lies so many states behind the first token.
         states = states[hops - 1 :]
         kv = kv[: kv.shape[0] - (hops - 1) * c.kernel_stride]
         width = c.head_dim
         keys, values = kv[..., :width], kv[..., width:]
-        starts = (chunk.page_starts * pages.page_size).clamp(max=kv.shape[0])
+        starts = (chunk.page_starts * self.kv_cache.shape[2]).clamp(max=kv.shape[0])
         layout = Sequences(starts, chunk.longest, chunk.starts, chunk.lengths)
         packed = KeyValues(keys, values, keys, values, keys, values)
         return self.mix(q, packed, states[..., :width], states[..., width:], gate_logits, layout)
 
-    def _compress_new(
-        self, pages: Pages, lengths: Tensor, num_new: int | Tensor, windows: NewWindows
-    ) -> None:
-        """Compresses the windows that new tokens, which the pages have, complete.
-
-        num_new: of every sequence, or of each.
-        """
-        c, (sequence, nth) = self._nsa_config, windows
+    def _compress_new(self, pages: Pages, group: Group) -> None:
+        """Compresses the windows that new tokens, which the pages have, complete."""
+        c = self._nsa_config
         size, stride, hops = c.kernel_size, c.kernel_stride, c.kernel_size // c.kernel_stride
-        total = lengths.long()
-        old, complete = (num_windows_of(x, size, stride) for x in (total - num_new, total))
+        sequence, nth = group.windows(stride)
+        total = group.lengths.long()
+        old, complete = (num_windows_of(x, size, stride) for x in (total - group.num_new, total))
         window = old[sequence] + nth  # [N]
         exists = window < complete[sequence]
         position = window[:, None] * stride + torch.arange(size, device=window.device)  # [N, l]
@@ -331,11 +332,6 @@ def turn_of(rotary: Any, config: NSAConfig) -> Tensor:
 def _page_of(table: Tensor, sequence: Tensor, column: Tensor) -> Tensor:
     """Page numbers, int64; of a column that is not there, any."""
     return table[sequence, column.clamp(max=table.shape[1] - 1)].long()
-
-
-def _gathered(cache: Tensor, pages: Tensor) -> Tensor:
-    """Rows of pages `[..., HKV, rows, width]` in order: `[N, HKV, width]`."""
-    return cache.transpose(1, 2)[pages].flatten(0, 1)
 
 
 @eager_break_during_capture

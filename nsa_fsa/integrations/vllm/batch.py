@@ -24,7 +24,7 @@ from nsa_fsa.integrations.vllm.names import (
     CommonAttentionMetadata,
     MultipleOf,
 )
-from nsa_fsa.ops.common.sizes import cdiv, next_power_of_2
+from nsa_fsa.ops.common.sizes import cdiv
 
 
 class NewWindows(NamedTuple):
@@ -60,26 +60,41 @@ class Chunk:
     """Sequences with more new tokens than are decoded, one after the other."""
 
     rows: slice  # of the step's tokens
-    new: list[int]  # tokens of every sequence
+    sequences: list[Group]  # each alone
     starts: Tensor  # int32 [B + 1], where they begin among these rows
-    slots: Tensor  # int64 [T], page * page_size + row of every new token
-    table: Tensor  # int32 [B, pages]
     lengths: Tensor  # int32 [B], new tokens included
     # The pages of all sequences in order, and one more that nobody reads: int64.
     pages: Tensor
     page_starts: Tensor  # int32 [B + 1], where a sequence begins among them; last: their number
     longest: int  # an upper bound of the lengths
-    _windows: dict[int, NewWindows] = field(default_factory=dict)
+    _rows: dict[tuple[int, ...], Tensor] = field(default_factory=dict)
 
-    def windows(self, kernel_stride: int) -> NewWindows:
-        """Found once a step for all layers."""
-        if kernel_stride not in self._windows:
-            most = torch.tensor([cdiv(x, kernel_stride) for x in self.new])
-            sequence = torch.arange(len(self.new)).repeat_interleave(most)
-            nth = torch.arange(len(sequence)) - (most.cumsum(0) - most)[sequence]
-            device = self.lengths.device
-            self._windows[kernel_stride] = NewWindows(sequence.to(device), nth.to(device))
-        return self._windows[kernel_stride]
+    def rows_in(self, cache: Tensor) -> Tensor:
+        """Where the tokens of the pages lie in a cache `[pages, HKV, rows, width]`, int64
+        `[N, HKV]`, in units of what its rows lie a multiple of apart; found once a step for all
+        layers."""
+        _, num_heads, num_rows, _ = cache.shape
+        of_page, of_head, of_row = (x // unit_of(cache) for x in cache.stride()[:3])
+        key = (num_heads, num_rows, of_page, of_head, of_row)
+        if key not in self._rows:
+            heads, rows = (torch.arange(x, device=cache.device) for x in (num_heads, num_rows))
+            in_page = rows[:, None] * of_row + heads * of_head
+            self._rows[key] = (self.pages[:, None, None] * of_page + in_page).flatten(0, 1)
+        return self._rows[key]
+
+    def gather(self, cache: Tensor) -> Tensor:
+        """The tokens of the pages of a cache `[pages, HKV, rows, width]`: `[N, HKV, width]`."""
+        rows, width = self.rows_in(cache), cache.shape[3]
+        unit = unit_of(cache)
+        last = sum((x - 1) * y for x, y in zip(cache.shape[:3], cache.stride(), strict=False))
+        # In one kernel: by pages, heads would have to change places with rows afterwards.
+        found = cache.as_strided((last // unit + 1, width), (unit, 1))[rows.flatten()]
+        return found.unflatten(0, rows.shape)
+
+
+def unit_of(cache: Tensor) -> int:
+    """What the rows of a cache `[pages, HKV, rows, width]` lie a multiple of elements apart."""
+    return math.gcd(*cache.stride()[:3])
 
 
 @dataclass
@@ -90,15 +105,12 @@ class Batch(AttentionMetadata):
     chunks: list[Chunk]
 
 
-def split(
-    common: CommonAttentionMetadata, page_size: int, most_pages: int, num_columns: int
-) -> Batch:
+def split(common: CommonAttentionMetadata, page_size: int, most_pages: int) -> Batch:
     """The groups and chunks of a step.
 
     Args:
         page_size: tokens of a page.
         most_pages: as many of all sequences of a chunk are gathered at once, or those of one.
-        num_columns: of the table that groups are given.
     """
     ends: list[int] = common.query_start_loc_cpu.tolist()
     new = [last - first for first, last in itertools.pairwise(ends)]
@@ -110,10 +122,9 @@ def split(
         rows: slice | Tensor = slice(ends[first], ends[last])
         chosen: slice | Tensor = slice(first, last)
         if last - first > len(members):
-            of_members = [torch.arange(ends[b], ends[b + 1]) for b in members]
-            rows = torch.cat(of_members).to(lengths.device)
-            chosen = torch.tensor(members, device=lengths.device)
-        groups.append(Group(rows, num_new, table[chosen, :num_columns], lengths[chosen]))
+            of_members = [row for b in members for row in range(ends[b], ends[b + 1])]
+            rows, chosen = (to_device(x, lengths.device) for x in (of_members, members))
+        groups.append(Group(rows, num_new, table[chosen], lengths[chosen]))
     chunked = [b for b, x in enumerate(new) if x > MOST_NEW]
     if not chunked:
         return Batch(groups, [])
@@ -121,10 +132,16 @@ def split(
     totals = (lengths if bounds is None else bounds).tolist()
     needed = [cdiv(x, page_size) for x in totals]
     chunks = [
-        _chunk(common, members, new, needed, max(totals[b] for b in members))
+        _chunk(common, members, ends, needed, max(totals[b] for b in members))
         for members in _runs(chunked, needed, most_pages)
     ]
     return Batch(groups, chunks)
+
+
+def to_device(numbers: list[int], device: torch.device) -> Tensor:
+    """int64, without the host waiting for the device."""
+    found = torch.tensor(numbers, pin_memory=device.type == "cuda")
+    return found.to(device, non_blocking=True)
 
 
 def _runs(members: Sequence[int], needed: Sequence[int], most: int) -> list[range]:
@@ -142,28 +159,30 @@ def _runs(members: Sequence[int], needed: Sequence[int], most: int) -> list[rang
 
 
 def _chunk(
-    common: CommonAttentionMetadata, members: range, new: list[int], needed: list[int], longest: int
+    common: CommonAttentionMetadata,
+    members: range,
+    ends: list[int],
+    needed: list[int],
+    longest: int,
 ) -> Chunk:
     first, last = members.start, members.stop
-    device, table = common.seq_lens.device, common.block_table_tensor
-    rows = slice(*(int(common.query_start_loc_cpu[b]) for b in (first, last)))
-    starts = common.query_start_loc[first : last + 1] - rows.start
-    page_starts = [0]
-    for b in members:
-        page_starts.append(page_starts[-1] + needed[b])
+    lengths, table = common.seq_lens, common.block_table_tensor
+    sequences = [
+        Group(slice(*ends[b : b + 2]), ends[b + 1] - ends[b], table[b : b + 1], lengths[b : b + 1])
+        for b in members
+    ]
+    page_starts = [0, *itertools.accumulate(needed[b] for b in members)]
     pages = [table[b, : needed[b]] for b in members]
     # vLLM's page 0 is nobody's.
-    pages.append(torch.zeros(1, dtype=table.dtype, device=device))
+    pages.append(table.new_zeros(1))
     page_starts[-1] += 1
     return Chunk(
-        rows,
-        new[first:last],
-        starts.int(),
-        common.slot_mapping[rows].long(),
-        table[first:last],
-        common.seq_lens[first:last],
+        slice(ends[first], ends[last]),
+        sequences,
+        (common.query_start_loc[first : last + 1] - ends[first]).int(),
+        lengths[first:last],
         torch.cat(pages).long(),
-        torch.tensor(page_starts, dtype=torch.int32).to(device),
+        to_device(page_starts, lengths.device).int(),
         longest,
     )
 
@@ -189,16 +208,7 @@ class BatchBuilder(AttentionMetadataBuilder[Any]):
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Batch:
-        pages = cdiv(max(int(common_attn_metadata.max_seq_len), 1), self.page_size)
-        # Of few different widths, because what a launch does is kept for each.
-        return self._split(common_attn_metadata, next_power_of_2(pages))
-
-    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Batch:
-        """With tables of all pages that there can be, because lengths will be others."""
-        return self._split(common_attn_metadata, common_attn_metadata.block_table_tensor.shape[1])
-
-    def _split(self, common: CommonAttentionMetadata, num_columns: int) -> Batch:
-        return split(common, self.page_size, self.most_pages, num_columns)
+        return split(common_attn_metadata, self.page_size, self.most_pages)
 
 
 class StatesBuilder(AttentionMetadataBuilder[Any]):
