@@ -43,8 +43,8 @@ METHOD: dict[str, Any] = dict(
     "with_prefill_tokens_per_s from the first request on. load: requests come at random (Poisson), "
     "their lengths are log-uniform; ms is the median until the first token, and "
     "between_tokens_ms that between two tokens",
-    agreement=f"transformers reads prompt and answer at once; of the positions where its two "
-    f"largest logits differ by more than {GAP}, the share at which the largest is vLLM's token",
+    agreement="transformers reads the prompt, and vLLM's tokens one by one; of the positions where "
+    f"its two largest logits differ by more than {GAP}, the share where vLLM took the larger",
 )
 
 
@@ -197,21 +197,26 @@ def version_of_vllm() -> str | None:
 def compare(
     model: Model, folder: Path, prompts: Sequence[list[int]], answers: Sequence[list[int]]
 ) -> dict[str, Any]:
-    """How often transformers, given vLLM's own tokens so far, would have chosen the next one."""
+    """How often transformers, given vLLM's own tokens so far, chooses the next one alike: a prompt
+    at once, and then token by token over its cache, as `generate` does."""
     judge: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=model.dtype)
     judge.to(model.device).eval()
     clear = same = anywhere = total = 0
     for prompt, answer in zip(prompts, answers, strict=True):
-        ids = torch.tensor([prompt + answer[:-1]], device=model.device)
-        logits = judge(ids, logits_to_keep=len(answer)).logits[0].float()  # [tokens, vocabulary]
-        (first, second), chosen = logits.topk(2).values.T, logits.argmax(-1)
-        equal = chosen == torch.tensor(answer, device=model.device)
-        is_clear = first - second > GAP
+        logits, cache = [], None
+        for ids in (prompt, *([token] for token in answer[:-1])):
+            new = torch.tensor([ids], device=model.device)
+            found = judge(new, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = found.past_key_values
+            logits.append(found.logits[0, -1].float())  # [vocabulary]
+        values, best = torch.stack(logits).topk(2)  # [tokens, 2]
+        equal = best[:, 0] == torch.tensor(answer, device=model.device)
+        is_clear = values[:, 0] - values[:, 1] > GAP
         clear += int(is_clear.sum())
         same += int((equal & is_clear).sum())
         anywhere += int(equal.sum())
         total += len(answer)
-    del judge, logits
+    del judge, logits, cache, found
     free_memory()
     return dict(
         agreement=same / clear if clear else None,
