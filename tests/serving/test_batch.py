@@ -54,6 +54,8 @@ def test_every_token_is_in_one_part():
     assert batch.groups[0].lengths.tolist() == [6, 8, 10]
     assert batch.groups[0].table.tolist() == step.block_table_tensor[[0, 2, 7]].tolist()
     assert new_of(batch) == [[MOST_NEW + 1, 40], [20]]
+    alone = [x for chunk in batch.chunks for x in chunk.sequences]
+    assert all(x.lengths.data_ptr() % 16 == 0 for x in [*parts, *alone])
 
 
 def test_pages_of_chunks_in_order():

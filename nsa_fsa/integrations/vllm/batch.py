@@ -13,6 +13,7 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from nsa_fsa.decode.operator import MOST_NEW
 from nsa_fsa.integrations.vllm.names import (
@@ -124,7 +125,7 @@ def split(common: CommonAttentionMetadata, page_size: int, most_pages: int) -> B
         if last - first > len(members):
             of_members = [row for b in members for row in range(ends[b], ends[b + 1])]
             rows, chosen = (to_device(x, lengths.device) for x in (of_members, members))
-        groups.append(Group(rows, num_new, table[chosen], lengths[chosen]))
+        groups.append(Group(rows, num_new, table[chosen], aligned(lengths[chosen])))
     chunked = [b for b, x in enumerate(new) if x > MOST_NEW]
     if not chunked:
         return Batch(groups, [])
@@ -136,6 +137,12 @@ def split(common: CommonAttentionMetadata, page_size: int, most_pages: int) -> B
         for members in _runs(chunked, needed, most_pages)
     ]
     return Batch(groups, chunks)
+
+
+def aligned(x: Tensor) -> Tensor:
+    """x, or a copy where it does not begin at a multiple of 16 bytes: kernels would be compiled
+    once more for it."""
+    return x.clone() if x.data_ptr() % 16 else x
 
 
 def to_device(numbers: list[int], device: torch.device) -> Tensor:
@@ -166,10 +173,11 @@ def _chunk(
     longest: int,
 ) -> Chunk:
     first, last = members.start, members.stop
-    lengths, table = common.seq_lens, common.block_table_tensor
+    lengths, table = common.seq_lens[first:last], common.block_table_tensor
+    alone = pad(lengths[:, None], (0, 16 // lengths.element_size() - 1))  # so that each is aligned
     sequences = [
-        Group(slice(*ends[b : b + 2]), ends[b + 1] - ends[b], table[b : b + 1], lengths[b : b + 1])
-        for b in members
+        Group(slice(*ends[b : b + 2]), ends[b + 1] - ends[b], table[b : b + 1], length[:1])
+        for b, length in zip(members, alone, strict=True)
     ]
     page_starts = [0, *itertools.accumulate(needed[b] for b in members)]
     pages = [table[b, : needed[b]] for b in members]
@@ -180,7 +188,7 @@ def _chunk(
         slice(ends[first], ends[last]),
         sequences,
         (common.query_start_loc[first : last + 1] - ends[first]).int(),
-        lengths[first:last],
+        aligned(lengths),
         torch.cat(pages).long(),
         to_device(page_starts, lengths.device).int(),
         longest,
