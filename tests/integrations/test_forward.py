@@ -12,9 +12,9 @@ import pytest
 import torch
 import transformers
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import DynamicCache, StaticCache
+from transformers import AttentionInterface, DynamicCache, StaticCache
 
-from nsa_fsa.integrations.transformers import attention, patch_model, unpatch_model
+from nsa_fsa.integrations.transformers import batch, patch_model, unpatch_model
 from tests.integrations.models import (
     FAMILIES,
     TINY_REACH,
@@ -300,7 +300,7 @@ def looks(monkeypatch):
 
         monkeypatch.setattr(module, name, wrapped)
 
-    count(attention, "pack_batch", lambda *args: args[3] is not None or args[4] is not None)
+    count(batch, "pack_batch", lambda *args: args[3] is not None or args[4] is not None)
     count(transformers.masking_utils, "find_packed_sequence_indices", lambda _: True)
     return calls
 
@@ -528,7 +528,7 @@ def test_dense_layers_make_no_square_mask(kind, cached):
     if cached and "packed" in kind:
         pytest.skip("packed batches fill no cache")
     model = sparse_model(layers=[1])
-    dense_attention = attention.AttentionInterface()["nsa_fsa"]
+    dense_attention = AttentionInterface()["nsa_fsa"]
     sizes = []
 
     def measured(*args, **kwargs):
@@ -537,11 +537,11 @@ def test_dense_layers_make_no_square_mask(kind, cached):
         sizes.append(mode.size)
         return output
 
-    attention.AttentionInterface.register("nsa_fsa", measured)
+    AttentionInterface.register("nsa_fsa", measured)
     try:
         model(**long_batch(kind), use_cache=cached, logits_to_keep=1)
     finally:
-        attention.AttentionInterface.register("nsa_fsa", dense_attention)
+        AttentionInterface.register("nsa_fsa", dense_attention)
     assert len(sizes) == 1
     assert sizes[0] <= LONG * 64 * 2  # q is S x 64
     # as before patching.

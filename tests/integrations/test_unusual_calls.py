@@ -9,7 +9,7 @@ import transformers
 from transformers import DynamicCache, EncoderDecoderCache, StaticCache
 
 from nsa_fsa.integrations.transformers import NSAAttention, patch_model
-from nsa_fsa.integrations.transformers.attention import _check_in_step
+from nsa_fsa.integrations.transformers.decoder import _check_in_step
 from tests.integrations.families import BASE, family
 from tests.integrations.models import dense_model, sparse_model, tokens
 

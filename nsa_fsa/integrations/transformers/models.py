@@ -25,14 +25,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from nsa_fsa.decode.operator import MOST_NEW
-from nsa_fsa.integrations.transformers.attention import (
-    ATTENTION_NAME,
-    NSAAttention,
-    can_be_traced,
-    new_of,
-    warn_of_frozen_gates,
-)
+from nsa_fsa.integrations.transformers.attention import ATTENTION_NAME, NSAAttention, new_of
 from nsa_fsa.integrations.transformers.cache import room_of
+from nsa_fsa.integrations.transformers.decoder import can_be_traced, warn_of_frozen_gates
 from nsa_fsa.integrations.transformers.layers import attention_layers, sizes_in
 from nsa_fsa.integrations.transformers.parts import start_parts
 from nsa_fsa.integrations.transformers.settings import (

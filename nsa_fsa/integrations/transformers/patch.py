@@ -16,10 +16,9 @@ from nsa_fsa.config import NSAConfig
 from nsa_fsa.integrations.transformers.attention import (
     ATTENTION_NAME,
     NSAAttention,
-    attach,
-    detach,
     sparse_attention_class,
 )
+from nsa_fsa.integrations.transformers.decoder import attach, detach
 from nsa_fsa.integrations.transformers.layers import (
     Layer,
     attention_layers,
