@@ -1,5 +1,7 @@
 """What the benchmark of serving does without an engine; tests/serving/ has the rest."""
 
+import dataclasses
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -38,8 +40,9 @@ def test_prompts_are_the_same_for_every_engine():
 
 def test_parts():
     parts = serving.parts_of([*MEASURED], ["65536x8"], 4096, [0.5, 2.0], 1024)
-    assert [x.kind for x in parts] == ["first_token", "agreement", "decode", "load", "load"]
-    assert parts[2] == Part("decode", 65536, 8)
+    kinds = ["first_token", "agreement", "agreement", "decode", "load", "load"]
+    assert [x.kind for x in parts] == kinds
+    assert parts[3] == Part("decode", 65536, 8)
     assert [x.where()["variant"] for x in parts[-2:]] == ["0.5/s", "2/s"]
     assert serving.parts_of(["load"], [], 1, [1.0], 64) == (Part("load", 64, rate=1.0),)
 
@@ -94,10 +97,24 @@ def test_agreement(folder, name):
         answers.append(out[0, len(prompt) :].tolist())
     right = serving.compare(MODEL, folder / name, prompts, answers)
     assert right["agreement"] == right["agreement_anywhere"] == 1
+    assert right["agreement_of_transformers"] == 1  # whose dtype is float32, too
     assert 0 < right["clear_positions"] <= right["positions"] == 16
     others = [[(x + 1) % 64 for x in answer] for answer in answers]
     wrong = serving.compare(MODEL, folder / name, prompts, others)
     assert wrong["agreement_anywhere"] < 0.5
+    assert wrong["agreement"] < 0.5
+
+
+def test_agreement_of_a_model_in_16_bits(folder):
+    """The judge's weights are those that are served, and its arithmetic is exact."""
+    prompts = PLAN.prompts(PLAN.parts[0])
+    model = dataclasses.replace(MODEL, dtype=torch.bfloat16)
+    found = serving.compare(model, folder / "dense", prompts, [[1] * 8] * 2)
+    assert 0.5 < found["agreement_of_transformers"] <= 1
+    exact = serving.read(MODEL, folder / "dense", torch.float32, prompts, [[1] * 8] * 2)
+    rounded = serving.read(MODEL, folder / "dense", torch.bfloat16, prompts, [[1] * 8] * 2)
+    assert exact.values.shape == (16, 2)
+    assert 0 < (exact.values - rounded.values).abs().max() < 0.2
 
 
 def test_table():
