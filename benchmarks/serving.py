@@ -17,7 +17,7 @@ import sys
 import threading
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -195,6 +195,13 @@ def version_of_vllm() -> str | None:
 # --- Agreement ------------------------------------------------------------------------------------
 
 
+class Largest(NamedTuple):
+    """The two largest logits at every token, on the CPU."""
+
+    values: torch.Tensor  # float32 [tokens, 2]
+    indices: torch.Tensor  # int64 [tokens, 2], whose logits they are
+
+
 def compare(
     model: Model, folder: Path, prompts: Sequence[list[int]], answers: Sequence[list[int]]
 ) -> dict[str, Any]:
@@ -230,8 +237,8 @@ def read(
     dtype: torch.dtype,
     prompts: Sequence[list[int]],
     answers: Sequence[list[int]],
-) -> torch.return_types.topk:
-    """The two largest logits `[tokens, 2]` at every token of the answers, and whose they are."""
+) -> Largest:
+    """The largest logits at every token of the answers, which the model reads in this dtype."""
     judge: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     judge.to(model.device).eval()
     logits = [
@@ -240,10 +247,10 @@ def read(
         ).logits[0]
         for prompt, answer in zip(prompts, answers, strict=True)
     ]
-    found = torch.cat(logits).float().cpu().topk(2)
+    values, indices = torch.cat(logits).float().topk(2)
     del judge, logits
     free_memory()
-    return found
+    return Largest(values.cpu(), indices.cpu())
 
 
 # --- All of it ------------------------------------------------------------------------------------

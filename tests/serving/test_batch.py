@@ -87,6 +87,7 @@ def test_what_is_gathered_of_a_cache(strides):
     (chunk,) = split(make_step([17, 30], [3, 10]), PAGE, most_pages=8).chunks
     cache = torch.arange(20.0 * strides[0]).as_strided((20, 2, PAGE, 6), (*strides, 1))
     found = chunk.gather(cache)
+    assert chunk.rows_in(cache) is chunk.rows_in(cache)  # found once for all layers
     assert found.is_contiguous()
     assert found.equal(cache[chunk.pages].transpose(1, 2).flatten(0, 1))
 

@@ -8,12 +8,14 @@ import textwrap
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
+import torch
 from vllm.config import CompilationMode
 
 from nsa_fsa.decode import reference
 from nsa_fsa.integrations.transformers import patch_model
 from nsa_fsa.integrations.vllm.attention import PagedNSA
 from nsa_fsa.integrations.vllm.names import OPERATOR, CompilationConfig
+from nsa_fsa.ops.common import profiler
 from tests.serving import checkpoints
 from tests.serving.engines import PAGE, count, engine, run, tokens_of
 
@@ -92,8 +94,6 @@ def test_pages_could_not_be_shared_without_the_shift_of_states(llama, plain, sha
 
 def test_logprobs(llama, plain):
     """Those of transformers, to the rounding of float32."""
-    import torch
-
     prompt, expected = llama.prompts[-1], llama.expected[-1]
     (output,) = run(plain, [prompt], logprobs=1)
     found = [
@@ -103,6 +103,21 @@ def test_logprobs(llama, plain):
         logits = llama.model(torch.tensor([prompt + expected])).logits[0, len(prompt) - 1 : -1]
     wanted = logits.log_softmax(-1).gather(1, torch.tensor(expected)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(found), wanted, atol=2e-5, rtol=0)
+
+
+def test_nothing_is_timed_while_requests_wait(llama, plain, monkeypatch):
+    """Neither where tokens decode nor where a prompt is read."""
+    attend, may_time = PagedNSA.attend, []
+
+    def watched(*args):
+        may_time.append(profiler.may_time(torch.device("cpu")))
+        return attend(*args)
+
+    monkeypatch.setattr(PagedNSA, "attend", watched)
+    run(plain, llama.prompts[-1:])
+    assert may_time
+    assert not any(may_time)
+    assert profiler.may_time(torch.device("cpu"))
 
 
 def test_chunked_prompts(llama):

@@ -11,6 +11,7 @@ where they are missing, everything goes Triton's own way.
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -45,17 +46,21 @@ def hooks() -> tuple[Any, Any] | None:
 replay.AVOIDED_FOR.append(hooks)
 
 
+_COMPILING = threading.Lock()  # or a thread would put back what another one had taken away
+
+
 @contextlib.contextmanager
 def without_compile_hooks() -> Iterator[None]:
     """Triton writes a kernel's constants as JSON for whoever asks to be told of compilations, as
     vLLM does while it serves, and fails at a bundle of constants. So nobody is told of ours."""
     runtime = triton.knobs.runtime
-    asked = runtime.jit_cache_hook, runtime.jit_post_compile_hook
-    runtime.jit_cache_hook = runtime.jit_post_compile_hook = None
-    try:
-        yield
-    finally:
-        runtime.jit_cache_hook, runtime.jit_post_compile_hook = asked
+    with _COMPILING:
+        asked = runtime.jit_cache_hook, runtime.jit_post_compile_hook
+        runtime.jit_cache_hook = runtime.jit_post_compile_hook = None
+        try:
+            yield
+        finally:
+            runtime.jit_cache_hook, runtime.jit_post_compile_hook = asked
 
 
 def run(kernel: Any, grid: tuple[int, ...], device: int, arguments: Sequence[Any]) -> None:

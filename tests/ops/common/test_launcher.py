@@ -2,6 +2,7 @@
 would, every test on a GPU shows; here stands a function in for Triton's, which counts how often
 it is asked."""
 
+import threading
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -150,6 +151,32 @@ def test_nobody_is_told_of_a_compilation(kernel, monkeypatch):
         kernel[(1,)](X, 3, 32, TILE=16, WIDTH=9)
     assert told == [None, None]
     assert [getattr(runtime, name) for name in names] == [print, print]
+
+
+def test_two_threads_that_compile_take_no_hook_away(monkeypatch):
+    """As the forward's and the backward's; the first is done while the second still compiles."""
+    runtime = launcher.triton.knobs.runtime
+    monkeypatch.setattr(runtime, "jit_post_compile_hook", print)
+    first_began, second_began, first_ended = (threading.Event() for _ in range(3))
+
+    def first():
+        with launcher.without_compile_hooks():
+            first_began.set()
+            second_began.wait(0.3)
+        first_ended.set()
+
+    def second():
+        first_began.wait()
+        with launcher.without_compile_hooks():
+            second_began.set()
+            first_ended.wait(0.3)
+
+    threads = [threading.Thread(target=x) for x in (first, second)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert runtime.jit_post_compile_hook is print
 
 
 class Descriptor:
