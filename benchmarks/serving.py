@@ -212,9 +212,8 @@ def compare(
     choices, and with them its tokens, whoever runs it.
     """
     chosen = torch.tensor([token for answer in answers for token in answer])
-    exact, rounded = (
-        read(model, folder, x, prompts, answers) for x in (torch.float32, model.dtype)
-    )
+    exact = read(model, folder, prompts, answers, torch.float32)
+    rounded = read(model, folder, prompts, answers, model.dtype)
     gap, best = exact.values[:, 0] - exact.values[:, 1], exact.indices[:, 0]
     clear = gap > GAP
 
@@ -234,9 +233,9 @@ def compare(
 def read(
     model: Model,
     folder: Path,
-    dtype: torch.dtype,
     prompts: Sequence[list[int]],
     answers: Sequence[list[int]],
+    dtype: torch.dtype,
 ) -> Largest:
     """The largest logits at every token of the answers, which the model reads in this dtype."""
     judge: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)

@@ -105,16 +105,24 @@ def test_agreement(folder, name):
     assert wrong["agreement"] < 0.5
 
 
-def test_agreement_of_a_model_in_16_bits(folder):
+def test_agreement_of_a_model_in_16_bits(folder, monkeypatch):
     """The judge's weights are those that are served, and its arithmetic is exact."""
-    prompts = PLAN.prompts(PLAN.parts[0])
-    model = dataclasses.replace(MODEL, dtype=torch.bfloat16)
-    found = serving.compare(model, folder / "dense", prompts, [[1] * 8] * 2)
-    assert 0.5 < found["agreement_of_transformers"] <= 1
-    exact = serving.read(MODEL, folder / "dense", torch.float32, prompts, [[1] * 8] * 2)
-    rounded = serving.read(MODEL, folder / "dense", torch.bfloat16, prompts, [[1] * 8] * 2)
+    prompts, answers = PLAN.prompts(PLAN.parts[0]), [[1] * 8] * 2
+    model, read, found = dataclasses.replace(MODEL, dtype=torch.bfloat16), serving.read, {}
+
+    def watched(*args):
+        found[args[-1]] = read(*args)
+        return found[args[-1]]
+
+    monkeypatch.setattr(serving, "read", watched)
+    compared = serving.compare(model, folder / "dense", prompts, answers)
+    exact, rounded = found[torch.float32], found[torch.bfloat16]
     assert exact.values.shape == (16, 2)
     assert 0 < (exact.values - rounded.values).abs().max() < 0.2
+    clear = exact.values[:, 0] - exact.values[:, 1] > serving.GAP
+    assert compared["clear_positions"] == clear.sum()
+    same = exact.indices[:, 0] == rounded.indices[:, 0]
+    assert compared["agreement_of_transformers"] == same[clear].float().mean()
 
 
 def test_table():
