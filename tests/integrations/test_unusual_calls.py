@@ -175,6 +175,25 @@ def test_layers_without_keys_do_not_count_for_the_step():
         _check_in_step(cache, (0, 1))
 
 
+@torch.no_grad()
+def test_a_cache_whose_layers_are_out_of_step_is_refused(monkeypatch):
+    model, ids, cache = sparse_model(), tokens(1, 20), DynamicCache()
+    model(ids[:, :8], past_key_values=cache)
+
+    def out_of_memory(*args):
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model.model.layers[0].self_attn.o_proj, "forward", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            model(ids[:, 8:], past_key_values=cache)
+    with pytest.raises(
+        RuntimeError,
+        match=r"layer 1 .* holds 8 .* hold 20: an earlier forward raised.*Fix: a new cache",
+    ):
+        model(ids[:, :1], past_key_values=cache)
+
+
 # Configs and arguments
 
 
