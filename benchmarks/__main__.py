@@ -220,6 +220,7 @@ def serve(
     longest: Annotated[int, typer.Option(min=1024, help="Prompt of a load.")] = 65536,
     new_tokens: Annotated[int, typer.Option(min=16, help="Of every answer.")] = 256,
     layers: Annotated[int, typer.Option(min=1, help="Of the model; Llama-3-8B has 32.")] = 32,
+    dtype: Annotated[str, typer.Option(help=f"Of {', '.join(serving.DTYPES)}.")] = "bfloat16",
     chunk: Annotated[int, typer.Option(min=64, help="Tokens of prompts in a step.")] = 16384,
     requests: Annotated[int, typer.Option(min=1, help="At once, at most.")] = 64,
     memory: Annotated[float, typer.Option(min=0, max=1, help="Of the GPU, for vLLM.")] = 0.94,
@@ -243,12 +244,14 @@ def serve(
     try:
         kinds, cases = part or list(MEASURED), case or SERVED
         serving.need_known(names, serving.IMPLEMENTATIONS)
+        serving.need_known([dtype], serving.DTYPES)
         parts = serving.parts_of(kinds, cases, first_token, rate or [1.0], longest)
         more = serving.options_of(engine)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     need_a_gpu()
-    model = serving.Model(shape=generation.LLAMA_3_8B | dict(num_hidden_layers=layers))
+    shape = generation.LLAMA_3_8B | dict(num_hidden_layers=layers)
+    model = serving.Model(shape, dtype=serving.DTYPES[dtype])
     meter = CudaMeter(60.0)
     meter.method = serving.METHOD
     rates = dict(ceilings=floors.ceilings(meter), seed=0)

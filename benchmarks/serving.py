@@ -31,6 +31,7 @@ from nsa_fsa.benchmarking.cases import Case
 from nsa_fsa.benchmarking.results import Results, versions
 
 IMPLEMENTATIONS = ("nsa_fsa", "dense")
+DTYPES = dict(bfloat16=torch.bfloat16, float32=torch.float32)
 GAP = 0.1  # between the two largest logits, above which the same token is expected
 INDEX = ["pass", "num_tokens", "batch_size", "variant"]  # of the table, and its columns
 SHOWN = ["ms", "ms_99", "between_tokens_ms", "between_tokens_ms_99", "tokens_per_s"]
@@ -136,8 +137,8 @@ def measure_engine(
         enable_prefix_caching=False,
         disable_log_stats=True,
     )
-    if name == "dense" and model.device == "cuda":
-        engine["attention_backend"] = "FLASH_ATTN"
+    if name == "dense" and model.device == "cuda" and model.dtype != torch.float32:
+        engine["attention_backend"] = "FLASH_ATTN"  # which takes no float32
     plan = dataclasses.replace(plan, engine=engine | plan.engine)
     left, reason, answers = list(plan.parts), "its engine did not start", {}
     settled: dict[str, Any] = {}

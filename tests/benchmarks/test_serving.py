@@ -53,6 +53,7 @@ def test_parts():
         ("--case", "7", "'7' is no case"),
         ("--part", "warm", "['warm'] is not known: allowed are first_token"),
         ("--implementation", "sparse", "['sparse'] is not known: allowed are nsa_fsa, dense"),
+        ("--dtype", "half", "['half'] is not known: allowed are bfloat16, float32"),
         ("--engine", "[]", "'[]' is no object"),
         ("--engine", "eager", "'eager' is no object"),
     ],
