@@ -181,7 +181,7 @@ def context(ranks: Ranks, add: Add) -> None:
             cp, sizes = ContextParallel(mesh, groups=groups), case.sizes() | dict(groups=groups)
             for what, computed in dict(exchange=False, shared=True).items():
                 measured = ranks.time(Shared(case, cp, computed).both_passes)
-                default = groups == ContextParallel(mesh).num_groups(tokens, heads, kv_heads)
+                default = groups == ContextParallel(mesh).groups
                 add("context", what, sizes, measured | dict(default=default))
                 free(ranks)
 

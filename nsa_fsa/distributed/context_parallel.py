@@ -6,8 +6,8 @@ has all tokens of `HKV / n` KV heads and of the query heads that read them: what
 what one rank computes for these heads. Where n does not divide HKV, several ranks have the same
 heads, with all keys and values, and the queries of a span of the tokens each.
 
-It is done in groups of KV heads, if a group has enough to compute: while a rank computes one, the
-next is exchanged, and the outputs of the one before go back.
+On request that is done in groups of KV heads: while a rank computes one, the next is exchanged, and
+the outputs of the one before go back.
 """
 
 import math
@@ -30,12 +30,6 @@ if TYPE_CHECKING:  # a PyTorch without torch.distributed imports this file, too
 Runs: TypeAlias = tuple[tuple[int, int], ...]  # of packed rows: the first, and the one behind
 IGNORED = -100  # the label of a token that has no part in the loss
 
-# Pairs of a query and a query head that a group of KV heads has at least, where there are several.
-# Heads of 128 and four query heads a KV head are 335 MB of these to exchange, 1 ms at 330 GB/s; one
-# H200 computes them in 2.3 ms forward and 4.2 backward at 8,192 tokens, and in more at others
-# (docs/performance.md), in kernels that fill it.
-LEAST_PAIRS = 1 << 19
-
 
 class ContextParallel:
     """The ranks that share sequences. Layers and patched models take it as the keyword
@@ -51,15 +45,17 @@ class ContextParallel:
 
     Args:
         group: a process group, or a DeviceMesh of one dimension.
-        groups: in how many groups a rank computes its KV heads, which these must divide; one
-            exchanges everything before it computes, and more exchange one group while they compute
-            another. Results are the same. Default: as many as have enough to compute.
+        groups: in how many groups a rank computes its KV heads, which these must divide. One, the
+            default, exchanges everything before it computes; several exchange one group while they
+            compute another. Results are the same. Two H200s joined by NVLink are fastest with one
+            (docs/distributed.md), because the exchange takes less time than what kernels of fewer
+            heads lose; between slower links several may pay.
 
     Raises:
         ValueError: for anything else.
     """
 
-    def __init__(self, group: "ProcessGroup | DeviceMesh", *, groups: int | None = None) -> None:
+    def __init__(self, group: "ProcessGroup | DeviceMesh", *, groups: int = 1) -> None:
         from torch.distributed import ProcessGroup, get_rank
         from torch.distributed.device_mesh import DeviceMesh
 
@@ -70,8 +66,7 @@ class ContextParallel:
                 f"group={group!r:.100} must be a process group that this process is in, or a "
                 'DeviceMesh of one dimension. Fix: mesh["cp"], or torch.distributed.group.WORLD.'
             )
-        if groups is not None:
-            check_positive(groups=groups)
+        check_positive(groups=groups)
         self.group = group
         self.groups = groups
         self.rank = get_rank(group)
@@ -208,19 +203,18 @@ class ContextParallel:
                 and others like q. Returns `[Tq, HQ', DV]`.
             q, k, v: of this rank's tokens, `[B, S / n, HQ, D]` and `[B, S / n, HKV, ...]`.
             others: what else queries have, `[B, S / n, H, ...]`, where H is a multiple of HKV.
-            groups: as of ContextParallel, for this call; default: that of ContextParallel.
+            groups: as of ContextParallel, for this call; default: those of ContextParallel.
 
         Raises:
             ValueError: for groups that do not divide the rank's KV heads.
         """
-        (batch_size, length, num_heads), num_kv_heads = q.shape[:3], k.shape[2]
+        (batch_size, length), num_kv_heads = q.shape[:2], k.shape[2]
         tensors = (q, k, v, *others)
         if self.size == 1:  # there is nobody to exchange anything with
             packed = (x.flatten(0, 1) for x in tensors)
             o = attention(slice(0, num_kv_heads), None, *packed)
             return o.unflatten(0, (batch_size, length))
-        num_tokens = batch_size * length * self.size
-        groups = self.num_groups(num_tokens, num_heads, num_kv_heads, groups)
+        groups = self._checked(self.groups if groups is None else groups, num_kv_heads)
         split = self._split(num_kv_heads, groups)
         runs = self._runs(split, batch_size, length)
         number = num_kv_heads // (split.shares * groups)  # of a group
@@ -233,20 +227,12 @@ class ContextParallel:
             going.append(collectives.leave(split, o, batch_size))
         return collectives.collect(split, going)
 
-    def num_groups(
-        self, num_tokens: int, num_heads: int, num_kv_heads: int, groups: int | None = None
-    ) -> int:
-        """In how many groups `attend` computes this rank's KV heads, of num_tokens of all ranks and
-        num_heads query heads. groups: as of `attend`."""
+    def _checked(self, groups: int, num_kv_heads: int) -> int:
         possible = self.possible_groups(num_kv_heads)
-        groups = self.groups if groups is None else groups
-        if groups is None:
-            pairs = num_tokens * num_heads // self.size
-            return max(x for x in possible if x == 1 or pairs >= x * LEAST_PAIRS)
         if groups not in possible:
             raise ValueError(
                 f"groups={groups} of ContextParallel does not divide the {possible[-1]} KV heads "
-                f"that each of {self.size} ranks has. Fix: one of {possible}, or None."
+                f"that each of {self.size} ranks has. Fix: one of {possible}."
             )
         return groups
 

@@ -10,7 +10,6 @@ from rich.console import Console
 
 from benchmarks import distributed, generation
 from nsa_fsa.benchmarking.results import Results
-from nsa_fsa.distributed import context_parallel
 from tests.distributed.processes import on_ranks, printed_by
 
 TINY = dict(
@@ -28,7 +27,7 @@ def test_every_part_is_measured_by_two_ranks(tmp_path):
     printed_by("tests.benchmarks.test_distributed", tmp_path)
     rows = json.loads(next(tmp_path.glob("distributed_*.json")).read_text())["rows"]
     found = [(x["variant"], x["pass"], x["num_tokens"], x.get("groups")) for x in rows]
-    assert [x["groups"] for x in rows if x.get("default")] == [2, 2]
+    assert [x["groups"] for x in rows if x.get("default")] == [1, 1]
     assert found == [
         ("context", "deterministic", 70, 1),
         ("context", "deterministic", 70, 2),
@@ -56,7 +55,6 @@ def test_every_part_is_measured_by_two_ranks(tmp_path):
 def measure(folder: Path) -> None:
     distributed.RUNS, distributed.WARM_UP = 1, 0
     distributed.SHARED, distributed.CHECKED = ((4, 4, 100, 1), (4, 4, 100, 4)), (4, 4, 70)
-    context_parallel.LEAST_PAIRS = 100  # so that these have two groups
     distributed.LENGTHS = (40,)
     generation.LLAMA_3_8B |= TINY
     results = None

@@ -68,7 +68,7 @@ def test_spans_have_the_same_work(shares, spans):
 # --- In each of the processes ---------------------------------------------------------------------
 
 
-def shared(groups=None):
+def shared(groups=1):
     return ContextParallel(distributed.group.WORLD, groups=groups)
 
 
@@ -149,15 +149,12 @@ def anomalies():
 
 
 def number():
-    """As many as have enough to compute, of those that divide a rank's four KV heads."""
-    sizes = [(cp := shared()).num_groups(tokens, 16, 8) for tokens in (1 << x for x in range(19))]
-    assert (cp.size, sizes) == (2, [1] * 17 + [2, 4])
-    assert cp.num_groups(1 << 30, 12, 6) == 3
-    assert cp.num_groups(1 << 18, 12, 6) == 3
-    assert cp.num_groups(1 << 17, 12, 6) == 1
-    assert shared(2).num_groups(1, 16, 8) == 2
+    """One, or as many as are asked for, which divide a rank's four KV heads."""
+    cp = ContextParallel(distributed.group.WORLD)
+    assert (cp.groups, cp.possible_groups(8)) == (1, [1, 2, 4])
+    *tensors, _ = parts()
     with pytest.raises(ValueError, match=r"groups=3 .* divide the 4 KV heads that .* 2 .* Fix: "):
-        shared(3).num_groups(1, 16, 8)
+        shared(3).attend(attention, *tensors)
 
 
 def recorded():

@@ -87,7 +87,7 @@ def compare():
         check_compiled(make_variant("default", **HEADS))
 
 
-def check(layer, shape, groups=None, **arguments):
+def check(layer, shape, groups=1, **arguments):
     cp = ContextParallel(distributed.group.WORLD, groups=groups)
     x, do = randn(*shape, 24, seed=1), randn(*shape, 24, seed=2)
     expected, expected_gradients = outcome(layer, x, do, **arguments)
