@@ -15,7 +15,9 @@ from nsa_fsa.decode import reference
 from nsa_fsa.integrations.transformers import patch_model
 from nsa_fsa.integrations.vllm.attention import PagedNSA
 from nsa_fsa.integrations.vllm.names import OPERATOR, CompilationConfig
+from nsa_fsa.integrations.vllm.warm_up import small_steps
 from nsa_fsa.ops.common import profiler
+from nsa_fsa.ops.selected_attention.operator import FEW_QUERIES
 from tests.serving import checkpoints
 from tests.serving.engines import PAGE, count, engine, run, tokens_of
 
@@ -78,6 +80,7 @@ def without_shift(function):
     return names[function.__name__]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="changes the reference; a GPU runs kernels")
 def test_pages_could_not_be_shared_without_the_shift_of_states(llama, plain, shared, monkeypatch):
     for name in ("append_tokens", "nsa_decode"):
         monkeypatch.setattr(reference, name, without_shift(getattr(reference, name)))
@@ -118,6 +121,42 @@ def test_nothing_is_timed_while_requests_wait(llama, plain, monkeypatch):
     assert may_time
     assert not any(may_time)
     assert profiler.may_time(torch.device("cpu"))
+
+
+def test_kernels_are_compiled_before_requests(llama, plain, monkeypatch):
+    """For one sequence and for several, of few new tokens and of many, beside what decodes; and
+    the pages of requests are not touched."""
+    attend, seen = PagedNSA.attend, []
+
+    def watched(layer, *args):
+        seen.append((layer, args[-1]))
+        return attend(layer, *args)
+
+    monkeypatch.setattr(PagedNSA, "attend", watched)
+    outputs = run(plain, llama.prompts)
+    layer = seen[-1][0]
+    seen.clear()
+    caches = layer.kv_cache, layer.states.kv_cache
+    before = [x.clone() for x in caches]
+    widths = (layer.q_size, layer.kv_size, layer.kv_size, layer.gate.out_features)
+    layer.warm_up(*(torch.randn(700, x) for x in widths))
+    found = {
+        (len(chunk.sequences), max(x.num_new for x in chunk.sequences) >= FEW_QUERIES)
+        for _, batch in seen
+        for chunk in batch.chunks
+    }
+    assert found == {(1, False), (1, True), (2, False), (2, True)}
+    assert any(batch.groups and batch.chunks for _, batch in seen)
+    assert layer.kv_cache is caches[0]
+    assert layer.states.kv_cache is caches[1]
+    assert all(torch.equal(x, y) for x, y in zip(caches, before, strict=True))
+    assert tokens_of(run(plain, llama.prompts)) == tokens_of(outputs)
+
+
+def test_small_steps_are_those_that_can_come():
+    steps = list(small_steps(64, 512, 400, torch.device("cpu")))
+    assert [x.num_tokens for x in steps] == [20, 52]
+    assert all(int(x.batch.chunks[0].pages.max()) < x.num_pages for x in steps)
 
 
 def test_chunked_prompts(llama):

@@ -43,12 +43,16 @@ from nsa_fsa.integrations.vllm.names import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
 )
+from nsa_fsa.integrations.vllm.warm_up import small_steps
 
 # What is computed, and over which sequences.
 from nsa_fsa.modules.branches import SparseBranches
 from nsa_fsa.ops.common.profiler import untimed
 from nsa_fsa.ops.compression.reference import num_windows_of
 from nsa_fsa.sequences import Sequences, uniform_layout
+
+# For which settings, dtypes and devices this process has compiled what prompts need.
+_WARM: set[tuple[NSAConfig, torch.dtype, torch.device]] = set()
 
 
 class States(AttentionLayerBase):
@@ -145,6 +149,7 @@ class PagedNSA(SparseBranches, AttentionLayerBase):
         return backend_of(self.rows, BatchBuilder)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> KVCacheSpec:
+        self.page_size = vllm_config.cache_config.block_size  # asked before anything is rehearsed
         return spec_of(self._nsa_config, self.rows, self.cache_dtype, vllm_config, 1)
 
     def forward(self, positions: Tensor, hidden_states: Tensor) -> Tensor:
@@ -274,12 +279,31 @@ class PagedNSA(SparseBranches, AttentionLayerBase):
         """Takes as much memory as any step can, while vLLM measures what it may fill with pages:
         the last tokens of the longest sequence attend, over keys that are gathered."""
         o.zero_()
-        if not q.is_cuda:  # elsewhere pages get what they are given
+        if not q.is_cuda:  # elsewhere pages get what they are given, and nothing is compiled
             return
         c = self._nsa_config
+        if (kernels := (c, q.dtype, q.device)) not in _WARM:
+            _WARM.add(kernels)
+            self.warm_up(q, k, v, gate_logits)
         self.attend_to_the_longest(
             q, gate_logits, self.max_length + 2 * max(self.rows, c.kernel_size)
         )
+
+    def warm_up(self, q: Tensor, k: Tensor, v: Tensor, gate_logits: Tensor) -> None:
+        """Attends in small steps, over pages of its own."""
+        c, kept = self._nsa_config, (self.kv_cache, self.states.kv_cache)
+        rows, width = self.page_size, c.head_dim + c.v_head_dim
+        try:
+            for step in small_steps(rows, self.max_length, q.shape[0], q.device):
+                self.kv_cache, self.states.kv_cache = (
+                    k.new_zeros(step.num_pages, c.num_kv_heads, x, width, dtype=self.cache_dtype)
+                    for x in (rows, rows // c.kernel_stride)
+                )
+                n = step.num_tokens
+                o = q.new_empty(n, c.num_heads * c.v_head_dim)
+                self.attend(q[:n], k[:n], v[:n], gate_logits[:n], o, step.batch)
+        finally:
+            self.kv_cache, self.states.kv_cache = kept
 
     def attend_to_the_longest(self, q: Tensor, gate_logits: Tensor, num_keys: int) -> Tensor:
         """What the last of so many tokens read where all of their keys are 0."""
