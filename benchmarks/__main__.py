@@ -256,7 +256,8 @@ def serve(
     meter.method = serving.METHOD
     rates = dict(ceilings=floors.ceilings(meter), seed=0)
     serving.free_memory()
-    results = SuiteResults(output, "serving", meter, rates, merge=merge, commit=commit)
+    suite = "serving" if dtype == "bfloat16" else f"serving_{dtype}"
+    results = SuiteResults(output, suite, meter, rates, merge=merge, commit=commit)
     plan = Plan(
         parts=parts,
         engine=dict(

@@ -14,7 +14,10 @@ import pandas as pd
 from benchmarks import tables
 
 ROOT = Path(__file__).parents[1]
-PAGES = tuple(ROOT / x for x in ("README.md", "docs/performance.md", "docs/decoding.md"))
+PAGES = (
+    ROOT / "README.md",
+    *(ROOT / f"docs/{x}.md" for x in ("performance", "decoding", "serving")),
+)
 BEGIN = "<!-- table: {}, written by `python -m benchmarks pages` -->"
 END = "<!-- end of table -->"
 TABLE = re.compile(BEGIN.format(r"(\w+)") + "\n(.*?)" + END, re.DOTALL)

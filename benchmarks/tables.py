@@ -250,6 +250,63 @@ def generation() -> pd.DataFrame:
     )
 
 
+def serving() -> pd.DataFrame:
+    """vLLM with the dense model and with the sparse one."""
+    rows = pd.DataFrame(read("serving")["rows"])
+    of = {name: found.set_index("implementation") for name, found in rows.groupby("pass")}
+    sizes = ["num_tokens", "batch_size"]
+    decode = (
+        of["decode"]
+        .reset_index()
+        .pivot(index=sizes, columns="implementation", values="tokens_per_s")
+    )
+    lines = [
+        {
+            "vLLM": f"tokens/s, {batch} requests of {tokens:,} tokens",
+            "dense": f"{row.dense:,.0f}",
+            "NSA": f"{row.nsa_fsa:,.0f}",
+            "NSA is faster": f"{row.nsa_fsa / row.dense:.2f} times",
+        }
+        for (tokens, batch), row in decode.iterrows()
+    ]
+
+    def waited(label: str, dense: float, ours: float) -> dict[str, str]:
+        values = {"vLLM": label, "dense": ms(dense), "NSA": ms(ours)}
+        return values | {"NSA is faster": f"{dense / ours:.2f} times"}
+
+    first, load = of["first_token"], of["load"]
+    label = f"ms to the first token of {first.num_tokens.iloc[0]:,}"
+    lines.append(waited(label, first.ms.dense, first.ms.nsa_fsa))
+    rate = load.variant.iloc[0].removesuffix("/s")
+    for label, name in {
+        "ms to the first token, median": "ms",
+        "ms to the first token, 99 of 100 requests": "ms_99",
+        "ms between tokens, median": "between_tokens_ms",
+        "ms between tokens, 99 of 100": "between_tokens_ms_99",
+    }.items():
+        label = f"load of {rate} request a second: {label}"
+        lines.append(waited(label, load[name].dense, load[name].nsa_fsa))
+    return pd.DataFrame(lines)
+
+
+def same_tokens() -> pd.DataFrame:
+    """How often vLLM, and transformers in the same dtype, choose as the model in float32 does."""
+    entries = [x for name in ("serving_float32", "serving") for x in read(name)["agreement"]]
+    names = {"dense": "dense", "nsa_fsa": "NSA"}
+    return pd.DataFrame(
+        {
+            "dtype": x["dtype"],
+            "layers": x["num_layers"],
+            "model": names[x["implementation"]],
+            "tokens of a prompt": f"{x['num_tokens']:,}",
+            "positions": x["clear_positions"],
+            "vLLM": f"{x['agreement']:.1%}",
+            "transformers": f"{x['agreement_of_transformers']:.1%}",
+        }
+        for x in entries
+    )
+
+
 def memory() -> pd.DataFrame:
     """The peak of both passes beside the tensors of full attention."""
     rows = rows_of("core_memory")

@@ -31,7 +31,7 @@ def test_every_table_is_that_of_the_results(page):
 def test_every_table_has_its_place():
     public = {"against_full", "crossover", "shares", "rates", "of_floor", "table_7", "memory"}
     public |= {"how_fast", "speed_up_ranges", "decoding", "table_9", "table_10", "prompts"}
-    public |= {"generation"}
+    public |= {"generation", "serving", "same_tokens"}
     assert set(QUOTED) == public
 
 
@@ -213,7 +213,7 @@ def test_the_picture_of_selected_attention(grids):
 
 def test_what_a_patched_layer_costs():
     """The table of a page that is written by hand."""
-    path = FOLDER / "patched_nvidia_h100_80gb_hbm3.json"
+    path = FOLDER / "patched_nvidia_h200.json"
     found = {}
     for row in json.loads(path.read_text())["rows"]:
         if row["pass"] == "forward_backward":
