@@ -14,10 +14,8 @@ import pandas as pd
 from benchmarks import tables
 
 ROOT = Path(__file__).parents[1]
-PAGES = (
-    ROOT / "README.md",
-    *(ROOT / f"docs/{x}.md" for x in ("performance", "decoding", "serving")),
-)
+NAMES = ("performance", "decoding", "serving", "distributed")
+PAGES = (ROOT / "README.md", *(ROOT / f"docs/{name}.md" for name in NAMES))
 BEGIN = "<!-- table: {}, written by `python -m benchmarks pages` -->"
 END = "<!-- end of table -->"
 TABLE = re.compile(BEGIN.format(r"(\w+)") + "\n(.*?)" + END, re.DOTALL)

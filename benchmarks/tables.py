@@ -307,6 +307,25 @@ def same_tokens() -> pd.DataFrame:
     )
 
 
+def shared_sequences() -> pd.DataFrame:
+    """Both passes of the core on one GPU, and by context parallelism on several."""
+    rows = rows_of("distributed")
+    rows = rows[rows["pass"].isin(("alone", "shared")) & (rows.groups.fillna(1) == 1)]
+    keys = ["num_heads", "group_size", "num_tokens", "num_gpus"]
+    wide = rows.pivot(index=keys, columns="pass", values="ms").reset_index()
+    return pd.DataFrame(
+        {
+            "query / KV heads": f"{x.num_heads} / {x.num_heads // x.group_size}",
+            "tokens": f"{x.num_tokens:,}",
+            "one GPU, ms": ms(x.alone),
+            "GPUs": x.num_gpus,
+            "these, ms": ms(x.shared),
+            "of what they could": f"{x.alone / x.shared / x.num_gpus:.1%}",
+        }
+        for x in wide.itertuples()
+    )
+
+
 def memory() -> pd.DataFrame:
     """The peak of both passes beside the tensors of full attention."""
     rows = rows_of("core_memory")

@@ -31,7 +31,7 @@ def test_every_table_is_that_of_the_results(page):
 def test_every_table_has_its_place():
     public = {"against_full", "crossover", "shares", "rates", "of_floor", "table_7", "memory"}
     public |= {"how_fast", "speed_up_ranges", "decoding", "table_9", "table_10", "prompts"}
-    public |= {"generation", "serving", "same_tokens"}
+    public |= {"generation", "serving", "same_tokens", "shared_sequences"}
     assert set(QUOTED) == public
 
 
