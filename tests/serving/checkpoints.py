@@ -46,6 +46,7 @@ SIZES = dict(
     bos_token_id=None,
     eos_token_id=None,
 )
+MIXING = ("linear", "mlp", "gated")  # compressors that mix the widths of keys
 TEMPLATE = (
     "{% for message in messages %}{{ message.content }}{% endfor %}"
     "{% if add_generation_prompt %}!{% endif %}"
@@ -63,12 +64,15 @@ def make_checkpoint(folder, family="llama", layers=None, words=VOCAB, **nsa):
     settings = dict(gate_init="balanced", compress_rope="after", compress_position_embedding=True)
     patch_model(model, preset="tiny", layers=layers, verbose=False, **{**settings, **nsa})
     scramble(model)
+    # Compressors that mix widths make keys large. If they were sharpened, too, softmax would be all
+    # or nothing, and many blocks would score alike, so that rounding would choose among them.
+    sharpness = 0.4 if nsa.get("compress_k") in MIXING else 2
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or name.endswith("_proj.bias"):
                 parameter.add_(0.2 * torch.randn_like(parameter))
             if name.endswith(("q_proj.weight", "k_proj.weight")):
-                parameter.mul_(2)
+                parameter.mul_(sharpness)
         model.lm_head.weight[words:] = 0
     model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
