@@ -3,11 +3,10 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from nsa_fsa.decode.pages import Pages
-from nsa_fsa.ops.common.calls import Blocks, Windows
+from nsa_fsa.ops.common.calls import Blocks, Call, Windows
 
 
 class Pooling(NamedTuple):
@@ -18,9 +17,20 @@ class Pooling(NamedTuple):
     embedding: Tensor | None = None  # [HKV, l, width]
 
 
+class NewTokensCall(Call):
+    """A call about T = B * num_new new tokens, which are the rows of its first tensor."""
+
+    lengths: Tensor  # int32 [B], new tokens included
+
+    @property
+    def num_new(self) -> int:
+        """New tokens of a sequence."""
+        return self.first.shape[0] // self.lengths.shape[0]
+
+
 @dataclass(frozen=True)
-class AppendCall:
-    """One call of `append_tokens`: T = B * num_new new tokens."""
+class AppendCall(NewTokensCall):
+    """One call of `append_tokens`."""
 
     new_k: Tensor  # [T, HKV, D]
     new_v: Tensor  # [T, HKV, DV]
@@ -39,15 +49,6 @@ class AppendCall:
     backend: str
 
     @property
-    def device(self) -> torch.device:
-        return self.new_k.device
-
-    @property
-    def num_new(self) -> int:
-        """New tokens of a sequence."""
-        return self.new_k.shape[0] // self.lengths.shape[0]
-
-    @property
     def pool_k(self) -> Pooling:
         return Pooling(self.k_logits, self.k_embedding)
 
@@ -57,8 +58,8 @@ class AppendCall:
 
 
 @dataclass(frozen=True)
-class DecodeCall:
-    """One call of `nsa_decode`: the queries of T = B * num_new new tokens, which the pages hold."""
+class DecodeCall(NewTokensCall):
+    """One call of `nsa_decode`: the queries of new tokens, which the pages hold."""
 
     q: Tensor  # [T, HQ, D]
     gate_logits: Tensor  # [T, HQ or 1, 3]
@@ -71,15 +72,6 @@ class DecodeCall:
     window_size: int
     dense_below: int
     backend: str
-
-    @property
-    def device(self) -> torch.device:
-        return self.q.device
-
-    @property
-    def num_new(self) -> int:
-        """New tokens of a sequence."""
-        return self.q.shape[0] // self.lengths.shape[0]
 
     @property
     def group_size(self) -> int:

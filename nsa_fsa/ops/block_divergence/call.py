@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from nsa_fsa.ops.common.calls import Blocks, Windows, check_compressed_values
+from nsa_fsa.ops.common.calls import Blocks, GroupedCall, Windows, check_compressed_values
 from nsa_fsa.sequences import Sequences
 
 
@@ -24,7 +23,7 @@ class DivergenceGradients(NamedTuple):
 
 
 @dataclass(frozen=True)
-class DivergenceCall:
+class DivergenceCall(GroupedCall):
     """One call of `block_divergence`."""
 
     q: Tensor  # [T, HQ, D]
@@ -41,16 +40,6 @@ class DivergenceCall:
     workspace_bytes: int
     backend: str
 
-    @property
-    def device(self) -> torch.device:
-        return self.q.device
-
-    @property
-    def group_size(self) -> int:
-        """Query heads of a KV head."""
-        return self.q.shape[1] // self.k.shape[1]
-
     def check_values(self) -> None:
-        """Raises ValueError for sequences whose numbers do not fit the tensors."""
-        self.sequences.check_values(self.q.shape[0], self.k.shape[0])
+        super().check_values()
         check_compressed_values(self.q, self.k_cmp, self.sequences, self.windows.kernel_stride)

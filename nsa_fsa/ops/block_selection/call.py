@@ -2,15 +2,14 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from nsa_fsa.ops.common.calls import Blocks, Windows, check_compressed_values
+from nsa_fsa.ops.common.calls import Blocks, Call, Windows, check_compressed_values
 from nsa_fsa.sequences import Sequences
 
 
 @dataclass(frozen=True)
-class SelectionCall:
+class SelectionCall(Call):
     """One call of block selection."""
 
     q: Tensor  # [T, HQ, D]
@@ -22,10 +21,6 @@ class SelectionCall:
     blocks: Blocks
     num_selected_blocks: int
     backend: str
-
-    @property
-    def device(self) -> torch.device:
-        return self.q.device
 
     def check_values(self) -> None:
         """Raises ValueError for sequences whose numbers do not fit the tensors."""

@@ -65,21 +65,26 @@ class Blocks(NamedTuple):
             )
 
 
-@dataclass(frozen=True)
-class AttentionCall:
-    """What every branch's operator is called with."""
+class Call:
+    """One call of an operator: a frozen dataclass whose first member is a tensor."""
 
-    q: Tensor  # [T, HQ, D]
-    k: Tensor  # [T, HKV, D]; [T // kernel_stride, HKV, D] of compressed tokens
-    v: Tensor  # [T, HKV, DV], with as many rows as k
-    sequences: Sequences
-    scale: float
-    workspace_bytes: int
-    backend: str
+    @property
+    def first(self) -> Tensor:
+        """Its first tensor."""
+        first: Tensor = next(iter(vars(self).values()))
+        return first
 
     @property
     def device(self) -> torch.device:
-        return self.q.device
+        return self.first.device
+
+
+class GroupedCall(Call):
+    """One call of an operator whose query heads share KV heads."""
+
+    q: Tensor  # [T, HQ, D]
+    k: Tensor  # [rows, HKV, D]
+    sequences: Sequences
 
     @property
     def group_size(self) -> int:
@@ -89,6 +94,19 @@ class AttentionCall:
     def check_values(self) -> None:
         """Raises ValueError for sequences whose numbers do not fit the tensors."""
         self.sequences.check_values(self.q.shape[0], self.k.shape[0])
+
+
+@dataclass(frozen=True)
+class AttentionCall(GroupedCall):
+    """What every branch's operator is called with."""
+
+    q: Tensor  # [T, HQ, D]
+    k: Tensor  # [T, HKV, D]; [T // kernel_stride, HKV, D] of compressed tokens
+    v: Tensor  # [T, HKV, DV], with as many rows as k
+    sequences: Sequences
+    scale: float
+    workspace_bytes: int
+    backend: str
 
 
 class AttentionResult(NamedTuple):

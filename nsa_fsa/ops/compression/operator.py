@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from nsa_fsa.checks import check_rows, check_tensor
 from nsa_fsa.ops.common.backends import Backend, Backends
-from nsa_fsa.ops.common.calls import Windows
+from nsa_fsa.ops.common.calls import Call, Windows
 from nsa_fsa.ops.common.registration import define_operator, gradient_of_call
 from nsa_fsa.ops.common.triton_backends import TritonBackend, unsupported_tensors
 from nsa_fsa.ops.compression import reference
@@ -111,17 +110,13 @@ def window_starts(
 
 
 @dataclass(frozen=True)
-class GatherCall:
+class GatherCall(Call):
     """One call of `gather_windows`."""
 
     x: Tensor  # [T, HKV, D]
     sequences: Sequences
     windows: Windows
     backend: str
-
-    @property
-    def device(self) -> torch.device:
-        return self.x.device
 
     @property
     def num_windows(self) -> int:

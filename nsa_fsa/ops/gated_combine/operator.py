@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from nsa_fsa.checks import check_rows
 from nsa_fsa.ops.common.backends import Backend, Backends
+from nsa_fsa.ops.common.calls import Call
 from nsa_fsa.ops.common.registration import define_operator, gradient_of_call
 from nsa_fsa.ops.common.triton_backends import TritonBackend, unsupported_dtype, unsupported_tensors
 from nsa_fsa.ops.gated_combine import reference
@@ -66,7 +66,7 @@ def check_gates(gate_logits: Tensor, rows: Tensor, whose: str) -> None:
 
 
 @dataclass(frozen=True)
-class GatedCall:
+class GatedCall(Call):
     """One call of `gated_combine`."""
 
     gate_logits: Tensor  # [T, HQ or 1, 3]
@@ -74,10 +74,6 @@ class GatedCall:
     o_slc: Tensor
     o_swa: Tensor
     backend: str
-
-    @property
-    def device(self) -> torch.device:
-        return self.o_cmp.device
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -92,7 +88,7 @@ class GatedGradients(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BranchesCall:
+class BranchesCall(Call):
     """One call of the gates' part of the core's backward: see `reference.branch_gradients`."""
 
     do: Tensor  # [T, HQ, DV]
@@ -100,10 +96,6 @@ class BranchesCall:
     lses: tuple[Tensor, ...]  # [T, HQ] of each branch
     gate_logits: Tensor  # [T, HQ or 1, 3]
     backend: str
-
-    @property
-    def device(self) -> torch.device:
-        return self.do.device
 
 
 def unsupported_gates(rows: Tensor, gate_logits: Tensor) -> str | None:
