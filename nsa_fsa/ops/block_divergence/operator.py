@@ -1,7 +1,5 @@
 """Block divergence as an operator: what compressed attention can learn of dense attention."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -145,34 +143,10 @@ class Reference(Backend[DivergenceCall]):
     name = "reference"
 
     def forward(self, call: DivergenceCall) -> Divergence:
-        found = reference.block_divergence(
-            *_tensors(call), call.block_indices, *call.sequences[:2], **_rule(call)
-        )
-        return Divergence(*found)
+        return reference.block_divergence(call)
 
     def backward(self, call: DivergenceCall, do: Tensor) -> DivergenceGradients:
-        found = reference.block_divergence_backward(
-            do, *_tensors(call), *call.sequences[:2], **_rule(call)
-        )
-        return DivergenceGradients(*found)
-
-
-def _tensors(call: DivergenceCall) -> tuple[Tensor, ...]:
-    return call.q, call.k, call.k_cmp, call.lse, call.lse_cmp
-
-
-def _rule(call: DivergenceCall) -> dict[str, Any]:
-    """What the reference takes as keywords."""
-    _, _, cu_seqlens_q, seqused_k = call.sequences
-    return dict(
-        **call.windows._asdict(),
-        **call.blocks._asdict(),
-        scale=call.scale,
-        free_only=bool(call.free_only),
-        workspace_bytes=call.workspace_bytes,
-        cu_seqlens_q=cu_seqlens_q,
-        seqused_k=seqused_k,
-    )
+        return reference.block_divergence_backward(call, do)
 
 
 def _forward(call: DivergenceCall) -> Divergence:

@@ -8,12 +8,13 @@ these keys, G heads of the group, C = u + w - 1 windows that overlap a block of 
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from nsa_fsa.ops.block_divergence.call import Divergence, DivergenceCall, DivergenceGradients
 from nsa_fsa.ops.common.calls import Blocks, Windows
 from nsa_fsa.ops.common.reference_attention import (
     compute_dtype,
@@ -21,7 +22,7 @@ from nsa_fsa.ops.common.reference_attention import (
     masked_scores,
     probabilities,
 )
-from nsa_fsa.ops.common.reference_chunks import chunk_size, query_chunks, sequences
+from nsa_fsa.ops.common.reference_chunks import chunk_size, query_chunks, sequences_of
 from nsa_fsa.ops.compression.reference import num_windows
 from nsa_fsa.sequences import Sequences
 
@@ -47,7 +48,7 @@ def _parts(
     """Every query with every KV head once, in parts that take at most `workspace_bytes`, or are a
     single query."""
     group_size = q.shape[1] // num_kv_heads
-    for sequence in sequences(layout.cu_seqlens, layout.cu_seqlens_q, layout.seqused_k):
+    for sequence in sequences_of(layout):
         num_keys, n = sequence.length, num_windows(sequence.length, *windows)
         w, u = _hops(n, windows, block_size)
         # Of one query: its scores of keys twice, or of windows, by block and all in all, while
@@ -178,88 +179,46 @@ class _Examined(NamedTuple):
     log_student: Tensor  # [M, J], of the scores among them; -inf for the others
 
 
-def _examine(
-    q: Tensor,
-    k: Tensor,
-    k_cmp: Tensor,
-    lse: Tensor,
-    lse_cmp: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    kernel_size: int,
-    kernel_stride: int,
-    block_size: int,
-    init_blocks: int,
-    local_blocks: int,
-    scale: float,
-    free_only: bool,
-    workspace_bytes: int,
-    cu_seqlens_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-) -> Iterator[_Examined]:
-    layout = Sequences(cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
-    windows = Windows(kernel_size, kernel_stride)
-    blocks = Blocks(block_size, init_blocks, local_blocks)
-    walk = _parts(q, k.shape[1], layout, windows, block_size, workspace_bytes)
-    q, lse, lse_cmp = (grouped(x, k.shape[1]) for x in (q, lse, lse_cmp))
+def _examine(call: DivergenceCall) -> Iterator[_Examined]:
+    k, windows, blocks, scale = call.k, call.windows, call.blocks, call.scale
+    block_size, most = blocks.block_size, call.workspace_bytes
+    walk = _parts(call.q, k.shape[1], call.sequences, windows, block_size, most)
+    q, lse, lse_cmp = (grouped(x, k.shape[1]) for x in (call.q, call.lse, call.lse_cmp))
 
     for part in walk:
         mass = _dense_mass(part, q, k, lse, block_size, scale)
         num_blocks = mass.shape[1]
-        scored = _score(part, q, k_cmp, lse_cmp, windows, block_size, num_blocks, scale)
+        scored = _score(part, q, call.k_cmp, lse_cmp, windows, block_size, num_blocks, scale)
         eligible, forced = _forced(part, num_blocks, blocks)
-        compared = _compare(mass, scored.blocks, forced & free_only)
+        compared = _compare(mass, scored.blocks, forced & bool(call.free_only))
         yield _Examined(part, mass, scored, eligible, forced, *compared)
 
 
-def block_divergence(
-    q: Tensor,
-    k: Tensor,
-    k_cmp: Tensor,
-    lse: Tensor,
-    lse_cmp: Tensor,
-    block_indices: Tensor,
-    *layout: Any,
-    **rule: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Divergence, mass and recall, each `[Tq, HKV]`. The other arguments are those of
-    `ops.block_divergence`."""
+def block_divergence(call: DivergenceCall) -> Divergence:
+    """Divergence, mass and recall, each `[Tq, HKV]`."""
+    q, k = call.q, call.k
     shape, dtype = (q.shape[0], k.shape[1]), compute_dtype(q)
     divergence, held = (torch.zeros(shape, dtype=dtype, device=q.device) for _ in range(2))
     recall = torch.full(shape, torch.nan, dtype=dtype, device=q.device)
-    for found in _examine(q, k, k_cmp, lse, lse_cmp, *layout, **rule):
+    for found in _examine(call):
         target, log_student = found.target, found.log_student
         # Where this is -inf the target is 0, and so is what they add.
         log_student = log_student.masked_fill(log_student == -torch.inf, 0.0)
         at = found.part.rows, found.part.head.start
         divergence[at] = (torch.xlogy(target, target) - target * log_student).sum(-1)
-        chosen = (block_indices[at], found.mass, found.eligible, found.forced)
+        chosen = (call.block_indices[at], found.mass, found.eligible, found.forced)
         held[at], recall[at] = _choice(*chosen)
-    return divergence, held, recall
+    return Divergence(divergence, held, recall)
 
 
-def block_divergence_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    k_cmp: Tensor,
-    lse: Tensor,
-    lse_cmp: Tensor,
-    *layout: Any,
-    kernel_size: int,
-    kernel_stride: int,
-    scale: float,
-    **rule: Any,
-) -> tuple[Tensor, Tensor]:
+def block_divergence_backward(call: DivergenceCall, do: Tensor) -> DivergenceGradients:
     """Gradients of the divergence with respect to q and k_cmp, from do `[Tq, HKV]`: as if lse_cmp
     were worked out here."""
-    windows, dtype = Windows(kernel_size, kernel_stride), compute_dtype(q)
+    q, k_cmp, num_kv_heads, dtype = call.q, call.k_cmp, call.k.shape[1], compute_dtype(call.q)
     # They are summed over chunks, so kept wide.
     dq, dk_cmp = (torch.zeros(x.shape, dtype=dtype, device=x.device) for x in (q, k_cmp))
-    q_heads, dq_heads = grouped(q, k.shape[1]), grouped(dq, k.shape[1])
-    rule |= dict(**windows._asdict(), scale=scale)
-    for found in _examine(q, k, k_cmp, lse, lse_cmp, *layout, **rule):
+    q_heads, dq_heads = grouped(q, num_kv_heads), grouped(dq, num_kv_heads)
+    for found in _examine(call):
         (weights, overlaps, log_scores), target = found.scored, found.target
         rows, tokens, head = found.part.rows, found.part.tokens, found.part.head.start
         # Of the logarithm of each block's score; windows get it by what they share in that.
@@ -267,13 +226,13 @@ def block_divergence_backward(
         d_log = d_log * do[rows, head, None]
         log_scores = torch.where(log_scores == -torch.inf, 0.0, log_scores)
         overlaps = overlaps.sub_(log_scores[..., None]).exp_().mul_(d_log[..., None])
-        ds = _fold(overlaps, windows, weights.shape[2])  # [G, M, n], of logarithms of weights
+        ds = _fold(overlaps, call.windows, weights.shape[2])  # [G, M, n], of logarithms of weights
         ds = ds - weights.exp_().mul_(ds.sum(-1, keepdim=True))  # of scores
 
         q_, k_ = q_heads[rows, head].to(dtype), k_cmp[tokens, head].to(dtype)
-        dq_heads[rows, head] = (ds @ k_).transpose(0, 1) * scale
-        dk_cmp[tokens, head] += torch.einsum("gmn,mgd->nd", ds, q_) * scale
-    return dq.to(q.dtype), dk_cmp.to(k_cmp.dtype)
+        dq_heads[rows, head] = (ds @ k_).transpose(0, 1) * call.scale
+        dk_cmp[tokens, head] += torch.einsum("gmn,mgd->nd", ds, q_) * call.scale
+    return DivergenceGradients(dq.to(q.dtype), dk_cmp.to(k_cmp.dtype))
 
 
 def _fold(x: Tensor, windows: Windows, n: int) -> Tensor:

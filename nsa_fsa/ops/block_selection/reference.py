@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 
 from nsa_fsa.ops.common.calls import Windows
 from nsa_fsa.ops.common.reference_attention import compute_dtype, grouped, probabilities
-from nsa_fsa.ops.common.reference_chunks import sequences
+from nsa_fsa.ops.common.reference_chunks import sequences_of
 from nsa_fsa.ops.compressed_attention import reference as compressed_attention
 from nsa_fsa.sequences import Sequences
 
@@ -113,7 +113,8 @@ def select_blocks(
     num_blocks = max(num_selected_blocks, -(-max_seqlen // block_size))
     # -1: a row that no sequence owns selects nothing.
     own = torch.full((q.shape[0],), -1, device=q.device)
-    for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
+    layout = Sequences(cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
+    for sequence in sequences_of(layout):
         positions = torch.arange(sequence.offset, sequence.length, device=q.device)
         own[sequence.q] = positions // block_size
     block = torch.arange(num_blocks, device=q.device)
@@ -121,7 +122,6 @@ def select_blocks(
     indices = torch.full(
         (q.shape[0], k_cmp.shape[1], num_selected_blocks), -1, dtype=torch.int32, device=q.device
     )
-    layout = Sequences(cu_seqlens, max_seqlen, cu_seqlens_q, seqused_k)
     sizes = (Windows(kernel_size, kernel_stride), num_blocks, block_size)
     for rows, scores in _scored_chunks(q, k_cmp, lse, layout, *sizes, scale):
         own_chunk = own[rows, None, None]

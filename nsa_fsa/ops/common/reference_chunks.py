@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from nsa_fsa.sequences import Sequences
+
 # How many attention scores one chunk of queries holds. 2^19 float32 stay in a CPU's cache: a
 # training step at 1,024 tokens takes 0.31 s with them, 0.69 s with 2^24. Long rows of keys still
 # get MIN_CHUNK_QUERIES together, to use each key they read more than once, as long as the scores
@@ -46,6 +48,11 @@ def sequences(
             )
         found.append(Sequence(q, k, length))
     return found
+
+
+def sequences_of(layout: Sequences) -> list[Sequence]:
+    """The same of a `Sequences`."""
+    return sequences(layout.cu_seqlens, layout.cu_seqlens_q, layout.seqused_k)
 
 
 def chunk_size(q: Tensor, keys_per_query: int) -> int:

@@ -7,22 +7,19 @@ import torch
 from torch import Tensor
 
 from nsa_fsa.ops.common.reference_attention import Chunk, attention, backward_of
-from nsa_fsa.ops.common.reference_chunks import chunk_size, query_chunks, sequences
+from nsa_fsa.ops.common.reference_chunks import chunk_size, query_chunks, sequences_of
 from nsa_fsa.ops.compression.reference import num_windows
+from nsa_fsa.sequences import Sequences
 
 
 def chunks(
-    q: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    kernel_size: int,
-    kernel_stride: int,
-    cu_seqlens_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
+    q: Tensor, *layout: Any, kernel_size: int, kernel_stride: int, **cached: Any
 ) -> Iterator[Chunk]:
-    """Which compressed tokens each chunk of queries sees: those with `i*s + l - 1 <= t`."""
-    for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
+    """Which compressed tokens each chunk of queries sees: those with `i*s + l - 1 <= t`.
+
+    layout, cached: members of `Sequences`.
+    """
+    for sequence in sequences_of(Sequences(*layout, **cached)):
         first_token = sequence.k.start // kernel_stride
         n = num_windows(sequence.length, kernel_size, kernel_stride)
         for rows, first, stop in query_chunks(sequence, chunk_size(q, n)):

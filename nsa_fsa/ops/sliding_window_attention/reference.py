@@ -7,20 +7,16 @@ import torch
 from torch import Tensor
 
 from nsa_fsa.ops.common.reference_attention import Chunk, attention, backward_of
-from nsa_fsa.ops.common.reference_chunks import chunk_size, query_chunks, sequences
+from nsa_fsa.ops.common.reference_chunks import chunk_size, query_chunks, sequences_of
+from nsa_fsa.sequences import Sequences
 
 
-def chunks(
-    q: Tensor,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    *,
-    window_size: int,
-    cu_seqlens_q: Tensor | None = None,
-    seqused_k: Tensor | None = None,
-) -> Iterator[Chunk]:
-    """Which keys each chunk of queries sees; those before the first query's window are not read."""
-    for sequence in sequences(cu_seqlens, cu_seqlens_q, seqused_k):
+def chunks(q: Tensor, *layout: Any, window_size: int, **cached: Any) -> Iterator[Chunk]:
+    """Which keys each chunk of queries sees; those before the first query's window are not read.
+
+    layout, cached: members of `Sequences`.
+    """
+    for sequence in sequences_of(Sequences(*layout, **cached)):
         # M queries read M + w - 1 keys, so chunks as long as the window keep the band of visible
         # keys half full.
         size = min(max(window_size, 64), sequence.length)

@@ -186,16 +186,17 @@ def test_takes_no_more_memory_than_it_may(direction, sizes):
     KiB."""
     length, workspace_bytes = 256, 2**17
     tensors, rule = make((length,), 2, SIZES[sizes])
-    del rule["max_seqlen"], rule["cu_seqlens"]
-    rule |= dict(free_only=False, workspace_bytes=workspace_bytes)
-    chosen = tensors.pop("block_indices")
-    layout = (torch.tensor([0, length], dtype=torch.int32), length)
+    layout = Sequences(rule["cu_seqlens"], length)
+    windows = Windows(rule["kernel_size"], rule["kernel_stride"])
+    blocks = Blocks(rule["block_size"], rule["init_blocks"], rule["local_blocks"])
+    rest = (layout, rule["scale"], windows, blocks, 0, workspace_bytes, "reference")
+    call = DivergenceCall(*tensors.values(), *rest)
     do = torch.ones(length, 2, dtype=torch.float64)
-    with Live(*tensors.values(), chosen, *layout[:1], do) as live:
+    with Live(*tensors.values(), layout.cu_seqlens, do) as live:
         if direction == "forward":
-            found = reference.block_divergence(*tensors.values(), chosen, *layout, **rule)
+            found = reference.block_divergence(call)
         else:
-            found = reference.block_divergence_backward(do, *tensors.values(), *layout, **rule)
+            found = reference.block_divergence_backward(call, do)
     returned = sum(x.nbytes for x in found)
     assert workspace_bytes / 4 < live.peak - returned < workspace_bytes
 
