@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from nsa_fsa import checks
 from nsa_fsa.config import BRANCHES
-from nsa_fsa.modules.branches import Details, Record
+from nsa_fsa.modules.branches import Details, Record, windows_of
 from nsa_fsa.modules.recording import is_run_again, recorded_by, sparse_layers
 from nsa_fsa.reference import block_scores
 
@@ -102,8 +102,7 @@ def _details(entry: Record, max_queries: int) -> Details:
         branches.lse_cmp[rows],
         torch.cat((layout.cu_seqlens[sequence], layout.cu_seqlens[-1:])),
         layout.max_seqlen,
-        kernel_size=config.kernel_size,
-        kernel_stride=config.kernel_stride,
+        **windows_of(config),
         block_size=config.block_size,
         scale=inside.scale,
         cu_seqlens_q=torch.arange(len(rows) + 1, device=rows.device),

@@ -127,8 +127,7 @@ class SparseBranches:
         k_cmp = self.compress_k(k_src, layout, heads=heads).to(k_src.dtype)
         v_cmp = self.compress_v(v_src, layout, heads=heads).to(v_src.dtype)
         if cos is not None and sin is not None:
-            c = self.nsa_config
-            sizes: dict[str, Any] = dict(kernel_size=c.kernel_size, kernel_stride=c.kernel_stride)
+            sizes = windows_of(self.nsa_config)
             first = window_starts(k_src, layout.cu_seqlens, seqused_k=layout.seqused_k, **sizes)
             k_cmp = rotate(k_cmp, cos[first], sin[first])
         return k_cmp, v_cmp
@@ -204,14 +203,7 @@ class SparseBranches:
             gate_logits,
             layout.cu_seqlens,
             layout.max_seqlen,
-            kernel_size=c.kernel_size,
-            kernel_stride=c.kernel_stride,
-            block_size=c.block_size,
-            num_selected_blocks=c.num_selected_blocks,
-            init_blocks=c.init_blocks,
-            local_blocks=c.local_blocks,
-            window_size=c.window_size,
-            dense_below=c.dense_below,
+            **_rule_of(c),
             k_swa=keys.k_swa,
             v_swa=keys.v_swa,
             scale=scale,
@@ -248,12 +240,10 @@ class SparseBranches:
         assert pool_v is not None
         append_tokens(
             *(k, v, pages, lengths),
-            kernel_size=c.kernel_size,
-            kernel_stride=c.kernel_stride,
             pool_k=pool_k,
             pool_v=pool_v,
             backend=BACKENDS.or_auto(c.backend),
-            **options,
+            **(windows_of(c) | options),
         )
 
     def mix_step(
@@ -272,14 +262,7 @@ class SparseBranches:
         c = self.nsa_config
         return nsa_decode(
             *(q.to(pages.k.dtype), gate_logits.unflatten(-1, (-1, 3)), pages, lengths),
-            kernel_size=c.kernel_size,
-            kernel_stride=c.kernel_stride,
-            block_size=c.block_size,
-            num_selected_blocks=c.num_selected_blocks,
-            init_blocks=c.init_blocks,
-            local_blocks=c.local_blocks,
-            window_size=c.window_size,
-            dense_below=c.dense_below,
+            **_rule_of(c),
             scale=c.scale if scale is None else scale,
             backend=BACKENDS.or_auto(c.backend),
         ).o
@@ -309,6 +292,27 @@ def _runs_of(
         seen = KeyValues(k, v, *own, keys.k_src, keys.v_src)
         windows = (x[: end // kernel_stride] for x in (k_cmp, v_cmp))
         yield q_run, seen, *windows, gates_run, layout.up_to(start, end)
+
+
+def windows_of(c: NSAConfig) -> dict[str, Any]:
+    """The sizes of a layer's windows, as operators take them."""
+    return dict(kernel_size=c.kernel_size, kernel_stride=c.kernel_stride)
+
+
+def blocks_of(c: NSAConfig) -> dict[str, Any]:
+    """The size of a layer's blocks, and which of them are forced, as operators take them."""
+    return dict(block_size=c.block_size, init_blocks=c.init_blocks, local_blocks=c.local_blocks)
+
+
+def _rule_of(c: NSAConfig) -> dict[str, Any]:
+    """Who sees what, as the core takes it and decoding does."""
+    return dict(
+        **windows_of(c),
+        **blocks_of(c),
+        num_selected_blocks=c.num_selected_blocks,
+        window_size=c.window_size,
+        dense_below=c.dense_below,
+    )
 
 
 def rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:

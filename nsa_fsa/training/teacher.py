@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nsa_fsa import checks
-from nsa_fsa.modules.branches import Record
+from nsa_fsa.modules.branches import Record, blocks_of, windows_of
 from nsa_fsa.modules.recording import is_run_again, recorded_by, sparse_layers
 from nsa_fsa.ops import block_divergence, sliding_window_attention
 from nsa_fsa.ops.block_divergence.operator import BACKENDS as DIVERGENCE_BACKENDS
@@ -177,12 +177,7 @@ def _lesson(layer_idx: int, entry: Record, free_only: bool, workspace_bytes: int
 
     compared = block_divergence(
         *(inside.q, inside.k, inside.k_cmp, lse, inside.branches.lse_cmp, entry.block_indices),
-        **where,
-        kernel_size=c.kernel_size,
-        kernel_stride=c.kernel_stride,
-        block_size=c.block_size,
-        init_blocks=c.init_blocks,
-        local_blocks=c.local_blocks,
+        **(where | windows_of(c) | blocks_of(c)),
         free_only=free_only,
         workspace_bytes=workspace_bytes,
         backend=DIVERGENCE_BACKENDS.or_auto(c.backend),
