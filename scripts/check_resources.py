@@ -630,29 +630,24 @@ def chosen(values: list[Any] | None, everything: tuple[Any, ...], option: str) -
     return list(values or everything)
 
 
+def several_of(allowed: object) -> Any:
+    """An option that takes some of these values."""
+    return typer.Option(help=f"Of {allowed}; repeat for several.")
+
+
 def main(
     everything: Annotated[
         bool, typer.Option("--all", help="Every supported shape and dtype.")
     ] = False,
-    arch: Annotated[
-        list[str] | None, typer.Option(help=f"Of {', '.join(SHARED_KIB)}; repeat for several.")
-    ] = None,
-    head_dim: Annotated[
-        list[int] | None, typer.Option(help=f"Of {HEAD_DIMS}; repeat for several.")
-    ] = None,
+    arch: Annotated[list[str] | None, several_of(", ".join(SHARED_KIB))] = None,
+    head_dim: Annotated[list[int] | None, several_of(HEAD_DIMS)] = None,
     value_dim: Annotated[int | None, typer.Option(help="Default: the head width.")] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help="fp16, bf16, fp32; repeat for several.")
     ] = None,
-    block_size: Annotated[
-        list[int] | None, typer.Option(help=f"Of {BLOCK_SIZES}; repeat for several.")
-    ] = None,
-    group_size: Annotated[
-        list[int] | None, typer.Option(help=f"Of {GROUP_SIZES}; repeat for several.")
-    ] = None,
-    variant: Annotated[
-        list[str] | None, typer.Option(help=f"Of {', '.join(VARIANTS)}; repeat for several.")
-    ] = None,
+    block_size: Annotated[list[int] | None, several_of(BLOCK_SIZES)] = None,
+    group_size: Annotated[list[int] | None, several_of(GROUP_SIZES)] = None,
+    variant: Annotated[list[str] | None, several_of(", ".join(VARIANTS))] = None,
     jobs: Annotated[int, typer.Option(help="Kernels to compile at a time.", min=1)] = 1,
     compile_limit: Annotated[
         float, typer.Option(help="Seconds that one kernel may take to compile.")

@@ -51,6 +51,7 @@ from nsa_fsa.integrations.transformers.data import (
     open_tokens,
     write_tokens,
 )
+from nsa_fsa.training.commands import option
 
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
 console = Console(quiet=RANK > 0)
@@ -62,133 +63,85 @@ MODEL, DATA, OPTIMISER, MEMORY, RUN = "Model", "Data", "Optimiser", "Memory and 
 
 
 def main(
-    output: Annotated[
-        Path,
-        typer.Option(file_okay=False, help="Where all goes that is written.", rich_help_panel=RUN),
-    ],
+    output: Annotated[Path, option(RUN, "Where all goes that is written.", file_okay=False)],
     data: Annotated[
         list[Path],
-        typer.Option(
-            help="Tokens (.bin, .npy) or text (any other name), one document a file. Repeat.",
+        option(
+            DATA,
+            "Tokens (.bin, .npy) or text (any other name), one document a file. Repeat.",
             exists=True,
             dir_okay=False,
-            rich_help_panel=DATA,
         ),
     ],
     model: Annotated[
-        str | None,
-        typer.Option(
-            help="A checkpoint, sparse or dense: a folder, or a name.", rich_help_panel=MODEL
-        ),
+        str | None, option(MODEL, "A checkpoint, sparse or dense: a folder, or a name.")
     ] = None,
     random_init: Annotated[
-        str | None,
-        typer.Option(help=f"Instead: random weights. Of {ALLOWED}.", rich_help_panel=MODEL),
+        str | None, option(MODEL, f"Instead: random weights. Of {ALLOWED}.")
     ] = None,
     preset: Annotated[
         str | None,
-        typer.Option(
-            help=f"How a dense model is patched. Of {', '.join(PRESETS)}. Default: fsa-64x16.",
-            rich_help_panel=MODEL,
+        option(
+            MODEL, f"How a dense model is patched. Of {', '.join(PRESETS)}. Default: fsa-64x16."
         ),
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(
-            help="Instead: YAML of an NSAConfig, as in configs/.",
-            exists=True,
-            dir_okay=False,
-            rich_help_panel=MODEL,
+        option(
+            MODEL, "Instead: YAML of an NSAConfig, as in configs/.", exists=True, dir_okay=False
         ),
     ] = None,
-    dtype: Annotated[
-        str, typer.Option(help=f"Of .bin files: of {', '.join(DTYPES)}.", rich_help_panel=DATA)
-    ] = "uint16",
+    dtype: Annotated[str, option(DATA, f"Of .bin files: of {', '.join(DTYPES)}.")] = "uint16",
     document_end: Annotated[
         list[int] | None,
-        typer.Option(
-            min=0,
-            rich_help_panel=DATA,
-            help="Token that ends a document. Repeat. Default: the model's eos_token_id; 0 of "
+        option(
+            DATA,
+            "Token that ends a document. Repeat. Default: the model's eos_token_id; 0 of "
             "bytes, which tokens are where weights are random.",
+            min=0,
         ),
     ] = None,
-    length: Annotated[
-        int, typer.Option(min=2, help="Tokens of a sequence.", rich_help_panel=DATA)
-    ] = 8192,
-    steps: Annotated[
-        int, typer.Option(min=1, help="Of the optimiser, in all.", rich_help_panel=OPTIMISER)
-    ] = 1000,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Sequences a process at once.", rich_help_panel=OPTIMISER)
-    ] = 1,
-    accumulate: Annotated[
-        int, typer.Option(min=1, help="Batches of a step.", rich_help_panel=OPTIMISER)
-    ] = 1,
-    learning_rate: Annotated[
-        float, typer.Option(min=0, help="At its highest.", rich_help_panel=OPTIMISER)
-    ] = 2e-5,
-    schedule: Annotated[
-        str, typer.Option(help=f"Of {', '.join(SCHEDULES)}.", rich_help_panel=OPTIMISER)
-    ] = "cosine",
-    warmup: Annotated[
-        int, typer.Option(min=0, help="Steps until that.", rich_help_panel=OPTIMISER)
-    ] = 0,
-    weight_decay: Annotated[float, typer.Option(min=0, rich_help_panel=OPTIMISER)] = 0.1,
-    seed: Annotated[
-        int,
-        typer.Option(min=0, max=2**32 - 1, help="Of weights and order.", rich_help_panel=OPTIMISER),
-    ] = 0,
+    length: Annotated[int, option(DATA, "Tokens of a sequence.", min=2)] = 8192,
+    steps: Annotated[int, option(OPTIMISER, "Of the optimiser, in all.", min=1)] = 1000,
+    batch_size: Annotated[int, option(OPTIMISER, "Sequences a process at once.", min=1)] = 1,
+    accumulate: Annotated[int, option(OPTIMISER, "Batches of a step.", min=1)] = 1,
+    learning_rate: Annotated[float, option(OPTIMISER, "At its highest.", min=0)] = 2e-5,
+    schedule: Annotated[str, option(OPTIMISER, f"Of {', '.join(SCHEDULES)}.")] = "cosine",
+    warmup: Annotated[int, option(OPTIMISER, "Steps until that.", min=0)] = 0,
+    weight_decay: Annotated[float, option(OPTIMISER, min=0)] = 0.1,
+    seed: Annotated[int, option(OPTIMISER, "Of weights and order.", min=0, max=2**32 - 1)] = 0,
     precision: Annotated[
         str | None,
-        typer.Option(
-            help=f"Of {', '.join(PRECISIONS)}; weights and optimiser are float32 either way. "
+        option(
+            MEMORY,
+            f"Of {', '.join(PRECISIONS)}; weights and optimiser are float32 either way. "
             "Default: bf16 on GPUs.",
-            rich_help_panel=MEMORY,
         ),
     ] = None,
     checkpoint: Annotated[
         str,
-        typer.Option(
-            help=f"Where layers keep their inputs, to compute the rest again. Of "
+        option(
+            MEMORY,
+            f"Where layers keep their inputs, to compute the rest again. Of "
             f"{', '.join(CHECKPOINTS)}.",
-            rich_help_panel=MEMORY,
         ),
     ] = "device",
     loss_chunk: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Tokens whose logits are held at once; 0: all.", rich_help_panel=MEMORY
-        ),
+        int, option(MEMORY, "Tokens whose logits are held at once; 0: all.", min=0)
     ] = 2048,
-    mlp_chunk: Annotated[
-        int, typer.Option(min=0, help="Tokens of an MLP at once; 0: all.", rich_help_panel=MEMORY)
-    ] = 0,
+    mlp_chunk: Annotated[int, option(MEMORY, "Tokens of an MLP at once; 0: all.", min=0)] = 0,
     fsdp: Annotated[
-        bool,
-        typer.Option(
-            "--fsdp", help=f"Under torchrun: FSDP2, as {FSDP2.name} says.", rich_help_panel=MEMORY
-        ),
+        bool, option(MEMORY, f"Under torchrun: FSDP2, as {FSDP2.name} says.", "--fsdp")
     ] = False,
     context_parallel: Annotated[
-        int,
-        typer.Option(
-            min=1, help="GPUs that share each sequence, with FSDP2.", rich_help_panel=MEMORY
-        ),
+        int, option(MEMORY, "GPUs that share each sequence, with FSDP2.", min=1)
     ] = 1,
     resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume", help="Go on from the last checkpoint in --output.", rich_help_panel=RUN
-        ),
+        bool, option(RUN, "Go on from the last checkpoint in --output.", "--resume")
     ] = False,
-    save_every: Annotated[
-        int, typer.Option(min=0, help="Steps; 0: only at the end.", rich_help_panel=RUN)
-    ] = 500,
-    keep: Annotated[
-        int, typer.Option(min=1, help="Checkpoints, the last ones.", rich_help_panel=RUN)
-    ] = 2,
-    log_every: Annotated[int, typer.Option(min=1, help="Steps.", rich_help_panel=RUN)] = 1,
+    save_every: Annotated[int, option(RUN, "Steps; 0: only at the end.", min=0)] = 500,
+    keep: Annotated[int, option(RUN, "Checkpoints, the last ones.", min=1)] = 2,
+    log_every: Annotated[int, option(RUN, "Steps.", min=1)] = 1,
 ) -> None:
     """Trains a sparse model with the Trainer of transformers, on one process or many."""
     logging.set_verbosity_error()

@@ -24,25 +24,19 @@ MODEL, DATA, LEARNING, RUN = "Model", "Text", "What is learned", "Run"
 # How fast the second stage learns by default: adapters start at nothing, and have to go far.
 RATE, RATE_OF_ADAPTERS = 2e-5, 2e-4
 
+
+def option(panel: str, text: str | None = None, *names: str, **limits: Any) -> Any:
+    """An option of a command that stands in a panel of its help; `limits` is for typer."""
+    return typer.Option(*names, help=text, rich_help_panel=panel, **limits)
+
+
 Text = Annotated[
     list[str],
-    typer.Option(
-        help="Files of text (any name) or tokens (.bin, .npy), or folders of text. Repeat.",
-        rich_help_panel=DATA,
-    ),
+    option(DATA, "Files of text (any name) or tokens (.bin, .npy), or folders of text. Repeat."),
 ]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        help="Of .bin files: uint8, uint16, uint32, int32 or int64.", rich_help_panel=DATA
-    ),
-]
-Precision = Annotated[
-    str | None, typer.Option(help="Of bf16, fp32. Default: bf16 on GPUs.", rich_help_panel=RUN)
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Do away with what is in --output.", rich_help_panel=RUN)
-]
+Dtype = Annotated[str, option(DATA, "Of .bin files: uint8, uint16, uint32, int32 or int64.")]
+Precision = Annotated[str | None, option(RUN, "Of bf16, fp32. Default: bf16 on GPUs.")]
+Overwrite = Annotated[bool, option(RUN, "Do away with what is in --output.", "--overwrite")]
 
 
 def convert(
@@ -51,171 +45,130 @@ def convert(
         str, typer.Argument(help="A dense one: a folder, a name on the hub, or a .gguf file.")
     ],
     text: Text,
-    output: Annotated[
-        Path,
-        typer.Option(file_okay=False, help="Where all goes that is written.", rich_help_panel=RUN),
-    ],
+    output: Annotated[Path, option(RUN, "Where all goes that is written.", file_okay=False)],
     # The sparse model that is made of it.
     preset: Annotated[
-        str | None,
-        typer.Option(help=f"Of {', '.join(PRESETS)}. Default: fsa-64x16.", rich_help_panel=MODEL),
+        str | None, option(MODEL, f"Of {', '.join(PRESETS)}. Default: fsa-64x16.")
     ] = None,
     config: Annotated[
         Path | None,
-        typer.Option(
-            help="Instead: YAML of an NSAConfig, as in configs/.",
-            exists=True,
-            dir_okay=False,
-            rich_help_panel=MODEL,
+        option(
+            MODEL, "Instead: YAML of an NSAConfig, as in configs/.", exists=True, dir_okay=False
         ),
     ] = None,
     setting: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set",
-            help="A field of NSAConfig, as in num_selected_blocks=32. Repeat.",
-            rich_help_panel=MODEL,
-        ),
+        option(MODEL, "A field of NSAConfig, as in num_selected_blocks=32. Repeat.", "--set"),
     ] = None,
     dense_layer: Annotated[
         list[int] | None,
-        typer.Option(
-            help="Index of a layer that stays dense; -1 is the last. Repeat.", rich_help_panel=MODEL
-        ),
+        option(MODEL, "Index of a layer that stays dense; -1 is the last. Repeat."),
     ] = None,
     layer_set: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A field of some layers, as in 3-10:num_selected_blocks=48. Repeat.",
-            rich_help_panel=MODEL,
-        ),
+        option(MODEL, "A field of some layers, as in 3-10:num_selected_blocks=48. Repeat."),
     ] = None,
     twin: Annotated[
         bool,
-        typer.Option(
+        option(
+            MODEL,
+            "Train the dense model alike instead, and leave it dense, for comparison.",
             "--twin",
-            help="Train the dense model alike instead, and leave it dense, for comparison.",
-            rich_help_panel=MODEL,
         ),
     ] = False,
     # How the text becomes batches.
     dtype: Dtype = "uint16",
-    length: Annotated[
-        int, typer.Option(min=2, help="Tokens of a sequence.", rich_help_panel=DATA)
-    ] = 8192,
+    length: Annotated[int, option(DATA, "Tokens of a sequence.", min=2)] = 8192,
     separate: Annotated[
         bool,
-        typer.Option(
+        option(
+            DATA,
+            "Documents do not see each other. Else the text goes on from one to the next.",
             "--separate",
-            help="Documents do not see each other. Else the text goes on from one to the next.",
-            rich_help_panel=DATA,
         ),
     ] = False,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Sequences at once.", rich_help_panel=DATA)
-    ] = 1,
-    accumulate: Annotated[
-        int, typer.Option(min=1, help="Batches of a step.", rich_help_panel=DATA)
-    ] = 4,
+    batch_size: Annotated[int, option(DATA, "Sequences at once.", min=1)] = 1,
+    accumulate: Annotated[int, option(DATA, "Batches of a step.", min=1)] = 4,
     # What learns, how fast, and for how long.
-    steps: Annotated[int, typer.Option(min=1, help="In all.", rich_help_panel=LEARNING)] = 500,
+    steps: Annotated[int, option(LEARNING, "In all.", min=1)] = 500,
     warm_up: Annotated[
         int | None,
-        typer.Option(
-            min=0,
-            help="Of these steps, the first, in which gates and compressors alone learn, from "
+        option(
+            LEARNING,
+            "Of these steps, the first, in which gates and compressors alone learn, from "
             "dense attention. Default: a fifth.",
-            rich_help_panel=LEARNING,
+            min=0,
         ),
     ] = None,
     fade: Annotated[
         float,
-        typer.Option(
+        option(
+            LEARNING,
+            "Share of the other steps after which outputs of layers need not match any more.",
             min=0,
             max=1,
-            help="Share of the other steps after which outputs of layers need not match any more.",
-            rich_help_panel=LEARNING,
         ),
     ] = 0.5,
     error: Annotated[
         float,
-        typer.Option(
-            min=0,
-            help="Weight of that, beside the model's own loss, where these steps begin.",
-            rich_help_panel=LEARNING,
+        option(
+            LEARNING, "Weight of that, beside the model's own loss, where these steps begin.", min=0
         ),
     ] = 0.1,
     divergence: Annotated[
         float,
-        typer.Option(
+        option(
+            LEARNING,
+            "Weight, to the end, of choosing the blocks that dense attention looks at.",
             min=0,
-            help="Weight, to the end, of choosing the blocks that dense attention looks at.",
-            rich_help_panel=LEARNING,
         ),
     ] = 0.1,
     learning_rate: Annotated[
         float | None,
-        typer.Option(
-            min=0,
-            help=f"At its highest, of what was there before. Default: {RATE:g}, or with --lora "
+        option(
+            LEARNING,
+            f"At its highest, of what was there before. Default: {RATE:g}, or with --lora "
             f"{RATE_OF_ADAPTERS:g}.",
-            rich_help_panel=LEARNING,
+            min=0,
         ),
     ] = None,
     new_learning_rate: Annotated[
-        float,
-        typer.Option(min=0, help="The same of gates and compressors.", rich_help_panel=LEARNING),
+        float, option(LEARNING, "The same of gates and compressors.", min=0)
     ] = 3e-4,
     gate_learning_rate: Annotated[
-        float | None,
-        typer.Option(
-            min=0, help="Of gates alone. Default: as compressors'.", rich_help_panel=LEARNING
-        ),
+        float | None, option(LEARNING, "Of gates alone. Default: as compressors'.", min=0)
     ] = None,
-    ramp: Annotated[
-        int, typer.Option(min=0, help="Steps until that.", rich_help_panel=LEARNING)
-    ] = 10,
-    weight_decay: Annotated[float, typer.Option(min=0, rich_help_panel=LEARNING)] = 0.1,
+    ramp: Annotated[int, option(LEARNING, "Steps until that.", min=0)] = 10,
+    weight_decay: Annotated[float, option(LEARNING, min=0)] = 0.1,
     lora: Annotated[
         int,
-        typer.Option(
-            min=0,
-            help="Rank of adapters that learn instead of what was there before, and are merged "
+        option(
+            LEARNING,
+            "Rank of adapters that learn instead of what was there before, and are merged "
             "into it in the end.",
-            rich_help_panel=LEARNING,
+            min=0,
         ),
     ] = 0,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Of the order.", rich_help_panel=LEARNING)
-    ] = 0,
+    seed: Annotated[int, option(LEARNING, "Of the order.", min=0, max=2**32 - 1)] = 0,
     precision: Precision = None,
     # How the run goes, and what it leaves on the disk.
     layer_inputs: Annotated[
         str,
-        typer.Option(
-            help="Where layers keep their inputs, to compute all else again: none, device, host.",
-            rich_help_panel=RUN,
+        option(
+            RUN, "Where layers keep their inputs, to compute all else again: none, device, host."
         ),
     ] = "device",
     loss_chunk: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Tokens whose logits are held at once; 0: all.", rich_help_panel=RUN
-        ),
+        int, option(RUN, "Tokens whose logits are held at once; 0: all.", min=0)
     ] = 2048,
     save_every: Annotated[
-        int,
-        typer.Option(
-            min=0, help="Steps between what a next call goes on from; 0: none.", rich_help_panel=RUN
-        ),
+        int, option(RUN, "Steps between what a next call goes on from; 0: none.", min=0)
     ] = 100,
-    log_every: Annotated[int, typer.Option(min=1, help="Steps.", rich_help_panel=RUN)] = 1,
+    log_every: Annotated[int, option(RUN, "Steps.", min=1)] = 1,
     dry_run: Annotated[
         bool,
-        typer.Option(
-            "--dry-run",
-            help="Say what would be trained, and how long it takes. Writes nothing.",
-            rich_help_panel=RUN,
+        option(
+            RUN, "Say what would be trained, and how long it takes. Writes nothing.", "--dry-run"
         ),
     ] = False,
     overwrite: Overwrite = False,
@@ -306,41 +259,30 @@ def convert_report(
         str, typer.Argument(help="A sparse one, as DIR/model of `nsa-fsa convert`.")
     ],
     text: Text,
-    output: Annotated[
-        Path, typer.Option(file_okay=False, help="Where it goes.", rich_help_panel=RUN)
-    ],
+    output: Annotated[Path, option(RUN, "Where it goes.", file_okay=False)],
     # What it is compared with.
     dense: Annotated[
         str | None,
-        typer.Option(
-            help="What it is compared with. Default: the same weights with dense attention.",
-            rich_help_panel=MODEL,
-        ),
+        option(MODEL, "What it is compared with. Default: the same weights with dense attention."),
     ] = None,
     # What is read of the text, and how much.
     dtype: Dtype = "uint16",
     length: Annotated[
         int | None,
-        typer.Option(
+        option(
+            DATA,
+            "Tokens of a window. Default: as many as the model was made for, at most 8192.",
             min=64,
-            help="Tokens of a window. Default: as many as the model was made for, at most 8192.",
-            rich_help_panel=DATA,
         ),
     ] = None,
-    windows: Annotated[
-        int, typer.Option(min=1, help="How many, evenly spaced.", rich_help_panel=DATA)
-    ] = 16,
+    windows: Annotated[int, option(DATA, "How many, evenly spaced.", min=1)] = 16,
     needles: Annotated[
         int,
-        typer.Option(
-            min=0,
-            help="Needles of every length and depth, and copies of every depth; 0: none.",
-            rich_help_panel=DATA,
+        option(
+            DATA, "Needles of every length and depth, and copies of every depth; 0: none.", min=0
         ),
     ] = 4,
-    seed: Annotated[
-        int, typer.Option(min=0, max=2**32 - 1, help="Of needles.", rich_help_panel=DATA)
-    ] = 0,
+    seed: Annotated[int, option(DATA, "Of needles.", min=0, max=2**32 - 1)] = 0,
     # How the run goes.
     precision: Precision = None,
     overwrite: Overwrite = False,
