@@ -221,6 +221,13 @@ def need_a_gpu() -> None:
         raise typer.Exit(1)
 
 
+def bench_of(name: str, output: Path, milliseconds: float) -> Bench:
+    """What measures for a command and writes down the results, where there is something to time."""
+    need_a_gpu()
+    meter = CudaMeter(milliseconds)
+    return Bench(meter, Results(output, name, meter.method), console)
+
+
 bench_app = typer.Typer(invoke_without_command=True)
 app.add_typer(bench_app, name="bench")
 
@@ -262,20 +269,20 @@ def bench(
             raise typer.BadParameter(f"options come behind the command's name. {fix}")
         return
     names = implementation or list(IMPLEMENTATIONS)
-    timed = [IMPLEMENTATIONS[chosen(x, IMPLEMENTATIONS, "--implementation")] for x in names]
+    implementations = [
+        IMPLEMENTATIONS[chosen(x, IMPLEMENTATIONS, "--implementation")] for x in names
+    ]
     passes = [chosen(x, PASSES, "--pass") for x in only or PASSES]
     layers = layers_of(config, preset, heads, kv_heads, head_dim)
     kind = DTYPES[chosen(dtype, HALF, "--dtype")]
-    need_a_gpu()
-    meter = CudaMeter(milliseconds)
-    results = Results(output, "bench", meter.method)
+    timed = bench_of("bench", output, milliseconds)
     for layer in layers:
         for length in tokens or (8192, 32768, 65536):
             case = Case(layer, length, kind, seed=seed)
-            for by in timed:
-                Bench(meter, results, console).measure(case, by, passes)
-    console.print(bench_table(results.document))
-    console.print(f"Results: {results.path}")
+            for by in implementations:
+                timed.measure(case, by, passes)
+    console.print(bench_table(timed.results.document))
+    console.print(f"Results: {timed.results.path}")
 
 
 @bench_app.command(name="decode")
@@ -305,17 +312,15 @@ def bench_decode(
     """
     layers = layers_of(config, preset, heads, kv_heads, head_dim)
     kind = DTYPES[chosen(dtype, HALF, "--dtype")]
-    need_a_gpu()
-    meter = CudaMeter(milliseconds)
-    results = Results(output, "bench_decode", meter.method)
+    timed = bench_of("bench_decode", output, milliseconds)
     for layer in layers:
         for number in batch or (1,):
             for length in tokens or (8192, 32768, 65536, 131072):
                 case = DecodeCase(layer, length, kind, seed=seed, batch_size=number, num_new=new)
                 for by in (NSA_DECODE, *FULL_DECODING):
-                    Bench(meter, results, console).measure(case, by, ["forward"])
-    console.print(decode_table(results.document))
-    console.print(f"Results: {results.path}")
+                    timed.measure(case, by, ["forward"])
+    console.print(decode_table(timed.results.document))
+    console.print(f"Results: {timed.results.path}")
 
 
 @bench_app.command(name="prefill")
@@ -343,17 +348,15 @@ def bench_prefill(
     """
     layers = layers_of(config, preset, heads, kv_heads, head_dim)
     kind = DTYPES[chosen(dtype, HALF, "--dtype")]
-    need_a_gpu()
-    meter = CudaMeter(milliseconds)
-    results = Results(output, "bench_prefill", meter.method)
+    timed = bench_of("bench_prefill", output, milliseconds)
     ways = [NSA_LAYER, *(prefill(x) for x in (None, *(chunk or (16384,))))]
     for layer in layers:
         for length in tokens or (32768, 65536, 131072):
             case = Case(layer, length, kind, seed=seed)
             for by in ways:
-                Bench(meter, results, console).measure(case, by, ["forward"])
-    console.print(bench_table(results.document))
-    console.print(f"Results: {results.path}")
+                timed.measure(case, by, ["forward"])
+    console.print(bench_table(timed.results.document))
+    console.print(f"Results: {timed.results.path}")
 
 
 @app.command()
@@ -380,14 +383,12 @@ def crossover(
     full = chosen(against or first_peer(), FULL_ATTENTION, "--against")
     layers = layers_of(config, preset, heads, kv_heads, head_dim)
     kind = DTYPES[chosen(dtype, HALF, "--dtype")]
-    need_a_gpu()
-    meter = CudaMeter(milliseconds)
-    results = Results(output, "crossover", meter.method)
+    timed = bench_of("crossover", output, milliseconds)
     for layer in layers:
         case = Case(layer, LENGTHS[0], kind, seed=seed)
-        Bench(meter, results, console).crossover(case, FULL_ATTENTION[full])
-    console.print(crossover_table(results.document))
-    console.print(f"Results: {results.path}")
+        timed.crossover(case, FULL_ATTENTION[full])
+    console.print(crossover_table(timed.results.document))
+    console.print(f"Results: {timed.results.path}")
 
 
 @app.command(
