@@ -56,13 +56,5 @@ PATCHED = [
     dataclasses.replace(
         NSA_LAYER, function=rotated_first, reference=partial(rotated_first, backend="reference")
     ),
-    Layer(
-        "patched_layer",
-        "nsa_fsa, layer of a patched model",
-        "layer",
-        patched,
-        partial(patched, backend="reference"),
-        (),
-        outputs=("y",),
-    ),
+    Layer.of("patched_layer", "nsa_fsa, layer of a patched model", patched),
 ]

@@ -18,7 +18,13 @@ from torch.nn.attention import flex_attention as flex
 
 from benchmarks.operators import PARTS, SELECTED
 from nsa_fsa.benchmarking.cases import Case, Pass
-from nsa_fsa.benchmarking.implementations import CUDNN, FLASH_ATTN_4, Function, Implementation, sdpa
+from nsa_fsa.benchmarking.implementations import (
+    CUDNN,
+    FLASH_ATTN_4,
+    SDPA_FLASH,
+    Function,
+    Implementation,
+)
 
 
 def flash_attn_2(case: Case, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -72,17 +78,14 @@ def cudnn_nsa(case: Case) -> Function:
         raise ValueError(f"its selection attention takes blocks of 16, 32 or 64 keys, not {size}")
     function = importlib.import_module("cudnn").NSA.selection_attention_wrapper
     counts = (case["block_indices"] >= 0).sum(-1, dtype=torch.int32)
-    where, tokens = case["cu_seqlens"], case.num_tokens
     options: dict[str, Any] = dict(
         block_indices_tensor=case["block_indices"],
         block_counts_tensor=counts,
         block_size=size,
-        cum_seqlen_q_tensor=where,
-        cum_seqlen_k_tensor=where,
-        max_s_q=tokens,
-        max_s_k=tokens,
         scale_softmax=case.config.scale,
     )
+    for x in "qk":  # they lie in the same rows
+        options |= {f"cum_seqlen_{x}_tensor": case["cu_seqlens"], f"max_s_{x}": case.num_tokens}
     if "is_causal" in inspect.signature(function).parameters:
         options["is_causal"] = True
 
@@ -135,12 +138,7 @@ def prepared(like: Implementation, name: str, label: str, function: Function, di
 FULL = [
     FLASH_ATTN_4,
     CUDNN,
-    dataclasses.replace(
-        CUDNN,
-        name="sdpa_flash",
-        label="full: FA2 (SDPA)",
-        function=partial(sdpa, backend="FLASH_ATTENTION"),
-    ),
+    SDPA_FLASH,
     dataclasses.replace(
         CUDNN,
         name="flash_attn_2",

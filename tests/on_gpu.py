@@ -7,6 +7,8 @@ from itertools import accumulate
 import pytest
 import torch
 
+from nsa_fsa.benchmarking.meter import record as record
+
 MIB, GIB = 2**20, 2**30
 # Row 1 of reliability.md.
 RMS_RATIO = {torch.float16: 0.005, torch.bfloat16: 0.005, torch.float32: 1e-5}
@@ -54,22 +56,6 @@ def syncs_forbidden():
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
-
-
-def record(run):
-    """A CUDA graph of one run, after some on a stream of its own, as PyTorch asks for;
-    and what that run returned.
-    """
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = run()
-    return graph, recorded
 
 
 def assert_no_growth(run, steps=50):

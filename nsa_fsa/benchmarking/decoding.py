@@ -23,11 +23,13 @@ from nsa_fsa.benchmarking.implementations import (
     CUDNN,
     FLASH_ATTN_4,
     LAYER_TOLERANCE,
+    SDPA_FLASH,
     Function,
     Implementation,
     Layer,
     layer,
 )
+from nsa_fsa.benchmarking.meter import record
 from nsa_fsa.cache import NSACache
 from nsa_fsa.decode import Pages, Pooling, append_tokens, nsa_decode
 from nsa_fsa.modules.rotary import RotaryEmbedding
@@ -225,15 +227,7 @@ def captured(steps: list[Step], device: str) -> tuple[Callable[[], None], list[T
 
     if device != "cuda":
         return run, results
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
+    graph, _ = record(run)
     return graph.replay, results[-1:]
 
 
@@ -279,40 +273,18 @@ NSA_DECODE = Decoding(
     "nsa_decode", "nsa_fsa, decoding", "ours", nsa_step, partial(nsa_step, backend="reference"), ()
 )
 
-LAYER_DECODE = LayerDecoding(
-    "layer_decode",
-    "nsa_fsa, a layer's step",
-    "layer",
-    layer,
-    partial(layer, backend="reference"),
-    (),
-    outputs=("y",),
-)
+LAYER_DECODE = LayerDecoding.of("layer_decode", "nsa_fsa, a layer's step", layer)
 
-SDPA = Decoding(
-    CUDNN.name,
-    CUDNN.label,
-    "full",
-    sdpa_step,
-    full_step,
-    (),
-    reads_blocks=False,
-    distribution="torch",
-)
 
+def step_of(full: Implementation, step: Function) -> Decoding:
+    """Full attention of new tokens, as who computes it of all."""
+    others: Options = dict(reads_blocks=full.reads_blocks, distribution=full.distribution)
+    return Decoding(full.name, full.label, full.kind, step, full_step, (), **others)
+
+
+SDPA = step_of(CUDNN, sdpa_step)
 FULL_DECODING = [
-    dataclasses.replace(
-        SDPA,
-        name=FLASH_ATTN_4.name,
-        label=FLASH_ATTN_4.label,
-        function=flash_attn_4_step,
-        distribution=FLASH_ATTN_4.distribution,
-    ),
+    step_of(FLASH_ATTN_4, flash_attn_4_step),
     SDPA,
-    dataclasses.replace(
-        SDPA,
-        name="sdpa_flash",
-        label="full: FA2 (SDPA)",
-        function=partial(sdpa_step, backend="FLASH_ATTENTION"),
-    ),
+    step_of(SDPA_FLASH, partial(sdpa_step, backend="FLASH_ATTENTION")),
 ]

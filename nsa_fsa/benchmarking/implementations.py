@@ -89,6 +89,12 @@ def layer(case: Case, backend: str | None = None) -> NativeSparseAttention:
 
 
 class Layer(Implementation):
+    @classmethod
+    def of(cls, name: str, label: str, make: Function) -> "Layer":
+        """The layer that `make` makes of a case, and of the name of a backend."""
+        reference = partial(make, backend="reference")
+        return cls(name, label, "layer", make, reference, (), outputs=("y",))
+
     def passes(self, case: Case, function: Function | None = None) -> dict[str, Pass]:
         module = (function or self.function)(case)
         leaves = dict(x=case["x"], **dict(module.named_parameters()))
@@ -131,15 +137,7 @@ NSA_CORE = Implementation(
     ("q", "k", "v", "k_cmp", "v_cmp", "gate_logits"),
 )
 
-NSA_LAYER = Layer(
-    "nsa_layer",
-    "nsa_fsa, whole layer",
-    "layer",
-    layer,
-    partial(layer, backend="reference"),
-    (),
-    outputs=("y",),
-)
+NSA_LAYER = Layer.of("nsa_layer", "nsa_fsa, whole layer", layer)
 
 CUDNN = Implementation(
     "cudnn",
@@ -158,6 +156,13 @@ FLASH_ATTN_4 = dataclasses.replace(
     label="full: flash-attn 4",
     function=flash_attn_4,
     distribution="flash-attn-4",
+)
+
+SDPA_FLASH = dataclasses.replace(
+    CUDNN,
+    name="sdpa_flash",
+    label="full: FA2 (SDPA)",
+    function=partial(sdpa, backend="FLASH_ATTENTION"),
 )
 
 FULL_ATTENTION = {x.name: x for x in (FLASH_ATTN_4, CUDNN)}  # the first that runs is the peer

@@ -1,15 +1,33 @@
-"""The meter: how long a call takes on the GPU and on the host, and how much memory."""
+"""The meter: how long a call takes on the GPU and on the host, and how much memory; and calls in a
+CUDA graph."""
 
 import math
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 Call = Callable[[], Any]
+R = TypeVar("R")
+
+
+def record(run: Callable[[], R]) -> tuple[torch.cuda.CUDAGraph, R]:
+    """A CUDA graph of one run, after some on a stream of its own, as PyTorch asks for;
+    and what that run returned.
+    """
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = run()
+    return graph, recorded
 
 
 class CudaMeter:
