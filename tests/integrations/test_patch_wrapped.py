@@ -19,20 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from nsa_fsa.integrations.transformers import NSALlamaForCausalLM, patch_model, unpatch_model
 from nsa_fsa.modules import Compressor
 from nsa_fsa.modules.gating import BranchGate
-from tests.integrations.models import (
-    PROJECTIONS,
-    TINY_REACH,
-    assert_same,
-    attentions,
-    dense_config,
-    dense_model,
-    open_only_the_selected_branch,
-    output,
-    scramble,
-    snapshot,
-    sparse_model,
-    tokens,
-)
+from tests.integrations import models
 
 # --- Wrapped models -------------------------------------------------------------------------------
 
@@ -53,10 +40,10 @@ WRAPPERS = {
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_unpatching_a_wrapped_model(name):
     device = "cuda" if torch.cuda.is_available() else "cpu"  # where DataParallel takes its inputs
-    model, ids = dense_model().to(device), tokens(1, 130).to(device)
-    expected = output(model, ids)
+    model, ids = models.dense_model().to(device), models.tokens(1, 130).to(device)
+    expected = models.output(model, ids)
     patch_model(model, "tiny", verbose=False)
-    wrapped = WRAPPERS[name](scramble(model))
+    wrapped = WRAPPERS[name](models.scramble(model))
     if name != "compile":  # which takes 20 seconds for the sparse model
         assert (wrapped(ids)[0] - expected).abs().max() > 1e-3
     assert unpatch_model(wrapped) is wrapped
@@ -66,15 +53,15 @@ def test_unpatching_a_wrapped_model(name):
 
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
 def test_patching_a_wrapped_model_is_refused(wrap):
-    model = dense_model()
+    model = models.dense_model()
     wrapped = wrap(model)
-    before = snapshot(model)
+    before = models.snapshot(model)
     with pytest.raises(
         TypeError,
         match=r"cannot be patched.*LlamaForCausalLM inside it before wrapping.*get_peft_model",
     ):
         patch_model(wrapped, "tiny", verbose=False)
-    assert_same(before, snapshot(model))
+    models.assert_same(before, models.snapshot(model))
 
 
 def test_what_cannot_be_unpatched_is_refused_by_name(tmp_path):
@@ -85,7 +72,7 @@ def test_what_cannot_be_unpatched_is_refused_by_name(tmp_path):
     class MyNSA(NSALlamaForCausalLM):
         pass
 
-    model, other = sparse_model(), sparse_model()
+    model, other = models.sparse_model(), models.sparse_model()
     other.__class__ = MyNSA
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
@@ -97,20 +84,20 @@ def test_what_cannot_be_unpatched_is_refused_by_name(tmp_path):
             (model.model, "LlamaModel"),
             (other, "MyNSA"),
         ):
-            before = snapshot(model)
+            before = models.snapshot(model)
             with pytest.raises(
                 TypeError,
                 match=f"{name} cannot be unpatched.*Fix: call unpatch_model with the whole",
             ):
                 unpatch_model(whole)
-            assert_same(before, snapshot(model))
-        sharded = dense_model()
+            models.assert_same(before, models.snapshot(model))
+        sharded = models.dense_model()
         torch.distributed.fsdp.fully_shard(
             sharded.model.layers[0], mesh=init_device_mesh("cpu", (1,))
         )
         with pytest.raises(ValueError, match="sharded already"):
             patch_model(sharded, "tiny", verbose=False)
-        patch_model(sharded := dense_model(), "tiny", verbose=False)
+        patch_model(sharded := models.dense_model(), "tiny", verbose=False)
         torch.distributed.fsdp.fully_shard(
             sharded.model.layers[0], mesh=init_device_mesh("cpu", (1,))
         )
@@ -124,20 +111,20 @@ def test_a_base_model_patched_inside_its_causal_model(tmp_path):
     """The causal model's config says so, and the checkpoint loads sparse;
     other models of that config stay as they are.
     """
-    config = dense_config()
+    config = models.dense_config()
     torch.manual_seed(0)
     model, other = (transformers.LlamaForCausalLM(config).eval() for _ in range(2))
-    ids, before = tokens(1, 130), snapshot(other)
-    expected = output(model, ids)
+    ids, before = models.tokens(1, 130), models.snapshot(other)
+    expected = models.output(model, ids)
     patch_model(model.model, "tiny", verbose=False)
     assert model.config is model.model.config
-    assert_same(before, snapshot(other))
-    scramble(model).save_pretrained(tmp_path)
+    models.assert_same(before, models.snapshot(other))
+    models.scramble(model).save_pretrained(tmp_path)
     loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     assert type(loaded) is NSALlamaForCausalLM
-    assert torch.equal(output(loaded, ids), output(model, ids))
+    assert torch.equal(models.output(loaded, ids), models.output(model, ids))
     assert unpatch_model(model).config is config
-    assert torch.equal(output(model, ids), expected)
+    assert torch.equal(models.output(model, ids), expected)
 
 
 # --- Quantized and offloaded weights --------------------------------------------------------------
@@ -164,8 +151,8 @@ class Int8Linear(torch.nn.Module):
 
 
 def pack(model, name="weight"):
-    for attention in attentions(model):
-        for projection in PROJECTIONS:
+    for attention in models.attentions(model):
+        for projection in models.PROJECTIONS:
             setattr(attention, projection, Int8Linear(getattr(attention, projection), name))
     return model
 
@@ -187,15 +174,15 @@ def test_quantized_and_offloaded_models(change):
     """New parameters are real, in the precision of the rest; with the selected branch alone it is
     the same model.
     """
-    model, ids = change(dense_model()), tokens(1, TINY_REACH)
-    expected = output(model, ids)
+    model, ids = change(models.dense_model()), models.tokens(1, models.TINY_REACH)
+    expected = models.output(model, ids)
     patch_model(model, "tiny", verbose=False)
-    gate = attentions(model)[0].gate
+    gate = models.attentions(model)[0].gate
     assert (gate.weight.dtype, gate.weight.device.type) == (expected.dtype, "cpu")
-    open_only_the_selected_branch(model)
+    models.open_only_the_selected_branch(model)
     tolerance = 1e-1 if expected.dtype == torch.bfloat16 else 1e-3
-    torch.testing.assert_close(output(model, ids), expected, rtol=tolerance, atol=tolerance)
-    assert torch.equal(output(unpatch_model(model), ids), expected)
+    torch.testing.assert_close(models.output(model, ids), expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(models.output(unpatch_model(model), ids), expected)
 
 
 WRAPPED = {
@@ -212,7 +199,7 @@ WRAPPED = {
 @pytest.mark.parametrize("wrap", WRAPPED.values(), ids=WRAPPED)
 def test_patching_again_keeps_what_is_around_the_layers(wrap):
     """Adapters and offloaded weights go on with the new settings, as a model without them would."""
-    model, ids = sparse_model(), tokens(1, 200)
+    model, ids = models.sparse_model(), models.tokens(1, 200)
     plain = copy.deepcopy(model)
     settings = dict(window_size=7, kernel_stride=4, gate_init="dense", backend="reference")
     wrapped = wrap(model)
@@ -235,9 +222,14 @@ def test_patching_again_keeps_what_is_around_the_layers(wrap):
         name for name in modules if found[name] is not modules[name] and "rotary" not in name
     ] == []
     assert all(dict(wrapped.named_parameters())[name] is p for name, p in learned.items())
-    torch.testing.assert_close(output(wrapped, ids), output(plain, ids), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        output(unpatch_model(wrapped), ids), output(unpatch_model(plain), ids), rtol=1e-4, atol=1e-4
+        models.output(wrapped, ids), models.output(plain, ids), rtol=1e-4, atol=1e-4
+    )
+    torch.testing.assert_close(
+        models.output(unpatch_model(wrapped), ids),
+        models.output(unpatch_model(plain), ids),
+        rtol=1e-4,
+        atol=1e-4,
     )
 
 
@@ -256,50 +248,50 @@ def wrap_attention(model):
 @pytest.mark.parametrize("first", [True, False], ids=["wrapped first", "patched first"])
 def test_wrappers_around_layers_or_attention(wrap, first):
     """Their attributes are the wrapped module's to read, but not to set."""
-    model, plain, ids = dense_model(), dense_model(), tokens(1, 200)
-    expected = output(plain, ids)
+    model, plain, ids = models.dense_model(), models.dense_model(), models.tokens(1, 200)
+    expected = models.output(plain, ids)
     if first:
         wrap(model)
     for either in (plain, model):
         patch_model(either, "tiny", gate_init="balanced", verbose=False)
     if not first:
         wrap(model)
-    scramble(plain)
+    models.scramble(plain)
     model.load_state_dict(plain.state_dict())  # transparent in names
-    assert torch.equal(output(model, ids), output(plain, ids))
+    assert torch.equal(models.output(model, ids), models.output(plain, ids))
     for either in (plain, model):
         patch_model(either, window_size=9, verbose=False)
-    assert torch.equal(output(model, ids), output(plain, ids))
+    assert torch.equal(models.output(model, ids), models.output(plain, ids))
     assert torch.equal(model.generate(ids, max_new_tokens=3), plain.generate(ids, max_new_tokens=3))
     assert model.config.nsa == plain.config.nsa
     assert type(unpatch_model(model)) is transformers.LlamaForCausalLM
-    assert torch.equal(output(model, ids), expected)
+    assert torch.equal(models.output(model, ids), expected)
 
 
 @torch.no_grad()
 def test_a_compiled_attention_module():
     """What torch.compile returned for it runs what is inside, whatever that becomes."""
     torch._dynamo.reset()
-    model, plain, ids = dense_model(), dense_model(), tokens(1, 130)
+    model, plain, ids = models.dense_model(), models.dense_model(), models.tokens(1, 130)
     layer = model.model.layers[1]
     layer.self_attn = torch.compile(layer.self_attn, backend="eager")
-    expected = output(plain, ids)
-    torch.testing.assert_close(output(model, ids), expected, rtol=1e-5, atol=1e-5)
+    expected = models.output(plain, ids)
+    torch.testing.assert_close(models.output(model, ids), expected, rtol=1e-5, atol=1e-5)
     for either in (plain, model):
         report = patch_model(either, "tiny", gate_init="balanced", verbose=False)
         assert report.layers == (0, 1)
-        scramble(either)
-    sparse = output(plain, ids)
+        models.scramble(either)
+    sparse = models.output(plain, ids)
     assert (sparse - expected).abs().max() > 1e-3
-    torch.testing.assert_close(output(model, ids), sparse, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(models.output(model, ids), sparse, rtol=1e-5, atol=1e-5)
     unpatch_model(model)
-    torch.testing.assert_close(output(model, ids), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(models.output(model, ids), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_wrapped_part_that_would_start_anew_is_refused():
-    model = sparse_model()
+    model = models.sparse_model()
     wrapped = lora(model, modules_to_save=["self_attn.gate", "compress_v"])
-    before, own = snapshot(wrapped), lambda config: torch.nn.Identity()
+    before, own = models.snapshot(wrapped), lambda config: torch.nn.Identity()
     for part, settings in (
         ("gate", dict(gate="per_token")),
         ("gate", dict(compress_k="linear", gate="per_token")),
@@ -311,7 +303,7 @@ def test_a_wrapped_part_that_would_start_anew_is_refused():
         )
         with pytest.raises(ValueError, match=message):
             patch_model(model, **settings, verbose=False)
-    assert_same(before, snapshot(wrapped))
+    models.assert_same(before, models.snapshot(wrapped))
     assert patch_model(model, compress_k="linear", verbose=False).started_anew == (
         "0.compress_k",
         "1.compress_k",
@@ -333,15 +325,17 @@ def test_a_compressor_given_again():
     """Takes over what its predecessor learned, and whether it still learns;
     of an offloaded one it cannot.
     """
-    model = dense_model()
+    model = models.dense_model()
     patch_model(model, "tiny", compressor_k=Scaled, verbose=False)
-    parameters = [attention.compress_k.phi.scale for attention in attentions(scramble(model))]
+    parameters = [
+        attention.compress_k.phi.scale for attention in models.attentions(models.scramble(model))
+    ]
     parameters[0].requires_grad_(False)
     before = [p.item() for p in parameters]
     patch_model(model, compressor_k=Scaled, verbose=False, dry_run=True)
     assert [p.requires_grad for p in parameters] == [False, True]
     patch_model(model, window_size=7, compressor_k=Scaled, verbose=False)
-    parameters = [attention.compress_k.phi.scale for attention in attentions(model)]
+    parameters = [attention.compress_k.phi.scale for attention in models.attentions(model)]
     assert [p.item() for p in parameters] == before
     assert [p.requires_grad for p in parameters] == [False, True]
     accelerate.cpu_offload(model)
@@ -350,4 +344,4 @@ def test_a_compressor_given_again():
     ):
         patch_model(model, window_size=9, compressor_k=Scaled, verbose=False)
     patch_model(model, window_size=9, verbose=False)
-    assert output(model, tokens(1, 130)).isfinite().all()
+    assert models.output(model, models.tokens(1, 130)).isfinite().all()

@@ -5,23 +5,7 @@ measured by what low-precision PyTorch achieves.
 import pytest
 import torch
 
-from tests.cases import (
-    ATTENTIONS,
-    CASES,
-    DIFFERENTIABLE,
-    backends_of,
-    by_name,
-    call,
-    case_for,
-    device_of,
-    gradients,
-    make_inputs,
-    on_a_gpu_only,
-    operators_and_backends,
-    output,
-    select,
-    widest_dtype,
-)
+from tests import cases
 from tests.naive import gradient_floors, naive_call
 from tests.oracle import windows
 
@@ -75,16 +59,16 @@ def check_rms(name, found, expected, dtype, cancellation=0.0):
     )
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
+@pytest.mark.parametrize("case", cases.CASES, ids=str)
+@pytest.mark.parametrize(("operator", "backend"), cases.operators_and_backends())
 def test_accuracy(operator, backend, case):
     if case.name in SLOW_TO_INTERPRET.get((operator, backend), ()):
-        on_a_gpu_only(backend, backend)
-    case = case_for(operator, backend, case)
-    x = make_inputs(case, device=device_of(backend), requires_grad=True)
+        cases.on_a_gpu_only(backend, backend)
+    case = cases.case_for(operator, backend, case)
+    x = cases.make_inputs(case, device=cases.device_of(backend), requires_grad=True)
     extra = dict(return_branches=True) if operator == "nsa_attention" else {}
-    result = call(operator, case, x, backend, **extra)
-    o = output(result)
+    result = cases.call(operator, case, x, backend, **extra)
+    o = cases.output(result)
     assert o.dtype == case.dtype
     rows = torch.arange(o.shape[0], device=o.device)
     if operator in ("pool_windows", "gather_windows"):  # the other rows are unspecified
@@ -108,7 +92,7 @@ def test_accuracy(operator, backend, case):
             check_rms(name, branch.detach().double(), branch_expected.detach(), case.dtype)
         check_selection(case, exact, chosen)
     else:
-        expected = output(call(operator, case, exact, "reference"))
+        expected = cases.output(cases.call(operator, case, exact, "reference"))
     naive = naive_call(operator, case, x, chosen)
 
     check("o", "output", o[rows].detach(), naive[rows].detach(), expected[rows].detach())
@@ -116,15 +100,15 @@ def test_accuracy(operator, backend, case):
         # lse is float32 whatever the inputs are: sums of products of at most 256 terms,
         # rounded at 6e-8 each.
         assert result[1].dtype == torch.float32
-        lse_expected = call(operator, case, exact, "reference")[1]
+        lse_expected = cases.call(operator, case, exact, "reference")[1]
         torch.testing.assert_close(result[1].double(), lse_expected, rtol=1e-5, atol=1e-5)
     grads = (
-        gradients(operator, o, x, do),
-        gradients(operator, naive, x, do),
-        gradients(operator, expected, exact, do.double()),
+        cases.gradients(operator, o, x, do),
+        cases.gradients(operator, naive, x, do),
+        cases.gradients(operator, expected, exact, do.double()),
     )
     floors = gradient_floors(operator, case, exact, do.double())
-    for name, *grad in zip(DIFFERENTIABLE[operator], *grads, strict=True):
+    for name, *grad in zip(cases.DIFFERENTIABLE[operator], *grads, strict=True):
         check(f"d{name}", "gradient", *grad, floors.get(name, 0.0))
 
 
@@ -132,17 +116,17 @@ def whole_given_selection(case, x, block_indices):
     """nsa_attention in float64 with the selection given: output and branches."""
     x = x.replace(block_indices=block_indices)
     branches = [
-        output(call(f"{b}_attention", case, x, "reference"))
+        cases.output(cases.call(f"{b}_attention", case, x, "reference"))
         for b in ("compressed", "selected", "sliding_window")
     ]
     gated = x.replace(**dict(zip(("o_cmp", "o_slc", "o_swa"), branches, strict=True)))
-    return call("gated_combine", case, gated, "reference"), branches
+    return cases.call("gated_combine", case, gated, "reference"), branches
 
 
 def check_selection(case, x, block_indices):
     """The chosen blocks' summed float64 score is within 0.5% of the best possible."""
-    lse = call("compressed_attention", case, x, "reference")[1].detach()
-    best, scores = select(case, x, lse, "reference", return_scores=True)
+    lse = cases.call("compressed_attention", case, x, "reference")[1].detach()
+    best, scores = cases.select(case, x, lse, "reference", return_scores=True)
     assert torch.equal(block_indices >= 0, best >= 0)
 
     def total(indices):
@@ -152,44 +136,44 @@ def check_selection(case, x, block_indices):
 
 
 @pytest.mark.parametrize(
-    ("operator", "backend"), operators_and_backends(*ATTENTIONS, "nsa_attention")
+    ("operator", "backend"), cases.operators_and_backends(*cases.ATTENTIONS, "nsa_attention")
 )
 def test_scale(operator, backend):
     """A softmax scale other than the default reaches every branch, forward and backward:
     it equals scaled queries.
 
     Scaled by a power of 2, which rounds nothing."""
-    case = case_for(operator, backend, by_name("five"), calls=2)
-    dtype, rounding = widest_dtype(backend)
+    case = cases.case_for(operator, backend, cases.by_name("five"), calls=2)
+    dtype, rounding = cases.widest_dtype(backend)
     close = dict(rtol=rounding, atol=rounding)
     close_grads = dict(rtol=10 * rounding, atol=10 * rounding)
-    x = make_inputs(case, dtype, device=device_of(backend), requires_grad=True)
-    found = output(call(operator, case, x, backend, scale=4 * case.scale))
+    x = cases.make_inputs(case, dtype, device=cases.device_of(backend), requires_grad=True)
+    found = cases.output(cases.call(operator, case, x, backend, scale=4 * case.scale))
     do = torch.randn_like(found)
     scaled = x.replace(q=(x.q.detach() * 4).requires_grad_())
-    expected = output(call(operator, case, scaled, backend))
+    expected = cases.output(cases.call(operator, case, scaled, backend))
     torch.testing.assert_close(found, expected, **close)
-    grads = gradients(operator, found, x, do)
-    grads_scaled = gradients(operator, expected, scaled, do)
+    grads = cases.gradients(operator, found, x, do)
+    grads_scaled = cases.gradients(operator, expected, scaled, do)
     torch.testing.assert_close(grads[0], grads_scaled[0] * 4, **close_grads)
     torch.testing.assert_close(grads[1:], grads_scaled[1:], **close_grads)
 
 
-@pytest.mark.parametrize("backend", backends_of("nsa_attention"))
+@pytest.mark.parametrize("backend", cases.backends_of("nsa_attention"))
 def test_keys_and_values_of_the_sliding_branch(backend):
     """k_swa and v_swa, where given, replace k and v in the sliding branch and nowhere else."""
-    case = case_for("nsa_attention", backend, by_name("nine"))
-    x = make_inputs(case, torch.float32, device=device_of(backend), requires_grad=True)
+    case = cases.case_for("nsa_attention", backend, cases.by_name("nine"))
+    x = cases.make_inputs(case, torch.float32, device=cases.device_of(backend), requires_grad=True)
     k_swa, v_swa = (torch.randn_like(t).requires_grad_() for t in (x.k, x.v))
-    o, branches = call(
+    o, branches = cases.call(
         "nsa_attention", case, x, backend, k_swa=k_swa, v_swa=v_swa, return_branches=True
     )
-    plain = call("nsa_attention", case, x, backend, return_branches=True)[1]
-    own = output(call("sliding_window_attention", case, x.replace(k=k_swa, v=v_swa)))
+    plain = cases.call("nsa_attention", case, x, backend, return_branches=True)[1]
+    own = cases.output(cases.call("sliding_window_attention", case, x.replace(k=k_swa, v=v_swa)))
     assert torch.equal(branches.o_swa, own)
     for field in ("o_cmp", "o_slc", "block_indices"):
         assert torch.equal(getattr(branches, field), getattr(plain, field))
-    expected = call(
+    expected = cases.call(
         "gated_combine", case, x.replace(o_cmp=plain.o_cmp, o_slc=plain.o_slc, o_swa=own), backend
     )
     assert torch.equal(o, expected)

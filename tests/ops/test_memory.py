@@ -8,16 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.cases import (
-    by_name,
-    call,
-    case_for,
-    device_of,
-    gradients,
-    make_inputs,
-    operators_and_backends,
-    output,
-)
+from tests import cases
 
 MIB = 2**20
 
@@ -36,15 +27,15 @@ def resident(device):
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/statm"), reason="reads /proc/self/statm, which this system lacks"
 )
-@pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
+@pytest.mark.parametrize(("operator", "backend"), cases.operators_and_backends())
 def test_no_growth_over_50_steps(operator, backend):
-    device = device_of(backend)
-    case = case_for(operator, backend, by_name("t1000_b128"), calls=55)
-    x = make_inputs(case, device=device, requires_grad=True)
+    device = cases.device_of(backend)
+    case = cases.case_for(operator, backend, cases.by_name("t1000_b128"), calls=55)
+    x = cases.make_inputs(case, device=device, requires_grad=True)
 
     def step():
-        o = output(call(operator, case, x, backend))
-        results = [o, *gradients(operator, o, x, torch.ones_like(o))]
+        o = cases.output(cases.call(operator, case, x, backend))
+        results = [o, *cases.gradients(operator, o, x, torch.ones_like(o))]
         return sum(result.numel() * result.element_size() for result in results)
 
     for _ in range(5):  # caches and allocator arenas fill up

@@ -10,19 +10,8 @@ import torch
 from nsa_fsa import ops
 from nsa_fsa.config import BRANCHES
 from nsa_fsa.ops.sliding_window_attention.flash_attention import FLASH_ATTN_4
+from tests import on_gpu
 from tests.naive import sequence_and_position
-from tests.on_gpu import (
-    MIB,
-    assert_no_growth,
-    assert_rms_close,
-    extra,
-    needs,
-    num_bytes,
-    record,
-    sampled_rows,
-    starts,
-    syncs_forbidden,
-)
 
 pytestmark = pytest.mark.gpu
 
@@ -66,7 +55,7 @@ class Core:
             for i, x in enumerate(self.leaves)
         ]
         leaves = [x.requires_grad_() for x in taken]
-        return Core((length,), starts((length,)), leaves, self.do[rows].clone())
+        return Core((length,), on_gpu.starts((length,)), leaves, self.do[rows].clone())
 
 
 def make_core(
@@ -85,7 +74,7 @@ def make_core(
     leaves += [randn(total, num_kv_heads) for _ in range(2 * own)]
     return Core(
         tuple(lengths),
-        starts(lengths),
+        on_gpu.starts(lengths),
         [x.requires_grad_() for x in leaves],
         randn(total, num_heads),
     )
@@ -129,7 +118,7 @@ def test_against_float64(dtype, group_size, head_dim, own, recompute):
         _, branches = core.call(return_branches=True)
     expected = separately(core, branches.block_indices)
     for name, a, b in zip(RESULTS, core.run(recompute=recompute), expected, strict=False):
-        assert_rms_close(name, a, b, dtype)
+        on_gpu.assert_rms_close(name, a, b, dtype)
 
 
 @pytest.mark.parametrize("own", [False, True], ids=["shared_kv", "own_kv"])
@@ -143,10 +132,10 @@ def test_dense_queries(dtype, dense_below, own):
     expected = separately(core, branches.block_indices, dense_below)
     for name, a, b in zip(RESULTS, core.run(dense_below=dense_below), expected, strict=False):
         if b.any():
-            assert_rms_close(name, a, b, dtype)
+            on_gpu.assert_rms_close(name, a, b, dtype)
         else:
             assert not a.any(), name
-    with syncs_forbidden():
+    with on_gpu.syncs_forbidden():
         core.run(dense_below=dense_below)
 
 
@@ -190,7 +179,7 @@ def test_no_host_syncs(group_size, head_dim, recompute):
     warm, other = (make_core(lengths, 2, group_size, head_dim) for lengths in (LENGTHS, (50, 1400)))
     warm.run(recompute=recompute)
     other.run(recompute=recompute)
-    with syncs_forbidden():
+    with on_gpu.syncs_forbidden():
         warm.run(recompute=recompute)
         other.run(recompute=recompute)
 
@@ -202,7 +191,7 @@ def test_cuda_graph(deterministic_only, group_size):
     """
     core = make_core(LENGTHS, 2, group_size)
     core.lengths = (sum(LENGTHS),)  # as an upper bound, which holds for every way to cut the rows
-    graph, recorded = record(core.run)
+    graph, recorded = on_gpu.record(core.run)
     for seed, lengths in ((1, LENGTHS), (2, (3000, 101, 0, 0, 0)), (3, (0, 1, 64, 3036, 0))):
         other = make_core(lengths, 2, group_size, seed=seed)
         with torch.no_grad():
@@ -220,10 +209,10 @@ def test_cuda_graph(deterministic_only, group_size):
 @pytest.mark.parametrize("recompute", [(), BRANCHES], ids=["keep", "recompute"])
 def test_no_growth_over_50_steps(recompute):
     core = make_core((1000, 3000), 2, 4)
-    assert_no_growth(lambda: core.run(recompute=recompute))
+    on_gpu.assert_no_growth(lambda: core.run(recompute=recompute))
 
 
-@needs(90)
+@on_gpu.needs(90)
 @pytest.mark.skipif(
     FLASH_ATTN_4.missing() is not None, reason="the bounds hold with flash-attn 4 alone"
 )
@@ -234,20 +223,22 @@ def test_peak_at_131072_tokens(recompute):
     """
     core = make_core((131_072,), 4, 16)
     q, k, v = core.leaves[:3]
-    full = 2 * num_bytes(q, q, k, v) + 4 * q.shape[0] * q.shape[1]
+    full = 2 * on_gpu.num_bytes(q, q, k, v) + 4 * q.shape[0] * q.shape[1]
     core.run(recompute=recompute)  # loads the kernels
-    results, more = extra(lambda: core.run(recompute=recompute))
+    results, more = on_gpu.extra(lambda: core.run(recompute=recompute))
     # The inputs were there before: q, k, v and the gradient of o.
     # What only NSA reads and returns is counted as ours.
-    peak = more + num_bytes(*core.leaves, core.do)
+    peak = more + on_gpu.num_bytes(*core.leaves, core.do)
     assert all(torch.isfinite(x).all() for x in results)
     assert peak <= (1.5 if recompute else 2.0) * full, (
-        f"{peak / MIB:.0f} MiB, full attention's tensors {full / MIB:.0f}"
+        f"{peak / on_gpu.MIB:.0f} MiB, full attention's tensors {full / on_gpu.MIB:.0f}"
     )
 
 
-@needs(70)
-@pytest.mark.parametrize("workspace_bytes", [256 * MIB, 2048 * MIB], ids=["small", "default"])
+@on_gpu.needs(70)
+@pytest.mark.parametrize(
+    "workspace_bytes", [256 * on_gpu.MIB, 2048 * on_gpu.MIB], ids=["small", "default"]
+)
 @pytest.mark.parametrize("lengths", [(2**20,), (16,) * 100_000], ids=["million", "short"])
 def test_peak_keeps_to_the_budget_at_any_size(lengths, workspace_bytes):
     """Of 16 query and 4 key heads: with 64 the branches alone would fill an 80 GB card.
@@ -261,19 +252,25 @@ def test_peak_keeps_to_the_budget_at_any_size(lengths, workspace_bytes):
     (q, k), tokens = core.leaves[:2], sum(lengths)
     num_heads, num_kv_heads = q.shape[1], k.shape[1]
     blocks = tokens // 64 + len(lengths)
-    uncounted = tokens * (12 + 3 * 8 * num_heads) + blocks * (16 + 36 * num_kv_heads) + 64 * MIB
+    uncounted = (
+        tokens * (12 + 3 * 8 * num_heads) + blocks * (16 + 36 * num_kv_heads) + 64 * on_gpu.MIB
+    )
     before = torch.cuda.memory_allocated()
-    o, peak = extra(lambda: core.call(workspace_bytes=workspace_bytes))
+    o, peak = on_gpu.extra(lambda: core.call(workspace_bytes=workspace_bytes))
     kept = torch.cuda.memory_allocated() - before
     allowed = workspace_bytes + kept + 2 * tokens * num_kv_heads * 16 + uncounted
-    assert peak <= allowed, f"forward: {peak / MIB:.0f} MiB, allowed are {allowed / MIB:.0f}"
-    grads, peak = extra(lambda: torch.autograd.grad(o, core.leaves, core.do))
+    assert peak <= allowed, (
+        f"forward: {peak / on_gpu.MIB:.0f} MiB, allowed are {allowed / on_gpu.MIB:.0f}"
+    )
+    grads, peak = on_gpu.extra(lambda: torch.autograd.grad(o, core.leaves, core.do))
     one_head = 4 * tokens * 128 * num_heads // num_kv_heads + 4 * 16 * (tokens // 16) * 2 * 128
-    flash = 4 * q.numel() + num_bytes(q, k, k)
-    allowed = max(workspace_bytes, one_head, flash) + num_bytes(*grads) + uncounted
+    flash = 4 * q.numel() + on_gpu.num_bytes(q, k, k)
+    allowed = max(workspace_bytes, one_head, flash) + on_gpu.num_bytes(*grads) + uncounted
     # Of selected attention, as documented.
     allowed += max(0, 4 * tokens * 2 * 128 - workspace_bytes // 2)
-    assert peak <= allowed, f"backward: {peak / MIB:.0f} MiB, allowed are {allowed / MIB:.0f}"
+    assert peak <= allowed, (
+        f"backward: {peak / on_gpu.MIB:.0f} MiB, allowed are {allowed / on_gpu.MIB:.0f}"
+    )
 
 
 @torch.no_grad()
@@ -306,17 +303,17 @@ def expected_of_query(core, row, block_indices):
     return (branches * gates[row].double().sigmoid()[:, None]).sum(-1)
 
 
-@needs(120)
+@on_gpu.needs(120)
 def test_a_million_tokens():
     """48 query and 3 key heads of 128: 6 * 2^30 numbers in q. Sampled queries against float64."""
     core = make_core((2**20,), 3, 16)
     with torch.no_grad():
         o, branches = core.call(return_branches=True)
-        rows = sampled_rows(core.lengths, 24)
+        rows = on_gpu.sampled_rows(core.lengths, 24)
         expected = torch.stack(
             [expected_of_query(core, row, branches.block_indices[row]) for row in rows]
         )
-    assert_rms_close("o", o[rows], expected)
+    on_gpu.assert_rms_close("o", o[rows], expected)
     del o, branches
     for name, result in zip(RESULTS, core.run(recompute=BRANCHES), strict=False):
         assert torch.isfinite(result).all(), name

@@ -11,26 +11,7 @@ from itertools import accumulate, pairwise
 import pytest
 import torch
 
-from tests.cases import (
-    ATTENTIONS,
-    BACKENDS,
-    DIFFERENTIABLE,
-    SEVERAL_SEQUENCES,
-    backends_of,
-    by_name,
-    call,
-    case_for,
-    device_of,
-    gradients,
-    is_refused,
-    make_inputs,
-    on_a_gpu_only,
-    operators_and_backends,
-    output,
-    refusal,
-    select,
-    widest_dtype,
-)
+from tests import cases
 from tests.oracle import windows
 
 PER_TOKEN = ("q", "k", "v", "gate_logits", "o_cmp", "o_slc", "o_swa", "block_indices")
@@ -69,23 +50,23 @@ def random_output_gradient(operator, case, x, o):
     return do
 
 
-@pytest.mark.parametrize("case", SEVERAL_SEQUENCES, ids=str)
-@pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
+@pytest.mark.parametrize("case", cases.SEVERAL_SEQUENCES, ids=str)
+@pytest.mark.parametrize(("operator", "backend"), cases.operators_and_backends())
 def test_packed_equals_separate(operator, backend, case):
-    on_a_gpu_only(backend)
-    dtype, rounding = widest_dtype(backend)
-    case = case_for(operator, backend, case, calls=2, dtype=dtype)
-    x = make_inputs(case, dtype, device=device_of(backend), requires_grad=True)
-    result = call(operator, case, x, backend)
-    do = random_output_gradient(operator, case, x, output(result))
-    grads = gradients(operator, output(result), x, do)
+    cases.on_a_gpu_only(backend)
+    dtype, rounding = cases.widest_dtype(backend)
+    case = cases.case_for(operator, backend, case, calls=2, dtype=dtype)
+    x = cases.make_inputs(case, dtype, device=cases.device_of(backend), requires_grad=True)
+    result = cases.call(operator, case, x, backend)
+    do = random_output_gradient(operator, case, x, cases.output(result))
+    grads = cases.gradients(operator, cases.output(result), x, do)
     dweight = 0
     close = dict(rtol=rounding, atol=rounding)
 
     for b in range(len(case.lengths)):
         tokens, compressed = rows_of(case, b)
         x_alone = alone(case, x, b)
-        result_alone = call(operator, case, x_alone, backend)
+        result_alone = cases.call(operator, case, x_alone, backend)
         rows = compressed if operator in COMPRESSED_OUTPUT else tokens
         owned = (
             sorted(windows(x_alone.cu_seqlens, **case.windows))
@@ -93,14 +74,14 @@ def test_packed_equals_separate(operator, backend, case):
             else slice(None)
         )
         torch.testing.assert_close(
-            output(result)[rows][owned], output(result_alone)[owned], **close
+            cases.output(result)[rows][owned], cases.output(result_alone)[owned], **close
         )
-        if operator in ATTENTIONS:
+        if operator in cases.ATTENTIONS:
             torch.testing.assert_close(result[1][tokens], result_alone[1], **close)
 
-        grads_alone = gradients(operator, output(result_alone), x_alone, do[rows])
+        grads_alone = cases.gradients(operator, cases.output(result_alone), x_alone, do[rows])
         for name, grad, grad_alone in zip(
-            DIFFERENTIABLE[operator], grads, grads_alone, strict=True
+            cases.DIFFERENTIABLE[operator], grads, grads_alone, strict=True
         ):
             if name == "pool_weight":  # shared by the sequences
                 dweight = dweight + grad_alone
@@ -111,7 +92,7 @@ def test_packed_equals_separate(operator, backend, case):
             )
     if operator == "pool_windows":
         torch.testing.assert_close(grads[1], dweight, rtol=100 * rounding, atol=100 * rounding)
-    for name, grad in zip(DIFFERENTIABLE[operator], grads, strict=True):
+    for name, grad in zip(cases.DIFFERENTIABLE[operator], grads, strict=True):
         if name in PER_COMPRESSED_TOKEN:
             assert (grad[getattr(x, name).isnan()] == 0).all(), (
                 f"d{name} of a row that no token owns"
@@ -122,22 +103,22 @@ def skip_what_is_slow_to_select(case, backend):
     """A tile of 32 rows takes the interpreter about 0.1 s where there is much to choose from."""
     if (
         backend != "reference"
-        and device_of(backend) == "cpu"
+        and cases.device_of(backend) == "cpu"
         and sum(case.lengths) * case.num_heads > 2300
     ):
         pytest.skip(f"{case.name} takes Triton's interpreter too long: on a GPU only")
 
 
-@pytest.mark.parametrize("case", SEVERAL_SEQUENCES, ids=str)
-@pytest.mark.parametrize("backend", backends_of("select_blocks"))
+@pytest.mark.parametrize("case", cases.SEVERAL_SEQUENCES, ids=str)
+@pytest.mark.parametrize("backend", cases.backends_of("select_blocks"))
 def test_packed_selection_equals_separate(backend, case):
     skip_what_is_slow_to_select(case, backend)
-    x = make_inputs(case, widest_dtype(backend)[0], device=device_of(backend))
-    _, lse = call("compressed_attention", case, x)
-    indices, scores = select(case, x, lse, backend, return_scores=True)
+    x = cases.make_inputs(case, cases.widest_dtype(backend)[0], device=cases.device_of(backend))
+    _, lse = cases.call("compressed_attention", case, x)
+    indices, scores = cases.select(case, x, lse, backend, return_scores=True)
     for b in range(len(case.lengths)):
         tokens, _ = rows_of(case, b)
-        alone_indices, alone_scores = select(
+        alone_indices, alone_scores = cases.select(
             case, alone(case, x, b), lse[tokens], backend, return_scores=True
         )
         num_blocks = alone_scores.shape[2]
@@ -149,7 +130,7 @@ def test_packed_selection_equals_separate(backend, case):
 
 
 @pytest.mark.parametrize("garbage", [torch.nan, torch.inf, 1e4])
-@pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
+@pytest.mark.parametrize(("operator", "backend"), cases.operators_and_backends())
 def test_neighbours_do_not_matter(operator, backend, garbage):
     """Whatever stands in the other sequences, a sequence's outputs and gradients stay the
     same, bit by bit.
@@ -157,12 +138,12 @@ def test_neighbours_do_not_matter(operator, backend, garbage):
     if backend == "flash_attn_4" and not math.isfinite(garbage):
         pytest.skip("FlashAttention 4 reads past a sequence's end, and 0 * NaN is NaN")
     if not math.isnan(garbage):
-        on_a_gpu_only(backend)
-    case = case_for(operator, backend, by_name("five"), calls=2)
+        cases.on_a_gpu_only(backend)
+    case = cases.case_for(operator, backend, cases.by_name("five"), calls=2)
     kept = 2  # a sequence in the middle
     tokens, compressed = rows_of(case, kept)
-    x = make_inputs(case, device=device_of(backend), requires_grad=True)
-    before = output(call(operator, case, x, backend))
+    x = cases.make_inputs(case, device=cases.device_of(backend), requires_grad=True)
+    before = cases.output(cases.call(operator, case, x, backend))
     do = torch.randn_like(before)
     rows = compressed if operator in COMPRESSED_OUTPUT else tokens
     do[: rows.start], do[rows.stop :] = 0, 0
@@ -175,13 +156,13 @@ def test_neighbours_do_not_matter(operator, backend, garbage):
         changed_rows[: mine.start], changed_rows[mine.stop :] = value, value
         setattr(changed, name, changed_rows.requires_grad_(name != "block_indices"))
     changed.pool_weight.requires_grad_()
-    after = output(call(operator, case, changed, backend))
+    after = cases.output(cases.call(operator, case, changed, backend))
     assert torch.equal(after[rows], before[rows])
 
-    grads = gradients(operator, before, x, do)
-    grads_changed = gradients(operator, after, changed, do)
+    grads = cases.gradients(operator, before, x, do)
+    grads_changed = cases.gradients(operator, after, changed, do)
     for name, grad, grad_changed in zip(
-        DIFFERENTIABLE[operator], grads, grads_changed, strict=True
+        cases.DIFFERENTIABLE[operator], grads, grads_changed, strict=True
     ):
         if name != "pool_weight":  # sums over all sequences
             mine = compressed if name in PER_COMPRESSED_TOKEN else tokens
@@ -189,17 +170,21 @@ def test_neighbours_do_not_matter(operator, backend, garbage):
 
 
 @pytest.mark.parametrize("lengths", [(), (0,), (0, 0, 0), (1,), (1, 1), (0, 1, 0)], ids=str)
-@pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
+@pytest.mark.parametrize(("operator", "backend"), cases.operators_and_backends())
 def test_nearly_nothing(operator, backend, lengths):
     """No sequence at all, no tokens at all, single tokens: forward and backward run and have the
     right shapes.
     """
-    case = case_for(operator, backend, dataclasses.replace(by_name("nine"), lengths=lengths))
-    x = make_inputs(case, widest_dtype(backend)[0], device=device_of(backend), requires_grad=True)
-    o = output(call(operator, case, x, backend))
-    grads = gradients(operator, o, x, torch.ones_like(o))
+    case = cases.case_for(
+        operator, backend, dataclasses.replace(cases.by_name("nine"), lengths=lengths)
+    )
+    x = cases.make_inputs(
+        case, cases.widest_dtype(backend)[0], device=cases.device_of(backend), requires_grad=True
+    )
+    o = cases.output(cases.call(operator, case, x, backend))
+    grads = cases.gradients(operator, o, x, torch.ones_like(o))
     assert torch.isfinite(o).all()
-    for name, grad in zip(DIFFERENTIABLE[operator], grads, strict=True):
+    for name, grad in zip(cases.DIFFERENTIABLE[operator], grads, strict=True):
         assert grad.shape == getattr(x, name).shape
         assert torch.isfinite(grad).all()
     # One token attends to itself.
@@ -207,16 +192,16 @@ def test_nearly_nothing(operator, backend, lengths):
         torch.testing.assert_close(o, x.v.repeat_interleave(case.group_size, dim=1))
     if operator == "compressed_attention":  # and sees no window
         assert (o == 0).all()
-        assert (call(operator, case, x, backend)[1] == -torch.inf).all()
+        assert (cases.call(operator, case, x, backend)[1] == -torch.inf).all()
 
 
 @pytest.mark.parametrize("lengths", [(), (0, 0), (1,), (0, 1, 0)], ids=str)
-@pytest.mark.parametrize("backend", backends_of("select_blocks"))
+@pytest.mark.parametrize("backend", cases.backends_of("select_blocks"))
 def test_nearly_nothing_to_select(backend, lengths):
-    case = dataclasses.replace(by_name("nine"), lengths=lengths)
-    x = make_inputs(case, torch.float32, device=device_of(backend))
-    indices, scores = select(
-        case, x, call("compressed_attention", case, x)[1], backend, return_scores=True
+    case = dataclasses.replace(cases.by_name("nine"), lengths=lengths)
+    x = cases.make_inputs(case, torch.float32, device=cases.device_of(backend))
+    indices, scores = cases.select(
+        case, x, cases.call("compressed_attention", case, x)[1], backend, return_scores=True
     )
     assert indices.tolist() == [[[0, -1, -1]]] * sum(lengths)
     assert scores.shape == (sum(lengths), 1, max(lengths, default=0))
@@ -286,43 +271,47 @@ GAPPED = [
 # The whole also takes the loop orders of selected attention by name.
 LOOP_ORDERS = [
     pytest.param("nsa_attention", *x.values, marks=x.marks, id=f"nsa_attention-{x.values[0]}")
-    for x in backends_of("selected_attention")
-    if x.values[0] not in BACKENDS["compressed_attention"].by_name
+    for x in cases.backends_of("selected_attention")
+    if x.values[0] not in cases.BACKENDS["compressed_attention"].by_name
 ]
 
 
 @pytest.mark.parametrize(("name", "num_queries", "gap"), GAPPED, ids=range(len(GAPPED)))
 @pytest.mark.parametrize(
-    ("operator", "backend"), operators_and_backends(*ATTENTIONS, "nsa_attention") + LOOP_ORDERS
+    ("operator", "backend"),
+    cases.operators_and_backends(*cases.ATTENTIONS, "nsa_attention") + LOOP_ORDERS,
 )
 def test_last_queries_over_gapped_keys(operator, backend, name, num_queries, gap):
-    case = case_for(operator, backend, by_name(name), calls=0)  # few of its queries
-    dtype, rounding = widest_dtype(backend)
-    x = make_inputs(case, dtype, device=device_of(backend), requires_grad=True)
+    case = cases.case_for(operator, backend, cases.by_name(name), calls=0)  # few of its queries
+    dtype, rounding = cases.widest_dtype(backend)
+    x = cases.make_inputs(case, dtype, device=cases.device_of(backend), requires_grad=True)
     few, extra, q_rows, key_rows, compressed_rows = last_queries_of_gapped_buffer(
         case, x, [num_queries(n) for n in case.lengths], [gap(b) for b in range(len(case.lengths))]
     )
-    run = functools.partial(call, operator, case, few, **extra)
-    if is_refused(operator, backend, run):
+    run = functools.partial(cases.call, operator, case, few, **extra)
+    if cases.is_refused(operator, backend, run):
         return
-    result = call(operator, case, x, "reference")
+    result = cases.call(operator, case, x, "reference")
     result_few = run(backend)
-    o, o_few = output(result), output(result_few)
+    o, o_few = cases.output(result), cases.output(result_few)
     # Sums over the queries arrive in another order.
     close = dict(rtol=10 * rounding, atol=10 * rounding)
     torch.testing.assert_close(o_few, o[q_rows], **close)
-    if operator in ATTENTIONS:
+    if operator in cases.ATTENTIONS:
         torch.testing.assert_close(result_few[1], result[1][q_rows], **close)
 
     do_few = torch.randn_like(o_few)
-    if reason := refusal(operator, backend, run, backward=True):
+    if reason := cases.refusal(operator, backend, run, backward=True):
         with pytest.raises(ValueError, match=f"{re.escape(reason)}.*Fix"):
-            gradients(operator, o_few, few, do_few)
+            cases.gradients(operator, o_few, few, do_few)
         return
     do = torch.zeros_like(o)
     do[q_rows] = do_few
-    grads, grads_few = gradients(operator, o, x, do), gradients(operator, o_few, few, do_few)
-    for name, grad, grad_few in zip(DIFFERENTIABLE[operator], grads, grads_few, strict=True):
+    grads, grads_few = (
+        cases.gradients(operator, o, x, do),
+        cases.gradients(operator, o_few, few, do_few),
+    )
+    for name, grad, grad_few in zip(cases.DIFFERENTIABLE[operator], grads, grads_few, strict=True):
         if name in ("q", "gate_logits"):
             torch.testing.assert_close(grad_few, grad[q_rows], **close)
             continue
@@ -339,18 +328,20 @@ def test_last_queries_over_gapped_keys(operator, backend, name, num_queries, gap
 
 
 @pytest.mark.parametrize(("name", "num_queries", "gap"), GAPPED, ids=range(len(GAPPED)))
-@pytest.mark.parametrize("backend", backends_of("select_blocks"))
+@pytest.mark.parametrize("backend", cases.backends_of("select_blocks"))
 def test_selection_for_last_queries_over_gapped_keys(backend, name, num_queries, gap):
-    case = by_name(name)
+    case = cases.by_name(name)
     skip_what_is_slow_to_select(case, backend)
-    dtype, _ = widest_dtype(backend)
-    x = make_inputs(case, dtype, device=device_of(backend))
+    dtype, _ = cases.widest_dtype(backend)
+    x = cases.make_inputs(case, dtype, device=cases.device_of(backend))
     few, extra, q_rows, *_ = last_queries_of_gapped_buffer(
         case, x, [num_queries(n) for n in case.lengths], [gap(b) for b in range(len(case.lengths))]
     )
-    _, lse = call("compressed_attention", case, x)
-    indices, scores = select(case, x, lse, backend, return_scores=True)
-    indices_few, scores_few = select(case, few, lse[q_rows], backend, return_scores=True, **extra)
+    _, lse = cases.call("compressed_attention", case, x)
+    indices, scores = cases.select(case, x, lse, backend, return_scores=True)
+    indices_few, scores_few = cases.select(
+        case, few, lse[q_rows], backend, return_scores=True, **extra
+    )
     assert torch.equal(indices_few, indices[q_rows])
     num_blocks = min(scores.shape[2], scores_few.shape[2])
     torch.testing.assert_close(
@@ -359,25 +350,28 @@ def test_selection_for_last_queries_over_gapped_keys(backend, name, num_queries,
     assert (scores_few[..., num_blocks:] == 0).all()
 
 
-@pytest.mark.parametrize(("operator", "backend"), operators_and_backends(*COMPRESSED_OUTPUT))
+@pytest.mark.parametrize(("operator", "backend"), cases.operators_and_backends(*COMPRESSED_OUTPUT))
 def test_windows_of_gapped_keys(operator, backend):
     """Windows of the used rows only: windows that reach into a gap do not exist."""
-    case = by_name("nine")
-    dtype, rounding = widest_dtype(backend)
-    x = make_inputs(case, dtype, device=device_of(backend), requires_grad=True)
+    case = cases.by_name("nine")
+    dtype, rounding = cases.widest_dtype(backend)
+    x = cases.make_inputs(case, dtype, device=cases.device_of(backend), requires_grad=True)
     gaps = [b % 2 * 11 for b in range(len(case.lengths))]
     few, extra, _, key_rows, compressed_rows = last_queries_of_gapped_buffer(
         case, x, case.lengths, gaps
     )
     here, there = [a for a, _ in compressed_rows], [b for _, b in compressed_rows]
-    o = call(operator, case, x, backend)
-    o_few = call(operator, case, few, backend, seqused_k=extra["seqused_k"])
+    o = cases.call(operator, case, x, backend)
+    o_few = cases.call(operator, case, few, backend, seqused_k=extra["seqused_k"])
     torch.testing.assert_close(o_few[there], o[here], rtol=rounding, atol=rounding)
 
     do, do_few = torch.full_like(o, torch.nan), torch.full_like(o_few, torch.nan)
     do[here] = torch.randn_like(o[here])
     do_few[there] = do[here]
-    grads, grads_few = gradients(operator, o, x, do), gradients(operator, o_few, few, do_few)
+    grads, grads_few = (
+        cases.gradients(operator, o, x, do),
+        cases.gradients(operator, o_few, few, do_few),
+    )
     torch.testing.assert_close(
         grads_few[0][[b for _, b in key_rows]], grads[0][[a for a, _ in key_rows]]
     )
@@ -387,18 +381,18 @@ def test_windows_of_gapped_keys(operator, backend):
         torch.testing.assert_close(grads_few[1], grads[1])
 
 
-@pytest.mark.parametrize(("operator", "backend"), operators_and_backends(*ATTENTIONS))
+@pytest.mark.parametrize(("operator", "backend"), cases.operators_and_backends(*cases.ATTENTIONS))
 def test_unused_query_rows(operator, backend):
     """With seqused_k alone, queries share the keys' rows; those past the used ones see nothing."""
-    case = case_for(operator, backend, by_name("empty_ends"), calls=0)  # forward only
-    dtype, rounding = widest_dtype(backend)
-    x = make_inputs(case, dtype, device=device_of(backend))
+    case = cases.case_for(operator, backend, cases.by_name("empty_ends"), calls=0)  # forward only
+    dtype, rounding = cases.widest_dtype(backend)
+    x = cases.make_inputs(case, dtype, device=cases.device_of(backend))
     used = torch.tensor([0, 20, 0, 0, 64, 0], dtype=torch.int32, device=x.q.device)
-    run = functools.partial(call, operator, case, x, seqused_k=used)
-    if is_refused(operator, backend, run):
+    run = functools.partial(cases.call, operator, case, x, seqused_k=used)
+    if cases.is_refused(operator, backend, run):
         return
     o, lse = run(backend)
-    o_full, lse_full = call(operator, case, x, "reference")
+    o_full, lse_full = cases.call(operator, case, x, "reference")
     unused = slice(20, 33)
     assert (o[unused] == 0).all()
     assert (lse[unused] == -torch.inf).all()

@@ -16,15 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from nsa_fsa.decode.operator import MOST_NEW
-from nsa_fsa.integrations.vllm.names import (
-    AttentionBackend,
-    AttentionCGSupport,
-    AttentionImplBase,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
-    CommonAttentionMetadata,
-    MultipleOf,
-)
+from nsa_fsa.integrations.vllm import names
 from nsa_fsa.ops.common.sizes import cdiv
 
 
@@ -99,14 +91,14 @@ def unit_of(cache: Tensor) -> int:
 
 
 @dataclass
-class Batch(AttentionMetadata):
+class Batch(names.AttentionMetadata):
     """One step. Its tokens may be followed by rows that nobody reads."""
 
     groups: list[Group]
     chunks: list[Chunk]
 
 
-def split(common: CommonAttentionMetadata, page_size: int, most_pages: int) -> Batch:
+def split(common: names.CommonAttentionMetadata, page_size: int, most_pages: int) -> Batch:
     """The groups and chunks of a step.
 
     Args:
@@ -166,7 +158,7 @@ def _runs(members: Sequence[int], needed: Sequence[int], most: int) -> list[rang
 
 
 def _chunk(
-    common: CommonAttentionMetadata,
+    common: names.CommonAttentionMetadata,
     members: range,
     ends: list[int],
     needed: list[int],
@@ -195,11 +187,11 @@ def _chunk(
     )
 
 
-class BatchBuilder(AttentionMetadataBuilder[Any]):
+class BatchBuilder(names.AttentionMetadataBuilder[Any]):
     """Makes a `Batch` of every step. What graphs are captured of, sequences with as many new tokens
     each, is views of vLLM's own tensors, which stay where they are."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.UNIFORM_BATCH
+    _cudagraph_support: ClassVar[names.AttentionCGSupport] = names.AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
@@ -213,16 +205,16 @@ class BatchBuilder(AttentionMetadataBuilder[Any]):
     def build(
         self,
         common_prefix_len: int,
-        common_attn_metadata: CommonAttentionMetadata,
+        common_attn_metadata: names.CommonAttentionMetadata,
         fast_build: bool = False,
     ) -> Batch:
         return split(common_attn_metadata, self.page_size, self.most_pages)
 
 
-class StatesBuilder(AttentionMetadataBuilder[Any]):
+class StatesBuilder(names.AttentionMetadataBuilder[Any]):
     """Of the cache of compressed tokens, which has the table of the other one."""
 
-    _cudagraph_support: ClassVar[AttentionCGSupport] = AttentionCGSupport.ALWAYS
+    _cudagraph_support: ClassVar[names.AttentionCGSupport] = names.AttentionCGSupport.ALWAYS
 
     def __init__(
         self, kv_cache_spec: Any, layer_names: list[str], vllm_config: Any, device: torch.device
@@ -231,32 +223,32 @@ class StatesBuilder(AttentionMetadataBuilder[Any]):
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False
-    ) -> AttentionMetadata:
-        return AttentionMetadata()
+    ) -> names.AttentionMetadata:
+        return names.AttentionMetadata()
 
 
-class NSABackend(AttentionBackend):
+class NSABackend(names.AttentionBackend):
     """What vLLM asks about a cache; the layer attends by itself."""
 
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.float16, torch.bfloat16, torch.float32]
     rows: ClassVar[int]  # a page has a multiple of so many
-    builder: ClassVar[type[AttentionMetadataBuilder[Any]]]
+    builder: ClassVar[type[names.AttentionMetadataBuilder[Any]]]
 
     @classmethod
     def get_name(cls) -> str:
         return "NSA_FSA"
 
     @staticmethod
-    def get_impl_cls() -> type[AttentionImplBase[Any]]:
-        return AttentionImplBase
+    def get_impl_cls() -> type[names.AttentionImplBase[Any]]:
+        return names.AttentionImplBase
 
     @classmethod
-    def get_builder_cls(cls) -> type[AttentionMetadataBuilder[Any]]:
+    def get_builder_cls(cls) -> type[names.AttentionMetadataBuilder[Any]]:
         return cls.builder
 
     @classmethod
     def get_supported_kernel_block_sizes(cls, kv_cache_spec: Any = None) -> list[Any]:
-        return [MultipleOf(cls.rows)]
+        return [names.MultipleOf(cls.rows)]
 
     @staticmethod
     def get_kv_cache_shape(
@@ -275,7 +267,7 @@ class NSABackend(AttentionBackend):
 
 
 @functools.cache
-def backend_of(rows: int, builder: type[AttentionMetadataBuilder[Any]]) -> type[NSABackend]:
+def backend_of(rows: int, builder: type[names.AttentionMetadataBuilder[Any]]) -> type[NSABackend]:
     """The backend of caches whose pages have a multiple of so many rows."""
     name = f"NSA{builder.__name__.removesuffix('Builder')}{rows}"
     return type(name, (NSABackend,), {"__module__": __name__, "rows": rows, "builder": builder})

@@ -11,25 +11,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nsa_fsa.config import BRANCHES
 from nsa_fsa.ops.common.registration import _SCHEMA_TYPES, Signature
-from tests.cases import (
-    DIFFERENTIABLE,
-    Case,
-    backends_of,
-    call,
-    case_for,
-    device_of,
-    gradients,
-    is_float,
-    make_inputs,
-    on_a_gpu_only,
-    operators_and_backends,
-    output,
-    select,
-)
+from tests import cases
 
 # Two KV heads, DV != D and no NaN: torch.library.opcheck compares inputs before and after,
 # and NaN differs from itself.
-CASE = Case("registration", (17, 0, 2), 2, 2, 8, 4, torch.float32, 4, 2, 4, 3, 1, 1, 6, seed=5)
+CASE = cases.Case(
+    "registration", (17, 0, 2), 2, 2, 8, 4, torch.float32, 4, 2, 4, 3, 1, 1, 6, seed=5
+)
 
 
 def heads_first(x):
@@ -42,7 +30,7 @@ def same(x):
 
 
 def inputs(requires_grad, operator="nsa_attention", backend="reference", case=CASE, layout=same):
-    x = make_inputs(case_for(operator, backend, case), device=device_of(backend))
+    x = cases.make_inputs(cases.case_for(operator, backend, case), device=cases.device_of(backend))
     x = x.replace(**{name: getattr(x, name).nan_to_num(0) for name in ("k_cmp", "v_cmp")})
     for name, value in vars(x).items():
         if isinstance(value, torch.Tensor) and value.is_floating_point():
@@ -68,7 +56,7 @@ def samples(operator, x, backend):
     with every optional argument given and not given, and backward."""
     with Recorder() as recorder:
         for made in variants(operator.removesuffix("_backward"), x, backend):
-            o = output(made)
+            o = cases.output(made)
             if operator.endswith("_backward"):
                 o.backward(torch.randn_like(o))
     found = [
@@ -84,7 +72,7 @@ def samples(operator, x, backend):
 
 def variants(operator, x, backend):
     """Results of the public functions that call an operator."""
-    case = case_for(whole_of(operator), backend, CASE)
+    case = cases.case_for(whole_of(operator), backend, CASE)
     few = slice(0, 5)
     last = dict(
         cu_seqlens_q=torch.tensor([0, 3, 3, 5], dtype=torch.int32, device=x.q.device),
@@ -94,25 +82,27 @@ def variants(operator, x, backend):
     counts = torch.full(x.block_indices.shape[:2], 2, dtype=torch.int32, device=x.q.device)
     differentiated = x.k.requires_grad
     if operator in ("pool_windows", "gather_windows"):
-        yield call(operator, case, x, backend)
-        yield call(operator, case, x.replace(pool_weight=None), backend, **used)
+        yield cases.call(operator, case, x, backend)
+        yield cases.call(operator, case, x.replace(pool_weight=None), backend, **used)
     elif operator == "gated_combine":
         for gates in (x.gate_logits, x.gate_logits[:, :1]):  # per head and per token
-            yield call(operator, case, x.replace(gate_logits=gates), backend)
+            yield cases.call(operator, case, x.replace(gate_logits=gates), backend)
     elif operator == "compressed_attention":
-        yield call(operator, case, x, backend)
-        yield call(operator, case, x.replace(q=x.q[few]), backend, **last)
+        yield cases.call(operator, case, x, backend)
+        yield cases.call(operator, case, x.replace(q=x.q[few]), backend, **last)
     elif operator == "sliding_window_attention":
-        yield call(operator, case, x, backend)
+        yield cases.call(operator, case, x, backend)
         if backend != "flash_attn_4" and not (backend == "torch_flash" and differentiated):
-            yield call(operator, case, x.replace(q=x.q[few]), backend, **last)
+            yield cases.call(operator, case, x.replace(q=x.q[few]), backend, **last)
     elif operator in ("select_blocks", "block_scores"):
-        lse = call("compressed_attention", case, x, backend)[1]
-        yield select(case, x, lse, backend, return_scores=True)
-        yield select(case, x.replace(q=x.q[few]), lse[few], backend, return_scores=True, **last)
+        lse = cases.call("compressed_attention", case, x, backend)[1]
+        yield cases.select(case, x, lse, backend, return_scores=True)
+        yield cases.select(
+            case, x.replace(q=x.q[few]), lse[few], backend, return_scores=True, **last
+        )
     elif operator in ("selected_attention", "block_index"):
-        yield call("selected_attention", case, x, backend)
-        yield call(
+        yield cases.call("selected_attention", case, x, backend)
+        yield cases.call(
             "selected_attention",
             case,
             x,
@@ -123,7 +113,7 @@ def variants(operator, x, backend):
         )
         if backend == "reference" or not differentiated:
             few_indices = x.replace(q=x.q[few], block_indices=x.block_indices[few])
-            yield call(
+            yield cases.call(
                 "selected_attention", case, few_indices, backend, block_counts=counts[few], **last
             )
     elif operator == "nsa_attention":
@@ -131,10 +121,10 @@ def variants(operator, x, backend):
             f"{name}_swa": torch.randn_like(y).requires_grad_(differentiated)
             for name, y in (("k", x.k), ("v", x.v))
         }
-        yield call(operator, case, x, backend)
-        yield call(operator, case, x, backend, recompute=BRANCHES, **own)
+        yield cases.call(operator, case, x, backend)
+        yield cases.call(operator, case, x, backend, recompute=BRANCHES, **own)
         if not differentiated:
-            yield call(
+            yield cases.call(
                 operator,
                 case,
                 x.replace(q=x.q[few], gate_logits=x.gate_logits[few]),
@@ -145,8 +135,8 @@ def variants(operator, x, backend):
         raise ValueError(f"{operator}: no sample calls. Fix: add some here.")
 
 
-FORWARD = [*DIFFERENTIABLE, "select_blocks", "block_scores", "block_index"]
-BACKWARD = [f"{name}_backward" for name in DIFFERENTIABLE]
+FORWARD = [*cases.DIFFERENTIABLE, "select_blocks", "block_scores", "block_index"]
+BACKWARD = [f"{name}_backward" for name in cases.DIFFERENTIABLE]
 
 
 # Operators with a single implementation: the one whose call they are part of,
@@ -191,11 +181,11 @@ def registered_operators():
     found = []
     for operator in (*FORWARD, *BACKWARD):
         single = SINGLE.get(operator, (None, None))[1]
-        for backend in backends_of(whole_of(operator)):
+        for backend in cases.backends_of(whole_of(operator)):
             if single not in (None, *backend.values):
                 continue
             # A backward is not differentiated again, and select_blocks detaches what it hands on.
-            for requires_grad in (False, True) if operator in DIFFERENTIABLE else (False,):
+            for requires_grad in (False, True) if operator in cases.DIFFERENTIABLE else (False,):
                 kind = "requires_grad" if requires_grad else "plain"
                 name = f"{operator}-{backend.values[0]}-{kind}"
                 found.append(
@@ -212,9 +202,9 @@ def test_opcheck(operator, backend, requires_grad, layout):
     """Schema, fake implementation (strides too), autograd registration and tracing with
     dynamic shapes.
     """
-    on_a_gpu_only(backend)
+    cases.on_a_gpu_only(backend)
     if layout is heads_first:  # another alias, and no other number
-        on_a_gpu_only(backend, "triton", "triton_kv_major", "triton_window")
+        cases.on_a_gpu_only(backend, "triton", "triton_kv_major", "triton_window")
     x = inputs(
         requires_grad or operator.endswith("_backward"), whole_of(operator), backend, layout=layout
     )
@@ -231,13 +221,13 @@ def test_opcheck(operator, backend, requires_grad, layout):
         )
 
 
-@pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
+@pytest.mark.parametrize(("operator", "backend"), cases.operators_and_backends())
 def test_a_second_derivative_is_refused(operator, backend):
     """By name, rather than taken for zero."""
     x = inputs(True, operator, backend)
-    o = output(call(operator, case_for(operator, backend, CASE), x, backend))
+    o = cases.output(cases.call(operator, cases.case_for(operator, backend, CASE), x, backend))
     (dx,) = torch.autograd.grad(
-        o.square().sum(), getattr(x, DIFFERENTIABLE[operator][0]), create_graph=True
+        o.square().sum(), getattr(x, cases.DIFFERENTIABLE[operator][0]), create_graph=True
     )
     with pytest.raises(RuntimeError, match=r"nsa_fsa::\w+_backward has no gradient.*Fix"):
         dx.sum().backward()
@@ -249,7 +239,8 @@ def test_what_carries_no_gradient_is_refused():
     """
     x = inputs(True)
     arguments = [
-        y.requires_grad_() if is_float(y) else y for y in samples("block_scores", x, "reference")[0]
+        y.requires_grad_() if cases.is_float(y) else y
+        for y in samples("block_scores", x, "reference")[0]
     ]
     scores = torch.ops.nsa_fsa.block_scores(*arguments)
     with pytest.raises(RuntimeError, match=r"nsa_fsa::block_scores has no gradient.*detach"):
@@ -268,13 +259,13 @@ class StopGradient(torch.autograd.Function):
         return None
 
 
-@pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
+@pytest.mark.parametrize(("operator", "backend"), cases.operators_and_backends())
 def test_no_gradient_from_above_gives_none_below(operator, backend):
     x = inputs(True, operator, backend)
     StopGradient.apply(
-        output(call(operator, case_for(operator, backend, CASE), x, backend))
+        cases.output(cases.call(operator, cases.case_for(operator, backend, CASE), x, backend))
     ).sum().backward()
-    assert all(getattr(x, name).grad is None for name in DIFFERENTIABLE[operator])
+    assert all(getattr(x, name).grad is None for name in cases.DIFFERENTIABLE[operator])
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
@@ -323,66 +314,70 @@ def test_the_first_call_does_not_import_the_compiler():
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("layout", [same, heads_first])
-@pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
+@pytest.mark.parametrize(("operator", "backend"), cases.operators_and_backends())
 def test_compiled_equals_eager(operator, backend, layout, compiler):
     """One graph without breaks, forward and backward, bit by bit."""
-    on_a_gpu_only(backend)
+    cases.on_a_gpu_only(backend)
     torch._dynamo.reset()
-    case = case_for(operator, backend, CASE, calls=2)
+    case = cases.case_for(operator, backend, CASE, calls=2)
     x = inputs(True, operator, backend, layout=layout)
     compiled = torch.compile(
-        lambda x: output(call(operator, case, x, backend)), fullgraph=True, backend=compiler
+        lambda x: cases.output(cases.call(operator, case, x, backend)),
+        fullgraph=True,
+        backend=compiler,
     )
-    o, o_compiled = output(call(operator, case, x, backend)), compiled(x)
+    o, o_compiled = cases.output(cases.call(operator, case, x, backend)), compiled(x)
     assert torch.equal(o, o_compiled)
     do = torch.randn_like(o)
     for name, *grads in zip(
-        DIFFERENTIABLE[operator],
-        gradients(operator, o, x, do),
-        gradients(operator, o_compiled, x, do),
+        cases.DIFFERENTIABLE[operator],
+        cases.gradients(operator, o, x, do),
+        cases.gradients(operator, o_compiled, x, do),
         strict=True,
     ):
         assert torch.equal(*grads), f"d{name}"
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
-@pytest.mark.parametrize("backend", backends_of("select_blocks"))
+@pytest.mark.parametrize("backend", cases.backends_of("select_blocks"))
 def test_compiled_selection_equals_eager(backend, compiler):
     torch._dynamo.reset()
     x = inputs(False, "select_blocks", backend)
-    lse = call("compressed_attention", CASE, x)[1]
+    lse = cases.call("compressed_attention", CASE, x)[1]
     compiled = torch.compile(
-        lambda x, lse: select(CASE, x, lse, backend, return_scores=True),
+        lambda x, lse: cases.select(CASE, x, lse, backend, return_scores=True),
         fullgraph=True,
         backend=compiler,
     )
     for a, b in zip(
-        compiled(x, lse), select(CASE, x, lse, backend, return_scores=True), strict=True
+        compiled(x, lse), cases.select(CASE, x, lse, backend, return_scores=True), strict=True
     ):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("operator", "backend"), operators_and_backends())
+@pytest.mark.parametrize(("operator", "backend"), cases.operators_and_backends())
 def test_no_recompilation_after_the_second_length(operator, backend):
     """The first length compiles, the second may compile once more with dynamic sizes,
     no later one does.
     """
-    on_a_gpu_only(backend)
+    cases.on_a_gpu_only(backend)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
-    block_size = case_for(operator, backend, CASE).block_size
+    block_size = cases.case_for(operator, backend, CASE).block_size
     case = dataclasses.replace(CASE, block_size=block_size)
     compiled = torch.compile(
-        lambda x: output(call(operator, case, x, backend)), fullgraph=True, backend=counter
+        lambda x: cases.output(cases.call(operator, case, x, backend)),
+        fullgraph=True,
+        backend=counter,
     )
     frames = []
     # Tables of 32 rows need no padding.
     for lengths in [(12, 0, 5), (11, 3, 4), (15, 1, 4), (2, 1, 29)]:
-        case = case_for(operator, backend, dataclasses.replace(CASE, lengths=lengths))
+        case = cases.case_for(operator, backend, dataclasses.replace(CASE, lengths=lengths))
         x = inputs(True, operator, backend, case)
         o = compiled(x)
-        assert torch.equal(o, output(call(operator, case, x, backend)))
-        gradients(operator, o, x, torch.ones_like(o))
+        assert torch.equal(o, cases.output(cases.call(operator, case, x, backend)))
+        cases.gradients(operator, o, x, torch.ones_like(o))
         frames.append(counter.frame_count)
     assert frames[0] == 1
     assert frames[1:] == [frames[1]] * 3, f"graphs compiled so far, after each length: {frames}"

@@ -11,22 +11,8 @@ import torch
 from nsa_fsa import ops, reference
 from nsa_fsa.ops.common import tuning
 from nsa_fsa.ops.common.calls import WORKSPACE_BYTES
+from tests import on_gpu
 from tests.cases import RESULTS
-from tests.on_gpu import (
-    HEAD_MAJOR,
-    MIB,
-    assert_no_growth,
-    assert_rms_close,
-    extra,
-    head_major,
-    needs,
-    num_bytes,
-    record,
-    sampled_rows,
-    sequence_of,
-    starts,
-    syncs_forbidden,
-)
 
 pytestmark = pytest.mark.gpu
 
@@ -65,16 +51,10 @@ class Problem:
     workspace_bytes: int = WORKSPACE_BYTES
 
     def arguments(self):
-        return dict(
-            cu_seqlens=self.cu_seqlens,
-            max_seqlen=max(self.lengths),
-            kernel_size=self.kernel_size,
-            kernel_stride=self.kernel_stride,
-            cu_seqlens_q=self.cu_seqlens_q,
-            seqused_k=self.seqused_k,
-            workspace_bytes=self.workspace_bytes,
-            return_lse=True,
-        )
+        names = ("cu_seqlens", "cu_seqlens_q", "seqused_k", "workspace_bytes")
+        windows = dict(kernel_size=self.kernel_size, kernel_stride=self.kernel_stride)
+        given = {name: getattr(self, name) for name in names}
+        return dict(max_seqlen=max(self.lengths), return_lse=True, **windows, **given)
 
     def leaves(self):
         return self.q, self.k_cmp, self.v_cmp
@@ -104,7 +84,7 @@ class Problem:
         parts = {name: getattr(self, name).detach()[rows].clone() for name, rows in parts.items()}
         length = self.lengths[b : b + 1]
         return dataclasses.replace(
-            self, **parts, lengths=length, cu_seqlens=starts(length)
+            self, **parts, lengths=length, cu_seqlens=on_gpu.starts(length)
         ).differentiable()
 
     def double(self):
@@ -156,9 +136,9 @@ def make(
         randn(num_windows, num_kv_heads, v_dim),
         randn(num_rows, num_heads, v_dim),
         tuple(lengths),
-        starts(lengths),
+        on_gpu.starts(lengths),
         *windows,
-        None if num_queries is None else starts(num_queries),
+        None if num_queries is None else on_gpu.starts(num_queries),
         None if used is None else torch.tensor(used, dtype=torch.int32, device="cuda"),
     )
     for x in (p.k_cmp, p.v_cmp):
@@ -177,7 +157,7 @@ def assert_same_bits(found, expected, what, names=RESULTS):
 def check(p):
     dtype, (o, lse, *grads) = p.q.dtype, p.run()
     o_expected, lse_expected, *grads_expected = p.double().run("reference")
-    assert_rms_close("o", o, o_expected, dtype)
+    on_gpu.assert_rms_close("o", o, o_expected, dtype)
     # float32, and sums of at most 256 products of numbers around 1.
     torch.testing.assert_close(lse.double(), lse_expected, rtol=1e-4, atol=1e-4)
     sees_nothing = lse_expected == -torch.inf
@@ -185,7 +165,7 @@ def check(p):
     assert (o[sees_nothing] == 0).all()
     for name, a, b in zip(("dq", "dk", "dv"), grads, grads_expected, strict=True):
         assert a.dtype == dtype
-        assert_rms_close(name, a, b, dtype)
+        on_gpu.assert_rms_close(name, a, b, dtype)
     assert (grads[0][sees_nothing] == 0).all()
     for grad in grads[1:]:
         assert (grad[~owned_windows(p)] == 0).all()
@@ -281,7 +261,7 @@ def test_a_sequence_alone_and_among_others(shape):
         for name, alone, packed in (("dk", dk_alone, dk), ("dv", dv_alone, dv)):
             sums[name].append((alone[: windows.stop - windows.start], packed[windows]))
     for name, pairs in sums.items():
-        assert_rms_close(name, *(torch.cat(x) for x in zip(*pairs, strict=True)))
+        on_gpu.assert_rms_close(name, *(torch.cat(x) for x in zip(*pairs, strict=True)))
 
 
 def check_nan_stays(p, spoiled, assert_equal):
@@ -318,7 +298,7 @@ def test_nan_stays_in_its_sequence(shape, spoiled):
 @torch.no_grad()
 def expected_of_query(p, row, head):
     """o `[DV]`, lse and dq `[D]` of one query of one head, in float64."""
-    start, _ = sequence_of(p, row)
+    start, _ = on_gpu.sequence_of(p, row)
     seen = max(0, (row - start + 1 - p.kernel_size) // p.kernel_stride + 1)
     windows = slice(start // p.kernel_stride, start // p.kernel_stride + seen)
     kv_head, scale = head // (p.q.shape[1] // p.k_cmp.shape[1]), p.q.shape[2] ** -0.5
@@ -361,7 +341,7 @@ def check_samples(p, results, number=24):
     for x in (o, dq, dk, dv):
         assert torch.isfinite(x).all()
     num_heads, num_kv_heads = p.q.shape[1], p.k_cmp.shape[1]
-    rows = sampled_rows(p.lengths, number)
+    rows = on_gpu.sampled_rows(p.lengths, number)
     queries = [
         (row, head)
         for row in rows
@@ -372,10 +352,10 @@ def check_samples(p, results, number=24):
         for x in zip(*(expected_of_query(p, *query) for query in queries), strict=True)
     ]
     at, heads = (list(x) for x in zip(*queries, strict=True))
-    assert_rms_close("o", o[at, heads], expected[0])
+    on_gpu.assert_rms_close("o", o[at, heads], expected[0])
     # float32, and sums of 128 products of numbers around 1.
     torch.testing.assert_close(lse[at, heads].double(), expected[1], rtol=1e-4, atol=1e-4)
-    assert_rms_close("dq", dq[at, heads], expected[2])
+    on_gpu.assert_rms_close("dq", dq[at, heads], expected[2])
 
     for b in range(len(p.lengths)):
         _, windows = p.rows(b)
@@ -395,8 +375,8 @@ def check_samples(p, results, number=24):
             for x in zip(*(expected_of_window(p, b, *key, o, lse) for key in keys), strict=True)
         ]
         at, heads = [windows.start + i for i, _ in keys], [head for _, head in keys]
-        assert_rms_close(f"dk of sequence {b}", dk[at, heads], expected[0])
-        assert_rms_close(f"dv of sequence {b}", dv[at, heads], expected[1])
+        on_gpu.assert_rms_close(f"dk of sequence {b}", dk[at, heads], expected[0])
+        on_gpu.assert_rms_close(f"dv of sequence {b}", dv[at, heads], expected[1])
 
 
 def test_samples_are_judged_like_everything():
@@ -405,7 +385,7 @@ def test_samples_are_judged_like_everything():
     check_samples(p, p.double().run("reference"))
 
 
-@needs(60)
+@on_gpu.needs(60)
 @pytest.mark.parametrize(
     ("num_kv_heads", "group_size", "head_dim"),
     [(256, 1, 128), (64, 4, 128), (344, 1, 96)],
@@ -418,7 +398,7 @@ def test_offsets_past_2_31(num_kv_heads, group_size, head_dim):
     check_samples(p, p.run())
 
 
-@needs(60)
+@on_gpu.needs(60)
 @pytest.mark.parametrize("head_dim", [128, 96])
 def test_windows_past_2_31(head_dim):
     """With a window at every token the compressed keys and values, and their gradients,
@@ -429,7 +409,7 @@ def test_windows_past_2_31(head_dim):
     check_samples(p, p.run(), number=12)
 
 
-@needs(40)
+@on_gpu.needs(40)
 @pytest.mark.parametrize("head_dim", [128, 96])
 @pytest.mark.parametrize(
     "lengths", [(2**20,), (700_000, 0, 2**20 - 700_000)], ids=["one", "packed"]
@@ -458,7 +438,7 @@ def test_no_host_syncs(shape):
     ]
     for p in problems[:2]:  # one sequence, and several
         p.run()
-    with syncs_forbidden():
+    with on_gpu.syncs_forbidden():
         for p in problems:
             p.run()
 
@@ -471,7 +451,7 @@ def test_cuda_graph(shape):
     lengths = (1000, 0, 77, 2000)
     p = make(lengths, 2, *shape)
     p.lengths = (sum(lengths),)  # as an upper bound, which holds for every way to cut the rows
-    graph, recorded = record(p.run)
+    graph, recorded = on_gpu.record(p.run)
 
     for seed, others in ((1, lengths), (2, (3000, 77, 0, 0)), (3, (0, 1, 64, 3012))):
         other = make(others, 2, *shape, seed=seed)
@@ -536,7 +516,7 @@ def test_a_gradient_that_is_one_row_many_times(dim):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_no_growth_over_50_steps(shape):
     p = make((1000, 3000), 2, *shape)
-    assert_no_growth(p.run)
+    on_gpu.assert_no_growth(p.run)
 
 
 def partial_sums_bound(p):
@@ -559,23 +539,35 @@ def test_peak(shape, num_kv_heads):
     sums. Weights of every query and window would take more than 128 MiB a head here."""
     p = make((20_000, 0, 12_768), num_kv_heads, *shape)
     p.run()  # loads the kernels
-    (o, lse), peak = extra(p.forward)
-    allowed = num_bytes(o, lse) + 2 * MIB
-    assert peak <= allowed, f"forward: {peak / MIB:.1f} MiB, allowed are {allowed / MIB:.1f}"
-    grads, peak = extra(lambda: torch.autograd.grad(o, p.leaves(), p.do))
-    allowed = num_bytes(*grads) + 8 * p.q.shape[0] * p.q.shape[1] + partial_sums_bound(p) + 4 * MIB
-    assert peak <= allowed, f"backward: {peak / MIB:.1f} MiB, allowed are {allowed / MIB:.1f}"
+    (o, lse), peak = on_gpu.extra(p.forward)
+    allowed = on_gpu.num_bytes(o, lse) + 2 * on_gpu.MIB
+    assert peak <= allowed, (
+        f"forward: {peak / on_gpu.MIB:.1f} MiB, allowed are {allowed / on_gpu.MIB:.1f}"
+    )
+    grads, peak = on_gpu.extra(lambda: torch.autograd.grad(o, p.leaves(), p.do))
+    allowed = (
+        on_gpu.num_bytes(*grads)
+        + 8 * p.q.shape[0] * p.q.shape[1]
+        + partial_sums_bound(p)
+        + 4 * on_gpu.MIB
+    )
+    assert peak <= allowed, (
+        f"backward: {peak / on_gpu.MIB:.1f} MiB, allowed are {allowed / on_gpu.MIB:.1f}"
+    )
 
 
-@needs(70)
+@on_gpu.needs(70)
 @pytest.mark.parametrize(("num_kv_heads", "group_size"), [(64, 1), (4, 16)], ids=["G1", "G16"])
 def test_heads_past_2_31_are_no_other_heads(num_kv_heads, group_size, deterministic_only):
     """Compressed attention, selection and gates get bit by bit what they get of tensors laid out
     token by token.
     """
-    layout, windows = (starts(HEAD_MAJOR), max(HEAD_MAJOR)), dict(kernel_size=32, kernel_stride=16)
+    layout, windows = (
+        (on_gpu.starts(on_gpu.HEAD_MAJOR), max(on_gpu.HEAD_MAJOR)),
+        dict(kernel_size=32, kernel_stride=16),
+    )
     generator = torch.Generator("cuda").manual_seed(0)
-    total, heads = sum(HEAD_MAJOR), num_kv_heads * group_size
+    total, heads = sum(on_gpu.HEAD_MAJOR), num_kv_heads * group_size
 
     def randn(*shape):
         return torch.randn(*shape, dtype=torch.bfloat16, device="cuda", generator=generator)
@@ -583,7 +575,7 @@ def test_heads_past_2_31_are_no_other_heads(num_kv_heads, group_size, determinis
     q, do = randn(total, heads, 128).requires_grad_(), randn(total, heads, 128)
     k, v = (randn(total // 16, num_kv_heads, 128).requires_grad_() for _ in range(2))
     found = []
-    for place in (lambda x: x, head_major):
+    for place in (lambda x: x, on_gpu.head_major):
         leaves = [place(x) for x in (q, k, v)]
         o, lse = ops.compressed_attention(
             *leaves, *layout, **windows, return_lse=True, backend="triton"

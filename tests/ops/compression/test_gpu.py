@@ -7,17 +7,7 @@ import pytest
 import torch
 
 from nsa_fsa import ops, reference
-from tests.on_gpu import (
-    MIB,
-    assert_no_growth,
-    assert_rms_close,
-    extra,
-    needs,
-    num_bytes,
-    record,
-    starts,
-    syncs_forbidden,
-)
+from tests import on_gpu
 
 pytestmark = pytest.mark.gpu
 
@@ -64,7 +54,7 @@ class Problem:
             x=x.clone().requires_grad_(),
             do=do.clone(),
             lengths=(length,),
-            cu_seqlens=starts((length,)),
+            cu_seqlens=on_gpu.starts((length,)),
         )
 
     def of_heads(self, heads):
@@ -100,7 +90,7 @@ def make(
     inner = (kernel_size, dim) if operator == "gather_windows" else (dim,)
     do = randn(total // kernel_stride, num_heads, *inner)
     p = Problem(
-        operator, x, weight, do, tuple(lengths), starts(lengths), kernel_size, kernel_stride
+        operator, x, weight, do, tuple(lengths), on_gpu.starts(lengths), kernel_size, kernel_stride
     )
     do[~owned_windows(p)] = torch.nan
     return p
@@ -119,10 +109,10 @@ def test_many_windows(operator, shape, dtype):
     p = make(operator, (30_000, 0, 17_000, 3), 8, *shape, dtype=dtype)
     owned, heads = owned_windows(p), [0, 7]
     found, expected = p.run(), p.of_heads(heads).run("reference")
-    assert_rms_close("output", found[0][owned][:, heads], expected[0][owned], dtype)
-    assert_rms_close("dx", found[1][:, heads], expected[1], dtype)
+    on_gpu.assert_rms_close("output", found[0][owned][:, heads], expected[0][owned], dtype)
+    on_gpu.assert_rms_close("dx", found[1][:, heads], expected[1], dtype)
     if operator == "pool_windows":  # float32 like the weights, from exact products, whatever x is
-        assert_rms_close("dweight", found[2][heads], expected[2], torch.float32)
+        on_gpu.assert_rms_close("dweight", found[2][heads], expected[2], torch.float32)
 
 
 # Row 9: the same bits in every run, in company and alone.
@@ -157,7 +147,7 @@ def test_a_sequence_alone_and_among_others(operator, shape):
 # of pooled windows too.
 
 
-@needs(60)
+@on_gpu.needs(60)
 @pytest.mark.parametrize("windows", [(32, 16), (2, 1)], ids=str)
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_offsets_past_2_31(operator, windows):
@@ -167,14 +157,14 @@ def test_offsets_past_2_31(operator, windows):
     found = p.run()
     found = [found[0][:, heads], found[1][:, heads], *(x[heads] for x in found[2:])]
     expected = p.of_heads(heads).run("reference")
-    assert_rms_close("output", found[0][owned], expected[0][owned])
+    on_gpu.assert_rms_close("output", found[0][owned], expected[0][owned])
     for rows in (slice(0, 500), slice(-500, None), slice(None)):
-        assert_rms_close(f"dx {rows}", found[1][rows], expected[1][rows])
+        on_gpu.assert_rms_close(f"dx {rows}", found[1][rows], expected[1][rows])
     if operator == "pool_windows":
-        assert_rms_close("dweight", found[2], expected[2], torch.float32)
+        on_gpu.assert_rms_close("dweight", found[2], expected[2], torch.float32)
 
 
-@needs(60)
+@on_gpu.needs(60)
 def test_strides_past_2_31():
     """One head of many, of rows far apart: the offset of a single row inside a window is more than
     an int32 counts."""
@@ -185,8 +175,8 @@ def test_strides_past_2_31():
     assert x.stride(0) * (rows - 1) > 2**31
     sizes = dict(kernel_size=8, kernel_stride=1, backend="triton")
     for run, tensors in ((ops.pool_windows, (None,)), (ops.gather_windows, ())):
-        found = run(x, *tensors, starts((rows,)), rows, **sizes)
-        expected = run(x.contiguous(), *tensors, starts((rows,)), rows, **sizes)
+        found = run(x, *tensors, on_gpu.starts((rows,)), rows, **sizes)
+        expected = run(x.contiguous(), *tensors, on_gpu.starts((rows,)), rows, **sizes)
         assert torch.equal(found, expected)
         assert not found[:2].isnan().any()
 
@@ -198,7 +188,7 @@ def test_strides_past_2_31():
 def test_no_host_syncs(operator):
     warm, other = (make(operator, lengths, 2, *SHAPES[0]) for lengths in (LENGTHS, (50, 1400)))
     warm.run()
-    with syncs_forbidden():
+    with on_gpu.syncs_forbidden():
         warm.run()
         other.run()  # other lengths, another number of sequences
 
@@ -210,7 +200,7 @@ def test_cuda_graph(operator):
     lengths = (1000, 0, 77, 2000)
     p = make(operator, lengths, 2, *SHAPES[0])
     p.lengths = (sum(lengths),)  # as an upper bound, which holds for every way to cut the rows
-    graph, recorded = record(p.run)
+    graph, recorded = on_gpu.record(p.run)
 
     for seed, others in ((1, lengths), (2, (3000, 77, 0, 0)), (3, (0, 1, 64, 3012))):
         other = make(operator, others, 2, *SHAPES[0], seed=seed)
@@ -230,7 +220,7 @@ def test_cuda_graph(operator):
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_no_growth_over_50_steps(operator):
     p = make(operator, (1000, 3000), 4, *SHAPES[0])
-    assert_no_growth(p.run)
+    on_gpu.assert_no_growth(p.run)
 
 
 @pytest.mark.parametrize("expanded", [False, True], ids=["dense", "expanded"])
@@ -242,13 +232,17 @@ def test_peak(operator, expanded):
     if expanded:
         p.do = torch.ones((), dtype=p.do.dtype, device="cuda").expand(p.do.shape)
     p.run()  # loads the kernels
-    o, peak = extra(p.forward)
-    allowed = num_bytes(o) + MIB
-    assert peak <= allowed, f"forward: {peak / MIB:.1f} MiB, allowed are {allowed / MIB:.1f}"
-    grads, peak = extra(lambda: torch.autograd.grad(o, p.leaves(), p.do))
+    o, peak = on_gpu.extra(p.forward)
+    allowed = on_gpu.num_bytes(o) + on_gpu.MIB
+    assert peak <= allowed, (
+        f"forward: {peak / on_gpu.MIB:.1f} MiB, allowed are {allowed / on_gpu.MIB:.1f}"
+    )
+    grads, peak = on_gpu.extra(lambda: torch.autograd.grad(o, p.leaves(), p.do))
     # The parts of the weights' gradient: 512 x 8 heads x 32 positions x 4 bytes.
-    allowed = num_bytes(*grads) + 4 * MIB
-    assert peak <= allowed, f"backward: {peak / MIB:.1f} MiB, allowed are {allowed / MIB:.1f}"
+    allowed = on_gpu.num_bytes(*grads) + 4 * on_gpu.MIB
+    assert peak <= allowed, (
+        f"backward: {peak / on_gpu.MIB:.1f} MiB, allowed are {allowed / on_gpu.MIB:.1f}"
+    )
     assert all(torch.isfinite(grad).all() for grad in grads)
 
 
