@@ -20,6 +20,7 @@ from nsa_fsa.visualization import (
     record,
     selected_blocks,
 )
+from tests.model_sizes import NO_TOKENS, model_sizes
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -113,17 +114,7 @@ def test_padding_among_the_indices_selects_nothing():
 def model():
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
-    )
+    config = LlamaConfig(**model_sizes(32, 32, 3, 4, 2, vocab_size=64, **NO_TOKENS))
     model = LlamaForCausalLM(config).eval()
     patch_model(model, preset="tiny", verbose=False)
     return model

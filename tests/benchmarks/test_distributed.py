@@ -11,16 +11,9 @@ from rich.console import Console
 from benchmarks import distributed, generation
 from nsa_fsa.benchmarking.results import Results
 from tests.distributed.processes import on_ranks, printed_by
+from tests.model_sizes import model_sizes
 
-TINY = dict(
-    vocab_size=128,
-    hidden_size=256,
-    intermediate_size=64,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=64,
-    num_hidden_layers=1,
-)
+TINY = model_sizes(256, 64, 1, 4, 2, vocab_size=128, head_dim=64)
 
 
 def test_every_part_is_measured_by_two_ranks(tmp_path):

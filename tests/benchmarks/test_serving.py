@@ -10,19 +10,9 @@ from typer.testing import CliRunner
 from benchmarks import serving
 from benchmarks.__main__ import app
 from benchmarks.engine import MEASURED, Part, Plan
+from tests.benchmarks.tiny import tiny_model
 
-SHAPE = dict(
-    vocab_size=64,
-    hidden_size=64,
-    intermediate_size=64,
-    num_hidden_layers=1,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=512,
-    initializer_range=0.2,
-    rope_parameters=dict(rope_type="default", rope_theta=10000.0),
-)
-MODEL = serving.Model(SHAPE, "tiny", torch.float32, "cpu")
+MODEL = tiny_model((64, 64, 1, 4, 2), vocab_size=64, positions=512, spread=0.2)
 PLAN = Plan((Part("agreement", 40, 2), Part("load", 64, rate=0.5)), dict(max_model_len=64), 64)
 
 

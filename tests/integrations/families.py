@@ -9,20 +9,15 @@ import torch
 import transformers
 
 from nsa_fsa.integrations.transformers import explain_model, patch_model
+from tests.model_sizes import NO_TOKENS, model_sizes
 
 VOCAB = 96
-BASE = dict(
+BASE = model_sizes(
+    *(64, 96, 2, 8, 2),
     vocab_size=VOCAB,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=2,
     max_position_embeddings=4096,
     initializer_range=0.2,  # 0.02 would leave attention and logits almost flat
-    bos_token_id=None,
-    eos_token_id=None,
-    pad_token_id=0,
+    **NO_TOKENS,
 )
 MIXED = dict(layer_types=["sliding_attention", "full_attention"], sliding_window=32)
 EXPERTS = dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32)
@@ -117,15 +112,15 @@ def _with_vision(model, config, vision, **text):
     return lambda: model(config(text_config={**BASE, **text}, vision_config=vision))
 
 
+def clip_vision(width, image_size, patch_size):
+    """A tiny vision tower's config, for a Llava."""
+    sizes = dict(hidden_size=width, intermediate_size=width, num_hidden_layers=1)
+    image = dict(image_size=image_size, patch_size=patch_size)
+    return transformers.CLIPVisionConfig(**sizes, num_attention_heads=2, **image)
+
+
 def _llava():
-    vision = transformers.CLIPVisionConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    )
+    vision = clip_vision(32, 28, 14)
     text = transformers.LlamaConfig(**BASE)
     config = transformers.LlavaConfig(text_config=text, vision_config=vision)
     return transformers.LlavaForConditionalGeneration(config)

@@ -4,7 +4,9 @@ import torch
 import transformers
 
 from nsa_fsa import NSAConfig
-from nsa_fsa.integrations.transformers import NSAAttention, patch_model
+from nsa_fsa.integrations.transformers import NSAAttention, patch_model, sparse_attention
+from tests.integrations import independent
+from tests.integrations.families import BASE
 
 VOCAB = 97
 FAMILIES = {
@@ -30,20 +32,7 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def dense_config(family="llama", **changes):
-    settings = dict(
-        vocab_size=VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=512,
-        initializer_range=0.2,  # 0.02 would leave attention and logits almost flat
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
+    settings = dict(BASE, vocab_size=VOCAB, head_dim=8, max_position_embeddings=512)
     if family == "qwen2":
         del settings["head_dim"]
     return FAMILIES[family][0](**{**settings, **changes})
@@ -58,6 +47,20 @@ def dense_model(family="llama", base=False, seed=0, **changes):
             if name.endswith(("bias", "norm.weight")):
                 parameter.add_(0.2 * torch.randn_like(parameter))
     return model
+
+
+def errors_of_layers(monkeypatch):
+    """A list to which every forward of a sparse layer adds how far it is from another NSA."""
+    errors = []
+
+    def both(*args, **kwargs):
+        found, _ = sparse_attention(*args, **kwargs)
+        expected, _ = independent.attention(*args, **kwargs)
+        errors.append((found - expected).abs().max() / expected.abs().max())
+        return found, None
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "nsa_fsa", both)
+    return errors
 
 
 def scramble(model, seed=1):

@@ -21,6 +21,7 @@ from nsa_fsa.config import PRESETS
 from nsa_fsa.integrations.transformers import patch_model, unpatch_model
 from nsa_fsa.modules import Compressor
 from nsa_fsa.modules.compression import LinearPhi
+from tests.integrations.families import clip_vision
 from tests.integrations.models import (
     FAMILIES,
     LEFT_TO_DENSE,
@@ -188,17 +189,8 @@ def test_base_model_from_a_causal_checkpoint(tmp_path):
 
 
 def llava():
-    vision = dict(
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        image_size=8,
-        patch_size=4,
-    )
-    vision_config = transformers.CLIPVisionConfig(**vision)
     config = transformers.LlavaConfig(
-        text_config=dense_config(), vision_config=vision_config, image_token_index=96
+        text_config=dense_config(), vision_config=clip_vision(16, 8, 4), image_token_index=96
     )
     torch.manual_seed(0)
     return transformers.LlavaForConditionalGeneration(config).eval()

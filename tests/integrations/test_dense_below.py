@@ -5,21 +5,16 @@ import copy
 
 import pytest
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from nsa_fsa import NSAConfig
-from nsa_fsa.integrations.transformers import (
-    NSAAttention,
-    patch_model,
-    sparse_attention,
-    unpatch_model,
-)
-from tests.integrations import independent
+from nsa_fsa.integrations.transformers import NSAAttention, patch_model, unpatch_model
 from tests.integrations.families import family
 from tests.integrations.families import tokens as tokens_of
 from tests.integrations.models import (
     attentions,
     dense_model,
+    errors_of_layers,
     greedy,
     scramble,
     sparse_model,
@@ -68,15 +63,7 @@ def test_is_the_dense_model_up_to_that_length(name):
 @pytest.mark.parametrize("name", NAMES[2:])
 def test_equals_an_independent_nsa(name, monkeypatch):
     model, _ = exact(name, 110)
-    errors = []
-
-    def both(*args, **kwargs):
-        found, _ = sparse_attention(*args, **kwargs)
-        expected, _ = independent.attention(*args, **kwargs)
-        errors.append((found - expected).abs().max() / expected.abs().max())
-        return found, None
-
-    monkeypatch.setitem(AttentionInterface._global_mapping, "nsa_fsa", both)
+    errors = errors_of_layers(monkeypatch)
     logits(model, tokens_of(2, LENGTH))
     assert max(errors) < 1e-9
 

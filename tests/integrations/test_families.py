@@ -7,20 +7,17 @@ import pytest
 import torch
 import transformers
 from peft import LoraConfig, get_peft_model
-from transformers import AttentionInterface
 
 from nsa_fsa.integrations.transformers import (
     NSAAttention,
     explain_model,
     patch_model,
-    sparse_attention,
     unpatch_model,
 )
 from nsa_fsa.integrations.transformers.layers import attention_layers
 from nsa_fsa.integrations.transformers.models import sparse_class, sparse_config_class
-from tests.integrations import independent
 from tests.integrations.families import FAMILIES, ROUTED_FAMILIES, family, tokens
-from tests.integrations.models import scramble
+from tests.integrations.models import errors_of_layers, scramble
 
 REACH = 96  # keys that a query of the preset "tiny" selects: longer sequences are really sparse
 
@@ -88,15 +85,7 @@ def test_starts_dense_and_comes_back_dense(name):
 def test_equals_an_independent_nsa(name, monkeypatch):
     """On queries, keys and values of the model's own projections, norms and rotation."""
     model, ids = exact(name), tokens(2, 150)
-    errors = []
-
-    def both(*args, **kwargs):
-        found, _ = sparse_attention(*args, **kwargs)
-        expected, _ = independent.attention(*args, **kwargs)
-        errors.append((found - expected).abs().max() / expected.abs().max())
-        return found, None
-
-    monkeypatch.setitem(AttentionInterface._global_mapping, "nsa_fsa", both)
+    errors = errors_of_layers(monkeypatch)
     output(model, ids)
     assert len(errors) == len(layers(model))
     assert max(errors) < 1e-9

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import nsa_fsa
+from tests.model_sizes import model_sizes
 from tests.on_gpu import GIB, needs, syncs_forbidden
 
 pytestmark = pytest.mark.gpu
@@ -163,15 +164,8 @@ def test_a_million_tokens_in_chunks():
     """A layer of Llama-3-8B: beside weights and cache 3 GiB at most, and the first tokens are as if
     there were no others."""
     length, chunk = 1 << 20, 16384
-    config = transformers.LlamaConfig(
-        vocab_size=128,
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=1,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        max_position_embeddings=length,
-    )
+    sizes = model_sizes(4096, 14336, 1, 32, 8, vocab_size=128, max_position_embeddings=length)
+    config = transformers.LlamaConfig(**sizes)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).to("cuda", torch.bfloat16).eval()
     nsa_fsa.patch_model(model, preset="fsa-64x16", verbose=False)

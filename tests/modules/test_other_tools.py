@@ -11,6 +11,7 @@ from torch import nn
 
 from nsa_fsa import patch_model
 from nsa_fsa.modules import BranchGate, NativeSparseAttention, fused
+from tests.model_sizes import model_sizes
 from tests.modules.layers import (
     VARIANTS,
     FirstPlusTanhOfLast,
@@ -228,14 +229,7 @@ def test_a_checkpoint_spread_over_cpu_and_disk(tmp_path):
     and the same tokens from a cache.
     """
     transformers = pytest.importorskip("transformers")
-    config = transformers.LlamaConfig(
-        hidden_size=32,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=64,
-    )
+    config = transformers.LlamaConfig(**model_sizes(32, 32, 2, 4, 2, vocab_size=64))
     model = transformers.LlamaForCausalLM(config).eval()
     patch_model(model, preset="tiny", verbose=False)
     model.save_pretrained(tmp_path / "model")

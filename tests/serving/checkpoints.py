@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from nsa_fsa.integrations.transformers import patch_model
 from tests.integrations.models import scramble
+from tests.model_sizes import NO_TOKENS, model_sizes
 
 VOCAB = 512
 NEW = 32  # tokens that every prompt is continued by
@@ -31,20 +32,14 @@ CHANGES = {
     "mistral": dict(sliding_window=None),
     "qwen3_moe": dict(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64),
 }
-SIZES = dict(
+SIZES = model_sizes(
+    *(256, 256, 2, 8, 2),
     vocab_size=VOCAB,
-    hidden_size=256,
-    intermediate_size=256,
-    num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=2,
     head_dim=32,
     max_position_embeddings=2048,
     initializer_range=0.05,
     tie_word_embeddings=False,
-    pad_token_id=0,
-    bos_token_id=None,
-    eos_token_id=None,
+    **NO_TOKENS,
 )
 MIXING = ("linear", "mlp", "gated")  # compressors that mix the widths of keys
 TEMPLATE = (
@@ -108,17 +103,11 @@ def make_shared():
 
 def continue_greedily(model, prompts):
     """What transformers generates."""
-    found = []
+    found, options = [], dict(do_sample=False, max_new_tokens=NEW, min_new_tokens=NEW)
     for prompt in prompts:
         ids = torch.tensor([prompt])
         with torch.no_grad():
-            out = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                max_new_tokens=NEW,
-                min_new_tokens=NEW,
-            )
+            out = model.generate(ids, attention_mask=torch.ones_like(ids), **options)
         found.append(out[0, len(prompt) :].tolist())
     return found
 

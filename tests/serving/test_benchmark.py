@@ -5,25 +5,14 @@ import dataclasses
 import math
 
 import pytest
-import torch
 from rich.console import Console
 
 from benchmarks import serving
 from benchmarks.engine import Part, Plan, measure_parts
 from benchmarks.published import SuiteResults, validate
+from tests.benchmarks.tiny import tiny_model
 
-SHAPE = dict(
-    vocab_size=512,
-    hidden_size=256,
-    intermediate_size=256,
-    num_hidden_layers=2,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    max_position_embeddings=2048,
-    initializer_range=0.1,
-    rope_parameters=dict(rope_type="default", rope_theta=10000.0),
-)
-MODEL = serving.Model(SHAPE, "tiny", torch.float32, "cpu")
+MODEL = tiny_model((256, 256, 2, 8, 2), vocab_size=512, positions=2048, spread=0.1)
 PARTS = (
     Part("first_token", 300),
     Part("agreement", 200, 2),
