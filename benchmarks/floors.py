@@ -10,15 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from nsa_fsa.ops.nsa_attention import OPERATORS
+
 # Products of size [queries, keys, head width]: q k and p v; backward q k again, dp, dv, dk, dq.
 FORWARD_PRODUCTS, BACKWARD_PRODUCTS, SCORE_PRODUCTS = 2, 5, 1
-CORE_PARTS = (
-    "compressed_attention",
-    "select_blocks",
-    "selected_attention",
-    "sliding_window_attention",
-    "gated_combine",
-)
+CORE_PARTS = tuple(x.operator for x in OPERATORS)
 Row = Mapping[str, Any]
 
 

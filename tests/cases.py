@@ -231,6 +231,14 @@ DIFFERENTIABLE = {
     "nsa_attention": ("q", "k", "v", "k_cmp", "v_cmp", "gate_logits"),
 }
 BACKENDS = {found.operator: found for found in (POOL_BACKENDS, GATHER_BACKENDS, *OPERATORS)}
+# What a layer calls for every token, in this order.
+CORE = (
+    "compressed_attention",
+    "select_blocks",
+    "selected_attention",
+    "sliding_window_attention",
+    "gated_combine",
+)
 # What one of ATTENTIONS computes, forward and backward.
 RESULTS = ("o", "lse", "dq", "dk", "dv")
 ATTENTIONS = ("compressed_attention", "selected_attention", "sliding_window_attention")
@@ -241,7 +249,7 @@ def call(operator, case, x, backend="auto", **extra):
     `extra` goes to the operator.
     """
     layout = dict(backend=backend, **extra)
-    packed = (x.cu_seqlens, x.max_seqlen)
+    packed, qkv = (x.cu_seqlens, x.max_seqlen), (x.q, x.k, x.v)
     if operator == "compressed_attention":
         return ops.compressed_attention(
             x.q, x.k_cmp, x.v_cmp, *packed, return_lse=True, **case.windows, **layout
@@ -251,18 +259,11 @@ def call(operator, case, x, backend="auto", **extra):
         return select(case, x, lse, **layout)
     if operator == "selected_attention":
         return ops.selected_attention(
-            x.q,
-            x.k,
-            x.v,
-            x.block_indices,
-            *packed,
-            block_size=case.block_size,
-            return_lse=True,
-            **layout,
+            *qkv, x.block_indices, *packed, block_size=case.block_size, return_lse=True, **layout
         )
     if operator == "sliding_window_attention":
         return ops.sliding_window_attention(
-            x.q, x.k, x.v, *packed, window_size=case.window_size, return_lse=True, **layout
+            *qkv, *packed, window_size=case.window_size, return_lse=True, **layout
         )
     if operator == "gated_combine":
         return ops.gated_combine(x.gate_logits, x.o_cmp, x.o_slc, x.o_swa, **layout)
@@ -272,12 +273,8 @@ def call(operator, case, x, backend="auto", **extra):
         return ops.gather_windows(x.k, *packed, **case.windows, **layout)
     if operator == "nsa_attention":
         return ops.nsa_attention(
-            x.q,
-            x.k,
-            x.v,
-            x.k_cmp,
-            x.v_cmp,
-            x.gate_logits,
+            *qkv,
+            *(x.k_cmp, x.v_cmp, x.gate_logits),
             *packed,
             window_size=case.window_size,
             **case.blocks,

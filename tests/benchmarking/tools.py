@@ -50,6 +50,17 @@ def case(num_tokens=300, dtype=torch.float32, seed=0, kind=Case, selection="inde
     return kind(config(**sizes), num_tokens, dtype, "cpu", seed, selection)
 
 
+# Those that the pages quote.
+PAGES = dict(
+    num_heads=64,
+    head_dim=128,
+    block_size=64,
+    num_blocks=16,
+    kernel_size=32,
+    kernel_stride=16,
+    window_size=512,
+    dtype="bfloat16",
+)
 # Sizes that differ in every way: groups, blocks, windows, forced blocks, a ragged end.
 SIZES = [
     dict(),

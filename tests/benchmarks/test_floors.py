@@ -9,7 +9,7 @@ from benchmarks.inputs import SuiteCase
 from benchmarks.published import FOLDER, GPU, read
 from nsa_fsa import NSAConfig
 from nsa_fsa.benchmarking.decoding import NSA_DECODE, SDPA, DecodeCase
-from tests.benchmarking.tools import RATES, SIZES, case
+from tests.benchmarking.tools import PAGES, RATES, SIZES, case
 
 FILES = [path.stem.removesuffix(f"_{GPU}") for path in FOLDER.glob(f"*_{GPU}.json")]
 # Those that earlier code wrote, with floors in them.
@@ -18,19 +18,7 @@ RECORDED = sorted(x for x in FILES if "floor_ms" in read(x)["rows"][0])
 
 def row(implementation="", kind="part", **sizes):
     """Of 65,536 tokens and the sizes that the pages quote, unless said otherwise."""
-    usual = dict(
-        num_tokens=65536,
-        num_heads=64,
-        group_size=4,
-        head_dim=128,
-        block_size=64,
-        num_blocks=16,
-        kernel_size=32,
-        kernel_stride=16,
-        window_size=512,
-        dtype="bfloat16",
-        ms=1.0,
-    )
+    usual = dict(PAGES, num_tokens=65536, group_size=4, ms=1.0)
     return usual | dict(implementation=implementation, kind=kind) | sizes
 
 

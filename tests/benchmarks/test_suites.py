@@ -19,16 +19,10 @@ from nsa_fsa.benchmarking.cases import PASSES
 from nsa_fsa.benchmarking.implementations import sdpa
 from nsa_fsa.benchmarking.runs import Bench
 from nsa_fsa.ops.common import tuning
-from tests.benchmarking.tools import RATES, FakeMeter, case, quiet
+from tests.benchmarking.tools import PAGES, RATES, FakeMeter, case, quiet
+from tests.cases import CORE
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where Triton's kernels can run
-CORE_PARTS = (
-    "compressed_attention",
-    "select_blocks",
-    "selected_attention",
-    "sliding_window_attention",
-    "gated_combine",
-)
 
 
 def small(name, **changes):
@@ -84,19 +78,7 @@ def test_the_sizes_are_those_of_the_pages():
     assert [(x.num_tokens, x.config.group_size) for x in cases] == [
         (tokens, group) for tokens in lengths for group in (1, 4, 16)
     ]
-    sizes = dict(
-        num_heads=64,
-        head_dim=128,
-        block_size=64,
-        num_blocks=16,
-        init_blocks=1,
-        local_blocks=2,
-        selection="independent",
-        dtype="bfloat16",
-        kernel_size=32,
-        kernel_stride=16,
-        window_size=512,
-    )
+    sizes = dict(PAGES, init_blocks=1, local_blocks=2, selection="independent")
     assert all(sizes.items() <= x.sizes().items() for x in cases)
     assert {(x.seed, x.device) for x in cases} == {(7, "cuda")}
 
@@ -144,7 +126,7 @@ def test_the_parts_of_the_core(run):
     reads_blocks = {"nsa_fsa", "select_blocks", "selected_attention"}
     assert found(document, "implementation", "pass", "block_size") == {
         (name, p, b)
-        for name in ("nsa_fsa", *CORE_PARTS)
+        for name in ("nsa_fsa", *CORE)
         for p in (PASSES if name != "select_blocks" else PASSES[:1])
         for b in ((32, 64) if name in reads_blocks else (0,))
     }

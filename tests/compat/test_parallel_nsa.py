@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from nsa_fsa.compat import parallel_nsa
 from nsa_fsa.ops.common.backends import Backend
-from tests.cases import BACKENDS, prefer
+from tests.cases import BACKENDS, CORE, prefer
 from tests.compat.loops import EXACT, assert_same, attend, keys_of_blocks, leaves
 from tests.wrong_values import (
     NO_BACKENDS,
@@ -266,10 +266,7 @@ def test_arguments_and_their_order():
     """Calls written for fla pass any of these, by name or by place; only `backend` is ours."""
     parameters = inspect.signature(parallel_nsa).parameters
     assert {name: p.default for name, p in parameters.items() if p.default is not p.empty} == dict(
-        g_cmp=None,
-        g_slc=None,
-        g_swa=None,
-        block_indices=None,
+        **dict.fromkeys(("g_cmp", "g_slc", "g_swa", "block_indices")),  # None
         block_counts=16,
         block_size=64,
         window_size=0,
@@ -399,13 +396,7 @@ def recorded(monkeypatch, arguments):
     return {operator: recorder.call for operator, recorder in recorders.items()}
 
 
-OPERATORS = (
-    "pool_windows",
-    "compressed_attention",
-    "select_blocks",
-    "selected_attention",
-    "sliding_window_attention",
-)
+OPERATORS = ("pool_windows", *CORE[:4])  # gates are multiplied by PyTorch
 
 
 def test_the_backend_reaches_every_operator(monkeypatch):
@@ -461,9 +452,7 @@ GOOD = dict(
     q=torch.zeros(B, T, HQ, D),
     k=torch.zeros(B, T, HKV, D),
     v=torch.zeros(B, T, HKV, DV),
-    g_cmp=GATE,
-    g_slc=GATE,
-    g_swa=GATE,
+    **dict.fromkeys(("g_cmp", "g_slc", "g_swa"), GATE),
     block_indices=INDICES,
     block_size=BLOCK_SIZE,
     window_size=4,

@@ -116,15 +116,8 @@ def test_keywords_and_their_order():
     assert parameters["backend"].kind is inspect.Parameter.KEYWORD_ONLY
     q, k, v = inputs(2)
     topk_idx = random_indices()
-    o = topk_sparse_attention(
-        q=q,
-        k=k,
-        v=v,
-        topk_idx=topk_idx,
-        block_size=BLOCK_SIZE,
-        cu_seqlens=CU_SEQLENS.long(),
-        softmax_scale=None,
-    )
+    values = (q, k, v, topk_idx, BLOCK_SIZE, CU_SEQLENS.long(), None, "auto")
+    o = topk_sparse_attention(**dict(zip(parameters, values, strict=True)))
     assert torch.equal(o, topk_sparse_attention(q, k, v, topk_idx, BLOCK_SIZE, CU_SEQLENS))
 
 

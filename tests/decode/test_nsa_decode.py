@@ -17,13 +17,14 @@ from nsa_fsa.ops.common.registration import Signature
 from tests.decode.problems import NAN, Problem, Run, angles, small_shares
 
 BACKENDS = ("triton", "reference")
+MEAN = dict(rotary_dim=0, logits=False, embedding=False)  # of keys as they are
 PROBLEMS = {
     "as it comes": Problem(),
     "one page": Problem(page_size=0),
     "several new": Problem(num_new=3, group_size=3, lengths=(0, 33, 61), gates="shared"),
     "most new": Problem(num_new=16, num_kv_heads=1, lengths=(7, 48), group_size=1),
     "widths": Problem(head_dim=24, v_head_dim=40, rotary_dim=24, lengths=(70,)),
-    "mean": Problem(logits=False, embedding=False, rotary_dim=0, lengths=(15, 90)),
+    "mean": Problem(**MEAN, lengths=(15, 90)),
     "no forced": Problem(init_blocks=0, local_blocks=0, lengths=(100,), num_selected_blocks=2),
     "only forced": Problem(init_blocks=2, local_blocks=2, lengths=(100,)),
     "hops": Problem(
@@ -89,14 +90,7 @@ def test_scores_far_below_zero(backend):
     """The first new token sees no window of the last share, so that its weights there are 0, beside
     a sum that is almost 0."""
     problem = Problem(
-        lengths=(270,),
-        num_new=2,
-        num_selected_blocks=2,
-        init_blocks=0,
-        local_blocks=0,
-        rotary_dim=0,
-        logits=False,
-        embedding=False,
+        lengths=(270,), num_new=2, num_selected_blocks=2, init_blocks=0, local_blocks=0, **MEAN
     )
     run = Run(problem, backend)
     run.sequences[0].q.fill_(1.0)

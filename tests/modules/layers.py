@@ -12,11 +12,7 @@ from tests import oracle
 
 COMPRESSED, SELECTED, SLIDING = range(3)  # spec.md, section 7: the branch order everywhere
 
-SMALL = dict(
-    hidden_size=24,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
+SPARSE = dict(
     kernel_size=8,
     kernel_stride=4,
     block_size=8,
@@ -25,6 +21,7 @@ SMALL = dict(
     local_blocks=1,
     window_size=6,
 )
+SMALL = dict(hidden_size=24, num_heads=4, num_kv_heads=2, head_dim=8, **SPARSE)
 
 # Between them: every compression kind for keys and for values, both RoPE orders, shared and
 # separate keys and values, both kinds of gate, and every switch on and off. `phi`: an nn.Module of
@@ -279,12 +276,11 @@ def expected_output(layer, x):
         i += 1
 
     cu_seqlens = [0, len(x)]
+    packed = dict(scale=c.scale, cu_seqlens=cu_seqlens)
     windows = dict(kernel_size=c.kernel_size, kernel_stride=c.kernel_stride)
-    o_cmp, _ = oracle.oracle_compressed(
-        q, k_cmp, v_cmp, scale=c.scale, cu_seqlens=cu_seqlens, **windows
-    )
+    o_cmp, _ = oracle.oracle_compressed(q, k_cmp, v_cmp, **packed, **windows)
     scores = oracle.oracle_block_scores(
-        q, k_cmp, len(x), block_size=c.block_size, scale=c.scale, cu_seqlens=cu_seqlens, **windows
+        q, k_cmp, len(x), block_size=c.block_size, **packed, **windows
     )
     chosen = oracle.oracle_select(
         scores,
@@ -294,27 +290,10 @@ def expected_output(layer, x):
         local_blocks=c.local_blocks,
         cu_seqlens=cu_seqlens,
     )
-    o_slc, _ = oracle.oracle_selected(
-        q,
-        branch_keys(SELECTED),
-        branch_values(SELECTED),
-        chosen,
-        block_size=c.block_size,
-        scale=c.scale,
-        cu_seqlens=cu_seqlens,
-    )
-    o_swa, _ = oracle.oracle_sliding(
-        q,
-        branch_keys(SLIDING),
-        branch_values(SLIDING),
-        window_size=c.window_size,
-        scale=c.scale,
-        cu_seqlens=cu_seqlens,
-    )
-
-    o_dense, _ = oracle.oracle_dense(
-        q, branch_keys(SELECTED), branch_values(SELECTED), scale=c.scale, cu_seqlens=cu_seqlens
-    )
+    selected, sliding = ((branch_keys(x), branch_values(x)) for x in (SELECTED, SLIDING))
+    o_slc, _ = oracle.oracle_selected(q, *selected, chosen, block_size=c.block_size, **packed)
+    o_swa, _ = oracle.oracle_sliding(q, *sliding, window_size=c.window_size, **packed)
+    o_dense, _ = oracle.oracle_dense(q, *selected, **packed)
 
     rows = []
     for t in range(len(x)):

@@ -10,21 +10,12 @@ from nsa_fsa import NSAConfig
 from nsa_fsa.decode import operator as decoding
 from nsa_fsa.ops.common import triton_backends
 from nsa_fsa.ops.sliding_window_attention import flash_attention
-from tests.cases import BACKENDS
+from tests.cases import BACKENDS, CORE
 
 CONFIG = NSAConfig(hidden_size=256, num_heads=4, num_kv_heads=2)
-OPERATORS = (
-    "pool_windows",
-    "compressed_attention",
-    "select_blocks",
-    "selected_attention",
-    "sliding_window_attention",
-    "gated_combine",
-    "append_tokens",
-    "nsa_decode",
-)
-WITH_TRITON = tuple(operator for operator in OPERATORS if operator != "sliding_window_attention")
 DECODING = ("append_tokens", "nsa_decode")
+OPERATORS = ("pool_windows", *CORE, *DECODING)
+WITH_TRITON = tuple(operator for operator in OPERATORS if operator != "sliding_window_attention")
 SEES_KEYS = tuple(operator for operator in WITH_TRITON if operator != "gated_combine")
 needs_triton = pytest.mark.skipif(
     triton_backends.unavailable() is not None,

@@ -8,23 +8,14 @@ import torch
 
 from nsa_fsa.ops import nsa_attention
 from nsa_fsa.sequences import Sequences, cu_seqlens_from_lengths
-from tests.modules.layers import randn
+from tests.modules.layers import SPARSE, randn
 from tests.naive import naive_attention
 from tests.on_gpu import assert_rms_close
 from tests.oracle import oracle_dense, queries
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-SIZES = dict(
-    kernel_size=8,
-    kernel_stride=4,
-    block_size=8,
-    num_selected_blocks=3,
-    init_blocks=1,
-    local_blocks=1,
-    window_size=6,
-    scale=0.4,
-)
+SIZES = dict(SPARSE, scale=0.4)
 HKV, G, D, DV = 2, 2, 8, 12
 LENGTHS = {
     "some of each kind": (0, 5, 26, 3, 12),
