@@ -820,6 +820,16 @@ def test_steps_under_autocast_say_why_they_compress_all_keys():
             model(ids[:, 29:], past_key_values=cache)
 
 
+def assert_compresses_anew(sparse, token, cache):
+    """The next token is as without what the cache has compressed."""
+    found = sparse(token, past_key_values=cache).logits
+    for layer in cache.layers:
+        layer.crop(-1)
+        layer.compressed = None
+    expected = sparse(token, past_key_values=cache).logits
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("padded", [False, True])
 @torch.no_grad()
 def test_compressed_tokens_of_other_keys_are_not_read(padded):
@@ -858,21 +868,11 @@ def test_compressed_tokens_of_other_keys_are_not_read(padded):
     cache = DynamicCache()
     sparse(more[:, :20], past_key_values=cache)
     patch_model(sparse, kernel_size=16, kernel_stride=8, verbose=False)
-    found = sparse(more[:, 20:21], past_key_values=cache).logits
-    for layer in cache.layers:
-        layer.crop(-1)
-        layer.compressed = None
-    expected = sparse(more[:, 20:21], past_key_values=cache).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_compresses_anew(sparse, more[:, 20:21], cache)
 
     # The same compressors, of keys that are not turned back any more.
     patch_model(sparse, compress_rope="after", verbose=False)
     cache = DynamicCache()
     sparse(more[:, :28], past_key_values=cache)
     patch_model(sparse, compress_rope="before", verbose=False)
-    found = sparse(more[:, 28:29], past_key_values=cache).logits
-    for layer in cache.layers:
-        layer.crop(-1)
-        layer.compressed = None
-    expected = sparse(more[:, 28:29], past_key_values=cache).logits
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert_compresses_anew(sparse, more[:, 28:29], cache)

@@ -168,23 +168,26 @@ def pad(items):
     }
 
 
+def quiet_arguments(folder, batch_size, **others):
+    """Of a Trainer on the CPU that prints nothing."""
+    quiet = dict(report_to="none", disable_tqdm=True, use_cpu=True)
+    return TrainingArguments(str(folder), per_device_train_batch_size=batch_size, **quiet, **others)
+
+
 @pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 def test_trainer(tmp_path, packed):
     model = dense_model(initializer_range=0.05)
     patch_model(model, preset="tiny", verbose=False)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
+    arguments = quiet_arguments(
+        tmp_path,
+        batch_size=4,
         num_train_epochs=1,
-        per_device_train_batch_size=4,
         learning_rate=3e-3,
         logging_steps=5,
-        report_to="none",
         save_strategy="epoch",
-        use_cpu=True,
         gradient_checkpointing=True,
-        disable_tqdm=True,
         seed=0,
     )
     collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True) if packed else pad
@@ -207,17 +210,7 @@ def test_trainer(tmp_path, packed):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_trainer_resumes(tmp_path, family):
     """As if it had never stopped."""
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        max_steps=3,
-        per_device_train_batch_size=2,
-        learning_rate=3e-3,
-        report_to="none",
-        save_steps=2,
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=0,
-    )
+    arguments = quiet_arguments(tmp_path, 2, max_steps=3, learning_rate=3e-3, save_steps=2, seed=0)
 
     def trainer(seed):
         return Trainer(
@@ -278,14 +271,11 @@ def test_trainer_compiles_few_graphs(tmp_path):
     """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
+    arguments = quiet_arguments(
+        tmp_path,
+        batch_size=2,
         max_steps=3,
-        per_device_train_batch_size=2,
-        report_to="none",
         save_strategy="no",
-        use_cpu=True,
-        disable_tqdm=True,
         torch_compile=True,
         torch_compile_backend="eager",
     )

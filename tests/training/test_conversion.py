@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +17,12 @@ import torch
 import transformers
 import yaml
 from transformers import AutoConfig, AutoModelForCausalLM
-from typer.testing import CliRunner
 
-from nsa_fsa import NSAConfig, cli
+from nsa_fsa import NSAConfig
 from nsa_fsa.integrations.transformers import NSAAttention
-from nsa_fsa.training import Schedule, commands, conversion
+from nsa_fsa.training import Schedule, conversion
 from tests.integrations.models import dense_model, sparse_model
+from tests.training.command_line import forbid_loading, run_command, widen_console_and_hide_gpu
 
 ROOT = Path(__file__).parents[2]
 TEXT = ("--text", ROOT / "docs" / "spec.md", "--text", ROOT / "docs" / "lab")
@@ -34,16 +35,10 @@ USUAL = (*TEXT, *SHAPE, *SCHEDULE, "--divergence", 0, "--save-every", 2)
 
 @pytest.fixture(autouse=True)
 def on_a_wide_console_without_gpu(monkeypatch):
-    monkeypatch.setattr(commands.console, "width", 300)
-    monkeypatch.setattr(torch.cuda, "is_available", bool)
+    widen_console_and_hide_gpu(monkeypatch)
 
 
-def run(*arguments, code=0):
-    found = CliRunner().invoke(
-        cli.app, ["convert", *map(str, arguments)], env={"COLUMNS": "300", "TERM": "dumb"}
-    )
-    assert found.exit_code == code, found.output
-    return " ".join(found.output.replace("│", " ").split())
+run = partial(run_command, "convert")
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +53,7 @@ def folder(tmp_path_factory):
 def whole(folder):
     """What was printed of a run that nothing interrupted."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands.console, "width", 300)
-        patch.setattr(torch.cuda, "is_available", bool)
+        widen_console_and_hide_gpu(patch)
         return run(folder / "dense", *USUAL, "--output", folder / "whole")
 
 
@@ -335,10 +329,7 @@ def others(folder):
 def test_what_cannot_be_is_said_before_anything_is_loaded(
     others, name, arguments, said, monkeypatch
 ):
-    def load(*_, **__):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    forbid_loading(monkeypatch)
     monkeypatch.chdir(others)
     output = others / "refused"
     assert said in run(name, *USUAL, *arguments, "--output", output, code=2)

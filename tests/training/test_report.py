@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import matplotlib.image
@@ -9,12 +10,12 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
-from nsa_fsa import cli, patch_model, unpatch_model
+from nsa_fsa import patch_model, unpatch_model
 from nsa_fsa.training import commands, measures, teach
 from nsa_fsa.training.measures import Haystack, Haystacks
 from tests.integrations.models import dense_model, scramble, tokens
+from tests.training.command_line import forbid_loading, run_command, widen_console_and_hide_gpu
 
 ROOT = Path(__file__).parents[2]
 TEXT = ("--text", ROOT / "docs" / "spec.md", "--text", ROOT / "docs" / "lab")
@@ -23,8 +24,7 @@ LENGTH, WINDOWS = 256, 3
 
 @pytest.fixture(autouse=True)
 def on_a_wide_console_without_gpu(monkeypatch):
-    monkeypatch.setattr(commands.console, "width", 300)
-    monkeypatch.setattr(torch.cuda, "is_available", bool)
+    widen_console_and_hide_gpu(monkeypatch)
 
 
 def test_buckets_double_and_are_shorter_in_short_windows():
@@ -174,19 +174,13 @@ def folder(tmp_path_factory):
 SHORT = ("--length", LENGTH, "--windows", WINDOWS, "--needles", 1)
 
 
-def run(*arguments, code=0):
-    found = CliRunner().invoke(
-        cli.app, ["convert-report", *map(str, arguments)], env={"COLUMNS": "300", "TERM": "dumb"}
-    )
-    assert found.exit_code == code, found.output
-    return " ".join(found.output.replace("│", " ").split())
+run = partial(run_command, "convert-report")
 
 
 @pytest.fixture(scope="module")
 def printed(folder):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(commands.console, "width", 300)
-        patch.setattr(torch.cuda, "is_available", bool)
+        widen_console_and_hide_gpu(patch)
         return run(folder / "run" / "model", *TEXT, *SHORT, "--output", folder / "report")
 
 
@@ -281,10 +275,7 @@ def test_a_report_is_kept_unless_it_is_to_go(printed, folder):
 def test_what_cannot_be_measured_is_said_before_anything_is_loaded(
     folder, name, arguments, said, monkeypatch
 ):
-    def load(*_, **__):
-        raise AssertionError("a model was loaded")
-
-    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", load)
+    forbid_loading(monkeypatch)
     monkeypatch.chdir(folder)
     assert said in run(name, *TEXT, *arguments, "--output", folder / "refused", code=2)
     assert not (folder / "refused").exists()
