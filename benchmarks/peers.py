@@ -24,6 +24,7 @@ from nsa_fsa.benchmarking.implementations import (
     SDPA_FLASH,
     Function,
     Implementation,
+    full,
 )
 
 
@@ -139,13 +140,7 @@ FULL = [
     FLASH_ATTN_4,
     CUDNN,
     SDPA_FLASH,
-    dataclasses.replace(
-        CUDNN,
-        name="flash_attn_2",
-        label="full: flash-attn 2",
-        function=flash_attn_2,
-        distribution="flash-attn",
-    ),
+    full("flash_attn_2", "full: flash-attn 2", flash_attn_2, "flash-attn"),
 ]
 PEERS = [
     prepared(SELECTED, *others)

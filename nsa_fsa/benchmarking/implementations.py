@@ -139,30 +139,15 @@ NSA_CORE = Implementation(
 
 NSA_LAYER = Layer.of("nsa_layer", "nsa_fsa, whole layer", layer)
 
-CUDNN = Implementation(
-    "cudnn",
-    "full: cuDNN (SDPA)",
-    "full",
-    sdpa,
-    full_reference,
-    ("q", "k", "v"),
-    reads_blocks=False,
-    distribution="torch",
-)
 
-FLASH_ATTN_4 = dataclasses.replace(
-    CUDNN,
-    name="flash_attn_4",
-    label="full: flash-attn 4",
-    function=flash_attn_4,
-    distribution="flash-attn-4",
-)
+def full(name: str, label: str, function: Function, distribution: str = "torch") -> Implementation:
+    """Full attention, by a function of a case, q, k and v."""
+    about: Options = dict(reads_blocks=False, distribution=distribution)
+    return Implementation(name, label, "full", function, full_reference, ("q", "k", "v"), **about)
 
-SDPA_FLASH = dataclasses.replace(
-    CUDNN,
-    name="sdpa_flash",
-    label="full: FA2 (SDPA)",
-    function=partial(sdpa, backend="FLASH_ATTENTION"),
-)
+
+CUDNN = full("cudnn", "full: cuDNN (SDPA)", sdpa)
+FLASH_ATTN_4 = full("flash_attn_4", "full: flash-attn 4", flash_attn_4, "flash-attn-4")
+SDPA_FLASH = full("sdpa_flash", "full: FA2 (SDPA)", partial(sdpa, backend="FLASH_ATTENTION"))
 
 FULL_ATTENTION = {x.name: x for x in (FLASH_ATTN_4, CUDNN)}  # the first that runs is the peer
