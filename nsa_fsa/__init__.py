@@ -26,14 +26,7 @@ __all__ = [
     "unpatch_model",
 ]
 
-_LAZY = (
-    "PatchReport",
-    "explain_model",
-    "patch_model",
-    "register_attention",
-    "sparse_attention",
-    "unpatch_model",
-)
+_LAZY = {*__all__} - {*globals()}
 
 
 def __getattr__(name: str) -> Any:

@@ -157,16 +157,15 @@ def generate(
 ) -> tuple[Tensor, list[float]]:
     """The new tokens, and when the call began and each of them came."""
     watch = Watch(steps)
-    cache = "static" if model.device.type == "cuda" else "dynamic"
+    exactly = dict.fromkeys(("max_new_tokens", "min_new_tokens"), number)
     found = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=number,
-        min_new_tokens=number,
+        **exactly,
         do_sample=False,
         pad_token_id=0,
         streamer=watch,
-        cache_implementation=cache,
+        cache_implementation="static" if model.device.type == "cuda" else "dynamic",
         prefill_chunk_size=chunk,
     )
     return found[0, ids.shape[1] :], watch.times

@@ -51,7 +51,7 @@ from nsa_fsa.integrations.transformers.data import (
     open_tokens,
     write_tokens,
 )
-from nsa_fsa.training.commands import option
+from nsa_fsa.training.commands import Config, option
 
 RANK, LOCAL_RANK = (int(os.environ.get(name, 0)) for name in ("RANK", "LOCAL_RANK"))
 console = Console(quiet=RANK > 0)
@@ -85,12 +85,7 @@ def main(
             MODEL, f"How a dense model is patched. Of {', '.join(PRESETS)}. Default: fsa-64x16."
         ),
     ] = None,
-    config: Annotated[
-        Path | None,
-        option(
-            MODEL, "Instead: YAML of an NSAConfig, as in configs/.", exists=True, dir_okay=False
-        ),
-    ] = None,
+    config: Config = None,
     dtype: Annotated[str, option(DATA, f"Of .bin files: of {', '.join(DTYPES)}.")] = "uint16",
     document_end: Annotated[
         list[int] | None,

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 _ops: Any = torch.ops._c10d_functional
+Tensors = tuple[Tensor, ...]
 
 
 class Split(NamedTuple):
@@ -98,9 +99,7 @@ def _has_words(x: Tensor, size: int) -> bool:
 
 class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, split: Split, are_keys: tuple[bool, ...], *tensors: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, split: Split, are_keys: tuple[bool, ...], *tensors: Tensor) -> Tensors:
         ctx.split, ctx.are_keys = split, are_keys
         pairs = [*zip(tensors, are_keys, strict=True)]
         return tuple(split.send(x, i, is_key) for i in range(split.groups) for x, is_key in pairs)
@@ -116,9 +115,7 @@ class _Depart(torch.autograd.Function):
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, split: Split, are_keys: tuple[bool, ...], *parts: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, split: Split, are_keys: tuple[bool, ...], *parts: Tensor) -> Tensors:
         ctx.split, ctx.are_keys = split, are_keys
         return tuple(_ops.wait_tensor(x) for x in parts)
 
@@ -151,7 +148,7 @@ class _Collect(torch.autograd.Function):
         return None, *reversed(last_first)
 
 
-def depart(split: Split, are_keys: tuple[bool, ...], *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+def depart(split: Split, are_keys: tuple[bool, ...], *tensors: Tensor) -> list[Tensors]:
     """Of `[B, L, H, ...]` each, for every group, `[n or shares, B, L, h, ...]`, on their way.
     are_keys: which of them every span needs all of."""
     parts = _Depart.apply(split, are_keys, *tensors)

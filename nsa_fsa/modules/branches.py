@@ -185,8 +185,8 @@ class SparseBranches:
         check_whole_sequences()
 
         if runs is not None:
-            some = _runs_of(runs, q, keys, k_cmp, v_cmp, gate_logits, layout, c.kernel_stride)
-            return torch.cat([self.mix(*run, scale) for run in some])
+            whole = (q, keys, k_cmp, v_cmp, gate_logits, layout)
+            return torch.cat([self.mix(*x, scale) for x in _runs_of(runs, whole, c.kernel_stride)])
 
         gate_logits = gate_logits.unflatten(-1, (-1, 3))  # [T, HQ or 1, 3]
         if c.gate == "per_token":
@@ -272,17 +272,9 @@ class SparseBranches:
 _Mixed = tuple[Tensor, KeyValues, Tensor, Tensor, Tensor, Sequences]
 
 
-def _runs_of(
-    runs: Runs,
-    q: Tensor,
-    keys: KeyValues,
-    k_cmp: Tensor,
-    v_cmp: Tensor,
-    gate_logits: Tensor,
-    layout: Sequences,
-    kernel_stride: int,
-) -> Iterator[_Mixed]:
+def _runs_of(runs: Runs, whole: _Mixed, kernel_stride: int) -> Iterator[_Mixed]:
     """Of each run its queries, and the keys up to its end."""
+    q, keys, k_cmp, v_cmp, gate_logits, layout = whole
     sizes = [end - start for start, end in runs]
     of_queries = zip(runs, q.split(sizes), gate_logits.split(sizes), strict=True)
     for (start, end), q_run, gates_run in of_queries:

@@ -34,6 +34,10 @@ Text = Annotated[
     list[str],
     option(DATA, "Files of text (any name) or tokens (.bin, .npy), or folders of text. Repeat."),
 ]
+Config = Annotated[
+    Path | None,
+    option(MODEL, "Instead: YAML of an NSAConfig, as in configs/.", exists=True, dir_okay=False),
+]
 Dtype = Annotated[str, option(DATA, "Of .bin files: uint8, uint16, uint32, int32 or int64.")]
 Precision = Annotated[str | None, option(RUN, "Of bf16, fp32. Default: bf16 on GPUs.")]
 Overwrite = Annotated[bool, option(RUN, "Do away with what is in --output.", "--overwrite")]
@@ -50,12 +54,7 @@ def convert(
     preset: Annotated[
         str | None, option(MODEL, f"Of {', '.join(PRESETS)}. Default: fsa-64x16.")
     ] = None,
-    config: Annotated[
-        Path | None,
-        option(
-            MODEL, "Instead: YAML of an NSAConfig, as in configs/.", exists=True, dir_okay=False
-        ),
-    ] = None,
+    config: Config = None,
     setting: Annotated[
         list[str] | None,
         option(MODEL, "A field of NSAConfig, as in num_selected_blocks=32. Repeat.", "--set"),
@@ -375,26 +374,24 @@ def precision_of(given: str | None) -> str:
 def _settings_of_layers(given: list[str]) -> dict[str, dict[str, Any]]:
     """["3-10:window_size=64"] -> {"3-10": {"window_size": 64}}"""
     found: dict[str, dict[str, Any]] = {}
+    fault = "names no layers. Fix: --layer-set 3-10:window_size=64, for example."
     for text in given:
-        layers, sign, setting = text.partition(":")
-        if not sign:
-            raise typer.BadParameter(
-                f"{text!r} names no layers. Fix: --layer-set 3-10:window_size=64, for example.",
-                param_hint="--layer-set",
-            )
-        found.setdefault(layers.strip(), {}).update(_settings([setting]))
+        layers, setting = _cut(text, ":", fault, "--layer-set")
+        found.setdefault(layers, {}).update(_settings([setting]))
     return found
 
 
 def _settings(given: list[str]) -> dict[str, Any]:
     """["window_size=64"] -> {"window_size": 64}"""
-    found: dict[str, Any] = {}
-    for text in given:
-        name, sign, value = text.partition("=")
-        if not sign:
-            raise typer.BadParameter(
-                f"{text!r} is no setting. Fix: --set window_size=64, for example.",
-                param_hint="--set",
-            )
-        found[name.strip()] = yaml.safe_load(value)
-    return found
+    fault = "is no setting. Fix: --set window_size=64, for example."
+    pairs = (_cut(text, "=", fault, "--set") for text in given)
+    return {name: yaml.safe_load(value) for name, value in pairs}
+
+
+def _cut(text: str, sign: str, fault: str, option: str) -> tuple[str, str]:
+    """What of an option's text stands before a sign and what behind it; a text without the sign
+    ends the program with its fault."""
+    before, found, behind = text.partition(sign)
+    if not found:
+        raise typer.BadParameter(f"{text!r} {fault}", param_hint=option)
+    return before.strip(), behind
