@@ -159,24 +159,22 @@ def divergence_dq_kernel(
     TILE: tl.constexpr,
 ):
     """dq of a tile of pairs. q, k and lse: `Heads`, of which lse has rows of one element."""
-    BLOCK: tl.constexpr = SHAPE.BLOCK_HOPS
-    BLOCK_M: tl.constexpr = TILE.BLOCK_M
     number, head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    tile = query_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, SHAPE, BLOCK_M)
+    tile = query_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, SHAPE, TILE.BLOCK_M)
     end_query = tile.first_query + tile.num_queries
     if (tile.num_queries <= 0) | (tile.first_query >= end_row) | (end_query <= first_row):
         return
 
-    pairs, visible = pairs_of_tile(tile, head, SHAPE, BLOCK_M)
+    pairs, visible = pairs_of_tile(tile, head, SHAPE, TILE.BLOCK_M)
     inside = pairs.inside & (pairs.query >= first_row) & (pairs.query < end_row)
     pairs = Pairs(pairs.query, pairs.head, inside)
     q_tile = load_pairs(q, pairs, SHAPE.D, SHAPE.PADDED_D)
     known = load_softmax(lse, graded, pairs, visible, first_row, head, chunk_rows, SHAPE, True)
     k = windows_of_tile(k, tile, head)
     of_head = head * num_blocks * chunk_rows
-    num_steps = tl.cdiv(tl.cdiv(tile.most, BLOCK), TILE.BLOCKS) * TILE.PIECES
+    num_steps = tl.cdiv(tl.cdiv(tile.most, SHAPE.BLOCK_HOPS), TILE.BLOCKS) * TILE.PIECES
 
-    dq = tl.zeros([BLOCK_M, SHAPE.PADDED_D], tl.float32)
+    dq = tl.zeros([TILE.BLOCK_M, SHAPE.PADDED_D], tl.float32)
     for step in tl.range(0, num_steps, num_stages=TILE.NUM_STAGES):
         block, phase = step // TILE.PIECES * TILE.BLOCKS, step % TILE.PIECES * TILE.PIECE
         window, exists = windows_of_blocks(block, phase, tile.num_windows, SHAPE, TILE)

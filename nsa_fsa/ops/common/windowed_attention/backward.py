@@ -125,27 +125,25 @@ def compressed_bwd_dq_kernel(
     ADD: tl.constexpr,
 ):
     """dq of a tile of pairs, from the windows that some of them see."""
-    BLOCK_M: tl.constexpr = TILE.BLOCK_M
-    BLOCK_N: tl.constexpr = TILE.BLOCK_N
 
     number = tl.program_id(0)
-    tile = query_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, SHAPE, BLOCK_M)
+    tile = query_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, SHAPE, TILE.BLOCK_M)
     if tile.num_queries <= 0:
         return
     head = tl.program_id(1).to(tl.int64)
-    pairs, visible = pairs_of_tile(tile, head, SHAPE, BLOCK_M)
+    pairs, visible = pairs_of_tile(tile, head, SHAPE, TILE.BLOCK_M)
     q_tile = load_pairs(q, pairs, SHAPE.D, SHAPE.PADDED_D)
     do_tile = load_pairs(do, pairs, SHAPE.DV, SHAPE.PADDED_DV)
-    at = (head * num_rows + tile.first_query) * SHAPE.G + tl.arange(0, BLOCK_M)
+    at = (head * num_rows + tile.first_query) * SHAPE.G + tl.arange(0, TILE.BLOCK_M)
     shift, delta = load_statistics(statistics, at, pairs.inside)
     k, v = windows_of_tile(k, tile, head), windows_of_tile(v, tile, head)
 
-    dq = tl.zeros([BLOCK_M, SHAPE.PADDED_D], tl.float32)
+    dq = tl.zeros([TILE.BLOCK_M, SHAPE.PADDED_D], tl.float32)
     first = 0
     if SHAPE.WINDOW_SIZE > 0:
-        first = tl.maximum(tile.position + 1 - SHAPE.WINDOW_SIZE, 0) // BLOCK_N * BLOCK_N
-    for start in tl.range(first, tile.most, BLOCK_N, num_stages=TILE.NUM_STAGES):
-        window = start + tl.arange(0, BLOCK_N)
+        first = tl.maximum(tile.position + 1 - SHAPE.WINDOW_SIZE, 0) // TILE.BLOCK_N * TILE.BLOCK_N
+    for start in tl.range(first, tile.most, TILE.BLOCK_N, num_stages=TILE.NUM_STAGES):
+        window = start + tl.arange(0, TILE.BLOCK_N)
         k_tile, v_tile = load_keys(k, v, window, window < tile.num_windows, SHAPE)
         scores = dot_keys(q_tile, k_tile, TILE.PRECISION)
         seen = is_seen(window, visible, SHAPE)
@@ -253,8 +251,7 @@ def sum_parts_kernel(
 ):
     """Adds up the parts of WINDOWS rows of dk and dv, side by side in `[P, T, H, D + DV]`."""
 
-    D: tl.constexpr = SHAPE.D
-    DV: tl.constexpr = SHAPE.DV
+    WIDTH: tl.constexpr = SHAPE.D + SHAPE.DV
     PROGRAMS: tl.constexpr = TILE_WINDOWS // WINDOWS  # of a tile
     tile_number, nth = tl.program_id(0) // PROGRAMS, tl.program_id(0) % PROGRAMS
     head = tl.program_id(1).to(tl.int64)
@@ -266,17 +263,17 @@ def sum_parts_kernel(
     row = (tile.first_key // SHAPE.KERNEL_STRIDE + window).to(tl.int64)
 
     total = tl.zeros([WINDOWS, PADDED], tl.float32)
-    at = (row * num_heads + head) * (D + DV)
+    at = (row * num_heads + head) * WIDTH
     for _ in tl.range(0, num_parts, num_stages=3):
-        total += load_rows(parts_ptr, at, exists, D + DV, PADDED, True)
+        total += load_rows(parts_ptr, at, exists, WIDTH, PADDED, True)
         at += stride_p
 
     column = tl.arange(0, PADDED)[None, :]
-    of_k = exists[:, None] & (column < D)
+    of_k = exists[:, None] & (column < SHAPE.D)
     at = (row * dk.stride_t + head * dk.stride_h)[:, None] + column
     tl.store(dk.ptr + at, total.to(dk.ptr.dtype.element_ty), mask=of_k)
-    of_v = exists[:, None] & (column >= D) & (column < D + DV)
-    at = (row * dv.stride_t + head * dv.stride_h)[:, None] + column - D
+    of_v = exists[:, None] & (column >= SHAPE.D) & (column < WIDTH)
+    at = (row * dv.stride_t + head * dv.stride_h)[:, None] + column - SHAPE.D
     tl.store(dv.ptr + at, total.to(dv.ptr.dtype.element_ty), mask=of_v)
 
 

@@ -52,35 +52,33 @@ def compressed_fwd_kernel(
     TILE: tl.constexpr,
 ):
     """o and lse of a tile of pairs, from the windows that some of them see."""
-    BLOCK_M: tl.constexpr = TILE.BLOCK_M
-    BLOCK_N: tl.constexpr = TILE.BLOCK_N
 
     number = tl.program_id(0)
-    tile = query_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, SHAPE, BLOCK_M)
+    tile = query_tile(tiles_ptr, num_tiles, number, num_rows, num_sequences, SHAPE, TILE.BLOCK_M)
     if tile.num_queries <= 0:
         return
     head = tl.program_id(1).to(tl.int64)
-    pairs, visible = pairs_of_tile(tile, head, SHAPE, BLOCK_M)
+    pairs, visible = pairs_of_tile(tile, head, SHAPE, TILE.BLOCK_M)
     q_tile = load_pairs(q, pairs, SHAPE.D, SHAPE.PADDED_D)
     k, v = windows_of_tile(k, tile, head), windows_of_tile(v, tile, head)
 
-    acc = tl.zeros([BLOCK_M, SHAPE.PADDED_DV], tl.float32)
-    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    column = tl.arange(0, BLOCK_N)
+    acc = tl.zeros([TILE.BLOCK_M, SHAPE.PADDED_DV], tl.float32)
+    maximum = tl.full([TILE.BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([TILE.BLOCK_M], tl.float32)
+    column = tl.arange(0, TILE.BLOCK_N)
     first = 0
-    full = tile.least // BLOCK_N * BLOCK_N  # up to here every pair sees every window
+    full = tile.least // TILE.BLOCK_N * TILE.BLOCK_N  # up to here every pair sees every window
     if SHAPE.WINDOW_SIZE > 0:
-        first = tl.maximum(tile.position + 1 - SHAPE.WINDOW_SIZE, 0) // BLOCK_N * BLOCK_N
+        first = tl.maximum(tile.position + 1 - SHAPE.WINDOW_SIZE, 0) // TILE.BLOCK_N * TILE.BLOCK_N
         full = first
 
-    for start in tl.range(first, full, BLOCK_N, num_stages=TILE.NUM_STAGES):
+    for start in tl.range(first, full, TILE.BLOCK_N, num_stages=TILE.NUM_STAGES):
         window = (start + column).to(tl.int64)
         k_tile, v_tile = load_keys(k, v, window, window >= 0, SHAPE, MASKED=False)
         scores = dot_keys(q_tile, k_tile, TILE.PRECISION) * scale
         acc, maximum, total = online_softmax(acc, maximum, total, scores, v_tile, TILE.PRECISION)
 
-    for start in tl.range(full, tile.most, BLOCK_N, num_stages=TILE.NUM_STAGES):
+    for start in tl.range(full, tile.most, TILE.BLOCK_N, num_stages=TILE.NUM_STAGES):
         window = start + column
         k_tile, v_tile = load_keys(k, v, window, window < tile.num_windows, SHAPE)
         scores = dot_keys(q_tile, k_tile, TILE.PRECISION) * scale
