@@ -10,6 +10,7 @@ from benchmarks.published import FOLDER, GPU, read
 from nsa_fsa import NSAConfig
 from nsa_fsa.benchmarking.decoding import NSA_DECODE, SDPA, DecodeCase
 from tests.benchmarking.tools import PAGES, RATES, SIZES, case
+from tests.cases import CORE
 
 FILES = [path.stem.removesuffix(f"_{GPU}") for path in FOLDER.glob(f"*_{GPU}.json")]
 # Those that earlier code wrote, with floors in them.
@@ -58,6 +59,10 @@ def test_the_known_arithmetic(group):
     assert whole["forward"].flops == sum(part["forward"].flops for part in parts.values())
     scores = parts["select_blocks"]["forward"].flops
     assert whole["backward"].flops == 2.5 * (whole["forward"].flops - scores)
+
+
+def test_the_core_has_all_of_its_parts():
+    assert floors.CORE_PARTS == CORE
 
 
 def test_bytes_of_the_core_by_hand():
