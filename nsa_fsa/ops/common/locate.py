@@ -58,6 +58,17 @@ class RunTable(NamedTuple):
     end_key: Tensor  # the row after the own block's last key in use
 
 
+class NeighbourTable(NamedTuple):
+    """Of every tile of neighbouring queries, int32 `[num_tiles]`: the rows of what
+    `locate_neighbours` returns."""
+
+    first_query: Tensor  # row of the tile's first query
+    num_queries: Tensor  # of the tile; 0 for a number that no tile owns
+    position: Tensor  # of the first query; less than 0 where it stands before every key
+    first_key: Tensor  # the row of the sequence's first key
+    num_keys: Tensor  # of the sequence, in use; queries from this position on see nothing
+
+
 class Tile(NamedTuple):
     """A tile of queries or keys, and its sequence: a column of the table of `locate_tiles`."""
 
@@ -207,6 +218,27 @@ def locate_runs_kernel(
 
 
 @kernel
+def locate_neighbours_kernel(
+    bounds, table, num_tiles, num_sequences, num_steps, tile_rows, COLUMNS: tl.constexpr
+):
+    tile = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = tile < num_tiles
+    starts_ptr = bounds.cu_seqlens if bounds.cu_seqlens_q is None else bounds.cu_seqlens_q
+    known_tile = tl.where(inside, tile, 0)
+    sequence = find_sequence(starts_ptr, known_tile, num_sequences, num_steps, tile_rows, 1)
+    extent = load_extent(bounds, sequence)
+    first = (tile - (extent.first_query // tile_rows + sequence)) * tile_rows
+    num_rows = tl.load(starts_ptr + sequence + 1) - extent.first_query
+    num_queries = tl.maximum(tl.minimum(num_rows - first, tile_rows), 0)
+
+    tl.store(table.first_query + tile, extent.first_query + first, mask=inside)
+    tl.store(table.num_queries + tile, num_queries, mask=inside)
+    tl.store(table.position + tile, extent.offset + first, mask=inside)
+    tl.store(table.first_key + tile, extent.first_key, mask=inside)
+    tl.store(table.num_keys + tile, extent.num_keys, mask=inside)
+
+
+@kernel
 def locate_tiles_kernel(
     bounds,
     tiles_ptr,
@@ -309,14 +341,22 @@ def locate_runs(num_rows: int, sequences: Sequences, block_size: int) -> Tensor:
     return _located(locate_runs_kernel, RunTable, number, sequences, block_size)
 
 
+def locate_neighbours(num_rows: int, sequences: Sequences, tile_rows: int) -> Tensor:
+    """`[5, num_tiles]`, read as `NeighbourTable(*found)`: every sequence's queries, of which there
+    are num_rows in all, in tiles of tile_rows neighbours from its first one on. So a tile belongs
+    to one sequence, and is the same in any company."""
+    number = max_num_blocks(num_rows, sequences.cu_seqlens.shape[0] - 1, tile_rows)
+    return _located(locate_neighbours_kernel, NeighbourTable, number, sequences, tile_rows)
+
+
 def _located(
     locate_kernel: Any,
-    kind: type[RowTable | BlockTable | RunTable],
+    kind: type[RowTable | BlockTable | RunTable | NeighbourTable],
     number: int,
     sequences: Sequences,
-    block_size: int,
+    size: int,
 ) -> Tensor:
-    """A table of a kind, of `number` columns, which the kernel fills."""
+    """A table of a kind, of `number` columns, which the kernel fills. size: of blocks or tiles."""
     cu_seqlens, _, cu_seqlens_q, seqused_k = sequences
     num_sequences = cu_seqlens.shape[0] - 1
     rows, columns = len(kind._fields), 256
@@ -324,7 +364,7 @@ def _located(
     if number:
         locate_kernel[(cdiv(number, columns),)](
             *(Boundaries(cu_seqlens, cu_seqlens_q, seqused_k), kind(*found)),
-            *(number, num_sequences, num_sequences.bit_length(), block_size),
+            *(number, num_sequences, num_sequences.bit_length(), size),
             COLUMNS=columns,
         )
     return found
