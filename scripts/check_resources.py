@@ -211,6 +211,8 @@ def call_selected_attention(
     for name, way in ways["forward"].items():
         enter(f"{name} forward")
         o, lse = way.forward(call)
+        enter(f"{name} forward without a backward to come")
+        way.forward(replace(call, index=None))
     after_a_past = Sequences(cu_seqlens, NUM_TOKENS, cu_seqlens, cu_seqlens[1:])
     chunk = replace(call, sequences=after_a_past)
     enter("block_index after a past")

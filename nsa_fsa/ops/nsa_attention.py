@@ -144,6 +144,7 @@ def nsa_attention(
         *(windows, blocks, num_selected_blocks, window_size, workspace_bytes),
         _checked_branches(recompute),
         backend,
+        int(torch.is_grad_enabled()),
     )
     call.check()
     if dense_below and not return_branches and is_known(max_seqlen <= dense_below):
@@ -190,6 +191,9 @@ class CoreCall:
     workspace_bytes: int
     recompute: tuple[str, ...]  # branches whose output is not kept for the backward
     backend: str
+    # 1: a backward may come, for which the block index is kept. 0: none will, and the selected
+    # branch makes an index of those queries alone that need one.
+    keeps_index: int = 1
 
     def check(self) -> None:
         """Raises ValueError for tensors that do not fit together."""
@@ -323,7 +327,7 @@ def _forward(call: CoreCall) -> CoreResult:
     o_cmp, lse_cmp = compressed_attention.BACKENDS.run(call.compressed())
     block_indices = block_selection.BACKENDS.run(call.selection(lse_cmp))
     selected = call.selected(block_indices, None)
-    if selected_attention.wants_index(selected):
+    if call.keeps_index and selected_attention.wants_index(selected):
         index = selected_attention.make_index(IndexCall.of(selected))
         selected = call.selected(block_indices, index)
     o_slc, lse_slc = selected_attention.BACKENDS.run(selected)
@@ -409,7 +413,7 @@ def _fake(call: CoreCall) -> CoreResult:
     block_indices = call.q.new_empty(shape, dtype=torch.int32)
     selected = call.selected(block_indices, None)
     index = None
-    if selected_attention.wants_index(selected):
+    if call.keeps_index and selected_attention.wants_index(selected):
         index = selected_attention.fake_index(IndexCall.of(selected))
     return CoreResult(o, CoreSaved(o_cmp, o_slc, o_swa, lses, block_indices, index))
 

@@ -56,6 +56,7 @@ def mark_kernel(
     sparse_ptr,
     index,
     bitmap_ptr,
+    flags_ptr,
     num_rows,
     init_blocks,
     local_blocks,
@@ -69,7 +70,10 @@ def mark_kernel(
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """A program marks the sparse blocks of a head's queries between low_block and high_block."""
+    """A program marks the sparse blocks of a head's queries between low_block and high_block.
+
+    flags_ptr: BY_UNION of the queries that are left out, `[HKV, T]`; None: none are.
+    """
 
     head = (first_head + tl.program_id(1)).to(tl.int64)
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -102,9 +106,14 @@ def mark_kernel(
     # There are more only where the caller's promise about forced blocks does not hold.
     sparse = sparse & (rank < NUM_SLOTS)
     has_own = tl.max((chosen & (block == own[:, None])).to(tl.int32), 1)
-    num_sparse = tl.sum(sparse.to(tl.int32), 1)
     at = head * num_rows + row
-    tl.store(index.num_sparse + at, num_sparse | (has_own << 31), mask=inside)
+    flags = has_own << 31
+    if flags_ptr is not None:
+        by_union = tl.load(flags_ptr + at, mask=inside, other=0)
+        sparse = sparse & (by_union == 0)[:, None]
+        flags = flags | by_union
+    num_sparse = tl.sum(sparse.to(tl.int32), 1)
+    tl.store(index.num_sparse + at, num_sparse | flags, mask=inside)
     at = (head * num_rows + row)[:, None] * PADDED_INDICES + column[None, :]
     kept = tl.where(sparse, block, -1).to(sparse_ptr.dtype.element_ty)
     tl.store(sparse_ptr + at, kept, mask=inside[:, None])
@@ -233,11 +242,13 @@ def new_bitmap(call: IndexCall, num_blocks: int) -> Bitmap:
     return Bitmap(both[:room], both[room:], both, num_words, some_heads, some_blocks)
 
 
-def build_block_index(call: IndexCall) -> BlockIndex:
+def build_block_index(call: IndexCall, flags: Tensor | None = None) -> BlockIndex:
     """For every KV head and block number the queries that chose it.
 
     Dense, and so in no list, are the first `init_blocks` and the last `local_blocks` blocks up to
     the query's own, and the query's own block whatever local_blocks is.
+
+    flags: int32 `[HKV, T]`, BY_UNION of queries that are to be in no list either, and 0 of others.
     """
     num_rows, num_heads, num_indices = call.block_indices.shape
     block_size, init_blocks, local_blocks = call.blocks
@@ -259,7 +270,8 @@ def build_block_index(call: IndexCall) -> BlockIndex:
     bitmap, cursor, both, num_words, some_heads, some_blocks = new_bitmap(call, num_blocks)
     mark_rows = max(1024 // padded, 16) if padded <= 16 else max(512 // padded, 4)
 
-    to_mark = (indices, counts, rows, sparse, index, bitmap, num_rows, init_blocks, local_blocks)
+    of_rows = (num_rows, init_blocks, local_blocks)
+    to_mark = (indices, counts, rows, sparse, index, bitmap, flags, *of_rows)
     to_collect = (blocks, sparse, index, bitmap, cursor, num_rows, num_blocks)
     marking = dict(
         NUM_INDICES=num_indices,

@@ -8,6 +8,10 @@ from torch import Tensor
 from nsa_fsa.ops.common.calls import AttentionCall, Blocks
 from nsa_fsa.sequences import Length, Sequences
 
+# The bit of `BlockIndex.num_sparse` for queries that are not in it, because their tile reads the
+# union of its blocks instead.
+BY_UNION = 1 << 30
+
 
 class BlockIndex(NamedTuple):
     """Who chose which block, int32. Chosen blocks that no kernel treats as dense are sparse."""

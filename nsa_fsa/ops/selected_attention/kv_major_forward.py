@@ -16,6 +16,7 @@ Partial results take `workspace_bytes` at most: KV heads, and where one head is 
 queries, are done in turn.
 """
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,8 @@ from nsa_fsa.ops.common.primitives import (
 from nsa_fsa.ops.common.sizes import cdiv, next_power_of_2, rows_contiguous
 from nsa_fsa.ops.common.windowed_attention.heads import load_keys, of_head, store_attended
 from nsa_fsa.ops.selected_attention.call import BlockIndex, SelectedCall
+from nsa_fsa.ops.selected_attention.union_forward import union_attention_fwd
+from nsa_fsa.ops.selected_attention.unions import GOES_BY_UNION, find_unions, index_of_others
 from nsa_fsa.ops.selected_attention.work import (
     Work,
     cut_units,
@@ -225,6 +228,10 @@ def merge_fwd_kernel(
     query_head = (head * G + row % G).to(tl.int64)
     at = head.to(tl.int64) * num_tokens + query
     flags = tl.load(index.num_sparse + at, mask=inside, other=0)  # bit 31: its own was chosen
+    if SHAPE.BY_UNIONS:
+        inside = inside & ((flags & GOES_BY_UNION) == 0)
+        if tl.max(inside.to(tl.int32), 0) == 0:
+            return
     q_offset = query.to(tl.int64) * q.stride_t + query_head * q.stride_h
     q_tile = load_rows(q.ptr, q_offset, inside, SHAPE.D, SHAPE.PADDED_D, True)
 
@@ -239,7 +246,7 @@ def merge_fwd_kernel(
     )
 
     if SHAPE.NUM_SLOTS > 0:
-        num_partials = (flags & 0x7FFFFFFF) * TILE.PIECES
+        num_partials = tl.where(inside, flags & 0x7FFFFFFF, 0) * TILE.PIECES
         PARTIALS: tl.constexpr = SHAPE.NUM_SLOTS * TILE.PIECES * G
         first = (query - low_row).to(tl.int64) * PARTIALS
         first = partials_of_unit(num_tokens, PARTIALS) + first + row % G
@@ -292,8 +299,8 @@ def runs_of(call: SelectedCall, index: BlockIndex) -> Runs:
 
 
 def selected_attention_fwd(call: SelectedCall, config: tuning.Config) -> AttentionResult:
-    """o `[T, HQ, DV]` and the natural-log lse, float32 `[T, HQ]`, of a call with a block index."""
-    assert call.index is not None
+    """o `[T, HQ, DV]` and the natural-log lse, float32 `[T, HQ]`; of a call without a block index
+    that of the queries which need one is made."""
     q, k, v = (rows_contiguous(x, config.fwd_hopper) for x in (call.q, call.k, call.v))
     num_tokens, num_heads, _ = q.shape
     o = q.new_empty(num_tokens, num_heads, v.shape[2])
@@ -301,9 +308,15 @@ def selected_attention_fwd(call: SelectedCall, config: tuning.Config) -> Attenti
     if o.numel() == 0:
         return AttentionResult(o, lse.fill_(-torch.inf))
 
-    index, blocks, runs = call.index, BlockTable(*call.index.blocks), runs_of(call, call.index)
+    unions = find_unions(call, config)
+    index = index_of_others(call, unions)
+    if unions is not None:
+        union_attention_fwd(call, config, unions, (q, k, v), AttentionResult(o, lse))
+        call = dataclasses.replace(call, workspace_bytes=unions.workspace_bytes)
+
+    blocks, runs = BlockTable(*index.blocks), runs_of(call, index)
     work = cut_forward(call, index, config)
-    shape, block_size = shape_of(call, work), call.blocks.block_size
+    shape, block_size = shape_of(call, work, unions is not None), call.blocks.block_size
     block_pairs = block_size * call.group_size
     merge_m = min(config.merge_m, max(16, next_power_of_2(block_pairs)))
     keys, merge_keys = block_size // work.pieces, min(config.merge_keys, block_size)

@@ -1,7 +1,7 @@
 """The ways to run selected attention by Triton: either loop order."""
 
 from dataclasses import dataclass
-from typing import ClassVar, TypeAlias
+from typing import TypeAlias
 
 from torch import Tensor
 
@@ -20,7 +20,6 @@ class KVMajor:
     """The loop order of FSA: KV blocks outside, the queries that chose each block inside."""
 
     config: tuning.Config
-    forward_reads_index: ClassVar[bool] = True
 
     def forward(self, call: SelectedCall) -> AttentionResult:
         return selected_attention_fwd(call, self.config)
@@ -40,8 +39,6 @@ class QueryMajor:
     Queries may be only the last positions of their sequences. The backward does dq in this order;
     dk and dv come by the blocks' programs, as in every NSA implementation.
     """
-
-    forward_reads_index: ClassVar[bool] = False
 
     def forward(self, call: SelectedCall) -> AttentionResult:
         return query_major_fwd(call)

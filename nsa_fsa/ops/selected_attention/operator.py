@@ -98,9 +98,10 @@ def selected_attention(
         workspace_bytes: how much memory the KV-major kernels may take for partial results and, to
             make the block index, for a bitmap, at any length. Not counted are the index, which the
             backward needs again, and what grows with the number of rows or blocks alone: 8 bytes a
-            query and query head, 36 a block and KV head, 2 to 4 a chosen block of every query and
-            KV head while the index is made, and, of the sums of one head's dk and dv that a
-            workspace needs in which its partial results do not fit, what is more than half of it.
+            query and query head, 8 a query and KV head, 36 a block and KV head, 2 to 4 a chosen
+            block of every query and KV head while the index is made, and, of the sums of one head's
+            dk and dv that a workspace needs in which its partial results do not fit, what is more
+            than half of it.
         backend: which implementation runs: "triton_kv_major" (the loop order of FSA),
             "triton_query_major" (that of NSA), "triton" (whichever of their variants the profiler
             finds fastest on this GPU; that of NSA for few queries that follow a past), "reference",
@@ -185,7 +186,10 @@ def wants_index(call: SelectedCall) -> bool:
 
 
 def with_index(call: SelectedCall) -> SelectedCall:
-    """The call, with a block index where the backend will use one."""
+    """The call, with a block index where the backend will use one and a backward may come, which
+    needs it, too. In inference a forward makes an index of those queries alone that need one."""
+    if not torch.is_grad_enabled():
+        return call
     return replace(call, index=INDEX_OPERATOR(IndexCall.of(call))) if wants_index(call) else call
 
 
@@ -235,8 +239,6 @@ class SelectedTriton(TritonBackend[SelectedCall], AttentionBackend[SelectedCall]
 
     def forward(self, call: SelectedCall) -> AttentionResult:
         ways = self.ways(call, "forward")
-        if call.index is None and any(way.forward_reads_index for way in ways.values()):
-            call = replace(call, index=make_index(IndexCall.of(call)))
         return choose("forward", call, ways, methodcaller("forward", call)).forward(call)
 
     def backward(

@@ -44,6 +44,7 @@ class Shape(NamedTuple):
     LOCAL_BLOCKS: Any  # at least the query's own
     OWN_IS_OPTIONAL: Any  # bit 31 of `num_sparse` says whether a query sees its own block
     RANGED: Any  # a launch does one range of a head
+    BY_UNIONS: Any  # some queries, of which bit 30 of `num_sparse` says so, are done already
 
 
 class Tile(NamedTuple):
@@ -58,7 +59,7 @@ class Tile(NamedTuple):
     STOP_EARLY: Any  # at an item's last row; otherwise all items are walked as far as the largest
 
 
-def shape_of(call: SelectedCall, work: "Work") -> Shape:
+def shape_of(call: SelectedCall, work: "Work", by_unions: bool = False) -> Shape:
     """The constants of a pass."""
     shape = Shape(
         call.group_size,
@@ -69,6 +70,7 @@ def shape_of(call: SelectedCall, work: "Work") -> Shape:
         LOCAL_BLOCKS=max(call.blocks.local_blocks, 1),
         OWN_IS_OPTIONAL=call.blocks.local_blocks == 0,
         RANGED=work.ranged,
+        BY_UNIONS=by_unions,
     )
     return constants(shape)
 

@@ -15,7 +15,14 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from nsa_fsa.ops.common import locate, softmax_statistics, tuning
 from nsa_fsa.ops.common.calls import NOTHING, WORKSPACE_BYTES, Blocks, Softmax
-from nsa_fsa.ops.selected_attention import block_index, kv_major_backward, kv_major_forward, work
+from nsa_fsa.ops.selected_attention import (
+    block_index,
+    kv_major_backward,
+    kv_major_forward,
+    union_forward,
+    unions,
+    work,
+)
 from nsa_fsa.ops.selected_attention.block_index import build_block_index
 from nsa_fsa.ops.selected_attention.call import IndexCall, SelectedCall
 from nsa_fsa.ops.selected_attention.launch import KVMajor
@@ -60,6 +67,8 @@ def no_launches(monkeypatch):
         block_index,
         kv_major_forward,
         kv_major_backward,
+        union_forward,
+        unions,
         work,
         softmax_statistics,
         locate,
@@ -121,6 +130,35 @@ def test_selected_attention_keeps_to_its_workspace(tokens, sequences, num_kv_hea
     sums = 4 * tokens * (128 + 128)  # of one head's dk and dv, where its partial results do not fit
     allowed = num_bytes(grads) + max(workspace_bytes, sums + workspace_bytes // 2) + linear
     assert backward.peak <= allowed, backward.peak / MIB
+
+
+@pytest.mark.usefixtures("no_launches")
+@pytest.mark.parametrize("union_factor", [2.0, float("inf")])
+@pytest.mark.parametrize("tokens", [2**16, 2**20])
+@pytest.mark.parametrize("indexed", [False, True])
+def test_unions_are_lists_within_the_workspace(indexed, tokens, union_factor):
+    """Lists of as many blocks as the queries of a tile can choose together would take 0.6 GiB for a
+    million tokens of 4 KV heads."""
+    workspace_bytes = 256 * MIB
+    q, k = new(tokens, 4, 128), new(tokens, 4, 128)
+    indices, cu_seqlens = new(tokens, 4, 16, dtype=torch.int32), new(2, dtype=torch.int32)
+    index_of = index_call(indices, cu_seqlens, tokens, workspace_bytes)
+    index = build_block_index(index_of) if indexed else None
+    call = selected_call(q, k, index_of, workspace_bytes, index)
+    config = dataclasses.replace(tuning.default_config(q, k, 64), union_factor=union_factor)
+    found = unions.find_unions(call, config)
+    if found is not None:
+        lists = num_bytes([found.unions.blocks, found.unions.bits])
+        entries = num_bytes([call.index.entries]) if indexed else 0
+        assert 0 < lists <= workspace_bytes // 4 >= entries
+        assert found.workspace_bytes == workspace_bytes - lists - entries
+    assert (found is None) == (indexed and tokens == 2**20)
+    with Allocated() as forward:
+        o = KVMajor(config).forward(call)
+    made = 0 if indexed else num_bytes(build_block_index(index_of)) + 2 * tokens * 4 * 16
+    linear = 16 * tokens * 4 + 36 * tokens // 64 * 4 + 12 * tokens + 16 * MIB
+    allowed = num_bytes(o) + workspace_bytes + made + linear
+    assert forward.peak <= allowed, (forward.peak / MIB, allowed / MIB)
 
 
 @pytest.mark.usefixtures("no_launches")
