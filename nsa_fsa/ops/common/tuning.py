@@ -32,11 +32,12 @@ PLAIN_BWD = {
     256: ((32, 8, 2),) * 4,
 }
 
-# Up to which size of its union a tile goes by it, in blocks that a query may choose: where that
-# takes about as long as the gather kernel and the merge. On an H200 with choices of a real model
-# (65,536 tokens, 64 heads of 128, tiles of 64 pairs) the whole forward took 7.9, 10.9 and 14.7 ms
-# by unions of 1.2, 1.55 and 1.96 times 16 blocks (G = 16, 4, 1), and 12.3, 13.0 and 14.6 without.
-PLAIN_UNIONS = 1.75
+# Up to which size of its union a tile goes by it, in blocks that a query may choose: with the plain
+# kernel, where it takes about as long as the gather kernel and the merge, and with the Gluon one.
+# On an H200 with choices of a real model (65,536 tokens, 64 heads of 128, tiles of 64 pairs) the
+# whole forward took 7.9, 10.9 and 14.7 ms with the plain kernel, by unions of 1.2, 1.55 and 1.96
+# times 16 blocks (G = 16, 4, 1), and 12.3, 13.0 and 14.6 without. The Gluon one is not measured.
+PLAIN_UNIONS, HOPPER_UNIONS = 1.75, 2.5
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -68,10 +69,13 @@ class Config:
     # A tile of neighbouring queries attends to the union of their blocks where this has at most so
     # many times as many blocks as a query may choose; 0: none does.
     union_factor: float = 0.0
+    union_hopper: bool = False  # the Gluon kernel, of 128 pairs a tile and 128 keys a step
     union_m: int = 64  # pairs of such a tile
-    union_keys: int = 64  # of a step
+    union_keys: int = 64  # of a step of the plain kernel, as warps
     union_warps: int = 4
     union_stages: int = 3
+    union_slots: int = 2  # buffers of the Gluon kernel for tiles of pairs
+    union_registers: int = 224  # as fwd_registers of `CompressedConfig`
     bwd_hopper: bool = False
     bwd_m: int = 32
     bwd_keys: int = 128  # as fwd_keys
@@ -313,6 +317,8 @@ def default_config(q: Tensor, v: Tensor, block_size: int) -> Config:
     return dataclasses.replace(
         plain,
         **fields("fwd", hopper=True, m=64, warps=4),
+        union_factor=HOPPER_UNIONS,
+        **fields("union", hopper=True, m=128, stages=2 if q.shape[2] == 128 else 4),
         merge_keys=8192 // padded_width(q, v),
         **fields("bwd", (64, 4 if block_size == 64 else 8, 2), hopper=True),
     )

@@ -17,7 +17,7 @@ from nsa_fsa.ops.common.bundles import Heads, constants, heads
 from nsa_fsa.ops.common.calls import AttentionResult
 from nsa_fsa.ops.common.locate import NeighbourTable
 from nsa_fsa.ops.common.primitives import LOG2_E, dot_keys, kernel, load_rows
-from nsa_fsa.ops.common.sizes import widths
+from nsa_fsa.ops.common.sizes import rows_contiguous, widths
 from nsa_fsa.ops.common.windowed_attention.forward import num_multiprocessors
 from nsa_fsa.ops.common.windowed_attention.heads import load_keys, store_attended
 from nsa_fsa.ops.selected_attention.call import SelectedCall
@@ -180,6 +180,13 @@ def union_fwd_kernel(
         )
 
 
+def hopper() -> Any:
+    """The Gluon kernel, imported only where it runs: its interface moves with Triton."""
+    from nsa_fsa.ops.selected_attention import union_hopper
+
+    return union_hopper
+
+
 def union_attention_fwd(
     call: SelectedCall,
     config: tuning.Config,
@@ -198,6 +205,21 @@ def union_attention_fwd(
     of_tiles = (NeighbourTable(*found.tiles), found.unions, *result)
     sizes = (num_tiles, found.capacity, num_heads, call.scale * LOG2_E)
     most = num_tiles * k.shape[1]
+
+    if config.union_hopper:
+        q, k, v = (rows_contiguous(x, True) for x in (q, k, v))
+        # The heads of k and v lie together, for bulk copies.
+        k, v = (x if x.stride(1) == x.shape[2] else x.contiguous() for x in (k, v))
+        gluon = hopper()
+        rings = (found.num_queries, config.union_stages, config.union_slots, config.union_registers)
+        gluon.union_fwd_hopper_kernel[(min(multiprocessors, most),)](
+            *(heads(q), heads(k), heads(v), *gluon.head_columns((k, v), gluon.HALF.value)),
+            *(*of_tiles, *sizes),
+            SHAPE=shape,
+            TILE=gluon.union_ring_tile(*rings),
+            num_warps=4,
+        )
+        return
 
     pairs, _ = tile_of_neighbours(call.group_size, config.union_m)
     keys = min(config.union_keys, call.blocks.block_size)

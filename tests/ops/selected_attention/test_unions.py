@@ -40,7 +40,7 @@ def by_unions(monkeypatch):
     def go(factor, **changes):
         def changed(make_config):
             def made(*args):
-                changed = dict(union_factor=factor, union_m=32) | changes
+                changed = dict(union_factor=factor, union_m=32, union_hopper=False) | changes
                 return dataclasses.replace(make_config(*args), **changed)
 
             return made
