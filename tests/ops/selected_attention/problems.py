@@ -94,6 +94,25 @@ def random_selection(
     return indices
 
 
+def alike_selection(
+    lengths, num_kv_heads, block_size, num_indices, init_blocks, local_blocks, generator, run=48
+):
+    """Ascending choices, of which so many neighbours share their free blocks."""
+    rows = []
+    for length in lengths:
+        t = torch.arange(length, device="cuda")
+        own, block = t[:, None, None] // block_size, torch.arange(length // block_size + 1).cuda()
+        shape = (length // run + 1, num_kv_heads, len(block))
+        scores = torch.rand(shape, device="cuda", generator=generator)[t // run]
+        forced = (block < init_blocks) | (block > own - local_blocks)
+        scores = scores.masked_fill(forced, 2).masked_fill(block > own, -1)
+        best, chosen = scores.topk(min(num_indices, len(block)))
+        chosen = chosen.masked_fill(best < 0, 1 << 30).sort().values
+        chosen = torch.nn.functional.pad(chosen, (0, num_indices - chosen.shape[2]), value=1 << 30)
+        rows.append(chosen.masked_fill(chosen == 1 << 30, -1).int())
+    return torch.cat(rows)
+
+
 def make_problem(
     lengths,
     num_kv_heads,

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from nsa_fsa import ops
+from nsa_fsa.ops.common import tuning
 from nsa_fsa.ops.common.calls import WORKSPACE_BYTES, Blocks
 from nsa_fsa.ops.selected_attention.block_index import build_block_index
 from nsa_fsa.ops.selected_attention.call import IndexCall
@@ -28,6 +29,7 @@ from tests.on_gpu import (
 )
 from tests.ops.selected_attention.problems import (
     BACKENDS,
+    alike_selection,
     check_samples,
     make_problem,
     random_selection,
@@ -370,3 +372,160 @@ def test_block_index_of_a_million_tokens(num_kv_heads, block_size):
         sparse = (ordered >= init_blocks) & (ordered <= (own - local_blocks)[:, None]) & ~repeated
         assert torch.equal(num_sparse[head] & 0x7FFFFFFF, sparse.sum(-1).int()), head
         assert (num_sparse[head] < 0).all(), "every query chose its own block"
+
+
+# Tiles that go by the unions of their blocks.
+UNION_KERNELS = {
+    "plain_64": dict(union_hopper=False, union_m=64, union_warps=4),
+    "plain_128": dict(union_hopper=False, union_m=128, union_warps=8),
+    "hopper": dict(union_hopper=True, union_m=128),
+}
+UNION_LENGTHS = (1500, 0, 37, 700, 2500)
+
+
+@pytest.fixture(params=UNION_KERNELS)
+def union_kernel(request, monkeypatch):
+    """Has the forward go by unions of this factor with one of the kernels, where it can."""
+    default = tuning.default_config
+
+    def go(factor, p):
+        hopper = request.param == "hopper"
+        if hopper and not tuning.runs_hopper(p.q, p.v, p.block_size):
+            pytest.skip("the Gluon kernel cannot run this here")
+        change = UNION_KERNELS[request.param] | dict(union_factor=factor)
+        if hopper:
+            change["union_stages"] = 2 if p.q.shape[2] == 128 else 4
+        changed = {}
+
+        def make(q, v, block_size):
+            config = default(q, v, block_size)
+            return changed.setdefault(block_size, dataclasses.replace(config, **change))
+
+        monkeypatch.setattr(tuning, "default_config", make)
+
+    return go
+
+
+def alike_problem(group_size, head_dim=128, block_size=64, lengths=UNION_LENGTHS, **extra):
+    """Neighbours choose alike, and single tiles at random."""
+    p = make_problem(lengths, 2, group_size, head_dim=head_dim, block_size=block_size, **extra)
+    generator = torch.Generator("cuda").manual_seed(1)
+    shape = (2, block_size, p.block_indices.shape[2], p.init_blocks, p.local_blocks, generator)
+    alike, alone = (alike_selection(lengths, *shape, run=run) for run in (48, 1))
+    at_random = torch.arange(len(alike), device="cuda") // 128 % 4 == 3
+    p.block_indices = torch.where(at_random[:, None, None], alone, alike)
+    return p
+
+
+@pytest.mark.parametrize(
+    ("group_size", "head_dim", "block_size", "dtype"),
+    [
+        *((g, 128, 64, torch.bfloat16) for g in (1, 2, 3, 4, 7, 16, 64)),
+        *((g, 64, 64, torch.float16) for g in (1, 6)),
+        *((g, d, 128, torch.bfloat16) for g, d in ((1, 128), (4, 128), (12, 64))),
+        *((g, 96, 32, torch.float16) for g in (1, 4)),
+        (4, 256, 16, torch.bfloat16),
+        (4, 128, 64, torch.float32),
+    ],
+)
+@pytest.mark.parametrize("factor", [1.5, float("inf")])
+def test_union(union_kernel, factor, group_size, head_dim, block_size, dtype):
+    """o and lse, with an index and without, against the reference in float64."""
+    num_indices = max(1024 // block_size, 8) if head_dim <= 128 else 16
+    p = alike_problem(group_size, head_dim, block_size, dtype=dtype, num_indices=num_indices)
+    union_kernel(factor, p)
+    wide = {name: getattr(p, name).detach().double() for name in ("q", "k", "v", "do")}
+    with torch.no_grad():
+        expected = dataclasses.replace(p, **wide).forward("reference")
+        inferred = p.forward("triton_kv_major")
+    for what, (o, lse) in (("inference", inferred), ("training", p.forward("triton_kv_major"))):
+        assert_rms_close(f"o, {what}", o, expected[0], dtype)
+        close = dict(rtol=1e-4, atol=1e-4)  # float32, and sums of products of numbers around 1
+        torch.testing.assert_close(lse.double(), expected[1], **close)
+
+
+@pytest.mark.parametrize("group_size", [1, 4, 16])
+def test_the_same_union_in_100_runs(union_kernel, group_size):
+    p = alike_problem(group_size)
+    union_kernel(2.0, p)
+    with torch.no_grad():
+        first = p.forward("triton_kv_major")
+        for run in range(1, 100):
+            assert_same_bits(p.forward("triton_kv_major"), first, f"run {run}")
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_unions_of_a_sequence_alone_and_among_others(union_kernel, group_size):
+    p = alike_problem(group_size)
+    union_kernel(2.0, p)
+    with torch.no_grad():
+        packed = p.forward("triton_kv_major")
+        for b, length in enumerate(UNION_LENGTHS):
+            start = sum(UNION_LENGTHS[:b])
+            alone = p.alone(b).forward("triton_kv_major")
+            rows = [x[start : start + length] for x in packed]
+            assert_same_bits(alone, rows, f"sequence {b} of {length} tokens")
+
+
+@pytest.mark.parametrize("group_size", [1, 4])
+def test_unions_of_a_chunk_after_a_past(union_kernel, group_size):
+    """What whole sequences give for these queries, over a cache with NaN where it is not in use."""
+    lengths, chunk, rest = (700, 300, 90, 1000, 5000), (700, 1, 0, 70, 1500), 50
+    p = alike_problem(group_size, lengths=lengths)
+    union_kernel(float("inf"), p)
+    ends, capacities = starts(lengths).tolist(), [n + rest for n in lengths]
+    cached = [ends[b] + b * rest + i for b, n in enumerate(lengths) for i in range(n)]
+    rows = [ends[b + 1] - n + i for b, n in enumerate(chunk) for i in range(n)]
+    caches = []
+    for x in (p.k, p.v):
+        cache = x.new_full((sum(capacities), *x.shape[1:]), torch.nan)
+        cache[cached] = x.detach()
+        caches.append(cache)
+    arguments = p.arguments() | dict(
+        cu_seqlens=starts(capacities),
+        max_seqlen=max(lengths),
+        cu_seqlens_q=starts(chunk),
+        seqused_k=torch.tensor(lengths, dtype=torch.int32, device="cuda"),
+        backend="triton_kv_major",
+    )
+    with torch.no_grad():
+        o, lse = (x[rows] for x in p.forward("triton_kv_major"))
+        q, indices = p.q.detach()[rows], p.block_indices[rows]
+        o_chunk, lse_chunk = ops.selected_attention(q, *caches, indices, **arguments)
+    assert_rms_close("o", o_chunk, o)
+    torch.testing.assert_close(lse_chunk, lse, rtol=1e-4, atol=1e-4)
+
+
+def test_unions_without_host_syncs(union_kernel):
+    p = alike_problem(4)
+    union_kernel(2.0, p)
+    with torch.no_grad():
+        p.forward("triton_kv_major")
+        with syncs_forbidden():
+            p.forward("triton_kv_major")
+
+
+def test_unions_in_a_cuda_graph(union_kernel):
+    """Replayed with other choices, it gives the same bits as running anew."""
+    p = alike_problem(4)
+    union_kernel(2.0, p)
+    with torch.no_grad():
+        graph, recorded = record(lambda: p.forward("triton_kv_major"))
+        p.block_indices.copy_(p.block_indices.flip(1))
+        graph.replay()
+        replayed = [x.clone() for x in recorded]
+        assert_same_bits(replayed, p.forward("triton_kv_major"), "other choices")
+
+
+@pytest.mark.parametrize("workspace_bytes", [2**22, 2**31])
+def test_gradients_beside_unions(union_kernel, workspace_bytes):
+    """The backward reads the index of all queries."""
+    p = alike_problem(4)
+    union_kernel(2.0, p)
+    wide = {name: getattr(p, name).detach().double() for name in ("q", "k", "v", "do")}
+    for name in ("q", "k", "v"):
+        wide[name].requires_grad_()
+    expected = dataclasses.replace(p, **wide).run("reference")
+    found = p.run("triton_kv_major", workspace_bytes=workspace_bytes)
+    for name, a, b in zip(RESULTS, found, expected, strict=True):
+        assert_rms_close(name, a, b)
