@@ -32,12 +32,14 @@ PLAIN_BWD = {
     256: ((32, 8, 2),) * 4,
 }
 
-# Up to which size of its union a tile goes by it, in blocks that a query may choose: with the plain
-# kernel, where it takes about as long as the gather kernel and the merge, and with the Gluon one.
-# On an H200 with choices of a real model (65,536 tokens, 64 heads of 128, tiles of 64 pairs) the
-# whole forward took 7.9, 10.9 and 14.7 ms with the plain kernel, by unions of 1.2, 1.55 and 1.96
-# times 16 blocks (G = 16, 4, 1), and 12.3, 13.0 and 14.6 without. The Gluon one is not measured.
-PLAIN_UNIONS, HOPPER_UNIONS = 1.75, 2.5
+# Up to which size of its union a tile goes by it, in blocks that a query may choose, with the Gluon
+# kernel: on an H200 with choices of a real model (65,536 tokens, 64 heads of 128) the whole forward
+# took 6.94, 6.13, 6.17 and 5.94 ms with 1.5, 2, 2.5 and 3 at G = 16, and 11.95 without; at G = 4
+# 10.1, 9.10, 8.70 and 8.62, and 12.75 without. Smaller groups were not measured as a whole.
+HOPPER_UNIONS, LEAST_GROUP = 3.0, 4
+# With the plain kernel, which the profiler tries: as it was, it took 8.97 ms at G = 16, 11.5 at
+# G = 4 and 14.1 at G = 1, where it was 13.98 without.
+PLAIN_UNIONS = 1.5
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -175,15 +177,17 @@ def padded_width(q: Tensor, v: Tensor) -> int:
 def remembered(choose: Callable[..., Any]) -> Callable[..., Any]:
     """A function that makes each choice once.
 
-    A choice depends on dtype, head widths and the rest of its arguments only. It is asked for at
-    every call of an operator, and making it takes longer than a launch (0.2 ms for the candidates).
+    A choice depends on dtype, head widths, the size of a group and the rest of its arguments only.
+    It is asked for at every call of an operator, and making it takes longer than a launch (0.2 ms
+    for the candidates).
     """
     found: dict[Any, Any] = {}
 
     @functools.wraps(choose)
     def recall(q: Tensor, v: Tensor, block_size: int, *rest: Any) -> Any:
         gpu = (runs_hopper(q, v, block_size), is_cramped(q))
-        key = (q.dtype, q.shape[2], v.shape[2], block_size, *rest, *gpu)
+        heads = (q.shape[1] // v.shape[1], q.shape[2], v.shape[2])
+        key = (q.dtype, *heads, block_size, *rest, *gpu)
         if key not in found:
             found[key] = choose(q, v, block_size, *rest)
         return found[key]
@@ -236,15 +240,15 @@ def plain_config(q: Tensor, v: Tensor, block_size: int) -> Config:
 def plain_unions(width: int, element_size: int, cramped: bool) -> dict[str, Any]:
     """The fields of a config that are about unions, for heads of a padded width.
 
-    Wide heads and float32 were never timed, and go by unions only on request. With 64 keys of 128 a
-    step 8 bytes are left on the stack on sm_80 and 96 on sm_100, and with 32 of 256 40 on sm_100.
+    None goes by unions by default. With 64 keys of 128 a step 8 bytes are left on the stack on
+    sm_80 and 96 on sm_100, and with 32 of 256 40 on sm_100.
     """
     if element_size == 4:
         return fields("union", (32, 8, 2), keys=max(2048 // width, 16))
     if width > 128:
         return fields("union", (64, 8, 2), keys=16)
     tile = (64, 4, 2 if cramped else 3)
-    return dict(union_factor=PLAIN_UNIONS) | fields("union", tile, keys=min(4096 // width, 64))
+    return fields("union", tile, keys=min(4096 // width, 64))
 
 
 def compressed_config(
@@ -317,7 +321,7 @@ def default_config(q: Tensor, v: Tensor, block_size: int) -> Config:
     return dataclasses.replace(
         plain,
         **fields("fwd", hopper=True, m=64, warps=4),
-        union_factor=HOPPER_UNIONS,
+        union_factor=HOPPER_UNIONS if q.shape[1] // v.shape[1] >= LEAST_GROUP else 0.0,
         **fields("union", hopper=True, m=128, stages=2 if q.shape[2] == 128 else 4),
         merge_keys=8192 // padded_width(q, v),
         **fields("bwd", (64, 4 if block_size == 64 else 8, 2), hopper=True),
@@ -337,8 +341,9 @@ def candidates(q: Tensor, v: Tensor, block_size: int, direction: str) -> dict[st
         changes = [dict(fwd_item_rows=rows) for rows in (1024, 4096)]
         if half and block_size <= 64 and block_size * width <= 8192:
             changes += [dict(fwd_hopper=False, fwd_m=128, fwd_stages=2, fwd_item_rows=8192)]
-        if default.union_factor:
-            changes += [dict(union_factor=0.0)]
+        if half and width <= 128:
+            factor = HOPPER_UNIONS if default.union_hopper else PLAIN_UNIONS
+            changes += [dict(union_factor=0.0 if default.union_factor else factor)]
         if half and (width <= 128 or not is_cramped(q)):
             changes += [dict(fwd_hopper=False, fwd_m=64, fwd_stages=stages) for stages in (2, 3)]
     else:

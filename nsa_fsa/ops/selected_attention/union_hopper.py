@@ -222,7 +222,6 @@ def attend_union(
     dtype: gl.constexpr = queries.q.dtype
     s_layout: gl.constexpr = product_layout(HALF)
     o_layout: gl.constexpr = product_layout(D)
-    q_layout: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
     p_layout: gl.constexpr = gl.DotOperandLayout(0, o_layout, 2)
     pair_of: gl.constexpr = gl.SliceLayout(1, s_layout)
     pair = WARPGROUP * WARPGROUP_ROWS + gl.arange(0, WARPGROUP_ROWS, pair_of)
@@ -245,18 +244,14 @@ def attend_union(
             bits_a = load_bits(unions, tile, 0, query, BLOCK_SIZE, QUERIES)
             bits_b = load_bits(unions, tile, 1, query, BLOCK_SIZE, QUERIES)
             blocks.k_ready.wait(count)
-            if full_steps == 0:  # the last block of a sequence may come by cp.async
-                fence_async_shared()
-            # From registers, because products of 64 keys would read q as often as keys, and with
-            # what bulk copies write that is all that shared memory can do.
-            q_rows = q_tile.load(q_layout)
+            fence_async_shared()  # q came by cp.async
             half = blocks.half(count, 0)
             keys_a, keys_b = blocks.k.index(half), blocks.k.index(half + 1)
             scores_a = warpgroup_mma(
-                q_rows, keys_a.permute((1, 0)), none, use_acc=False, is_async=True
+                q_tile, keys_a.permute((1, 0)), none, use_acc=False, is_async=True
             )
             scores_b = warpgroup_mma(
-                q_rows, keys_b.permute((1, 0)), none, use_acc=False, is_async=True
+                q_tile, keys_b.permute((1, 0)), none, use_acc=False, is_async=True
             )
             chose_a = ((bits_a >> bit) & 1) != 0
             chose_b = (((bits_b >> bit) & 1) != 0) & (halves > 1)
@@ -280,15 +275,15 @@ def attend_union(
                 before = blocks.half(count, 0)
                 count += 1
                 blocks.k_ready.wait(count)
-                if step >= full_steps:
+                if step >= full_steps:  # the last block of a sequence may come by cp.async
                     fence_async_shared()
                 half = blocks.half(count, 0)
                 keys_a, keys_b = blocks.k.index(half), blocks.k.index(half + 1)
                 scores_a = warpgroup_mma(
-                    q_rows, keys_a.permute((1, 0)), none, use_acc=False, is_async=True
+                    q_tile, keys_a.permute((1, 0)), none, use_acc=False, is_async=True
                 )
                 scores_b = warpgroup_mma(
-                    q_rows, keys_b.permute((1, 0)), none, use_acc=False, is_async=True
+                    q_tile, keys_b.permute((1, 0)), none, use_acc=False, is_async=True
                 )
                 acc = warpgroup_mma(p_a, blocks.v.index(before), acc, is_async=True)
                 acc = warpgroup_mma(p_b, blocks.v.index(before + 1), acc, is_async=True)
