@@ -22,6 +22,7 @@ from nsa_fsa.ops.common.backends import Backends
 from nsa_fsa.ops.common.calls import WORKSPACE_BYTES, Blocks, Windows, default_scale
 from nsa_fsa.ops.compression.operator import GATHER_BACKENDS, POOL_BACKENDS, GatherCall, PoolCall
 from nsa_fsa.ops.nsa_attention import OPERATORS, CoreCall
+from nsa_fsa.ops.selected_attention.call import SelectedCall
 from nsa_fsa.ops.selected_attention.operator import selected_key
 from nsa_fsa.ops.sliding_window_attention import flash_attention
 from nsa_fsa.ops.sliding_window_attention.operator import BACKENDS as SLIDING_BACKENDS
@@ -298,6 +299,8 @@ def _explain(run: _Run) -> Choice:
 
     if operator.operator == "selected_attention" and chosen == "triton":
         why.append(_measured(selected_key, call))
+        if (most := _blocks_of_neighbours(call)) > 0:
+            why.append(f"neighbours that choose {most} blocks or fewer together read these at once")
     elif chosen == "flash_attention":
         reasons = flash_attention.obstacles(call)
         libraries = [library for library, reason in reasons.items() if reason is None]
@@ -333,6 +336,17 @@ def _breaks_even(call: DecodeCall, num_sequences: int) -> float:
     kept = call.num_selected_blocks * call.blocks.block_size + call.window_size
     of_every_token = 1 - 1 / call.windows.kernel_stride / SHARE_OF_RATE
     return (BYTES_OF_LAUNCHES / token + kept / SHARE_OF_RATE) / of_every_token
+
+
+def _blocks_of_neighbours(call: SelectedCall) -> int:
+    """How large the union of a tile of queries may be, by default, to go by it; 0 where none does,
+    or the GPU is not this machine's."""
+    if triton_backends.ASSUMED.get():
+        return 0
+    from nsa_fsa.ops.common import tuning  # imports Triton, which there is where this is asked
+
+    config = tuning.default_config(call.q, call.v, call.blocks.block_size)
+    return int(config.union_factor * call.block_indices.shape[2])
 
 
 def _measured(key_of: Callable[..., str], call: Any, among: Sequence[str] = ()) -> str:

@@ -136,6 +136,22 @@ def test_on_a_gpu_triton_runs():
     assert choice(found).why.startswith("forward: ")
 
 
+@needs_triton
+@pytest.mark.parametrize(
+    ("factor", "said"), [(0.0, ""), (2.5, "; neighbours that choose 40 blocks")]
+)
+def test_what_goes_by_unions(factor, said, monkeypatch):
+    """Which is up to the GPU: as on one whose default this is."""
+    from nsa_fsa.ops.common import tuning
+
+    config = tuning.Config(union_factor=factor)
+    monkeypatch.setattr(tuning, "default_config", lambda *_: config)
+    layer = dataclasses.replace(CONFIG, num_selected_blocks=16, backend="triton")
+    why = choice(nsa_fsa.explain(layer, 1024, dtype=torch.float16)).why
+    assert said in why
+    assert bool(said) == ("neighbours" in why)
+
+
 @pytest.mark.parametrize("backend", ["auto", "flash_attention"])
 @pytest.mark.parametrize(("gpu", "library"), [("h100", "flash_attn_4"), ("a100", "torch_flash")])
 def test_which_flash_attention_runs_the_window(gpu, library, backend):
