@@ -1,7 +1,8 @@
 """What the calls of several operators consist of, and the checks that they share."""
 
+import dataclasses
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -71,7 +72,8 @@ class Call:
     @property
     def first(self) -> Tensor:
         """Its first tensor."""
-        first: Tensor = next(iter(vars(self).values()))
+        member: dataclasses.Field[Any] = dataclasses.fields(self)[0]  # type: ignore[arg-type]
+        first: Tensor = getattr(self, member.name)  # Dynamo of PyTorch 2.11 follows no other way
         return first
 
     @property
