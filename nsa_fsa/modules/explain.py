@@ -299,8 +299,6 @@ def _explain(run: _Run) -> Choice:
 
     if operator.operator == "selected_attention" and chosen == "triton":
         why.append(_measured(selected_key, call))
-        if (most := _blocks_of_neighbours(call)) > 0:
-            why.append(f"neighbours that choose {most} blocks or fewer together read these at once")
     elif chosen == "flash_attention":
         reasons = flash_attention.obstacles(call)
         libraries = [library for library, reason in reasons.items() if reason is None]
@@ -310,6 +308,8 @@ def _explain(run: _Run) -> Choice:
         else:
             why.append(_measured(flash_attention.window_key, call, libraries))
 
+    if operator.operator == "selected_attention" and (most := _blocks_of_neighbours(call, chosen)):
+        why.append(f"neighbours that choose {most} blocks or fewer together read these at once")
     if operator in (APPEND_BACKENDS, DECODE_BACKENDS):
         why.append("a few new tokens of a cache, in inference")
     if operator is DECODE_BACKENDS and chosen == "triton":
@@ -338,15 +338,18 @@ def _breaks_even(call: DecodeCall, num_sequences: int) -> float:
     return (BYTES_OF_LAUNCHES / token + kept / SHARE_OF_RATE) / of_every_token
 
 
-def _blocks_of_neighbours(call: SelectedCall) -> int:
-    """How large the union of a tile of queries may be, by default, to go by it; 0 where none does,
-    or the GPU is not this machine's."""
-    if triton_backends.ASSUMED.get():
+def _blocks_of_neighbours(call: SelectedCall, chosen: str) -> int:
+    """How large the union of a tile of queries may be, by default, to go by it in the forward; 0
+    where none does, something else was measured to be faster, or the GPU is not this machine's."""
+    if triton_backends.ASSUMED.get() or chosen not in ("triton", "triton_kv_major"):
+        return 0
+    entry = profiler.known(selected_key(call, "forward"), call.device)
+    if chosen == "triton" and entry is not None and not entry["choice"].startswith("kv_major"):
         return 0
     from nsa_fsa.ops.common import tuning  # imports Triton, which there is where this is asked
+    from nsa_fsa.ops.selected_attention.unions import most_blocks
 
-    config = tuning.default_config(call.q, call.v, call.blocks.block_size)
-    return int(config.union_factor * call.block_indices.shape[2])
+    return most_blocks(call, tuning.default_config(call.q, call.v, call.blocks.block_size))
 
 
 def _measured(key_of: Callable[..., str], call: Any, among: Sequence[str] = ()) -> str:

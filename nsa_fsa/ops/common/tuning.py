@@ -332,7 +332,7 @@ def default_config(q: Tensor, v: Tensor, block_size: int) -> Config:
 def candidates(q: Tensor, v: Tensor, block_size: int, direction: str) -> dict[str, Config]:
     """What the profiler tries for "forward" or "backward", by name; the default comes first.
 
-    Tiles that spill are left out.
+    Tiles that spill inside a loop are left out.
     """
     default = default_config(q, v, block_size)
     width, half = padded_width(q, v), q.element_size() == 2
@@ -341,9 +341,10 @@ def candidates(q: Tensor, v: Tensor, block_size: int, direction: str) -> dict[st
         changes = [dict(fwd_item_rows=rows) for rows in (1024, 4096)]
         if half and block_size <= 64 and block_size * width <= 8192:
             changes += [dict(fwd_hopper=False, fwd_m=128, fwd_stages=2, fwd_item_rows=8192)]
-        if half and width <= 128:
-            factor = HOPPER_UNIONS if default.union_hopper else PLAIN_UNIONS
-            changes += [dict(union_factor=0.0 if default.union_factor else factor)]
+        # Where tiles go by their unions by default, no timing can speak against it: whether one
+        # does depends on its queries, and what is timed may be anything.
+        if half and width <= 128 and not default.union_factor:
+            changes += [dict(union_factor=HOPPER_UNIONS if default.union_hopper else PLAIN_UNIONS)]
         if half and (width <= 128 or not is_cramped(q)):
             changes += [dict(fwd_hopper=False, fwd_m=64, fwd_stages=stages) for stages in (2, 3)]
     else:

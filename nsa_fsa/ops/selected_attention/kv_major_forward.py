@@ -16,7 +16,6 @@ Partial results take `workspace_bytes` at most: KV heads, and where one head is 
 queries, are done in turn.
 """
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import torch
@@ -312,7 +311,6 @@ def selected_attention_fwd(call: SelectedCall, config: tuning.Config) -> Attenti
     index = index_of_others(call, unions)
     if unions is not None:
         union_attention_fwd(call, config, unions, (q, k, v), AttentionResult(o, lse))
-        call = dataclasses.replace(call, workspace_bytes=unions.workspace_bytes)
 
     blocks, runs = BlockTable(*index.blocks), runs_of(call, index)
     work = cut_forward(call, index, config)

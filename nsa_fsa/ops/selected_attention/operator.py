@@ -97,11 +97,12 @@ def selected_attention(
         return_lse: also return the log-sum-exp.
         workspace_bytes: how much memory the KV-major kernels may take for partial results and, to
             make the block index, for a bitmap, at any length. Not counted are the index, which the
-            backward needs again, and what grows with the number of rows or blocks alone: 8 bytes a
-            query and query head, 8 a query and KV head, 36 a block and KV head, 2 to 4 a chosen
-            block of every query and KV head while the index is made, and, of the sums of one head's
-            dk and dv that a workspace needs in which its partial results do not fit, what is more
-            than half of it.
+            backward needs again, and its entries once more in a forward before a backward; and what
+            grows with the number of rows or blocks alone: 8 bytes a query and query head, and 3
+            more for every 16 blocks that a query may choose, 16 a query and KV head, 36 a block and
+            KV head, 2 to 4 a chosen block of every query and KV head while the index is made, and,
+            of the sums of one head's dk and dv that a workspace needs in which its partial results
+            do not fit, what is more than half of it.
         backend: which implementation runs: "triton_kv_major" (the loop order of FSA),
             "triton_query_major" (that of NSA), "triton" (whichever of their variants the profiler
             finds fastest on this GPU; that of NSA for few queries that follow a past), "reference",

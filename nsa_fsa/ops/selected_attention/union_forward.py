@@ -208,8 +208,6 @@ def union_attention_fwd(
 
     if config.union_hopper:
         q, k, v = (rows_contiguous(x, True) for x in (q, k, v))
-        # The heads of k and v lie together, for bulk copies.
-        k, v = (x if x.stride(1) == x.shape[2] else x.contiguous() for x in (k, v))
         gluon = hopper()
         rings = (found.num_queries, config.union_stages, config.union_slots, config.union_registers)
         gluon.union_fwd_hopper_kernel[(min(multiprocessors, most),)](

@@ -11,11 +11,11 @@ any query of the tile has left, and every query that has it goes one on. It ends
 nothing left, or more than a tile may have, so that choices at random cost no more than others, and
 no length matters. A tile with a choice that does not ascend does not go by its union.
 
-A tile's blocks are those that its queries chose, forced ones among them. The lists take a quarter
-of the workspace at most: with less room a tile may have fewer blocks.
+A tile's blocks are those that its queries chose, forced ones among them. Whether it goes by its
+union depends on nothing but its queries, so neither on the batch nor on the workspace, from which
+the lists are not taken. A tile with a query that sees nothing does not go: its row may hold NaN.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,7 +34,6 @@ MOST_QUERIES = 128  # of a tile
 MOST_HEADS = 64  # of a group
 NONE_LEFT = tl.constexpr(0x7FFFFFFF)
 GOES_BY_UNION = tl.constexpr(BY_UNION)
-SHARE = 4  # of the workspace, that lists of blocks take at most, and shorter lists of entries
 
 
 class Unions(NamedTuple):
@@ -60,7 +59,6 @@ class FoundUnions:
     # int32 [HKV, T]: whether a query's tile goes by its union is bit 30, and the other bits are
     # those of `BlockIndex.num_sparse` if the call has an index, and otherwise 0.
     flags: Tensor
-    workspace_bytes: int  # that are left
 
 
 @kernel
@@ -145,6 +143,7 @@ def find_unions_kernel(
         step += 1
 
     goes = (lowest == NONE_LEFT) & (tl.min(tl.min(ascends, 2), 1) > 0) & (num_queries > 0)
+    goes = goes & (tl.max(tl.max((inside & ~sees).to(tl.int32), 2), 1) == 0)
     tl.store(unions.num_blocks + number, num_blocks, mask=goes)
     tl.store(unions.num_whole + number, num_whole, mask=goes)
     num_going = tl.sum(goes.to(tl.int32), 0)
@@ -200,23 +199,26 @@ def tile_of_neighbours(group_size: int, num_pairs: int) -> tuple[int, int]:
     return pairs, min(1 << ((pairs // group_size).bit_length() - 1), MOST_QUERIES)
 
 
+def most_blocks(call: SelectedCall, config: tuning.Config) -> int:
+    """How many blocks the union of a tile may have that goes by it; 0 where none does."""
+    if config.union_factor <= 0 or call.num_slots == 0 or call.group_size > MOST_HEADS:
+        return 0
+    # Bulk copies are of heads that lie together, and copying all keys may cost more than it saves.
+    if config.union_hopper and any(x.stride(1) != x.shape[2] for x in (call.k, call.v)):
+        return 0
+    _, num_queries = tile_of_neighbours(call.group_size, config.union_m)
+    return int(min(config.union_factor, num_queries) * call.block_indices.shape[2])
+
+
 def find_unions(call: SelectedCall, config: tuning.Config) -> FoundUnions | None:
     """Which tiles of a call go by their unions; None where none can."""
     num_rows, num_kv_heads, num_indices = call.block_indices.shape
-    if config.union_factor <= 0 or call.num_slots == 0 or call.group_size > MOST_HEADS:
+    if (most := most_blocks(call, config)) == 0:
         return None
     _, num_queries = tile_of_neighbours(call.group_size, config.union_m)
     tiles = locate_neighbours(num_rows, call.sequences, num_queries)
     num_tiles, words = num_kv_heads * tiles.shape[1], cdiv(num_queries, 32)
-
-    room = call.workspace_bytes // SHARE
-    shorter_lists = 0 if call.index is None else 4 * call.index.entries.numel()
-    if shorter_lists > room:
-        return None
-    most = int(min(config.union_factor, num_queries) * num_indices)
-    most = min(most, cdiv(call.sequences.max_seqlen, call.blocks.block_size))
-    tile_bytes = num_tiles * 4 * (1 + words)
-    capacity = min(most, room // max(tile_bytes, 1))
+    capacity = min(most, cdiv(call.sequences.max_seqlen, call.blocks.block_size))
 
     new = call.block_indices.new_empty
     lists = (new(num_tiles * capacity), new(num_tiles * capacity * words))
@@ -234,8 +236,7 @@ def find_unions(call: SelectedCall, config: tuning.Config) -> FoundUnions | None
         TILES=of_program,
         num_warps=1,
     )
-    left = max(call.workspace_bytes - capacity * tile_bytes - shorter_lists, 1)
-    return FoundUnions(unions, tiles, num_queries, capacity, flags, left)
+    return FoundUnions(unions, tiles, num_queries, capacity, flags)
 
 
 def index_of_others(call: SelectedCall, found: FoundUnions | None) -> BlockIndex:
@@ -244,8 +245,7 @@ def index_of_others(call: SelectedCall, found: FoundUnions | None) -> BlockIndex
     if found is None:
         return build_block_index(IndexCall.of(call)) if call.index is None else call.index
     if call.index is None:
-        left = dataclasses.replace(call, workspace_bytes=found.workspace_bytes)
-        return build_block_index(IndexCall.of(left), found.flags)
+        return build_block_index(IndexCall.of(call), found.flags)
     index, num_rows = call.index, call.q.shape[0]
     kept, num_kept = (x.new_empty(x.shape) for x in (index.entries, index.num_entries))
     num_heads, num_blocks = num_kept.shape
