@@ -47,9 +47,8 @@ class ContextParallel:
         group: a process group, or a DeviceMesh of one dimension.
         groups: in how many groups a rank computes its KV heads, which these must divide. One, the
             default, exchanges everything before it computes; several exchange one group while they
-            compute another. Results are the same. Two H200s joined by NVLink are fastest with one
-            (docs/distributed.md), because the exchange takes less time than what kernels of fewer
-            heads lose; between slower links several may pay.
+            compute another. Results are the same. Two H200s joined by NVLink gained nothing by
+            several (docs/distributed.md); slower links may.
 
     Raises:
         ValueError: for anything else.

@@ -51,8 +51,8 @@ from nsa_fsa.ops.common.profiler import untimed
 from nsa_fsa.ops.compression.reference import num_windows_of
 from nsa_fsa.sequences import Sequences, uniform_layout
 
-# For which settings, dtypes and devices this process has compiled what prompts need.
-_WARM: set[tuple[NSAConfig, torch.dtype, torch.device]] = set()
+# What this process has compiled kernels for: settings, dtypes, devices and sizes of engines.
+_WARM: set[tuple[Any, ...]] = set()
 
 
 class States(AttentionLayerBase):
@@ -282,9 +282,10 @@ class PagedNSA(SparseBranches, AttentionLayerBase):
         if not q.is_cuda:  # elsewhere pages get what they are given, and nothing is compiled
             return
         c = self._nsa_config
-        if (kernels := (c, q.dtype, q.device)) not in _WARM:
-            _WARM.add(kernels)
+        kernels = (c, q.dtype, q.device, self.page_size, self.max_length, q.shape[0])
+        if kernels not in _WARM:
             self.warm_up(q, k, v, gate_logits)
+            _WARM.add(kernels)
         self.attend_to_the_longest(
             q, gate_logits, self.max_length + 2 * max(self.rows, c.kernel_size)
         )
