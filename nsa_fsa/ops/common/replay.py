@@ -327,8 +327,7 @@ def replayed(name: str, row: Sequence[Any], run: Callable[[], Any]) -> Any:
             addresses.append(address)
         else:
             kind.append(tuple(x) if isinstance(x, list) else x)
-    # Which of the tensors begin at one place: a tape cannot tell these apart.
-    key = (*kind, *map(addresses.index, addresses))
+    key = (*kind, *between(inputs, addresses))
 
     tape = TAPES.get(key)
     if callable(tape):
@@ -350,6 +349,19 @@ def replayed(name: str, row: Sequence[Any], run: Callable[[], Any]) -> Any:
         RECORDER.reset(token)
     TAPES[key] = recorder.tape(name, found) or REFUSED
     return found
+
+
+def between(inputs: Sequence[Tensor], addresses: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """How tensors lie in memory that they share: with which one, and how far behind it.
+
+    Where a part of one begins as another does, a tape cannot tell them apart, and is good only for
+    tensors that lie alike: of lengths that are `cu_seqlens[1:]` it would make others part of
+    cu_seqlens.
+    """
+    storages = [_storage(x) for x in inputs]
+    for storage, address in zip(storages, addresses, strict=True):
+        number = storages.index(storage)
+        yield number, address - addresses[number]
 
 
 def _surroundings() -> tuple[Any, ...]:

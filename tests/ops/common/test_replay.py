@@ -112,6 +112,21 @@ def test_what_pytorch_does_is_repeated(tapes):
     assert [callable(x) for x in tapes.values()] == [True]
 
 
+def test_a_part_of_one_tensor_is_not_taken_for_another(tapes):
+    """What begins where another one does may be that one, and the next time another."""
+
+    def function(x, y):
+        return x[4:] * 2 + y
+
+    for number in range(3):
+        x = torch.arange(8.0) + number
+        play(function, (x, x[4:]))  # which begins at a multiple of 16 bytes, as y below does
+    x, y = torch.arange(8.0), torch.randn(4)
+    for found in play(function, *[(x, y)] * 4):
+        assert torch.equal(found, function(x, y))
+    assert [callable(tape) for tape in tapes.values()] == [True, True]
+
+
 def test_results_are_new_each_time():
     rows = pairs(1, 3, 4) * 4
     found = play(mixed, *rows)
