@@ -99,9 +99,11 @@ def test_steps_that_are_scheduled_ahead(llama, monkeypatch):
         assert tokens_of(run(llm, llama.prompts)) == llama.expected
 
 
-def test_weights_in_eight_bits(llama, tmp_path):
+def test_weights_in_eight_bits(llama, tmp_path, monkeypatch):
     """Rounding to 8 bits makes much of the last bit of a float32, so that two of all tokens may
     be others; without the rounding many are."""
+    # On a CPU with AMX, vLLM 0.32 takes a kernel for these that has no float32.
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     quantized = checkpoints.quantize(tmp_path, llama.folder, llama.model)
     expected = checkpoints.continue_greedily(quantized, llama.prompts)
     texts = [x + y for x, y in zip(llama.prompts, expected, strict=True)]
