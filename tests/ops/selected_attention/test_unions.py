@@ -14,6 +14,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 from nsa_fsa import ops
 from nsa_fsa.ops.common import tuning
 from nsa_fsa.ops.common.calls import WORKSPACE_BYTES, Blocks
+from nsa_fsa.ops.selected_attention import operator as selected
 from nsa_fsa.ops.selected_attention.block_index import build_block_index
 from nsa_fsa.ops.selected_attention.call import BY_UNION, IndexCall, SelectedCall
 from nsa_fsa.ops.selected_attention.unions import (
@@ -272,6 +273,26 @@ def test_no_timing_turns_unions_off(group_size, factor, monkeypatch):
     configs = tuning.candidates(q, v, 64, "forward").values()
     assert next(iter(configs)).union_factor == factor
     assert {x.union_factor for x in configs} == {factor, 3.0}
+
+
+@pytest.mark.parametrize("operator", ["selected_attention", "nsa_attention"])
+@pytest.mark.parametrize("gradients", [False, True])
+def test_an_index_of_all_queries_is_made_before_a_backward_alone(operator, gradients, monkeypatch):
+    """In inference the forward makes one of those queries that do not go by their unions."""
+    made, make = [], selected.make_index
+    monkeypatch.setattr(selected, "make_index", lambda call: made.append(call) or make(call))
+    q, k = (torch.randn(40, heads, 16, device=DEVICE) for heads in (4, HEADS))
+    arguments = dict(block_size=16, init_blocks=1, local_blocks=1, backend=BACKEND)
+    packed = (starts((40,)), 40)
+    with torch.set_grad_enabled(gradients):
+        if operator == "selected_attention":
+            indices = alike((40,), 3, 16, 1, 1).to(DEVICE)
+            ops.selected_attention(q, k, k, indices, *packed, **arguments)
+        else:
+            sizes = dict(kernel_size=8, kernel_stride=8, num_selected_blocks=3, window_size=8)
+            gates, cmp = torch.zeros(40, 4, 3, device=DEVICE), k[::8].contiguous()
+            ops.nsa_attention(q, k, k, cmp, cmp, gates, *packed, **arguments, **sizes)
+    assert len(made) == gradients
 
 
 # What a query gets
