@@ -227,6 +227,35 @@ def test_what_a_patched_layer_costs():
         assert patched < 1.02 * alone
 
 
+def test_the_tables_of_serving_are_what_was_measured():
+    """Each model's figures in its own column, and how many times as fast ours is."""
+    table = {line[0]: line[1:] for line in tables.serving().values.tolist()}
+    row = {(x["implementation"], x["pass"], x["num_tokens"]): x for x in read("serving")["rows"]}
+    names = ("dense", "nsa_fsa")
+    rate = [row[name, "decode", 65536]["tokens_per_s"] for name in names]
+    first = [row[name, "first_token", 65536]["ms"] for name in names]
+    found = table["new tokens/s while 8 requests of 65,536 tokens all decode"]
+    assert found == [f"{rate[0]:,.0f}", f"{rate[1]:,.0f}", f"{rate[1] / rate[0]:.2f} times"]
+    found = table["ms to the first token of 65,536, alone"]
+    assert found == [f"{first[0]:,.0f}", f"{first[1]:,.0f}", f"{first[0] / first[1]:.2f} times"]
+
+    same = tables.same_tokens()
+    entries = [x for y in ("serving_float32", "serving") for x in read(y)["agreement"]]
+    for name, key in (("vLLM", "agreement"), ("transformers", "agreement_of_transformers")):
+        assert same[name].tolist() == [f"{x[key]:.1%}" for x in entries]
+
+
+def test_the_table_of_several_gpus_is_what_was_measured():
+    """One group of heads on two GPUs beside one GPU."""
+    row = {
+        (x["pass"], x["num_tokens"], x["num_heads"], x.get("groups")): x["ms"]
+        for x in read("distributed")["rows"]
+    }
+    alone, shared = row["alone", 262144, 32, None], row["shared", 262144, 32, 1]
+    (line,) = (x for x in tables.shared_sequences().values.tolist() if x[1] == "262,144")
+    assert line[2:] == [f"{alone:.0f}", 2, f"{shared:.0f}", f"{alone / shared / 2:.1%}"]
+
+
 @pytest.mark.parametrize("group_size", [4, 16])
 def test_where_decoding_breaks_even_is_what_was_measured(group_size):
     """`explain` says it by a fit; the measured length lies between two lengths of the suite."""
